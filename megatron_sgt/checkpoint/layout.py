@@ -1,0 +1,154 @@
+"""Where checkpoints lie, and which of them count.
+
+    <root>/latest                        text: global_step1000, replaced atomically, last of all
+    <root>/global_step1000/              DeepSpeed's shards, and beside them
+        sgt_state.json                   counters, growth state, layout
+        config.yaml                      the resolved configuration
+        rng_rank_00000.pt                random streams, one file per rank
+        manifest.json                    every file with its size; written last
+    <root>/global_step1000.tmp/          a save that was not finished; never read
+
+Pure file-system functions, no process group.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_sgt.errors import CheckpointError
+
+STATE_FILE = "sgt_state.json"
+CONFIG_FILE = "config.yaml"
+MANIFEST_FILE = "manifest.json"
+LATEST_FILE = "latest"
+_TAG = re.compile(r"global_step(\d+)")
+
+
+def tag_for(step: int) -> str:
+    """Folder name of the checkpoint after ``step`` optimizer steps."""
+    return f"global_step{step}"
+
+
+def rng_file(rank: int) -> str:
+    """File name of one rank's random streams."""
+    return f"rng_rank_{rank:05d}.pt"
+
+
+def finished_tags(root: Path) -> list[str]:
+    """Tags of the checkpoints under ``root`` that were committed, oldest first."""
+    if not root.is_dir():
+        return []
+    found = [(int(m.group(1)), p.name) for p in root.iterdir() if (m := _TAG.fullmatch(p.name)) and p.is_dir()]
+    return [name for _, name in sorted(found) if (root / name / MANIFEST_FILE).is_file()]
+
+
+def latest_tag(root: Path) -> str | None:
+    """The tag that ``latest`` names; without that file the newest committed one; None if there is none.
+
+    Raises:
+        CheckpointError: ``latest`` names a checkpoint that is not there.
+    """
+    tracker = root / LATEST_FILE
+    tags = finished_tags(root)
+    if not tracker.is_file():
+        return tags[-1] if tags else None
+    tag = tracker.read_text().strip()
+    if tag not in tags:
+        raise CheckpointError(
+            f"{tracker} names {tag!r}, which is not a whole checkpoint; there are: {', '.join(tags) or 'none'}. "
+            f"Write one of these into {tracker}, or give its folder as checkpoint.load"
+        )
+    return tag
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint folder that a user's path means: itself, or the latest in a folder of checkpoints.
+
+    Raises:
+        CheckpointError: there is no whole checkpoint at ``path``.
+    """
+    if (path / MANIFEST_FILE).is_file():
+        return path
+    if path.is_dir() and (tag := latest_tag(path)) is not None:
+        return path / tag
+    if not path.exists():
+        raise CheckpointError(f"no checkpoint at {path}: the folder does not exist")
+    seen = ", ".join(sorted(p.name for p in path.iterdir())[:8]) if path.is_dir() else "a file"
+    raise CheckpointError(
+        f"no whole checkpoint at {path} (seen there: {seen or 'nothing'}). Give a folder that holds "
+        f"global_stepN folders with a {MANIFEST_FILE}, or one such folder; to start from scratch leave "
+        "checkpoint.load empty"
+    )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` durably: the file is on disk when this returns."""
+    with path.open("w") as stream:
+        json.dump(value, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises CheckpointError when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Give ``path`` the content ``text`` in one atomic step."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Size in bytes of every file under ``folder``, by relative path, without the manifest itself."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_FILE)
+    return {str(p.relative_to(folder)): p.stat().st_size for p in files}
+
+
+def verify_sizes(folder: Path) -> None:
+    """Raises CheckpointError naming the files of ``folder`` that are missing or have another size."""
+    expected: dict[str, int] = read_json(folder / MANIFEST_FILE)["files"]
+    actual = file_sizes(folder)
+    problems = [f"{name} is missing" for name in expected if name not in actual]
+    problems += [
+        f"{name} has {actual[name]} bytes instead of {size}"
+        for name, size in expected.items()
+        if name in actual and actual[name] != size
+    ]
+    if problems:
+        raise CheckpointError(f"checkpoint {folder} is damaged: " + "; ".join(problems[:5]))
+
+
+def prune(root: Path, keep_last: int) -> list[str]:
+    """Delete all but the newest ``keep_last`` committed checkpoints and every unfinished save; 0 keeps all.
+
+    The checkpoint that ``latest`` names is never deleted.
+    """
+    for leftover in root.glob("global_step*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    if keep_last <= 0:
+        return []
+    current = latest_tag(root)
+    doomed = [tag for tag in finished_tags(root)[:-keep_last] if tag != current]
+    for tag in doomed:
+        remove(root / tag)
+    return doomed
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint. Its manifest goes first: cut short, the rest no longer counts as a checkpoint."""
+    (folder / MANIFEST_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder)

@@ -1,0 +1,1 @@
+"""Training: DeepSpeed engine, step, hooks and the loop (L5)."""

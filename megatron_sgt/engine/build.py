@@ -1,0 +1,89 @@
+"""Puts the parts of a run together: processes, model, optimizer, DeepSpeed engine."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+
+from megatron_sgt.compat.deepspeed_cpu import prepare_deepspeed
+from megatron_sgt.compat.megatron_cpu import prepare_megatron
+from megatron_sgt.compat.mpu import DeepSpeedMPU
+from megatron_sgt.config import Config
+from megatron_sgt.engine.deepspeed_config import deepspeed_config
+from megatron_sgt.launch.environment import RankInfo, to_environ
+from megatron_sgt.model.gpt import LanguageModel, build_model
+from megatron_sgt.model.hf_weights import megatron_shard
+from megatron_sgt.optim.optimizer import build_optimizer
+from megatron_sgt.optim.param_groups import parameter_groups
+from megatron_sgt.parallel.device import resolve_precision, select_device
+from megatron_sgt.parallel.groups import ParallelGroups, initialize_groups
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The parts of a run that every layout has."""
+
+    groups: ParallelGroups
+    precision: str
+    model: LanguageModel
+    engine: deepspeed.DeepSpeedEngine
+
+
+def start_processes(config: Config, info: RankInfo) -> ParallelGroups:
+    """Choose the device, adapt the libraries to it and start the process groups."""
+    for name, value in to_environ(info).items():
+        os.environ.setdefault(name, value)  # DeepSpeed insists on LOCAL_RANK, whoever started us
+    device = select_device(config.parallel.device, info.local_rank)
+    if device.type == "cpu" and config.train.threads_per_rank is not None:
+        torch.set_num_threads(config.train.threads_per_rank)
+    prepare_megatron(device)
+    prepare_deepspeed(device)
+    return initialize_groups(config.parallel, info, device)
+
+
+def build_runtime(
+    config: Config,
+    groups: ParallelGroups,
+    plain: bool = False,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> Runtime:
+    """Build model, optimizer and engine on running process groups.
+
+    Args:
+        plain: build Megatron-Core's own layers instead of SGT's (see ``model.spec.decoder_spec``).
+        weights: whole tensors under Hugging Face names to start from, instead of random weights.
+
+    Raises:
+        CheckpointError: ``weights`` does not fit the model.
+    """
+    precision = resolve_precision(config.train.precision, groups.device)
+    passes = 1 + (config.growth.max_loop_depth if config.growth.method == "sgt" else 0)
+    model = build_model(config, groups, precision, passes, plain)
+    if weights is not None:
+        # Before the engine exists: ZeRO keeps a copy of what it is given.
+        shard = megatron_shard(weights, config.model, groups.tp_size, groups.tp_rank)
+        model.gpt.load_state_dict(shard, strict=False)
+    return Runtime(groups, precision, model, _start_engine(config, groups, model, precision))
+
+
+def _start_engine(
+    config: Config, groups: ParallelGroups, model: LanguageModel, precision: str
+) -> deepspeed.DeepSpeedEngine:
+    """Hand model and optimizer to DeepSpeed."""
+    parameters = parameter_groups(model, config.optim)
+    optimizer = build_optimizer(parameters, config.optim, groups.device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # notes on optional kernels that this project does not use
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(config, groups.world_size, precision),
+            mpu=DeepSpeedMPU(),
+            dist_init_required=False,
+        )
+    return engine

@@ -1,0 +1,50 @@
+"""The one translation from this project's configuration to DeepSpeed's JSON. Pure."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_sgt.config import Config
+
+_NEVER = 2**31 - 1
+
+
+def deepspeed_config(config: Config, world_size: int, precision: str) -> dict[str, Any]:
+    """DeepSpeed's configuration dictionary.
+
+    Args:
+        world_size: ranks of the run, from which the accumulation follows.
+        precision: "fp32", "bf16" or "fp16", resolved for the device.
+
+    The ``deepspeed:`` section of the configuration is merged on top; values that contradict a typed section
+    were refused when the configuration was validated, and "auto" stands for the value derived here.
+    """
+    stage = config.parallel.zero_stage
+    derived: dict[str, Any] = {
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": config.num_micro_batches(world_size),
+        # Stage 0 is clipped in engine/step.py, where a non-finite gradient can be caught as well.
+        "gradient_clipping": 0.0 if stage == 0 else config.optim.clip_grad,
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16"},
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": _NEVER,
+        "wall_clock_breakdown": False,
+    }
+    return _merge(derived, config.deepspeed)
+
+
+def _merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    merged = copy.deepcopy(dict(base))
+    for key, value in override.items():
+        if value == "auto":
+            continue
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged

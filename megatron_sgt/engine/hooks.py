@@ -1,0 +1,51 @@
+"""What can be attached to the loop: growth, logging, validation and saving are equals."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from megatron_sgt.engine.state import TrainState
+from megatron_sgt.engine.step import StepResult
+
+
+class Hook(Protocol):
+    """Called by the loop. ``name`` is its key in the checkpoint; the state is JSON-able."""
+
+    name: str
+
+    def before_run(self, state: TrainState) -> None:
+        """Once, after a checkpoint was loaded and before the first step."""
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        """After every step, applied or skipped; ``state`` counts it already."""
+
+    def after_run(self, state: TrainState) -> None:
+        """Once, after the last step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive a restart."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict``'s value."""
+
+
+class StatelessHook:
+    """Base of hooks that keep nothing over a restart; every method does nothing."""
+
+    name = "hook"
+
+    def before_run(self, state: TrainState) -> None:
+        """See Hook."""
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        """See Hook."""
+
+    def after_run(self, state: TrainState) -> None:
+        """See Hook."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to keep."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""

@@ -1,0 +1,76 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import deepspeed
+
+from megatron_sgt.config import Config
+from megatron_sgt.engine.hooks import Hook
+from megatron_sgt.engine.state import TrainState
+from megatron_sgt.engine.step import Batch, train_step
+from megatron_sgt.errors import SGTError
+from megatron_sgt.optim.schedule import learning_rate
+from megatron_sgt.parallel.groups import ParallelGroups
+
+
+class DivergedError(SGTError):
+    """Too many steps in a row without a finite gradient."""
+
+
+@dataclass
+class Trainer:
+    """Everything that the loop turns: engine, counters, hooks in the order in which they act."""
+
+    config: Config
+    groups: ParallelGroups
+    engine: deepspeed.DeepSpeedEngine
+    state: TrainState
+    hooks: Sequence[Hook]
+
+    def run(self, micro_batches: Iterator[Batch], last_step: int) -> None:
+        """Train until optimizer step ``last_step``.
+
+        Args:
+            micro_batches: this rank's micro-batches in data order, starting at ``state.consumed_samples``.
+
+        Raises:
+            DivergedError: train.max_consecutive_skipped_steps steps in a row were skipped. Nothing was saved
+                since the last good step.
+        """
+        train = self.config.train
+        accumulation = self.config.num_micro_batches(self.groups.world_size)
+        for hook in self.hooks:
+            hook.before_run(self.state)
+        self.engine.train()
+        while self.state.step < last_step:
+            lr = learning_rate(self.state.step + 1, self.config.optim, train.train_iters)
+            batches = (next(micro_batches) for _ in range(accumulation))
+            result = train_step(self.engine, batches, lr, self.config.optim.clip_grad, self.groups)
+            self.state.consumed_samples += train.global_batch_size
+            self._count(result.applied)
+            for hook in self.hooks:
+                hook.after_step(self.state, result)
+            if self.state.consecutive_skipped >= train.max_consecutive_skipped_steps:
+                raise DivergedError(
+                    f"{self.state.consecutive_skipped} steps in a row after step {self.state.step} had no finite "
+                    f"gradient (last loss {_shown(result.loss.item())}); the newest checkpoint is older than "
+                    "these. Resume from it with a lower optim.lr, or with another train.seed to pass over the data"
+                )
+        for hook in self.hooks:
+            hook.after_run(self.state)
+
+    def _count(self, applied: bool) -> None:
+        if applied:
+            self.state.step += 1
+            self.state.consecutive_skipped = 0
+        else:
+            self.state.skipped_steps += 1
+            self.state.consecutive_skipped += 1
+
+
+def _shown(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else str(value)

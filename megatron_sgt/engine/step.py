@@ -1,0 +1,83 @@
+"""One optimizer step: forward and backward over the micro-batches, clipping, update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from torch import Tensor
+
+from megatron_sgt.parallel.groups import ParallelGroups
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did.
+
+    ``loss``: mean over this rank's micro-batches, a scalar on the device (no synchronisation happened for it).
+    ``grad_norm``: L2 norm over all parameters before clipping; inf or NaN when the update was skipped.
+    ``applied``: whether the optimizer took the step (False: a gradient was not finite).
+    """
+
+    loss: Tensor
+    grad_norm: float
+    applied: bool
+    lr: float
+
+
+def train_step(
+    engine: deepspeed.DeepSpeedEngine,
+    batches: Iterable[Batch],
+    lr: float,
+    clip_grad: float,
+    groups: ParallelGroups,
+) -> StepResult:
+    """Run one optimizer step on ``batches`` (one per micro-batch of this rank)."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    losses = []
+    meter = engine.module.meter
+    for batch in batches:
+        loss = engine(**batch)
+        engine.backward(loss)
+        meter.end_micro_batch()
+        losses.append(loss.detach())
+        if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
+            norm = _clip_stage0(engine, clip_grad, groups)
+        engine.step()
+    mean_loss = torch.stack(losses).float().mean()
+    if engine.zero_optimization_stage() == 0:
+        return StepResult(mean_loss, norm, _finite(norm), lr)
+    return StepResult(mean_loss, float(engine.get_global_grad_norm()), engine.was_step_applied(), lr)
+
+
+def _finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")
+
+
+def _clip_stage0(engine: Any, clip_grad: float, groups: ParallelGroups) -> float:
+    """Clip the averaged gradients of an unsharded run; without a finite norm, make the step a no-op.
+
+    DeepSpeed's stage 0 reports no norm and would apply a NaN gradient to the weights. Dropping every gradient
+    makes torch's optimizers leave weights and moments as they are.
+    """
+    parameters = [p for p in engine.module.parameters() if p.grad is not None]
+    owned = [p.grad for p in parameters if param_is_not_tensor_parallel_duplicate(p)]
+    total = torch.stack([g.float().square().sum() for g in owned]).sum()
+    if groups.tp_size > 1:
+        dist.all_reduce(total, group=groups.tp_group)
+    norm = float(total.sqrt())
+    if not _finite(norm):
+        for parameter in parameters:
+            parameter.grad = None
+    elif 0 < clip_grad < norm:
+        for parameter in parameters:
+            parameter.grad.mul_(clip_grad / (norm + 1e-6))
+    return norm

@@ -1,0 +1,80 @@
+"""Core attention for Megatron's spec slot: library attention, gates of a loop pass, entropy of the last row."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megatron_sgt.model.entropy_meter import EntropyMeter
+from megatron_sgt.ops.attention import causal_attention
+from megatron_sgt.ops.entropy import last_row_entropy
+
+
+class SGTCoreAttention(torch.nn.Module):
+    """Causal attention of all heads of this rank.
+
+    ``loop_pass(p, gates)`` marks a call as pass p (1..K) of a loop and multiplies each head's output by its gate;
+    outside of it a call is pass 0, the ordinary attention, to which gates do not apply.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, meter: EntropyMeter, recompute: bool, **_: Any
+    ) -> None:
+        super().__init__()
+        self.layer_id = layer_number - 1  # Megatron counts layers from 1
+        self.meter = meter
+        self.recompute = recompute
+        self.dropout_p = config.attention_dropout
+        self._pass = 0
+        self._gates: Tensor | None = None
+
+    @contextlib.contextmanager
+    def loop_pass(self, index: int, gates: Tensor) -> Iterator[None]:
+        """Make the calls in the body loop pass ``index`` with ``gates`` [N]."""
+        self._pass, self._gates = index, gates
+        try:
+            yield
+        finally:
+            self._pass, self._gates = 0, None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        /,
+        *,
+        packed_seq_params: object | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """query [S, B, N, H], key and value [S, B, G, H] -> [S, B, N * H]. The mask is always causal."""
+        if packed_seq_params is not None:
+            raise ValueError("packed sequences are not supported: the last query row would span documents")
+        if self.training and self.meter.enabled:
+            entropy = last_row_entropy(query.detach(), key.detach())
+            self.meter.store(self.layer_id, self._pass, slice(None), entropy)
+        out = self.attend(query, key, value)
+        # The gate stays outside of the recomputed part: at recompute time the pass is no longer marked.
+        if self._gates is not None:
+            out = out * self._gates.to(out.dtype).unsqueeze(-1)
+        return out.reshape(*out.shape[:2], -1)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of any heads [S, B, *, H] with this module's dropout and recompute settings."""
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(self._attend, query, key, value, use_reentrant=False)
+        return self._attend(query, key, value)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if not self.training or self.dropout_p == 0.0:
+            return causal_attention(query, key, value)
+        with get_cuda_rng_tracker().fork():  # heads are sharded: every rank draws its own mask
+            return causal_attention(query, key, value, self.dropout_p)

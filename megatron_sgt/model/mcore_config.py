@@ -1,0 +1,80 @@
+"""The one translation from this project's configuration to Megatron-Core's TransformerConfig."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+
+from megatron_sgt.config import Config
+from megatron_sgt.errors import ConfigError
+from megatron_sgt.parallel.groups import ParallelGroups
+from megatron_sgt.parallel.head_layout import HeadLayout
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def transformer_config(config: Config, precision: str, device: torch.device) -> TransformerConfig:
+    """Translate.
+
+    Args:
+        precision: "fp32", "bf16" or "fp16", already resolved for the device.
+        device: where the model will run; fused kernels and CPU initialisation depend on it.
+
+    Raises:
+        ConfigError: Megatron-Core refuses the combination; its message is passed on.
+    """
+    model, parallel = config.model, config.parallel
+    on_cpu = device.type == "cpu"
+    cpu_init = on_cpu if model.use_cpu_initialization is None else model.use_cpu_initialization
+    full_recompute = config.train.recompute_granularity == "full"
+    try:
+        return TransformerConfig(
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            ffn_hidden_size=model.ffn_hidden_size,
+            num_attention_heads=model.num_attention_heads,
+            num_query_groups=model.num_query_groups,
+            kv_channels=model.kv_channels,
+            normalization=model.normalization,
+            layernorm_epsilon=model.layernorm_epsilon,
+            gated_linear_unit=model.activation == "swiglu",
+            activation_func=F.silu if model.activation == "swiglu" else F.gelu,
+            add_bias_linear=model.add_bias_linear,
+            add_qkv_bias=model.add_qkv_bias,
+            qk_layernorm=model.qk_layernorm,
+            attention_dropout=model.attention_dropout,
+            hidden_dropout=model.hidden_dropout,
+            init_method_std=model.init_method_std,
+            use_cpu_initialization=cpu_init,
+            params_dtype=DTYPES[precision],
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            sequence_parallel=parallel.sequence_parallel,
+            # Whole layers are recomputed by Megatron; the attention core recomputes itself (see
+            # core_attention.py), because Megatron's own version would lose the gates of a loop pass.
+            recompute_granularity="full" if full_recompute else None,
+            recompute_method="uniform" if full_recompute else None,
+            recompute_num_layers=1 if full_recompute else None,
+            # These fusions go through torch.compile, which would build code when the run starts.
+            bias_dropout_fusion=False,
+            bias_activation_fusion=False,
+            apply_rope_fusion=False,
+            # Weight-gradient accumulation into main_grad bypasses autograd, on which DeepSpeed relies.
+            gradient_accumulation_fusion=False,
+            masked_softmax_fusion=False,
+        )
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"Megatron-Core refuses this model: {error}") from error
+
+
+def head_layout(config: Config, groups: ParallelGroups) -> HeadLayout:
+    """This rank's share of the attention heads."""
+    return HeadLayout(
+        num_heads=config.model.num_attention_heads,
+        num_groups=config.model.num_query_groups,
+        head_dim=config.model.kv_channels,
+        tp_size=groups.tp_size,
+        tp_rank=groups.tp_rank,
+    )

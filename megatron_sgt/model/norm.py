@@ -1,0 +1,68 @@
+"""Normalisation layers for Megatron's spec slots that run on every device and under sequence parallelism.
+
+Under sequence parallelism each tensor-parallel rank normalises its own shard of the tokens with a replicated
+weight, so the weight's gradient is only this rank's part of the sum. Megatron's own optimizer adds the parts
+up afterwards; under DeepSpeed nobody does, and the loss drifts silently. Reading the weight through
+``copy_to_tensor_model_parallel_region`` puts the sum into the graph itself, where it holds for every ZeRO
+stage, with accumulation, recompute and repeated passes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from megatron_sgt.ops.norm import rms_norm
+
+
+class _Norm(torch.nn.Module):
+    """Shared shape of both norms: a weight (and bias) that is replicated over tensor-parallel ranks."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: object) -> None:
+        super().__init__()
+        self.eps = eps
+        self.sum_over_ranks = config.sequence_parallel
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+
+    def replicated(self, parameter: Tensor) -> Tensor:
+        """``parameter`` itself; its gradient is summed over the tensor-parallel ranks where they differ."""
+        return copy_to_tensor_model_parallel_region(parameter) if self.sum_over_ranks else parameter
+
+
+class RMSNorm(_Norm):
+    """y = x / sqrt(mean(x²) + eps) · w over the last dimension; x [..., hidden_size]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension of ``x``."""
+        return rms_norm(x, self.replicated(self.weight), self.eps)
+
+
+class LayerNorm(_Norm):
+    """y = (x − mean) / sqrt(var + eps) · w + b over the last dimension; x [..., hidden_size]."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: object) -> None:
+        super().__init__(config, hidden_size, eps)
+        self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension of ``x``."""
+        weight, bias = self.replicated(self.weight), self.replicated(self.bias)
+        return F.layer_norm(x, (x.shape[-1],), weight, bias, self.eps)
+
+
+class HeadNorm(RMSNorm):
+    """RMSNorm of queries or keys over the head size (Qwen3-style q/k norm); x [S, B, heads, head_size].
+
+    Its weight is replicated, but each tensor-parallel rank applies it to its own heads: the gradient must be
+    summed over the ranks with and without sequence parallelism.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: object) -> None:
+        super().__init__(config, hidden_size, eps)
+        self.sum_over_ranks = config.tensor_model_parallel_size > 1
+
+
+NORMS: dict[str, type[_Norm]] = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}

@@ -1,0 +1,68 @@
+"""The ModuleSpec of the decoder: Megatron-Core's parallel linears, this project's norms, attention and layer."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_sgt.config import Config
+from megatron_sgt.model.core_attention import SGTCoreAttention
+from megatron_sgt.model.entropy_meter import EntropyMeter
+from megatron_sgt.model.layer import SGTLayer
+from megatron_sgt.model.norm import NORMS, HeadNorm
+from megatron_sgt.parallel.head_layout import HeadLayout
+
+
+def layer_submodules(config: Config, meter: EntropyMeter) -> TransformerLayerSubmodules:
+    """The parts of one layer, the same for SGT and for a plain Megatron-Core layer."""
+    norm = NORMS[config.model.normalization]
+    head_norm = HeadNorm if config.model.qk_layernorm else None
+    recompute = config.train.recompute_granularity == "selective"
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear,
+        core_attention=partial(SGTCoreAttention, meter=meter, recompute=recompute),
+        linear_proj=RowParallelLinear,
+        q_layernorm=head_norm,
+        k_layernorm=head_norm,
+    )
+    return TransformerLayerSubmodules(
+        input_layernorm=norm,
+        self_attention=ModuleSpec(
+            module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+        ),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=norm,
+        mlp=ModuleSpec(
+            module=MLP,
+            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        ),
+        mlp_bda=get_bias_dropout_add,
+    )
+
+
+def decoder_spec(
+    config: Config, meter: EntropyMeter, layout: HeadLayout, plain: bool = False
+) -> TransformerBlockSubmodules:
+    """Spec of the whole decoder.
+
+    Args:
+        plain: use Megatron-Core's own TransformerLayer instead of SGTLayer: the yardstick for the tests that
+            vanilla training through this project is Megatron-Core bit for bit.
+    """
+    params = {} if plain else {"head_layout": layout}
+    layer = ModuleSpec(
+        module=TransformerLayer if plain else SGTLayer,
+        params=params,
+        submodules=layer_submodules(config, meter),
+    )
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * config.model.num_layers, layer_norm=NORMS[config.model.normalization]
+    )

@@ -1,0 +1,1 @@
+"""Parameter groups, the optimizer and learning-rate schedules (L3)."""

@@ -1,0 +1,61 @@
+"""The device a rank computes on and the collective backend that goes with it."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_sgt.errors import ConfigError
+
+
+def select_device(wanted: str, local_rank: int) -> torch.device:
+    """Return this rank's device.
+
+    Args:
+        wanted: "auto" (CUDA when present), "cpu" or "cuda".
+        local_rank: rank among the processes of this host.
+
+    Raises:
+        ConfigError: CUDA was asked for and is absent, or this host has fewer GPUs than ranks.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("parallel.device is cuda but torch sees no GPU; use parallel.device=cpu or auto")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}; "
+            "start at most that many ranks per node"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def backend_for(device: torch.device) -> str:
+    """Name of the torch.distributed backend for ``device``: nccl on GPUs, gloo on CPUs."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def resolve_precision(wanted: str, device: torch.device) -> str:
+    """ "auto" becomes bf16 on a GPU and fp32 on a CPU; anything else is returned as it is."""
+    if wanted != "auto":
+        return wanted
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
+def memory_gb(device: torch.device) -> tuple[float | None, float | None]:
+    """Peak allocated and total memory of ``device`` in GB (1e9 bytes); (None, None) on a CPU."""
+    if device.type != "cuda":
+        return None, None
+    total = torch.cuda.get_device_properties(device).total_memory
+    return torch.cuda.max_memory_allocated(device) / 1e9, total / 1e9
+
+
+def device_name(device: torch.device) -> str:
+    """Marketing name of the device, for the table of peak rates."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all work queued so far (no-op on a CPU)."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,85 @@
+"""Process groups: started once, then passed around as one frozen object."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_sgt.config.parallel import ParallelConfig
+from megatron_sgt.launch.environment import RankInfo
+from megatron_sgt.parallel.device import backend_for
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """This rank's place in the run. Sizes and ranks are counts; groups are torch process groups."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+    tp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that prints and writes shared files."""
+        return self.rank == 0
+
+
+def initialize_groups(config: ParallelConfig, info: RankInfo, device: torch.device) -> ParallelGroups:
+    """Start torch.distributed and Megatron-Core's groups.
+
+    The same timeout is given to both: Megatron-Core's groups have one of their own (30 minutes), and a
+    peer of a stopped rank would wait that long.
+    """
+    timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
+    if not dist.is_initialized():
+        backend = backend_for(device)
+        if info.world_size == 1:
+            # An in-process store: a single process needs no port, so it cannot collide over one.
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            dist.init_process_group(
+                backend,
+                init_method=f"tcp://{info.master_addr}:{info.master_port}",
+                rank=info.rank,
+                world_size=info.world_size,
+                timeout=timeout,
+            )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.tensor_model_parallel_size,
+            distributed_timeout_minutes=config.distributed_timeout_minutes,  # type: ignore[arg-type]
+            create_gloo_process_groups=False,
+        )
+    return current_groups(device)
+
+
+def current_groups(device: torch.device) -> ParallelGroups:
+    """Read the groups that are initialised already."""
+    return ParallelGroups(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        device=device,
+    )
+
+
+def destroy_groups() -> None:
+    """Take the groups down again (the end of a run, or between layouts in one test process)."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

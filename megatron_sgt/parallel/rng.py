@@ -1,0 +1,71 @@
+"""Random streams: which ranks draw the same numbers, and how to save and restore them exactly.
+
+Weights are initialised from one stream that is equal on all ranks (so that the initial model does not depend
+on the layout); afterwards every data-parallel rank has its own streams, and within it the tensor-parallel
+ranks share one (dropout on replicated activations) and have one each (dropout on sharded activations).
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.tensor_parallel import random as megatron_random
+
+from megatron_sgt.parallel.groups import ParallelGroups
+
+# Any positive offsets that keep the streams apart for every realistic number of ranks.
+_TENSOR_PARALLEL_OFFSET = 2718
+_DATA_PARALLEL_STRIDE = 1_000_003
+
+
+def seed_for_initialization(seed: int) -> None:
+    """Give all ranks the same streams while the model is built."""
+    _seed_generators(seed)
+    tracker = megatron_random.get_cuda_rng_tracker()
+    tracker.reset()
+    tracker.add(megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME, seed + 1)
+
+
+def seed_for_training(seed: int, groups: ParallelGroups) -> None:
+    """Separate the streams of the ranks, after the model was built."""
+    base = seed + _DATA_PARALLEL_STRIDE * groups.dp_rank
+    _seed_generators(base)
+    tracker = megatron_random.get_cuda_rng_tracker()
+    tracker.reset()
+    tracker.add(
+        megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME, base + _TENSOR_PARALLEL_OFFSET + groups.tp_rank
+    )
+
+
+def _seed_generators(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)  # seeds the CUDA generators too
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """Everything random that this rank holds, as plain tensors, tuples and numbers."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (str(kind), torch.from_numpy(np.array(keys).astype(np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "tracker": dict(megatron_random.get_cuda_rng_tracker().get_states()),
+    }
+    if device.type != "cpu":
+        state["device"] = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def load_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Continue the streams exactly where ``rng_state`` found them."""
+    random.setstate(state["python"])
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    megatron_random.get_cuda_rng_tracker().set_states(dict(state["tracker"]))
+    if "device" in state and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(state["device"], device)

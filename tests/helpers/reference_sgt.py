@@ -1,0 +1,285 @@
+"""The Sparse Growing Transformer (arXiv 2603.23998) in one file of plain PyTorch, to test against.
+
+Slow on purpose: every head of every pass is computed with an eager softmax and multiplied by its gate.
+Nothing here is shared with megatron_sgt. Shapes: B batch, T sequence, D hidden, H query heads, G key/value
+groups, d head size, L layers. Weights are a dict under Hugging Face Llama names; what they imply is read off
+them: G from k_proj's rows, q/k norms from `q_norm` and `k_norm` (one RMSNorm of size d for all heads), a tied
+output from a missing `lm_head.weight`.
+
+`settings` is the metadata of a golden file: model {num_layers, num_attention_heads, norm_eps, rope_theta},
+growth {the options of the schedule; method sgt | vanilla | block_loop, direction, head_choice, seed,
+entropy_after_fixed, block_loop_layers and block_loop_count may be absent}, optim {lr, betas, eps,
+weight_decay, clip}, steps, micro_batch.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Params = dict[str, Tensor]
+Settings = dict[str, Any]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+
+def rotary(x: Tensor, theta: float) -> Tensor:
+    """Rotates x [B, heads, T, d] by its positions, pairing dimension i with i + d/2."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-torch.arange(half, dtype=torch.float32) / half)
+    angle = torch.arange(x.shape[-2], dtype=torch.float32)[:, None] * frequency
+    cos, sin = angle.cos(), angle.sin()
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def attention(w: Params, x: Tensor, gates: Tensor | None, model: Settings) -> tuple[Tensor, Tensor]:
+    """One pass over normed x [B, T, D]: W_o concat_h(g_h head_h) [B, T, D]; its last rows' entropy [H].
+
+    w holds one layer's weights; gates [H], None for the ordinary attention.
+    """
+    batch, length, _ = x.shape
+    heads, eps = model["num_attention_heads"], model["norm_eps"]
+
+    def split(name: str) -> Tensor:
+        rows = x @ w[f"self_attn.{name}_proj.weight"].T
+        size = w["self_attn.q_proj.weight"].shape[0] // heads
+        return rows.view(batch, length, -1, size).transpose(1, 2)
+
+    q, k, v = split("q"), split("k"), split("v")
+    if "self_attn.q_norm.weight" in w:
+        q = rms_norm(q, w["self_attn.q_norm.weight"], eps)
+        k = rms_norm(k, w["self_attn.k_norm.weight"], eps)
+    q, k = rotary(q, model["rope_theta"]), rotary(k, model["rope_theta"])
+    k, v = (y.repeat_interleave(heads // y.shape[1], dim=1) for y in (k, v))
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    hidden_future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    p = scores.masked_fill(hidden_future, -torch.inf).softmax(-1)
+    entropy = torch.special.entr(p[:, :, -1].detach()).sum(-1).mean(0) / math.log(length)
+    out = p @ v
+    if gates is not None:
+        out = out * gates.view(1, heads, 1, 1)
+    return out.transpose(1, 2).reshape(batch, length, -1) @ w["self_attn.o_proj.weight"].T, entropy
+
+
+def layer(w: Params, x: Tensor, loops: int, gates: Tensor, model: Settings) -> tuple[Tensor, list[Tensor]]:
+    """One decoder layer with `loops` additional attention passes; also the entropies [H] of each pass."""
+    entropies = []
+    for index in range(1 + loops):
+        normed = rms_norm(x, w["input_layernorm.weight"], model["norm_eps"])
+        out, entropy = attention(w, normed, gates if index else None, model)
+        x = x + out
+        entropies.append(entropy)
+    normed = rms_norm(x, w["post_attention_layernorm.weight"], model["norm_eps"])
+    gate, up = normed @ w["mlp.gate_proj.weight"].T, normed @ w["mlp.up_proj.weight"].T
+    return x + (torch.nn.functional.silu(gate) * up) @ w["mlp.down_proj.weight"].T, entropies
+
+
+def forward(
+    params: Params, tokens: Tensor, model: Settings, loops: list[int], gates: Tensor, blocks: dict[int, int]
+) -> tuple[Tensor, list[list[Tensor]]]:
+    """Logits [B, T, vocabulary] of tokens [B, T], and per layer the entropies [H] of its passes 0..K_l.
+
+    loops: K_l per layer; gates [L, H]; blocks: additional executions of whole layers (block loop).
+    """
+    x = params["model.embed_tokens.weight"][tokens]
+    entropies = []
+    for n in range(model["num_layers"]):
+        prefix = f"model.layers.{n}."
+        w = {name.removeprefix(prefix): p for name, p in params.items() if name.startswith(prefix)}
+        x, measured = layer(w, x, loops[n], gates[n], model)
+        for _ in range(blocks.get(n, 0)):
+            x, _ = layer(w, x, loops[n], gates[n], model)
+        entropies.append(measured)
+    x = rms_norm(x, params["model.norm.weight"], model["norm_eps"])
+    return x @ params.get("lm_head.weight", params["model.embed_tokens.weight"]).T, entropies
+
+
+def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Mean cross-entropy of tokens[1:] given tokens[:-1]; the last position has no label."""
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+class ReferenceSchedule:
+    """Growth as a table of gates [L][H] and the rules of the method, in Python floats."""
+
+    def __init__(self, growth: Settings, num_layers: int, num_heads: int) -> None:
+        self.cfg = {"direction": "deep_to_shallow", "head_choice": "highest", "seed": 0, **growth}
+        self.shape = range(num_layers), range(num_heads)
+        self.phase = "vanilla"
+        self.selected: list[int] = []
+        self.kept: dict[int, list[int]] = {}
+        self.chosen_at: dict[int, int] = {}
+        self.loops = [0] * num_layers
+        self.gates = [[1.0] * num_heads for _ in self.shape[0]]
+        self.ema = [[0.0] * num_heads for _ in self.shape[0]]
+        self.window_end = 0
+        self.grows = self.cfg.get("method", "sgt") == "sgt"
+
+    def collects(self) -> bool:
+        return self.grows and (self.phase != "fixed" or self.cfg.get("entropy_after_fixed", False))
+
+    def fold(self, entropies: Any) -> None:
+        """entropies[l][pass][h] of one optimizer step, averaged over its micro-batches."""
+        if not self.collects():
+            return
+        beta = self.cfg["ema_decay"]
+        for n in self.shape[0]:
+            for h in self.shape[1]:
+                seen = self.loops[n] if h in self.kept.get(n, []) else 0
+                value = float(entropies[n][seen][h])
+                if math.isfinite(value):
+                    self.ema[n][h] = beta * self.ema[n][h] + (1 - beta) * value
+
+    def act(self, step: int) -> dict[str, Any] | None:
+        """Gates, then the decision after optimizer step `step`; the event, if there was one."""
+        cfg = self.cfg
+        for n in self.selected:
+            for h in self.shape[1]:
+                fading = h not in self.kept[n]
+                self.gates[n][h] = (
+                    self.decayed((step - self.chosen_at[n]) / cfg["window_size"]) if fading else 1.0
+                )
+        if not self.grows or self.phase == "fixed" or step < self.window_end:
+            return None
+        if self.phase == "vanilla" and step < cfg["first_selection_step"]:
+            return None
+        score = [sum(row) / len(row) for row in self.ema]
+        eligible = [n for n in self.shape[0] if n not in cfg["exclude_layers"]]
+        top = sorted(eligible, key=lambda n: (-score[n], n))[: cfg["top_k_layers"]]
+        for n in self.selected:
+            if n in top and self.loops[n] < cfg["max_loop_depth"]:
+                self.loops[n] += 1
+                self.window_end = step + cfg["window_size"]
+                return self.event(step, "increase_depth", n)
+        sign = 1 if cfg["direction"] == "deep_to_shallow" else -1
+        free = [n for n in top if all(sign * n < sign * m for m in self.selected)]
+        if not free or len(self.selected) >= cfg["max_selected_layers"]:
+            self.phase = "fixed"
+            return self.event(step, "fixed", None)
+        return self.select(max(free, key=lambda n: sign * n), step)
+
+    def select(self, n: int, step: int) -> dict[str, Any]:
+        keys: dict[str, Callable[[int], Any]] = {
+            "highest": lambda h: (-self.ema[n][h], h),
+            "lowest": lambda h: (self.ema[n][h], h),
+            "random": lambda h: hashlib.sha256(f"{self.cfg['seed']}:{n}:{step}:{h}".encode()).hexdigest(),
+        }
+        choice = self.cfg["head_choice"]
+        heads = list(self.shape[1])
+        if choice != "all":
+            heads = sorted(sorted(heads, key=keys[choice])[: self.cfg["num_keep_heads"]])
+        action = "select_new_layer" if self.selected else "first_selection"
+        self.phase = "selecting"
+        self.selected.append(n)
+        self.kept[n], self.chosen_at[n], self.loops[n] = heads, step, 1
+        self.window_end = step + self.cfg["window_size"]
+        return self.event(step, action, n)
+
+    def event(self, step: int, action: str, layer_id: int | None) -> dict[str, Any]:
+        kept = {str(n): list(self.kept[n]) for n in sorted(self.kept)}
+        return {"step": step, "action": action, "layer": layer_id, "phase": self.phase, "kept_heads": kept}
+
+    def decayed(self, r: float) -> float:
+        if r >= 1:
+            return 0.0
+        curve = self.cfg["decay_type"]
+        if curve == "linear":
+            return 1 - r
+        return 0.5 * (1 + math.cos(math.pi * r)) if curve == "cosine" else math.pow(10, -8 * r)
+
+    def inference_gates(self) -> list[list[float]]:
+        return [[float(h in self.kept.get(n, self.shape[1])) for h in self.shape[1]] for n in self.shape[0]]
+
+
+def block_loops(growth: Settings) -> dict[int, int]:
+    """The block-loop baseline: additional executions of whole layers, fixed from the first step."""
+    if growth.get("method", "sgt") != "block_loop":
+        return {}
+    return {n: growth.get("block_loop_count", 1) for n in growth["block_loop_layers"]}
+
+
+def train_step(
+    params: Params,
+    optimizer: torch.optim.Optimizer,
+    batch: Tensor,
+    schedule: ReferenceSchedule,
+    settings: Settings,
+) -> tuple[float, float]:
+    """One optimizer step on tokens batch [sequences, T]: (loss, gradient norm before clipping).
+
+    Folds the mean entropies of its micro-batches into the schedule.
+    """
+    model, blocks = settings["model"], block_loops(settings["growth"])
+    micro_batches = batch.split(settings["micro_batch"])
+    gates = torch.tensor(schedule.gates)
+    loss, entropies = 0.0, []
+    optimizer.zero_grad()
+    for micro_batch in micro_batches:
+        logits, measured = forward(params, micro_batch, model, schedule.loops, gates, blocks)
+        share = next_token_loss(logits, micro_batch) * (len(micro_batch) / len(batch))
+        share.backward()
+        loss += share.item()
+        entropies.append(measured)
+    norm = torch.nn.utils.clip_grad_norm_(list(params.values()), settings["optim"]["clip"])
+    optimizer.step()
+    schedule.fold(
+        [
+            [torch.stack(same_pass).mean(0).tolist() for same_pass in zip(*same_layer, strict=True)]
+            for same_layer in zip(*entropies, strict=True)
+        ]
+    )
+    return loss, norm.item()
+
+
+def run_trajectory(init: Params, tokens: Tensor, settings: Settings, probe_tokens: Tensor) -> dict[str, Any]:
+    """Trains from init on tokens [steps, sequences, T]; a golden file's values under its keys, and "events".
+
+    head_decay and loop_depth are those after the step, which the next step executes; probe_logits are in
+    inference mode (gates 0 or 1) after the last step.
+    """
+    if settings["optim"]["schedule"] != "constant":
+        raise ValueError(
+            f"learning-rate schedule {settings['optim']['schedule']!r}: the reference knows constant"
+        )
+    model, optim = settings["model"], settings["optim"]
+    params = {name: w.detach().float().clone().requires_grad_() for name, w in init.items()}
+    optimizer = torch.optim.AdamW(
+        params.values(),
+        lr=optim["lr"],
+        betas=tuple(optim["betas"]),
+        eps=optim["eps"],
+        weight_decay=optim["weight_decay"],
+    )
+    schedule = ReferenceSchedule(settings["growth"], model["num_layers"], model["num_attention_heads"])
+    rows: dict[str, list[Any]] = {
+        k: [] for k in ("loss", "grad_norm", "ema_entropy", "head_decay", "loop_depth")
+    }
+    events = []
+    for step in range(1, settings["steps"] + 1):
+        loss, norm = train_step(params, optimizer, tokens[step - 1].long(), schedule, settings)
+        event = schedule.act(step)
+        events += [event] if event else []
+        now = (
+            loss,
+            norm,
+            torch.tensor(schedule.ema),
+            torch.tensor(schedule.gates),
+            torch.tensor(schedule.loops),
+        )
+        for values, value in zip(rows.values(), now, strict=True):
+            values.append(value)
+    with torch.no_grad():
+        gates = torch.tensor(schedule.inference_gates())
+        blocks = block_loops(settings["growth"])
+        logits, _ = forward(params, probe_tokens.long(), model, schedule.loops, gates, blocks)
+    exact = {key: torch.tensor(rows.pop(key), dtype=torch.float64) for key in ("loss", "grad_norm")}
+    final = {f"final/{name}": w.detach() for name, w in params.items()}
+    tables = {key: torch.stack(values) for key, values in rows.items()}
+    return {**exact, **tables, **final, "probe_logits": logits, "events": events}
