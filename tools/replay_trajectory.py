@@ -5,8 +5,8 @@ python tools/replay_trajectory.py tests/golden/a.safetensors --out replay.safete
 torchrun --nproc-per-node 4 tools/replay_trajectory.py tests/golden/a.safetensors \\
     --out replay.safetensors --tensor-parallel 2 --zero 1 --compare
 
-Inputs are the file's init/*, tokens, probe_tokens and metadata only; --compare reads the rest of it afterwards
-and exits with 1 beyond the tolerances.
+Inputs are the file's init/*, tokens, probe_tokens and metadata only; --compare reads the rest of it
+afterwards and exits with 1 beyond the tolerances.
 """
 
 from __future__ import annotations
@@ -19,16 +19,24 @@ from megatron_sgt.cli import run_main
 
 def parse() -> argparse.Namespace:
     """Command-line arguments."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file", type=Path, help="trajectory file (safetensors)")
     parser.add_argument("--out", type=Path, required=True, help="file to write, with the same keys")
     parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="tensor-parallel size")
     parser.add_argument("--zero", type=int, default=1, choices=(0, 1, 2, 3), help="DeepSpeed ZeRO stage")
-    parser.add_argument("--micro-batch", type=int, help="sequences per micro-batch (default: the file's, or what fits)")
-    parser.add_argument("--sequence-parallel", action="store_true", help="shard activations between the linears")
+    parser.add_argument(
+        "--micro-batch", type=int, help="sequences per micro-batch (default: the file's, or what fits)"
+    )
+    parser.add_argument(
+        "--sequence-parallel", action="store_true", help="shard activations between the linears"
+    )
     parser.add_argument("--recompute", default="none", choices=("none", "selective", "full"))
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--compare", action="store_true", help="print differences from the file; exit 1 beyond tolerance")
+    parser.add_argument(
+        "--compare", action="store_true", help="print differences from the file; exit 1 beyond tolerance"
+    )
     return parser.parse_args()
 
 

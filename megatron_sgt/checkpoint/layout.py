@@ -43,7 +43,9 @@ def finished_tags(root: Path) -> list[str]:
     """Tags of the checkpoints under ``root`` that were committed, oldest first."""
     if not root.is_dir():
         return []
-    found = [(int(m.group(1)), p.name) for p in root.iterdir() if (m := _TAG.fullmatch(p.name)) and p.is_dir()]
+    found = [
+        (int(m.group(1)), p.name) for p in root.iterdir() if (m := _TAG.fullmatch(p.name)) and p.is_dir()
+    ]
     return [name for _, name in sorted(found) if (root / name / MANIFEST_FILE).is_file()]
 
 

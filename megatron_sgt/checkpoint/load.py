@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import deepspeed
 import torch
 
 from megatron_sgt.checkpoint import layout
@@ -16,8 +15,17 @@ from megatron_sgt.errors import CheckpointError, ConfigError
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.parallel.rng import load_rng_state
 
+if TYPE_CHECKING:
+    import deepspeed
+
 # Model fields that may differ between the run that saved and the one that loads: they shape no weight.
-_FREE_MODEL_FIELDS = {"seq_length", "attention_dropout", "hidden_dropout", "init_method_std", "use_cpu_initialization"}
+_FREE_MODEL_FIELDS = {
+    "seq_length",
+    "attention_dropout",
+    "hidden_dropout",
+    "init_method_std",
+    "use_cpu_initialization",
+}
 
 
 def find_checkpoint(config: Config) -> tuple[Path | None, str]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import deepspeed
 import torch
 
 from megatron_sgt.checkpoint import layout
@@ -14,6 +13,9 @@ from megatron_sgt.config import Config
 from megatron_sgt.parallel.collectives import barrier
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.parallel.rng import rng_state
+
+if TYPE_CHECKING:
+    import deepspeed
 
 
 def layout_of(config: Config, groups: ParallelGroups) -> dict[str, int]:

@@ -1,1 +1,6 @@
 """Training: DeepSpeed engine, step, hooks and the loop (L5)."""
+
+from megatron_sgt.compat.quiet import quiet_imports
+
+# Before anything imports DeepSpeed or Megatron-Core: both speak while they are imported.
+quiet_imports()

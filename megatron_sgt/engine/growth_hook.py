@@ -14,6 +14,7 @@ import torch
 from megatron_sgt.engine.hooks import StatelessHook
 from megatron_sgt.engine.state import TrainState
 from megatron_sgt.engine.step import StepResult
+from megatron_sgt.errors import CheckpointError
 from megatron_sgt.growth import GrowthEvent, Schedule
 from megatron_sgt.model.apply_plan import apply_plan
 from megatron_sgt.model.entropy_meter import EntropyMeter
@@ -39,6 +40,7 @@ class GrowthHook(StatelessHook):
         self.meter = meter
         self.groups = groups
         self.on_event = on_event
+        self.events: list[dict[str, Any]] = []
 
     def before_run(self, state: TrainState) -> None:
         """Put the schedule's plan (of the start, or of the loaded checkpoint) into force."""
@@ -57,6 +59,7 @@ class GrowthHook(StatelessHook):
         events = self.schedule.after_step(state.step)
         self._obey()
         for event in events:
+            self.events.append(event.to_dict())
             self.on_event(event)
 
     def _obey(self) -> None:
@@ -64,9 +67,13 @@ class GrowthHook(StatelessHook):
         self.meter.enabled = self.schedule.needs_entropy
 
     def state_dict(self) -> dict[str, Any]:
-        """The schedule's whole state."""
-        return self.schedule.state_dict()
+        """The schedule's whole state, and every event since the run began."""
+        return {"schedule": self.schedule.state_dict(), "events": self.events}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises CheckpointError when the state belongs to other settings."""
-        self.schedule.load_state_dict(state)
+        try:
+            schedule, self.events = state["schedule"], list(state["events"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"the checkpoint's growth state is damaged: {error!r}") from error
+        self.schedule.load_state_dict(schedule)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_sgt.config import Config
+from megatron_sgt.config import Config, parse_config
 from megatron_sgt.engine.build import Runtime, build_runtime
 from megatron_sgt.engine.growth_hook import GrowthHook
 from megatron_sgt.engine.hooks import StatelessHook
@@ -70,7 +70,9 @@ def replay_config(tensors: Tensors, meta: dict[str, Any], overrides: dict[str, d
     """
     model, optim = meta["model"], meta["optim"]
     if optim.get("schedule", "constant") != "constant":
-        raise DataError(f"the trajectory's learning-rate schedule {optim['schedule']!r} is not supported: constant is")
+        raise DataError(
+            f"the trajectory's learning-rate schedule {optim['schedule']!r} is not supported: constant is"
+        )
     first = "init/model.layers.0.self_attn."
     try:
         head_size = tensors[f"{first}q_proj.weight"].shape[0] // model["num_attention_heads"]
@@ -79,7 +81,10 @@ def replay_config(tensors: Tensors, meta: dict[str, Any], overrides: dict[str, d
         raise DataError(f"the trajectory lacks the initial weight {error}") from error
     sections: dict[str, dict[str, Any]] = {
         "model": {
-            **{name: model[name] for name in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")},
+            **{
+                name: model[name]
+                for name in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
+            },
             "ffn_hidden_size": model["ffn_hidden_size"],
             "seq_length": model["seq_length"],
             "layernorm_epsilon": model["norm_eps"],
@@ -91,7 +96,7 @@ def replay_config(tensors: Tensors, meta: dict[str, Any], overrides: dict[str, d
             # Unpadded, as the recorded softmax is over the real vocabulary alone.
             "make_vocab_size_divisible_by": model["vocab_size"],
         },
-        "growth": meta["growth"],
+        "growth": _growth(meta),
         "optim": {
             "lr": optim["lr"],
             "adam_beta1": optim["betas"][0],
@@ -111,7 +116,16 @@ def replay_config(tensors: Tensors, meta: dict[str, Any], overrides: dict[str, d
     }
     for section, values in overrides.items():
         sections[section] = {**sections[section], **values}
-    return Config.model_validate(sections)
+    return parse_config(sections, "the trajectory's metadata")
+
+
+def _growth(meta: dict[str, Any]) -> dict[str, Any]:
+    """The trajectory's growth section; more top layers than selectable ones means all of them."""
+    growth = dict(meta["growth"])
+    selectable = meta["model"]["num_layers"] - len(growth.get("exclude_layers", [0]))
+    if "top_k_layers" in growth:
+        growth["top_k_layers"] = min(growth["top_k_layers"], selectable)
+    return growth
 
 
 class _Recorder(StatelessHook):
@@ -142,7 +156,9 @@ class _Recorder(StatelessHook):
         return {name: torch.stack(rows) for name, rows in self.rows.items()}
 
 
-def replay(config: Config, groups: ParallelGroups, source: Tensors, meta: dict[str, Any]) -> tuple[Tensors, dict]:
+def replay(
+    config: Config, groups: ParallelGroups, source: Tensors, meta: dict[str, Any]
+) -> tuple[Tensors, dict]:
     """Train on the trajectory's tokens and return what was seen, under the golden file's keys; collective.
 
     Every rank returns the same tensors.
@@ -162,7 +178,11 @@ def replay(config: Config, groups: ParallelGroups, source: Tensors, meta: dict[s
     probe = source["probe_tokens"].long().to(groups.device)
     logits = runtime.model.logits(probe)[..., : config.model.vocab_size]
     result |= {name: t for name, t in source.items() if name.startswith("init/")}
-    result |= {"tokens": source["tokens"], "probe_tokens": source["probe_tokens"], "probe_logits": logits.float().cpu()}
+    result |= {
+        "tokens": source["tokens"],
+        "probe_tokens": source["probe_tokens"],
+        "probe_logits": logits.float().cpu(),
+    }
     return result, {**meta, "events": [event.to_dict() for event in events]}
 
 
@@ -189,14 +209,18 @@ def _micro_batches(tokens: Tensor, config: Config, groups: ParallelGroups) -> It
             yield {"tokens": rows, "labels": labels, "loss_mask": mask, "position_ids": positions}
 
 
-def compare(result: Tensors, meta: dict, golden: Tensors, golden_meta: dict) -> tuple[dict[str, float], list[str]]:
+def compare(
+    result: Tensors, meta: dict, golden: Tensors, golden_meta: dict
+) -> tuple[dict[str, float], list[str]]:
     """Largest absolute differences per quantity, and what is beyond ``TOLERANCES`` or differs in events."""
     shared = [name for name in golden if name.startswith("final/")]
     differences = {
         name: float((result[name].double() - golden[name].double()).abs().max())
         for name in ("loss", "grad_norm", "ema_entropy", "head_decay", "probe_logits")
     }
-    differences["final weights"] = max(float((result[n].double() - golden[n].double()).abs().max()) for n in shared)
+    differences["final weights"] = max(
+        float((result[n].double() - golden[n].double()).abs().max()) for n in shared
+    )
     problems = [
         f"{name} differs by {differences[name]:.2e}, tolerance {limit:.0e}"
         for name, limit in TOLERANCES.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +25,14 @@ class StepResult:
     ``loss``: mean over this rank's micro-batches, a scalar on the device (no synchronisation happened for it).
     ``grad_norm``: L2 norm over all parameters before clipping; inf or NaN when the update was skipped.
     ``applied``: whether the optimizer took the step (False: a gradient was not finite).
+    ``seconds``: wall time of the step, waiting for data included.
     """
 
     loss: Tensor
     grad_norm: float
     applied: bool
     lr: float
+    seconds: float
 
 
 def train_step(
@@ -40,22 +43,25 @@ def train_step(
     groups: ParallelGroups,
 ) -> StepResult:
     """Run one optimizer step on ``batches`` (one per micro-batch of this rank)."""
+    start = time.perf_counter()
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     losses = []
     meter = engine.module.meter
     for batch in batches:
-        loss = engine(**batch)
+        loss = engine(**{name: t.to(groups.device, non_blocking=True) for name, t in batch.items()})
         engine.backward(loss)
         meter.end_micro_batch()
         losses.append(loss.detach())
         if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
             norm = _clip_stage0(engine, clip_grad, groups)
         engine.step()
-    mean_loss = torch.stack(losses).float().mean()
     if engine.zero_optimization_stage() == 0:
-        return StepResult(mean_loss, norm, _finite(norm), lr)
-    return StepResult(mean_loss, float(engine.get_global_grad_norm()), engine.was_step_applied(), lr)
+        applied = _finite(norm)
+    else:
+        norm, applied = float(engine.get_global_grad_norm()), engine.was_step_applied()
+    loss = torch.stack(losses).float().mean()
+    return StepResult(loss, norm, applied, lr, time.perf_counter() - start)
 
 
 def _finite(value: float) -> bool:

@@ -57,7 +57,7 @@ def build_model(
         vocab_size=config.model.padded_vocab_size(),
         max_sequence_length=config.model.seq_length,
         position_embedding_type="rope",
-        rotary_base=config.model.rotary_base,  # type: ignore[arg-type]
+        rotary_base=config.model.rotary_base,
         share_embeddings_and_output_weights=not config.model.untie_embeddings_and_output_weights,
     )
     _drop_empty_extra_state(gpt)

@@ -13,7 +13,7 @@ enters every collective, forward and backward: a peer would wait for it for ever
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -118,10 +118,8 @@ def _kept_heads(layer: SGTLayer, x: Tensor, rotary: Tensor, state: LoopState, in
     return F.linear(out.reshape(*out.shape[:2], -1), weight)
 
 
-def _rotate(heads: Tensor, rotary: Tensor, attention: torch.nn.Module) -> Tensor:
-    return apply_rotary_pos_emb(
-        heads, rotary, config=attention.config, cp_group=attention.pg_collection.cp
-    )
+def _rotate(heads: Tensor, rotary: Tensor, attention: Any) -> Tensor:
+    return apply_rotary_pos_emb(heads, rotary, config=attention.config, cp_group=attention.pg_collection.cp)
 
 
 def _enter_tensor_parallel(x: Tensor, layer: SGTLayer) -> Tensor:

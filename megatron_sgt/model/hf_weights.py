@@ -84,11 +84,14 @@ def megatron_shard(
     if missing := sorted(wanted - set(weights)):
         raise CheckpointError(f"weights lack {len(missing)} tensors of this model: {', '.join(missing[:4])}")
     if extra := sorted(set(weights) - wanted):
-        raise CheckpointError(f"weights hold {len(extra)} tensors unknown to this model: {', '.join(extra[:4])}")
+        raise CheckpointError(
+            f"weights hold {len(extra)} tensors unknown to this model: {', '.join(extra[:4])}"
+        )
     layout = _layout(model)
     vocab_rows = model.padded_vocab_size()
     return {
-        e.megatron: _shard(e, [weights[n] for n in e.hf], layout, vocab_rows, tp_size, tp_rank) for e in entries
+        e.megatron: _shard(e, [weights[n] for n in e.hf], layout, vocab_rows, tp_size, tp_rank)
+        for e in entries
     }
 
 
@@ -121,7 +124,9 @@ def hf_weights(shards: Sequence[Mapping[str, Tensor]], model: ModelConfig) -> di
     layout = _layout(model)
     whole: dict[str, Tensor] = {}
     for entry in name_map(model):
-        whole |= zip(entry.hf, _join(entry, [shard[entry.megatron] for shard in shards], model, layout), strict=True)
+        whole |= zip(
+            entry.hf, _join(entry, [shard[entry.megatron] for shard in shards], model, layout), strict=True
+        )
     return whole
 
 
@@ -138,7 +143,9 @@ def _join(entry: Entry, parts: Sequence[Tensor], model: ModelConfig, layout: Hea
         stacked = torch.empty_like(whole)
         stacked[torch.tensor(layout.fused_qkv_order())] = whole
         kv_rows = layout.num_groups * layout.head_dim
-        return [part.clone() for part in stacked.split([layout.num_heads * layout.head_dim, kv_rows, kv_rows])]
+        return [
+            part.clone() for part in stacked.split([layout.num_heads * layout.head_dim, kv_rows, kv_rows])
+        ]
     return [whole[: model.vocab_size].clone() if entry.kind == "vocab" else whole]
 
 

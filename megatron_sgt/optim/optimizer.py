@@ -35,5 +35,6 @@ def build_optimizer(
 
 def _has_apex() -> bool:
     return (
-        importlib.util.find_spec("apex") is not None and importlib.util.find_spec("apex.optimizers") is not None
+        importlib.util.find_spec("apex") is not None
+        and importlib.util.find_spec("apex.optimizers") is not None
     )

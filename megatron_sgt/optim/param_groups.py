@@ -19,7 +19,11 @@ def parameter_groups(model: torch.nn.Module, config: OptimConfig) -> list[dict[s
     if config.weight_decay_on == "all":
         return [{"name": "all", "params": [p for _, p in named], "weight_decay": config.weight_decay}]
     groups = [
-        {"name": "decay", "params": [p for _, p in named if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {
+            "name": "decay",
+            "params": [p for _, p in named if p.dim() >= 2],
+            "weight_decay": config.weight_decay,
+        },
         {"name": "no_decay", "params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]

@@ -57,7 +57,7 @@ def initialize_groups(config: ParallelConfig, info: RankInfo, device: torch.devi
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor_model_parallel_size,
-            distributed_timeout_minutes=config.distributed_timeout_minutes,  # type: ignore[arg-type]
+            distributed_timeout_minutes=config.distributed_timeout_minutes,
             create_gloo_process_groups=False,
         )
     return current_groups(device)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
 
@@ -42,16 +41,13 @@ def seed_for_training(seed: int, groups: ParallelGroups) -> None:
 
 def _seed_generators(seed: int) -> None:
     random.seed(seed)
-    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)  # seeds the CUDA generators too
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
     """Everything random that this rank holds, as plain tensors, tuples and numbers."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()
     state: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": (str(kind), torch.from_numpy(np.array(keys).astype(np.int64)), position, has_gauss, cached),
         "torch": torch.get_rng_state(),
         "tracker": dict(megatron_random.get_cuda_rng_tracker().get_states()),
     }
@@ -63,8 +59,6 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 def load_rng_state(state: dict[str, Any], device: torch.device) -> None:
     """Continue the streams exactly where ``rng_state`` found them."""
     random.setstate(state["python"])
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
     megatron_random.get_cuda_rng_tracker().set_states(dict(state["tracker"]))
     if "device" in state and device.type != "cpu":

@@ -1,0 +1,80 @@
+# make quickstart | test | check | bench | env | clean      (make without a target lists them)
+#
+# Variables:  PYTHON=python3.12   the interpreter that makes .venv (3.10 or newer)
+#             PIP_FLAGS="..."     more flags for every pip install, e.g. --index-url of CPU-only torch wheels
+#             PYTEST_FLAGS="..."  more flags for pytest, e.g. "-k growth -x"
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+VENV ?= .venv
+
+BIN := $(abspath $(VENV))/bin
+PY := $(BIN)/python
+LOG := $(VENV)/install.log
+STAMP := $(VENV)/.complete
+PIP := $(PY) -m pip install --disable-pip-version-check --no-input $(PIP_FLAGS) -c constraints.txt
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+SCRIPTS := $(wildcard pretrain_sgt.py tools/*.py tools/bench/*.py)
+# One thread per process: the ranks of a test share the machine's cores.
+THREADS := OMP_NUM_THREADS=1
+
+# $(call stage,text,command): one line for the reader, the command's own words in the log.
+define stage
+@echo "$(1)"
+@$(2) >> $(LOG) 2>&1 || { tail -n 25 $(LOG); echo "FAILED: $(1)"; echo "The whole log is $(LOG)"; exit 1; }
+endef
+
+.DEFAULT_GOAL := help
+.PHONY: help env quickstart test check format bench clean distclean
+
+help:
+	@echo "make quickstart   from nothing to a small grown, saved and resumed SGT model (CPU, a few minutes)"
+	@echo "make test         the test suite"
+	@echo "make check        formatting, lint, types, architecture"
+	@echo "make bench        step time and FLOPs of SGT beside vanilla"
+	@echo "make env          only make $(VENV) (the targets above do it when needed)"
+	@echo "make format       rewrite the sources as 'make check' wants them"
+	@echo "make clean        remove caches and build output; 'make distclean' removes $(VENV) too"
+
+env: $(STAMP)
+
+$(STAMP): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "megatron-sgt needs Python 3.10 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1)."; \
+	  echo "Name another one: make $(or $(MAKECMDGOALS),env) PYTHON=/path/to/python3.12"; exit 2; }
+	@rm -f $(STAMP)
+	@echo "[1/4] $(VENV) from $$($(PYTHON) --version)"
+	@$(PY) -c 'import pip' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV) || { \
+	  echo "Cannot make a virtual environment: on Debian and Ubuntu run 'apt-get install python3-venv'."; exit 2; }
+	@: > $(LOG)
+	$(call stage,[2/4] torch $(TORCH_VERSION) (the largest download; progress in $(LOG)),$(PIP) setuptools wheel "torch==$(TORCH_VERSION)")
+# DeepSpeed comes as source and looks for torch while it is built: no isolation, and no operator compiled.
+	$(call stage,[3/4] DeepSpeed (pure Python build),DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed)
+	$(call stage,[4/4] megatron-sgt and its other dependencies,DS_BUILD_OPS=0 $(PIP) --no-build-isolation -e ".[dev]")
+	@touch $@
+
+quickstart: $(STAMP)
+	@PATH="$(BIN):$$PATH" $(THREADS) bash examples/quickstart.sh
+
+test: $(STAMP)
+	@$(THREADS) $(PY) -m pytest -q $(PYTEST_FLAGS)
+
+check: $(STAMP)
+	@echo "== ruff format" && $(PY) -m ruff format --check --output-format concise . || { echo "run 'make format'"; exit 1; }
+	@echo "== ruff check" && $(PY) -m ruff check --output-format concise .
+	@echo "== mypy" && $(PY) -m mypy megatron_sgt $(SCRIPTS)
+	@echo "== architecture" && $(THREADS) $(PY) -m pytest -q tests/architecture
+
+format: $(STAMP)
+	@$(PY) -m ruff format . && $(PY) -m ruff check --fix .
+
+bench: $(STAMP)
+	@$(PY) tools/bench/step_overhead.py
+
+clean:
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@find . -path ./$(VENV) -prune -o -path ./runs -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean
+	@rm -rf $(VENV)

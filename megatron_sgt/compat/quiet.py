@@ -1,0 +1,20 @@
+"""Keeps what DeepSpeed and Megatron-Core say at import, on every rank, off the user's console."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import torch
+
+
+def quiet_imports() -> None:
+    """Silence notes about optional packages; choose DeepSpeed's CPU accelerator where there is no GPU.
+
+    Call before the first import of either library. What the user set in the environment wins.
+    """
+    # Apex and Transformer Engine are optional here, and their absence is no news.
+    warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
+    warnings.filterwarnings("ignore", message=".*tp_group is None.*")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # looking for others ends in a warning per rank

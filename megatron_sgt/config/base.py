@@ -1,0 +1,55 @@
+"""What every section shares: frozen, strict about types and keys, all problems reported at once."""
+
+import reprlib
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+SECTION_PROBLEMS = "section_problems"
+"""Error type of a section's own rules; its message holds one `field: text` line per broken rule."""
+
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 80
+
+
+def shown(value: Any) -> str:
+    """Return a value as a message shows it: short, and true, false and null as YAML writes them."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return _repr.repr(list(value) if isinstance(value, tuple) else value)
+
+
+class Section(BaseModel):
+    """One section of the configuration. Values never change after validation.
+
+    Types are strict (`"8"`, `8.0` and `true` are not integers), so that a typing slip is refused instead of
+    guessed at. A list is taken for a tuple, which is how YAML writes one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> "Section":
+        problems = list(self.problems())
+        if problems:
+            raise PydanticCustomError(SECTION_PROBLEMS, "{lines}", {"lines": "\n".join(problems)})
+        return self
+
+    def problems(self) -> Iterator[str]:
+        """Yield one `field: text` line for each broken rule that concerns more than one field."""
+        yield from ()
+
+
+def derived(description: str, **constraints: Any) -> Any:
+    """Return a field whose null a validator of its section replaces with a value of the other fields."""
+    return Field(default=None, validate_default=True, description=description, **constraints)

@@ -1,0 +1,93 @@
+"""Where the text comes from and how it becomes tokens."""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from megatron_sgt.config.base import Section
+
+
+class TokenizerConfig(Section):
+    """The tokenizer that made the data set."""
+
+    type: Literal["sentencepiece", "huggingface"] = Field(description="Library that reads the tokenizer.")
+    model: str = Field(
+        min_length=1,
+        description="sentencepiece: the .model file; huggingface: a folder, or the name of a cached model.",
+    )
+
+
+class DataConfig(Section):
+    """Megatron indexed data sets, their blend and their split."""
+
+    data_path: tuple[str, ...] = Field(
+        default=(),
+        description="Prefix of a .bin/.idx pair, or a blend [weight, prefix, weight, prefix, ...].",
+    )
+    split: str = Field(
+        default="949,50,1",
+        description="Shares of the documents for training, validation and test, in any unit.",
+    )
+    data_cache_path: str | None = Field(
+        default=None, description="Folder of the sample indices; null: data_cache in logging.run_dir."
+    )
+    tokenizer: TokenizerConfig | None = Field(
+        default=None, description="null: the data is already tokens, and model.vocab_size must be set."
+    )
+    num_workers: int = Field(
+        default=0, ge=0, description="Processes that read samples ahead, per rank; 0: none."
+    )
+
+    @field_validator("data_path", mode="before")
+    @classmethod
+    def _as_strings(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return (value,)
+        if isinstance(value, (list, tuple)):
+            return tuple(_weight_text(item) for item in value)
+        return value
+
+    def problems(self) -> Iterator[str]:
+        if len(self.data_path) > 1 and (
+            len(self.data_path) % 2 or not all(map(_is_weight, self.data_path[::2]))
+        ):
+            yield (
+                f"data_path: {list(self.data_path)} is neither one prefix nor a blend "
+                "[weight, prefix, weight, prefix, ...] with weights above 0"
+            )
+        try:
+            self.split_shares()
+        except ValueError:
+            yield f"split: '{self.split}' is not one to three shares such as '949,50,1', the first above 0"
+
+    def blend(self) -> tuple[tuple[float, str], ...]:
+        """Return (weight, prefix) pairs, the weights summing to 1; empty if there is no data."""
+        if len(self.data_path) == 1:
+            return ((1.0, self.data_path[0]),)
+        weights = [float(weight) for weight in self.data_path[::2]]
+        total = sum(weights)
+        return tuple(
+            (weight / total, prefix) for weight, prefix in zip(weights, self.data_path[1::2], strict=True)
+        )
+
+    def split_shares(self) -> tuple[float, float, float]:
+        """Return the shares of training, validation and test, summing to 1."""
+        shares = [float(share) for share in self.split.split(",")]
+        total = sum(shares)
+        if len(shares) > 3 or not 0 < total < float("inf") or shares[0] <= 0 or min(shares) < 0:
+            raise ValueError(self.split)
+        train, valid, test = [share / total for share in shares] + [0.0] * (3 - len(shares))
+        return train, valid, test
+
+
+def _weight_text(item: Any) -> Any:
+    is_number = isinstance(item, (int, float)) and not isinstance(item, bool)
+    return repr(item) if is_number else item
+
+
+def _is_weight(text: str) -> bool:
+    try:
+        return 0 < float(text) < float("inf")
+    except ValueError:
+        return False

@@ -1,0 +1,78 @@
+"""How depth grows: the schedule of the Sparse Growing Transformer, its ablations and baselines."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_sgt.config.base import Section
+
+
+class GrowthConfig(Section):
+    """The growth method and its schedule. Defaults are those of the paper (arXiv 2603.23998)."""
+
+    method: Literal["sgt", "vanilla", "block_loop"] = Field(
+        default="sgt",
+        description="sgt: attention loops grow during training; vanilla: no loop at all; "
+        "block_loop: whole layers are executed again from the first step (the paper's baseline).",
+    )
+    first_selection_step: int = Field(
+        default=250, gt=0, description="Optimizer step (from 1) of the first selection."
+    )
+    window_size: int = Field(
+        default=250,
+        gt=0,
+        description="Steps over which the heads that are not kept fade out; also the least time between two "
+        "decisions.",
+    )
+    top_k_layers: int = Field(
+        default=3, gt=0, description="Layers of highest entropy that a decision considers."
+    )
+    max_selected_layers: int = Field(default=3, gt=0, description="Layers that may loop in the end.")
+    max_loop_depth: int = Field(
+        default=1, gt=0, description="Most additional attention passes of one layer (K_max)."
+    )
+    num_keep_heads: int = Field(default=2, gt=0, description="Heads that go on looping in a selected layer.")
+    decay_type: Literal["linear", "cosine", "exponential"] = Field(
+        default="linear",
+        description="Curve on which the gates of the other heads fade from 1 to 0 over the window.",
+    )
+    ema_decay: float = Field(
+        default=0.5,
+        ge=0,
+        lt=1,
+        description="Weight of the past in the running mean of the entropies; 0: the last value.",
+    )
+    exclude_layers: tuple[int, ...] = Field(
+        default=(0,), description="Layers (from 0, next to the embedding) that are never selected."
+    )
+    direction: Literal["deep_to_shallow", "shallow_to_deep"] = Field(
+        default="deep_to_shallow", description="Order in which layers are selected."
+    )
+    head_choice: Literal["highest", "lowest", "random", "all"] = Field(
+        default="highest",
+        description="Which heads of a selected layer are kept, by their entropy; all: every head.",
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of head_choice random.")
+    entropy_after_fixed: bool = Field(
+        default=False, description="Go on measuring entropy once the structure is fixed (monitoring only)."
+    )
+    block_loop_layers: tuple[int, ...] = Field(
+        default=(), description="Layers that block_loop executes again."
+    )
+    block_loop_count: int = Field(
+        default=1, gt=0, description="Additional executions of each of block_loop_layers."
+    )
+
+    def problems(self) -> Iterator[str]:
+        for name in ("exclude_layers", "block_loop_layers"):
+            layers: tuple[int, ...] = getattr(self, name)
+            if len(set(layers)) != len(layers):
+                yield f"{name}: names a layer twice: {list(layers)}"
+        if self.method == "block_loop" and not self.block_loop_layers:
+            yield "block_loop_layers: is empty with method 'block_loop'; name the layers, e.g. [5, 6, 7]"
+        if self.method != "block_loop" and self.block_loop_layers:
+            yield (
+                f"block_loop_layers: {list(self.block_loop_layers)} has no effect with method "
+                f"'{self.method}'; remove it, or set method: block_loop"
+            )

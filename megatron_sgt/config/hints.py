@@ -1,0 +1,134 @@
+"""Hints for keys that the configuration does not know: misspelt, misplaced, or another project's name."""
+
+import difflib
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+FOREIGN_NAMES = {
+    # gpt-neox and Megatron-DeepSpeed
+    "attention_config": "model.num_query_groups",
+    "checkpoint_activations": "train.recompute_granularity",
+    "gradient_clipping": "optim.clip_grad",
+    "keep_last_n_checkpoints": "checkpoint.keep_last",
+    "max_position_embeddings": "model.seq_length",
+    "model_parallel_size": "parallel.tensor_model_parallel_size",
+    "norm": "model.normalization",
+    "pipe_parallel_size": "parallel.pipeline_model_parallel_size",
+    "rotary_emb_base": "model.rotary_base",
+    "train_batch_size": "train.global_batch_size",
+    "train_data_paths": "data.data_path",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "zero_optimization": "parallel.zero_stage",
+    # Megatron-LM
+    "bf16": "train.precision",
+    "data_parallel_size": "parallel.tensor_model_parallel_size (data parallelism is the rest of the ranks)",
+    "distributed_timeout": "parallel.distributed_timeout_minutes",
+    "fp16": "train.precision",
+    "group_query_attention": "model.num_query_groups",
+    "norm_epsilon": "model.layernorm_epsilon",
+    "save_retain_interval": "checkpoint.keep_last",
+    "swiglu": "model.activation",
+    "tokenizer_model": "data.tokenizer.model",
+    "tokenizer_type": "data.tokenizer.type",
+    "train_samples": "train.train_iters",
+    "use_distributed_optimizer": "parallel.zero_stage",
+    # Hugging Face
+    "attention_bias": "model.add_qkv_bias",
+    "gradient_accumulation_steps": "train.global_batch_size (accumulation follows from the batch sizes)",
+    "gradient_checkpointing": "train.recompute_granularity",
+    "head_dim": "model.kv_channels",
+    "hidden_act": "model.activation",
+    "initializer_range": "model.init_method_std",
+    "intermediate_size": "model.ffn_hidden_size",
+    "learning_rate": "optim.lr",
+    "logging_steps": "logging.log_interval",
+    "max_grad_norm": "optim.clip_grad",
+    "max_steps": "train.train_iters",
+    "num_hidden_layers": "model.num_layers",
+    "num_key_value_heads": "model.num_query_groups",
+    "output_dir": "logging.run_dir",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "rms_norm_eps": "model.layernorm_epsilon",
+    "rope_theta": "model.rotary_base",
+    "save_steps": "checkpoint.save_interval",
+    "save_total_limit": "checkpoint.keep_last",
+    "tie_word_embeddings": "model.untie_embeddings_and_output_weights (its opposite)",
+    "warmup_steps": "optim.lr_warmup_iters",
+    # OLMo, GPT-2 and others
+    "betas": "optim.adam_beta1 and optim.adam_beta2",
+    "d_model": "model.hidden_size",
+    "decay": "growth.decay_type",
+    "dtype": "train.precision",
+    "max_seq_len": "model.seq_length",
+    "max_sequence_length": "model.seq_length",
+    "n_embd": "model.hidden_size",
+    "n_head": "model.num_attention_heads",
+    "n_heads": "model.num_attention_heads",
+    "n_kv_heads": "model.num_query_groups",
+    "n_layer": "model.num_layers",
+    "n_layers": "model.num_layers",
+    "n_positions": "model.seq_length",
+    "total_steps": "train.train_iters",
+    "warmup": "optim.lr_warmup_iters",
+}
+"""Names of the same thing elsewhere -> ours."""
+
+
+def section_at(root: type[BaseModel], path: tuple[str, ...]) -> type[BaseModel] | None:
+    """Return the class of the section at `path` below `root`, or None if there is none."""
+    section = root
+    for name in path:
+        field = section.model_fields.get(name)
+        inner = _section_class(field.annotation) if field else None
+        if inner is None:
+            return None
+        section = inner
+    return section
+
+
+def all_keys(root: type[BaseModel], prefix: str = "") -> list[str]:
+    """Return the dotted names of all fields below `root`, sections included."""
+    keys = []
+    for name, field in root.model_fields.items():
+        keys.append(prefix + name)
+        inner = _section_class(field.annotation)
+        if inner is not None:
+            keys += all_keys(inner, f"{prefix}{name}.")
+    return keys
+
+
+def unknown_key(root: type[BaseModel], path: tuple[str, ...]) -> str:
+    """Return the line for the unknown key at `path`, with what was probably meant."""
+    *parents, key = path
+    line = f"unknown key '{'.'.join(path)}'"
+    name = key.lstrip("-").replace("-", "_")
+    section = section_at(root, tuple(parents))
+    siblings = list(section.model_fields) if section is not None else []
+    if name in siblings:
+        return f"{line}; did you mean '{name}'?"
+    keys = all_keys(root)
+    misplaced = [known for known in keys if known.rpartition(".")[2] == name]
+    if misplaced:
+        return f"{line}; did you mean '{misplaced[0]}'?"
+    if name.lower() in FOREIGN_NAMES:
+        target, _, note = FOREIGN_NAMES[name.lower()].partition(" ")
+        return f"{line}; did you mean '{target}'{' ' + note if note else ''}?"
+    close = difflib.get_close_matches(name, siblings, n=1)
+    if close:
+        return f"{line}; did you mean '{close[0]}'?"
+    names = {known.rpartition(".")[2]: known for known in reversed(keys)}
+    close = difflib.get_close_matches(name, list(names), n=1)
+    if close:
+        return f"{line}; did you mean '{names[close[0]]}'?"
+    return f"{line}; known here: {', '.join(siblings)}"
+
+
+def _section_class(annotation: Any) -> type[BaseModel] | None:
+    """Return the section class of a field's annotation, also if the field may be null."""
+    candidates = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    for candidate in candidates:
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None

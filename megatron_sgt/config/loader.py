@@ -1,0 +1,98 @@
+"""From YAML files and overrides to a Config, or to one ConfigError that names every problem."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_sgt.config.problems import explain
+from megatron_sgt.config.root import Config
+from megatron_sgt.config.yaml_io import parse_yaml, read_mapping
+from megatron_sgt.errors import ConfigError
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration.
+
+    path: YAML file. Its key `base:` names another one (relative to it) whose values it overrides key by key.
+    overrides: `section.key=value` each, the value in YAML.
+    Raises ConfigError: file missing or not YAML, a cycle of `base:`, unknown keys, bad values; all at once.
+    """
+    path = Path(path)
+    values = _read_with_bases(path, ())
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_config(values, source=str(path))
+
+
+def parse_config(values: Mapping[str, Any], source: str = "configuration") -> Config:
+    """Validate plain values, as read from YAML. Raises ConfigError with one line per problem."""
+    # A section whose every line is commented out is an empty one, not null.
+    sections = {
+        key: {} if value is None and key in Config.model_fields else value for key, value in values.items()
+    }
+    try:
+        return Config.model_validate(sections)
+    except ValidationError as error:
+        lines = explain(error, Config)
+    if len(lines) == 1:
+        raise ConfigError(f"{source}: {lines[0]}")
+    raise ConfigError("\n  ".join([f"{source}: {len(lines)} problems", *lines]))
+
+
+def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+    """Return the values of a file over those of its base. `chain`: the files that led here."""
+    real = path.resolve()
+    if real in chain:
+        names = " -> ".join(str(step) for step in (*chain[chain.index(real) :], real))
+        raise ConfigError(f"{path}: base: goes round in a circle: {names}")
+    if not path.exists():
+        raise ConfigError(_missing_file(path, chain))
+    values = read_mapping(path)
+    if "base" not in values:
+        return values
+    base = values.pop("base")
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base: must be the path of another YAML file, got {base!r}")
+    return _merge(_read_with_bases(path.parent / base, (*chain, real)), values)
+
+
+def _missing_file(path: Path, chain: tuple[Path, ...]) -> str:
+    neighbours = [other.name for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, neighbours, n=1)
+    hint = f"; did you mean '{path.parent / close[0]}'?" if close else ""
+    origin = f" (base: of {chain[-1]})" if chain else ""
+    return f"no such file: {path}{origin}{hint}"
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `above` over `below`: two mappings are merged key by key, anything else is replaced."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and (
+            isinstance(value, dict) or (value is None and key in Config.model_fields)
+        ):
+            value = _merge(old, value or {})
+        merged[key] = value
+    return merged
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    """Set the value of one `section.key=value` in nested mappings."""
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override '{override}': must be section.key=value, e.g. train.train_iters=100")
+    value = parse_yaml(text, f"override '{override}'")
+    target = values
+    for depth, key in enumerate(keys[:-1], start=1):
+        inner = target.get(key)
+        if inner is None:
+            inner = target[key] = {}
+        elif not isinstance(inner, dict):
+            raise ConfigError(f"override '{override}': {'.'.join(keys[:depth])} is {inner!r}, not a section")
+        target = inner
+    target[keys[-1]] = value

@@ -1,0 +1,40 @@
+"""How the model and its state are spread over processes."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_sgt.config.base import Section
+
+
+class ParallelConfig(Section):
+    """Sizes of the parallel groups, under Megatron's names; the rest of the world is data parallel."""
+
+    tensor_model_parallel_size: int = Field(
+        default=1, gt=0, description="Ranks that share every layer (heads, MLP, vocabulary)."
+    )
+    pipeline_model_parallel_size: int = Field(default=1, gt=0, description="Not supported: must be 1.")
+    context_parallel_size: int = Field(default=1, gt=0, description="Not supported: must be 1.")
+    sequence_parallel: bool = Field(
+        default=False,
+        description="Split norms and dropout along the sequence over the tensor-parallel ranks.",
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        default=1,
+        description="DeepSpeed ZeRO: 0 nothing is sharded over data-parallel ranks, 1 the optimizer state, "
+        "2 also the gradients, 3 also the weights.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto",
+        description="Where to train; auto: on GPUs if there are any (nccl), else on CPUs (gloo).",
+    )
+    distributed_timeout_minutes: float = Field(
+        default=10.0, gt=0, description="A collective that waits longer than this ends the run."
+    )
+
+    def problems(self) -> Iterator[str]:
+        for name in ("pipeline_model_parallel_size", "context_parallel_size"):
+            size = getattr(self, name)
+            if size != 1:
+                yield f"{name}: {size} is not supported, only 1; use tensor_model_parallel_size, zero_stage"

@@ -1,0 +1,229 @@
+"""The whole configuration: all sections, and the rules that hold between them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from megatron_sgt.config.base import Section, shown
+from megatron_sgt.config.data import DataConfig
+from megatron_sgt.config.growth import GrowthConfig
+from megatron_sgt.config.model import ModelConfig
+from megatron_sgt.config.optim import OptimConfig
+from megatron_sgt.config.parallel import ParallelConfig
+from megatron_sgt.config.run import CheckpointConfig, LoggingConfig, TrainConfig
+from megatron_sgt.config.yaml_io import dump_yaml
+from megatron_sgt.errors import ConfigError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+ZERO_0_BF16 = (
+    "bf16 with zero_stage 0 reports wrong gradient norms; use parallel.zero_stage 1, or train.precision fp32"
+)
+
+
+class Config(Section):
+    """A complete run. `load_config` makes one from YAML with one clear line per mistake."""
+
+    model: ModelConfig = Field(description="Shape of the decoder.")
+    growth: GrowthConfig = Field(default_factory=GrowthConfig, description="How depth grows.")
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="Parallel layout.")
+    optim: OptimConfig = Field(description="Optimizer and learning rate.")
+    train: TrainConfig = Field(description="Length, batches, numerics.")
+    data: DataConfig = Field(default_factory=DataConfig, description="Data sets and tokenizer.")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Saving and loading.")
+    logging: LoggingConfig = Field(default_factory=LoggingConfig, description="Output of the run.")
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict,
+        description="DeepSpeed JSON keys for experts, merged over the generated ones. A value that "
+        "contradicts another section is refused; 'auto' takes that section's value.",
+    )
+
+    def problems(self) -> Iterator[str]:
+        for check in (check_model, check_growth, check_parallel, check_steps, check_deepspeed):
+            yield from check(self)
+
+    @property
+    def save_dir(self) -> Path:
+        """Folder that checkpoints are written to."""
+        return Path(self.checkpoint.save or Path(self.logging.run_dir, "checkpoints"))
+
+    @property
+    def data_cache_dir(self) -> Path:
+        """Folder of the sample indices."""
+        return Path(self.data.data_cache_path or Path(self.logging.run_dir, "data_cache"))
+
+    @property
+    def lr_decay_iters(self) -> int:
+        """Step at which the learning rate reaches min_lr."""
+        return self.optim.lr_decay_iters or self.train.train_iters
+
+    def precision_on(self, device: Literal["cpu", "cuda"]) -> Precision:
+        """Return the precision of a run on `device`. Raises ConfigError for bf16 without ZeRO."""
+        precision = self.train.precision
+        resolved: Precision = ("bf16" if device == "cuda" else "fp32") if precision == "auto" else precision
+        if resolved == "bf16" and self.parallel.zero_stage == 0:
+            raise ConfigError(f"parallel.zero_stage: {ZERO_0_BF16}")
+        return resolved
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Return the number of model replicas among `world_size` processes. Raises ConfigError."""
+        tensor_parallel = self.parallel.tensor_model_parallel_size
+        if world_size % tensor_parallel:
+            raise ConfigError(
+                f"parallel.tensor_model_parallel_size: {tensor_parallel} does not divide the "
+                f"{world_size} process(es) of this run; start a multiple of {tensor_parallel}, or change it"
+            )
+        return world_size // tensor_parallel
+
+    def num_micro_batches(self, world_size: int) -> int:
+        """Return the micro-batches that one rank accumulates per optimizer step. Raises ConfigError."""
+        data_parallel = self.data_parallel_size(world_size)
+        train = self.train
+        unit = train.micro_batch_size * data_parallel
+        below, rest = divmod(train.global_batch_size, unit)
+        if rest:
+            nearest = ", ".join(f"{n * unit} (accumulation {n})" for n in (below, below + 1) if n)
+            raise ConfigError(
+                f"batch sizes do not multiply: global_batch_size {train.global_batch_size} != "
+                f"micro {train.micro_batch_size} x accumulation {train.global_batch_size / unit:.6g} x "
+                f"data parallel {data_parallel}; nearest that work: {nearest}"
+            )
+        wanted = self.deepspeed.get("gradient_accumulation_steps", "auto")
+        if wanted not in ("auto", below):
+            raise ConfigError(
+                f"deepspeed.gradient_accumulation_steps: {wanted} contradicts accumulation {below} = "
+                f"global_batch_size {train.global_batch_size} / (micro {train.micro_batch_size} x "
+                f"data parallel {data_parallel})"
+            )
+        return below
+
+    def to_yaml(self) -> str:
+        """Return the resolved configuration; `load_config` of it gives an equal Config."""
+        return dump_yaml(self.model_dump())
+
+
+def check_model(cfg: Config) -> Iterator[str]:
+    """Yield the rules that the model breaks together with the tensor-parallel size or the tokenizer."""
+    tensor_parallel = cfg.parallel.tensor_model_parallel_size
+    for name in (
+        "num_attention_heads",
+        "num_query_groups",
+        "ffn_hidden_size",
+        "make_vocab_size_divisible_by",
+    ):
+        value = getattr(cfg.model, name)
+        if value % tensor_parallel:
+            yield f"model.{name}: {value} is not a multiple of tensor_model_parallel_size {tensor_parallel}"
+    if cfg.model.vocab_size is None and cfg.data.tokenizer is None:
+        yield "model.vocab_size: is required when data.tokenizer is null"
+
+
+def check_growth(cfg: Config) -> Iterator[str]:
+    """Yield the rules that the growth schedule breaks on this model."""
+    growth, num_layers, num_heads = cfg.growth, cfg.model.num_layers, cfg.model.num_attention_heads
+    for name in ("exclude_layers", "block_loop_layers"):
+        outside = [layer for layer in getattr(growth, name) if not 0 <= layer < num_layers]
+        if outside:
+            yield f"growth.{name}: {outside} outside the model's layers 0..{num_layers - 1}"
+    if growth.method != "sgt":
+        return
+    if growth.num_keep_heads > num_heads and growth.head_choice != "all":
+        yield f"growth.num_keep_heads: {growth.num_keep_heads} is above model.num_attention_heads {num_heads}"
+    selectable = num_layers - len(growth.exclude_layers)
+    if growth.top_k_layers > selectable:
+        yield (
+            f"growth.top_k_layers: {growth.top_k_layers} is above the {selectable} layers that may be "
+            f"selected ({num_layers} layers, {len(growth.exclude_layers)} in exclude_layers)"
+        )
+
+
+def check_parallel(cfg: Config) -> Iterator[str]:
+    """Yield the rules that the parallel layout breaks with the model and the precision."""
+    parallel, seq_length = cfg.parallel, cfg.model.seq_length
+    tensor_parallel = parallel.tensor_model_parallel_size
+    if parallel.sequence_parallel and tensor_parallel == 1:
+        yield "parallel.sequence_parallel: needs tensor_model_parallel_size above 1, got 1"
+    elif parallel.sequence_parallel and seq_length % tensor_parallel:
+        yield (
+            f"parallel.sequence_parallel: model.seq_length {seq_length} is not a multiple of "
+            f"tensor_model_parallel_size {tensor_parallel}"
+        )
+    if parallel.zero_stage == 0 and _precision(cfg) == "bf16":
+        yield f"parallel.zero_stage: {ZERO_0_BF16}"
+
+
+def check_steps(cfg: Config) -> Iterator[str]:
+    """Yield the rules that step and batch counts break."""
+    train, optim, decay_iters = cfg.train, cfg.optim, cfg.lr_decay_iters
+    if train.global_batch_size % train.micro_batch_size:
+        yield (
+            f"train.global_batch_size: {train.global_batch_size} is not a multiple of "
+            f"train.micro_batch_size {train.micro_batch_size}"
+        )
+    end = "train.train_iters" if optim.lr_decay_iters is None else "optim.lr_decay_iters"
+    if optim.lr_warmup_iters > decay_iters:
+        yield f"optim.lr_warmup_iters: {optim.lr_warmup_iters} is above {end} {decay_iters}"
+    elif (
+        optim.lr_wsd_decay_iters is not None
+        and optim.lr_warmup_iters + optim.lr_wsd_decay_iters > decay_iters
+    ):
+        yield (
+            f"optim.lr_wsd_decay_iters: {optim.lr_wsd_decay_iters} and lr_warmup_iters "
+            f"{optim.lr_warmup_iters} do not fit into {end} {decay_iters}"
+        )
+
+
+def check_deepspeed(cfg: Config) -> Iterator[str]:
+    """Yield the contradictions between the raw DeepSpeed keys and the typed sections, naming both values."""
+    for name, owner in (("optimizer", "optim"), ("scheduler", "optim")):
+        if name in cfg.deepspeed:
+            yield f"deepspeed.{name}: is refused, the {name} is built from the section '{owner}'"
+    for path, owner, expected in _derived_deepspeed_values(cfg):
+        section, _, key = path.rpartition(".")
+        values = cfg.deepspeed.get(section, {}) if section else cfg.deepspeed
+        if not isinstance(values, dict):
+            yield f"deepspeed.{section}: must be a mapping, got {shown(values)}"
+            continue
+        value = values.get(key, "auto")
+        if value != "auto" and (value != expected or isinstance(value, bool) != isinstance(expected, bool)):
+            yield f"deepspeed.{path}: {shown(value)} contradicts {owner}; leave it out, or write 'auto'"
+    name, train = "gradient_accumulation_steps", cfg.train
+    steps = cfg.deepspeed.get(name, "auto")
+    if steps == "auto":
+        return
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        yield f"deepspeed.{name}: must be 'auto' or an integer above 0, got {shown(steps)}"
+    elif train.global_batch_size % (train.micro_batch_size * steps):
+        yield (
+            f"deepspeed.{name}: {steps} contradicts train.global_batch_size {train.global_batch_size}, "
+            f"no multiple of {steps} x train.micro_batch_size {train.micro_batch_size}"
+        )
+
+
+def _derived_deepspeed_values(cfg: Config) -> Iterator[tuple[str, str, Any]]:
+    """Yield (DeepSpeed key, the field that owns it with its value, the only value allowed)."""
+    train, precision = cfg.train, _precision(cfg)
+    for path, owner, expected in (
+        ("train_batch_size", "train.global_batch_size", train.global_batch_size),
+        ("train_micro_batch_size_per_gpu", "train.micro_batch_size", train.micro_batch_size),
+        ("gradient_clipping", "optim.clip_grad", cfg.optim.clip_grad),
+        ("zero_optimization.stage", "parallel.zero_stage", cfg.parallel.zero_stage),
+    ):
+        yield path, f"{owner} {expected}", expected
+    # While the precision depends on the device, no fixed switch can be right, so none equals None.
+    for key, kind in (("bf16", "bf16"), ("bfloat16", "bf16"), ("fp16", "fp16")):
+        yield (
+            f"{key}.enabled",
+            f"train.precision '{precision}'",
+            None if precision == "auto" else precision == kind,
+        )
+
+
+def _precision(cfg: Config) -> str:
+    """Return the precision as far as the configuration alone decides it."""
+    device = cfg.parallel.device
+    if cfg.train.precision != "auto" or device == "auto":
+        return cfg.train.precision
+    return "bf16" if device == "cuda" else "fp32"

@@ -1,0 +1,82 @@
+"""The run itself: its length and batches, its checkpoints, its log."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_sgt.config.base import Section
+
+
+class TrainConfig(Section):
+    """Length of the run, batch sizes, numerics. The accumulation follows from the batch sizes."""
+
+    train_iters: int = Field(gt=0, description="Optimizer steps of the run.")
+    micro_batch_size: int = Field(gt=0, description="Sequences per forward pass of one data-parallel rank.")
+    global_batch_size: int = Field(
+        gt=0,
+        description="Sequences per optimizer step: micro_batch_size x accumulation x data-parallel size.",
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto", description="Type of weights and activations; auto: bf16 on GPUs, fp32 on CPUs."
+    )
+    seed: int = Field(default=1234, ge=0, description="Seed of initial weights, dropout and data order.")
+    eval_interval: int = Field(default=0, ge=0, description="Validate every so many steps; 0: never.")
+    eval_iters: int = Field(default=10, gt=0, description="Global batches of one validation.")
+    max_consecutive_skipped_steps: int = Field(
+        default=3,
+        gt=0,
+        description="The run stops after this many steps in a row without a finite loss and gradient.",
+    )
+    exit_interval: int | None = Field(
+        default=None,
+        gt=0,
+        description="Save and stop after this step, before train_iters; null: run to the end.",
+    )
+    recompute_granularity: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="What the backward pass computes again: nothing, the attention core, whole layers.",
+    )
+    threads_per_rank: int | None = Field(
+        default=None, gt=0, description="CPU threads of one rank; null: torch's choice."
+    )
+
+
+class CheckpointConfig(Section):
+    """Where checkpoints are written, how often, and what a run starts from."""
+
+    save: str | None = Field(
+        default=None, description="Folder for checkpoints; null: checkpoints in logging.run_dir."
+    )
+    load: str | None = Field(
+        default=None,
+        description="Start from this checkpoint: a folder of checkpoints (its latest) or one global_stepN. "
+        "Finding none is an error.",
+    )
+    resume: Literal["auto", "never"] = Field(
+        default="auto",
+        description="auto: continue from the latest checkpoint in save, if it holds one; never: do not look.",
+    )
+    save_interval: int = Field(default=0, ge=0, description="Save every so many steps; 0: only at the end.")
+    keep_last: int = Field(
+        default=3, ge=0, description="Checkpoints to keep, older ones are deleted; 0: all."
+    )
+
+
+class LoggingConfig(Section):
+    """Where the run writes, and what it shows."""
+
+    run_dir: str = Field(
+        default="runs/default", min_length=1, description="Folder of everything that the run writes."
+    )
+    log_interval: int = Field(default=10, gt=0, description="Print a line every so many steps.")
+    tensorboard: bool = Field(default=False, description="Write TensorBoard events into run_dir.")
+    wandb_project: str | None = Field(default=None, description="Weights & Biases project; null: not used.")
+    wandb_name: str | None = Field(
+        default=None, description="Name of the Weights & Biases run; null: theirs."
+    )
+    progress_bar: Literal["auto", "on", "off"] = Field(
+        default="auto", description="auto: on a terminal only."
+    )
+    style: Literal["sgt", "megatron"] = Field(
+        default="sgt", description="Console line: short, or Megatron's for programs that parse it."
+    )

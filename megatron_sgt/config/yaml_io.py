@@ -1,0 +1,102 @@
+"""YAML as the configuration reads it: numbers and booleans of YAML 1.2, no key twice.
+
+PyYAML follows YAML 1.1, where `6e-4` is text, `on` is true and `010` is 8, and lets the second of two equal
+keys win silently.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from megatron_sgt.errors import ConfigError
+
+_BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
+_INT = re.compile(r"^[-+]?[0-9][0-9_]*$")
+_FLOAT = re.compile(
+    r"^[-+]?(?:(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
+)
+_RESOLVERS = (
+    ("tag:yaml.org,2002:bool", _BOOL, "tTfF"),
+    ("tag:yaml.org,2002:int", _INT, "-+0123456789"),
+    ("tag:yaml.org,2002:float", _FLOAT, "-+.0123456789"),
+)
+_REPLACED = {"bool", "int", "float", "timestamp"}
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, regexp) for tag, regexp in resolvers if tag.rpartition(":")[2] not in _REPLACED]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            is_merge = key_node.tag == "tag:yaml.org,2002:merge"
+            key = key_node.value
+            if not is_merge and key_node.tag != "tag:yaml.org,2002:str":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is not text", key_node.start_mark
+                )
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key '{key}' stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
+        return int(self.construct_scalar(node).replace("_", ""))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that either YAML version would take for something else."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: list(found) for first, found in yaml.SafeDumper.yaml_implicit_resolvers.items()
+    }
+
+
+for _tag, _regexp, _first in _RESOLVERS:
+    _Loader.add_implicit_resolver(_tag, _regexp, list(_first))
+    _Dumper.add_implicit_resolver(_tag, _regexp, list(_first))
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
+_Dumper.add_representer(
+    tuple, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
+)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Return the value of a YAML text. Raises ConfigError that names `source` and the line."""
+    try:
+        # A subclass of SafeLoader: builds plain values only.
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = source if mark is None else f"{source}, line {mark.line + 1}"
+        detail = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{place}: not valid YAML: {detail}") from error
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Return the mapping that a YAML file holds. Raises ConfigError if there is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    value = parse_yaml(text, str(path))
+    if not isinstance(value, dict):
+        found = "nothing" if value is None else f"a {type(value).__name__}"
+        raise ConfigError(
+            f"{path}: must be a mapping of sections (model:, optim:, train:, ...), holds {found}"
+        )
+    return value
+
+
+def dump_yaml(value: Any) -> str:
+    """Return YAML text for plain values, keys in their order."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True)

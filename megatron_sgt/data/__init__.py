@@ -1,0 +1,4 @@
+"""Text to tokens, tokens to samples, samples to micro-batches (L3).
+
+Nothing is imported here: the worker processes of the preprocessing load single modules, without torch.
+"""

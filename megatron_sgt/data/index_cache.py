@@ -1,0 +1,176 @@
+"""Megatron's sample indices of one data set, built once and shared: by rank 0, whole or not at all.
+
+Megatron's own cache is keyed by the path of the data and written in place, so a rebuilt corpus or a killed
+job can leave indices that fit no data. Here the key is what the indices depend on, and a folder appears under
+its final name only when it is complete.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from megatron_sgt.data.splits import SplitPart
+from megatron_sgt.errors import DataError
+
+T = TypeVar("T")
+
+EVAL_SEED = 0
+"""Validation and test ignore the seed of the run: runs that differ in it are measured on the same samples."""
+VISIBLE_AFTER_SECONDS = 60.0
+"""How long a rank waits for the cache of rank 0 to show up: network file systems list new folders late."""
+
+
+def megatron_datasets() -> ModuleType:
+    """The module ``megatron.core.datasets.gpt_dataset``, imported without warnings about absent packages.
+
+    Raises DataError when megatron-core lacks the compiled index builder, which no wheel does.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.datasets import gpt_dataset
+        from megatron.core.datasets.indexed_dataset import __file__ as location
+
+        try:
+            from megatron.core.datasets import helpers_cpp  # noqa: F401
+        except ImportError as error:
+            folder = os.path.dirname(location)
+            raise DataError(
+                f"megatron-core was installed without its compiled index builder (helpers_cpp in {folder}): "
+                f"{error}; install a wheel of it (pip install --only-binary megatron-core megatron-core), or "
+                f"run: make -C {folder}"
+            ) from error
+    return gpt_dataset
+
+
+def on_rank_zero(work: Callable[[], T]) -> T:
+    """The result of ``work``, done by rank 0 alone (or without a process group) and given to every rank.
+
+    An SGTError of rank 0 is raised on every rank, so that none is left waiting. The result must be picklable.
+    """
+    if not torch.distributed.is_initialized():
+        return work()
+    outcome: list[Any] = [None]
+    failure: Exception | None = None
+    if torch.distributed.get_rank() == 0:
+        try:
+            outcome = [("done", work())]
+        except Exception as error:
+            failure = error
+            outcome = [("failed", _portable(error))]
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    kind, value = outcome[0]
+    if kind == "failed":
+        raise failure or value
+    return value
+
+
+def build_index_cache(
+    prefix: str,
+    parts: tuple[SplitPart, ...],
+    lengths_digest: str,
+    seq_length: int,
+    seed: int,
+    cache_root: str,
+) -> str:
+    """Build the indices of every non-empty split of ``prefix``, unless they are there; returns their folder.
+
+    Raises DataError if ``cache_root`` cannot be written.
+    """
+    key = json.dumps(
+        [lengths_digest, [[p.first, p.last] for p in parts], seq_length, seed, megatron_version()]
+    )
+    name = f"{Path(prefix).name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    folder = Path(cache_root) / name
+    if folder.is_dir():
+        return str(folder)
+    try:
+        Path(cache_root).mkdir(parents=True, exist_ok=True)
+        unfinished = tempfile.mkdtemp(prefix=f"{name}.unfinished-", dir=cache_root)
+    except OSError as error:
+        raise DataError(
+            f"cannot write the sample indices to data_cache_path {cache_root}: {error.strerror}; "
+            "set data.data_cache_path to a writable folder"
+        ) from error
+    try:
+        for part in parts:
+            if part.samples:
+                open_split(prefix, part, seq_length, seed, unfinished)
+        os.chmod(unfinished, 0o755)
+        with contextlib.suppress(OSError):  # another job was faster: its folder has the same contents
+            os.rename(unfinished, folder)
+        if not folder.is_dir():
+            raise DataError(f"cannot write {folder}; set data.data_cache_path to a writable folder")
+    except OSError as error:
+        raise DataError(f"cannot write the sample indices to {cache_root}: {error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return str(folder)
+
+
+def open_split(prefix: str, part: SplitPart, seq_length: int, seed: int, folder: str) -> Any:
+    """The one-epoch GPTDataset of one split, its indices in ``folder`` (built there by rank 0 if missing)."""
+    gpt = megatron_datasets()
+    config = gpt.GPTDatasetConfig(
+        random_seed=(seed if part.name == "train" else EVAL_SEED) % 2**32,
+        sequence_length=seq_length,
+        blend=([prefix], None),
+        split="1",
+        path_to_cache=folder,
+        tokenizer=_NoTokenizer(),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    sequences = gpt.GPTDataset.build_low_level_dataset(prefix, config)
+    chosen = np.arange(part.first, part.last, dtype=np.int32)
+    split = gpt.Split[part.name]
+    return gpt.GPTDataset(sequences, Path(prefix).name, chosen, None, split, config)
+
+
+def wait_for_folder(folder: str, patience_seconds: float = VISIBLE_AFTER_SECONDS) -> None:
+    """Return once ``folder`` can be seen from here; DataError if it does not show up in time."""
+    deadline = time.monotonic() + patience_seconds
+    while not os.path.isdir(folder):
+        if time.monotonic() > deadline:
+            raise DataError(
+                f"rank 0 wrote the sample indices to {folder}, which cannot be seen from "
+                f"{os.uname().nodename}; set data.data_cache_path to a folder that all nodes share"
+            )
+        time.sleep(0.2)
+
+
+def megatron_version() -> str:
+    """Version of megatron-core: its index builder decides what lies in the cache."""
+    import importlib.metadata
+
+    return importlib.metadata.version("megatron-core")
+
+
+class _NoTokenizer:
+    """What GPTDataset asks of a tokenizer when masks and positions ignore document ends."""
+
+    vocab_size = None
+    eod = None
+    unique_identifiers: dict[str, str] = {}  # noqa: RUF012 (read only)
+
+
+def _portable(error: Exception) -> Exception:
+    try:
+        pickle.dumps(error)
+    except Exception:
+        return RuntimeError(f"rank 0 failed: {type(error).__name__}: {error}")
+    return error

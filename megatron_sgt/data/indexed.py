@@ -1,0 +1,171 @@
+"""Megatron's indexed data sets on disk: finding them, and finding damage before training does.
+
+PREFIX.bin holds the tokens of all sequences back to back. PREFIX.idx holds, little-endian: the 9 bytes
+``MMIDIDX\\0\\0``, version 1 (uint64), dtype code (uint8), number of sequences n (uint64), number of document
+boundaries m (uint64), the lengths (int32[n]), the byte offsets (int64[n]) and the boundaries (int64[m], from
+0). PREFIX.json, which only this project writes, says which tokenizer the ids come from.
+"""
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_sgt.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<QBQQ")
+DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+DEFAULT_SUFFIX = "_text_document"
+
+CHECKED_TOKENS = 1 << 25
+"""Up to so many tokens all ids are checked; of a larger set, an even sample of this size."""
+_WINDOW = 1 << 20
+_PAIR_SUFFIXES = (".bin", ".idx")
+
+
+@dataclass(frozen=True)
+class IndexedInfo:
+    """What one .bin/.idx pair holds."""
+
+    prefix: str
+    sequences: int
+    documents: int
+    tokens: int
+    dtype: str
+    lengths_digest: str
+    """sha256 of the sequence lengths: all that the order of the samples depends on."""
+
+
+def resolve_prefix(path: str) -> tuple[str, str | None]:
+    """The prefix of the pair meant by ``path``, and a note if something had to be assumed.
+
+    Accepts the prefix itself, one of its two files, and the prefix without ``_text_document``.
+    Raises DataError if there is no such pair.
+    """
+    tried = []
+    stem = path[:-4] if path.endswith(_PAIR_SUFFIXES) else path
+    for prefix in dict.fromkeys((path, stem, path + DEFAULT_SUFFIX, stem + DEFAULT_SUFFIX)):
+        present = [suffix for suffix in _PAIR_SUFFIXES if Path(prefix + suffix).is_file()]
+        if len(present) == 2:
+            return prefix, None if prefix == path else f"data_path {path}: taken as {prefix}.bin/.idx"
+        if present:
+            missing = ".idx" if present == [".bin"] else ".bin"
+            raise DataError(
+                f"{prefix}{present[0]} exists but {prefix}{missing} does not; copy both files, or run "
+                "tools/preprocess_data.py again"
+            )
+        tried.append(prefix + ".idx")
+    raise DataError(f"no indexed data set at {path} (looked for {', '.join(tried)}){_neighbours(path)}")
+
+
+def check_indexed_dataset(
+    prefix: str, vocab_size: int | None = None, tokenizer_fingerprint: str | None = None
+) -> IndexedInfo:
+    """Compare the files of ``prefix`` with each other and, if given, with vocabulary and tokenizer.
+
+    Raises DataError: not an index, truncated .idx or .bin, a .bin that belongs to another .idx, a token id
+    outside 0..vocab_size-1 (all ids up to CHECKED_TOKENS, else a sample), another tokenizer than PREFIX.json
+    names.
+    """
+    dtype, lengths, boundaries = _read_index(prefix)
+    tokens = int(lengths.sum(dtype=np.int64))
+    expected = tokens * dtype.itemsize
+    actual = Path(prefix + ".bin").stat().st_size
+    if actual < expected:
+        raise DataError(
+            f"{prefix}.bin is truncated: it has {actual:,} bytes, its index describes {expected:,}; "
+            "copy it again or run tools/preprocess_data.py again"
+        )
+    if actual > expected:
+        raise DataError(
+            f"{prefix}.bin has {actual:,} bytes but {prefix}.idx describes {expected:,}: "
+            "the two files do not belong together; copy both again"
+        )
+    metadata = read_metadata(prefix)
+    made_with = metadata.get("tokenizer_fingerprint")
+    if tokenizer_fingerprint is not None and made_with not in (None, tokenizer_fingerprint):
+        raise DataError(
+            f"{prefix} was tokenized with {metadata.get('tokenizer')} (sha256 {made_with[:12]}…), but "
+            f"data.tokenizer is another one (sha256 {tokenizer_fingerprint[:12]}…); set data.tokenizer to "
+            "the former, or run tools/preprocess_data.py again"
+        )
+    if vocab_size is not None and tokens:
+        _check_ids(prefix, dtype, tokens, vocab_size)
+    digest = hashlib.sha256(np.ascontiguousarray(lengths).data).hexdigest()
+    return IndexedInfo(prefix, len(lengths), len(boundaries) - 1, tokens, dtype.name, digest)
+
+
+def sequence_lengths(prefix: str) -> np.ndarray:
+    """Tokens in each sequence: int32 [sequences], mapped from disk. Raises DataError if damaged."""
+    return _read_index(prefix)[1]
+
+
+def read_metadata(prefix: str) -> dict[str, Any]:
+    """The contents of PREFIX.json; empty if the data set has none, as those of Megatron itself."""
+    try:
+        return json.loads(Path(prefix + ".json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise DataError(
+            f"{prefix}.json is damaged ({error}); delete it or run tools/preprocess_data.py again"
+        ) from error
+
+
+def _read_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray]:
+    path = Path(prefix + ".idx")
+    try:
+        with path.open("rb") as stream:
+            magic, header = stream.read(len(MAGIC)), stream.read(HEADER.size)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    if magic != MAGIC or len(header) != HEADER.size:
+        raise DataError(
+            f"{path} is not a Megatron index (it begins with {magic!r}, {path.stat().st_size:,} bytes)"
+        )
+    version, code, num_sequences, num_boundaries = HEADER.unpack(header)
+    if version != 1 or code not in DTYPES:
+        raise DataError(
+            f"{path} has version {version} and dtype code {code}; known: version 1, codes {sorted(DTYPES)}"
+        )
+    start = len(MAGIC) + HEADER.size
+    needed = start + 12 * num_sequences + 8 * num_boundaries
+    if path.stat().st_size < needed:
+        raise DataError(
+            f"{path} is truncated: it has {path.stat().st_size:,} bytes, its header describes {needed:,}; "
+            "copy it again or run tools/preprocess_data.py again"
+        )
+    raw = np.memmap(path, mode="r")
+    lengths = raw[start : start + 4 * num_sequences].view("<i4")
+    boundaries = raw[needed - 8 * num_boundaries : needed].view("<i8")
+    if num_boundaries < 1 or boundaries[-1] != num_sequences or (num_sequences and lengths.min() < 0):
+        raise DataError(f"{path} is damaged: its document boundaries or lengths make no sense; copy it again")
+    return np.dtype(DTYPES[code]), lengths, boundaries
+
+
+def _check_ids(prefix: str, dtype: np.dtype, tokens: int, vocab_size: int) -> None:
+    ids = np.memmap(prefix + ".bin", dtype=dtype, mode="r", shape=(tokens,))
+    num_windows = -(-min(tokens, CHECKED_TOKENS) // _WINDOW)
+    starts = np.linspace(0, max(0, tokens - _WINDOW), num_windows).astype(np.int64)
+    for start in starts:
+        window = ids[start : start + _WINDOW]
+        for bad in (int(window.max()), int(window.min())):
+            if not 0 <= bad < vocab_size:
+                raise DataError(
+                    f"{prefix}.bin holds token id {bad}, but the vocabulary has {vocab_size} ids: it was "
+                    "made with another tokenizer; set data.tokenizer (or model.vocab_size) to the one it was "
+                    "made with"
+                )
+
+
+def _neighbours(path: str) -> str:
+    folder = Path(path).parent
+    if not folder.is_dir():
+        return f"; the folder {folder} does not exist"
+    found = sorted(str(file)[:-4] for file in folder.glob("*.idx"))[:5]
+    return f"; data sets in {folder}: {', '.join(found)}" if found else f"; {folder} holds no .idx file"

@@ -1,0 +1,148 @@
+"""From samples to micro-batches: which rank reads which sample at which step, from a mere count.
+
+Every rank of a tensor-parallel group reads the same samples itself; nothing is broadcast.
+"""
+
+from collections.abc import Iterator
+from itertools import count, islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_sgt.errors import DataError
+
+MicroBatch = dict[str, torch.Tensor]
+
+
+def sample_ids(
+    consumed_samples: int, micro_batch: int, micro_batch_size: int, dp_rank: int, dp_size: int
+) -> range:
+    """Samples of one micro-batch of one rank, in a step that begins after ``consumed_samples``.
+
+    consumed + (m · dp_size + r) · b + [0, b), with micro-batch m, data-parallel rank r and micro-batch size
+    b: the union over ranks and micro-batches is the next global batch, however it is divided.
+    """
+    first = consumed_samples + (micro_batch * dp_size + dp_rank) * micro_batch_size
+    return range(first, first + micro_batch_size)
+
+
+class TrainLoader(Iterator[MicroBatch]):
+    """Endless micro-batches of one data-parallel rank: dicts of tensors [micro_batch_size, T].
+
+    Starts at any ``consumed_samples``, also one that another batch size or number of ranks has reached. With
+    ``num_workers`` > 0 as many processes read ahead; the micro-batches are the same.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[MicroBatch],
+        micro_batch_size: int,
+        num_micro_batches: int,
+        dp_rank: int,
+        dp_size: int,
+        consumed_samples: int = 0,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        if not 0 <= dp_rank < dp_size or min(micro_batch_size, num_micro_batches) < 1 or consumed_samples < 0:
+            raise ValueError(
+                f"micro_batch_size {micro_batch_size}, num_micro_batches {num_micro_batches}, "
+                f"consumed_samples {consumed_samples}, rank {dp_rank} of {dp_size}: out of range"
+            )
+        self.micro_batch_size = micro_batch_size
+        self.num_micro_batches = num_micro_batches
+        self._start = consumed_samples
+        self._dp_size = dp_size
+        self._num_handed_out = 0
+        # Nothing below refers back to this object: a cycle would leave the end of the worker processes to the
+        # garbage collector, which takes their queues apart first, and then waits 5 s for each of them.
+        ids = _ids_of_rank(consumed_samples, micro_batch_size, num_micro_batches, dp_rank, dp_size)
+        self._batches = _read(dataset, ids, num_workers, pin_memory)
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples that one step consumes over all ranks."""
+        return self.micro_batch_size * self.num_micro_batches * self._dp_size
+
+    @property
+    def consumed_samples(self) -> int:
+        """Samples of all ranks in the steps whose micro-batches have all been handed out."""
+        return self._start + self._num_handed_out // self.num_micro_batches * self.global_batch_size
+
+    def __next__(self) -> MicroBatch:
+        failure = None
+        try:
+            batch = next(self._batches)
+        except DataError as error:
+            # A worker process sends its whole traceback as the message; the user needs the last line.
+            last_line = str(error).strip().splitlines()[-1]
+            failure = last_line.removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")
+        if failure is not None:  # out here, where the traceback no longer keeps the worker processes alive
+            raise DataError(failure)
+        self._num_handed_out += 1
+        return batch
+
+
+class EvalLoader:
+    """The micro-batches of one evaluation: every pass reads samples 0 .. num_steps · global batch - 1
+    again.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[MicroBatch],
+        micro_batch_size: int,
+        num_micro_batches: int,
+        dp_rank: int,
+        dp_size: int,
+        num_steps: int,
+        pin_memory: bool = False,
+    ) -> None:
+        self._arguments = (dataset, micro_batch_size, num_micro_batches, dp_rank, dp_size)
+        self._num_batches = num_steps * num_micro_batches
+        self._pin_memory = pin_memory
+
+    def __len__(self) -> int:
+        """Micro-batches in one pass."""
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return islice(TrainLoader(*self._arguments, pin_memory=self._pin_memory), self._num_batches)
+
+
+def _ids_of_rank(
+    consumed_samples: int, micro_batch_size: int, num_micro_batches: int, dp_rank: int, dp_size: int
+) -> Iterator[list[int]]:
+    for step in count():
+        consumed = consumed_samples + step * num_micro_batches * dp_size * micro_batch_size
+        for m in range(num_micro_batches):
+            yield list(sample_ids(consumed, m, micro_batch_size, dp_rank, dp_size))
+
+
+def _read(
+    dataset: Dataset[MicroBatch], ids: Iterator[list[int]], num_workers: int, pin_memory: bool
+) -> Iterator[MicroBatch]:
+    if num_workers == 0 and not pin_memory:
+        return (_stack([dataset[i] for i in batch]) for batch in ids)
+    # Forked workers inherit the mapped indices; spawned ones would receive a copy of them through a pipe.
+    context = "fork" if num_workers and "fork" in torch.multiprocessing.get_all_start_methods() else None
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_sampler=ids,
+        num_workers=num_workers,
+        collate_fn=_stack,
+        pin_memory=pin_memory,
+        multiprocessing_context=context,
+        # Without a generator of its own it would draw from, and so shift, the random stream of the training.
+        generator=torch.Generator(),
+    )
+    return _lazily(loader)
+
+
+def _stack(samples: list[MicroBatch]) -> MicroBatch:
+    return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+
+
+def _lazily(loader: DataLoader[Any]) -> Iterator[MicroBatch]:
+    yield from loader

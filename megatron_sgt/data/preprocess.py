@@ -1,0 +1,246 @@
+"""Text files to Megatron's indexed data sets: PREFIX_<key>_document.bin and .idx."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import time
+import warnings
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sgt.config.data import TokenizerConfig
+from megatron_sgt.data.encoding import EncodedKey, encode_chunks
+from megatron_sgt.data.progress import Progress
+from megatron_sgt.data.readers import Kind, find_files, read_chunks
+from megatron_sgt.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_sgt.errors import DataError
+
+UINT16_BELOW = 65500
+"""Megatron's rule (indexed_dataset.DType.optimal_dtype): smaller vocabularies are stored in 16 bits."""
+
+
+@dataclass(frozen=True)
+class PreprocessOptions:
+    """What to read and how to write it."""
+
+    inputs: tuple[str, ...]
+    output_prefix: str
+    tokenizer: TokenizerConfig
+    json_keys: tuple[str, ...] = ("text",)
+    input_format: Kind | None = None
+    """None: by the suffix."""
+    num_workers: int = 1
+    append_eod: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class WrittenDataset:
+    """One data set that was written."""
+
+    prefix: str
+    documents: int
+    tokens: int
+    empty: int
+    """Documents without any token, left out."""
+
+
+@dataclass(frozen=True)
+class PreprocessReport:
+    """What a run of :func:`preprocess` did."""
+
+    datasets: tuple[WrittenDataset, ...]
+    """One per key."""
+    repaired: int
+    """Texts with invalid Unicode, repaired."""
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(dataset.tokens for dataset in self.datasets) / max(self.seconds, 1e-9)
+
+
+def preprocess(options: PreprocessOptions) -> PreprocessReport:
+    """Tokenize all documents, one data set per key; the result does not depend on the number of workers.
+
+    The files appear under their names only when they are complete. In memory are some chunks of about a
+    megabyte per worker, and some 50 bytes per document for the index.
+    Raises DataError: unreadable input, a bad line (with file and line), output that exists (without
+    ``overwrite``), no document with a token at all.
+    """
+    files = find_files(options.inputs, options.input_format)
+    tokenizer = build_tokenizer(options.tokenizer)
+    dtype = "uint16" if tokenizer.vocab_size < UINT16_BELOW else "int32"
+    total_bytes = sum(file.path.stat().st_size for file in files)
+    repaired = 0
+    with contextlib.ExitStack() as stack:
+        writers = [
+            stack.enter_context(
+                DatasetWriter(f"{options.output_prefix}_{key}_document", dtype, options.overwrite)
+            )
+            for key in options.json_keys
+        ]
+        start = time.monotonic()
+        progress = stack.enter_context(Progress("tokenizing", total_bytes))
+        encoded_chunks = stack.enter_context(
+            contextlib.closing(
+                encode_chunks(
+                    read_chunks(files, options.json_keys),
+                    options.tokenizer,
+                    options.json_keys,
+                    options.append_eod,
+                    dtype,
+                    options.num_workers,
+                )
+            )
+        )
+        for chunk in encoded_chunks:
+            for writer, encoded in zip(writers, chunk.keys, strict=True):
+                writer.add(encoded)
+            repaired += chunk.num_repaired
+            progress.update(chunk.bytes_read, writers[0].documents, sum(writer.tokens for writer in writers))
+        for writer in writers:
+            writer.commit(_metadata(tokenizer, options))
+    datasets = tuple(WrittenDataset(w.prefix, w.documents, w.tokens, w.empty) for w in writers)
+    return PreprocessReport(datasets, repaired, time.monotonic() - start)
+
+
+def sha256_of(path: str) -> str:
+    """Checksum (hex) of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class DatasetWriter:
+    """Writes one .bin/.idx pair (and its .json) under temporary names; :meth:`commit` gives them their own.
+
+    A context manager: leaving it without a commit removes what was written. Raises DataError if the data set
+    exists and may not be overwritten, or if another process is writing it.
+    """
+
+    def __init__(self, prefix: str, dtype: str, overwrite: bool) -> None:
+        existing = [prefix + suffix for suffix in (".bin", ".idx") if Path(prefix + suffix).exists()]
+        if existing and not overwrite:
+            raise DataError(
+                f"{' and '.join(existing)} exists already; choose another prefix or give --overwrite"
+            )
+        self.prefix = prefix
+        self.documents = 0
+        self.tokens = 0
+        self.empty = 0
+        self._partial = {suffix: f"{prefix}{suffix}.partial" for suffix in (".bin", ".json", ".idx")}
+        try:
+            Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self._partial[".bin"])
+        except OSError as error:
+            raise DataError(f"cannot write {self._partial['.bin']}: {error.strerror}") from error
+        self._builder = _make_builder(self._partial[".bin"], dtype)
+
+    def add(self, encoded: EncodedKey) -> None:
+        """Append documents: each is one sequence and one document of the data set."""
+        end = 0
+        for length in encoded.lengths.tolist():
+            start, end = end, end + length
+            self._builder.add_document(encoded.tokens[start:end], [length])
+        self.documents += len(encoded.lengths)
+        self.tokens += end
+        self.empty += encoded.num_empty
+
+    def commit(self, metadata: dict[str, Any]) -> None:
+        """Make the data set readable. Raises DataError if it holds no document."""
+        if self.documents == 0:
+            raise DataError(
+                f"nothing to write to {self.prefix}.bin: the input has no document with text in it"
+            )
+        self._builder.finalize(self._partial[".idx"])
+        record = {"documents": self.documents, "tokens": self.tokens, **metadata}
+        Path(self._partial[".json"]).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        for path in self._partial.values():
+            _flush_to_disk(path)
+        # The index goes first and comes last: without it the other files are not a data set.
+        Path(self.prefix + ".idx").unlink(missing_ok=True)
+        for suffix, path in self._partial.items():
+            os.replace(path, self.prefix + suffix)
+
+    def __enter__(self) -> "DatasetWriter":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._builder.data_file.close()
+        for path in self._partial.values():
+            Path(path).unlink(missing_ok=True)
+        os.close(self._lock)
+
+
+def _lock(path: str) -> int:
+    """Hold ``path`` as long as this process lives: two jobs must not write one file. Returns a descriptor."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise DataError(f"another process is writing {path}; wait for it or choose another prefix") from error
+    except OSError:
+        pass  # a file system without locks
+    return descriptor
+
+
+def _make_builder(path: str, dtype: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # megatron.core reports every optional package that is absent
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+    builder = IndexedDatasetBuilder(path, DType.dtype_from_code(DType[dtype].value))
+    # Lists of Python integers cost 36 bytes a document and there are hundreds of millions of them.
+    builder.sequence_lengths = array("i")
+    builder.document_indices = array("q", [0])
+    return builder
+
+
+def _flush_to_disk(path: str) -> None:
+    with open(path, "rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _metadata(tokenizer: Tokenizer, options: PreprocessOptions) -> dict[str, Any]:
+    return {
+        "tokenizer": tokenizer.name,
+        "tokenizer_fingerprint": tokenizer.fingerprint(),
+        "vocab_size": tokenizer.vocab_size,
+        "append_eod": options.append_eod,
+    }
+
+
+def default_workers() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe(report: PreprocessReport, options: PreprocessOptions, checksum: bool) -> Sequence[str]:
+    """The report as lines for a person."""
+    lines = []
+    for dataset in report.datasets:
+        skipped = f", {dataset.empty:,} empty ones skipped" if dataset.empty else ""
+        lines.append(
+            f"{dataset.prefix}.bin/.idx: {dataset.documents:,} documents{skipped}, {dataset.tokens:,} tokens"
+        )
+        if checksum:
+            lines.append(f"sha256 {sha256_of(dataset.prefix + '.bin')}  {dataset.prefix}.bin")
+    if report.repaired:
+        lines.append(
+            f"{report.repaired:,} texts held characters that are no Unicode text; these were replaced by '?'"
+        )
+    if not options.append_eod:
+        lines.append("documents are not separated (--append-eod)")
+    lines.append(
+        f"{report.seconds:.1f} s, {report.tokens_per_second:,.0f} tokens/s with {options.num_workers} "
+        "worker(s)"
+    )
+    return lines

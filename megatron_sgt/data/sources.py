@@ -1,0 +1,123 @@
+"""The data sets that a configuration names, found, checked and cut into splits. Needs no process group."""
+
+from dataclasses import dataclass
+
+from megatron_sgt.config.root import Config
+from megatron_sgt.data.blend import round_to_period
+from megatron_sgt.data.indexed import IndexedInfo, check_indexed_dataset, resolve_prefix, sequence_lengths
+from megatron_sgt.data.splits import SplitPart, split_parts
+from megatron_sgt.data.tokenizer import Tokenizer, build_tokenizer, resolve_vocab_size
+from megatron_sgt.errors import DataError
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set of the blend."""
+
+    weight: float
+    info: IndexedInfo
+    parts: tuple[SplitPart, ...]
+    """train, valid, test"""
+    note: str | None
+    """What was assumed to find it."""
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What a run would train on, over all data sets; samples are sequences of ``seq_length`` tokens."""
+
+    sources: tuple[Source, ...]
+    tokenizer: str | None
+    vocab_size: int
+    """Token ids before padding."""
+    documents: int
+    tokens: int
+    train_samples: int
+    valid_samples: int
+    test_samples: int
+    samples_needed: int
+    """train_iters times global_batch_size."""
+    notes: tuple[str, ...]
+
+    @property
+    def epochs(self) -> float:
+        """How often the run sees its training samples, on average over the blend."""
+        return self.samples_needed / self.train_samples
+
+
+def find_sources(cfg: Config, tokenizer: Tokenizer | None) -> tuple[Source, ...]:
+    """Find and check every data set of ``cfg.data.data_path``.
+
+    Raises DataError: no data, a missing or damaged file, ids outside the vocabulary, another tokenizer, a
+    blend weight too small to count, fewer tokens than one sample in the training split, or in the validation
+    split when ``train.eval_interval`` asks for it.
+    """
+    blend = cfg.data.blend() if cfg.data.data_path else ()
+    if not blend:
+        raise DataError(
+            "data.data_path is empty; give the prefix of a .bin/.idx pair (tools/preprocess_data.py makes "
+            "one)"
+        )
+    try:
+        round_to_period([weight for weight, _ in blend])
+    except ValueError as error:
+        raise DataError(f"data.data_path: {error}") from error
+    vocab_size = resolve_vocab_size(cfg.model.vocab_size, tokenizer)
+    fingerprint = tokenizer.fingerprint() if tokenizer is not None else None
+    sources = []
+    for weight, path in blend:
+        prefix, note = resolve_prefix(path)
+        info = check_indexed_dataset(prefix, vocab_size, fingerprint)
+        parts = split_parts(sequence_lengths(prefix), cfg.data.split_shares(), cfg.model.seq_length)
+        _require_samples(cfg, info, parts)
+        sources.append(Source(weight, info, parts, note))
+    return tuple(sources)
+
+
+def validate_data(cfg: Config) -> DataSummary:
+    """Check everything about the data that can be checked before a process group exists.
+
+    Raises DataError with the first problem found.
+    """
+    tokenizer = build_tokenizer(cfg.data.tokenizer) if cfg.data.tokenizer is not None else None
+    sources = find_sources(cfg, tokenizer)
+    train, valid, test = (sum(source.parts[split].samples for source in sources) for split in range(3))
+    notes = [source.note for source in sources if source.note]
+    eval_needed = cfg.train.eval_iters * cfg.train.global_batch_size
+    if cfg.train.eval_interval and eval_needed > valid:
+        notes.append(
+            f"each validation reads {eval_needed} samples (eval_iters {cfg.train.eval_iters} x "
+            f"global_batch_size {cfg.train.global_batch_size}) of a split that has {valid}: some count more "
+            "than once"
+        )
+    return DataSummary(
+        sources=sources,
+        tokenizer=tokenizer.name if tokenizer is not None else None,
+        vocab_size=resolve_vocab_size(cfg.model.vocab_size, tokenizer),
+        documents=sum(source.info.documents for source in sources),
+        tokens=sum(source.info.tokens for source in sources),
+        train_samples=train,
+        valid_samples=valid,
+        test_samples=test,
+        samples_needed=cfg.train.train_iters * cfg.train.global_batch_size,
+        notes=tuple(notes),
+    )
+
+
+def _require_samples(cfg: Config, info: IndexedInfo, parts: tuple[SplitPart, ...]) -> None:
+    seq_length = cfg.model.seq_length
+    train, valid, _ = parts
+    for part, wanted, remedy in (
+        (train, True, "use more text or a smaller model.seq_length"),
+        (
+            valid,
+            cfg.train.eval_interval > 0,
+            "give it a larger share, use more text, or set train.eval_interval to 0",
+        ),
+    ):
+        if wanted and part.samples == 0:
+            raise DataError(
+                f"{info.prefix}: the {part.name} split (data.split {cfg.data.split}) gets "
+                f"{part.last - part.first} of {info.sequences} documents with {part.tokens} tokens, less "
+                f"than one sample of {seq_length} + 1; {remedy}"
+            )

@@ -1,0 +1,87 @@
+"""Saving every so many steps and at the end; loading before the first step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+
+from megatron_sgt.checkpoint.load import load_checkpoint
+from megatron_sgt.checkpoint.save import save_checkpoint
+from megatron_sgt.config import Config
+from megatron_sgt.engine.hooks import Hook, StatelessHook
+from megatron_sgt.engine.state import TrainState
+from megatron_sgt.engine.step import StepResult
+from megatron_sgt.errors import CheckpointError
+from megatron_sgt.metrics import MetricsHub
+from megatron_sgt.parallel.groups import ParallelGroups
+
+
+class CheckpointHook(StatelessHook):
+    """Saves the engine, the counters and the state of every hook.
+
+    After a skipped step nothing is saved until a step has been applied again: a checkpoint is never written
+    in the middle of a divergence.
+    """
+
+    name = "checkpoint"
+
+    def __init__(
+        self,
+        config: Config,
+        engine: deepspeed.DeepSpeedEngine,
+        hooks: Sequence[Hook],
+        hub: MetricsHub,
+        groups: ParallelGroups,
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.hooks = hooks
+        self.hub = hub
+        self.groups = groups
+        self.last_path: Path | None = None
+        self._saved_at = -1
+
+    def before_run(self, state: TrainState) -> None:
+        """A checkpoint that was just loaded need not be written again."""
+        self._saved_at = state.step if state.step else -1
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        """Save at the interval."""
+        interval = self.config.checkpoint.save_interval
+        if result.applied and interval and state.step % interval == 0:
+            self._save(state)
+
+    def after_run(self, state: TrainState) -> None:
+        """Save what the run ends with."""
+        if self._saved_at != state.step and state.consecutive_skipped == 0:
+            self._save(state)
+
+    def _save(self, state: TrainState) -> None:
+        start = time.perf_counter()
+        saved = {
+            "trainer": state.state_dict(),
+            "hooks": {hook.name: hook.state_dict() for hook in self.hooks},
+        }
+        path, size = save_checkpoint(
+            self.config.save_dir, state.step, saved, self.config, self.engine, self.groups
+        )
+        self.last_path, self._saved_at = path, state.step
+        seconds = time.perf_counter() - start
+        self.hub.log("save", {"step": state.step, "path": path, "seconds": seconds, "bytes": size})
+
+    def load(self, folder: Path, saved: dict[str, Any], state: TrainState) -> None:
+        """Continue from the checked checkpoint ``folder`` whose state is ``saved``; collective.
+
+        Raises:
+            CheckpointError: the checkpoint does not fit this run.
+        """
+        load_checkpoint(folder, saved, self.config, self.engine, self.groups)
+        state.load_state_dict(saved["trainer"])
+        for hook in self.hooks:
+            if hook.name not in saved["hooks"]:
+                raise CheckpointError(f"checkpoint {folder} holds no state of {hook.name!r}")
+            hook.load_state_dict(saved["hooks"][hook.name])

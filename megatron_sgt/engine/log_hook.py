@@ -1,0 +1,134 @@
+"""Reports: one record every log interval, one for every growth event."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from megatron_sgt.config import Config
+from megatron_sgt.engine.hooks import StatelessHook
+from megatron_sgt.engine.state import TrainState
+from megatron_sgt.engine.step import StepResult
+from megatron_sgt.growth import GrowthEvent, LoopPlan, Schedule, layer_scores
+from megatron_sgt.metrics import EtaEstimator, MetricsHub, peak_flops, throughput_record
+from megatron_sgt.model.flops import overhead, step_flops
+from megatron_sgt.parallel.collectives import mean_over_data_parallel
+from megatron_sgt.parallel.device import device_name, memory_gb
+from megatron_sgt.parallel.groups import ParallelGroups
+
+
+class LogHook(StatelessHook):
+    """Averages losses over the interval (on the device, so that no step waits for it) and reports them.
+
+    A skipped step is reported at once: a loss that is not finite is never hidden in an average.
+    """
+
+    name = "log"
+
+    def __init__(
+        self, config: Config, schedule: Schedule, hub: MetricsHub, groups: ParallelGroups, precision: str
+    ) -> None:
+        self.config = config
+        self.schedule = schedule
+        self.hub = hub
+        self.groups = groups
+        self.peak = peak_flops(device_name(groups.device), precision)
+        self.eta = EtaEstimator()
+        self.first_loss: float | None = None
+        self.last_loss = math.nan
+        self.tokens_per_second: float | None = None
+        self._executed: LoopPlan = schedule.plan
+        self._flops_of: dict[tuple[LoopPlan, bool], int] = {}
+        self._losses: list[torch.Tensor] = []
+        self._skipped = 0
+        self._seconds = 0.0
+        self._flops = 0
+
+    def before_run(self, state: TrainState) -> None:
+        """The first step executes the schedule's present plan."""
+        self._executed = self.schedule.plan
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        """Add up; report at the end of the interval, of the run, and after a skipped step."""
+        self._losses.append(result.loss)
+        self._skipped += not result.applied
+        self._seconds += result.seconds
+        self._flops += self._model_flops(self._executed)
+        self._executed = self.schedule.plan  # growth has acted: this is what the next step executes
+        self.hub.advance(state.step)
+        interval = self.config.logging.log_interval
+        if state.step % interval == 0 or state.step == 1 or not result.applied:
+            self._report(state, result)
+
+    def _model_flops(self, plan: LoopPlan) -> int:
+        key = (plan, False)
+        if key not in self._flops_of:
+            if len(self._flops_of) > 64:  # gates make a new plan every step of a window
+                self._flops_of.clear()
+            self._flops_of[key] = step_flops(
+                self.config.model, plan, self.config.train.global_batch_size
+            ).model
+        return self._flops_of[key]
+
+    def _report(self, state: TrainState, result: StepResult) -> None:
+        loss = float(mean_over_data_parallel(torch.stack(self._losses).mean(), self.groups))
+        steps, train = len(self._losses), self.config.train
+        tokens = steps * train.global_batch_size * self.config.model.seq_length
+        self.eta.update(self._seconds, steps)
+        used, total = memory_gb(self.groups.device)
+        speed = throughput_record(tokens, self._flops, self._seconds, self.groups.world_size, self.peak)
+        self.first_loss = loss if self.first_loss is None else self.first_loss
+        self.last_loss = loss
+        self.tokens_per_second = speed["tokens_per_second"]
+        record: dict[str, Any] = {
+            "step": state.step,
+            "train_iters": train.train_iters,
+            "consumed_samples": state.consumed_samples,
+            "consumed_tokens": state.consumed_samples * self.config.model.seq_length,
+            "global_batch_size": train.global_batch_size,
+            "loss": loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "step_time_s": self._seconds / steps,
+            "model_flops_per_step": self._flops / steps,
+            **speed,
+            "device": "cpu" if self.groups.device.type == "cpu" else "gpu",
+            "memory_gb": used,
+            "memory_total_gb": total,
+            "eta_s": self.eta.remaining_s(train.train_iters - state.step),
+            "skipped_steps": self._skipped,
+            "nan_steps": int(not math.isfinite(loss)),
+            "total_skipped_steps": state.skipped_steps,
+            "loops": sum(self.schedule.loop_depth()),
+            **self._structure(),
+        }
+        self.hub.log("train", record)
+        self._losses, self._skipped, self._seconds, self._flops = [], 0, 0.0, 0
+
+    def _structure(self) -> dict[str, Any]:
+        structure: dict[str, Any] = {
+            "phase": self.schedule.phase,
+            "loop_depth": self.schedule.loop_depth(),
+            "other_gates": {str(layer): plan.other_gate for layer, plan in self.schedule.plan.layers},
+        }
+        if self.schedule.needs_entropy:
+            structure["ema_entropy"] = self.schedule.ema.round(6).tolist()
+        return structure
+
+    def on_growth(self, event: GrowthEvent) -> None:
+        """Report one growth event with its cost."""
+        growth = self.config.growth
+        excluded = set(growth.exclude_layers)
+        record: dict[str, Any] = {
+            **event.to_dict(),
+            "max_selected_layers": growth.max_selected_layers,
+            "num_candidates": self.config.model.num_layers - len(excluded),
+            "flops_overhead": overhead(self.config.model, self.schedule.plan.inference()),
+        }
+        if event.layer is not None:
+            scores = layer_scores(self.schedule.ema)
+            above = [n for n, s in enumerate(scores) if n not in excluded and s > scores[event.layer]]
+            record |= {"layer_rank": 1 + len(above), "fade_until_step": event.step + growth.window_size}
+        self.hub.log("growth", record)

@@ -1,0 +1,116 @@
+"""The command line behind pretrain_sgt.py."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from megatron_sgt.config import Config, load_config
+from megatron_sgt.errors import ConfigError, SGTError
+from megatron_sgt.launch.environment import RankInfo, discover
+
+_EPILOG = """\
+start it
+  alone          python pretrain_sgt.py --config FILE.yaml
+  torchrun       torchrun --nproc-per-node 8 pretrain_sgt.py --config FILE.yaml
+  DeepSpeed      deepspeed --num_gpus 8 pretrain_sgt.py --config FILE.yaml
+  Slurm          srun python pretrain_sgt.py --config FILE.yaml      (one task per GPU)
+  MPI            mpirun -n 8 python pretrain_sgt.py --config FILE.yaml
+
+exit codes: 0 done, 1 crash or divergence, 2 configuration or usage, 3 data, 4 checkpoint
+"""
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command-line arguments."""
+    parser = argparse.ArgumentParser(
+        prog="pretrain_sgt.py",
+        description="Pretrain a Sparse Growing Transformer (or its vanilla twin).",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config", type=Path, required=True, metavar="FILE.yaml", help="the run; see examples/configs"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="values over those of the file"
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved configuration and exit"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the run's shape and exit"
+    )
+    parser.add_argument(
+        "--world-size", type=int, help="ranks that --dry-run assumes (default: those it runs on)"
+    )
+    # The deepspeed launcher adds this one; the rank is read from the environment.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run; returns the exit code. A user's mistake is told once, whatever the number of ranks."""
+    args = parse(arguments)
+    info: RankInfo | None = None
+    try:
+        info = discover()
+        config = load_config(args.config, args.overrides)
+        if args.print_config:
+            if info.rank == 0:
+                print(config.to_yaml(), end="")
+        elif args.dry_run:
+            if info.rank == 0:
+                _dry_run(config, info, args.world_size)
+        else:
+            _train(config, info)
+    except SGTError as error:
+        if _speaks(error, info):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return _leave(error.exit_code)
+    except Exception:
+        rank = "" if info is None or info.world_size == 1 else f"[rank {info.rank}] "
+        print(f"{rank}{traceback.format_exc()}", file=sys.stderr, flush=True)
+        return _leave(1)
+    return 0
+
+
+def _dry_run(config: Config, info: RankInfo, world_size: int | None) -> None:
+    from megatron_sgt.engine.dry_run import dry_run
+
+    smallest = config.parallel.tensor_model_parallel_size
+    print(dry_run(config, world_size or max(info.world_size, smallest)))
+
+
+def _train(config: Config, info: RankInfo) -> None:
+    from megatron_sgt.engine.run import PretrainingRun
+    from megatron_sgt.parallel.groups import destroy_groups
+
+    PretrainingRun(config, info).train()
+    destroy_groups()
+
+
+def _speaks(error: SGTError, info: RankInfo | None) -> bool:
+    """Whether this rank tells the error: the first to meet it, or rank 0 before the ranks know each other."""
+    if info is None or info.world_size == 1:
+        return True
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            return store.add("sgt/error_told", 1) == 1
+        except RuntimeError:  # the store's host is gone already
+            return True
+    return info.rank == 0 or not isinstance(error, ConfigError)
+
+
+def _leave(code: int) -> int:
+    """Leave at once where peers may be waiting in a collective: their launcher ends them when we are gone."""
+    if "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized():
+        sys.stdout.flush()
+        os._exit(code)
+    return code

@@ -1,0 +1,151 @@
+"""A whole pretraining run: from a validated configuration to a summary."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_sgt.checkpoint.load import check_checkpoint, find_checkpoint
+from megatron_sgt.config import Config
+from megatron_sgt.data.gpt_dataset import build_datasets
+from megatron_sgt.data.loader import EvalLoader, TrainLoader
+from megatron_sgt.data.tokenizer import build_tokenizer, resolve_vocab_size
+from megatron_sgt.engine.build import Runtime, build_runtime, start_processes
+from megatron_sgt.engine.checkpoint_hook import CheckpointHook
+from megatron_sgt.engine.eval_hook import EvalHook
+from megatron_sgt.engine.growth_hook import GrowthHook
+from megatron_sgt.engine.hooks import Hook
+from megatron_sgt.engine.log_hook import LogHook
+from megatron_sgt.engine.loop import Trainer
+from megatron_sgt.engine.state import TrainState
+from megatron_sgt.growth import Schedule, build_schedule
+from megatron_sgt.launch.environment import RankInfo
+from megatron_sgt.metrics import METRICS_FILE, MetricsHub, build_hub
+from megatron_sgt.parallel.groups import ParallelGroups
+
+
+def with_vocabulary(config: Config) -> Config:
+    """``config`` with model.vocab_size taken from the tokenizer where it was left null.
+
+    Raises DataError when the tokenizer cannot be read or has more tokens than model.vocab_size.
+    """
+    tokenizer = None if config.data.tokenizer is None else build_tokenizer(config.data.tokenizer)
+    size = resolve_vocab_size(config.model.vocab_size, tokenizer)
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
+
+
+class PretrainingRun:
+    """The parts of one run, wired together; ``train`` turns them. Collective over all ranks.
+
+    Raises ConfigError, DataError or CheckpointError for what the user can mend, before any training step.
+    """
+
+    def __init__(self, config: Config, info: RankInfo) -> None:
+        config.num_micro_batches(info.world_size)  # refuse the batch arithmetic before any process group
+        self.config = with_vocabulary(config)
+        self.groups: ParallelGroups = start_processes(self.config, info)
+        self.start_folder, _ = find_checkpoint(self.config)
+        saved = None if self.start_folder is None else check_checkpoint(self.start_folder, self.config)
+        datasets = self._open_data()
+        self.runtime: Runtime = build_runtime(self.config, self.groups)
+        self.schedule: Schedule = build_schedule(
+            self.config.growth, self.config.model.num_layers, self.config.model.num_attention_heads
+        )
+        self.hub = self._open_hub()
+        self.state = TrainState()
+        self._wire(datasets[1])
+        if self.start_folder is not None and saved is not None:
+            self.saver.load(self.start_folder, saved, self.state)
+        self._report_start()
+        self.batches = TrainLoader(
+            datasets[0],
+            self.config.train.micro_batch_size,
+            self.config.num_micro_batches(self.groups.world_size),
+            self.groups.dp_rank,
+            self.groups.dp_size,
+            self.state.consumed_samples,
+            self.config.data.num_workers,
+            pin_memory=self.groups.device.type != "cpu",
+        )
+
+    def _open_data(self) -> Sequence[Any]:
+        tokenizer = self.config.data.tokenizer
+        return build_datasets(self.config, None if tokenizer is None else build_tokenizer(tokenizer))
+
+    def _open_hub(self) -> MetricsHub:
+        if not self.groups.is_main:
+            return MetricsHub()
+        run_dir = Path(self.config.logging.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(self.config.to_yaml())
+        return build_hub(self.config.logging, self.config.train.train_iters, self.config.model_dump())
+
+    def _wire(self, valid: Any) -> None:
+        """Build the hooks in the order in which they act: growth, report, validate, save."""
+        config, groups, runtime = self.config, self.groups, self.runtime
+        self.log = LogHook(config, self.schedule, self.hub, groups, runtime.precision)
+        self.growth = GrowthHook(
+            self.schedule, runtime.model, runtime.model.meter, groups, self.log.on_growth
+        )
+        self.hooks: list[Hook] = [self.growth, self.log]
+        self.eval: EvalHook | None = None
+        if config.train.eval_interval and valid is not None:
+            loader = EvalLoader(
+                valid,
+                config.train.micro_batch_size,
+                config.num_micro_batches(groups.world_size),
+                groups.dp_rank,
+                groups.dp_size,
+                config.train.eval_iters,
+            )
+            interval = config.train.eval_interval
+            self.eval = EvalHook(runtime.engine, loader, interval, self.schedule, self.hub, groups)
+            self.hooks.append(self.eval)
+        # Saving comes last, so that a checkpoint holds what the other hooks made of the step.
+        self.saver = CheckpointHook(config, runtime.engine, [self.growth], self.hub, groups)
+        self.hooks.append(self.saver)
+
+    def _report_start(self) -> None:
+        record = {
+            "step": self.state.step,
+            "path": self.start_folder,
+            "searched": self.config.save_dir,
+            "consumed_samples": self.state.consumed_samples,
+        }
+        self.hub.log("resume", record)
+
+    def train(self) -> None:
+        """Train to train_iters (or exit_interval) and report a summary."""
+        train = self.config.train
+        last_step = min(train.train_iters, train.exit_interval or train.train_iters)
+        start = time.perf_counter()
+        trainer = Trainer(self.config, self.groups, self.runtime.engine, self.state, self.hooks)
+        try:
+            trainer.run(self.batches, last_step)
+            self._summarize(time.perf_counter() - start)
+        finally:
+            self.hub.close()
+
+    def _summarize(self, seconds: float) -> None:
+        run_dir = Path(self.config.logging.run_dir)
+        stopped = self.state.step < self.config.train.train_iters
+        record = {
+            "step": self.state.step,
+            "train_iters": self.config.train.train_iters,
+            "reason": "stopped early (train.exit_interval)" if stopped else "finished",
+            "first_loss": self.log.first_loss,
+            "loss": self.log.last_loss,
+            "valid_loss": None if self.eval is None else self.eval.last_loss,
+            "growth_events": len(self.growth.events),
+            "seconds": seconds,
+            "consumed_tokens": self.state.consumed_samples * self.config.model.seq_length,
+            "tokens_per_second": self.log.tokens_per_second,
+            "paths": {
+                "checkpoint": self.saver.last_path or self.start_folder,
+                "metrics": run_dir / METRICS_FILE,
+                "config": run_dir / "config.yaml",
+            },
+        }
+        self.hub.log("summary", record)

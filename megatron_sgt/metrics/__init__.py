@@ -1,0 +1,40 @@
+"""What a run reports: console lines, JSON lines, TensorBoard, Weights & Biases, throughput. No torch here.
+
+A report is a kind and a record, a dict of host numbers. Only rank 0 has writers; the hub of every other
+rank is empty. Every field but `step` may be absent or None: it is then not shown. Units are in the names.
+
+train    step, train_iters, consumed_samples, consumed_tokens, global_batch_size, loss, grad_norm, lr,
+         loss_scale, step_time_s, tokens_per_second, tokens_per_second_per_device, tflops_per_device, mfu
+         (fraction of the peak; None where the peak is unknown), memory_gb, memory_total_gb, device ("gpu" or
+         "cpu": names the per-device figures), eta_s, skipped_steps and nan_steps (since the last train
+         record), loops (sum of K_l), other_gate
+valid    step, loss, perplexity, batches, seconds
+growth   GrowthEvent.to_dict() and flops_overhead (fraction of vanilla's), layer_rank and num_candidates (of
+         the selected layer among the selectable ones), fade_until_step, max_selected_layers
+save     step, path, seconds, bytes
+resume   step, path (None: a fresh start), searched (where a checkpoint was looked for), consumed_samples
+summary  step, train_iters, reason, first_loss, loss, valid_loss, growth_events, seconds, consumed_tokens,
+         tokens_per_second, paths (name -> path)
+"""
+
+from megatron_sgt.metrics.console import ConsoleWriter
+from megatron_sgt.metrics.hub import KINDS, METRICS_FILE, MetricsHub, build_hub
+from megatron_sgt.metrics.jsonl import JsonlWriter, read_metrics
+from megatron_sgt.metrics.throughput import EtaEstimator, peak_flops, throughput_record
+from megatron_sgt.metrics.writers import TensorBoardWriter, WandbWriter, Writer
+
+__all__ = [
+    "KINDS",
+    "METRICS_FILE",
+    "ConsoleWriter",
+    "EtaEstimator",
+    "JsonlWriter",
+    "MetricsHub",
+    "TensorBoardWriter",
+    "WandbWriter",
+    "Writer",
+    "build_hub",
+    "peak_flops",
+    "read_metrics",
+    "throughput_record",
+]

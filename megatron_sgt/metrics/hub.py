@@ -1,0 +1,71 @@
+"""The hub that hands every report to all writers of rank 0, and the writers that a configuration asks for."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_sgt.config.run import LoggingConfig
+from megatron_sgt.metrics.console import ConsoleWriter
+from megatron_sgt.metrics.jsonl import JsonlWriter
+from megatron_sgt.metrics.writers import TensorBoardWriter, WandbWriter, Writer
+
+KINDS = ("train", "valid", "growth", "save", "resume", "summary")
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsHub:
+    """Hands every report to all writers; with no writers (every rank but 0) it does nothing.
+
+    A writer whose destination fails (OSError: full disk, closed pipe, lost network) never stops training:
+    the failure is told once on stderr, and the writer is tried again with the next report.
+    """
+
+    def __init__(self, writers: Sequence[Writer] = ()) -> None:
+        self._writers = tuple(writers)
+        self._complained: set[int] = set()
+
+    def log(self, kind: str, record: Mapping[str, Any]) -> None:
+        """Report `record`; `time` (seconds since the epoch) is added. Raises ValueError for another kind."""
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+        stamped = {"time": time.time(), **record}
+        self._each(lambda writer: writer.write(kind, stamped))
+
+    def advance(self, step: int) -> None:
+        """Tell every writer that optimizer step `step` is done; reports are made by `log`."""
+        self._each(lambda writer: writer.advance(step))
+
+    def close(self) -> None:
+        """Close every writer, also after one of them failed."""
+        self._each(lambda writer: writer.close())
+
+    def _each(self, act: Callable[[Writer], None]) -> None:
+        for index, writer in enumerate(self._writers):
+            try:
+                act(writer)
+            except OSError as error:
+                if index not in self._complained:
+                    self._complained.add(index)
+                    name = type(writer).__name__
+                    print(f"warning: {name} cannot write ({error}); training goes on", file=sys.stderr)
+
+
+def build_hub(logging: LoggingConfig, train_iters: int, resolved: Mapping[str, Any]) -> MetricsHub:
+    """The hub of rank 0: the console and run_dir/metrics.jsonl always, TensorBoard and W&B when asked.
+
+    resolved: the whole configuration, shown by W&B. Other ranks use MetricsHub(). Raises ConfigError if a
+    package that is asked for is missing.
+    """
+    run_dir = Path(logging.run_dir)
+    writers: list[Writer] = []
+    if logging.tensorboard:
+        writers.append(TensorBoardWriter(run_dir / "tensorboard"))
+    if logging.wandb_project is not None:
+        writers.append(WandbWriter(logging.wandb_project, logging.wandb_name, run_dir, resolved))
+    writers.append(JsonlWriter(run_dir / METRICS_FILE))
+    writers.append(ConsoleWriter(logging.style, logging.progress_bar, train_iters))
+    return MetricsHub(writers)

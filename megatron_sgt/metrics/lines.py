@@ -1,0 +1,198 @@
+"""The console lines of one run, as pure functions of a record: (record, paint) -> text without a newline.
+
+`paint(role, text)` colours a part; the roles are those of ROLES. The records' fields are listed in
+megatron_sgt/metrics/__init__.py; a field that is absent or None is left out of the line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from megatron_sgt.metrics import units
+
+Paint = Callable[[str, str], str]
+Record = Mapping[str, Any]
+
+ROLES = ("bad", "warn", "event", "good")
+
+
+def plain(role: str, text: str) -> str:
+    """The paint of a log file: none."""
+    return text
+
+
+def _join(parts: Iterable[str | None]) -> str:
+    return "  ".join(part for part in parts if part)
+
+
+def _part(record: Record, key: str, text: Callable[[Any], str]) -> str | None:
+    value = record.get(key)
+    return None if value is None else text(value)
+
+
+def _number(record: Record, key: str, label: str, decimals: int, paint: Paint) -> str | None:
+    value = record.get(key)
+    text = f"{label} {units.fixed(value, decimals)}"
+    if units.is_bad(value):
+        return paint("bad", text)
+    return None if value is None else text
+
+
+def _memory(record: Record) -> str | None:
+    used, total = record.get("memory_gb"), record.get("memory_total_gb")
+    if used is None:
+        return None
+    return f"{used:.1f} GB" if total is None else f"{used:.1f}/{total:.0f} GB"
+
+
+def _per_device(record: Record) -> str | None:
+    rate = record.get("tokens_per_second_per_device")
+    if rate is None or rate == record.get("tokens_per_second"):
+        return None
+    return f"{units.si(rate)}/{'gpu' if record.get('device') == 'gpu' else 'rank'}"
+
+
+def train_line(record: Record, paint: Paint = plain) -> str:
+    """Step, loss, gradient norm, learning rate, speed, memory and time left.
+
+    `MFU n/a` appears where a speed is known and a peak is not; a loss or norm that is no finite number is
+    painted "bad"; skipped steps appear when there were any.
+    """
+    step, total = record["step"], record.get("train_iters")
+    position = f"step {step:,}"
+    if total:
+        position = f"step {step:>{len(f'{total:,}')},}/{total:,}  {100 * step / total:.1f}%"
+    mfu = record.get("mfu")
+    skipped = record.get("skipped_steps") or 0
+    return _join(
+        (
+            position,
+            _number(record, "loss", "loss", 3, paint),
+            _number(record, "grad_norm", "gn", 2, paint),
+            _part(record, "lr", lambda lr: f"lr {units.exponent(lr)}"),
+            _part(record, "tokens_per_second", lambda rate: f"{units.si(rate, ' ')} tok/s"),
+            _per_device(record),
+            _part(record, "tflops_per_device", units.flop_rate),
+            _part(record, "tflops_per_device", lambda _: f"MFU {'n/a' if mfu is None else f'{mfu:.1%}'}"),
+            _memory(record),
+            _part(record, "eta_s", lambda seconds: f"eta {units.duration(seconds)}"),
+            paint("warn", f"skipped {skipped}") if skipped else None,
+        )
+    )
+
+
+def _heads_of(record: Record, layer: int) -> str:
+    kept = record.get("kept_heads") or {}
+    heads = kept.get(layer, kept.get(str(layer), ()))
+    return f"[{','.join(str(head) for head in heads)}]"
+
+
+def _structure(record: Record) -> str:
+    """Every looped layer with its kept heads, deepest first: 19[4,11] 14[2,9]; depth > 1 as 19[4,11]x2."""
+    depths = record.get("loop_depth") or ()
+    looped = [(layer, depth) for layer, depth in enumerate(depths) if depth]
+    return " ".join(
+        f"{layer}{_heads_of(record, layer)}" + (f"x{depth}" if depth > 1 else "")
+        for layer, depth in reversed(looped)
+    )
+
+
+def _selected(record: Record) -> str:
+    layer, score = record["layer"], record.get("layer_score")
+    rank, candidates = record.get("layer_rank"), record.get("num_candidates")
+    details = [] if score is None else [f"score {score:.2f}"]
+    if rank is not None:
+        details.append(f"rank {rank}" + (f" of {candidates}" if candidates is not None else ""))
+    return f"layer {layer} selected" + (f" ({', '.join(details)})" if details else "")
+
+
+def growth_line(record: Record, paint: Paint = plain) -> str:
+    """One decision of the schedule; it stands out, because it changes what the run computes."""
+    action, layer = record["action"], record.get("layer")
+    overhead = _part(record, "flops_overhead", lambda part: f"{100 * part:+.1f} % FLOPs")
+    depths = record.get("loop_depth") or ()
+    chosen = sum(1 for depth in depths if depth)
+    most = record.get("max_selected_layers")
+    parts: list[str | None] = [f"step {record['step']:,}"]
+    if action == "fixed":
+        parts += [f"structure fixed: {_structure(record) or 'no layer loops'}", overhead]
+    elif layer is None:
+        parts += [action.replace("_", " "), overhead]
+    else:
+        fade = _part(record, "fade_until_step", lambda s: f"gates of the others fade until {s:,}")
+        deeper = action == "increase_depth"
+        parts += [
+            f"layer {layer} loops once more" if deeper else _selected(record),
+            f"keep heads {_heads_of(record, layer)}",
+            None if deeper else fade,
+            f"depth {depths[layer]}" if depths else None,
+            overhead,
+            f"{chosen}/{most} layers" if most else None,
+        ]
+    return paint("event", "GROW") + "  " + _join(parts)
+
+
+def valid_line(record: Record, paint: Paint = plain) -> str:
+    """Validation loss and perplexity."""
+    batches, seconds = record.get("batches"), record.get("seconds")
+    extent = [] if batches is None else [f"{batches:,} batches"]
+    extent += [] if seconds is None else [units.elapsed(seconds)]
+    return _join(
+        (
+            f"{paint('good', 'VALID')} step {record['step']:,}",
+            _number(record, "loss", "loss", 3, paint),
+            _part(record, "perplexity", lambda ppl: f"ppl {units.perplexity(ppl)}"),
+            f"({', '.join(extent)})" if extent else None,
+        )
+    )
+
+
+def save_line(record: Record, paint: Paint = plain) -> str:
+    """A checkpoint that is complete on disk."""
+    size = _part(record, "bytes", units.file_size)
+    seconds = _part(record, "seconds", units.elapsed)
+    cost = f"{size} in {seconds}" if size and seconds else size or seconds
+    path = _part(record, "path", str)
+    return _join((f"{paint('good', 'SAVE')}  step {record['step']:,}", cost, path))
+
+
+def resume_line(record: Record, paint: Paint = plain) -> str:
+    """From where the run starts: a checkpoint, or from nothing."""
+    if record.get("path") is None:
+        searched = record.get("searched")
+        looked = f" (no checkpoint in {searched})" if searched else ""
+        return f"{paint('good', 'START')}  fresh start{looked}"
+    samples = _part(record, "consumed_samples", lambda n: f"({n:,} samples consumed)")
+    return _join(
+        (f"{paint('warn', 'RESUME')}  resumed at step {record['step']:,}", f"from {record['path']}", samples)
+    )
+
+
+def summary_line(record: Record, paint: Paint = plain) -> str:
+    """The end of a run: one line of results, then one line for each of its `paths`."""
+    step, total = record["step"], record.get("train_iters")
+    first = _part(record, "first_loss", lambda loss: f"{units.fixed(loss, 3)} -> ")
+    loss = _number(record, "loss", "loss", 3, plain)
+    if loss and first:
+        loss = loss.replace("loss ", f"loss {first}", 1)
+    if loss and units.is_bad(record["loss"]):
+        loss = paint("bad", loss)
+    lines = [
+        _join(
+            (
+                f"{paint('good', 'DONE')}  step {step:,}" + (f"/{total:,}" if total else ""),
+                _part(record, "reason", str),
+                loss,
+                _number(record, "valid_loss", "valid loss", 3, paint),
+                _part(record, "growth_events", lambda n: f"{n} growth event{'' if n == 1 else 's'}"),
+                _part(record, "consumed_tokens", lambda n: f"{units.si(n, ' ')} tokens"),
+                _part(record, "tokens_per_second", lambda rate: f"{units.si(rate, ' ')} tok/s"),
+                _part(record, "seconds", lambda seconds: f"in {units.elapsed(seconds)}"),
+            )
+        )
+    ]
+    paths = record.get("paths") or {}
+    width = max((len(name) for name in paths), default=0)
+    lines += [f"      {name:<{width}}  {path}" for name, path in paths.items()]
+    return "\n".join(lines)

@@ -1,0 +1,147 @@
+"""TensorBoard and Weights & Biases: curves of the numeric fields of every report."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+
+from megatron_sgt.errors import ConfigError
+
+# Constants of a run and the axis itself make no curve.
+_NO_CURVE = (
+    "step",
+    "time",
+    "train_iters",
+    "global_batch_size",
+    "layer",
+    "fade_until_step",
+    "memory_total_gb",
+)
+
+
+class Writer(Protocol):
+    """One destination of reports."""
+
+    def write(self, kind: str, record: Mapping[str, Any]) -> None:
+        """Take one record (see megatron_sgt.metrics for its fields)."""
+
+    def advance(self, step: int) -> None:
+        """Learn that an optimizer step is done, whether or not it is reported."""
+
+    def close(self) -> None:
+        """Write what is held back and release the destination."""
+
+
+def scalars(kind: str, record: Mapping[str, Any]) -> dict[str, float]:
+    """The curves of a record: "train/loss" -> number, for every field that is one."""
+    return {
+        f"{kind}/{key}": float(value)
+        for key, value in record.items()
+        if isinstance(value, int | float | np.number) and not isinstance(value, bool) and key not in _NO_CURVE
+    }
+
+
+def _import_for(option: str, module: str, package: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"{option} is set, but {package} cannot be imported ({error}): "
+            f"run 'pip install {package}', or remove {option}"
+        ) from error
+
+
+class TensorBoardWriter:
+    """Event files in `directory`. Raises ConfigError if the tensorboard package is missing.
+
+    After a resume at step N, TensorBoard drops the points of later steps that a dead attempt has written.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        option = "logging.tensorboard"
+        events = _import_for(option, "tensorboard.summary.writer.event_file_writer", "tensorboard")
+        self._event_pb2 = _import_for(option, "tensorboard.compat.proto.event_pb2", "tensorboard")
+        self._summary_pb2 = _import_for(option, "tensorboard.compat.proto.summary_pb2", "tensorboard")
+        self._writer = events.EventFileWriter(str(directory))
+
+    def write(self, kind: str, record: Mapping[str, Any]) -> None:
+        """Write the record's curves."""
+        step, when = int(record["step"]), float(record.get("time", time.time()))
+        pb2 = self._event_pb2
+        if kind == "resume":
+            start = pb2.SessionLog(status=pb2.SessionLog.START)
+            event = pb2.Event(wall_time=when, step=step + 1, session_log=start)
+        else:
+            values = [
+                self._summary_pb2.Summary.Value(tag=tag, simple_value=value)
+                for tag, value in scalars(kind, record).items()
+            ]
+            event = pb2.Event(wall_time=when, step=step, summary=self._summary_pb2.Summary(value=values))
+        self._writer.add_event(event)
+        self._writer.flush()
+
+    def advance(self, step: int) -> None:
+        """Nothing: only reports make points."""
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+
+class WandbWriter:
+    """One run of Weights & Biases, continued after a resume.
+
+    directory: where wandb keeps its files, and where the run's id is kept in `wandb_run_id`; config: shown
+    beside the curves. Raises ConfigError if the package is missing or refuses to start.
+    """
+
+    def __init__(
+        self,
+        project: str,
+        name: str | None = None,
+        directory: str | Path = ".",
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        wandb = _import_for("logging.wandb_project", "wandb", "wandb")
+        id_file = Path(directory) / "wandb_run_id"
+        id_file.parent.mkdir(parents=True, exist_ok=True)
+        run_id = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=name,
+                id=run_id,
+                resume="allow",
+                dir=str(directory),
+                config=dict(config or {}),
+            )
+        except Exception as error:
+            raise ConfigError(
+                f"Weights & Biases refused project {project!r}: {error}. Log in with 'wandb login', set "
+                "WANDB_MODE=offline, or remove logging.wandb_project"
+            ) from error
+        id_file.write_text(f"{self._run.id}\n", encoding="utf-8")
+        # W&B's own step may not go back, as ours does on a resume: ours is one more curve, and the x axis.
+        for kind in ("train", "valid", "growth", "save"):
+            self._run.define_metric(f"{kind}/*", step_metric="step")
+
+    def write(self, kind: str, record: Mapping[str, Any]) -> None:
+        """Send the record's curves; a summary goes into the run's summary."""
+        curves = scalars(kind, record)
+        if kind == "summary":
+            self._run.summary.update(curves)
+        elif kind != "resume":
+            self._run.log({"step": int(record["step"]), **curves})
+
+    def advance(self, step: int) -> None:
+        """Nothing: only reports make points."""
+
+    def close(self) -> None:
+        """Finish the run: wait until everything is sent."""
+        self._run.finish()

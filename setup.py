@@ -1,0 +1,67 @@
+"""Packaging of megatron-sgt: pure Python, no extension is compiled at install time or at start."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+README = ROOT / "README.md"
+
+# transformers is imported only by export, evaluation and the Hugging Face tokenizer, but exporting
+# what was trained is part of the main job, so it is not an extra.
+INSTALL_REQUIRES = [
+    "torch>=2.6",
+    "megatron-core>=0.16,<0.17",
+    "deepspeed>=0.16",
+    "numpy",
+    "pydantic>=2",
+    "pyyaml",
+    "safetensors",
+    "sentencepiece",
+    "tokenizers",
+    "tqdm",
+    "transformers>=4.48",
+]
+# NVIDIA Apex and Transformer Engine are used when importable. They are no extras: they must be built
+# against the machine's toolkit, and the name `apex` on PyPI belongs to an unrelated package.
+EXTRAS_REQUIRE = {
+    "gpu": ["triton>=3.2; platform_system == 'Linux'"],
+    "mpi": ["mpi4py"],
+    "eval": ["lm-eval>=0.4"],
+    "data": ["pyarrow", "zstandard"],
+    "logging": ["tensorboard", "wandb"],
+    "dev": ["pytest", "ruff", "mypy", "pyarrow", "zstandard", "tensorboard"],
+}
+
+
+def read_version() -> str:
+    """Version of the package, read without importing it (its dependencies may be absent)."""
+    text = (ROOT / "megatron_sgt" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', text, flags=re.MULTILINE)
+    if match is None:
+        raise RuntimeError('megatron_sgt/__init__.py holds no line __version__ = "..."')
+    return match.group(1)
+
+
+setup(
+    name="megatron-sgt",
+    version=read_version(),
+    description="Pretraining of the Sparse Growing Transformer (SGT) on Megatron-Core and DeepSpeed",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["pretraining", "megatron", "deepspeed", "transformer", "attention looping"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_sgt", "megatron_sgt.*"]),
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+)

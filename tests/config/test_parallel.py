@@ -1,0 +1,29 @@
+"""The rules inside the section of the parallel layout."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from megatron_sgt.config import ParallelConfig
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"pipeline_model_parallel_size": 2}, "pipeline_model_parallel_size: 2 is not supported, only 1"),
+        ({"context_parallel_size": 4}, "context_parallel_size: 4 is not supported, only 1"),
+        ({"tensor_model_parallel_size": 0}, "tensor_model_parallel_size"),
+        ({"zero_stage": 4}, "zero_stage"),
+        ({"device": "tpu"}, "device"),
+        ({"distributed_timeout_minutes": 0}, "distributed_timeout_minutes"),
+    ],
+)
+def test_rules(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ParallelConfig(**given)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_zero_stages(stage: Any) -> None:
+    assert ParallelConfig(zero_stage=stage).zero_stage == stage

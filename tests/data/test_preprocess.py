@@ -1,0 +1,133 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_sgt.config import TokenizerConfig
+from megatron_sgt.data.encoding import EncodedKey, encode_chunks
+from megatron_sgt.data.preprocess import DatasetWriter, PreprocessOptions, preprocess, sha256_of
+from megatron_sgt.data.readers import Chunk
+from megatron_sgt.data.tokenizer import build_tokenizer
+from megatron_sgt.errors import DataError
+
+
+def read_back(prefix: str) -> list[list[int]]:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(prefix)
+    assert dataset.document_indices.tolist() == list(range(len(dataset) + 1)), "one sequence per document"
+    return [dataset[i].tolist() for i in range(len(dataset))]
+
+
+def write(path: Path, records: list[dict[str, str]]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def options(sp_model: str, source: str, prefix: Path, **changes: object) -> PreprocessOptions:
+    tokenizer = TokenizerConfig(type="sentencepiece", model=sp_model)
+    return PreprocessOptions((source,), str(prefix), tokenizer, **changes)  # type: ignore[arg-type]
+
+
+def test_tokens_are_those_of_the_tokenizer(tmp_path: Path, sp_model: str, texts: list[str]) -> None:
+    source = write(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    tokenizer = build_tokenizer(TokenizerConfig(type="sentencepiece", model=sp_model))
+    for append_eod in (False, True):
+        prefix = tmp_path / f"out{append_eod}"
+        report = preprocess(options(sp_model, source, prefix, append_eod=append_eod))
+        ending = [tokenizer.eod] if append_eod else []
+        written = read_back(f"{prefix}_text_document")
+        assert written == [tokenizer.encode(text) + ending for text in texts]
+        assert report.datasets[0].documents == len(texts)
+        assert report.datasets[0].tokens == sum(map(len, written))
+
+
+def test_workers_do_not_change_the_result(tmp_path: Path, sp_model: str, texts: list[str]) -> None:
+    """About 40 chunks, so that the workers finish them out of order."""
+    source = write(tmp_path / "a.jsonl", [{"text": text * 40} for text in texts] * 8)
+    sums = []
+    for num_workers in (1, 3):
+        preprocess(options(sp_model, source, tmp_path / f"w{num_workers}", num_workers=num_workers))
+        sums.append(
+            [sha256_of(f"{tmp_path}/w{num_workers}_text_document{suffix}") for suffix in (".bin", ".idx")]
+        )
+    assert sums[0] == sums[1]
+
+
+def test_several_keys(tmp_path: Path, sp_model: str) -> None:
+    source = write(tmp_path / "a.jsonl", [{"text": "layer", "title": "t"}, {"text": "head", "title": ""}])
+    report = preprocess(options(sp_model, source, tmp_path / "out", json_keys=("text", "title")))
+    assert len(read_back(f"{tmp_path}/out_text_document")) == 2
+    assert len(read_back(f"{tmp_path}/out_title_document")) == 1
+    assert [(d.documents, d.empty) for d in report.datasets] == [(2, 0), (1, 1)]
+
+
+def test_empty_documents_and_broken_unicode(tmp_path: Path, sp_model: str) -> None:
+    source = write(tmp_path / "a.jsonl", [{"text": ""}, {"text": "a\ud800b"}, {"text": ""}])
+    report = preprocess(options(sp_model, source, tmp_path / "out", append_eod=True))
+    assert (report.datasets[0].documents, report.datasets[0].empty, report.repaired) == (1, 2, 1)
+    tokenizer = build_tokenizer(TokenizerConfig(type="sentencepiece", model=sp_model))
+    assert tokenizer.decode(read_back(f"{tmp_path}/out_text_document")[0][:-1]) == "a?b"
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_bad_line_leaves_nothing_behind(tmp_path: Path, sp_model: str, num_workers: int) -> None:
+    source = write(tmp_path / "a.jsonl", [{"text": "ok " * 200}] * 5000)
+    with open(source, "a") as stream:
+        stream.write("oops\n")
+    with pytest.raises(DataError, match=r"a\.jsonl:5001: not a JSON line"):
+        preprocess(options(sp_model, source, tmp_path / "out", num_workers=num_workers))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_existing_output_is_kept_unless_asked(tmp_path: Path, sp_model: str) -> None:
+    source = write(tmp_path / "a.jsonl", [{"text": "layer"}])
+    preprocess(options(sp_model, source, tmp_path / "out"))
+    before = sha256_of(f"{tmp_path}/out_text_document.bin")
+    source = write(tmp_path / "a.jsonl", [{"text": "head"}])
+    with pytest.raises(DataError, match=r"out_text_document\.bin and .*\.idx exists already.*--overwrite"):
+        preprocess(options(sp_model, source, tmp_path / "out"))
+    assert sha256_of(f"{tmp_path}/out_text_document.bin") == before
+    preprocess(options(sp_model, source, tmp_path / "out", overwrite=True))
+    assert sha256_of(f"{tmp_path}/out_text_document.bin") != before
+
+
+def test_nothing_to_write(tmp_path: Path, sp_model: str) -> None:
+    source = write(tmp_path / "a.jsonl", [{"text": ""}])
+    with pytest.raises(DataError, match="no document with text"):
+        preprocess(options(sp_model, source, tmp_path / "out"))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_unfinished_writer(tmp_path: Path) -> None:
+    prefix = str(tmp_path / "sub" / "x")
+    with DatasetWriter(prefix, "int32", overwrite=False) as writer:
+        writer.add(EncodedKey(np.arange(5, dtype=np.int32), np.array([2, 3], dtype=np.int32), 0))
+        assert not Path(prefix + ".bin").exists() and not Path(prefix + ".idx").exists()
+        with pytest.raises(DataError, match="another process is writing"):
+            DatasetWriter(prefix, "int32", overwrite=False)
+    assert not list(Path(prefix).parent.iterdir())
+
+
+def test_bounded_number_of_chunks_in_memory(sp_model: str) -> None:
+    """The reader is never far ahead of the consumer."""
+    produced = 0
+
+    def chunks() -> object:
+        nonlocal produced
+        for _ in range(200):
+            produced += 1
+            yield Chunk("x", 1, documents=[("layer head",)])
+
+    encoded = encode_chunks(
+        chunks(),  # type: ignore[arg-type]
+        TokenizerConfig(type="sentencepiece", model=sp_model),
+        ("text",),
+        False,
+        "uint16",
+        2,
+    )
+    for consumed, _ in enumerate(encoded, start=1):
+        assert produced <= consumed + 2 * 4
+    assert consumed == 200

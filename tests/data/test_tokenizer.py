@@ -1,0 +1,109 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_sgt.config.data import TokenizerConfig
+from megatron_sgt.data.tokenizer import build_tokenizer, resolve_vocab_size
+from megatron_sgt.errors import DataError
+
+
+def make_hf_json(path: Path, eod: str | None = "<|endoftext|>") -> Path:
+    """A byte-level BPE without merges: every byte is a token."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if eod:
+        tokenizer.add_special_tokens([eod])
+    tokenizer.save(str(path))
+    return path
+
+
+@pytest.fixture
+def hf_folder(tmp_path: Path) -> Path:
+    from transformers import PreTrainedTokenizerFast
+
+    file = make_hf_json(tmp_path / "plain.json")
+    PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token="<|endoftext|>").save_pretrained(
+        tmp_path / "folder"
+    )
+    return tmp_path / "folder"
+
+
+TEXTS = ["", " a  b\t\n\nc ", "naïve 漢字 😀\r\n", "<s> </s> <0x0A>"]
+
+
+def test_sentencepiece(sp_model: str) -> None:
+    tokenizer = build_tokenizer(TokenizerConfig(type="sentencepiece", model=sp_model))
+    assert (tokenizer.vocab_size, tokenizer.eod) == (320, 2)
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert all(3 <= i < 320 for i in ids), "control tokens are never produced from text"
+
+
+def test_sentencepiece_fingerprint_is_that_of_the_contents(sp_model: str, tmp_path: Path) -> None:
+    original = build_tokenizer(TokenizerConfig(type="sentencepiece", model=sp_model))
+    copy = tmp_path / "elsewhere.model"
+    copy.write_bytes(Path(sp_model).read_bytes())
+    assert (
+        build_tokenizer(TokenizerConfig(type="sentencepiece", model=str(copy))).fingerprint()
+        == original.fingerprint()
+    )
+
+
+def test_huggingface_file(tmp_path: Path) -> None:
+    file = make_hf_json(tmp_path / "tokenizer.json")
+    tokenizer = build_tokenizer(TokenizerConfig(type="huggingface", model=str(file)))
+    assert (tokenizer.vocab_size, tokenizer.eod) == (257, 256)
+    for text in TEXTS[:3]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    folder = build_tokenizer(TokenizerConfig(type="huggingface", model=str(tmp_path)))
+    assert folder.fingerprint() == tokenizer.fingerprint()
+
+
+def test_huggingface_folder(hf_folder: Path, tmp_path: Path) -> None:
+    tokenizer = build_tokenizer(TokenizerConfig(type="huggingface", model=str(hf_folder)))
+    assert (tokenizer.vocab_size, tokenizer.eod) == (257, 256)
+    for text in TEXTS[:3]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    before = tokenizer.fingerprint()
+    assert before == build_tokenizer(TokenizerConfig(type="huggingface", model=str(hf_folder))).fingerprint()
+    config = json.loads((hf_folder / "tokenizer_config.json").read_text())
+    (hf_folder / "tokenizer_config.json").write_text(json.dumps({**config, "extra": 1}))
+    assert before != build_tokenizer(TokenizerConfig(type="huggingface", model=str(hf_folder))).fingerprint()
+
+
+def test_a_tokenizer_without_an_end_of_text_says_so_when_asked(tmp_path: Path) -> None:
+    file = make_hf_json(tmp_path / "t.json", eod=None)
+    tokenizer = build_tokenizer(TokenizerConfig(type="huggingface", model=str(file)))
+    with pytest.raises(DataError, match=r"no end-of-text token.*\|endoftext\|"):
+        _ = tokenizer.eod
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])
+def test_missing_and_damaged_files(kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        build_tokenizer(TokenizerConfig(type=kind, model=str(tmp_path / "none")))  # type: ignore[arg-type]
+    (tmp_path / "bad").write_bytes(b"{not a tokenizer")
+    with pytest.raises(DataError, match="is not a"):
+        build_tokenizer(TokenizerConfig(type=kind, model=str(tmp_path / "bad")))  # type: ignore[arg-type]
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match="folder"):
+        build_tokenizer(TokenizerConfig(type=kind, model=str(tmp_path / "folder")))  # type: ignore[arg-type]
+    assert capfd.readouterr().err == "", "the libraries print nothing beside the message"
+
+
+def test_vocabulary_of_the_model(sp_model: str) -> None:
+    tokenizer = build_tokenizer(TokenizerConfig(type="sentencepiece", model=sp_model))
+    assert resolve_vocab_size(None, tokenizer) == 320
+    assert resolve_vocab_size(512, tokenizer) == 512
+    assert resolve_vocab_size(100, None) == 100
+    with pytest.raises(DataError, match=r"vocab_size 319 is smaller than the 320 ids"):
+        resolve_vocab_size(319, tokenizer)
+    with pytest.raises(DataError, match="must be set"):
+        resolve_vocab_size(None, None)

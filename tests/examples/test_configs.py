@@ -1,0 +1,131 @@
+"""Every example configuration loads, has the size that its name and comment say, and differs from its twin in
+nothing but the method."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sgt.config import Config, load_config
+from megatron_sgt.config.model import ModelConfig
+
+FOLDER = Path(__file__).parents[2] / "examples" / "configs"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+VOCAB_SIZE = 32000
+SIZES = {"300m": 300e6, "1.2b": 1.2e9, "7b": 7e9, "13b": 13e9}
+
+
+def load(name: str) -> Config:
+    return load_config(FOLDER / f"{name}.yaml")
+
+
+def count_parameters(model: ModelConfig) -> tuple[int, int]:
+    """Return the parameters of a decoder without biases and q/k norms: all, and all but the vocabulary's."""
+    assert (model.activation, model.normalization) == ("swiglu", "RMSNorm")
+    assert model.untie_embeddings_and_output_weights
+    assert not (model.add_bias_linear or model.add_qkv_bias or model.qk_layernorm)
+    hidden, head = model.hidden_size, model.kv_channels
+    attention = hidden * head * (2 * model.num_attention_heads + 2 * model.num_query_groups)
+    layer = attention + 3 * hidden * model.ffn_hidden_size + 2 * hidden
+    inner = model.num_layers * layer + hidden
+    return inner + 2 * hidden * model.padded_vocab_size(VOCAB_SIZE), inner
+
+
+def differences(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> set[str]:
+    """Return the dotted names of the values in which two nested mappings differ."""
+    found = set()
+    for key in left.keys() | right.keys():
+        a, b = left.get(key), right.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.add(prefix + key)
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loads_and_round_trips(name: str, tmp_path: Path) -> None:
+    cfg = load(name)
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(cfg.to_yaml())
+    assert load_config(resolved) == cfg
+
+
+def test_the_set_is_complete() -> None:
+    expected = {f"{kind}_{size}" for kind in ("sgt", "vanilla") for size in SIZES}
+    expected |= {"quickstart", "vanilla_quickstart", "block_loop_300m"}
+    expected |= {"sgt_300m_lowest_heads", "sgt_300m_shallow_first"}
+    assert set(NAMES) == expected
+    assert len({load(name).logging.run_dir for name in NAMES}) == len(NAMES)
+
+
+TWINS = [
+    *((f"sgt_{size}", f"vanilla_{size}", {"growth.method"}) for size in SIZES),
+    ("quickstart", "vanilla_quickstart", {"growth.method"}),
+    ("sgt_300m", "block_loop_300m", {"growth.method", "growth.block_loop_layers"}),
+    ("sgt_300m", "sgt_300m_lowest_heads", {"growth.head_choice"}),
+    ("sgt_300m", "sgt_300m_shallow_first", {"growth.direction"}),
+]
+
+
+@pytest.mark.parametrize(("name", "twin", "expected"), TWINS)
+def test_twins_differ_in_the_method_alone(name: str, twin: str, expected: set[str]) -> None:
+    assert differences(load(name).model_dump(), load(twin).model_dump()) == {*expected, "logging.run_dir"}
+
+
+@pytest.mark.parametrize(("name", "size"), [(f"sgt_{label}", size) for label, size in SIZES.items()])
+def test_size_is_that_of_the_name_and_comment(name: str, size: float) -> None:
+    total, inner = count_parameters(load(name).model)
+    # Names of this family count the layers, not the vocabulary; LLaMA's "7B" is 6.5 and 6.7 billion.
+    assert inner == pytest.approx(size, rel=0.08)
+    comment = (FOLDER / f"{name}.yaml").read_text()
+    numbers = [int(text.replace(",", "")) for text in re.findall(r"\d{1,3}(?:,\d{3}){2,}", comment)]
+    assert numbers == [total, inner]
+
+
+@pytest.mark.parametrize("label", SIZES)
+def test_recipe_of_the_paper(label: str) -> None:
+    cfg = load(f"sgt_{label}")
+    optim, growth = cfg.optim, cfg.growth
+    assert (cfg.model.seq_length, cfg.train.global_batch_size) == (4096, 1024)
+    assert (optim.adam_beta1, optim.adam_beta2, optim.weight_decay, optim.weight_decay_on) == (
+        0.9,
+        0.95,
+        0.1,
+        "all",
+    )
+    assert (optim.clip_grad, optim.lr_decay_style) == (1.0, "cosine")
+    assert optim.min_lr == pytest.approx(optim.lr / 10)
+    assert optim.lr <= 6e-4
+    assert growth.first_selection_step == growth.window_size == optim.lr_warmup_iters
+    assert (
+        growth.first_selection_step + growth.max_selected_layers * growth.window_size < cfg.train.train_iters
+    )
+
+
+def test_300m_is_the_paper_to_the_number() -> None:
+    cfg = load("sgt_300m")
+    assert (cfg.optim.lr, cfg.optim.min_lr, cfg.optim.lr_warmup_iters) == (6e-4, 6e-5, 250)
+    assert cfg.train.train_iters * 1024 * 4096 == pytest.approx(20e9, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("label", "world_size"),
+    [("300m", 1), ("300m", 8), ("300m", 128), ("1.2b", 8), ("1.2b", 256), ("7b", 32), ("13b", 64)],
+)
+def test_batches_multiply_on_the_machines_named(label: str, world_size: int) -> None:
+    cfg = load(f"sgt_{label}")
+    batches, replicas = cfg.num_micro_batches(world_size), cfg.data_parallel_size(world_size)
+    assert batches * replicas * cfg.train.micro_batch_size == 1024
+
+
+def test_quickstart_runs_on_two_cpu_ranks_and_fixes_its_structure() -> None:
+    cfg = load("quickstart")
+    growth, train = cfg.growth, cfg.train
+    assert (cfg.parallel.device, cfg.data_parallel_size(2), cfg.num_micro_batches(2)) == ("cpu", 1, 2)
+    last_decision = growth.first_selection_step + growth.max_selected_layers * growth.window_size
+    assert last_decision < train.train_iters
+    assert cfg.checkpoint.save_interval < train.train_iters
+    # The comment's 1.3 M.
+    assert count_parameters(cfg.model)[1] == pytest.approx(1.3e6, rel=0.03)

@@ -1,0 +1,183 @@
+"""Every console line against the text that a reader sees."""
+
+import math
+from typing import Any
+
+import pytest
+
+from megatron_sgt.growth.plan import GrowthEvent
+from megatron_sgt.metrics import lines
+
+TRAIN: dict[str, Any] = {
+    "step": 1250,
+    "train_iters": 23842,
+    "loss": 3.4119,
+    "grad_norm": 0.714,
+    "lr": 5.9e-4,
+    "tokens_per_second": 1.562e6,
+    "tokens_per_second_per_device": 48_812.5,
+    "tflops_per_device": 418.2,
+    "mfu": 0.4227,
+    "memory_gb": 41.26,
+    "memory_total_gb": 80.0,
+    "device": "gpu",
+    "eta_s": 60_690,
+    "skipped_steps": 0,
+}
+TRAIN_TEXT = (
+    "step  1,250/23,842  5.2%  loss 3.412  gn 0.71  lr 5.9e-4  1.56 M tok/s  48.8k/gpu  418 TF  MFU 42.3%  "
+    "41.3/80 GB  eta 16h51m"
+)
+
+
+def marked(role: str, text: str) -> str:
+    return f"<{role}:{text}>"
+
+
+def test_train_line() -> None:
+    assert lines.train_line(TRAIN) == TRAIN_TEXT
+    assert lines.train_line(TRAIN, marked) == TRAIN_TEXT
+
+
+@pytest.mark.parametrize(
+    ("change", "old", "new"),
+    [
+        ({"mfu": None}, "MFU 42.3%", "MFU n/a"),
+        ({"memory_total_gb": None}, "41.3/80 GB", "41.3 GB"),
+        ({"memory_gb": None}, "  41.3/80 GB", ""),
+        ({"device": "cpu"}, "48.8k/gpu", "48.8k/rank"),
+        ({"tokens_per_second_per_device": 1.562e6}, "  48.8k/gpu", ""),
+        ({"tflops_per_device": None}, "  418 TF  MFU 42.3%", ""),
+        ({"lr": 0.0}, "lr 5.9e-4", "lr 0"),
+        ({"eta_s": None}, "  eta 16h51m", ""),
+        ({"step": 23842}, "step  1,250/23,842  5.2%", "step 23,842/23,842  100.0%"),
+        ({"train_iters": None}, "step  1,250/23,842  5.2%", "step 1,250"),
+    ],
+)
+def test_train_line_parts(change: dict[str, Any], old: str, new: str) -> None:
+    assert old in TRAIN_TEXT
+    assert lines.train_line({**TRAIN, **change}) == TRAIN_TEXT.replace(old, new)
+
+
+@pytest.mark.parametrize(
+    ("loss", "shown"), [(math.nan, "loss NaN"), (math.inf, "loss inf"), (-math.inf, "loss -inf")]
+)
+def test_a_bad_loss_is_shown_and_painted(loss: float, shown: str) -> None:
+    assert f"  {shown}  " in lines.train_line({**TRAIN, "loss": loss})
+    assert f"<bad:{shown}>" in lines.train_line({**TRAIN, "loss": loss}, marked)
+
+
+def test_a_bad_norm_and_skipped_steps_are_shown() -> None:
+    record = {**TRAIN, "grad_norm": math.inf, "skipped_steps": 2}
+    assert "  gn inf  " in lines.train_line(record)
+    assert lines.train_line(record, marked).endswith("  <warn:skipped 2>")
+    assert "<bad:gn inf>" in lines.train_line(record, marked)
+
+
+def test_losses_below_zero_and_zero_are_losses() -> None:
+    assert "loss 0.000" in lines.train_line({"step": 1, "loss": 0.0})
+    assert "loss -1.500" in lines.train_line({"step": 1, "loss": -1.5})
+
+
+def growth(action: str, **extra: Any) -> dict[str, Any]:
+    depth = [0] * 24
+    depth[19] = 2 if action == "increase_depth" else 1
+    event = GrowthEvent(
+        step=1250,
+        action=action,
+        layer=None if action == "fixed" else 19,
+        phase="selecting",
+        kept_heads={19: (4, 11)},
+        loop_depth=tuple(depth),
+        layer_score=None if action == "fixed" else 0.8123,
+    )
+    return {**event.to_dict(), **extra}
+
+
+def test_growth_line_of_a_selection() -> None:
+    record = growth(
+        "first_selection",
+        layer_rank=1,
+        num_candidates=23,
+        fade_until_step=1500,
+        flops_overhead=0.0021,
+        max_selected_layers=3,
+    )
+    assert lines.growth_line(record) == (
+        "GROW  step 1,250  layer 19 selected (score 0.81, rank 1 of 23)  keep heads [4,11]  "
+        "gates of the others fade until 1,500  depth 1  +0.2 % FLOPs  1/3 layers"
+    )
+    assert lines.growth_line(record, marked).startswith("<event:GROW>  step")
+
+
+def test_growth_lines_of_a_bare_event() -> None:
+    assert lines.growth_line(growth("select_new_layer")) == (
+        "GROW  step 1,250  layer 19 selected (score 0.81)  keep heads [4,11]  depth 1"
+    )
+    assert lines.growth_line(growth("increase_depth", fade_until_step=99)) == (
+        "GROW  step 1,250  layer 19 loops once more  keep heads [4,11]  depth 2"
+    )
+    assert (
+        lines.growth_line({"step": 7, "action": "some_action", "layer": None}) == "GROW  step 7  some action"
+    )
+
+
+def test_growth_line_of_the_end() -> None:
+    record = {
+        **growth("fixed", flops_overhead=0.0063),
+        "kept_heads": {"3": [0, 1], "19": [4, 11]},
+        "loop_depth": [0, 0, 0, 2, *[0] * 15, 1],
+    }
+    assert lines.growth_line(record) == ("GROW  step 1,250  structure fixed: 19[4,11] 3[0,1]x2  +0.6 % FLOPs")
+    assert "structure fixed: no layer loops" in lines.growth_line(
+        {"step": 1, "action": "fixed", "layer": None}
+    )
+
+
+def test_valid_line() -> None:
+    record = {"step": 1250, "loss": 3.437, "perplexity": 31.09, "batches": 40, "seconds": 6.0}
+    assert lines.valid_line(record) == "VALID step 1,250  loss 3.437  ppl 31.1  (40 batches, 6.0 s)"
+    bad = {"step": 2, "loss": math.nan, "perplexity": math.nan}
+    assert lines.valid_line(bad, marked) == "<good:VALID> step 2  <bad:loss NaN>  ppl NaN"
+
+
+def test_save_line() -> None:
+    record = {"step": 1250, "path": "runs/x/checkpoints/global_step1250", "seconds": 8.06, "bytes": 1.74e10}
+    assert lines.save_line(record) == (
+        "SAVE  step 1,250  17.4 GB in 8.1 s  runs/x/checkpoints/global_step1250"
+    )
+    assert lines.save_line({"step": 3, "path": "p"}) == "SAVE  step 3  p"
+
+
+def test_resume_line_says_which_of_the_two_it_is() -> None:
+    resumed = {"step": 1250, "path": "runs/x/checkpoints/global_step1250", "consumed_samples": 40_000}
+    assert lines.resume_line(resumed) == (
+        "RESUME  resumed at step 1,250  from runs/x/checkpoints/global_step1250  (40,000 samples consumed)"
+    )
+    fresh = {"step": 0, "path": None, "searched": "runs/x/checkpoints"}
+    assert lines.resume_line(fresh) == "START  fresh start (no checkpoint in runs/x/checkpoints)"
+    assert lines.resume_line({"step": 0}) == "START  fresh start"
+
+
+def test_summary_line() -> None:
+    record = {
+        "step": 60,
+        "train_iters": 60,
+        "reason": "finished",
+        "first_loss": 9.01,
+        "loss": 5.5,
+        "valid_loss": 5.75,
+        "growth_events": 4,
+        "consumed_tokens": 245_760,
+        "tokens_per_second": 3900.0,
+        "seconds": 63.0,
+        "paths": {"checkpoint": "runs/q/checkpoints/global_step60", "metrics": "runs/q/metrics.jsonl"},
+    }
+    assert lines.summary_line(record) == (
+        "DONE  step 60/60  finished  loss 9.010 -> 5.500  valid loss 5.750  4 growth events  246 k tokens  "
+        "3.90 k tok/s  in 1m03s\n"
+        "      checkpoint  runs/q/checkpoints/global_step60\n"
+        "      metrics     runs/q/metrics.jsonl"
+    )
+    assert "<bad:loss 9.010 -> NaN>" in lines.summary_line({**record, "loss": math.nan}, marked)
+    assert lines.summary_line({"step": 3, "growth_events": 1}) == "DONE  step 3  1 growth event"

@@ -1,0 +1,51 @@
+import subprocess
+import sys
+
+import pytest
+
+from megatron_sgt.cli import run_main
+from megatron_sgt.errors import CheckpointError, ConfigError, DataError, SGTError
+
+
+def raise_(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(SGTError, 1), (ConfigError, 2), (DataError, 3), (CheckpointError, 4)]
+)
+def test_mistakes_of_the_user(error: type[SGTError], code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run_main(lambda: raise_(error("what is wrong; what to do")))
+    assert exit_.value.code == code
+    assert capsys.readouterr().err == "error: what is wrong; what to do\n"
+
+
+@pytest.mark.parametrize(("result", "code"), [(None, 0), (0, 0), (7, 7)])
+def test_results(result: int | None, code: int) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run_main(lambda: result)
+    assert exit_.value.code == code
+
+
+def test_interrupt_and_bugs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run_main(lambda: raise_(KeyboardInterrupt()))
+    assert exit_.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    with pytest.raises(ZeroDivisionError):
+        run_main(lambda: raise_(ZeroDivisionError()))
+    with pytest.raises(SystemExit) as exit_:  # as argparse does
+        run_main(lambda: sys.exit(2))
+    assert exit_.value.code == 2
+
+
+def test_reader_of_the_output_goes_away() -> None:
+    program = "from megatron_sgt.cli import run_main\nrun_main(lambda: print('x' * 10**6))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141

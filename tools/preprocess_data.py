@@ -1,0 +1,66 @@
+#!/usr/bin/env python
+"""Tokenize text into Megatron's indexed data sets, PREFIX_<key>_document.bin/.idx, for pretrain_sgt.py."""
+
+import argparse
+
+from megatron_sgt.cli import run_main
+from megatron_sgt.config.data import TokenizerConfig
+from megatron_sgt.data.preprocess import PreprocessOptions, default_workers, describe, preprocess
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="PATH",
+        help="files, or folders to search for known suffixes: .jsonl, .json, .ndjson (an object per line), "
+        ".txt, .md (one document per file), all of these with .gz or .zst, and .parquet",
+    )
+    parser.add_argument("--output-prefix", required=True, metavar="PREFIX")
+    parser.add_argument("--tokenizer-type", choices=("sentencepiece", "huggingface"), default="sentencepiece")
+    parser.add_argument(
+        "--tokenizer-model", required=True, metavar="PATH", help=".model file; tokenizer.json or its folder"
+    )
+    parser.add_argument(
+        "--json-keys", nargs="+", default=["text"], help="keys or columns, one data set each [text]"
+    )
+    parser.add_argument(
+        "--input-format", choices=("jsonl", "text", "parquet"), help="format of all inputs [by their suffix]"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=default_workers(), help="processes [the CPU cores: %(default)s]"
+    )
+    parser.add_argument(
+        "--append-eod", action="store_true", help="end every document with the end-of-text token"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing data set")
+    parser.add_argument("--checksum", action="store_true", help="print the sha256 of the .bin")
+    args = parser.parse_args()
+    if args.workers < 1:
+        parser.error(f"--workers must be at least 1, got {args.workers}")
+    if not args.tokenizer_model:
+        parser.error("--tokenizer-model is empty")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    options = PreprocessOptions(
+        inputs=tuple(args.input),
+        output_prefix=args.output_prefix,
+        tokenizer=TokenizerConfig(type=args.tokenizer_type, model=args.tokenizer_model),
+        json_keys=tuple(args.json_keys),
+        input_format=args.input_format,
+        num_workers=args.workers,
+        append_eod=args.append_eod,
+        overwrite=args.overwrite,
+    )
+    for line in describe(preprocess(options), options, args.checksum):
+        print(line)
+
+
+if __name__ == "__main__":
+    run_main(main)

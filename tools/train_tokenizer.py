@@ -1,0 +1,52 @@
+#!/usr/bin/env python
+"""Train a sentencepiece tokenizer that gives back every text exactly as it was."""
+
+import argparse
+
+from megatron_sgt.cli import run_main
+from megatron_sgt.data.train_tokenizer import SAMPLE_BYTES, train_tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="jsonl, text or parquet files, or folders of them; jsonl and text may end in .gz or .zst",
+    )
+    parser.add_argument("--output", required=True, metavar="FILE.model", help="file to write")
+    parser.add_argument(
+        "--vocab-size", type=int, required=True, help="number of ids, the 259 fixed ones included"
+    )
+    parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help="[%(default)s]")
+    parser.add_argument("--json-key", default="text", help="key or column of the text [%(default)s]")
+    parser.add_argument(
+        "--input-format", choices=("jsonl", "text", "parquet"), help="format of all inputs [by their suffix]"
+    )
+    parser.add_argument(
+        "--sample-bytes", type=int, default=SAMPLE_BYTES, help="text to train on [%(default)s]"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the sample [%(default)s]")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    args = parser.parse_args()
+    report = train_tokenizer(
+        args.input,
+        args.output,
+        args.vocab_size,
+        model_type=args.model_type,
+        json_key=args.json_key,
+        input_format=args.input_format,
+        sample_bytes=args.sample_bytes,
+        seed=args.seed,
+        overwrite=args.overwrite,
+    )
+    print(
+        f"{report.path}: {report.vocab_size:,} ids, trained on {report.documents:,} documents "
+        f"({report.text_bytes / 1e6:.1f} MB), {report.bytes_per_token:.2f} bytes per token"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
