@@ -70,7 +70,14 @@ class SGTCoreAttention(torch.nn.Module):
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of any heads [S, B, *, H] with this module's dropout and recompute settings."""
         if self.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(self._attend, query, key, value, use_reentrant=False)
+            return checkpoint(
+                self._attend,
+                query,
+                key,
+                value,
+                use_reentrant=False,
+                context_fn=lambda: (contextlib.nullcontext(), _SameStreams()),
+            )
         return self._attend(query, key, value)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -78,3 +85,22 @@ class SGTCoreAttention(torch.nn.Module):
             return causal_attention(query, key, value)
         with get_cuda_rng_tracker().fork():  # heads are sharded: every rank draws its own mask
             return causal_attention(query, key, value, self.dropout_p)
+
+
+class _SameStreams:
+    """Context of a recomputation: Megatron's random streams stand where they stood when this was made.
+
+    Dropout then draws the masks of the forward pass again (torch's checkpoint restores the default generator
+    only). Afterwards the streams go on from where they were.
+    """
+
+    def __init__(self) -> None:
+        self.at_forward = get_cuda_rng_tracker().get_states()
+
+    def __enter__(self) -> None:
+        tracker = get_cuda_rng_tracker()
+        self.interrupted = tracker.get_states()
+        tracker.set_states(dict(self.at_forward))
+
+    def __exit__(self, *_: object) -> None:
+        get_cuda_rng_tracker().set_states(self.interrupted)

@@ -13,7 +13,7 @@ enters every collective, forward and backward: a peer would wait for it for ever
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,18 @@ from megatron_sgt.growth import LayerPlan
 from megatron_sgt.ops.entropy import last_row_entropy
 from megatron_sgt.parallel.head_layout import HeadLayout, KeptHeads
 
-if TYPE_CHECKING:
-    from megatron_sgt.model.layer import SGTLayer
+
+class LoopingLayer(Protocol):
+    """What a loop needs of a transformer layer: Megatron-Core's modules, and the head layout."""
+
+    config: Any
+    training: bool
+    head_layout: HeadLayout
+    input_layernorm: Any
+    self_attention: Any
+
+    def add_residual(self, out_with_bias: tuple[Tensor, Tensor | None], residual: Tensor) -> Tensor:
+        """residual + dropout(out + bias), as after the ordinary attention."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,7 @@ def loop_state(plan: LayerPlan, layout: HeadLayout, device: torch.device) -> Loo
     )
 
 
-def run_loops(layer: SGTLayer, x: Tensor, rotary: Tensor, state: LoopState) -> Tensor:
+def run_loops(layer: LoopingLayer, x: Tensor, rotary: Tensor, state: LoopState) -> Tensor:
     """Execute the K loop passes of ``state`` on x [S, B, D] (a shard of S under sequence parallelism)."""
     one_pass = dense_loop if state.plan.phase == "window" else sparse_loop
     for index in range(1, state.plan.loops + 1):
@@ -75,7 +85,7 @@ def run_loops(layer: SGTLayer, x: Tensor, rotary: Tensor, state: LoopState) -> T
     return x
 
 
-def dense_loop(layer: SGTLayer, x: Tensor, rotary: Tensor, state: LoopState, index: int) -> Tensor:
+def dense_loop(layer: LoopingLayer, x: Tensor, rotary: Tensor, state: LoopState, index: int) -> Tensor:
     """One pass over all heads, each multiplied by its gate."""
     attention = layer.self_attention
     with attention.core_attention.loop_pass(index, state.gates):
@@ -83,20 +93,31 @@ def dense_loop(layer: SGTLayer, x: Tensor, rotary: Tensor, state: LoopState, ind
     return layer.add_residual(out, x)
 
 
-def sparse_loop(layer: SGTLayer, x: Tensor, rotary: Tensor, state: LoopState, index: int) -> Tensor:
+def sparse_loop(layer: LoopingLayer, x: Tensor, rotary: Tensor, state: LoopState, index: int) -> Tensor:
     """One pass over the kept heads only, all at gate 1."""
     attention = layer.self_attention
     normed = _enter_tensor_parallel(layer.input_layernorm(x), layer)
     if state.kept.heads:
         partial = _kept_heads(layer, normed, rotary, state, index)
     else:
-        # Zeros that depend on the gathered input, so that the backward pass meets the peers' collective.
-        partial = torch.zeros_like(normed) + normed[..., :0].sum()
+        partial = _nothing(attention, normed)
     out = _leave_tensor_parallel(partial, layer)
     return layer.add_residual((out, attention.linear_proj.bias), x)
 
 
-def _kept_heads(layer: SGTLayer, x: Tensor, rotary: Tensor, state: LoopState, index: int) -> Tensor:
+def _nothing(attention: Any, x: Tensor) -> Tensor:
+    """Zeros like x [S, B, D] that depend on everything whose gradient the peers reduce in the backward pass.
+
+    The order of use is that of ``_kept_heads``, so that the reductions come in the same order on every rank.
+    """
+    zeros = torch.zeros_like(x) + x[..., :0].sum()
+    for norm in (attention.q_layernorm, attention.k_layernorm):
+        if norm is not None:
+            zeros = zeros + norm.replicated(norm.weight)[:0].sum()
+    return zeros
+
+
+def _kept_heads(layer: LoopingLayer, x: Tensor, rotary: Tensor, state: LoopState, index: int) -> Tensor:
     """W_o[:, kept] · attention(W_qkv[kept] · x): x [S, B, D] -> [S, B, D], this rank's part of the sum."""
     attention = layer.self_attention
     linear = attention.linear_qkv
@@ -122,14 +143,14 @@ def _rotate(heads: Tensor, rotary: Tensor, attention: Any) -> Tensor:
     return apply_rotary_pos_emb(heads, rotary, config=attention.config, cp_group=attention.pg_collection.cp)
 
 
-def _enter_tensor_parallel(x: Tensor, layer: SGTLayer) -> Tensor:
+def _enter_tensor_parallel(x: Tensor, layer: LoopingLayer) -> Tensor:
     """Replicate x to every tensor-parallel rank; the backward pass sums the ranks' gradients."""
     if layer.config.sequence_parallel:
         return mappings.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True)
     return mappings.copy_to_tensor_model_parallel_region(x)
 
 
-def _leave_tensor_parallel(partial: Tensor, layer: SGTLayer) -> Tensor:
+def _leave_tensor_parallel(partial: Tensor, layer: LoopingLayer) -> Tensor:
     """Sum the ranks' parts of the output projection."""
     if layer.config.sequence_parallel:
         return mappings.reduce_scatter_to_sequence_parallel_region(partial)
