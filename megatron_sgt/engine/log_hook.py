@@ -42,6 +42,7 @@ class LogHook(StatelessHook):
         self._executed: LoopPlan = schedule.plan
         self._flops_of: dict[tuple[LoopPlan, bool], int] = {}
         self._losses: list[torch.Tensor] = []
+        self._last: StepResult | None = None
         self._skipped = 0
         self._seconds = 0.0
         self._flops = 0
@@ -51,7 +52,8 @@ class LogHook(StatelessHook):
         self._executed = self.schedule.plan
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        """Add up; report at the end of the interval, of the run, and after a skipped step."""
+        """Add up; report at the end of the interval, and after a skipped step."""
+        self._last = result
         self._losses.append(result.loss)
         self._skipped += not result.applied
         self._seconds += result.seconds
@@ -61,6 +63,11 @@ class LogHook(StatelessHook):
         interval = self.config.logging.log_interval
         if state.step % interval == 0 or state.step == 1 or not result.applied:
             self._report(state, result)
+
+    def after_run(self, state: TrainState) -> None:
+        """Report the steps since the last report."""
+        if self._last is not None and self._losses:
+            self._report(state, self._last)
 
     def _model_flops(self, plan: LoopPlan) -> int:
         key = (plan, False)

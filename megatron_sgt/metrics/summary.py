@@ -51,7 +51,7 @@ def _loss_rows(train: Sequence[Record]) -> Iterator[tuple[str, str]]:
 def _valid_rows(valid: Sequence[Record]) -> Iterator[tuple[str, str]]:
     if valid:
         curve = " -> ".join(
-            f"{units.fixed(v['loss'], 3)} (step {v['step']:,})" for v in valid[:1] + valid[-1:]
+            f"{units.fixed(v['loss'], 3)} (step {v['step']:,})" for v in (valid[0], valid[-1])
         )
         yield "validation", f"loss {curve} · perplexity {units.perplexity(valid[-1]['perplexity'])}"
 

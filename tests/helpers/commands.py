@@ -45,7 +45,11 @@ def run_process(command: list[str], cwd: Path, timeout: float = 60.0) -> Finishe
 
 
 def run_script(
-    script: str, arguments: list[str], cwd: Path, before: Callable[[], None] | None = None, timeout: float = 60.0
+    script: str,
+    arguments: list[str],
+    cwd: Path,
+    before: Callable[[], None] | None = None,
+    timeout: float = 60.0,
 ) -> Finished:
     """Run ``script`` (relative to the repository) in a fork, as ``python script arguments`` in ``cwd``.
 

@@ -39,7 +39,12 @@ def random_state(config: Config, seed: int = 0) -> State:
     """Whole tensors under Hugging Face names, the vocabulary with its padding rows."""
     model = config.model
     whole = model.model_copy(update={"vocab_size": None})
-    rows, hidden, ffn, size = model.padded_vocab_size(), model.hidden_size, model.ffn_hidden_size, model.kv_channels
+    rows, hidden, ffn, size = (
+        model.padded_vocab_size(),
+        model.hidden_size,
+        model.ffn_hidden_size,
+        model.kv_channels,
+    )
     queries, keys = model.num_attention_heads * size, model.num_query_groups * size
     shapes = {
         "word_embeddings": (rows, hidden), "output_layer": (rows, hidden),
@@ -104,14 +109,19 @@ def write_stage12(
     shapes = [{name: state[WEIGHTS][name].shape for name in group} for group in groups]
     torch.save({"param_shapes": shapes}, model_file)
     paddings = [
-        [-state[WEIGHTS][name].numel() % aligned if name != group[-1] else 0 for name in group] for group in groups
+        [-state[WEIGHTS][name].numel() % aligned if name != group[-1] else 0 for name in group]
+        for group in groups
     ]
-    flat = {q: [_flat(values, g, p, 2 * dp_size) for g, p in zip(groups, paddings, strict=True)] for q, values in state.items()}
+    flat = {
+        q: [_flat(values, g, p, 2 * dp_size) for g, p in zip(groups, paddings, strict=True)]
+        for q, values in state.items()
+    }
     lean = [sum(state[WEIGHTS][n].numel() for n in g) + sum(p) for g, p in zip(groups, paddings, strict=True)]
     for rank in range(dp_size):
         parts = {q: [whole.chunk(dp_size)[rank].clone() for whole in wholes] for q, wholes in flat.items()}
         weights = [
-            part[: max(0, size - rank * part.numel())] for part, size in zip(parts[WEIGHTS], lean, strict=True)
+            part[: max(0, size - rank * part.numel())]
+            for part, size in zip(parts[WEIGHTS], lean, strict=True)
         ]
         states = {
             index: {"step": torch.tensor(float(STEP)), **{m: parts[m][index] for m in MOMENTS}}
@@ -128,7 +138,11 @@ def write_stage12(
 
 
 def _flat(values: Mapping[str, Tensor], names: Sequence[str], paddings: Sequence[int], unit: int) -> Tensor:
-    pieces = [p for name, pad in zip(names, paddings, strict=True) for p in (values[name].flatten(), torch.zeros(pad))]
+    pieces = [
+        p
+        for name, pad in zip(names, paddings, strict=True)
+        for p in (values[name].flatten(), torch.zeros(pad))
+    ]
     total = sum(piece.numel() for piece in pieces)
     return torch.cat([*pieces, torch.zeros(-total % unit)])
 
@@ -148,9 +162,14 @@ def write_stage3(
 
         def part(tensor: Tensor, rank: int = rank) -> Tensor:
             size = -(-tensor.numel() // dp_size)
-            return torch.cat([tensor.flatten(), torch.full((size * dp_size,), 9.0)])[rank * size : (rank + 1) * size]
+            return torch.cat([tensor.flatten(), torch.full((size * dp_size,), 9.0)])[
+                rank * size : (rank + 1) * size
+            ]
 
-        flat = {q: [torch.cat([part(values[n]) for n in group]) for group in groups] for q, values in state.items()}
+        flat = {
+            q: [torch.cat([part(values[n]) for n in group]) for group in groups]
+            for q, values in state.items()
+        }
         states = {
             index: {"step": torch.tensor(float(STEP)), **{m: flat[m][index] for m in MOMENTS}}
             for index in range(len(groups))
@@ -198,6 +217,4 @@ def write_checkpoint(
 
 def write_manifest(folder: Path) -> None:
     """Make what lies in ``folder`` count as whole."""
-    layout.write_json(
-        folder / layout.MANIFEST_FILE, {"tag": folder.name, "files": layout.file_sizes(folder)}
-    )
+    layout.write_json(folder / layout.MANIFEST_FILE, {"tag": folder.name, "files": layout.file_sizes(folder)})

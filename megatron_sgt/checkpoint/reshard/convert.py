@@ -63,14 +63,20 @@ def write_part(source: Source, destination: Path, part: int = 0, parts: int = 1)
             }
             for entry in entries:
                 for quantity, writer in writers.items():
-                    shards = [rank.read(PREFIX + entry.megatron, quantity) for rank in source.ranks]
-                    if entry.kind == "replicated":
-                        drift = max([drift, *(float((s - shards[0]).abs().max()) for s in shards[1:])])
-                    for name, tensor in zip(entry.hf, join_entry(entry, shards, source.model), strict=True):
-                        writer.append(name, tensor)
+                    drift = max(drift, _write_entry(source, entry, quantity, writer))
     except OSError as error:
         raise CheckpointError(f"{destination} cannot be written: {error}") from error
     return drift
+
+
+def _write_entry(source: Source, entry: Entry, quantity: str, writer: TensorFileWriter) -> float:
+    """Merge and write one parameter's ``quantity``; a function, so that no tensor outlives its turn."""
+    shards = [rank.read(PREFIX + entry.megatron, quantity) for rank in source.ranks]
+    for name, tensor in zip(entry.hf, join_entry(entry, shards, source.model), strict=True):
+        writer.append(name, tensor)
+    if entry.kind != "replicated":
+        return 0.0
+    return max(float((shard - shards[0]).abs().max()) for shard in shards)
 
 
 def _whole_shapes(source: Source, entry: Entry) -> dict[str, tuple[int, ...]]:
