@@ -32,6 +32,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--sequence-parallel", action="store_true", help="shard activations between the linears"
     )
+    parser.add_argument("--loop-method", default="auto", choices=("auto", "owner", "balanced"))
     parser.add_argument("--recompute", default="none", choices=("none", "selective", "full"))
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument(
@@ -57,6 +58,7 @@ def main() -> int:
             "tensor_model_parallel_size": args.tensor_parallel,
             "zero_stage": args.zero,
             "sequence_parallel": args.sequence_parallel,
+            "loop_method": args.loop_method,
             "device": args.device,
         },
         "train": {"micro_batch_size": micro, "recompute_granularity": args.recompute},
