@@ -34,17 +34,17 @@ pretrain train.exit_interval=120
 say 6/6 "resume from the checkpoint and finish"
 pretrain
 
+say done "everything worked; this is what happened"
+python tools/summarize_run.py "$out/run"
+
 cat <<END
 
-Everything worked. What lies where:
-  $out/run/metrics.jsonl            losses, speed, entropies and growth events, one JSON object per line
-  $out/run/checkpoints              DeepSpeed checkpoints with the growth state (global_stepN, latest)
-  $out/run/config.yaml              the resolved configuration of this run
+Tokenizer, corpus and data set lie in $out.
 What to run next:
   . .venv/bin/activate
   torchrun --standalone --nproc-per-node 2 pretrain_sgt.py --config examples/configs/vanilla_quickstart.yaml
-                                            the same without growth, to compare
-  python tools/bench/step_overhead.py       what loops cost in FLOPs and time
-  python pretrain_sgt.py --config examples/configs/sgt_300m.yaml --dry-run
-                                            a full-size run (examples/configs holds up to 13B)
+                                          the same without growth, to compare
+  python tools/bench/step_overhead.py     what loops cost in FLOPs and time
+  python pretrain_sgt.py --config examples/configs/sgt_300m.yaml --print-config
+                                          a full-size run (examples/configs holds up to 13B)
 END

@@ -3,16 +3,17 @@
 
 import argparse
 
-from megatron_sgt.cli import run_main
+from megatron_sgt.cli import output, positive, run_main
 from megatron_sgt.data.corpus import MIN_BYTES, build_corpus
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", required=True, metavar="FILE.jsonl", help="file to write")
+    parser.add_argument("--output", type=output, required=True, metavar="FILE.jsonl", help="file to write")
     parser.add_argument(
         "--min-bytes",
-        type=int,
+        type=positive,
+        metavar="N",
         default=MIN_BYTES,
         help="include the library's tests if the rest is smaller [%(default)s]",
     )

@@ -3,7 +3,7 @@
 
 import argparse
 
-from megatron_sgt.cli import run_main
+from megatron_sgt.cli import output, run_main
 from megatron_sgt.config.data import TokenizerConfig
 from megatron_sgt.data.preprocess import PreprocessOptions, default_workers, describe, preprocess
 
@@ -19,19 +19,38 @@ def parse_arguments() -> argparse.Namespace:
         help="files, or folders to search for known suffixes: .jsonl, .json, .ndjson (an object per line), "
         ".txt, .md (one document per file), all of these with .gz or .zst, and .parquet",
     )
-    parser.add_argument("--output-prefix", required=True, metavar="PREFIX")
-    parser.add_argument("--tokenizer-type", choices=("sentencepiece", "huggingface"), default="sentencepiece")
+    parser.add_argument(
+        "--output-prefix",
+        type=output,
+        required=True,
+        metavar="PREFIX",
+        help="beginning of the files to write",
+    )
+    parser.add_argument(
+        "--tokenizer-type",
+        choices=("sentencepiece", "huggingface"),
+        default="sentencepiece",
+        help="[%(default)s]",
+    )
     parser.add_argument(
         "--tokenizer-model", required=True, metavar="PATH", help=".model file; tokenizer.json or its folder"
     )
     parser.add_argument(
-        "--json-keys", nargs="+", default=["text"], help="keys or columns, one data set each [text]"
+        "--json-keys",
+        nargs="+",
+        metavar="KEY",
+        default=["text"],
+        help="keys or columns, one data set each [text]",
     )
     parser.add_argument(
         "--input-format", choices=("jsonl", "text", "parquet"), help="format of all inputs [by their suffix]"
     )
     parser.add_argument(
-        "--workers", type=int, default=default_workers(), help="processes [the CPU cores: %(default)s]"
+        "--workers",
+        type=int,
+        metavar="N",
+        default=default_workers(),
+        help="processes [the CPU cores: %(default)s]",
     )
     parser.add_argument(
         "--append-eod", action="store_true", help="end every document with the end-of-text token"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_sgt.cli import run_main
+from megatron_sgt.cli import output, positive, run_main
 
 
 def parse() -> argparse.Namespace:
@@ -23,18 +23,29 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("file", type=Path, help="trajectory file (safetensors)")
-    parser.add_argument("--out", type=Path, required=True, help="file to write, with the same keys")
-    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="tensor-parallel size")
+    parser.add_argument(
+        "--out", type=output, required=True, metavar="FILE", help="file to write, with the same keys"
+    )
+    parser.add_argument(
+        "--tensor-parallel", type=positive, default=1, metavar="N", help="tensor-parallel size"
+    )
     parser.add_argument("--zero", type=int, default=1, choices=(0, 1, 2, 3), help="DeepSpeed ZeRO stage")
     parser.add_argument(
-        "--micro-batch", type=int, help="sequences per micro-batch (default: the file's, or what fits)"
+        "--micro-batch",
+        type=positive,
+        metavar="N",
+        help="sequences per micro-batch (default: the file's, or what fits)",
     )
     parser.add_argument(
         "--sequence-parallel", action="store_true", help="shard activations between the linears"
     )
-    parser.add_argument("--loop-method", default="auto", choices=("auto", "owner", "balanced"))
-    parser.add_argument("--recompute", default="none", choices=("none", "selective", "full"))
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument(
+        "--loop-method", default="auto", choices=("auto", "owner", "balanced"), help="[%(default)s]"
+    )
+    parser.add_argument(
+        "--recompute", default="none", choices=("none", "selective", "full"), help="[%(default)s]"
+    )
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="[%(default)s]")
     parser.add_argument(
         "--compare", action="store_true", help="print differences from the file; exit 1 beyond tolerance"
     )
@@ -69,7 +80,7 @@ def main() -> int:
     result, result_meta = rp.replay(config, groups, inputs, meta)
     status = 0
     if groups.is_main:
-        rp.write_trajectory(args.out, result, result_meta)
+        rp.write_trajectory(Path(args.out), result, result_meta)
         if args.compare:
             differences, problems = rp.compare(result, result_meta, tensors, meta)
             for name, value in differences.items():

@@ -3,8 +3,8 @@
 
 import argparse
 
-from megatron_sgt.cli import run_main
-from megatron_sgt.data.train_tokenizer import SAMPLE_BYTES, train_tokenizer
+from megatron_sgt.cli import output, positive, run_main
+from megatron_sgt.data.train_tokenizer import FIXED_IDS, SAMPLE_BYTES, train_tokenizer
 
 
 def main() -> None:
@@ -16,9 +16,13 @@ def main() -> None:
         metavar="PATH",
         help="jsonl, text or parquet files, or folders of them; jsonl and text may end in .gz or .zst",
     )
-    parser.add_argument("--output", required=True, metavar="FILE.model", help="file to write")
+    parser.add_argument("--output", type=output, required=True, metavar="FILE.model", help="file to write")
     parser.add_argument(
-        "--vocab-size", type=int, required=True, help="number of ids, the 259 fixed ones included"
+        "--vocab-size",
+        type=positive,
+        required=True,
+        metavar="N",
+        help=f"number of ids, the {FIXED_IDS} fixed ones included",
     )
     parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help="[%(default)s]")
     parser.add_argument("--json-key", default="text", help="key or column of the text [%(default)s]")
@@ -26,11 +30,20 @@ def main() -> None:
         "--input-format", choices=("jsonl", "text", "parquet"), help="format of all inputs [by their suffix]"
     )
     parser.add_argument(
-        "--sample-bytes", type=int, default=SAMPLE_BYTES, help="text to train on [%(default)s]"
+        "--sample-bytes",
+        type=positive,
+        metavar="N",
+        default=SAMPLE_BYTES,
+        help="bytes of text to train on [%(default)s]",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the sample [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample [%(default)s]")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     args = parser.parse_args()
+    if args.vocab_size <= FIXED_IDS:
+        parser.error(
+            f"argument --vocab-size: {args.vocab_size} leaves no room beside the {FIXED_IDS} fixed ids "
+            "(3 special tokens, 256 bytes)"
+        )
     report = train_tokenizer(
         args.input,
         args.output,

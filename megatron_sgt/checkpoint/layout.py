@@ -26,12 +26,22 @@ STATE_FILE = "sgt_state.json"
 CONFIG_FILE = "config.yaml"
 MANIFEST_FILE = "manifest.json"
 LATEST_FILE = "latest"
+_WANTED = (
+    f"give a folder that holds global_stepN folders with a {MANIFEST_FILE}, or one such folder; to start from "
+    "scratch leave checkpoint.load empty"
+)
 _TAG = re.compile(r"global_step(\d+)")
 
 
 def tag_for(step: int) -> str:
     """Folder name of the checkpoint after ``step`` optimizer steps."""
     return f"global_step{step}"
+
+
+def step_of(tag: str) -> int:
+    """The step in a folder name of ``tag_for``; 0 for any other name."""
+    match = _TAG.fullmatch(tag)
+    return int(match.group(1)) if match else 0
 
 
 def rng_file(rank: int) -> str:
@@ -79,13 +89,9 @@ def resolve(path: Path) -> Path:
     if path.is_dir() and (tag := latest_tag(path)) is not None:
         return path / tag
     if not path.exists():
-        raise CheckpointError(f"no checkpoint at {path}: the folder does not exist")
+        raise CheckpointError(f"no checkpoint at {path}: the folder does not exist; {_WANTED}")
     seen = ", ".join(sorted(p.name for p in path.iterdir())[:8]) if path.is_dir() else "a file"
-    raise CheckpointError(
-        f"no whole checkpoint at {path} (seen there: {seen or 'nothing'}). Give a folder that holds "
-        f"global_stepN folders with a {MANIFEST_FILE}, or one such folder; to start from scratch leave "
-        "checkpoint.load empty"
-    )
+    raise CheckpointError(f"no whole checkpoint at {path} (seen there: {seen or 'nothing'}); {_WANTED}")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -131,7 +137,10 @@ def verify_sizes(folder: Path) -> None:
         if name in actual and actual[name] != size
     ]
     if problems:
-        raise CheckpointError(f"checkpoint {folder} is damaged: " + "; ".join(problems[:5]))
+        raise CheckpointError(
+            f"checkpoint {folder} is damaged: {'; '.join(problems[:5])}. Copy it again; to go back to an older one "
+            f"write its name into {folder.parent / LATEST_FILE}"
+        )
 
 
 def prune(root: Path, keep_last: int) -> list[str]:

@@ -76,6 +76,68 @@ FOREIGN_NAMES = {
 """Names of the same thing elsewhere -> ours."""
 
 
+DEEPSPEED_KEYS = (
+    *(
+        "activation_checkpointing",
+        "aio",
+        "amp",
+        "autotuning",
+        "bf16",
+        "checkpoint",
+        "comms_logger",
+        "communication_data_type",
+    ),
+    *(
+        "compile",
+        "compression_training",
+        "csv_monitor",
+        "curriculum_learning",
+        "data_efficiency",
+        "data_types",
+    ),
+    *(
+        "disable_allgather",
+        "dump_state",
+        "elasticity",
+        "flops_profiler",
+        "fp16",
+        "gradient_accumulation_steps",
+    ),
+    *(
+        "gradient_clipping",
+        "gradient_predivide_factor",
+        "memory_breakdown",
+        "optimizer",
+        "prescale_gradients",
+    ),
+    *(
+        "scheduler",
+        "seq_parallel_communication_data_type",
+        "sparse_attention",
+        "sparse_gradients",
+        "steps_per_print",
+    ),
+    *(
+        "tensor_parallel",
+        "tensorboard",
+        "torch_autocast",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+    ),
+    *("wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+    "zero_optimization",
+)
+"""The usual keys of DeepSpeed's JSON (https://www.deepspeed.ai/docs/config-json), which ignores all others."""
+
+
+def misspelt_deepspeed_key(key: str) -> str | None:
+    """Return the DeepSpeed key that `key` was probably meant to be; None if it is one, or resembles none."""
+    if key in DEEPSPEED_KEYS:
+        return None
+    close = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=1, cutoff=0.8)
+    return close[0] if close else None
+
+
 def section_at(root: type[BaseModel], path: tuple[str, ...]) -> type[BaseModel] | None:
     """Return the class of the section at `path` below `root`, or None if there is none."""
     section = root

@@ -9,6 +9,7 @@ from pydantic import Field
 from megatron_sgt.config.base import Section, shown
 from megatron_sgt.config.data import DataConfig
 from megatron_sgt.config.growth import GrowthConfig
+from megatron_sgt.config.hints import misspelt_deepspeed_key
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.config.optim import OptimConfig
 from megatron_sgt.config.parallel import ParallelConfig
@@ -59,12 +60,17 @@ class Config(Section):
         """Step at which the learning rate reaches min_lr."""
         return self.optim.lr_decay_iters or self.train.train_iters
 
-    def precision_on(self, device: Literal["cpu", "cuda"]) -> Precision:
-        """Return the precision of a run on `device`. Raises ConfigError for bf16 without ZeRO."""
+    def precision_on(self, device: str) -> Precision:
+        """Return the precision of a run on `device` ("cpu" or "cuda").
+
+        Raises ConfigError for bf16 without ZeRO, and for fp16 on a CPU.
+        """
         precision = self.train.precision
         resolved: Precision = ("bf16" if device == "cuda" else "fp32") if precision == "auto" else precision
         if resolved == "bf16" and self.parallel.zero_stage == 0:
             raise ConfigError(f"parallel.zero_stage: {ZERO_0_BF16}")
+        if resolved == "fp16" and device == "cpu":
+            raise ConfigError("train.precision: fp16 needs a GPU, this run is on a CPU; use fp32 or bf16")
         return resolved
 
     def data_parallel_size(self, world_size: int) -> int:
@@ -73,7 +79,8 @@ class Config(Section):
         if world_size % tensor_parallel:
             raise ConfigError(
                 f"parallel.tensor_model_parallel_size: {tensor_parallel} does not divide the "
-                f"{world_size} process(es) of this run; start a multiple of {tensor_parallel}, or change it"
+                f"{world_size} process{'' if world_size == 1 else 'es'} of this run; start a multiple of "
+                f"{tensor_parallel} (torchrun --nproc-per-node {tensor_parallel} ...), or change it"
             )
         return world_size // tensor_parallel
 
@@ -150,6 +157,22 @@ def check_parallel(cfg: Config) -> Iterator[str]:
             f"parallel.sequence_parallel: model.seq_length {seq_length} is not a multiple of "
             f"tensor_model_parallel_size {tensor_parallel}"
         )
+    if parallel.loop_method == "balanced":
+        if seq_length % tensor_parallel:
+            yield (
+                f"parallel.loop_method: balanced needs model.seq_length, {seq_length}, to be a multiple of "
+                f"tensor_model_parallel_size {tensor_parallel}"
+            )
+        if cfg.model.attention_dropout > 0:
+            yield (
+                f"parallel.loop_method: balanced has no attention dropout; set model.attention_dropout 0 instead "
+                f"of {cfg.model.attention_dropout}, or loop_method: owner"
+            )
+    outside = [n for n in cfg.train.recompute_layers or () if not 0 <= n < cfg.model.num_layers]
+    if outside:
+        yield f"train.recompute_layers: {outside} outside the model's layers 0..{cfg.model.num_layers - 1}"
+    if cfg.train.recompute_layers and cfg.train.recompute_granularity == "none":
+        yield "train.recompute_layers: has no effect with recompute_granularity 'none'; set selective or full"
     if parallel.zero_stage == 0 and _precision(cfg) == "bf16":
         yield f"parallel.zero_stage: {ZERO_0_BF16}"
 
@@ -180,6 +203,10 @@ def check_deepspeed(cfg: Config) -> Iterator[str]:
     for name, owner in (("optimizer", "optim"), ("scheduler", "optim")):
         if name in cfg.deepspeed:
             yield f"deepspeed.{name}: is refused, the {name} is built from the section '{owner}'"
+    for name in cfg.deepspeed:
+        meant = misspelt_deepspeed_key(name)
+        if meant is not None:
+            yield f"unknown key 'deepspeed.{name}'; did you mean '{meant}'?"
     for path, owner, expected in _derived_deepspeed_values(cfg):
         section, _, key = path.rpartition(".")
         values = cfg.deepspeed.get(section, {}) if section else cfg.deepspeed

@@ -126,7 +126,8 @@ def _read_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray]:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     if magic != MAGIC or len(header) != HEADER.size:
         raise DataError(
-            f"{path} is not a Megatron index (it begins with {magic!r}, {path.stat().st_size:,} bytes)"
+            f"{path} is not a Megatron index (it begins with {magic!r}, {path.stat().st_size:,} bytes); "
+            "run tools/preprocess_data.py again"
         )
     version, code, num_sequences, num_boundaries = HEADER.unpack(header)
     if version != 1 or code not in DTYPES:
@@ -164,7 +165,7 @@ def _check_ids(prefix: str, dtype: np.dtype, tokens: int, vocab_size: int) -> No
 
 
 def _neighbours(path: str) -> str:
-    folder = Path(path).parent
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
     if not folder.is_dir():
         return f"; the folder {folder} does not exist"
     found = sorted(str(file)[:-4] for file in folder.glob("*.idx"))[:5]

@@ -78,7 +78,8 @@ class TrainLoader(Iterator[MicroBatch]):
             # A worker process sends its whole traceback as the message; the user needs the last line.
             last_line = str(error).strip().splitlines()[-1]
             failure = last_line.removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")
-        if failure is not None:  # out here, where the traceback no longer keeps the worker processes alive
+            error.__traceback__ = None  # in a cycle with the exception, it would keep the workers alive
+        if failure is not None:
             raise DataError(failure)
         self._num_handed_out += 1
         return batch

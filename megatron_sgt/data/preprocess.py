@@ -238,7 +238,9 @@ def describe(report: PreprocessReport, options: PreprocessOptions, checksum: boo
             f"{report.repaired:,} texts held characters that are no Unicode text; these were replaced by '?'"
         )
     if not options.append_eod:
-        lines.append("documents are not separated (--append-eod)")
+        lines.append(
+            "note: nothing separates the documents; --append-eod ends each with the end-of-text token"
+        )
     lines.append(
         f"{report.seconds:.1f} s, {report.tokens_per_second:,.0f} tokens/s with {options.num_workers} "
         "worker(s)"

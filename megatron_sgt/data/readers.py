@@ -119,7 +119,9 @@ def parse(chunk: Chunk, keys: Sequence[str]) -> Iterator[Document]:
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise DataError(f"{chunk.path}:{number}: not a JSON line: {error}") from error
+            raise DataError(
+                f"{chunk.path}:{number}: not a JSON line: {error}; every line must be one object"
+            ) from error
         if not isinstance(record, dict):
             raise DataError(f"{chunk.path}:{number}: expected a JSON object, got {type(record).__name__}")
         for key in keys:

@@ -92,7 +92,10 @@ class TokenizersJson(Tokenizer):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(path)
         except Exception as error:  # the library raises the bare Exception
-            raise DataError(f"{path} is not a tokenizer.json: {error}") from error
+            raise DataError(
+                f"{path} is not a tokenizer.json: {error}; give the file of that name of a Hugging Face tokenizer, or set "
+                "data.tokenizer.type to sentencepiece"
+            ) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._path = Path(path)

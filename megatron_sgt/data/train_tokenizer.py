@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import sentencepiece
+
 from megatron_sgt.data.readers import InputFile, Kind, find_files, parse, read_chunks
 from megatron_sgt.errors import DataError
 
 ModelType = Literal["bpe", "unigram"]
 
 SAMPLE_BYTES = 100_000_000
+FIXED_IDS = 259
+"""Unknown, beginning and end of a text, and the 256 bytes."""
 PIECE_CHARACTERS = 4000
 """Documents are cut at line ends into pieces of this size: sentencepiece leaves long "sentences" out."""
 NUM_THREADS = 8
@@ -55,13 +59,24 @@ def train_tokenizer(
     Raises DataError: unreadable input, no text, ``output`` exists, a vocabulary size that the text does not
     allow.
     """
-    import sentencepiece
-
     if Path(output).exists() and not overwrite:
         raise DataError(f"{output} exists already; choose another name or give --overwrite")
     sample = sample_documents(find_files(inputs, input_format), json_key, sample_bytes, seed)
     if not sample:
         raise DataError(f"no text to train a tokenizer on in {', '.join(inputs)}")
+    model = _train(sample, vocab_size, model_type)
+    _write(output, model)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    return TokenizerReport(
+        path=output,
+        vocab_size=processor.get_piece_size(),
+        documents=len(sample),
+        text_bytes=sum(len(text.encode("utf-8", "replace")) for text in sample),
+        bytes_per_token=_bytes_per_token(processor.encode, sample),
+    )
+
+
+def _train(sample: Sequence[str], vocab_size: int, model_type: ModelType) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -85,21 +100,12 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
-        # Between the library's source line with the failed condition, and the mention of an option of its own
-        # tool.
+        # Between the library's source line with the failed condition, and an option of its own tool.
         reason = str(error).rpartition("] ")[2].partition(" or decrease character_coverage")[0]
         raise DataError(
             f"sentencepiece cannot train a vocabulary of {vocab_size} on this text: {reason}"
         ) from error
-    _write(output, model.getvalue())
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    return TokenizerReport(
-        path=output,
-        vocab_size=processor.get_piece_size(),
-        documents=len(sample),
-        text_bytes=sum(len(text.encode("utf-8", "replace")) for text in sample),
-        bytes_per_token=_bytes_per_token(processor.encode, sample),
-    )
+    return model.getvalue()
 
 
 def sample_documents(files: Sequence[InputFile], key: str, sample_bytes: int, seed: int) -> list[str]:

@@ -35,10 +35,15 @@ class Runtime:
 
 
 def start_processes(config: Config, info: RankInfo) -> ParallelGroups:
-    """Choose the device, adapt the libraries to it and start the process groups."""
+    """Choose the device, adapt the libraries to it and start the process groups.
+
+    Raises ConfigError, before they start: a device or a precision that is not there, ranks that do not divide.
+    """
+    config.data_parallel_size(info.world_size)
     for name, value in to_environ(info).items():
         os.environ.setdefault(name, value)  # DeepSpeed insists on LOCAL_RANK, whoever started us
     device = select_device(config.parallel.device, info.local_rank)
+    config.precision_on(device.type)  # refuses what "auto" turns out to be here
     if device.type == "cpu" and config.train.threads_per_rank is not None:
         torch.set_num_threads(config.train.threads_per_rank)
     prepare_megatron(device)
@@ -86,4 +91,8 @@ def _start_engine(
             mpu=DeepSpeedMPU(),
             dist_init_required=False,
         )
+    if precision == "fp32" and config.parallel.zero_stage in (1, 2):
+        # In fp32 DeepSpeed looks at the norm alone, which counts replicated parameters on one
+        # tensor-parallel rank: another rank's copy of their gradients may be the one that is not finite.
+        engine.optimizer.check_grad_overflow = True
     return engine

@@ -81,7 +81,9 @@ class CheckpointHook(StatelessHook):
         Raises:
             CheckpointError: the checkpoint does not fit this run.
         """
-        load_checkpoint(folder, saved, self.config, self.engine, self.groups)
+        note = load_checkpoint(folder, saved, self.config, self.engine, self.groups)
+        if note is not None and self.groups.is_main:
+            print(f"RESHARD  {note}", flush=True)
         state.load_state_dict(saved["trainer"])
         for hook in self.hooks:
             if hook.name not in saved["hooks"]:

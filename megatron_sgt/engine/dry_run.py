@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
-from megatron_sgt.checkpoint.load import check_checkpoint, find_checkpoint
 from megatron_sgt.config import Config
 from megatron_sgt.data.sources import validate_data
-from megatron_sgt.engine.run import with_vocabulary
-from megatron_sgt.errors import CheckpointError, ConfigError
+from megatron_sgt.engine.preflight import (
+    Start,
+    check_deepspeed,
+    check_disk,
+    check_surroundings,
+    checkpoint_bytes,
+    find_start,
+    with_vocabulary,
+)
+from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth import LayerPlan, LoopPlan
+from megatron_sgt.metrics.units import file_size
 from megatron_sgt.model.flops import overhead, parameter_count, step_flops
-from megatron_sgt.parallel.device import resolve_precision, select_device
-
-# Bytes per parameter of a checkpoint: weights, and AdamW's fp32 master copy and two moments.
-_WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-_OPTIMIZER_BYTES = {"fp32": 8, "bf16": 12, "fp16": 12}
+from megatron_sgt.parallel.device import select_device
 
 
-def dry_run(config: Config, world_size: int) -> str:
+def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:
     """Check configuration, batch arithmetic, tokenizer, data files, disk space and the checkpoint to start from.
 
     Args:
         world_size: ranks that the run would have.
+        assumed: nobody said so; a note tells the reader.
 
     Returns:
         A table of the run's shape.
@@ -33,11 +36,11 @@ def dry_run(config: Config, world_size: int) -> str:
         ConfigError, DataError, CheckpointError: the first thing that would stop the run.
     """
     accumulation = config.num_micro_batches(world_size)
+    check_surroundings(config)
+    check_deepspeed(config, world_size, precision_of(config))
     config = with_vocabulary(config)
     data = validate_data(config)
-    folder, start = find_checkpoint(config)
-    if folder is not None:
-        check_checkpoint(folder, config)
+    start = find_start(config)
     rows = list(_model_rows(config))
     rows += _batch_rows(config, world_size, accumulation)
     rows.append(
@@ -47,10 +50,27 @@ def dry_run(config: Config, world_size: int) -> str:
             f"· {data.epochs:.2f} epochs · vocabulary {data.vocab_size:,}",
         )
     )
-    rows += _disk_rows(config)
-    rows.append(("start", start))
-    rows += [("note", note) for note in data.notes]
+    rows.append(_disk_row(config))
+    rows.append(("start", start.sentence))
+    notes = [*data.notes, *_start_notes(config, start)]
+    if assumed:
+        notes.append(f"planned for {_count(world_size, 'rank')}; --world-size N plans for another number")
+    rows += [("note", note) for note in notes]
     return "\n".join(f"{name:<11} {text}" for name, text in rows)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _start_notes(config: Config, start: Start) -> Iterator[str]:
+    if start.folder is None:
+        return
+    step, wanted = start.saved["trainer"]["step"], config.train.train_iters
+    if step >= wanted:
+        yield f"nothing to do: the checkpoint is at step {step:,} of {wanted:,}; raise train.train_iters to go on"
+    if start.changed:
+        yield f"changed since the checkpoint was saved: {'; '.join(start.changed)}"
 
 
 def _model_rows(config: Config) -> Iterator[tuple[str, str]]:
@@ -68,10 +88,11 @@ def _model_rows(config: Config) -> Iterator[tuple[str, str]]:
     if growth.method == "block_loop":
         yield "growth", f"block loop of layers {list(growth.block_loop_layers)}: {added} from the first step"
         return
-    heads = "all heads" if growth.head_choice == "all" else f"{growth.num_keep_heads} heads"
+    loops = _count(growth.max_loop_depth, "loop")
+    heads = "all heads" if growth.head_choice == "all" else _count(growth.num_keep_heads, "head")
     yield (
         "growth",
-        f"up to {growth.max_selected_layers} layers x {heads} x {growth.max_loop_depth} loops from step "
+        f"up to {_count(growth.max_selected_layers, 'layer')} x {heads} x {loops} from step "
         f"{growth.first_selection_step} on, at most {added} once fixed",
     )
 
@@ -100,8 +121,8 @@ def _batch_rows(config: Config, world_size: int, accumulation: int) -> list[tupl
     return [
         (
             "layout",
-            f"{world_size} ranks = tensor parallel {parallel.tensor_model_parallel_size} x data parallel "
-            f"{data_parallel} · ZeRO-{parallel.zero_stage} · {precision_of(config)}",
+            f"{_count(world_size, 'rank')} = tensor parallel {parallel.tensor_model_parallel_size} x data parallel "
+            f"{data_parallel} · ZeRO-{parallel.zero_stage} · {_shown_precision(config)}",
         ),
         (
             "batch",
@@ -119,30 +140,21 @@ def _batch_rows(config: Config, world_size: int, accumulation: int) -> list[tupl
 def precision_of(config: Config) -> str:
     """The precision on this machine, or what is known of it when the run's device is not here."""
     try:
-        return resolve_precision(config.train.precision, select_device(config.parallel.device, 0))
+        device = select_device(config.parallel.device, 0)
     except ConfigError:
         return "bf16" if config.train.precision == "auto" else config.train.precision
+    return config.precision_on(device.type)
 
 
-def _disk_rows(config: Config) -> Iterator[tuple[str, str]]:
+def _shown_precision(config: Config) -> str:
     precision = precision_of(config)
-    size = parameter_count(config.model) * (_WEIGHT_BYTES[precision] + _OPTIMIZER_BYTES[precision])
-    place = config.save_dir.absolute()
-    existing = next(parent for parent in (place, *place.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < size:
-        raise CheckpointError(
-            f"a checkpoint takes about {size / 1e9:.1f} GB, but {_shown(existing)} has {free / 1e9:.1f} GB free; "
-            "make room, or set checkpoint.save"
-        )
-    keep = config.checkpoint.keep_last
+    undecided = config.train.precision == "auto" and config.parallel.device == "auto" and precision == "fp32"
+    return f"{precision} (on GPUs bf16)" if undecided else precision
+
+
+def _disk_row(config: Config) -> tuple[str, str]:
+    precision, keep = precision_of(config), config.checkpoint.keep_last
+    _, free = check_disk(config, precision)
+    size = file_size(checkpoint_bytes(config, precision))
     kept = f"{keep} kept" if keep else "all kept"
-    yield (
-        "checkpoint",
-        f"about {size / 1e9:.2f} GB each, {kept}; {free / 1e9:.0f} GB free at {_shown(existing)}",
-    )
-
-
-def _shown(path: Path) -> str:
-    cwd = Path.cwd()
-    return str(path.relative_to(cwd)) if path.is_relative_to(cwd) and path != cwd else str(path)
+    return "checkpoint", f"about {size} each, {kept}; {file_size(free)} free for {config.save_dir}"

@@ -37,7 +37,7 @@ class LogHook(StatelessHook):
         self.peak = peak_flops(device_name(groups.device), precision)
         self.eta = EtaEstimator()
         self.first_loss: float | None = None
-        self.last_loss = math.nan
+        self.last_loss: float | None = None
         self.tokens_per_second: float | None = None
         self._executed: LoopPlan = schedule.plan
         self._flops_of: dict[tuple[LoopPlan, bool], int] = {}

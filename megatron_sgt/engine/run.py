@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sgt.checkpoint.load import check_checkpoint, find_checkpoint
 from megatron_sgt.config import Config
 from megatron_sgt.data.gpt_dataset import build_datasets
+from megatron_sgt.data.index_cache import on_rank_zero
 from megatron_sgt.data.loader import EvalLoader, TrainLoader
-from megatron_sgt.data.tokenizer import build_tokenizer, resolve_vocab_size
+from megatron_sgt.data.tokenizer import build_tokenizer
 from megatron_sgt.engine.build import Runtime, build_runtime, start_processes
 from megatron_sgt.engine.checkpoint_hook import CheckpointHook
 from megatron_sgt.engine.eval_hook import EvalHook
@@ -19,21 +19,20 @@ from megatron_sgt.engine.growth_hook import GrowthHook
 from megatron_sgt.engine.hooks import Hook
 from megatron_sgt.engine.log_hook import LogHook
 from megatron_sgt.engine.loop import Trainer
+from megatron_sgt.engine.preflight import (
+    Start,
+    check_deepspeed,
+    check_disk,
+    check_surroundings,
+    find_start,
+    with_vocabulary,
+)
 from megatron_sgt.engine.state import TrainState
 from megatron_sgt.growth import Schedule, build_schedule
 from megatron_sgt.launch.environment import RankInfo
 from megatron_sgt.metrics import METRICS_FILE, MetricsHub, build_hub
+from megatron_sgt.parallel.device import resolve_precision
 from megatron_sgt.parallel.groups import ParallelGroups
-
-
-def with_vocabulary(config: Config) -> Config:
-    """``config`` with model.vocab_size taken from the tokenizer where it was left null.
-
-    Raises DataError when the tokenizer cannot be read or has more tokens than model.vocab_size.
-    """
-    tokenizer = None if config.data.tokenizer is None else build_tokenizer(config.data.tokenizer)
-    size = resolve_vocab_size(config.model.vocab_size, tokenizer)
-    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
 
 
 class PretrainingRun:
@@ -44,10 +43,11 @@ class PretrainingRun:
 
     def __init__(self, config: Config, info: RankInfo) -> None:
         config.num_micro_batches(info.world_size)  # refuse the batch arithmetic before any process group
+        check_surroundings(config)
         self.config = with_vocabulary(config)
         self.groups: ParallelGroups = start_processes(self.config, info)
-        self.start_folder, _ = find_checkpoint(self.config)
-        saved = None if self.start_folder is None else check_checkpoint(self.start_folder, self.config)
+        # Ranks that look by themselves may see different folders on a network file system.
+        self.start: Start = on_rank_zero(self._find_start)
         datasets = self._open_data()
         self.runtime: Runtime = build_runtime(self.config, self.groups)
         self.schedule: Schedule = build_schedule(
@@ -56,8 +56,8 @@ class PretrainingRun:
         self.hub = self._open_hub()
         self.state = TrainState()
         self._wire(datasets[1])
-        if self.start_folder is not None and saved is not None:
-            self.saver.load(self.start_folder, saved, self.state)
+        if self.start.folder is not None:
+            self.saver.load(self.start.folder, self.start.saved, self.state)
         self._report_start()
         self.batches = TrainLoader(
             datasets[0],
@@ -69,6 +69,12 @@ class PretrainingRun:
             self.config.data.num_workers,
             pin_memory=self.groups.device.type != "cpu",
         )
+
+    def _find_start(self) -> Start:
+        precision = resolve_precision(self.config.train.precision, self.groups.device)
+        check_deepspeed(self.config, self.groups.world_size, precision)
+        check_disk(self.config, precision)
+        return find_start(self.config)
 
     def _open_data(self) -> Sequence[Any]:
         tokenizer = self.config.data.tokenizer
@@ -110,9 +116,10 @@ class PretrainingRun:
     def _report_start(self) -> None:
         record = {
             "step": self.state.step,
-            "path": self.start_folder,
+            "path": self.start.folder,
             "searched": self.config.save_dir,
             "consumed_samples": self.state.consumed_samples,
+            "changed": self.start.changed,
         }
         self.hub.log("resume", record)
 
@@ -123,19 +130,25 @@ class PretrainingRun:
         start = time.perf_counter()
         trainer = Trainer(self.config, self.groups, self.runtime.engine, self.state, self.hooks)
         try:
-            trainer.run(self.batches, last_step)
-            self._summarize(time.perf_counter() - start)
+            if self.state.step < last_step:
+                reason = (
+                    "finished" if last_step == train.train_iters else "stopped early (train.exit_interval)"
+                )
+                trainer.run(self.batches, last_step)
+            else:
+                option = "train_iters" if last_step == train.train_iters else "exit_interval"
+                reason = f"nothing to do: raise train.{option} (now {last_step:,}) to go on"
+            self._summarize(reason, time.perf_counter() - start)
         finally:
             self.hub.close()
 
-    def _summarize(self, seconds: float) -> None:
+    def _summarize(self, reason: str, seconds: float) -> None:
         run_dir = Path(self.config.logging.run_dir)
-        stopped = self.state.step < self.config.train.train_iters
         record = {
             "step": self.state.step,
             "train_iters": self.config.train.train_iters,
-            "reason": "stopped early (train.exit_interval)" if stopped else "finished",
-            "first_loss": self.log.first_loss,
+            "reason": reason,
+            "first_loss": self.log.first_loss if self.start.folder is None else None,
             "loss": self.log.last_loss,
             "valid_loss": None if self.eval is None else self.eval.last_loss,
             "growth_events": len(self.growth.events),
@@ -143,7 +156,7 @@ class PretrainingRun:
             "consumed_tokens": self.state.consumed_samples * self.config.model.seq_length,
             "tokens_per_second": self.log.tokens_per_second,
             "paths": {
-                "checkpoint": self.saver.last_path or self.start_folder,
+                "checkpoint": self.saver.last_path or self.start.folder,
                 "metrics": run_dir / METRICS_FILE,
                 "config": run_dir / "config.yaml",
             },

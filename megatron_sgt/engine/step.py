@@ -78,11 +78,14 @@ def _clip_stage0(engine: Any, clip_grad: float, groups: ParallelGroups) -> float
     makes torch's optimizers leave weights and moments as they are.
     """
     parameters = [p for p in engine.module.parameters() if p.grad is not None]
-    owned = [p.grad for p in parameters if param_is_not_tensor_parallel_duplicate(p)]
-    total = torch.stack([g.float().square().sum() for g in owned]).sum()
+    squares = torch.stack([p.grad.float().square().sum() for p in parameters])
+    owned = [n for n, p in enumerate(parameters) if param_is_not_tensor_parallel_duplicate(p)]
+    # The norm counts replicated parameters once; the second sum sees every copy, for one may be not finite.
+    totals = torch.stack([squares[owned].sum(), squares.sum()])
     if groups.tp_size > 1:
-        dist.all_reduce(total, group=groups.tp_group)
-    norm = float(total.sqrt())
+        dist.all_reduce(totals, group=groups.tp_group)
+    once, everything = totals.sqrt().tolist()
+    norm = once if _finite(everything) else everything
     if not _finite(norm):
         for parameter in parameters:
             parameter.grad = None

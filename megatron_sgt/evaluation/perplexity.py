@@ -30,5 +30,5 @@ def mean_loss(model: torch.nn.Module, batches: Iterable[dict[str, Tensor]], grou
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
+    """exp(loss), infinite where that overflows; NaN stays NaN."""
+    return math.inf if loss >= 700 else math.exp(loss)

@@ -12,7 +12,8 @@ valid    step, loss, perplexity, batches, seconds
 growth   GrowthEvent.to_dict() and flops_overhead (fraction of vanilla's), layer_rank and num_candidates (of
          the selected layer among the selectable ones), fade_until_step, max_selected_layers
 save     step, path, seconds, bytes
-resume   step, path (None: a fresh start), searched (where a checkpoint was looked for), consumed_samples
+resume   step, path (None: a fresh start), searched (where a checkpoint was looked for), consumed_samples,
+         changed (settings that differ from the checkpoint's: "train.train_iters 8 -> 12")
 summary  step, train_iters, reason, first_loss, loss, valid_loss, growth_events, seconds, consumed_tokens,
          tokens_per_second, paths (name -> path)
 """

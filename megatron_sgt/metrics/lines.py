@@ -164,8 +164,14 @@ def resume_line(record: Record, paint: Paint = plain) -> str:
         looked = f" (no checkpoint in {searched})" if searched else ""
         return f"{paint('good', 'START')}  fresh start{looked}"
     samples = _part(record, "consumed_samples", lambda n: f"({n:,} samples consumed)")
+    changed = _part(record, "changed", lambda names: f"changed: {'; '.join(names)}" if names else "")
     return _join(
-        (f"{paint('warn', 'RESUME')}  resumed at step {record['step']:,}", f"from {record['path']}", samples)
+        (
+            f"{paint('warn', 'RESUME')}  resumed at step {record['step']:,}",
+            f"from {record['path']}",
+            samples,
+            changed,
+        )
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_sgt.config.run import LoggingConfig
 from megatron_sgt.errors import ConfigError
 
 # Constants of a run and the axis itself make no curve.
@@ -45,6 +47,19 @@ def scalars(kind: str, record: Mapping[str, Any]) -> dict[str, float]:
         for key, value in record.items()
         if isinstance(value, int | float | np.number) and not isinstance(value, bool) and key not in _NO_CURVE
     }
+
+
+def check_packages(logging: LoggingConfig) -> None:
+    """Raises ConfigError if a package that ``logging`` asks for is not installed; imports none."""
+    asked = (
+        ("logging.tensorboard", logging.tensorboard, "tensorboard"),
+        ("logging.wandb_project", logging.wandb_project is not None, "wandb"),
+    )
+    for option, wanted, package in asked:
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"{option} is set, but {package} is not installed: run 'pip install {package}', or remove {option}"
+            )
 
 
 def _import_for(option: str, module: str, package: str) -> ModuleType:

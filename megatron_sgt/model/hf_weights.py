@@ -89,10 +89,51 @@ def megatron_shard(
         )
     layout = _layout(model)
     vocab_rows = model.padded_vocab_size()
+    for entry in entries:
+        for name in entry.hf:
+            _check_shape(name, tuple(weights[name].shape), model, vocab_rows)
     return {
         e.megatron: _shard(e, [weights[n] for n in e.hf], layout, vocab_rows, tp_size, tp_rank)
         for e in entries
     }
+
+
+def _check_shape(name: str, found: tuple[int, ...], model: ModelConfig, vocab_rows: int) -> None:
+    """Raises CheckpointError. The vocabulary may be padded already, up to ``vocab_rows``."""
+    hidden, ffn, size = model.hidden_size, model.ffn_hidden_size, model.kv_channels
+    queries, keys = model.num_attention_heads * size, model.num_query_groups * size
+    module, kind = name.split(".")[-2:]
+    matrices = {
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+        "gate_proj": (ffn, hidden),
+        "up_proj": (ffn, hidden),
+        "down_proj": (hidden, ffn),
+    }
+    if module in ("embed_tokens", "lm_head"):
+        least = model.vocab_size or 1
+        fits = len(found) == 2 and least <= found[0] <= vocab_rows and found[1] == hidden
+        wanted = f"[{least} to {vocab_rows}, {hidden}]"
+    else:
+        norm = (size,) if module in ("q_norm", "k_norm") else (hidden,)
+        shape = matrices.get(module, norm)
+        shape = shape[:1] if kind == "bias" else shape
+        fits, wanted = found == shape, str(list(shape))
+    if not fits:
+        raise CheckpointError(f"{name} has the shape {list(found)}, this model's has {wanted}")
+
+
+def shard_entry(
+    entry: Entry, parts: Sequence[Tensor], model: ModelConfig, tp_size: int = 1, tp_rank: int = 0
+) -> Tensor:
+    """One entry of ``megatron_shard``: from its whole Hugging Face tensors, in the order of ``entry.hf``.
+
+    Raises:
+        CheckpointError: more rows than the padded vocabulary.
+    """
+    return _shard(entry, parts, _layout(model), model.padded_vocab_size(), tp_size, tp_rank)
 
 
 def _shard(
@@ -107,10 +148,7 @@ def _shard(
     if entry.kind == "qkv":
         whole = torch.cat(list(parts))[torch.tensor(layout.fused_qkv_order())]
     elif entry.kind == "vocab":
-        rows = parts[0].shape[0]
-        if rows > vocab_rows:
-            raise CheckpointError(f"{entry.hf[0]} has {rows} rows, the padded vocabulary only {vocab_rows}")
-        whole = torch.cat([parts[0], parts[0].new_zeros(vocab_rows - rows, *parts[0].shape[1:])])
+        whole = torch.cat([parts[0], parts[0].new_zeros(vocab_rows - len(parts[0]), parts[0].shape[1])])
     else:
         whole = parts[0]
     return whole.chunk(tp_size)[tp_rank].clone()
@@ -128,6 +166,11 @@ def hf_weights(shards: Sequence[Mapping[str, Tensor]], model: ModelConfig) -> di
             entry.hf, _join(entry, [shard[entry.megatron] for shard in shards], model, layout), strict=True
         )
     return whole
+
+
+def join_entry(entry: Entry, parts: Sequence[Tensor], model: ModelConfig) -> list[Tensor]:
+    """One entry of ``hf_weights``: its whole tensors in the order of ``entry.hf``, from all ranks' shards."""
+    return _join(entry, parts, model, _layout(model))
 
 
 def _join(entry: Entry, parts: Sequence[Tensor], model: ModelConfig, layout: HeadLayout) -> list[Tensor]:

@@ -94,6 +94,8 @@ def choose_loop_method(config: Config) -> tuple[LoopMethod, str]:
         return parallel.loop_method, f"{parallel.loop_method} looping (parallel.loop_method)"
     if ranks == 1:
         return "owner", "kept heads loop where they are: there is one tensor-parallel rank"
+    if model.attention_dropout > 0:
+        return "owner", "owner looping: attention dropout is drawn per head, by its owner"
     if model.seq_length % ranks:
         return "owner", f"owner looping: seq_length {model.seq_length} does not divide over {ranks} ranks"
     count = model.num_attention_heads if growth.head_choice == "all" else growth.num_keep_heads

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,15 +26,16 @@ def build_optimizer(
     }
     if device.type == "cpu":
         return torch.optim.AdamW(groups, **options)
-    if _has_apex():
-        from apex.optimizers import FusedAdam
-
-        return FusedAdam(groups, adam_w_mode=True, **options)
+    fused_adam = _apex_fused_adam()
+    if fused_adam is not None:
+        return fused_adam(groups, adam_w_mode=True, **options)
     return torch.optim.AdamW(groups, fused=True, **options)
 
 
-def _has_apex() -> bool:
-    return (
-        importlib.util.find_spec("apex") is not None
-        and importlib.util.find_spec("apex.optimizers") is not None
-    )
+def _apex_fused_adam() -> Callable[..., torch.optim.Optimizer] | None:
+    """Apex's class, None without Apex. The unrelated package fails in its own imports: an ImportError as well."""
+    try:
+        from apex.optimizers import FusedAdam
+    except ImportError:
+        return None
+    return FusedAdam

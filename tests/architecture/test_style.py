@@ -14,7 +14,10 @@ MAX_FUNCTION_LINES = 60
 # Smaller modules may be tested through their users.
 MIRROR_FROM_LINES = 20
 # Modules whose tests stand under another name: module path -> test path.
-MIRROR_ELSEWHERE: dict[str, str] = {}
+MIRROR_ELSEWHERE: dict[str, str] = {
+    "megatron_sgt/engine/replay.py": "tests/golden/test_replay.py",
+    "megatron_sgt/growth/state.py": "tests/growth/test_schedule.py",
+}
 
 # Joined here, so that this file does not hold them. Six X's of a mktemp template are no mark.
 UNFINISHED = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "X" * 3)) + r")\b")

@@ -73,6 +73,14 @@ def test_workers_give_the_same_batches_and_leave_the_random_stream_alone() -> No
     assert time.monotonic() - start < 4, "the workers end at once; 5 s is the time-out for one that does not"
 
 
+@pytest.mark.filterwarnings("ignore:.*pin_memory")
+def test_pinned_memory_gives_the_same_batches() -> None:
+    plain = TrainLoader(Numbered(), 2, 3, 0, 2, 5)
+    pinned = TrainLoader(Numbered(), 2, 3, 0, 2, 5, pin_memory=True)
+    for _ in range(4):
+        assert torch.equal(next(plain)["tokens"], next(pinned)["tokens"])
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_bad_sample_is_one_line(num_workers: int) -> None:
     loader = TrainLoader(Numbered(), 2, 1, 0, 1, consumed_samples=996, num_workers=num_workers)

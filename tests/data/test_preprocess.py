@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 
 from megatron_sgt.config import TokenizerConfig
-from megatron_sgt.data.encoding import EncodedKey, encode_chunks
+from megatron_sgt.data.encoding import EncodedKey
 from megatron_sgt.data.preprocess import DatasetWriter, PreprocessOptions, preprocess, sha256_of
-from megatron_sgt.data.readers import Chunk
 from megatron_sgt.data.tokenizer import build_tokenizer
 from megatron_sgt.errors import DataError
 
@@ -108,26 +107,3 @@ def test_unfinished_writer(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="another process is writing"):
             DatasetWriter(prefix, "int32", overwrite=False)
     assert not list(Path(prefix).parent.iterdir())
-
-
-def test_bounded_number_of_chunks_in_memory(sp_model: str) -> None:
-    """The reader is never far ahead of the consumer."""
-    produced = 0
-
-    def chunks() -> object:
-        nonlocal produced
-        for _ in range(200):
-            produced += 1
-            yield Chunk("x", 1, documents=[("layer head",)])
-
-    encoded = encode_chunks(
-        chunks(),  # type: ignore[arg-type]
-        TokenizerConfig(type="sentencepiece", model=sp_model),
-        ("text",),
-        False,
-        "uint16",
-        2,
-    )
-    for consumed, _ in enumerate(encoded, start=1):
-        assert produced <= consumed + 2 * 4
-    assert consumed == 200

@@ -3,8 +3,8 @@
 Slow on purpose: every head of every pass is computed with an eager softmax and multiplied by its gate.
 Nothing here is shared with megatron_sgt. Shapes: B batch, T sequence, D hidden, H query heads, G key/value
 groups, d head size, L layers. Weights are a dict under Hugging Face Llama names; what they imply is read off
-them: G from k_proj's rows, q/k norms from `q_norm` and `k_norm` (one RMSNorm of size d for all heads), a tied
-output from a missing `lm_head.weight`.
+them: G from k_proj's rows, q/k norms from `q_norm` and `k_norm` (one RMSNorm of size d for all heads), biases
+from their presence, a tied output from a missing `lm_head.weight`.
 
 `settings` is the metadata of a golden file: model {num_layers, num_attention_heads, norm_eps, rope_theta},
 growth {the options of the schedule; method sgt | vanilla | block_loop, direction, head_choice, seed,
@@ -29,6 +29,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
+def linear(w: Params, name: str, x: Tensor) -> Tensor:
+    """x W^T, plus the bias if this projection has one."""
+    return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
+
+
 def rotary(x: Tensor, theta: float) -> Tensor:
     """Rotates x [B, heads, T, d] by its positions, pairing dimension i with i + d/2."""
     half = x.shape[-1] // 2
@@ -48,7 +53,7 @@ def attention(w: Params, x: Tensor, gates: Tensor | None, model: Settings) -> tu
     heads, eps = model["num_attention_heads"], model["norm_eps"]
 
     def split(name: str) -> Tensor:
-        rows = x @ w[f"self_attn.{name}_proj.weight"].T
+        rows = linear(w, f"self_attn.{name}_proj", x)
         size = w["self_attn.q_proj.weight"].shape[0] // heads
         return rows.view(batch, length, -1, size).transpose(1, 2)
 
@@ -65,7 +70,7 @@ def attention(w: Params, x: Tensor, gates: Tensor | None, model: Settings) -> tu
     out = p @ v
     if gates is not None:
         out = out * gates.view(1, heads, 1, 1)
-    return out.transpose(1, 2).reshape(batch, length, -1) @ w["self_attn.o_proj.weight"].T, entropy
+    return linear(w, "self_attn.o_proj", out.transpose(1, 2).reshape(batch, length, -1)), entropy
 
 
 def layer(w: Params, x: Tensor, loops: int, gates: Tensor, model: Settings) -> tuple[Tensor, list[Tensor]]:
@@ -77,8 +82,8 @@ def layer(w: Params, x: Tensor, loops: int, gates: Tensor, model: Settings) -> t
         x = x + out
         entropies.append(entropy)
     normed = rms_norm(x, w["post_attention_layernorm.weight"], model["norm_eps"])
-    gate, up = normed @ w["mlp.gate_proj.weight"].T, normed @ w["mlp.up_proj.weight"].T
-    return x + (torch.nn.functional.silu(gate) * up) @ w["mlp.down_proj.weight"].T, entropies
+    gate, up = linear(w, "mlp.gate_proj", normed), linear(w, "mlp.up_proj", normed)
+    return x + linear(w, "mlp.down_proj", torch.nn.functional.silu(gate) * up), entropies
 
 
 def forward(

@@ -154,6 +154,10 @@ def test_resume_line_says_which_of_the_two_it_is() -> None:
     assert lines.resume_line(resumed) == (
         "RESUME  resumed at step 1,250  from runs/x/checkpoints/global_step1250  (40,000 samples consumed)"
     )
+    assert lines.resume_line({**resumed, "changed": ("optim.lr 0.1 -> 0.2", "train.seed 1 -> 2")}).endswith(
+        "samples consumed)  changed: optim.lr 0.1 -> 0.2; train.seed 1 -> 2"
+    )
+    assert lines.resume_line({**resumed, "changed": ()}).endswith("samples consumed)")
     fresh = {"step": 0, "path": None, "searched": "runs/x/checkpoints"}
     assert lines.resume_line(fresh) == "START  fresh start (no checkpoint in runs/x/checkpoints)"
     assert lines.resume_line({"step": 0}) == "START  fresh start"

@@ -29,7 +29,9 @@ PLANS: dict[str, LayerPlan] = {
 }
 
 
-def _step(info: RankInfo, method: str, model: dict[str, Any], plan: LayerPlan, sequence_parallel: bool) -> Any:
+def _step(
+    info: RankInfo, method: str, model: dict[str, Any], plan: LayerPlan, sequence_parallel: bool
+) -> Any:
     """Two micro-batches through one model: (losses, gradients, entropies) of this rank."""
     config = small_config(
         model={"num_layers": 2, "num_attention_heads": 8, **model},

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_sgt.cli import run_main
+from megatron_sgt.cli import positive, run_main
 from megatron_sgt.config import Config, parse_config
 from megatron_sgt.engine.build import build_runtime, start_processes
 from megatron_sgt.engine.step import train_step
@@ -46,11 +46,18 @@ def parse() -> argparse.Namespace:
         ("pairs", 15, "measured pairs of steps"),
         ("threads", len(os.sched_getaffinity(0)), "CPU threads"),
     ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
+        parser.add_argument(
+            f"--{name}", type=positive, default=default, metavar="N", help=f"{text} (default {default})"
+        )
     parser.add_argument("--state", choices=("fixed", "window"), default="fixed", help="structure to measure")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--profile", action="store_true", help="print the operations whose time grew most")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for part, whole in (("loop-layers", "layers"), ("loop-heads", "heads")):
+        some, most = getattr(args, part.replace("-", "_")), getattr(args, whole)
+        if some > most:
+            parser.error(f"argument --{part}: {some} is above --{whole} {most}")
+    return args
 
 
 def run_config(args: argparse.Namespace) -> Config:

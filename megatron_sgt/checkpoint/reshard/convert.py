@@ -1,0 +1,156 @@
+"""Writes a checkpoint layout-free: whole tensors under Hugging Face names, one kind of file per quantity.
+
+The parameters are divided into consecutive parts of about equal size, which any number of processes can write
+at the same time. One parameter is in memory at a time: a process needs about four times the largest parameter
+in fp32 (the shards of all tensor-parallel ranks, the merged tensor, one copy of it), whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from megatron_sgt.checkpoint import layout
+from megatron_sgt.checkpoint.reshard.layout_free import LAYOUT_FREE, file_name
+from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES
+from megatron_sgt.checkpoint.reshard.source import PREFIX, Source, open_source
+from megatron_sgt.checkpoint.reshard.tensor_file import TensorFileWriter
+from megatron_sgt.compat.quiet import quiet_imports
+from megatron_sgt.errors import CheckpointError
+from megatron_sgt.model.hf_weights import Entry, join_entry, name_map
+
+
+def entries_of(source: Source, part: int, parts: int) -> list[Entry]:
+    """The consecutive entries that are part ``part`` (from 0) of ``parts``; may be none."""
+    entries = list(name_map(source.model))
+    sizes = [math.prod(source.ranks[0].shapes[PREFIX + entry.megatron]) for entry in entries]
+    chosen, before = [], 0
+    for entry, size in zip(entries, sizes, strict=True):
+        if (before + size / 2) * parts // sum(sizes) == part:
+            chosen.append(entry)
+        before += size
+    return chosen
+
+
+def write_part(source: Source, destination: Path, part: int = 0, parts: int = 1) -> float:
+    """Write one part of ``source`` into the folder ``destination``.
+
+    Returns:
+        The largest difference between tensor-parallel copies of a replicated weight; rank 0's is taken.
+
+    Raises:
+        CheckpointError: the files cannot be written.
+    """
+    entries = entries_of(source, part, parts)
+    if not entries:
+        return 0.0
+    shapes = {name: shape for entry in entries for name, shape in _whole_shapes(source, entry).items()}
+    drift = 0.0
+    try:
+        with ExitStack() as stack:
+            writers = {
+                quantity: stack.enter_context(
+                    TensorFileWriter(destination / file_name(quantity, part, parts), shapes)
+                )
+                for quantity in QUANTITIES
+            }
+            for entry in entries:
+                for quantity, writer in writers.items():
+                    shards = [rank.read(PREFIX + entry.megatron, quantity) for rank in source.ranks]
+                    if entry.kind == "replicated":
+                        drift = max([drift, *(float((s - shards[0]).abs().max()) for s in shards[1:])])
+                    for name, tensor in zip(entry.hf, join_entry(entry, shards, source.model), strict=True):
+                        writer.append(name, tensor)
+    except OSError as error:
+        raise CheckpointError(f"{destination} cannot be written: {error}") from error
+    return drift
+
+
+def _whole_shapes(source: Source, entry: Entry) -> dict[str, tuple[int, ...]]:
+    """Shapes of an entry's whole tensors, found by merging tensors without data."""
+    shards = [torch.empty(rank.shapes[PREFIX + entry.megatron], device="meta") for rank in source.ranks]
+    merged = join_entry(entry, shards, source.model)
+    return {name: tuple(tensor.shape) for name, tensor in zip(entry.hf, merged, strict=True)}
+
+
+def commit(source: Source, temporary: Path, final: Path) -> int:
+    """Complete the folder ``temporary``, whose parts are all written, and give it its name.
+
+    Returns:
+        Its size in bytes.
+
+    Raises:
+        CheckpointError: the files cannot be written.
+    """
+    state = {
+        **source.saved,
+        "layout": None,
+        LAYOUT_FREE: {
+            "version": 1,
+            "source_layout": source.saved["layout"],
+            "optimizer_step": source.step,
+            "loss_scale": source.ranks[0].loss_scale,
+        },
+    }
+    try:
+        layout.write_json(temporary / layout.STATE_FILE, state)
+        # The random streams, for a load that changes the ZeRO stage alone.
+        for file in [source.folder / layout.CONFIG_FILE, *sorted(source.folder.glob("rng_rank_*.pt"))]:
+            shutil.copyfile(file, temporary / file.name)
+        files = layout.file_sizes(temporary)
+        layout.write_json(temporary / layout.MANIFEST_FILE, {"tag": final.name, "files": files})
+        temporary.rename(final)
+    except OSError as error:
+        raise CheckpointError(f"{final} cannot be written: {error}") from error
+    return sum(files.values())
+
+
+def fresh_folder(folder: Path) -> None:
+    """Make an empty ``folder``, over what an interrupted conversion has left. Raises CheckpointError."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be made: {error}") from error
+
+
+def convert(folder: Path, root: Path, processes: int = 1) -> tuple[Path, int, float]:
+    """Convert the checkpoint ``folder`` into a checkpoint of the same tag below ``root``.
+
+    Args:
+        processes: how many write at the same time, each a part of its own.
+
+    Returns:
+        The new checkpoint's folder, its size in bytes, and what ``write_part`` returns.
+
+    Raises:
+        CheckpointError: ``folder`` is damaged or cannot be converted, or ``root`` has such a checkpoint.
+    """
+    layout.verify_sizes(folder)
+    source = open_source(folder)
+    tag = layout.tag_for(source.saved["trainer"]["step"])
+    temporary, final = root / f"{tag}.tmp", root / tag
+    if final.exists():
+        raise CheckpointError(f"{final} exists already; choose another folder, or delete it")
+    fresh_folder(temporary)
+    if processes == 1:
+        drift = write_part(source, temporary)
+    else:
+        # Not forked: the libraries have threads by now, which a fork would lose.
+        fresh = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, fresh, quiet_imports) as pool:
+            drift = max(pool.map(partial(_convert_part, folder, temporary, processes), range(processes)))
+    size = commit(source, temporary, final)
+    layout.replace_text(root / layout.LATEST_FILE, tag)
+    return final, size, drift
+
+
+def _convert_part(folder: Path, destination: Path, parts: int, part: int) -> float:
+    return write_part(open_source(folder), destination, part, parts)

@@ -1,0 +1,62 @@
+"""A layout-free checkpoint: whole tensors, of which every rank reads its shard.
+
+Beside the usual files (sgt_state.json with ``layout`` null, config.yaml, manifest.json) there are for each
+quantity (weights, exp_avg, exp_avg_sq; all fp32) one or more safetensors files. The names in them are Hugging
+Face's; the vocabulary has its padding rows, which AdamW moves like the others.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES
+from megatron_sgt.config.model import ModelConfig
+from megatron_sgt.errors import CheckpointError
+from megatron_sgt.model.hf_weights import Entry, shard_entry
+
+LAYOUT_FREE = "layout_free"
+"""Key in sgt_state.json of what a layout-free checkpoint is made from."""
+
+
+def file_name(quantity: str, part: int, parts: int) -> str:
+    """File of one part (from 0) of one quantity."""
+    return f"{quantity}-{part + 1:05d}-of-{parts:05d}.safetensors"
+
+
+def is_layout_free(state: dict[str, Any]) -> bool:
+    """Whether a checkpoint with this saved state is layout-free."""
+    return LAYOUT_FREE in state
+
+
+class LayoutFreeReader:
+    """The tensors of a layout-free checkpoint, mapped from disk.
+
+    Raises:
+        CheckpointError: a file is damaged, or a tensor is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file_of: dict[tuple[str, str], Any] = {}
+        for quantity in QUANTITIES:
+            for path in sorted(folder.glob(f"{quantity}-*-of-*.safetensors")):
+                try:
+                    file = safe_open(path, "pt")
+                except (OSError, SafetensorError) as error:
+                    raise CheckpointError(f"{path} cannot be read: {error}") from error
+                for name in file.keys():  # noqa: SIM118 (the file is no dictionary)
+                    self._file_of[quantity, name] = file
+
+    def shard(
+        self, entry: Entry, quantity: str, model: ModelConfig, tp_size: int = 1, tp_rank: int = 0
+    ) -> Tensor:
+        """One rank's shard of a parameter's ``quantity``, fp32; at most three copies of it exist meanwhile."""
+        try:
+            whole = [self._file_of[quantity, name].get_tensor(name) for name in entry.hf]
+        except KeyError as error:
+            raise CheckpointError(f"{self._folder} holds no {quantity} of {error.args[0][1]}") from error
+        return shard_entry(entry, whole, model, tp_size, tp_rank)

@@ -1,0 +1,49 @@
+"""The common form of what the readers of the ZeRO stages return."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from megatron_sgt.errors import CheckpointError
+
+WEIGHTS = "weights"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+QUANTITIES = (WEIGHTS, *MOMENTS)
+"""What AdamW keeps of every parameter, all fp32 and of the parameter's shape; MOMENTS under torch's names."""
+
+
+class RankState(ABC):
+    """The training state of one tensor-parallel rank.
+
+    ``shapes``: of every parameter, by its name in the model. ``step``: AdamW's updates so far.
+    ``loss_scale``: fp16's dynamic loss scale, None where there is none.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    step: int
+    loss_scale: float | None = None
+
+    @abstractmethod
+    def read(self, name: str, quantity: str) -> Tensor:
+        """One of QUANTITIES of parameter ``name``, fp32 on the CPU, in the parameter's shape."""
+
+
+def common_step(steps: Iterable[Any], where: object) -> int:
+    """The one step count that all parameters share. Raises CheckpointError if there is none, or several."""
+    found = sorted({int(step) for step in steps})
+    if not found:
+        raise CheckpointError(f"{where} holds no optimizer state: it was saved before the first step")
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{where}: parameters differ in their AdamW step ({found}); cannot be resharded"
+        )
+    return found[0]
+
+
+def dynamic_scale(optimizer: Mapping[str, Any]) -> float | None:
+    """The loss scale in a ZeRO optimizer's saved state, if it is a dynamic one."""
+    return float(optimizer["loss_scaler"].cur_scale) if optimizer.get("dynamic_loss_scale") else None

@@ -1,0 +1,82 @@
+"""Opens a checkpoint in DeepSpeed's files as the states of its tensor-parallel ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sgt.checkpoint import layout
+from megatron_sgt.checkpoint.reshard.rank_state import RankState, common_step
+from megatron_sgt.checkpoint.reshard.stage0 import Stage0State
+from megatron_sgt.checkpoint.reshard.stage3 import Stage3State
+from megatron_sgt.checkpoint.reshard.stage12 import Stage12State
+from megatron_sgt.config import load_config
+from megatron_sgt.config.model import ModelConfig
+from megatron_sgt.errors import CheckpointError
+from megatron_sgt.model.hf_weights import name_map
+
+PREFIX = "gpt."
+"""What the model's parameter names have before those of the weight table."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to convert. ``model`` has no vocabulary size, so that no padding row is cut off.
+
+    The rows of the padding take part in the softmax: without them the loss would not continue.
+    """
+
+    folder: Path
+    model: ModelConfig
+    saved: dict[str, Any]
+    ranks: list[RankState]
+
+    @property
+    def step(self) -> int:
+        """AdamW's step. Raises CheckpointError if the tensor-parallel ranks differ in it."""
+        return common_step((rank.step for rank in self.ranks), self.folder)
+
+
+def open_source(folder: Path) -> Source:
+    """Open the checkpoint ``folder``, whose files were found whole before; needs no process group.
+
+    Raises:
+        CheckpointError: its files are not what DeepSpeed writes for its layout, or not of its model.
+    """
+    saved = layout.read_json(folder / layout.STATE_FILE)
+    model = load_config(folder / layout.CONFIG_FILE).model
+    written_under = saved["layout"]
+    if written_under is None:
+        raise CheckpointError(f"{folder} is layout-free already: it loads under any layout as it is")
+    try:
+        tp_size = written_under["tensor_model_parallel_size"]
+        ranks = [_open_rank(folder, written_under, rank) for rank in range(tp_size)]
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be resharded: DeepSpeed's files lack something that version 0.19 writes "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    wanted = {PREFIX + entry.megatron for entry in name_map(model)}
+    for rank in ranks:
+        if differing := wanted ^ set(rank.shapes):
+            raise CheckpointError(
+                f"{folder} cannot be resharded: unexpected parameters {sorted(differing)[:4]}"
+            )
+    return Source(folder, model.model_copy(update={"vocab_size": None}), saved, ranks)
+
+
+def _open_rank(folder: Path, written_under: dict[str, Any], tp_rank: int) -> RankState:
+    stage, dp_size = written_under["zero_stage"], written_under["data_parallel_size"]
+    if stage == 0:
+        return Stage0State(folder / f"mp_rank_{tp_rank:02d}_model_states.pt")
+    optimizer_files = [_optimizer_file(folder, tp_rank, dp_rank) for dp_rank in range(dp_size)]
+    if stage == 3:
+        return Stage3State(folder / f"zero_pp_rank_0_mp_rank_{tp_rank:02d}_model_states.pt", optimizer_files)
+    return Stage12State(folder / f"mp_rank_{tp_rank:02d}_model_states.pt", optimizer_files)
+
+
+def _optimizer_file(folder: Path, tp_rank: int, dp_rank: int) -> Path:
+    name = f"zero_pp_rank_{dp_rank}_mp_rank_{tp_rank:02d}_optim_states.pt"
+    bf16 = folder / f"bf16_{name}"
+    return bf16 if bf16.is_file() else folder / name

@@ -1,0 +1,69 @@
+"""A run in a dozen lines, from its metrics file alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_sgt.metrics import lines, units
+
+Record = Mapping[str, Any]
+
+
+def run_summary(records: Sequence[Record], run_dir: Path, paint: lines.Paint = lines.plain) -> str:
+    """Losses, growth events, restarts and where things lie.
+
+    Args:
+        records: what ``read_metrics`` gives, in order; any part may be missing (a run that died early).
+    """
+    by_kind: dict[str, list[Record]] = {}
+    for record in records:
+        by_kind.setdefault(record["kind"], []).append(record)
+    rows = [
+        *_loss_rows(by_kind.get("train", [])),
+        *_valid_rows(by_kind.get("valid", [])),
+        *(
+            ("growth", lines.growth_line(event, paint).split("  ", 1)[1])
+            for event in by_kind.get("growth", [])
+        ),
+        *_start_rows(by_kind.get("resume", [])),
+        *_path_rows(by_kind.get("save", []), run_dir),
+    ]
+    return "\n".join(f"{name:<11} {text}" for name, text in rows)
+
+
+def _loss_rows(train: Sequence[Record]) -> Iterator[tuple[str, str]]:
+    if not train:
+        yield "train", "no step was reported"
+        return
+    first, last = train[0], train[-1]
+    total = last.get("train_iters")
+    yield (
+        "train",
+        f"step {last['step']:,}"
+        + (f" of {total:,}" if total else "")
+        + f" · loss {units.fixed(first['loss'], 3)} "
+        f"(step {first['step']:,}) -> {units.fixed(last['loss'], 3)}",
+    )
+
+
+def _valid_rows(valid: Sequence[Record]) -> Iterator[tuple[str, str]]:
+    if valid:
+        curve = " -> ".join(
+            f"{units.fixed(v['loss'], 3)} (step {v['step']:,})" for v in valid[:1] + valid[-1:]
+        )
+        yield "validation", f"loss {curve} · perplexity {units.perplexity(valid[-1]['perplexity'])}"
+
+
+def _start_rows(resumes: Sequence[Record]) -> Iterator[tuple[str, str]]:
+    steps = [f"{r['step']:,}" for r in resumes if r.get("path")]
+    if steps:
+        yield "resumed", "at step " + ", ".join(steps)
+
+
+def _path_rows(saves: Sequence[Record], run_dir: Path) -> Iterator[tuple[str, str]]:
+    if saves:
+        yield "checkpoint", str(saves[-1]["path"])
+    yield "metrics", str(run_dir / "metrics.jsonl")
+    yield "config", str(run_dir / "config.yaml")

@@ -1,0 +1,92 @@
+"""The translation to DeepSpeed's dictionary, value by value."""
+
+import copy
+from typing import Any
+
+import pytest
+
+from megatron_sgt.engine.deepspeed_config import deepspeed_config
+from megatron_sgt.errors import ConfigError
+from tests.helpers.single import small_config
+
+
+def translated(world_size: int = 1, precision: str = "fp32", **sections: dict[str, Any]) -> dict[str, Any]:
+    return deepspeed_config(small_config(**sections), world_size, precision)
+
+
+@pytest.mark.parametrize(
+    ("train", "tensor_parallel", "world_size", "accumulation"),
+    [((2, 2), 1, 1, 1), ((2, 16), 1, 1, 8), ((2, 16), 1, 4, 2), ((2, 16), 2, 4, 4), ((1, 64), 4, 8, 32)],
+)
+def test_batch_sizes_multiply(
+    train: tuple[int, int], tensor_parallel: int, world_size: int, accumulation: int
+) -> None:
+    micro, total = train
+    found = translated(
+        world_size,
+        train={"micro_batch_size": micro, "global_batch_size": total},
+        parallel={"tensor_model_parallel_size": tensor_parallel},
+    )
+    assert found["train_batch_size"] == total
+    assert found["train_micro_batch_size_per_gpu"] == micro
+    assert found["gradient_accumulation_steps"] == accumulation
+    # DeepSpeed's own rule, over the data-parallel ranks.
+    assert total == micro * accumulation * world_size // tensor_parallel
+
+
+def test_batch_sizes_that_do_not_multiply() -> None:
+    with pytest.raises(ConfigError, match="batch sizes do not multiply"):
+        translated(3, train={"micro_batch_size": 2, "global_batch_size": 8})
+
+
+@pytest.mark.parametrize(
+    ("precision", "bf16", "fp16"), [("fp32", False, False), ("bf16", True, False), ("fp16", False, True)]
+)
+def test_precision(precision: str, bf16: bool, fp16: bool) -> None:
+    found = translated(precision=precision)
+    assert (found["bf16"], found["fp16"]) == ({"enabled": bf16}, {"enabled": fp16})
+
+
+@pytest.mark.parametrize(("stage", "clipping"), [(0, 0.0), (1, 0.7), (2, 0.7), (3, 0.7)])
+def test_stage_0_is_clipped_by_the_step(stage: int, clipping: float) -> None:
+    found = translated(parallel={"zero_stage": stage}, optim={"clip_grad": 0.7})
+    assert found["zero_optimization"] == {"stage": stage}
+    assert found["gradient_clipping"] == clipping
+
+
+def test_what_is_always_so() -> None:
+    found = translated()
+    assert found["zero_allow_untested_optimizer"] is True
+    assert found["wall_clock_breakdown"] is False
+    assert found["steps_per_print"] > 10**9
+    assert not {"optimizer", "scheduler"} & set(found)
+
+
+def test_the_users_keys_are_merged_key_by_key() -> None:
+    raw = {
+        "zero_optimization": {"overlap_comm": True, "stage": "auto", "offload": {"device": "cpu"}},
+        "fp16": {"initial_scale_power": 8, "enabled": "auto"},
+        "train_batch_size": "auto",
+        "gradient_accumulation_steps": "auto",
+        "comms_logger": {"enabled": True},
+        "wall_clock_breakdown": True,
+    }
+    found = translated(precision="fp16", train={"precision": "fp16"}, deepspeed=raw)
+    assert found["zero_optimization"] == {"stage": 1, "overlap_comm": True, "offload": {"device": "cpu"}}
+    assert found["fp16"] == {"enabled": True, "initial_scale_power": 8}
+    assert found["train_batch_size"] == 2
+    assert found["gradient_accumulation_steps"] == 1
+    assert found["comms_logger"] == {"enabled": True}
+    assert found["wall_clock_breakdown"] is True
+
+
+def test_the_result_shares_nothing_with_the_configuration() -> None:
+    """DeepSpeed writes into what it is given."""
+    raw = {"zero_optimization": {"offload": {"device": "cpu"}}, "comms_logger": {"enabled": True}}
+    config = small_config(deepspeed=raw)
+    before = copy.deepcopy(config.deepspeed)
+    found = deepspeed_config(config, 1, "fp32")
+    found["zero_optimization"]["offload"]["device"] = "nvme"
+    found["comms_logger"]["enabled"] = False
+    assert config.deepspeed == before
+    assert deepspeed_config(config, 1, "fp32")["comms_logger"] == {"enabled": True}

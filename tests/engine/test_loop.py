@@ -1,0 +1,137 @@
+"""The loop with a scripted step: what it counts, whom it calls, when it gives up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sgt.engine import loop
+from megatron_sgt.engine.hooks import StatelessHook
+from megatron_sgt.engine.loop import DivergedError, Trainer
+from megatron_sgt.engine.state import TrainState
+from megatron_sgt.engine.step import Batch, StepResult
+from megatron_sgt.optim.schedule import learning_rate
+from tests.helpers.fake_groups import fake_groups
+from tests.helpers.single import small_config
+
+CONFIG = small_config(
+    optim={"lr": 1e-3, "lr_warmup_iters": 2},
+    train={
+        "train_iters": 10,
+        "micro_batch_size": 2,
+        "global_batch_size": 8,
+        "max_consecutive_skipped_steps": 3,
+    },
+)
+ACCUMULATION = 4
+
+
+class Diary(StatelessHook):
+    """Writes down every call."""
+
+    def __init__(self, name: str, calls: list[Any]) -> None:
+        self.name = name
+        self.calls = calls
+
+    def before_run(self, state: TrainState) -> None:
+        self.calls.append((self.name, "before", state.step))
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        self.calls.append((self.name, "step", state.step, result.applied))
+
+    def after_run(self, state: TrainState) -> None:
+        self.calls.append((self.name, "after", state.step))
+
+
+class Scripted:
+    """train_step's stand-in: applies or skips as told; notes the learning rates and batches it was given."""
+
+    def __init__(self, applied: str) -> None:
+        self.applied = iter(applied)
+        self.rates: list[float] = []
+        self.seen: list[int] = []
+
+    def __call__(
+        self, engine: Any, batches: Iterator[Batch], lr: float, clip_grad: float, groups: Any
+    ) -> StepResult:
+        taken = [int(batch["tokens"]) for batch in batches]
+        assert len(taken) == ACCUMULATION and clip_grad == CONFIG.optim.clip_grad
+        self.rates.append(lr)
+        self.seen += taken
+        good = next(self.applied) == "+"
+        return StepResult(torch.tensor(1.0 if good else math.nan), 1.0 if good else math.inf, good, lr, 0.1)
+
+
+def numbered() -> Iterator[Batch]:
+    return ({"tokens": torch.tensor(n)} for n in range(10_000))
+
+
+def train(
+    monkeypatch: pytest.MonkeyPatch, applied: str, last_step: int, state: TrainState
+) -> tuple[Scripted, list[Any]]:
+    scripted, calls = Scripted(applied), []
+    monkeypatch.setattr(loop, "train_step", scripted)
+    modes: list[str] = []
+    engine: Any = SimpleNamespace(train=lambda: modes.append("train"))
+    hooks = [Diary("first", calls), Diary("second", calls)]
+    Trainer(CONFIG, fake_groups(), engine, state, hooks).run(numbered(), last_step)
+    assert modes == ["train"]
+    return scripted, calls
+
+
+def test_hooks_act_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, calls = train(monkeypatch, "++", 2, TrainState())
+    names = ("first", "second")
+    assert calls == [
+        *((name, "before", 0) for name in names),
+        *((name, "step", 1, True) for name in names),
+        *((name, "step", 2, True) for name in names),
+        *((name, "after", 2) for name in names),
+    ]
+
+
+def test_counters_rates_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = TrainState(step=3, consumed_samples=24)
+    scripted, _ = train(monkeypatch, "++", 5, state)
+    assert state == TrainState(step=5, consumed_samples=40)
+    assert scripted.rates == [learning_rate(step, CONFIG.optim, 10) for step in (4, 5)]
+    assert scripted.seen == list(range(2 * ACCUMULATION))
+
+
+def test_a_skipped_step_is_no_step_but_its_data_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = TrainState()
+    scripted, calls = train(monkeypatch, "+--+-+", 3, state)
+    assert state == TrainState(step=3, consumed_samples=48, skipped_steps=3, consecutive_skipped=0)
+    assert [call[2:] for call in calls if call[:2] == ("first", "step")] == [
+        (1, True), (1, False), (1, False), (2, True), (2, False), (3, True),
+    ]  # fmt: skip
+    # The rate of a step is tried again, on the data that follows.
+    assert scripted.rates == [learning_rate(step, CONFIG.optim, 10) for step in (1, 2, 2, 2, 3, 3)]
+    assert scripted.seen == list(range(6 * ACCUMULATION))
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    state, calls = TrainState(), []
+    monkeypatch.setattr(loop, "train_step", Scripted("++---+"))
+    engine: Any = SimpleNamespace(train=lambda: None)
+    with pytest.raises(DivergedError, match=r"3 steps in a row after step 2 .* \(last loss nan\)") as caught:
+        Trainer(CONFIG, fake_groups(), engine, state, [Diary("d", calls)]).run(numbered(), 9)
+    assert caught.value.exit_code == 1
+    assert state.consecutive_skipped == 3
+    assert [call for call in calls if call[1] == "after"] == [], "after_run would save the diverged state"
+
+
+def test_the_message_shows_a_finite_loss_as_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def infinite_gradient(*args: Any) -> StepResult:
+        list(args[1])
+        return StepResult(torch.tensor(2.34567), math.inf, False, 1e-3, 0.1)
+
+    monkeypatch.setattr(loop, "train_step", infinite_gradient)
+    engine: Any = SimpleNamespace(train=lambda: None)
+    with pytest.raises(DivergedError, match=r"last loss 2\.3457"):
+        Trainer(CONFIG, fake_groups(), engine, TrainState(), []).run(numbered(), 9)

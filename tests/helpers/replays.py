@@ -1,0 +1,84 @@
+"""Replays of trajectory files on ranks, and what they differ in from the recorded values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_sgt.engine import replay as rp
+from megatron_sgt.engine.build import start_processes
+from megatron_sgt.launch.rank_info import RankInfo
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.trajectories import read_trajectory
+
+ALLOWED = {
+    "loss": 3e-5,
+    "ema_entropy": 3e-5,
+    "head_decay": 1e-5,
+    "grad_norm": 1e-3,
+    "final weights": 5e-4,
+    "probe_logits": 1e-3,
+}
+"""Largest absolute differences that count as fp32 noise (tests/golden/README.md; the gradient norm, which no
+requirement names, is the most sensitive to the drift of the weights)."""
+
+EVENT_FIELDS = ("step", "action", "layer", "phase", "kept_heads")
+
+
+def replay_on(info: RankInfo, path: Path, layout: dict[str, Any], train: dict[str, Any]) -> Any:
+    """Replay ``path`` on this rank; rank 0 returns (tensors, metadata). For ``run_on_ranks``."""
+    tensors, meta = rp.read_trajectory(path)
+    overrides = {"parallel": {"device": "cpu", **layout}, "train": {**train, "threads_per_rank": 1}}
+    config = rp.replay_config(tensors, meta, overrides)
+    groups = start_processes(config, info)
+    inputs = {k: v for k, v in tensors.items() if k.startswith("init/") or k in ("tokens", "probe_tokens")}
+    result = rp.replay(config, groups, inputs, meta)
+    return result if groups.is_main else None
+
+
+def run_replay(
+    path: Path, world_size: int = 1, layout: dict[str, Any] | None = None, **train: Any
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, metadata) that the project makes of ``path`` on ``world_size`` ranks."""
+    return run_on_ranks(world_size, replay_on, path, layout or {}, train, timeout=300)[0]
+
+
+def differences(result: dict[str, Tensor], recorded: dict[str, Tensor]) -> dict[str, float]:
+    """Largest absolute difference per quantity of ``ALLOWED``; infinite where shapes differ."""
+
+    def worst(name: str) -> float:
+        one, other = result[name], recorded[name]
+        if one.shape != other.shape:
+            return float("inf")
+        gap = (one.double() - other.double()).abs().max()
+        return float(gap.nan_to_num(nan=float("inf")))
+
+    weights = [name for name in recorded if name.startswith("final/")]
+    named = {name: worst(name) for name in ALLOWED if name != "final weights"}
+    return {**named, "final weights": max(worst(name) for name in weights)}
+
+
+def structure(meta: dict[str, Any]) -> list[dict[str, Any]]:
+    """The events as the golden file records them."""
+    return [
+        {
+            **{name: event[name] for name in EVENT_FIELDS},
+            "kept_heads": {int(n): list(heads) for n, heads in event["kept_heads"].items()},
+        }
+        for event in meta["events"]
+    ]
+
+
+def check_replay(path: Path, world_size: int = 1, layout: dict[str, Any] | None = None, **train: Any) -> None:
+    """Replay and assert: every event, every loop depth, every number within ``ALLOWED`` at every step."""
+    recorded, recorded_meta = read_trajectory(path)
+    result, meta = run_replay(path, world_size, layout, **train)
+    measured = differences(result, recorded)
+    print("  ".join(f"{name} {value:.1e}" for name, value in measured.items()))  # shown when a test fails
+    assert structure(meta) == structure(recorded_meta)
+    assert torch.equal(result["loop_depth"].long(), recorded["loop_depth"].long())
+    beyond = {name: value for name, value in measured.items() if not value <= ALLOWED[name]}
+    assert not beyond, f"beyond fp32 noise: {beyond}; allowed {ALLOWED}"

@@ -1,0 +1,119 @@
+"""The translation to Megatron-Core's configuration, field by field."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_sgt.config import Config
+from megatron_sgt.errors import ConfigError
+from megatron_sgt.model.mcore_config import head_layout, transformer_config
+from megatron_sgt.parallel.head_layout import HeadLayout
+from tests.helpers.fake_groups import fake_groups
+from tests.helpers.single import small_config
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("sections", "translated"),
+    [
+        (
+            {},
+            {
+                "num_layers": 4,
+                "hidden_size": 64,
+                "ffn_hidden_size": 96,
+                "num_attention_heads": 4,
+                "num_query_groups": 4,
+                "kv_channels": 16,
+                "normalization": "RMSNorm",
+                "layernorm_epsilon": 1e-6,
+                "gated_linear_unit": True,
+                "activation_func": F.silu,
+                "add_bias_linear": False,
+                "add_qkv_bias": False,
+                "qk_layernorm": False,
+                "attention_dropout": 0.0,
+                "hidden_dropout": 0.0,
+                "init_method_std": 0.02,
+                "tensor_model_parallel_size": 1,
+                "sequence_parallel": False,
+                "recompute_granularity": None,
+            },
+        ),
+        ({"model": {"num_query_groups": 2, "kv_channels": 24}}, {"num_query_groups": 2, "kv_channels": 24}),
+        ({"model": {"activation": "gelu"}}, {"gated_linear_unit": False, "activation_func": F.gelu}),
+        (
+            {"model": {"normalization": "LayerNorm", "layernorm_epsilon": 1e-5, "qk_layernorm": True}},
+            {"normalization": "LayerNorm", "layernorm_epsilon": 1e-5, "qk_layernorm": True},
+        ),
+        (
+            {"model": {"add_bias_linear": True, "attention_dropout": 0.1, "hidden_dropout": 0.2}},
+            {"add_bias_linear": True, "attention_dropout": 0.1, "hidden_dropout": 0.2},
+        ),
+        (
+            {"model": {"add_qkv_bias": True, "init_method_std": 0.01}},
+            {"add_qkv_bias": True, "init_method_std": 0.01},
+        ),
+        (
+            {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "device": "cpu"}},
+            {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        ),
+        # Layers and attention cores recompute themselves.
+        ({"train": {"recompute_granularity": "selective"}}, {"recompute_granularity": None}),
+        ({"train": {"recompute_granularity": "full"}}, {"recompute_granularity": None}),
+    ],
+)
+def test_fields(sections: dict[str, Any], translated: dict[str, Any]) -> None:
+    found = transformer_config(small_config(**sections), "fp32", CPU)
+    assert {name: getattr(found, name) for name in translated} == translated
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "bf16", "fp16"),
+    [
+        ("fp32", torch.float32, False, False),
+        ("bf16", torch.bfloat16, True, False),
+        ("fp16", torch.float16, False, True),
+    ],
+)
+def test_precision(precision: str, dtype: torch.dtype, bf16: bool, fp16: bool) -> None:
+    found = transformer_config(small_config(), precision, CPU)
+    assert (found.params_dtype, found.bf16, found.fp16) == (dtype, bf16, fp16)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "on_cpu"),
+    [(None, CPU, True), (None, GPU, False), (True, GPU, True), (True, CPU, True), (False, GPU, False)],
+)
+def test_where_weights_are_drawn(wanted: bool | None, device: torch.device, on_cpu: bool) -> None:
+    config = small_config(model={"use_cpu_initialization": wanted})
+    assert transformer_config(config, "fp32", device).use_cpu_initialization is on_cpu
+
+
+def test_no_fusion_that_compiles_or_bypasses_autograd() -> None:
+    for device in (CPU, GPU):
+        found = transformer_config(small_config(), "bf16", device)
+        fusions = ("bias_dropout", "bias_activation", "apply_rope", "gradient_accumulation", "masked_softmax")
+        assert not [name for name in fusions if getattr(found, f"{name}_fusion")]
+
+
+def test_megatrons_refusal_is_a_configuration_error() -> None:
+    """The configuration has its own check; this is the second line, for what only Megatron-Core knows."""
+    config = small_config()
+    unchecked = Config.model_construct(
+        **{**dict(config), "model": config.model.model_copy(update={"num_attention_heads": 6})},
+    )
+    unchecked = unchecked.model_copy(
+        update={"parallel": config.parallel.model_copy(update={"tensor_model_parallel_size": 4})}
+    )
+    with pytest.raises(ConfigError, match=r"Megatron-Core refuses this model: .*6.*4"):
+        transformer_config(unchecked, "fp32", CPU)
+
+
+def test_head_layout() -> None:
+    config = small_config(model={"num_query_groups": 2, "kv_channels": 24})
+    assert head_layout(config, fake_groups(1, 2)) == HeadLayout(4, 2, 24, tp_size=2, tp_rank=1)
+    assert head_layout(config, fake_groups()) == HeadLayout(4, 2, 24)

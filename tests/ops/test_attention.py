@@ -1,0 +1,86 @@
+"""The library kernel equals the definition, and keeps no score matrix."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_sgt.ops.attention import causal_attention, causal_attention_reference
+from tests.helpers.tensor_shapes import ShapeRecorder
+
+QKV = tuple[Tensor, Tensor, Tensor]
+# sequence, batch, heads, groups, head size
+SHAPES = [(1, 1, 1, 1, 2), (1, 2, 4, 2, 8), (7, 3, 5, 5, 6), (33, 2, 6, 2, 10), (17, 1, 8, 1, 4)]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-2}
+
+
+def random_qkv(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> QKV:
+    length, batch, heads, groups, size = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def part(n: int) -> Tensor:
+        exact = torch.randn(length, batch, n, size, generator=generator, dtype=torch.float64)
+        return exact.to(dtype).requires_grad_()
+
+    return part(heads), part(groups), part(groups)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_output_and_gradients_equal_the_definition(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    qkv = random_qkv(shape, dtype)
+    q, k, v = (t.detach().double().requires_grad_() for t in qkv)
+    exact = (q, k, v)
+    out, wanted = causal_attention(*qkv), causal_attention_reference(*exact)
+    assert out.shape == wanted.shape == qkv[0].shape and out.dtype == dtype
+    torch.testing.assert_close(out.double(), wanted, rtol=0, atol=TOLERANCE[dtype])
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grads = torch.autograd.grad((out.double() * weights).sum(), qkv)
+    wanted_grads = torch.autograd.grad((wanted * weights).sum(), exact)
+    for grad, wanted_grad in zip(grads, wanted_grads, strict=True):
+        # Key and value gradients are sums over up to S rows and N / G heads.
+        torch.testing.assert_close(grad.double(), wanted_grad, rtol=0, atol=10 * TOLERANCE[dtype])
+
+
+def test_the_definition_by_hand() -> None:
+    """Two positions, one head: the second weights the values by softmax([1, 3] / sqrt(4))."""
+    query = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0]]).view(2, 1, 1, 4)
+    key = torch.tensor([[0.0, 1, 0, 0], [0, 3, 0, 0]]).view(2, 1, 1, 4)
+    value = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0]]).view(2, 1, 1, 4)
+    second = torch.softmax(torch.tensor([0.5, 1.5]), 0)
+    wanted = torch.tensor([[1.0, 0, 0, 0], [second[0], second[1], 0, 0]]).view(2, 1, 1, 4)
+    for attention in (causal_attention, causal_attention_reference):
+        torch.testing.assert_close(attention(query, key, value), wanted)
+
+
+def test_the_future_has_no_influence() -> None:
+    query, key, value = (t.detach() for t in random_qkv((9, 2, 4, 2, 8)))
+    before = causal_attention(query, key, value)
+    query, key, value = (torch.cat([t[:5], t[5:] + 1.0]) for t in (query, key, value))
+    after = causal_attention(query, key, value)
+    assert torch.equal(before[:5], after[:5])
+    assert not torch.allclose(before[5:], after[5:])
+
+
+def test_no_scores_are_kept_for_any_grouping() -> None:
+    length = 48
+    for groups in (6, 3, 1):
+        query, key, value = random_qkv((length, 2, 6, groups, 5))
+        with ShapeRecorder() as recorder:
+            causal_attention(query, key, value).sum().backward()
+        assert recorder.count > 5
+        assert not recorder.with_twice(length)
+        with ShapeRecorder() as recorder:  # the recorder does see scores where there are some
+            causal_attention_reference(query, key, value)
+        assert recorder.with_twice(length)
+
+
+def test_dropout_scales_the_weights_that_stay() -> None:
+    """With values of one, an output is the sum of the kept weights times 1 / (1 - p): 1 on average."""
+    query, key, _ = random_qkv((256, 4, 4, 4, 8))
+    torch.manual_seed(0)
+    out = causal_attention(query, key, torch.ones_like(key), dropout_p=0.25)
+    # Late rows weight many positions, so that their sums lie close together.
+    assert out[64:].mean().item() == pytest.approx(1.0, abs=0.01)
+    assert out.std() > 0.01
+    again = causal_attention(query, key, torch.ones_like(key))
+    torch.testing.assert_close(again, torch.ones_like(again))

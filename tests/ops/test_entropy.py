@@ -1,0 +1,87 @@
+"""Entropy of the last attention row, against a formula written out in float64 loops."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_sgt.ops.entropy import last_row_entropy
+from tests.helpers.tensor_shapes import ShapeRecorder
+
+# sequence, batch, heads, groups, head size
+SHAPES = [(2, 1, 1, 1, 2), (7, 3, 5, 5, 6), (33, 2, 6, 2, 10), (17, 4, 8, 1, 4)]
+
+
+def by_hand(query: Tensor, key: Tensor) -> list[float]:
+    """The same in Python floats, one probability after the other."""
+    length, batch, heads, size = query.shape
+    repeat = heads // key.shape[2]
+    result = []
+    for n in range(heads):
+        total = 0.0
+        for b in range(batch):
+            row = query[-1, b, n].double()
+            scores = [float(row @ key[t, b, n // repeat].double()) / math.sqrt(size) for t in range(length)]
+            highest = max(scores)
+            norm = sum(math.exp(s - highest) for s in scores)
+            probabilities = [math.exp(s - highest) / norm for s in scores]
+            total -= sum(p * math.log(p) for p in probabilities if p > 0)
+        result.append(total / batch / math.log(length))
+    return result
+
+
+def random_qk(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    length, batch, heads, groups, size = shape
+    generator = torch.Generator().manual_seed(0)
+    # Wide queries, so that heads differ.
+    query = 3.0 * torch.randn(length, batch, heads, size, generator=generator)
+    return query.to(dtype), torch.randn(length, batch, groups, size, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_formula(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The inputs' rounding is theirs; the arithmetic is fp32 even for bf16 inputs."""
+    query, key = random_qk(shape, dtype)
+    entropy = last_row_entropy(query, key)
+    assert entropy.dtype == torch.float32 and entropy.shape == (shape[2],)
+    assert entropy.tolist() == pytest.approx(by_hand(query, key), abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("key_scale", "wanted"), [(0.0, 1.0), (1e3, 0.0)], ids=["even attention", "one position"]
+)
+def test_ends_of_the_scale(key_scale: float, wanted: float) -> None:
+    key = key_scale * torch.arange(24.0).view(24, 1, 1, 1)
+    entropy = last_row_entropy(torch.ones(24, 1, 2, 1), key)
+    assert entropy.tolist() == pytest.approx([wanted] * 2, abs=1e-6)
+
+
+def test_one_token() -> None:
+    entropy = last_row_entropy(torch.randn(1, 2, 4, 8, dtype=torch.bfloat16), torch.randn(1, 2, 2, 8))
+    assert entropy.dtype == torch.float32 and entropy.tolist() == [0.0] * 4
+
+
+def test_only_the_last_query_counts_and_no_gradient_flows() -> None:
+    query, key = (t.requires_grad_() for t in random_qk((9, 2, 4, 2, 6)))
+    entropy = last_row_entropy(query, key)
+    assert not entropy.requires_grad
+    other = torch.cat([torch.randn(8, 2, 4, 6), query[-1:]])
+    assert torch.equal(entropy, last_row_entropy(other, key))
+
+
+def test_views_are_welcome() -> None:
+    """Megatron's query is a view into the fused projection."""
+    query, key = random_qk((9, 2, 4, 2, 6))
+    fused = torch.cat([query, key], dim=2)
+    views = fused.split([4, 2], dim=2)
+    torch.testing.assert_close(last_row_entropy(*views), last_row_entropy(query, key))
+
+
+def test_one_row_of_scores_per_head() -> None:
+    query, key = random_qk((48, 2, 6, 3, 5))
+    with ShapeRecorder() as recorder:
+        last_row_entropy(query, key)
+    assert recorder.count > 5
+    assert not recorder.with_twice(48)

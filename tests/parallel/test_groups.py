@@ -1,0 +1,73 @@
+"""Starting, reading and taking down the groups; several ranks are the integration tests' matter."""
+
+import dataclasses
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_sgt.config.parallel import ParallelConfig
+from megatron_sgt.launch.environment import RankInfo, discover
+from megatron_sgt.parallel.groups import current_groups, destroy_groups, initialize_groups
+from tests.helpers.fake_groups import fake_groups
+
+CPU = torch.device("cpu")
+
+
+def test_one_process() -> None:
+    groups = initialize_groups(ParallelConfig(), discover({}), CPU)
+    assert (groups.rank, groups.world_size, groups.is_main) == (0, 1, True)
+    assert (groups.tp_rank, groups.tp_size, groups.dp_rank, groups.dp_size) == (0, 1, 0, 1)
+    assert dist.get_world_size(groups.tp_group) == dist.get_world_size(groups.dp_group) == 1
+    assert groups.device == CPU
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        groups.rank = 1  # type: ignore[misc]
+
+
+def test_starting_twice_is_starting_once() -> None:
+    first = initialize_groups(ParallelConfig(), discover({}), CPU)
+    second = initialize_groups(ParallelConfig(), discover({}), CPU)
+    assert first == second == current_groups(CPU)
+
+
+def test_down_and_up_again() -> None:
+    initialize_groups(ParallelConfig(), discover({}), CPU)
+    destroy_groups()
+    assert not dist.is_initialized()
+    assert not parallel_state.model_parallel_is_initialized()
+    destroy_groups()  # nothing left to do is no error
+    assert initialize_groups(ParallelConfig(), discover({}), CPU).world_size == 1
+
+
+@pytest.mark.parametrize("device", [CPU, torch.device("cuda", 3)], ids=str)
+def test_every_group_gets_the_timeout_of_the_configuration(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: dict[str, Any] = {}
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(parallel_state, "model_parallel_is_initialized", lambda: False)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **kw: calls.update(world=(backend, kw)))
+    monkeypatch.setattr(
+        parallel_state, "initialize_model_parallel", lambda **kw: calls.update(model_parallel=kw)
+    )
+    monkeypatch.setattr("megatron_sgt.parallel.groups.current_groups", lambda device: fake_groups())
+    config = ParallelConfig(tensor_model_parallel_size=4, distributed_timeout_minutes=2.5)
+    initialize_groups(config, RankInfo(11, 16, 3, 8, "node-7", 29511, "slurm"), device)
+    backend, options = calls["world"]
+    assert backend == ("gloo" if device.type == "cpu" else "nccl")
+    assert options == {
+        "init_method": "tcp://node-7:29511",
+        "rank": 11,
+        "world_size": 16,
+        "timeout": timedelta(minutes=2.5),
+    }
+    assert calls["model_parallel"]["tensor_model_parallel_size"] == 4
+    assert calls["model_parallel"]["distributed_timeout_minutes"] == 2.5
+
+
+@pytest.mark.parametrize(("dp_rank", "tp_rank", "main"), [(0, 0, True), (0, 1, False), (1, 0, False)])
+def test_only_rank_0_is_main(dp_rank: int, tp_rank: int, main: bool) -> None:
+    assert fake_groups(tp_rank, 2, dp_rank, 2).is_main is main

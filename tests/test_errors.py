@@ -1,0 +1,19 @@
+import pytest
+
+from megatron_sgt.errors import CheckpointError, ConfigError, DataError, SGTError
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(SGTError, 1), (ConfigError, 2), (DataError, 3), (CheckpointError, 4)]
+)
+def test_exit_codes(error: type[SGTError], code: int) -> None:
+    assert error.exit_code == code
+    assert issubclass(error, SGTError)
+    with pytest.raises(SGTError, match=r"^cause; fix$"):
+        raise error("cause; fix")
+
+
+def test_a_configuration_error_is_a_value_error_the_others_are_not() -> None:
+    """Callers that know nothing of this project may treat a bad value as Python does."""
+    assert issubclass(ConfigError, ValueError)
+    assert not issubclass(DataError, ValueError) and not issubclass(CheckpointError, ValueError)

@@ -1,0 +1,58 @@
+#!/usr/bin/env python
+"""Convert a checkpoint into one that loads under any layout: any tensor-parallel and data-parallel size, any
+ZeRO stage. (A run that meets a checkpoint of another layout does this by itself; the tool does it beforehand,
+on any machine without a GPU.)
+
+python tools/reshard_checkpoint.py --load runs/a/checkpoints --output runs/a/any_layout
+python pretrain_sgt.py --config a.yaml checkpoint.load=runs/a/any_layout
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from megatron_sgt.cli import run_main
+
+
+def parse() -> argparse.Namespace:
+    """Command-line arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--load", type=Path, required=True, metavar="CKPT", help="a folder of checkpoints, or one of them"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder of checkpoints to write into"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="write with N processes [%(default)s]"
+    )
+    args = parser.parse_args()
+    if args.processes < 1:
+        parser.error(f"--processes must be at least 1, got {args.processes}")
+    return args
+
+
+def main() -> None:
+    """Convert and say where the result lies."""
+    args = parse()
+    from megatron_sgt.compat.quiet import quiet_imports
+
+    quiet_imports()
+    from megatron_sgt.checkpoint.layout import resolve
+    from megatron_sgt.checkpoint.reshard.convert import convert
+
+    start = time.perf_counter()
+    final, size, drift = convert(resolve(args.load), args.output, args.processes)
+    print(f"{final}: {size / 1e6:,.1f} MB in {time.perf_counter() - start:.1f} s; loads under any layout")
+    if drift:
+        print(
+            f"tensor-parallel copies of replicated weights differed by up to {drift:.1e}; rank 0's were taken"
+        )
+
+
+if __name__ == "__main__":
+    run_main(main)
