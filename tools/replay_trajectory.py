@@ -40,6 +40,9 @@ def parse() -> argparse.Namespace:
         "--sequence-parallel", action="store_true", help="shard activations between the linears"
     )
     parser.add_argument(
+        "--loop-method", default="auto", choices=("auto", "owner", "balanced"), help="[%(default)s]"
+    )
+    parser.add_argument(
         "--recompute", default="none", choices=("none", "selective", "full"), help="[%(default)s]"
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="[%(default)s]")
@@ -66,6 +69,7 @@ def main() -> int:
             "tensor_model_parallel_size": args.tensor_parallel,
             "zero_stage": args.zero,
             "sequence_parallel": args.sequence_parallel,
+            "loop_method": args.loop_method,
             "device": args.device,
         },
         "train": {"micro_batch_size": micro, "recompute_granularity": args.recompute},

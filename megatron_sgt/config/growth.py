@@ -57,6 +57,11 @@ class GrowthConfig(Section):
     entropy_after_fixed: bool = Field(
         default=False, description="Go on measuring entropy once the structure is fixed (monitoring only)."
     )
+    exact_ema: bool = Field(
+        default=True,
+        description="Measure entropy in every step before the structure is fixed; false: only in the last steps "
+        "before a decision, whose outcome the earlier ones can no longer change in fp32.",
+    )
     block_loop_layers: tuple[int, ...] = Field(
         default=(), description="Layers that block_loop executes again."
     )

@@ -25,6 +25,11 @@ class ParallelConfig(Section):
         description="DeepSpeed ZeRO: 0 nothing is sharded over data-parallel ranks, 1 the optimizer state, "
         "2 also the gradients, 3 also the weights.",
     )
+    loop_method: Literal["auto", "owner", "balanced"] = Field(
+        default="auto",
+        description="How kept heads loop under tensor parallelism: each rank the heads that it owns, or each rank "
+        "all kept heads for its share of the tokens; auto: what a cost model finds cheaper.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto",
         description="Where to train; auto: on GPUs if there are any (nccl), else on CPUs (gloo).",

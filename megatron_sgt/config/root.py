@@ -157,6 +157,22 @@ def check_parallel(cfg: Config) -> Iterator[str]:
             f"parallel.sequence_parallel: model.seq_length {seq_length} is not a multiple of "
             f"tensor_model_parallel_size {tensor_parallel}"
         )
+    if parallel.loop_method == "balanced":
+        if seq_length % tensor_parallel:
+            yield (
+                f"parallel.loop_method: balanced needs model.seq_length, {seq_length}, to be a multiple of "
+                f"tensor_model_parallel_size {tensor_parallel}"
+            )
+        if cfg.model.attention_dropout > 0:
+            yield (
+                f"parallel.loop_method: balanced has no attention dropout; set model.attention_dropout 0 instead "
+                f"of {cfg.model.attention_dropout}, or loop_method: owner"
+            )
+    outside = [n for n in cfg.train.recompute_layers or () if not 0 <= n < cfg.model.num_layers]
+    if outside:
+        yield f"train.recompute_layers: {outside} outside the model's layers 0..{cfg.model.num_layers - 1}"
+    if cfg.train.recompute_layers and cfg.train.recompute_granularity == "none":
+        yield "train.recompute_layers: has no effect with recompute_granularity 'none'; set selective or full"
     if parallel.zero_stage == 0 and _precision(cfg) == "bf16":
         yield f"parallel.zero_stage: {ZERO_0_BF16}"
 

@@ -36,6 +36,9 @@ class TrainConfig(Section):
         default="none",
         description="What the backward pass computes again: nothing, the attention core, whole layers.",
     )
+    recompute_layers: tuple[int, ...] | None = Field(
+        default=None, description="Layers that recompute_granularity applies to; null: all."
+    )
     threads_per_rank: int | None = Field(
         default=None, gt=0, description="CPU threads of one rank; null: torch's choice."
     )

@@ -13,6 +13,7 @@ from megatron_sgt.checkpoint.load import load_checkpoint
 from megatron_sgt.checkpoint.save import save_checkpoint
 from megatron_sgt.config import Config
 from megatron_sgt.engine.hooks import Hook, StatelessHook
+from megatron_sgt.engine.plan_check import verify_same_plan
 from megatron_sgt.engine.state import TrainState
 from megatron_sgt.engine.step import StepResult
 from megatron_sgt.errors import CheckpointError
@@ -61,6 +62,7 @@ class CheckpointHook(StatelessHook):
             self._save(state)
 
     def _save(self, state: TrainState) -> None:
+        verify_same_plan(self.engine.module, self.groups)
         start = time.perf_counter()
         saved = {
             "trainer": state.state_dict(),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron_sgt.engine.hooks import StatelessHook
+from megatron_sgt.engine.plan_check import verify_same_plan
 from megatron_sgt.engine.state import TrainState
 from megatron_sgt.engine.step import StepResult
 from megatron_sgt.errors import CheckpointError
@@ -58,6 +59,8 @@ class GrowthHook(StatelessHook):
             self.schedule.load_state_dict(broadcast_object(self.schedule.state_dict(), self.groups))
         events = self.schedule.after_step(state.step)
         self._obey()
+        if events:
+            verify_same_plan(self.model, self.groups)
         for event in events:
             self.events.append(event.to_dict())
             self.on_event(event)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
 
+from megatron_sgt.model.apply_plan import begin_step, mark_micro_batch
 from megatron_sgt.parallel.groups import ParallelGroups
 
 Batch = dict[str, Tensor]
@@ -48,7 +49,9 @@ def train_step(
         group["lr"] = lr
     losses = []
     meter = engine.module.meter
+    begin_step(engine.module)
     for batch in batches:
+        mark_micro_batch(engine.module, last=engine.is_gradient_accumulation_boundary())
         loss = engine(**{name: t.to(groups.device, non_blocking=True) for name, t in batch.items()})
         engine.backward(loss)
         meter.end_micro_batch()

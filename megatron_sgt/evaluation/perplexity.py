@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from megatron_sgt.model.apply_plan import begin_step
 from megatron_sgt.parallel.collectives import mean_over_data_parallel
 from megatron_sgt.parallel.groups import ParallelGroups
 
@@ -19,6 +20,7 @@ def mean_loss(model: torch.nn.Module, batches: Iterable[dict[str, Tensor]], grou
     The model is put into evaluation mode and back. NaN without a single batch.
     """
     was_training = model.training
+    begin_step(model)
     model.eval()
     losses = [model(**{k: v.to(groups.device) for k, v in batch.items()}).float() for batch in batches]
     model.train(was_training)

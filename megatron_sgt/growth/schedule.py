@@ -7,6 +7,7 @@ Source: arXiv 2603.23998 and its authors' implementation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,6 +32,16 @@ class _Grown:
     loops: int
     kept_heads: tuple[int, ...]
     chosen_at: int
+
+
+def memory_steps(ema_decay: float) -> int:
+    """Steps after which the EMA has forgotten its past to the precision of fp32.
+
+    What an EMA held n steps ago still weighs beta^n, and entropies lie in [0, 1]: from beta^n <= 2^-24 on, half
+    a unit in the last place of 1.0, the past changes no fp32 value. n = ceil(24 ln 2 / -ln beta), at least 1:
+    24 steps for beta = 0.5.
+    """
+    return 1 if ema_decay <= 0.0 else max(1, math.ceil(24 * math.log(2) / -math.log(ema_decay)))
 
 
 class GrowthSchedule:
@@ -61,8 +72,18 @@ class GrowthSchedule:
 
     @property
     def needs_entropy(self) -> bool:
-        """Whether the next step's attention entropies will be folded in."""
-        return self._phase != "fixed" or self.config.entropy_after_fixed
+        """Whether the next step's attention entropies will be folded in.
+
+        With exact_ema: false only the last `memory_steps` steps before the next possible decision count.
+        """
+        if self.config.entropy_after_fixed:
+            return True
+        if self._phase == "fixed":
+            return False
+        if self.config.exact_ema:
+            return True
+        decision = self.config.first_selection_step if self._phase == "vanilla" else self._window_end
+        return self._step + 1 > decision - memory_steps(self.config.ema_decay)
 
     @property
     def plan(self) -> LoopPlan:

@@ -18,3 +18,23 @@ def apply_plan(model: torch.nn.Module, plan: LoopPlan) -> None:
     """Make every layer of ``model`` execute its part of ``plan`` from the next forward on."""
     for layer in sgt_layers(model):
         layer.apply_plan(plan[layer.layer_id], layer.self_attention.linear_proj.weight.device)
+
+
+def executed_plan(model: torch.nn.Module) -> LoopPlan:
+    """The plan that the layers of ``model`` execute now."""
+    layers = sgt_layers(model)
+    return LoopPlan(len(layers), tuple((layer.layer_id, layer.plan) for layer in layers))
+
+
+def begin_step(model: torch.nn.Module) -> None:
+    """Tell the layers that the weights may have changed: kept weights are fetched anew at their next use."""
+    for layer in sgt_layers(model):
+        if layer.kept_weights is not None:
+            layer.kept_weights.begin_step()
+
+
+def mark_micro_batch(model: torch.nn.Module, last: bool) -> None:
+    """Tell the layers whether the next micro-batch is the step's last, which pays gradients back to owners."""
+    for layer in sgt_layers(model):
+        if layer.kept_weights is not None:
+            layer.kept_weights.last_micro_batch = last

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_sgt.model.entropy_meter import EntropyMeter
 from megatron_sgt.ops.attention import causal_attention
 from megatron_sgt.ops.entropy import last_row_entropy
+from megatron_sgt.parallel.rng import recompute_contexts
 
 
 class SGTCoreAttention(torch.nn.Module):
@@ -25,12 +26,17 @@ class SGTCoreAttention(torch.nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, meter: EntropyMeter, recompute: bool, **_: Any
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        meter: EntropyMeter,
+        recompute: tuple[int, ...],
+        **_: Any,
     ) -> None:
         super().__init__()
         self.layer_id = layer_number - 1  # Megatron counts layers from 1
         self.meter = meter
-        self.recompute = recompute
+        self.recompute = self.layer_id in recompute
         self.dropout_p = config.attention_dropout
         self._pass = 0
         self._gates: Tensor | None = None
@@ -60,7 +66,7 @@ class SGTCoreAttention(torch.nn.Module):
             raise ValueError("packed sequences are not supported: the last query row would span documents")
         if self.training and self.meter.enabled:
             entropy = last_row_entropy(query.detach(), key.detach())
-            self.meter.store(self.layer_id, self._pass, slice(None), entropy)
+            self.meter.store(self.layer_id, self._pass, entropy)
         out = self.attend(query, key, value)
         # The gate stays outside of the recomputed part: at recompute time the pass is no longer marked.
         if self._gates is not None:
@@ -68,39 +74,17 @@ class SGTCoreAttention(torch.nn.Module):
         return out.reshape(*out.shape[:2], -1)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of any heads [S, B, *, H] with this module's dropout and recompute settings."""
+        """Causal attention of any heads [S, B, *, H] with this module's dropout and recompute settings."""
+        return self.run(self._attend, query, key, value)
+
+    def run(self, attention: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """``attention(*tensors)``, computed again in the backward pass if this module is set to."""
         if self.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(
-                self._attend,
-                query,
-                key,
-                value,
-                use_reentrant=False,
-                context_fn=lambda: (contextlib.nullcontext(), _SameStreams()),
-            )
-        return self._attend(query, key, value)
+            return checkpoint(attention, *tensors, use_reentrant=False, context_fn=recompute_contexts)
+        return attention(*tensors)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if not self.training or self.dropout_p == 0.0:
             return causal_attention(query, key, value)
         with get_cuda_rng_tracker().fork():  # heads are sharded: every rank draws its own mask
             return causal_attention(query, key, value, self.dropout_p)
-
-
-class _SameStreams:
-    """Context of a recomputation: Megatron's random streams stand where they stood when this was made.
-
-    Dropout then draws the masks of the forward pass again (torch's checkpoint restores the default generator
-    only). Afterwards the streams go on from where they were.
-    """
-
-    def __init__(self) -> None:
-        self.at_forward = get_cuda_rng_tracker().get_states()
-
-    def __enter__(self) -> None:
-        tracker = get_cuda_rng_tracker()
-        self.interrupted = tracker.get_states()
-        tracker.set_states(dict(self.at_forward))
-
-    def __exit__(self, *_: object) -> None:
-        get_cuda_rng_tracker().set_states(self.interrupted)

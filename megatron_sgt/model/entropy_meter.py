@@ -16,22 +16,33 @@ from megatron_sgt.parallel.head_layout import HeadLayout
 
 
 class EntropyMeter:
-    """Entropy table [L, P, N] of this rank's heads, fp32, on the rank's device.
+    """Entropy table [L, P, heads of the whole model], fp32, on the rank's device.
 
-    While ``enabled`` is False nothing is measured and nothing is communicated.
+    A rank fills in what it measured and leaves 0 elsewhere: its own heads as a rule, all kept heads where
+    looping is balanced and it holds the last token. While ``enabled`` is False nothing is measured and nothing
+    is communicated.
     """
 
     def __init__(self, num_layers: int, num_passes: int, layout: HeadLayout, device: torch.device) -> None:
         self.layout = layout
         self.enabled = False
-        shape = (num_layers, num_passes, layout.heads_per_rank)
+        shape = (num_layers, num_passes, layout.num_heads)
         self._current = torch.zeros(shape, dtype=torch.float32, device=device)
         self._sum = torch.zeros_like(self._current)
         self._micro_batches = 0
 
-    def store(self, layer: int, attention_pass: int, heads: Tensor | slice, entropy: Tensor) -> None:
-        """Keep ``entropy`` ([number of heads]) of one pass of one layer for the running micro-batch."""
-        self._current[layer, attention_pass, heads] = entropy
+    def store(self, layer: int, attention_pass: int, entropy: Tensor, heads: Tensor | None = None) -> None:
+        """Keep the entropies of one pass of one layer for the running micro-batch.
+
+        Args:
+            entropy: [number of heads].
+            heads: global ids of those heads; None: this rank's own heads.
+        """
+        if heads is None:
+            owned = self.layout.owned_heads
+            self._current[layer, attention_pass, owned.start : owned.stop] = entropy
+        else:
+            self._current[layer, attention_pass, heads] = entropy
 
     def end_micro_batch(self) -> None:
         """Add the running micro-batch to the step's sum."""
@@ -48,17 +59,14 @@ class EntropyMeter:
     def reduce(self, groups: ParallelGroups) -> np.ndarray:
         """Mean over micro-batches and data-parallel ranks, all heads of the model; then reset.
 
-        One all-reduce over all ranks: each tensor-parallel rank contributes its own heads' columns.
+        One all-reduce over all ranks: every entry was measured by one rank of each tensor-parallel group.
 
         Returns:
             [L, P, N of the whole model] float64 on the host; passes that no layer executed are 0.
         """
-        layers, passes, _ = self._sum.shape
-        table = self._sum.new_zeros((layers, passes, self.layout.num_heads))
-        owned = self.layout.owned_heads
-        table[:, :, owned.start : owned.stop] = self._sum
+        table = self._sum
         if groups.world_size > 1:
             dist.all_reduce(table)
-        table /= max(1, self._micro_batches) * groups.dp_size
+        mean = table.double().cpu().numpy() / (max(1, self._micro_batches) * groups.dp_size)
         self.reset()
-        return table.double().cpu().numpy()
+        return mean

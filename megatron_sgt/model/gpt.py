@@ -7,6 +7,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_sgt.config import Config
+from megatron_sgt.model.apply_plan import begin_step
 from megatron_sgt.model.entropy_meter import EntropyMeter
 from megatron_sgt.model.mcore_config import head_layout, transformer_config
 from megatron_sgt.model.spec import decoder_spec
@@ -35,6 +36,7 @@ class LanguageModel(torch.nn.Module):
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
         """[B, S] tokens -> [B, S, padded vocabulary] logits, gathered over tensor-parallel ranks."""
+        begin_step(self)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return self.gpt(tokens, positions, None, runtime_gather_output=True)
 

@@ -1,17 +1,19 @@
 """The loop: x ← x + W_o · concat_h( g_h · head_h(Norm(x)) ), executed K times (SGT.md, "Forward pass of a layer").
 
-Two ways that give the same numbers where both apply:
+Ways that give the same numbers where they apply:
 
 * ``dense_loop`` (decay window): the layer's own attention modules run again on all heads, with gates.
 * ``sparse_loop`` (after it): only the kept heads are projected, attended and projected back. Rows of W_qkv
-  and columns of W_o are selected; key/value groups that several kept heads share are projected once.
-
-In the sparse loop each tensor-parallel rank computes the kept heads that it owns. A rank that owns none still
-enters every collective, forward and backward: a peer would wait for it for ever otherwise.
+  and columns of W_o are selected; key/value groups that several kept heads share are projected once. Each
+  tensor-parallel rank computes the kept heads that it owns. A rank that owns none still enters every
+  collective, forward and backward: a peer would wait for it for ever otherwise.
+* ``balanced_loop.balanced_loop`` (after it, several tensor-parallel ranks): each rank computes all kept heads
+  for its share of the tokens; ``sparse_loop`` is its definition.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,7 +46,8 @@ class LoopState:
     """A LayerPlan turned into this rank's indices and tensors.
 
     ``gates`` [N]: gates of this rank's heads, used in the window. ``qkv_rows`` [(R + 2 kept groups) * H] and
-    ``proj_columns`` [R * H]: indices into the local weights; ``heads`` [R], ``kv_slot`` [R]: see ``KeptHeads``.
+    ``proj_columns`` [R * H]: indices into the local weights; ``heads`` [R]: global ids of this rank's kept heads;
+    ``kv_slot`` [R]: see ``KeptHeads``.
     """
 
     plan: LayerPlan
@@ -63,26 +66,18 @@ def loop_state(plan: LayerPlan, layout: HeadLayout, device: torch.device) -> Loo
     kept = layout.local(plan.kept_heads)
     gates = [1.0 if head in plan.kept_heads else plan.other_gate for head in layout.owned_heads]
 
-    def index(values: tuple[int, ...]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=device)
+    def index(values: Iterable[int]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.long, device=device)
 
     return LoopState(
         plan=plan,
         kept=kept,
         gates=torch.tensor(gates, dtype=torch.float32, device=device),
-        heads=index(kept.heads),
+        heads=index(head + layout.owned_heads.start for head in kept.heads),
         kv_slot=index(kept.kv_slot),
         qkv_rows=index(kept.qkv_rows),
         proj_columns=index(kept.proj_columns),
     )
-
-
-def run_loops(layer: LoopingLayer, x: Tensor, rotary: Tensor, state: LoopState) -> Tensor:
-    """Execute the K loop passes of ``state`` on x [S, B, D] (a shard of S under sequence parallelism)."""
-    one_pass = dense_loop if state.plan.phase == "window" else sparse_loop
-    for index in range(1, state.plan.loops + 1):
-        x = one_pass(layer, x, rotary, state, index)
-    return x
 
 
 def dense_loop(layer: LoopingLayer, x: Tensor, rotary: Tensor, state: LoopState, index: int) -> Tensor:
@@ -102,7 +97,7 @@ def sparse_loop(layer: LoopingLayer, x: Tensor, rotary: Tensor, state: LoopState
     else:
         partial = _nothing(attention, normed)
     out = _leave_tensor_parallel(partial, layer)
-    return layer.add_residual((out, attention.linear_proj.bias), x)
+    return layer.add_residual((out, attention.linear_proj.summed_bias()), x)
 
 
 def _nothing(attention: Any, x: Tensor) -> Tensor:
@@ -128,18 +123,18 @@ def _kept_heads(layer: LoopingLayer, x: Tensor, rotary: Tensor, state: LoopState
     query, key, value = blocks.split([heads, groups, groups], dim=2)
     if attention.q_layernorm is not None:
         query, key = attention.q_layernorm(query), attention.k_layernorm(key)
-    query, key = (_rotate(t, rotary, attention) for t in (query, key))
+    query, key = (rotate(t, rotary, attention) for t in (query, key))
     if groups != heads:  # the kept heads may share groups unevenly: give each head its own view
         key, value = key[:, :, state.kv_slot], value[:, :, state.kv_slot]
     core = attention.core_attention
     if layer.training and core.meter.enabled:
-        core.meter.store(core.layer_id, index, state.heads, last_row_entropy(query, key))
+        core.meter.store(core.layer_id, index, last_row_entropy(query, key), state.heads)
     out = core.attend(query, key, value)
     weight = attention.linear_proj.weight[:, state.proj_columns]
     return F.linear(out.reshape(*out.shape[:2], -1), weight)
 
 
-def _rotate(heads: Tensor, rotary: Tensor, attention: Any) -> Tensor:
+def rotate(heads: Tensor, rotary: Tensor, attention: Any) -> Tensor:
     return apply_rotary_pos_emb(heads, rotary, config=attention.config, cp_group=attention.pg_collection.cp)
 
 

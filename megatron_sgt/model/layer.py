@@ -11,41 +11,80 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from megatron_sgt.growth import LayerPlan
-from megatron_sgt.model.head_loop import LoopState, loop_state, run_loops
+from megatron_sgt.model.balanced_loop import balanced_loop
+from megatron_sgt.model.head_loop import LoopState, dense_loop, loop_state, sparse_loop
+from megatron_sgt.model.kept_weights import KeptWeights, kept_rows
 from megatron_sgt.parallel.head_layout import HeadLayout
+from megatron_sgt.parallel.rng import recompute_contexts
 
 
 class SGTLayer(TransformerLayer):
-    """TransformerLayer with head loops between attention and MLP. With the default plan it is its parent."""
+    """TransformerLayer with head loops between attention and MLP. With the default plan it is its parent.
 
-    def __init__(self, *args: Any, head_layout: HeadLayout, **kwargs: Any) -> None:
+    Args (beyond the parent's):
+        head_layout: this rank's share of the heads.
+        balanced: loop kept heads in the balanced way (see ``balanced_loop``) instead of at their owners.
+        recompute: ids of the layers whose activations are computed again in the backward pass.
+    """
+
+    def __init__(
+        self, *args: Any, head_layout: HeadLayout, balanced: bool, recompute: tuple[int, ...], **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.head_layout = head_layout
+        self.balanced = balanced
         self.layer_id = self.layer_number - 1  # Megatron counts layers from 1, over all pipeline stages
+        self.recompute = self.layer_id in recompute
         self.plan = LayerPlan()
+        self.kept_weights: KeptWeights | None = None
         self._loop: LoopState | None = None
 
     def apply_plan(self, plan: LayerPlan, device: torch.device) -> None:
         """Execute ``plan`` from the next forward on."""
-        if plan != self.plan:
-            self.plan = plan
-            self._loop = loop_state(plan, self.head_layout, device)
+        if plan == self.plan:
+            return
+        self.plan = plan
+        self._loop = loop_state(plan, self.head_layout, device)
+        self.kept_weights = None
+        if self.balanced and plan.phase == "sparse":
+            rows = kept_rows(plan.kept_heads, self.head_layout, device)
+            group = self.pg_collection.tp
+            self.kept_weights = KeptWeights(rows, group, partial_gradients=self.config.sequence_parallel)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Megatron's forward on [S, B, D], repeated as a whole for the block-loop baseline."""
         for _ in range(self.plan.block_loops):
-            hidden_states, _context = super().forward(hidden_states, *args, **kwargs)
-        return super().forward(hidden_states, *args, **kwargs)
+            hidden_states, _context = self._forward_once(hidden_states, *args, **kwargs)
+        return self._forward_once(hidden_states, *args, **kwargs)
+
+    def _forward_once(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        forward = super().forward
+        if self.recompute and self.training and torch.is_grad_enabled():
+            # One segment holds the ordinary pass and the loop: they share weights, which ZeRO reduces once.
+            contexts = recompute_contexts
+            return checkpoint(
+                forward, hidden_states, *args, use_reentrant=False, context_fn=contexts, **kwargs
+            )
+        return forward(hidden_states, *args, **kwargs)
 
     def _forward_attention(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         hidden, context = super()._forward_attention(hidden_states, attention_mask, *args, **kwargs)
-        if self._loop is not None:
-            hidden = run_loops(self, hidden, kwargs["rotary_pos_emb"], self._loop)
+        for index in range(1, self.plan.loops + 1):
+            hidden = self._loop_pass(hidden, kwargs["rotary_pos_emb"], index)
         return hidden, context
+
+    def _loop_pass(self, x: Tensor, rotary: Tensor, index: int) -> Tensor:
+        assert self._loop is not None
+        if self.plan.phase == "window":
+            return dense_loop(self, x, rotary, self._loop, index)
+        if self.kept_weights is not None:
+            return balanced_loop(self, x, rotary, self.kept_weights, index)
+        return sparse_loop(self, x, rotary, self._loop, index)
 
     def add_residual(self, out_with_bias: tuple[Tensor, Tensor | None], residual: Tensor) -> Tensor:
         """residual + dropout(out + bias), as after the ordinary attention. Shapes [S, B, D]."""

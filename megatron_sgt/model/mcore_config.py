@@ -27,7 +27,6 @@ def transformer_config(config: Config, precision: str, device: torch.device) -> 
     model, parallel = config.model, config.parallel
     on_cpu = device.type == "cpu"
     cpu_init = on_cpu if model.use_cpu_initialization is None else model.use_cpu_initialization
-    full_recompute = config.train.recompute_granularity == "full"
     try:
         return TransformerConfig(
             num_layers=model.num_layers,
@@ -52,11 +51,8 @@ def transformer_config(config: Config, precision: str, device: torch.device) -> 
             fp16=precision == "fp16",
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             sequence_parallel=parallel.sequence_parallel,
-            # Whole layers are recomputed by Megatron; the attention core recomputes itself (see
-            # core_attention.py), because Megatron's own version would lose the gates of a loop pass.
-            recompute_granularity="full" if full_recompute else None,
-            recompute_method="uniform" if full_recompute else None,
-            recompute_num_layers=1 if full_recompute else None,
+            # Recompute is done by the layer and the core attention themselves (layer.py, core_attention.py):
+            # Megatron's own would lose the gates of a loop pass, and knows no lists of layers.
             # These fusions go through torch.compile, which would build code when the run starts.
             bias_dropout_fusion=False,
             bias_activation_fusion=False,

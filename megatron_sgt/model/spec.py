@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -17,19 +18,29 @@ from megatron_sgt.config import Config
 from megatron_sgt.model.core_attention import SGTCoreAttention
 from megatron_sgt.model.entropy_meter import EntropyMeter
 from megatron_sgt.model.layer import SGTLayer
+from megatron_sgt.model.linear import SummedBiasRowParallelLinear
+from megatron_sgt.model.loop_cost import choose_loop_method
 from megatron_sgt.model.norm import NORMS, HeadNorm
 from megatron_sgt.parallel.head_layout import HeadLayout
+
+
+def recomputed_layers(config: Config, granularity: str) -> tuple[int, ...]:
+    """Ids of the layers that are recomputed with ``granularity``; empty if another one is configured."""
+    train = config.train
+    if train.recompute_granularity != granularity:
+        return ()
+    return tuple(range(config.model.num_layers)) if train.recompute_layers is None else train.recompute_layers
 
 
 def layer_submodules(config: Config, meter: EntropyMeter) -> TransformerLayerSubmodules:
     """The parts of one layer, the same for SGT and for a plain Megatron-Core layer."""
     norm = NORMS[config.model.normalization]
     head_norm = HeadNorm if config.model.qk_layernorm else None
-    recompute = config.train.recompute_granularity == "selective"
+    recompute = recomputed_layers(config, "selective")
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
         core_attention=partial(SGTCoreAttention, meter=meter, recompute=recompute),
-        linear_proj=RowParallelLinear,
+        linear_proj=SummedBiasRowParallelLinear,
         q_layernorm=head_norm,
         k_layernorm=head_norm,
     )
@@ -42,7 +53,7 @@ def layer_submodules(config: Config, meter: EntropyMeter) -> TransformerLayerSub
         pre_mlp_layernorm=norm,
         mlp=ModuleSpec(
             module=MLP,
-            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=SummedBiasRowParallelLinear),
         ),
         mlp_bda=get_bias_dropout_add,
     )
@@ -57,7 +68,13 @@ def decoder_spec(
         plain: use Megatron-Core's own TransformerLayer instead of SGTLayer: the yardstick for the tests that
             vanilla training through this project is Megatron-Core bit for bit.
     """
-    params = {} if plain else {"head_layout": layout}
+    params: dict[str, Any] = {}
+    if not plain:
+        params = {
+            "head_layout": layout,
+            "balanced": layout.tp_size > 1 and choose_loop_method(config)[0] == "balanced",
+            "recompute": recomputed_layers(config, "full"),
+        }
     layer = ModuleSpec(
         module=TransformerLayer if plain else SGTLayer,
         params=params,

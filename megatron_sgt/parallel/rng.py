@@ -7,7 +7,9 @@ ranks share one (dropout on replicated activations) and have one each (dropout o
 
 from __future__ import annotations
 
+import contextlib
 import random
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -63,3 +65,27 @@ def load_rng_state(state: dict[str, Any], device: torch.device) -> None:
     megatron_random.get_cuda_rng_tracker().set_states(dict(state["tracker"]))
     if "device" in state and device.type != "cpu":
         torch.get_device_module(device).set_rng_state(state["device"], device)
+
+
+def recompute_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For ``context_fn`` of torch's checkpoint: contexts of the forward pass and of its recomputation."""
+    return contextlib.nullcontext(), _SameStreams()
+
+
+class _SameStreams:
+    """Context of a recomputation: Megatron's random streams stand where they stood when this was made.
+
+    Dropout then draws the masks of the forward pass again (torch's checkpoint restores the default generator
+    only). Afterwards the streams go on from where they were.
+    """
+
+    def __init__(self) -> None:
+        self.at_forward = megatron_random.get_cuda_rng_tracker().get_states()
+
+    def __enter__(self) -> None:
+        tracker = megatron_random.get_cuda_rng_tracker()
+        self.interrupted = tracker.get_states()
+        tracker.set_states(dict(self.at_forward))
+
+    def __exit__(self, *_: object) -> None:
+        megatron_random.get_cuda_rng_tracker().set_states(self.interrupted)

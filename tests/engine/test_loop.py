@@ -21,7 +21,12 @@ from tests.helpers.single import small_config
 
 CONFIG = small_config(
     optim={"lr": 1e-3, "lr_warmup_iters": 2},
-    train={"train_iters": 10, "micro_batch_size": 2, "global_batch_size": 8, "max_consecutive_skipped_steps": 3},
+    train={
+        "train_iters": 10,
+        "micro_batch_size": 2,
+        "global_batch_size": 8,
+        "max_consecutive_skipped_steps": 3,
+    },
 )
 ACCUMULATION = 4
 

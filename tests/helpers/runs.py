@@ -18,7 +18,16 @@ from megatron_sgt.metrics import METRICS_FILE
 from megatron_sgt.metrics.jsonl import read_metrics
 
 VOCAB_SIZE = 64
-MEASURED = ("loss", "grad_norm", "lr", "consumed_samples", "ema_entropy", "loop_depth", "other_gates", "phase")
+MEASURED = (
+    "loss",
+    "grad_norm",
+    "lr",
+    "consumed_samples",
+    "ema_entropy",
+    "loop_depth",
+    "other_gates",
+    "phase",
+)
 """Fields of a train record that a run determines; the others are times."""
 
 TINY: dict[str, dict[str, Any]] = {
@@ -78,7 +87,9 @@ def measured_steps(run_dir: Path) -> list[dict[str, Any]]:
     """What every step measured, in order; times left out."""
     records = read_metrics(run_dir / METRICS_FILE)
     return [
-        {name: record.get(name) for name in ("step", *MEASURED)} for record in records if record["kind"] == "train"
+        {name: record.get(name) for name in ("step", *MEASURED)}
+        for record in records
+        if record["kind"] == "train"
     ]
 
 

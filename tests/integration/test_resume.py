@@ -92,7 +92,12 @@ def test_the_stops_are_where_they_claim_to_be(data: str, tmp_path: Path) -> None
 def test_the_comparison_covers_weights_optimizer_and_random_streams(data: str, tmp_path: Path) -> None:
     root = run(tmp_path / "run", data, 2, {}, exit_interval=3)
     leaves = checkpoint_leaves(root / "global_step3")
-    for part in ("word_embeddings.weight", "exp_avg_sq", "single_partition_of_fp32_groups", "rng_rank_00001.pt"):
+    for part in (
+        "word_embeddings.weight",
+        "exp_avg_sq",
+        "single_partition_of_fp32_groups",
+        "rng_rank_00001.pt",
+    ):
         assert any(part in name for name in leaves), part
 
 

@@ -32,7 +32,8 @@ def core_attention(recompute: bool = False, dropout: float = 0.0) -> SGTCoreAtte
     meter.enabled = True
     settings: Any = SimpleNamespace(attention_dropout=dropout)
     # What Megatron passes besides is ignored.
-    return SGTCoreAttention(settings, 3, meter, recompute, attn_mask_type=None, attention_type="self").train()
+    layers = (2,) if recompute else ()
+    return SGTCoreAttention(settings, 3, meter, layers, attn_mask_type=None, attention_type="self").train()
 
 
 def random_qkv(seed: int = 0) -> list[Tensor]:

@@ -28,8 +28,8 @@ def new_meter(tp_size: int = 1, tp_rank: int = 0) -> EntropyMeter:
 def test_mean_over_micro_batches() -> None:
     meter = new_meter()
     for value in (0.25, 0.75):
-        meter.store(0, 0, slice(None), torch.full((4,), value))
-        meter.store(1, 2, torch.tensor([1, 3]), torch.tensor([value, 1.0]))
+        meter.store(0, 0, torch.full((4,), value))
+        meter.store(1, 2, torch.tensor([value, 1.0]), torch.tensor([1, 3]))
         meter.end_micro_batch()
     table = meter.reduce(ALONE)
     assert table.dtype == np.float64 and table.shape == (2, 3, 4)
@@ -42,7 +42,7 @@ def test_mean_over_micro_batches() -> None:
 def test_storing_again_replaces() -> None:
     meter = new_meter()
     for _ in range(3):
-        meter.store(0, 0, slice(None), torch.full((4,), 0.5))
+        meter.store(0, 0, torch.full((4,), 0.5))
     meter.end_micro_batch()
     assert meter.reduce(ALONE)[0, 0].tolist() == [0.5] * 4
 
@@ -50,10 +50,10 @@ def test_storing_again_replaces() -> None:
 def test_reduce_and_reset_begin_anew() -> None:
     meter = new_meter()
     for finish in (lambda: meter.reduce(ALONE), meter.reset):
-        meter.store(0, 1, slice(None), torch.ones(4))
+        meter.store(0, 1, torch.ones(4))
         meter.end_micro_batch()
         finish()
-        meter.store(1, 0, slice(None), torch.full((4,), 0.5))
+        meter.store(1, 0, torch.full((4,), 0.5))
         meter.end_micro_batch()
         table = meter.reduce(ALONE)
         assert table[1, 0].tolist() == [0.5] * 4
@@ -63,7 +63,7 @@ def test_reduce_and_reset_begin_anew() -> None:
 def test_a_disabled_meter_counts_nothing() -> None:
     meter = new_meter()
     meter.enabled = False
-    meter.store(0, 0, slice(None), torch.ones(4))
+    meter.store(0, 0, torch.ones(4))
     meter.end_micro_batch()
     assert not meter.reduce(ALONE).any()
 
@@ -77,7 +77,7 @@ def test_ranks_fill_their_own_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     def reduce(tp_rank: int, dp_rank: int) -> Any:
         meter = new_meter(2, tp_rank)
         for _ in range(3):
-            meter.store(1, 0, slice(None), torch.full((2,), values[tp_rank, dp_rank]))
+            meter.store(1, 0, torch.full((2,), values[tp_rank, dp_rank]))
             meter.end_micro_batch()
         return meter.reduce(fake_groups(tp_rank, 2, dp_rank, 2))
 

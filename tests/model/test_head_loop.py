@@ -160,7 +160,7 @@ def test_loop_state() -> None:
     state = loop_state(LayerPlan(2, (1, 4, 7), 0.25), layout, cpu)
     assert state is not None
     assert state.gates.tolist() == [1.0, 0.25, 0.25, 1.0]
-    assert state.heads.tolist() == [0, 3]
+    assert state.heads.tolist() == [4, 7]  # global ids
     assert state.kv_slot.tolist() == [0, 1]
     assert state.heads.dtype == state.qkv_rows.dtype == torch.int64
     assert state.qkv_rows.tolist() == list(state.kept.qkv_rows)

@@ -61,12 +61,9 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
             {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "device": "cpu"}},
             {"tensor_model_parallel_size": 2, "sequence_parallel": True},
         ),
-        # The attention core recomputes itself; only whole layers are Megatron's.
+        # Layers and attention cores recompute themselves.
         ({"train": {"recompute_granularity": "selective"}}, {"recompute_granularity": None}),
-        (
-            {"train": {"recompute_granularity": "full"}},
-            {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-        ),
+        ({"train": {"recompute_granularity": "full"}}, {"recompute_granularity": None}),
     ],
 )
 def test_fields(sections: dict[str, Any], translated: dict[str, Any]) -> None:

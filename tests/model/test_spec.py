@@ -27,7 +27,8 @@ def test_layers_of_the_decoder(plain: bool) -> None:
     spec = decoder_spec(small_config(), meter(), LAYOUT, plain)
     assert len(spec.layer_specs) == 4
     assert {layer.module for layer in spec.layer_specs} == {TransformerLayer if plain else SGTLayer}
-    assert all(layer.params == ({} if plain else {"head_layout": LAYOUT}) for layer in spec.layer_specs)
+    params = {} if plain else {"head_layout": LAYOUT, "balanced": False, "recompute": ()}
+    assert all(layer.params == params for layer in spec.layer_specs)
     assert spec.layer_norm is RMSNorm
 
 
@@ -53,7 +54,7 @@ def test_norms(model: dict[str, Any], norm: type, head_norm: type | None) -> Non
     ("granularity", "recompute"), [("none", False), ("selective", True), ("full", False)]
 )
 def test_the_attention_core_recomputes_itself(granularity: str, recompute: bool) -> None:
-    """Under "full" Megatron repeats the whole layer: a second repetition inside it would be waste."""
+    """Under "full" the whole layer is repeated: a second repetition inside it would be waste."""
     model = single_model(small_config(train={"recompute_granularity": granularity}))
     cores = [m for m in model.modules() if isinstance(m, SGTCoreAttention)]
     assert [core.recompute for core in cores] == [recompute] * 4
@@ -66,3 +67,14 @@ def test_plain_and_sgt_models_have_the_same_parameters(plain: bool) -> None:
     names = [name for name, _ in single_model(config, plain).named_parameters()]
     assert names == [name for name, _ in single_model(config).named_parameters()]
     assert "gpt.decoder.layers.3.self_attention.q_layernorm.weight" in names
+
+
+@pytest.mark.parametrize(
+    ("granularity", "layers", "wanted"),
+    [("full", None, [True] * 4), ("full", [1, 3], [False, True, False, True]), ("none", None, [False] * 4)],
+)
+def test_lists_of_recomputed_layers(granularity: str, layers: list[int] | None, wanted: list[bool]) -> None:
+    model = single_model(
+        small_config(train={"recompute_granularity": granularity, "recompute_layers": layers})
+    )
+    assert [m.recompute for m in model.modules() if isinstance(m, SGTLayer)] == wanted

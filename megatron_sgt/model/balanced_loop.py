@@ -1,0 +1,101 @@
+"""Balanced head looping: every tensor-parallel rank loops its own share of the tokens, for all kept heads.
+
+With h kept heads on one or two of many ranks, looping at the owner leaves the others idle and moves the whole
+[S, B, D] through an all-gather and a reduce-scatter. Here each rank has all kept weights (``kept_weights.py``),
+projects its own S/tp tokens, all-gathers only keys and values of the kept heads, attends for its own queries,
+and projects back into its own residual:
+
+    bytes per pass and direction   owner  2 · S·B·D        balanced  2 · S·B·(kept groups)·H
+
+Every rank does the same projections. The attention is causal, so rank r of t does (2r + 1)/t of the mean work:
+the last rank's share of the loop's attention is at most twice the mean.
+
+Without sequence parallelism the activations are replicated: a rank still projects and attends for its share only,
+and the heads' outputs are gathered too; in the backward pass the projections' gradients are gathered instead of
+those of [S, B, D], and the input gradient is computed on every rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import mappings
+from torch import Tensor
+
+from megatron_sgt.model.head_loop import LoopingLayer, rotate
+from megatron_sgt.model.kept_weights import KeptWeights
+from megatron_sgt.ops.entropy import last_row_entropy
+from megatron_sgt.ops.shard_attention import shard_attention
+
+
+def balanced_loop(layer: LoopingLayer, x: Tensor, rotary: Tensor, kept: KeptWeights, index: int) -> Tensor:
+    """One loop pass of the kept heads, each rank for its share of the tokens.
+
+    Args:
+        x: [S/tp, B, D] under sequence parallelism, else [S, B, D].
+        kept: the layer's kept weights.
+        index: number of the pass, from 1.
+    """
+    attention = layer.self_attention
+    rank, size = layer.head_layout.tp_rank, layer.head_layout.tp_size
+    sharded = layer.config.sequence_parallel
+    linear = attention.linear_qkv
+    weight, bias, out_weight = kept.get(linear.weight, linear.bias, attention.linear_proj.weight)
+    normed = layer.input_layernorm(x)
+    if sharded:
+        fused = F.linear(normed, weight, bias)
+    else:
+        fused = _ShareOfTokens.apply(normed, weight, bias, kept.group)
+    rows = kept.rows
+    shape = (*fused.shape[:2], rows.heads + 2 * rows.groups, layer.head_layout.head_dim)
+    query, key, value = fused.view(shape).split([rows.heads, rows.groups, rows.groups], dim=2)
+    if attention.q_layernorm is not None:
+        query, key = attention.q_layernorm(query), attention.k_layernorm(key)
+    share = query.shape[0]
+    own = rotary[rank * share : (rank + 1) * share]
+    query, key = rotate(query, own, attention), rotate(key, own, attention)
+    everyone = mappings.gather_from_sequence_parallel_region(
+        torch.cat([key, value], dim=2), tensor_parallel_output_grad=True
+    )
+    # The causal mask hides the tokens of later ranks.
+    key, value = everyone[: (rank + 1) * share].split([rows.groups, rows.groups], dim=2)
+    if rows.groups != rows.heads:
+        key, value = key[:, :, rows.kv_slot], value[:, :, rows.kv_slot]
+    core = attention.core_attention
+    if layer.training and core.meter.enabled and rank == size - 1:  # the last row is this rank's
+        core.meter.store(core.layer_id, index, last_row_entropy(query, key), rows.head_ids)
+    out = core.run(shard_attention, query, key, value)
+    out = out.reshape(*out.shape[:2], -1)
+    if not sharded:
+        out = mappings.gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False)
+    return layer.add_residual((F.linear(out, out_weight.t()), attention.linear_proj.summed_bias()), x)
+
+
+class _ShareOfTokens(torch.autograd.Function):
+    """x [S, B, D], replicated -> this rank's tokens through the projection: [S/tp, B, rows].
+
+    Backward: all ranks' output gradients are gathered (rows are few, D is not), so that every rank has the
+    whole gradient of x, W and b, and all have the same.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
+        """Project this rank's share."""
+        ctx.save_for_backward(x, weight)
+        ctx.group, ctx.has_bias = group, bias is not None
+        share = x.shape[0] // dist.get_world_size(group)
+        first = dist.get_rank(group) * share
+        return F.linear(x[first : first + share], weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Whole gradients on every rank."""
+        x, weight = ctx.saved_tensors
+        whole = grad.new_empty(x.shape[0], *grad.shape[1:])
+        dist.all_gather_into_tensor(whole, grad.contiguous(), group=ctx.group)
+        flat = whole.flatten(0, 1)
+        bias_grad = flat.sum(0) if ctx.has_bias else None
+        return whole @ weight, flat.t() @ x.flatten(0, 1), bias_grad, None
