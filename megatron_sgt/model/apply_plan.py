@@ -29,12 +29,12 @@ def executed_plan(model: torch.nn.Module) -> LoopPlan:
 def begin_step(model: torch.nn.Module) -> None:
     """Tell the layers that the weights may have changed: kept weights are fetched anew at their next use."""
     for layer in sgt_layers(model):
-        if layer.kept_weights is not None:
-            layer.kept_weights.begin_step()
+        for part in layer.kept_weights.slices if layer.kept_weights else ():
+            part.begin_step()
 
 
 def mark_micro_batch(model: torch.nn.Module, last: bool) -> None:
     """Tell the layers whether the next micro-batch is the step's last, which pays gradients back to owners."""
     for layer in sgt_layers(model):
-        if layer.kept_weights is not None:
-            layer.kept_weights.last_micro_batch = last
+        for part in layer.kept_weights.slices if layer.kept_weights else ():
+            part.last_micro_batch = last

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
-from megatron_sgt.model.head_loop import LoopingLayer, rotate
+from megatron_sgt.model.head_loop import LoopingLayer, rotate, split_heads
 from megatron_sgt.model.kept_weights import KeptWeights
 from megatron_sgt.ops.entropy import last_row_entropy
 from megatron_sgt.ops.shard_attention import shard_attention
@@ -42,18 +42,21 @@ def balanced_loop(layer: LoopingLayer, x: Tensor, rotary: Tensor, kept: KeptWeig
     attention = layer.self_attention
     rank, size = layer.head_layout.tp_rank, layer.head_layout.tp_size
     sharded = layer.config.sequence_parallel
-    linear = attention.linear_qkv
-    weight, bias, out_weight = kept.get(linear.weight, linear.bias, attention.linear_proj.weight)
-    normed = layer.input_layernorm(x)
-    if sharded:
-        fused = F.linear(normed, weight, bias)
-    else:
-        fused = _ShareOfTokens.apply(normed, weight, bias, kept.group)
-    rows = kept.rows
-    shape = (*fused.shape[:2], rows.heads + 2 * rows.groups, layer.head_layout.head_dim)
-    query, key, value = fused.view(shape).split([rows.heads, rows.groups, rows.groups], dim=2)
-    if attention.q_layernorm is not None:
-        query, key = attention.q_layernorm(query), attention.k_layernorm(key)
+
+    def project_in(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        weight = kept.qkv.get(weight)
+        bias = None if bias is None else kept.qkv_bias.get(bias)
+        return (
+            F.linear(tokens, weight, bias)
+            if sharded
+            else _ShareOfTokens.apply(tokens, weight, bias, kept.group)
+        )
+
+    def project_out(heads: Tensor, weight: Tensor, _: Tensor | None) -> Tensor:
+        return F.linear(heads, kept.proj.get(weight))
+
+    fused = attention.linear_qkv(layer.input_layernorm(x), use=project_in)
+    query, key, value = split_heads(fused, kept.heads, kept.groups, layer)
     share = query.shape[0]
     own = rotary[rank * share : (rank + 1) * share]
     query, key = rotate(query, own, attention), rotate(key, own, attention)
@@ -61,17 +64,17 @@ def balanced_loop(layer: LoopingLayer, x: Tensor, rotary: Tensor, kept: KeptWeig
         torch.cat([key, value], dim=2), tensor_parallel_output_grad=True
     )
     # The causal mask hides the tokens of later ranks.
-    key, value = everyone[: (rank + 1) * share].split([rows.groups, rows.groups], dim=2)
-    if rows.groups != rows.heads:
-        key, value = key[:, :, rows.kv_slot], value[:, :, rows.kv_slot]
+    key, value = everyone[: (rank + 1) * share].split([kept.groups, kept.groups], dim=2)
+    if kept.groups != kept.heads:
+        key, value = key[:, :, kept.kv_slot], value[:, :, kept.kv_slot]
     core = attention.core_attention
     if layer.training and core.meter.enabled and rank == size - 1:  # the last row is this rank's
-        core.meter.store(core.layer_id, index, last_row_entropy(query, key), rows.head_ids)
+        core.meter.store(core.layer_id, index, last_row_entropy(query, key), kept.head_ids)
     out = core.run(shard_attention, query, key, value)
     out = out.reshape(*out.shape[:2], -1)
     if not sharded:
         out = mappings.gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False)
-    return layer.add_residual((F.linear(out, out_weight.t()), attention.linear_proj.summed_bias()), x)
+    return layer.add_residual(attention.linear_proj(out, use=project_out), x)
 
 
 class _ShareOfTokens(torch.autograd.Function):

@@ -5,8 +5,7 @@ Ways that give the same numbers where they apply:
 * ``dense_loop`` (decay window): the layer's own attention modules run again on all heads, with gates.
 * ``sparse_loop`` (after it): only the kept heads are projected, attended and projected back. Rows of W_qkv
   and columns of W_o are selected; key/value groups that several kept heads share are projected once. Each
-  tensor-parallel rank computes the kept heads that it owns. A rank that owns none still enters every
-  collective, forward and backward: a peer would wait for it for ever otherwise.
+  tensor-parallel rank computes the kept heads that it owns.
 * ``balanced_loop.balanced_loop`` (after it, several tensor-parallel ranks): each rank computes all kept heads
   for its share of the tokens; ``sparse_loop`` is its definition.
 """
@@ -89,52 +88,54 @@ def dense_loop(layer: LoopingLayer, x: Tensor, rotary: Tensor, state: LoopState,
 
 
 def sparse_loop(layer: LoopingLayer, x: Tensor, rotary: Tensor, state: LoopState, index: int) -> Tensor:
-    """One pass over the kept heads only, all at gate 1."""
-    attention = layer.self_attention
-    normed = _enter_tensor_parallel(layer.input_layernorm(x), layer)
-    if state.kept.heads:
-        partial = _kept_heads(layer, normed, rotary, state, index)
-    else:
-        partial = _nothing(attention, normed)
-    out = _leave_tensor_parallel(partial, layer)
-    return layer.add_residual((out, attention.linear_proj.summed_bias()), x)
+    """One pass over the kept heads only, all at gate 1. Each rank computes those that it owns.
 
-
-def _nothing(attention: Any, x: Tensor) -> Tensor:
-    """Zeros like x [S, B, D] that depend on everything whose gradient the peers reduce in the backward pass.
-
-    The order of use is that of ``_kept_heads``, so that the reductions come in the same order on every rank.
+    A rank that owns none goes the same way with tensors of no heads: it then calls the same modules and enters
+    the same collectives as its peers, in the forward and in the backward pass.
     """
-    zeros = torch.zeros_like(x) + x[..., :0].sum()
-    for norm in (attention.q_layernorm, attention.k_layernorm):
-        if norm is not None:
-            zeros = zeros + norm.replicated(norm.weight)[:0].sum()
-    return zeros
-
-
-def _kept_heads(layer: LoopingLayer, x: Tensor, rotary: Tensor, state: LoopState, index: int) -> Tensor:
-    """W_o[:, kept] · attention(W_qkv[kept] · x): x [S, B, D] -> [S, B, D], this rank's part of the sum."""
     attention = layer.self_attention
-    linear = attention.linear_qkv
     heads, groups = len(state.kept.heads), len(state.kept.groups)
-    bias = None if linear.bias is None else linear.bias[state.qkv_rows]
-    fused = F.linear(x, linear.weight[state.qkv_rows], bias)
-    blocks = fused.view(*x.shape[:2], heads + 2 * groups, layer.head_layout.head_dim)
-    query, key, value = blocks.split([heads, groups, groups], dim=2)
-    if attention.q_layernorm is not None:
-        query, key = attention.q_layernorm(query), attention.k_layernorm(key)
+
+    def project_in(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not heads:
+            return tokens[..., :0]
+        return F.linear(tokens, weight[state.qkv_rows], None if bias is None else bias[state.qkv_rows])
+
+    def project_out(out: Tensor, weight: Tensor, _: Tensor | None) -> Tensor:
+        if not heads:
+            return out.new_zeros(*out.shape[:2], layer.config.hidden_size) + out.sum()
+        return F.linear(out, weight[:, state.proj_columns])
+
+    tokens = _enter_tensor_parallel(layer.input_layernorm(x), layer)
+    fused = attention.linear_qkv(tokens, use=project_in)
+    query, key, value = split_heads(fused, heads, groups, layer)
     query, key = (rotate(t, rotary, attention) for t in (query, key))
     if groups != heads:  # the kept heads may share groups unevenly: give each head its own view
         key, value = key[:, :, state.kv_slot], value[:, :, state.kv_slot]
     core = attention.core_attention
-    if layer.training and core.meter.enabled:
+    if heads and layer.training and core.meter.enabled:
         core.meter.store(core.layer_id, index, last_row_entropy(query, key), state.heads)
-    out = core.attend(query, key, value)
-    weight = attention.linear_proj.weight[:, state.proj_columns]
-    return F.linear(out.reshape(*out.shape[:2], -1), weight)
+    # Without heads the sum of three empty tensors is empty too, and the gradient passes through all of them.
+    out = core.attend(query, key, value) if heads else query + key + value
+    partial, bias = attention.linear_proj(out.reshape(*out.shape[:2], -1), use=project_out)
+    return layer.add_residual((_leave_tensor_parallel(partial, layer), bias), x)
+
+
+def split_heads(fused: Tensor, heads: int, groups: int, layer: LoopingLayer) -> tuple[Tensor, Tensor, Tensor]:
+    """Kept projections [S, B, (heads + 2 groups) H] -> query [S, B, heads, H], key and value [S, B, groups, H].
+
+    Queries and keys come back normalised, if the model has q/k norms.
+    """
+    attention = layer.self_attention
+    blocks = fused.view(*fused.shape[:2], heads + 2 * groups, layer.head_layout.head_dim)
+    query, key, value = blocks.split([heads, groups, groups], dim=2)
+    if attention.q_layernorm is not None:
+        query, key = attention.q_layernorm(query), attention.k_layernorm(key)
+    return query, key, value
 
 
 def rotate(heads: Tensor, rotary: Tensor, attention: Any) -> Tensor:
+    """Rotary positions on heads [S, B, *, H]; rotary [S, 1, 1, H] as Megatron-Core hands it to a layer."""
     return apply_rotary_pos_emb(heads, rotary, config=attention.config, cp_group=attention.pg_collection.cp)
 
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_sgt.growth import LayerPlan
 from megatron_sgt.model.balanced_loop import balanced_loop
 from megatron_sgt.model.head_loop import LoopState, dense_loop, loop_state, sparse_loop
-from megatron_sgt.model.kept_weights import KeptWeights, kept_rows
+from megatron_sgt.model.kept_weights import KeptWeights, kept_weights
 from megatron_sgt.parallel.head_layout import HeadLayout
 from megatron_sgt.parallel.rng import recompute_contexts
 
@@ -50,9 +50,9 @@ class SGTLayer(TransformerLayer):
         self._loop = loop_state(plan, self.head_layout, device)
         self.kept_weights = None
         if self.balanced and plan.phase == "sparse":
-            rows = kept_rows(plan.kept_heads, self.head_layout, device)
+            partial = self.config.sequence_parallel
             group = self.pg_collection.tp
-            self.kept_weights = KeptWeights(rows, group, partial_gradients=self.config.sequence_parallel)
+            self.kept_weights = kept_weights(plan.kept_heads, self.head_layout, group, partial, device)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Megatron's forward on [S, B, D], repeated as a whole for the block-loop baseline."""

@@ -1,27 +1,46 @@
-"""Row-parallel linear whose bias has its whole gradient under sequence parallelism."""
+"""Megatron-Core's parallel linears, whose weights a loop may use in its own way.
+
+A loop reads rows of W_qkv and columns of W_o. It does so *inside a call of the module*, through ``use``: ZeRO-3
+fetches a module's weights when the module is called, in the forward pass and when activations are recomputed,
+and every rank then calls the same modules in the same order, which ZeRO-3 insists on.
+"""
 
 from __future__ import annotations
 
-from megatron.core.tensor_parallel.layers import RowParallelLinear
+from collections.abc import Callable
+from typing import Any
+
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch import Tensor
 
+Use = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(input, this rank's weight, this rank's bias or None) -> output."""
 
-class SummedBiasRowParallelLinear(RowParallelLinear):
-    """Megatron-Core's RowParallelLinear; the bias that it hands on is added to sharded tokens by its caller.
 
-    The bias is replicated over tensor-parallel ranks, each of which adds it to its own tokens under sequence
-    parallelism: the gradient must be summed over the ranks, which nobody does under DeepSpeed. Reading it through
+class LoopingColumnParallelLinear(ColumnParallelLinear):
+    """ColumnParallelLinear; with ``use`` its output is ``use(input, weight, bias)`` and nothing else happens."""
+
+    def forward(self, input_: Tensor, *args: Any, use: Use | None = None, **kwargs: Any) -> Any:
+        """Megatron-Core's forward, or ``use``."""
+        if use is not None:
+            return use(input_, self.weight, self.bias)
+        return super().forward(input_, *args, **kwargs)
+
+
+class LoopingRowParallelLinear(RowParallelLinear):
+    """RowParallelLinear, with ``use`` as above, and with the whole gradient of its bias.
+
+    The bias is handed on to the caller, who adds it to sharded tokens under sequence parallelism: its gradient
+    must be summed over the ranks, which nobody does under DeepSpeed. Reading it through
     ``copy_to_tensor_model_parallel_region`` puts the sum into the graph (see ``norm.py``).
     """
 
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[S, B, D_in / tp] -> output [S (/ tp), B, D_out] without bias, and the bias [D_out] or None."""
-        output, bias = super().forward(input_)
-        return output, None if bias is None else self.summed_bias()
-
-    def summed_bias(self) -> Tensor | None:
-        """The bias; its gradient is summed over tensor-parallel ranks where these see different tokens."""
-        if self.bias is None or not self.sequence_parallel:
-            return self.bias
-        return copy_to_tensor_model_parallel_region(self.bias)
+    def forward(self, input_: Tensor, use: Use | None = None) -> tuple[Tensor, Tensor | None]:
+        """Output without bias, [S (/ tp), B, D_out], or that of ``use``; and the bias [D_out] or None."""
+        bias = self.bias
+        if bias is not None and self.sequence_parallel:
+            bias = copy_to_tensor_model_parallel_region(bias)
+        if use is not None:
+            return use(input_, self.weight, None), bias
+        return super().forward(input_)[0], bias

@@ -18,7 +18,7 @@ from megatron_sgt.config import Config
 from megatron_sgt.model.core_attention import SGTCoreAttention
 from megatron_sgt.model.entropy_meter import EntropyMeter
 from megatron_sgt.model.layer import SGTLayer
-from megatron_sgt.model.linear import SummedBiasRowParallelLinear
+from megatron_sgt.model.linear import LoopingColumnParallelLinear, LoopingRowParallelLinear
 from megatron_sgt.model.loop_cost import choose_loop_method
 from megatron_sgt.model.norm import NORMS, HeadNorm
 from megatron_sgt.parallel.head_layout import HeadLayout
@@ -38,9 +38,9 @@ def layer_submodules(config: Config, meter: EntropyMeter) -> TransformerLayerSub
     head_norm = HeadNorm if config.model.qk_layernorm else None
     recompute = recomputed_layers(config, "selective")
     attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear,
+        linear_qkv=LoopingColumnParallelLinear,
         core_attention=partial(SGTCoreAttention, meter=meter, recompute=recompute),
-        linear_proj=SummedBiasRowParallelLinear,
+        linear_proj=LoopingRowParallelLinear,
         q_layernorm=head_norm,
         k_layernorm=head_norm,
     )
@@ -53,7 +53,7 @@ def layer_submodules(config: Config, meter: EntropyMeter) -> TransformerLayerSub
         pre_mlp_layernorm=norm,
         mlp=ModuleSpec(
             module=MLP,
-            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=SummedBiasRowParallelLinear),
+            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=LoopingRowParallelLinear),
         ),
         mlp_bda=get_bias_dropout_add,
     )
