@@ -1,9 +1,11 @@
+import argparse
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from megatron_sgt.cli import run_main
+from megatron_sgt.cli import nearest, output, positive, run_main, unwritable
 from megatron_sgt.errors import CheckpointError, ConfigError, DataError, SGTError
 
 
@@ -49,3 +51,23 @@ def test_reader_of_the_output_goes_away() -> None:
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait() == 141
+
+
+def test_a_positive_number() -> None:
+    assert positive("12") == 12
+    for text in ("0", "-1", "1.5", "many", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"above 0, got '{text}'"):
+            positive(text)
+
+
+def test_a_place_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    assert nearest(tmp_path / "a" / "b") == tmp_path and nearest(tmp_path / "file") == tmp_path / "file"
+    assert unwritable(tmp_path) is None and unwritable(tmp_path / "new" / "deep") is None
+    assert unwritable(tmp_path / "file" / "x") == f"{tmp_path / 'file'} is a file"
+    assert output(str(tmp_path / "new" / "x.bin")) == str(tmp_path / "new" / "x.bin")
+    with pytest.raises(argparse.ArgumentTypeError, match="cannot write to .*file/x.bin: .*file is a file"):
+        output(str(tmp_path / "file" / "x.bin"))
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert unwritable(tmp_path) == f"{tmp_path} is not writable"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

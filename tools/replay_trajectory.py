@@ -12,9 +12,11 @@ afterwards and exits with 1 beyond the tolerances.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from megatron_sgt.cli import output, positive, run_main
+from megatron_sgt.cli import output, positive
+from megatron_sgt.engine.ending import place, run_rank
 
 
 def parse() -> argparse.Namespace:
@@ -57,11 +59,10 @@ def main() -> int:
     args = parse()
     from megatron_sgt.engine import replay as rp
     from megatron_sgt.engine.build import start_processes
-    from megatron_sgt.launch.environment import discover
     from megatron_sgt.parallel.groups import destroy_groups
 
     tensors, meta = rp.read_trajectory(args.file)
-    info = discover()
+    info = place()
     per_rank = meta["global_batch"] // max(1, info.world_size // args.tensor_parallel)
     micro = args.micro_batch or min(meta["micro_batch"], per_rank)
     overrides = {
@@ -92,4 +93,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    sys.exit(run_rank(main))

@@ -86,7 +86,9 @@ def save_checkpoint(
     temporary = root / f"{tag}.tmp"
     with _explained(root / tag, temporary):
         if groups.is_main:
-            temporary.mkdir(parents=True, exist_ok=True)
+            if temporary.exists():  # of a save that was killed, perhaps with more ranks than this run has
+                shutil.rmtree(temporary)
+            temporary.mkdir(parents=True)
     barrier(groups)
     with _explained(root / tag, temporary):
         _write_shards(temporary, config, engine, groups)

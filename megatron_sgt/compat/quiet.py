@@ -16,5 +16,9 @@ def quiet_imports() -> None:
     # Apex and Transformer Engine are optional here, and their absence is no news.
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
     warnings.filterwarnings("ignore", message=".*tp_group is None.*")
+    # DeepSpeed's ZeRO calls collectives by names that torch 2.13 is about to give up.
+    warnings.filterwarnings(
+        "ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning
+    )
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # looking for others ends in a warning per rank

@@ -77,56 +77,16 @@ FOREIGN_NAMES = {
 
 
 DEEPSPEED_KEYS = (
-    *(
-        "activation_checkpointing",
-        "aio",
-        "amp",
-        "autotuning",
-        "bf16",
-        "checkpoint",
-        "comms_logger",
-        "communication_data_type",
-    ),
-    *(
-        "compile",
-        "compression_training",
-        "csv_monitor",
-        "curriculum_learning",
-        "data_efficiency",
-        "data_types",
-    ),
-    *(
-        "disable_allgather",
-        "dump_state",
-        "elasticity",
-        "flops_profiler",
-        "fp16",
-        "gradient_accumulation_steps",
-    ),
-    *(
-        "gradient_clipping",
-        "gradient_predivide_factor",
-        "memory_breakdown",
-        "optimizer",
-        "prescale_gradients",
-    ),
-    *(
-        "scheduler",
-        "seq_parallel_communication_data_type",
-        "sparse_attention",
-        "sparse_gradients",
-        "steps_per_print",
-    ),
-    *(
-        "tensor_parallel",
-        "tensorboard",
-        "torch_autocast",
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-    ),
-    *("wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
-    "zero_optimization",
-)
+    "activation_checkpointing", "aio", "amp", "autotuning", "bf16", "checkpoint", "comms_logger",
+    "communication_data_type", "compile", "compression_training", "csv_monitor", "curriculum_learning",
+    "data_efficiency", "data_types", "disable_allgather", "dump_state", "elasticity", "flops_profiler",
+    "fp16", "gradient_accumulation_steps", "gradient_clipping", "gradient_predivide_factor",
+    "memory_breakdown", "optimizer", "prescale_gradients", "scheduler",
+    "seq_parallel_communication_data_type", "sparse_attention", "sparse_gradients", "steps_per_print",
+    "tensor_parallel", "tensorboard", "torch_autocast", "train_batch_size",
+    "train_micro_batch_size_per_gpu", "wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer", "zero_optimization",
+)  # fmt: skip
 """The usual keys of DeepSpeed's JSON (https://www.deepspeed.ai/docs/config-json), which ignores all others."""
 
 

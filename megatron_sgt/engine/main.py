@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_sgt.cli import INTERRUPTED
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.config.hints import unknown_key
-from megatron_sgt.errors import ConfigError, SGTError
-from megatron_sgt.launch.environment import RankInfo, discover
+from megatron_sgt.engine.ending import place, run_rank
+from megatron_sgt.errors import ConfigError
+from megatron_sgt.launch.environment import RankInfo
 
 _EPILOG = """\
 start it
   alone          python pretrain_sgt.py --config FILE.yaml
   torchrun       torchrun --nproc-per-node 8 pretrain_sgt.py --config FILE.yaml
   DeepSpeed      deepspeed --num_gpus 8 pretrain_sgt.py --config FILE.yaml
-  Slurm          srun python pretrain_sgt.py --config FILE.yaml      (one task per GPU)
+  Slurm          srun -K python pretrain_sgt.py --config FILE.yaml   (one task per GPU)
   MPI            mpirun -n 8 python pretrain_sgt.py --config FILE.yaml
 
-exit codes: 0 done, 1 crash or divergence, 2 configuration or usage, 3 data, 4 checkpoint
+exit codes: 0 done, 1 crash or divergence, 2 configuration or usage, 3 data, 4 checkpoint,
+130 interrupted (torchrun ends with 1 whatever its ranks end with)
 """
 
 
@@ -70,32 +68,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run; returns the exit code. A user's mistake is told once, whatever the number of ranks."""
-    info: RankInfo | None = None
-    try:
-        args = parse(arguments)
-        info = discover()
-        config = load_config(args.config, args.overrides)
-        if args.print_config:
-            if info.rank == 0:
-                print(config.to_yaml(), end="")
-        elif args.dry_run:
-            if info.rank == 0:
-                _dry_run(config, info, args.world_size)
-        else:
-            _train(config, info)
-    except SGTError as error:
-        if _speaks(error, info or _place()):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return _leave(error.exit_code)
-    except KeyboardInterrupt:
-        if info is None or info.rank == 0:
-            print("interrupted: the steps since the newest checkpoint are lost", file=sys.stderr)
-        return _leave(INTERRUPTED)
-    except Exception:
-        rank = "" if info is None or info.world_size == 1 else f"[rank {info.rank}] "
-        print(f"{rank}{traceback.format_exc()}", file=sys.stderr, flush=True)
-        return _leave(1)
-    return 0
+    return run_rank(lambda: _main(parse(arguments)))
+
+
+def _main(args: argparse.Namespace) -> None:
+    info = place()
+    config = load_config(args.config, args.overrides)
+    if args.print_config:
+        if info.rank == 0:
+            print(config.to_yaml(), end="")
+    elif args.dry_run:
+        if info.rank == 0:
+            _dry_run(config, info, args.world_size)
+    else:
+        _train(config, info)
 
 
 def _dry_run(config: Config, info: RankInfo, world_size: int | None) -> None:
@@ -114,37 +100,3 @@ def _train(config: Config, info: RankInfo) -> None:
 
     PretrainingRun(config, info).train()
     destroy_groups()
-
-
-def _place() -> RankInfo | None:
-    """This process's place, None where that is what went wrong."""
-    try:
-        return discover()
-    except SGTError:
-        return None
-
-
-def _speaks(error: SGTError, info: RankInfo | None) -> bool:
-    """Whether this rank tells the error: the first to meet it.
-
-    Before the ranks know each other, rank 0 does; of files, which may be missing on one node only, the first
-    rank of every node.
-    """
-    if info is None or info.world_size == 1:
-        return True
-    dist = getattr(sys.modules.get("torch"), "distributed", None)
-    if dist is not None and dist.is_initialized():
-        try:
-            store = dist.distributed_c10d._get_default_store()
-            return store.add("sgt/error_told", 1) == 1
-        except RuntimeError:  # the store's host is gone, and has told the cause
-            return False
-    return info.rank == 0 or (info.local_rank == 0 and not isinstance(error, ConfigError))
-
-
-def _leave(code: int) -> int:
-    """Leave at once where peers may be waiting in a collective: their launcher ends them when we are gone."""
-    if "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized():
-        sys.stdout.flush()
-        os._exit(code)
-    return code

@@ -62,7 +62,7 @@ def train_line(record: Record, paint: Paint = plain) -> str:
     step, total = record["step"], record.get("train_iters")
     position = f"step {step:,}"
     if total:
-        position = f"step {step:>{len(f'{total:,}')},}/{total:,}  {100 * step / total:.1f}%"
+        position = f"step {step:>{len(f'{total:,}')},}/{total:,}  {100 * step / total:4.1f}%"
     mfu = record.get("mfu")
     skipped = record.get("skipped_steps") or 0
     return _join(

@@ -27,6 +27,7 @@ LAYERS = {
     "evaluation": 4,
     "export": 5,
     "engine": 5,
+    "__main__": 6,
 }
 TORCH_FREE = ("errors", "cli", "config", "growth", "launch", "metrics")
 TORCH_NAMES = ("torch", "deepspeed", "megatron", "transformers", "triton")

@@ -4,7 +4,14 @@ import pytest
 
 from megatron_sgt.config import Config, ModelConfig
 from megatron_sgt.config.data import TokenizerConfig
-from megatron_sgt.config.hints import FOREIGN_NAMES, all_keys, section_at, unknown_key
+from megatron_sgt.config.hints import (
+    DEEPSPEED_KEYS,
+    FOREIGN_NAMES,
+    all_keys,
+    misspelt_deepspeed_key,
+    section_at,
+    unknown_key,
+)
 
 
 @pytest.mark.parametrize(
@@ -46,3 +53,10 @@ def test_sections_and_keys() -> None:
     assert section_at(Config, ("model", "num_layers")) is None
     assert section_at(Config, ("modl",)) is None
     assert {"model", "model.num_layers", "data.tokenizer.type", "deepspeed"} <= set(all_keys(Config))
+
+
+def test_deepspeed_keys_that_are_nearly_known() -> None:
+    assert not [key for key in DEEPSPEED_KEYS if misspelt_deepspeed_key(key)]
+    assert misspelt_deepspeed_key("zero_optimisation") == "zero_optimization"
+    assert misspelt_deepspeed_key("steps_per_prints") == "steps_per_print"
+    assert misspelt_deepspeed_key("something_of_a_later_version") is None

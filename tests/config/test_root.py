@@ -188,6 +188,10 @@ def test_world_that_tensor_parallel_does_not_divide() -> None:
         ({"gradient_accumulation_steps": True}, "must be 'auto' or an integer above 0, got true"),
         ({"optimizer": {"type": "Adam"}}, "deepspeed.optimizer: is refused"),
         ({"scheduler": {}}, "deepspeed.scheduler: is refused"),
+        (
+            {"zero_optimisation": {}},
+            "unknown key 'deepspeed.zero_optimisation'; did you mean 'zero_optimization'?",
+        ),
     ],
 )
 def test_deepspeed_contradictions(deepspeed: dict[str, Any], message: str) -> None:
@@ -249,6 +253,11 @@ def test_precision_on_a_device_without_zero() -> None:
     assert cfg.precision_on("cpu") == "fp32"
     with pytest.raises(ConfigError, match="zero_stage 0"):
         cfg.precision_on("cuda")
+
+
+def test_no_fp16_on_a_cpu() -> None:
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        make(train={"precision": "fp16"}).precision_on("cpu")
 
 
 def test_folders_and_decay_default_to_the_run() -> None:

@@ -40,7 +40,12 @@ def test_places_and_environment() -> None:
         "train": {"global_batch_size": 8},
     }
     results = run_on_ranks(4, describe, sections)
-    assert [r["place"] for r in results] == [(0, 0, 2, 0, 2), (1, 1, 2, 0, 2), (2, 0, 2, 1, 2), (3, 1, 2, 1, 2)]
+    assert [r["place"] for r in results] == [
+        (0, 0, 2, 0, 2),
+        (1, 1, 2, 0, 2),
+        (2, 0, 2, 1, 2),
+        (3, 1, 2, 1, 2),
+    ]
     for rank, result in enumerate(results):
         assert (result["device"], result["threads"]) == ("cpu", 1)
         assert (result["precision"], result["types"]) == ("fp32", {torch.float32})
@@ -82,7 +87,9 @@ def donor_weights(runtime: Any) -> dict[str, torch.Tensor]:
     return gather_hf_weights(runtime, small_config())
 
 
-@pytest.mark.parametrize(("zero", "precision", "noise"), [(0, "fp32", 0.0), (1, "fp32", 0.0), (2, "bf16", 4e-3)])
+@pytest.mark.parametrize(
+    ("zero", "precision", "noise"), [(0, "fp32", 0.0), (1, "fp32", 0.0), (2, "bf16", 4e-3)]
+)
 def test_given_weights_reach_the_optimizers_copy(zero: int, precision: str, noise: float) -> None:
     """A step writes the optimizer's copy back to the model: it must be made of the given weights."""
     [differences] = run_on_ranks(1, from_weights, zero, precision, "")
@@ -91,7 +98,8 @@ def test_given_weights_reach_the_optimizers_copy(zero: int, precision: str, nois
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"), [("missing", r"lack .*model\.norm\.weight"), ("unknown", r"unknown .*model\.norm\.bias")]
+    ("spoil", "message"),
+    [("missing", r"lack .*model\.norm\.weight"), ("unknown", r"unknown .*model\.norm\.bias")],
 )
 def test_weights_of_another_model_are_refused(spoil: str, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):

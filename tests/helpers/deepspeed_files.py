@@ -26,13 +26,16 @@ State = dict[str, dict[str, Tensor]]
 STEP = 7
 
 
-def odd_config(**model: Any) -> Config:
-    """A model whose parameters no data-parallel size divides, with a padded vocabulary."""
+def odd_config(sections: dict[str, dict[str, Any]] | None = None, **model: Any) -> Config:
+    """A model whose parameters few data-parallel sizes divide, with a padded vocabulary.
+
+    sections: values of other sections.
+    """
     shape = {
         "num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "num_query_groups": 4,
         "ffn_hidden_size": 20, "vocab_size": 21, "make_vocab_size_divisible_by": 4, "qk_layernorm": True,
     }  # fmt: skip
-    return small_config(model={**shape, **model})
+    return small_config(**{"growth": {"method": "vanilla"}, **(sections or {}), "model": {**shape, **model}})
 
 
 def random_state(config: Config, seed: int = 0) -> State:

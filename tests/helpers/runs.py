@@ -68,7 +68,7 @@ def write_tiny_data(folder: Path) -> str:
     return str(prefix)
 
 
-def tiny_config(run_dir: Path, data: str, **sections: dict[str, Any]) -> Config:
+def tiny_config(run_dir: Path, data: str, /, **sections: dict[str, Any]) -> Config:
     """TINY on ``data``, writing to ``run_dir``, with the given values per section on top."""
     data_section = {"data_path": [data], "data_cache_path": f"{data}_cache"}
     ours: dict[str, dict[str, Any]] = {"data": data_section, "logging": {"run_dir": str(run_dir)}}

@@ -38,7 +38,8 @@ LOAD = ("checkpoint.load=saved/checkpoints",)
 class Mistake:
     """What the user types after `pretrain_sgt.py --config run.yaml`, and what must come of it.
 
-    `spoil` damages the folder first. `dry`: --dry-run must find it too, with the same words.
+    `spoil` damages the folder first. `dry`: --dry-run must find it too, with the same words. `late`: found when
+    everything is built, so that the new run_dir exists already.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Mistake:
     words: tuple[str, ...]
     spoil: Callable[[Path], object] | None = None
     dry: bool = True
+    late: bool = False
 
 
 def edit(file: str, change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
@@ -183,7 +185,7 @@ CHECKPOINT_MISTAKES = (
             write("saved/checkpoints/latest", "global_step9")),
     Mistake("shard cut", SAVED, 4, ("is damaged", "bytes instead of", "Copy it again"), cut_shard),
     Mistake("shard missing", LOAD, 4, ("is damaged", "is missing", "Copy it again"), drop_shard),
-    Mistake("shard garbage", LOAD, 4, ("global_step4 cannot be",), flip_bytes, dry=False),
+    Mistake("shard garbage", LOAD, 4, ("global_step4 cannot be",), flip_bytes, dry=False, late=True),
     Mistake("state garbage", LOAD, 4, ("sgt_state.json cannot be read",), edit(STATE, lambda old: b"x" * len(old))),
     Mistake("another model", (*LOAD, "model.hidden_size=64"), 4, ("model.hidden_size is 32 there and 64 here",)),
     Mistake("two models in one run_dir", (*SAVED, "model.num_layers=5"), 4, ("model.num_layers is 4 there and 5",)),
@@ -240,6 +242,8 @@ def test_mistake(mistake: Mistake, folder: Path) -> None:
     assert_told(done, mistake.code, mistake.words)
     if mistake.dry:
         assert pretrain(folder, *mistake.arguments, "--dry-run") == done
+    if mistake.late:
+        shutil.rmtree(folder / "new")
     assert snapshot(folder) == before
 
 

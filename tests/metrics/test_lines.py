@@ -25,7 +25,7 @@ TRAIN: dict[str, Any] = {
     "skipped_steps": 0,
 }
 TRAIN_TEXT = (
-    "step  1,250/23,842  5.2%  loss 3.412  gn 0.71  lr 5.9e-4  1.56 M tok/s  48.8k/gpu  418 TF  MFU 42.3%  "
+    "step  1,250/23,842   5.2%  loss 3.412  gn 0.71  lr 5.9e-4  1.56 M tok/s  48.8k/gpu  418 TF  MFU 42.3%  "
     "41.3/80 GB  eta 16h51m"
 )
 
@@ -50,8 +50,8 @@ def test_train_line() -> None:
         ({"tflops_per_device": None}, "  418 TF  MFU 42.3%", ""),
         ({"lr": 0.0}, "lr 5.9e-4", "lr 0"),
         ({"eta_s": None}, "  eta 16h51m", ""),
-        ({"step": 23842}, "step  1,250/23,842  5.2%", "step 23,842/23,842  100.0%"),
-        ({"train_iters": None}, "step  1,250/23,842  5.2%", "step 1,250"),
+        ({"step": 23842}, "step  1,250/23,842   5.2%", "step 23,842/23,842  100.0%"),
+        ({"train_iters": None}, "step  1,250/23,842   5.2%", "step 1,250"),
     ],
 )
 def test_train_line_parts(change: dict[str, Any], old: str, new: str) -> None:

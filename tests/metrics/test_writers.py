@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_sgt.config.run import LoggingConfig
 from megatron_sgt.errors import ConfigError
-from megatron_sgt.metrics.writers import TensorBoardWriter, WandbWriter, scalars
+from megatron_sgt.metrics.writers import TensorBoardWriter, WandbWriter, check_packages, scalars
 
 TRAIN = {"step": 3, "time": 5.0, "train_iters": 9, "loss": 2.5, "loops": 2, "mfu": None, "device": "cpu"}
 
@@ -116,3 +117,12 @@ def test_a_missing_package_is_named(
     package = module.partition(".")[0]
     with pytest.raises(ConfigError, match=f"{option} is set, but {package} cannot.*pip install {package}"):
         make(tmp_path)
+
+
+def test_packages_are_looked_for_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_packages(LoggingConfig())
+    with pytest.raises(ConfigError, match=r"logging.tensorboard is set.*pip install tensorboard"):
+        check_packages(LoggingConfig(tensorboard=True))
+    with pytest.raises(ConfigError, match=r"logging.wandb_project is set.*pip install wandb"):
+        check_packages(LoggingConfig(wandb_project="p"))

@@ -57,7 +57,7 @@ class Stage12State(RankState):
             parts[rank][max(0, start - rank * size) : end - rank * size]
             for rank in range(start // size, min(len(parts), -(-end // size)))
         ]
-        whole = torch.cat(found)
+        whole = torch.cat([parts[0][:0], *found])
         if whole.numel() != end - start:
             raise CheckpointError(
                 f"{self._where}: {quantity} of {name} has {whole.numel()} elements, not {end - start}"

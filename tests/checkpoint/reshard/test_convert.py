@@ -1,0 +1,142 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_sgt.checkpoint import layout
+from megatron_sgt.checkpoint.reshard.convert import convert, entries_of, fresh_folder
+from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES
+from megatron_sgt.checkpoint.reshard.source import open_source
+from megatron_sgt.errors import CheckpointError
+from megatron_sgt.model.hf_weights import name_map
+from tests.helpers.deepspeed_files import STEP, State, odd_config, random_state, write_checkpoint
+
+MODELS: dict[str, dict[str, Any]] = {
+    "swiglu": {},
+    "grouped": {"num_query_groups": 2, "add_qkv_bias": True, "untie_embeddings_and_output_weights": False},
+    "gelu": {
+        "activation": "gelu",
+        "normalization": "LayerNorm",
+        "add_bias_linear": True,
+        "qk_layernorm": False,
+    },
+}
+
+
+def read_all(folder: Path) -> State:
+    return {
+        quantity: {n: t for file in folder.glob(f"{quantity}-*") for n, t in load_file(file).items()}
+        for quantity in QUANTITIES
+    }
+
+
+def same(one: State, other: State) -> bool:
+    return all(
+        one[quantity].keys() == other[quantity].keys()
+        and all(torch.equal(tensor, other[quantity][name]) for name, tensor in one[quantity].items())
+        for quantity in QUANTITIES
+    )
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("where", [(1, 1, 0), (2, 2, 0), (2, 3, 1), (1, 2, 2), (2, 2, 3), (1, 3, 3)])
+def test_the_merged_state_is_the_one_that_was_sharded(
+    where: tuple[int, int, int], model: str, tmp_path: Path
+) -> None:
+    config = odd_config(**MODELS[model])
+    state = random_state(config)
+    folder = write_checkpoint(tmp_path / "from", config, state, where, "matrices")
+    final, size, drift = convert(folder, tmp_path / "to")
+    assert final == layout.resolve(tmp_path / "to") == tmp_path / "to" / f"global_step{STEP}"
+    assert same(read_all(final), state)
+    assert drift == 0.0
+    layout.verify_sizes(final)
+    assert size == sum(layout.file_sizes(final).values())
+    assert len(list(final.glob("rng_rank_*.pt"))) == where[0] * where[1]
+    saved = layout.read_json(final / layout.STATE_FILE)
+    assert saved["layout"] is None and saved["trainer"] == {"step": STEP}
+    assert saved["layout_free"] == {
+        "version": 1,
+        "source_layout": layout.read_json(folder / layout.STATE_FILE)["layout"],
+        "optimizer_step": STEP,
+        "loss_scale": None,
+    }
+
+
+def test_many_processes_write_the_same(tmp_path: Path) -> None:
+    config = odd_config()
+    state = random_state(config)
+    folder = write_checkpoint(tmp_path / "from", config, state, (2, 1, 1))
+    final, *_ = convert(folder, tmp_path / "to", processes=2)
+    assert same(read_all(final), state)
+    assert len(list(final.glob("weights-*-of-00002.safetensors"))) == 2
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7, 100])
+def test_parts_cover_every_parameter_once_and_are_balanced(parts: int, tmp_path: Path) -> None:
+    config = odd_config(num_layers=8)
+    source = open_source(write_checkpoint(tmp_path, config, random_state(config), (1, 1, 0)))
+    chosen = [entries_of(source, part, parts) for part in range(parts)]
+    assert [entry for part in chosen for entry in part] == list(name_map(config.model))
+    sizes = [
+        sum(source.ranks[0].read(f"gpt.{e.megatron}", "weights").numel() for e in part) for part in chosen
+    ]
+    largest = (
+        max(tensor.numel() for tensor in random_state(config)["weights"].values()) * 3
+    )  # q, k and v are one
+    assert max(sizes) <= sum(sizes) / parts + largest
+
+
+def test_copies_that_differ_are_told(tmp_path: Path) -> None:
+    config = odd_config()
+    folder = write_checkpoint(tmp_path / "from", config, random_state(config), (2, 1, 0))
+    file = folder / "mp_rank_01_model_states.pt"
+    content = torch.load(file)
+    content["module"]["gpt.decoder.final_layernorm.weight"][3] += 0.25
+    torch.save(content, file)
+    assert convert(folder, tmp_path / "to")[2] == pytest.approx(0.25, abs=1e-6)
+
+
+def test_a_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
+    config = odd_config()
+    folder = write_checkpoint(tmp_path / "from", config, random_state(config), (1, 1, 0))
+    before = layout.file_sizes(folder)
+    with pytest.raises(CheckpointError, match="exists already"):
+        convert(folder, tmp_path / "from")
+    assert layout.file_sizes(folder) == before
+
+
+def test_a_damaged_checkpoint_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    config = odd_config()
+    folder = write_checkpoint(tmp_path / "from", config, random_state(config), (1, 2, 1))
+    (folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"zero_pp_rank_1_mp_rank_00_optim_states\.pt is missing"):
+        convert(folder, tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+
+
+def test_an_interrupted_conversion_leaves_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = odd_config()
+    folder = write_checkpoint(tmp_path / "from", config, random_state(config), (1, 1, 0))
+
+    def full(path: Path, value: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layout, "write_json", full)
+        with pytest.raises(CheckpointError, match=r"cannot be written.*No space left"):
+            convert(folder, tmp_path / "to")
+    assert layout.finished_tags(tmp_path / "to") == []
+    convert(folder, tmp_path / "to")  # over what the first attempt has left
+    assert layout.finished_tags(tmp_path / "to") == [f"global_step{STEP}"]
+    assert [path.name for path in (tmp_path / "to").glob("*.tmp")] == []
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file/x cannot be made"):
+        fresh_folder(tmp_path / "file" / "x")

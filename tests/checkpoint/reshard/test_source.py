@@ -1,0 +1,53 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_sgt.checkpoint import layout
+from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES
+from megatron_sgt.checkpoint.reshard.source import open_source
+from megatron_sgt.errors import CheckpointError
+from tests.helpers.deepspeed_files import STEP, odd_config, random_state, rank_state, write_checkpoint
+
+
+@pytest.mark.parametrize("where", [(2, 2, 0), (2, 1, 1), (1, 3, 2), (4, 2, 3)])
+def test_every_rank_of_every_stage_is_opened(where: tuple[int, int, int], tmp_path: Path) -> None:
+    config = odd_config()
+    state = random_state(config)
+    source = open_source(write_checkpoint(tmp_path, config, state, where))
+    assert source.step == STEP and len(source.ranks) == where[0]
+    for tp_rank, rank in enumerate(source.ranks):
+        expected = rank_state(config, state, where[0], tp_rank)
+        for quantity in QUANTITIES:
+            for name, tensor in expected[quantity].items():
+                assert torch.equal(rank.read(name, quantity), tensor)
+
+
+def test_files_of_bf16_have_another_name(tmp_path: Path) -> None:
+    config = odd_config()
+    folder = write_checkpoint(tmp_path, config, random_state(config), (1, 2, 1))
+    for file in folder.glob("zero_*_optim_states.pt"):
+        file.rename(file.with_name(f"bf16_{file.name}"))
+    assert open_source(folder).step == STEP
+
+
+def test_what_cannot_be_converted_is_named(tmp_path: Path) -> None:
+    config = odd_config()
+    folder = write_checkpoint(tmp_path, config, random_state(config), (1, 1, 0))
+    file = folder / "mp_rank_00_model_states.pt"
+    content = torch.load(file)
+    torch.save({**content, "module": {}}, file)
+    with pytest.raises(CheckpointError, match=r"lack something that version 0\.19 writes.*KeyError"):
+        open_source(folder)
+    (folder / layout.CONFIG_FILE).write_text(odd_config(num_layers=3).to_yaml())
+    torch.save(content, file)
+    with pytest.raises(CheckpointError, match=r"unexpected parameters \['gpt\.decoder\.layers\.2"):
+        open_source(folder)
+
+
+def test_a_layout_free_checkpoint_is_no_source(tmp_path: Path) -> None:
+    config = odd_config()
+    folder = write_checkpoint(tmp_path, config, random_state(config), (1, 1, 0))
+    layout.write_json(folder / layout.STATE_FILE, {"layout": None})
+    with pytest.raises(CheckpointError, match="layout-free already"):
+        open_source(folder)

@@ -1,0 +1,152 @@
+"""Which folders count as checkpoints, and that pruning and damage are handled on the safe side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sgt.checkpoint import layout
+from megatron_sgt.errors import CheckpointError
+
+
+def make(root: Path, step: int, whole: bool = True) -> Path:
+    """A committed checkpoint of two small files, or one whose save was cut short."""
+    folder = root / layout.tag_for(step)
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.pt").write_bytes(b"x" * 100)
+    (folder / "sub/b.pt").write_bytes(b"y" * 50)
+    if whole:
+        layout.write_json(folder / layout.MANIFEST_FILE, {"files": layout.file_sizes(folder)})
+    return folder
+
+
+def names(root: Path) -> set[str]:
+    return {path.name for path in root.iterdir() if path.is_dir()}
+
+
+def test_names() -> None:
+    assert (layout.tag_for(1000), layout.rng_file(12)) == ("global_step1000", "rng_rank_00012.pt")
+    assert [layout.step_of(tag) for tag in ("global_step7", "global_step7.tmp", "other")] == [7, 0, 0]
+
+
+def test_finished_tags_are_ordered_by_step_and_committed(tmp_path: Path) -> None:
+    for step in (1000, 20, 300):
+        make(tmp_path, step)
+    make(tmp_path, 4000, whole=False)
+    make(tmp_path, 5).rename(tmp_path / "global_step5.tmp")
+    make(tmp_path, 6).rename(tmp_path / "global_step6.universal")
+    (tmp_path / "global_step7").write_text("a file")
+    assert layout.finished_tags(tmp_path) == ["global_step20", "global_step300", "global_step1000"]
+    assert layout.finished_tags(tmp_path / "absent") == []
+
+
+def test_latest_is_what_the_tracker_names(tmp_path: Path) -> None:
+    assert layout.latest_tag(tmp_path) is None
+    make(tmp_path, 2)
+    make(tmp_path, 4)
+    assert layout.latest_tag(tmp_path) == "global_step4", "without a tracker the newest"
+    layout.replace_text(tmp_path / layout.LATEST_FILE, "global_step2\n")
+    assert layout.latest_tag(tmp_path) == "global_step2"
+
+
+@pytest.mark.parametrize("text", ["global_step9", "", "global_step4.tmp", "../elsewhere"])
+def test_a_tracker_that_points_nowhere_is_an_error(text: str, tmp_path: Path) -> None:
+    make(tmp_path, 2)
+    (tmp_path / layout.LATEST_FILE).write_text(text)
+    with pytest.raises(CheckpointError, match=r"not a whole checkpoint; there are: global_step2\. Write one"):
+        layout.latest_tag(tmp_path)
+
+
+def test_resolve_takes_a_root_or_one_checkpoint(tmp_path: Path) -> None:
+    older, newer = make(tmp_path, 2), make(tmp_path, 4)
+    assert layout.resolve(tmp_path) == newer
+    assert layout.resolve(older) == older
+
+
+def test_resolve_refuses_what_is_none(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="the folder does not exist"):
+        layout.resolve(tmp_path / "absent")
+    unfinished = make(tmp_path / "runs", 3, whole=False)
+    for place, seen in (
+        (unfinished, "a.pt"),
+        (tmp_path / "runs", "global_step3"),
+        (unfinished / "a.pt", "a file"),
+    ):
+        with pytest.raises(CheckpointError, match=f"no whole checkpoint at .*seen there: {seen}"):
+            layout.resolve(place)
+
+
+def test_sizes_are_verified_by_name(tmp_path: Path) -> None:
+    folder = make(tmp_path, 2)
+    layout.verify_sizes(folder)
+    (folder / "a.pt").write_bytes(b"x" * 50)
+    (folder / "sub/b.pt").unlink()
+    (folder / "more.pt").write_bytes(b"not of the save")
+    with pytest.raises(
+        CheckpointError, match=r"sub/b\.pt is missing; a\.pt has 50 bytes instead of 100"
+    ) as caught:
+        layout.verify_sizes(folder)
+    assert "more.pt" not in str(caught.value)
+
+
+def test_json_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        layout.read_json(path)
+    path.write_text('{"a": ')
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        layout.read_json(path)
+    layout.write_json(path, {"a": [1, 2.5]})
+    assert layout.read_json(path) == {"a": [1, 2.5]}
+
+
+def test_text_is_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "latest"
+    layout.replace_text(path, "old")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(layout.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        layout.replace_text(path, "new")
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize(("keep", "left"), [(0, {1, 2, 3, 4}), (1, {4}), (2, {3, 4}), (9, {1, 2, 3, 4})])
+def test_prune_keeps_the_newest(keep: int, left: set[int], tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        make(tmp_path, step)
+    doomed = layout.prune(tmp_path, keep)
+    assert names(tmp_path) == {layout.tag_for(step) for step in left}
+    assert doomed == [layout.tag_for(step) for step in (1, 2, 3, 4) if step not in left]
+
+
+def test_prune_never_deletes_what_latest_names(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        make(tmp_path, step)
+    layout.replace_text(tmp_path / layout.LATEST_FILE, "global_step1")
+    assert layout.prune(tmp_path, 1) == ["global_step2"]
+    assert names(tmp_path) == {"global_step1", "global_step3"}
+
+
+def test_prune_clears_unfinished_saves_and_leaves_the_rest(tmp_path: Path) -> None:
+    make(tmp_path, 1)
+    make(tmp_path, 2, whole=False).rename(tmp_path / "global_step2.tmp")
+    make(tmp_path, 3, whole=False)
+    (tmp_path / "notes").mkdir()
+    layout.prune(tmp_path, 1)
+    assert names(tmp_path) == {"global_step1", "global_step3", "notes"}
+
+
+def test_a_removal_cut_short_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make(tmp_path, 1)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(layout.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        layout.remove(folder)
+    assert folder.exists() and layout.finished_tags(tmp_path) == []

@@ -1,0 +1,84 @@
+"""The shape of a run as --dry-run prints it. What it refuses: tests/integration/test_user_errors.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sgt.engine.dry_run import dry_run, final_plan
+from megatron_sgt.errors import CheckpointError, ConfigError, DataError
+from megatron_sgt.growth import LayerPlan, LoopPlan
+from megatron_sgt.model.flops import overhead, parameter_count, step_flops
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.runs import pretrain, tiny_config, write_tiny_data
+from tests.helpers.single import small_config
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_tiny_data(tmp_path_factory.mktemp("data"))
+
+
+def rows(text: str) -> dict[str, str]:
+    """The table by its first column; notes joined."""
+    table: dict[str, str] = {}
+    for line in text.splitlines():
+        name, _, value = line.partition(" ")
+        table[name] = f"{table[name]}; {value.strip()}" if name in table else value.strip()
+    return table
+
+
+def test_the_shape_of_a_run(data: str, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "new", data, parallel={"tensor_model_parallel_size": 2})
+    shown = rows(dry_run(config, 4))
+    assert f"{parameter_count(config.model):,} parameters" in shown["model"]
+    assert "5 layers" in shown["model"] and "4 heads in 4 groups" in shown["model"]
+    assert "4 ranks = tensor parallel 2 x data parallel 2" in shown["layout"] and "fp32" in shown["layout"]
+    assert "8 sequences = micro 2 x accumulation 2 x data parallel 2 · 128 tokens per step" in shown["batch"]
+    flops = step_flops(config.model, LoopPlan.empty(5), 8).model * 18
+    assert f"18 steps · 2,304 tokens · {flops:.3g} FLOPs before growth" in shown["run"]
+    assert f"at most {100 * overhead(config.model, final_plan(config)):+.2f} % FLOPs" in shown["growth"]
+    assert "120 documents" in shown["data"]
+    assert "fresh start" in shown["start"]
+    assert not (tmp_path / "new").exists(), "a dry run leaves nothing behind"
+
+
+def test_the_growth_row_of_the_baselines(data: str, tmp_path: Path) -> None:
+    vanilla = tiny_config(tmp_path, data, growth={"method": "vanilla"})
+    assert rows(dry_run(vanilla, 1))["growth"] == "none (vanilla)"
+    block = tiny_config(tmp_path, data, growth={"method": "block_loop", "block_loop_layers": [2, 3]})
+    assert "block loop of layers [2, 3]" in rows(dry_run(block, 1))["growth"]
+
+
+def test_a_checkpoint_to_start_from_is_named(data: str, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, data, train={"exit_interval": 2})
+    run_on_ranks(1, pretrain, config)
+    assert "global_step2" in rows(dry_run(config, 1))["start"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "world_size", "kind", "message"),
+    [
+        ({}, 3, ConfigError, "batch sizes do not multiply"),
+        ({"data": {"data_path": ["/nowhere/data"]}}, 1, DataError, "/nowhere/data"),
+        ({"checkpoint": {"load": "/nowhere/there"}}, 1, CheckpointError, "no checkpoint at /nowhere/there"),
+    ],
+)
+def test_the_first_thing_that_would_stop_the_run_is_raised(
+    sections: dict[str, Any], world_size: int, kind: type[Exception], message: str, data: str, tmp_path: Path
+) -> None:
+    with pytest.raises(kind, match=message):
+        dry_run(tiny_config(tmp_path, data, **sections), world_size)
+
+
+def test_the_final_plan_is_the_costliest() -> None:
+    config = small_config(growth={"max_loop_depth": 2, "num_keep_heads": 2, "max_selected_layers": 2})
+    grown = LayerPlan(2, (0, 2))
+    assert final_plan(config) == LoopPlan(4, ((2, grown), (3, grown)))
+    everything = small_config(growth={"head_choice": "all", "max_selected_layers": 1})
+    assert final_plan(everything)[3].kept_heads == (0, 1, 2, 3)
+    assert final_plan(small_config(growth={"method": "vanilla"})) == LoopPlan.empty(4)
+    repeated = small_config(growth={"method": "block_loop", "block_loop_layers": [1], "block_loop_count": 2})
+    assert final_plan(repeated) == LoopPlan(4, ((1, LayerPlan(block_loops=2)),))

@@ -1,0 +1,129 @@
+"""A whole small run: what it leaves behind, and what it refuses before it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sgt.config import load_config
+from megatron_sgt.engine.loop import DivergedError
+from megatron_sgt.engine.run import PretrainingRun
+from megatron_sgt.errors import CheckpointError, ConfigError, DataError
+from megatron_sgt.launch.rank_info import LOOPBACK, RankInfo
+from megatron_sgt.metrics import METRICS_FILE
+from megatron_sgt.metrics.jsonl import read_metrics
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.runs import measured_steps, pretrain, reported, tiny_config, write_tiny_data
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_tiny_data(tmp_path_factory.mktemp("data"))
+
+
+def test_what_a_run_leaves_behind(data: str, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    config = tiny_config(run_dir, data, checkpoint={"save_interval": 9})
+    run_on_ranks(2, pretrain, config)
+    assert load_config(run_dir / "config.yaml") == config
+    records = read_metrics(run_dir / METRICS_FILE)
+    assert [record["kind"] for record in records][0] == "resume"
+    summary = records[-1]
+    assert (summary["kind"], summary["step"], summary["reason"]) == ("summary", 18, "finished")
+    steps = measured_steps(run_dir)
+    assert (summary["first_loss"], summary["loss"]) == (steps[0]["loss"], steps[-1]["loss"])
+    assert summary["loss"] < summary["first_loss"]
+    assert summary["growth_events"] == len(reported(run_dir, "growth")) > 2
+    assert summary["consumed_tokens"] == 18 * 8 * 16
+    assert summary["valid_loss"] == reported(run_dir, "valid")[-1]["loss"]
+    assert [record["step"] for record in reported(run_dir, "valid")] == [5, 10, 15, 18]
+    assert [record["step"] for record in reported(run_dir, "save")] == [9, 18]
+    assert all(Path(path).exists() for path in summary["paths"].values())
+    assert Path(summary["paths"]["checkpoint"]).name == "global_step18"
+    assert (run_dir / "checkpoints/latest").read_text() == "global_step18"
+
+
+def test_the_split_of_the_batch_does_not_matter(data: str, tmp_path: Path) -> None:
+    """Two ranks with two micro-batches each see the batches of one rank with four."""
+    for ranks in (1, 2):
+        run_on_ranks(ranks, pretrain, tiny_config(tmp_path / f"{ranks}", data, train={"exit_interval": 7}))
+    one, two = (measured_steps(tmp_path / f"{ranks}") for ranks in (1, 2))
+    assert [s["loss"] for s in two] == pytest.approx([s["loss"] for s in one], abs=2e-6)
+    assert [s["grad_norm"] for s in two] == pytest.approx([s["grad_norm"] for s in one], rel=1e-4)
+    valid = [[record["loss"] for record in reported(tmp_path / f"{ranks}", "valid")] for ranks in (1, 2)]
+    assert valid[0] == pytest.approx(valid[1], abs=2e-6)
+
+
+def test_exit_interval_stops_early_and_says_so(data: str, tmp_path: Path) -> None:
+    run_on_ranks(1, pretrain, tiny_config(tmp_path, data, train={"exit_interval": 2}))
+    [summary] = reported(tmp_path, "summary")
+    assert summary["step"] == 2 and "stopped early" in summary["reason"]
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_a_diverging_run_stops_and_saves_nothing(zero: int, data: str, tmp_path: Path) -> None:
+    sections = {
+        "parallel": {"zero_stage": zero},
+        "optim": {"lr": 1e20, "min_lr": 0, "lr_warmup_iters": 0},
+        "checkpoint": {"save_interval": 1},
+        "train": {"max_consecutive_skipped_steps": 2, "eval_interval": 0},
+    }
+    with pytest.raises(DivergedError, match="2 steps in a row after step 1 had no finite gradient") as caught:
+        run_on_ranks(2, pretrain, tiny_config(tmp_path, data, **sections))
+    assert caught.value.exit_code == 1
+    steps = measured_steps(tmp_path)
+    assert [step["step"] for step in steps] == [1, 1, 1]
+    # Saved after the one good step, and never again.
+    assert [record["step"] for record in reported(tmp_path, "save")] == [1]
+    assert (tmp_path / "checkpoints/latest").read_text() == "global_step1"
+
+
+def alone() -> RankInfo:
+    return RankInfo(0, 1, 0, 1, LOOPBACK, 29500, "single")
+
+
+def test_mistakes_are_refused_before_any_process_group(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("a process group was started")
+
+    monkeypatch.setattr("megatron_sgt.engine.run.start_processes", never)
+    batches = tiny_config(tmp_path, data, train={"global_batch_size": 6, "micro_batch_size": 2})
+    with pytest.raises(ConfigError, match="batch sizes do not multiply: global_batch_size 6"):
+        PretrainingRun(batches, RankInfo(0, 2, 0, 2, LOOPBACK, 29500, "torchrun"))
+    tokenizer = {"tokenizer": {"type": "sentencepiece", "model": str(tmp_path / "absent.model")}}
+    with pytest.raises(DataError, match=r"absent\.model"):
+        PretrainingRun(tiny_config(tmp_path, data, data=tokenizer), alone())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"logging\.run_dir: cannot write to .*file"):
+        PretrainingRun(tiny_config(tmp_path / "file", data), alone())
+
+
+@pytest.mark.parametrize(
+    ("sections", "kind", "message"),
+    [
+        ({"data": {"data_path": ["/nowhere/data"]}}, DataError, "/nowhere/data"),
+        (
+            {"checkpoint": {"load": "/nowhere/checkpoints"}},
+            CheckpointError,
+            "no checkpoint at /nowhere/checkpoints",
+        ),
+        ({"model": {"vocab_size": 16}}, DataError, "vocabulary"),
+    ],
+)
+def test_what_rank_0_finds_wrong_is_raised_on_all_ranks(
+    sections: dict[str, dict[str, object]], kind: type[Exception], message: str, data: str, tmp_path: Path
+) -> None:
+    results = run_on_ranks(2, catch, tiny_config(tmp_path, data, **sections))
+    assert {name for name, _ in results} == {kind.__name__}
+    assert all(message in text for _, text in results)
+
+
+def catch(info: RankInfo, config: object) -> tuple[str, str]:
+    try:
+        pretrain(info, config)  # type: ignore[arg-type]
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "nothing", ""

@@ -1,0 +1,182 @@
+"""One trajectory, every parallel layout: the same losses, gradient norms, weights and growth events.
+
+The whole matrix takes long on few cores, so a run takes a share of it in which every value of every factor meets
+every value of every other; SGT_ALL_LAYOUTS=1 in the environment runs all of it.
+"""
+
+import os
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sgt.engine import replay as rp
+from megatron_sgt.engine.build import start_processes
+from megatron_sgt.launch.rank_info import RankInfo
+from megatron_sgt.model.linear import LoopingRowParallelLinear
+from megatron_sgt.model.norm import RMSNorm
+from tests.helpers.replays import ALLOWED, differences
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.trajectories import GOLDEN, make_trajectory, read_trajectory, settings_of, write_trajectory
+
+SHAPES = [(1, 1, False), (1, 2, False)] + [
+    (tp, dp, sp) for tp, dp in ((2, 1), (2, 2), (4, 1)) for sp in (False, True)
+]
+"""(tensor parallel, data parallel, sequence parallel): all that fit four ranks."""
+
+ALL = [(*shape, zero, recompute) for shape, zero, recompute in product(SHAPES, range(4), ("none", "full"))]
+
+# Found greedily: covers every pair of values of two factors that a shape allows.
+SHARE = [
+    (1, 1, False, 0, "none"),
+    (1, 1, False, 1, "full"),
+    (1, 1, False, 3, "none"),
+    (1, 2, False, 1, "none"),
+    (1, 2, False, 2, "full"),
+    (1, 2, False, 3, "none"),
+    (2, 1, False, 3, "full"),
+    (2, 1, True, 0, "full"),
+    (2, 1, True, 1, "none"),
+    (2, 1, True, 2, "none"),
+    (2, 2, True, 0, "none"),
+    (4, 1, False, 0, "full"),
+    (4, 1, False, 1, "none"),
+    (4, 1, False, 2, "none"),
+    (4, 1, True, 3, "none"),
+]
+
+RESIDENT = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "overlap_comm": True}}
+"""A tiny model hides what ZeRO-3 does: by default weights this small are never spread."""
+
+
+def replay(info: RankInfo, path: Path, layout: dict[str, Any], train: dict[str, Any]) -> Any:
+    """Replay ``path`` under ``layout``; returns (tensors, metadata, spread of replicated weights)."""
+    tensors, meta = rp.read_trajectory(path)
+    stage = layout.get("zero_stage", 1)
+    overrides = {
+        "parallel": {"device": "cpu", **layout},
+        "train": {"threads_per_rank": 1, **train},
+        "deepspeed": RESIDENT if stage == 3 else {},
+    }
+    config = rp.replay_config(tensors, meta, overrides)
+    groups = start_processes(config, info)
+    inputs = {k: v for k, v in tensors.items() if k.startswith("init/") or k in ("tokens", "probe_tokens")}
+    result, result_meta = rp.replay(config, groups, inputs, meta)
+    mine = {name: t for name, t in result.items() if name.startswith("final/") and "norm" in name}
+    return (result, result_meta, mine) if groups.is_main else (None, None, mine)
+
+
+def check(path: Path, tensor: int, data: int, sequence: bool, zero: int, recompute: str) -> None:
+    layout = {"tensor_model_parallel_size": tensor, "sequence_parallel": sequence, "zero_stage": zero}
+    recorded, recorded_meta = read_trajectory(path)
+    size = recorded_meta["global_batch"] // data // 2  # two micro-batches: one hides errors of accumulation
+    train = {"recompute_granularity": recompute, "micro_batch_size": size}
+    outcomes = run_on_ranks(tensor * data, replay, path, layout, train, timeout=400)
+    result, meta, _ = outcomes[0]
+    gaps = differences(result, recorded)
+    relative = ((result["grad_norm"] - recorded["grad_norm"]).abs() / recorded["grad_norm"]).max()
+    assert float(relative) <= 1e-5, f"gradient norms differ by {float(relative):.1e}"
+    assert {k: g for k, g in gaps.items() if not g <= ALLOWED[k]} == {}
+    kept = [[e["step"], e["layer"], e["kept_heads"]] for e in meta["events"]]
+    assert kept == [[e["step"], e["layer"], e["kept_heads"]] for e in recorded_meta["events"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ALL if os.environ.get("SGT_ALL_LAYOUTS") else SHARE, ids=str)
+def test_golden(layout: tuple[int, int, bool, int, str]) -> None:
+    check(GOLDEN, *layout)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve steps with a selection and the end of its window."""
+    path = tmp_path_factory.mktemp("short") / "short.safetensors"
+    write_trajectory(path, *make_trajectory({**settings_of("grouped_query_qk_norm"), "steps": 12}, seed=0))
+    return path
+
+
+def sabotaged(info: RankInfo, path: Path, fault: str) -> Any:
+    """A replay at tensor parallel 2 with sequence parallelism in which one thing is wrong."""
+    if fault == "norm gradients are not summed":
+        RMSNorm.replicated = lambda self, parameter: parameter  # type: ignore[method-assign]
+    elif fault == "a weight is taken for replicated":
+        forward = LoopingRowParallelLinear.__init__
+
+        def cleared(self: Any, *args: Any, **kwargs: Any) -> None:
+            forward(self, *args, **kwargs)
+            self.weight.tensor_model_parallel = False
+
+        LoopingRowParallelLinear.__init__ = cleared  # type: ignore[method-assign]
+    layout = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "zero_stage": 1}
+    return replay(info, path, layout, {"micro_batch_size": 2})
+
+
+@pytest.mark.parametrize(
+    ("fault", "quantity", "at_least"),
+    [
+        ("none", "", 0.0),
+        ("norm gradients are not summed", "loss", 1e-4),
+        ("a weight is taken for replicated", "grad_norm", 1e-2),
+    ],
+)
+def test_what_would_go_wrong_is_seen(fault: str, quantity: str, at_least: float, short: Path) -> None:
+    recorded, _ = read_trajectory(short)
+    (result, _, _), (_, _, _) = run_on_ranks(2, sabotaged, short, fault)
+    gaps = differences(result, recorded)
+    if fault == "none":
+        assert {k: g for k, g in gaps.items() if not g <= ALLOWED[k]} == {}
+    else:
+        assert gaps[quantity] > at_least
+
+
+def replicated_spread(info: RankInfo, path: Path) -> dict[str, float]:
+    """Largest difference of each replicated weight between this rank and tensor-parallel rank 0, after all steps."""
+    import torch.distributed as dist
+
+    tensors, meta = rp.read_trajectory(path)
+    overrides = {
+        "parallel": {
+            "device": "cpu",
+            "tensor_model_parallel_size": info.world_size,
+            "sequence_parallel": True,
+        },
+        "train": {"threads_per_rank": 1},
+        "deepspeed": {},
+    }
+    config = rp.replay_config(tensors, meta, overrides)
+    groups = start_processes(config, info)
+    spread: dict[str, float] = {}
+    gather = rp.gather_hf_weights
+
+    def watch(runtime: Any, cfg: Any) -> Any:
+        for name, parameter in runtime.model.named_parameters():
+            if not getattr(parameter, "tensor_model_parallel", False):
+                reference = parameter.detach().clone()
+                dist.broadcast(reference, src=0)
+                spread[name] = float((parameter - reference).abs().max())
+        return gather(runtime, cfg)
+
+    rp.gather_hf_weights = watch  # type: ignore[assignment]
+    rp.replay(config, groups, tensors, meta)
+    return spread
+
+
+def test_replicated_weights_stay_equal_to_the_last_bit() -> None:
+    for spread in run_on_ranks(2, replicated_spread, GOLDEN, timeout=400):
+        assert len(spread) == 13  # two norms in each of six layers, and the final one
+        assert set(spread.values()) == {0.0}
+
+
+def test_the_share_covers_every_pair() -> None:
+    def pairs(cases: list[Any]) -> set[Any]:
+        return {(i, case[i], j, case[j]) for case in cases for i in range(5) for j in range(i)}
+
+    missing = pairs(ALL) - pairs(SHARE)
+    assert not missing, sorted(map(str, missing))
+
+
+def test_the_matrix_is_whole() -> None:
+    assert len(ALL) == 64 and set(SHARE) <= set(ALL)
+    assert torch.distributed.is_available()

@@ -1,0 +1,110 @@
+"""What the ranks of the tests of resharding do; for ``run_on_ranks``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+from megatron_sgt.checkpoint.layout import STATE_FILE, read_json
+from megatron_sgt.checkpoint.load import load_checkpoint
+from megatron_sgt.checkpoint.reshard.engine_state import load_into_engine
+from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader
+from megatron_sgt.checkpoint.reshard.rank_state import MOMENTS, WEIGHTS
+from megatron_sgt.checkpoint.reshard.sibling import _agreed
+from megatron_sgt.checkpoint.save import save_checkpoint
+from megatron_sgt.config import Config
+from megatron_sgt.engine.build import build_runtime, start_processes
+from megatron_sgt.engine.step import train_step
+from megatron_sgt.errors import CheckpointError
+from megatron_sgt.launch.rank_info import RankInfo
+from megatron_sgt.parallel.groups import ParallelGroups
+from tests.helpers.single import random_batch
+
+
+def load_and_look(info: RankInfo, config: Config, folder: Path, steps_before: int = 0) -> dict[str, Any]:
+    """Load a layout-free ``folder`` and return the state as DeepSpeed's own getters see it.
+
+    steps_before: optimizer steps taken before loading. ``norm`` is of a step taken after all.
+    """
+    groups = start_processes(config, info)
+    engine = build_runtime(config, groups).engine
+    for _ in range(steps_before):
+        _step(engine, config, groups)
+    settings = _settings(engine)
+    made = read_json(folder / STATE_FILE)["layout_free"]
+    load_into_engine(
+        LayoutFreeReader(folder), made["optimizer_step"], made["loss_scale"], config.model, engine, groups
+    )
+    seen: dict[str, Any] = {"tp_rank": groups.tp_rank, "settings_kept": _settings(engine) == settings}
+    seen["state"], seen["model"] = _state(engine), _model(engine)
+    seen["steps"] = [float(state["step"]) for state in engine.optimizer.state.values()]
+    tensors = {id(state["step"]) for state in engine.optimizer.state.values()}
+    seen["own_step_tensors"] = len(tensors) == len(seen["steps"])
+    seen["norm"] = _step(engine, config, groups)
+    seen["steps_after"] = [float(state["step"]) for state in engine.optimizer.state.values()]
+    return seen
+
+
+def _step(engine: Any, config: Config, groups: ParallelGroups) -> float:
+    count = config.num_micro_batches(groups.world_size)
+    batches = [random_batch(config, seed=groups.dp_rank * count + index) for index in range(count)]
+    return train_step(engine, batches, 1e-3, config.optim.clip_grad, groups).grad_norm
+
+
+def _settings(engine: Any) -> list[dict[str, Any]]:
+    return [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
+
+
+def _state(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 0:
+        moments = {
+            m: {n: optimizer.state[p][m].clone() for n, p in engine.module.named_parameters()}
+            for m in MOMENTS
+        }
+        return {WEIGHTS: {n: p.data.clone() for n, p in engine.module.named_parameters()}, **moments}
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._lazy_init_hp_params_optimizer_state()  # as in DeepSpeed's first step
+    named = list(engine.module.named_parameters())
+    moments = {m: {n: safe_get_full_optimizer_state(p, m).clone() for n, p in named} for m in MOMENTS}
+    return {WEIGHTS: {n: safe_get_full_fp32_param(p).clone() for n, p in named}, **moments}
+
+
+def _model(engine: Any) -> dict[str, torch.Tensor]:
+    """The weights that the model computes with."""
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
+            found[name] = parameter.data.clone()
+    return found
+
+
+def load_and_save(info: RankInfo, config: Config, folder: Path, root: Path) -> str | None:
+    """Load ``folder``, save under ``root`` without a step; returns the line about another layout."""
+    groups = start_processes(config, info)
+    engine = build_runtime(config, groups).engine
+    saved = read_json(folder / STATE_FILE)
+    note = load_checkpoint(folder, saved, config, engine, groups)
+    state = {"trainer": saved["trainer"], "hooks": saved["hooks"]}
+    save_checkpoint(root, saved["trainer"]["step"], state, config, engine, groups)
+    return note
+
+
+def fail_on_rank_one(info: RankInfo, config: Config) -> str:
+    """What every rank is told when one of them cannot write."""
+    groups = start_processes(config, info)
+
+    def act() -> int:
+        if groups.rank == 1:
+            raise CheckpointError("rank 1 has no room")
+        return groups.rank
+
+    try:
+        _agreed(act, groups)
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
