@@ -19,8 +19,8 @@ from megatron_sgt.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
-ZERO_0_BF16 = (
-    "bf16 with zero_stage 0 reports wrong gradient norms; use parallel.zero_stage 1, or train.precision fp32"
+ZERO_0_HALF = (
+    "{} with zero_stage 0 reports wrong gradient norms; use parallel.zero_stage 1, or train.precision fp32"
 )
 
 
@@ -63,12 +63,12 @@ class Config(Section):
     def precision_on(self, device: str) -> Precision:
         """Return the precision of a run on `device` ("cpu" or "cuda").
 
-        Raises ConfigError for bf16 without ZeRO, and for fp16 on a CPU.
+        Raises ConfigError for bf16 and fp16 without ZeRO, and for fp16 on a CPU.
         """
         precision = self.train.precision
         resolved: Precision = ("bf16" if device == "cuda" else "fp32") if precision == "auto" else precision
-        if resolved == "bf16" and self.parallel.zero_stage == 0:
-            raise ConfigError(f"parallel.zero_stage: {ZERO_0_BF16}")
+        if resolved != "fp32" and self.parallel.zero_stage == 0:
+            raise ConfigError(f"parallel.zero_stage: {ZERO_0_HALF.format(resolved)}")
         if resolved == "fp16" and device == "cpu":
             raise ConfigError("train.precision: fp16 needs a GPU, this run is on a CPU; use fp32 or bf16")
         return resolved
@@ -173,8 +173,8 @@ def check_parallel(cfg: Config) -> Iterator[str]:
         yield f"train.recompute_layers: {outside} outside the model's layers 0..{cfg.model.num_layers - 1}"
     if cfg.train.recompute_layers and cfg.train.recompute_granularity == "none":
         yield "train.recompute_layers: has no effect with recompute_granularity 'none'; set selective or full"
-    if parallel.zero_stage == 0 and _precision(cfg) == "bf16":
-        yield f"parallel.zero_stage: {ZERO_0_BF16}"
+    if parallel.zero_stage == 0 and _precision(cfg) in ("bf16", "fp16"):
+        yield f"parallel.zero_stage: {ZERO_0_HALF.format(_precision(cfg))}"
 
 
 def check_steps(cfg: Config) -> Iterator[str]:

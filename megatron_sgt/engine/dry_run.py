@@ -19,6 +19,7 @@ from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.metrics.units import file_size
 from megatron_sgt.model.flops import overhead, parameter_count, step_flops
+from megatron_sgt.model.loop_cost import choose_loop_method
 from megatron_sgt.parallel.device import select_device
 
 
@@ -113,6 +114,12 @@ def final_plan(config: Config) -> LoopPlan:
     return LoopPlan(model.num_layers, tuple((n, grown) for n in layers[-growth.max_selected_layers :]))
 
 
+def _loop_rows(config: Config) -> list[tuple[str, str]]:
+    if config.parallel.tensor_model_parallel_size == 1 or config.growth.method != "sgt":
+        return []
+    return [("loops", choose_loop_method(config)[1])]
+
+
 def _batch_rows(config: Config, world_size: int, accumulation: int) -> list[tuple[str, str]]:
     train, parallel = config.train, config.parallel
     data_parallel = config.data_parallel_size(world_size)
@@ -124,6 +131,7 @@ def _batch_rows(config: Config, world_size: int, accumulation: int) -> list[tupl
             f"{_count(world_size, 'rank')} = tensor parallel {parallel.tensor_model_parallel_size} x data parallel "
             f"{data_parallel} · ZeRO-{parallel.zero_stage} · {_shown_precision(config)}",
         ),
+        *_loop_rows(config),
         (
             "batch",
             f"{train.global_batch_size} sequences = micro {train.micro_batch_size} x accumulation "

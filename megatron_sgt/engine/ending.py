@@ -15,7 +15,7 @@ from megatron_sgt.cli import INTERRUPTED
 from megatron_sgt.errors import SGTError
 from megatron_sgt.launch.environment import RankInfo, discover
 
-GRACE = 3.0
+GRACE = 10.0
 """Seconds in which rank 0 has told an error that every rank has met. Then its launcher ends the others."""
 
 

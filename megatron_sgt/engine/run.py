@@ -31,6 +31,7 @@ from megatron_sgt.engine.state import TrainState
 from megatron_sgt.growth import Schedule, build_schedule
 from megatron_sgt.launch.environment import RankInfo
 from megatron_sgt.metrics import METRICS_FILE, MetricsHub, build_hub
+from megatron_sgt.model.loop_cost import choose_loop_method
 from megatron_sgt.parallel.device import resolve_precision
 from megatron_sgt.parallel.groups import ParallelGroups
 
@@ -122,6 +123,8 @@ class PretrainingRun:
             "changed": self.start.changed,
         }
         self.hub.log("resume", record)
+        if self.groups.is_main and self.groups.tp_size > 1 and self.config.growth.method == "sgt":
+            print(f"LOOPS  {choose_loop_method(self.config)[1]}", flush=True)
 
     def train(self) -> None:
         """Train to train_iters (or exit_interval) and report a summary."""

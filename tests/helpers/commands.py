@@ -36,7 +36,7 @@ class Finished:
     err: str
 
 
-def run_process(command: list[str], cwd: Path, timeout: float = 60.0) -> Finished:
+def run_process(command: list[str], cwd: Path, timeout: float = 180.0) -> Finished:
     """Run ``command`` as a process of its own."""
     done = subprocess.run(
         command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False
@@ -49,7 +49,7 @@ def run_script(
     arguments: list[str],
     cwd: Path,
     before: Callable[[], None] | None = None,
-    timeout: float = 60.0,
+    timeout: float = 180.0,
 ) -> Finished:
     """Run ``script`` (relative to the repository) in a fork, as ``python script arguments`` in ``cwd``.
 

@@ -158,7 +158,6 @@ def check_run(launcher: object, expected: list[dict], alone: list[dict], data: s
     [
         (deepspeed, "model.num_layer=3", 2, "did you mean 'num_layers'?"),
         (deepspeed, "data.data_path=[/nowhere/data]", 3, "/nowhere/data"),
-        (srun, "train.global_batch_size=6", 2, "batch sizes do not multiply"),
         (srun, "checkpoint.load=/nowhere/there", 4, "no checkpoint at /nowhere/there"),
         (srun, "optim.lr=1e20", 1, "3 steps in a row"),
     ],

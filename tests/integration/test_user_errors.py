@@ -92,6 +92,8 @@ CONFIG_MISTAKES = (
     config("sequence parallel alone", "parallel.sequence_parallel=true",
            says=("parallel.sequence_parallel: needs tensor_model_parallel_size above 1, got 1",)),
     config("bf16 without ZeRO", "parallel.zero_stage=0", "train.precision=bf16", says=("use parallel.zero_stage 1",)),
+    config("fp16 without ZeRO", "parallel.zero_stage=0", "train.precision=fp16", "parallel.device=auto",
+           says=("fp16 with zero_stage 0",)),
     config("fp16 on a CPU", "train.precision=fp16", says=("fp16 needs a GPU", "use fp32 or bf16")),
     config("DeepSpeed contradiction", "deepspeed.zero_optimization.stage=2",
            says=("deepspeed.zero_optimization.stage: 2 contradicts parallel.zero_stage 1", "leave it out")),
