@@ -133,6 +133,8 @@ def _growth(meta: dict[str, Any]) -> dict[str, Any]:
 class _Recorder(StatelessHook):
     """Keeps what the golden file keeps, after every applied step."""
 
+    name = "recorder"
+
     def __init__(self, schedule: Schedule, groups: ParallelGroups) -> None:
         self.schedule = schedule
         self.groups = groups

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,7 +56,7 @@ class Bench:
         )
         config = small_config(checkpoint={"save_interval": interval, "save": "somewhere"})
         self.counter = Counter()
-        engine: Any = None
+        engine: Any = SimpleNamespace(module=None)
         self.hook = CheckpointHook(config, engine, [self.counter], MetricsHub(), fake_groups())
         self.hook.before_run(TrainState())
 
