@@ -66,7 +66,7 @@ def test_a_place_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert unwritable(tmp_path) is None and unwritable(tmp_path / "new" / "deep") is None
     assert unwritable(tmp_path / "file" / "x") == f"{tmp_path / 'file'} is a file"
     assert output(str(tmp_path / "new" / "x.bin")) == str(tmp_path / "new" / "x.bin")
-    with pytest.raises(argparse.ArgumentTypeError, match="cannot write to .*file/x.bin: .*file is a file"):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"cannot write to .*file/x.bin: .*file is a file"):
         output(str(tmp_path / "file" / "x.bin"))
     monkeypatch.setattr("os.access", lambda *_: False)
     assert unwritable(tmp_path) == f"{tmp_path} is not writable"

@@ -28,7 +28,7 @@ def test_what_a_run_leaves_behind(data: str, tmp_path: Path) -> None:
     run_on_ranks(2, pretrain, config)
     assert load_config(run_dir / "config.yaml") == config
     records = read_metrics(run_dir / METRICS_FILE)
-    assert [record["kind"] for record in records][0] == "resume"
+    assert next(record["kind"] for record in records) == "resume"
     summary = records[-1]
     assert (summary["kind"], summary["step"], summary["reason"]) == ("summary", 18, "finished")
     steps = measured_steps(run_dir)

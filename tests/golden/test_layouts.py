@@ -17,8 +17,8 @@ from megatron_sgt.engine.build import start_processes
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.model.linear import LoopingRowParallelLinear
 from megatron_sgt.model.norm import RMSNorm
-from tests.helpers.replays import ALLOWED, differences
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.replays import ALLOWED, differences
 from tests.helpers.trajectories import GOLDEN, make_trajectory, read_trajectory, settings_of, write_trajectory
 
 SHAPES = [(1, 1, False), (1, 2, False)] + [

@@ -21,7 +21,17 @@ from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import measured_steps, pretrain, reported, tiny_config, write_tiny_data
 
 SCRIPT = str(ROOT / "pretrain_sgt.py")
-LAUNCHER_VARIABLES = ("SLURM_", "OMPI_", "PMI_", "MPI_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC_")
+LAUNCHER_VARIABLES = (
+    "SLURM_",
+    "OMPI_",
+    "PMI_",
+    "MPI_",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_",
+    "MASTER_",
+    "TORCHELASTIC_",
+)
 ENVIRONMENT = {
     **{k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)},
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
@@ -48,7 +58,9 @@ def run(commands: Sequence[Sequence[str]], cwd: Path, *tasks: dict[str, str]) ->
         process.kill()
         process.wait()
     code = code or max(process.returncode for process in running)
-    texts = ["".join((cwd / f"{name}{n}").read_text() for n in range(len(running))) for name in ("out", "err")]
+    texts = [
+        "".join((cwd / f"{name}{n}").read_text() for n in range(len(running))) for name in ("out", "err")
+    ]
     return Finished(code, *texts)
 
 

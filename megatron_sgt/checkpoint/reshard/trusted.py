@@ -11,7 +11,7 @@ import torch
 from megatron_sgt.errors import CheckpointError
 
 
-def allowed_classes() -> list[type]:
+def allowed_classes() -> list[Any]:
     """All that DeepSpeed pickles beside tensors and plain Python values."""
     # Not at the top: importing DeepSpeed takes seconds, and it must know its device first.
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
