@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_sgt import __version__
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.config.hints import unknown_key
 from megatron_sgt.engine.ending import place, run_rank
@@ -95,6 +96,10 @@ def _dry_run(config: Config, info: RankInfo, world_size: int | None) -> None:
 
 
 def _train(config: Config, info: RankInfo) -> None:
+    if info.rank == 0:  # a sign of life: the imports that follow take seconds
+        ranks = "1 rank" if info.world_size == 1 else f"{info.world_size} ranks"
+        launcher = "alone" if info.launcher == "single" else f"started by {info.launcher}"
+        print(f"megatron_sgt {__version__}: {ranks}, {launcher}", flush=True)
     from megatron_sgt.engine.run import PretrainingRun
     from megatron_sgt.parallel.groups import destroy_groups
 

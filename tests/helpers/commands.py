@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.helpers.ranks import PRELOADED
+from tests.helpers.ranks import start_server
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -55,7 +55,7 @@ def run_script(
 
     ``before``: called in the fork first; a function that can be pickled.
     """
-    _context.set_forkserver_preload(PRELOADED)
+    start_server()
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         process = _context.Process(

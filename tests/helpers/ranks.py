@@ -68,7 +68,7 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any, time
     is dumped into the RankError, and the ranks are killed.
     """
     payload = pickle.dumps((function, args))
-    _start_server()
+    start_server()
     with tempfile.TemporaryDirectory() as folder:
         ranks = [_start(Path(folder), rank, world_size, payload) for rank in range(world_size)]
         try:
@@ -87,7 +87,7 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any, time
                 rank.pipe.close()
 
 
-def _start_server() -> None:
+def start_server() -> None:
     """Start the fork server in an environment in which it finds the project, installed or not."""
     _context.set_forkserver_preload(PRELOADED)
     ours = {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}

