@@ -1,7 +1,7 @@
 """One trajectory, every parallel layout: the same losses, gradient norms, weights and growth events.
 
-The whole matrix takes long on few cores, so a run takes a share of it in which every value of every factor meets
-every value of every other; SGT_ALL_LAYOUTS=1 in the environment runs all of it.
+The whole matrix takes long on few cores, so a run takes a share of it in which (with test_replay.py) every value
+of every factor meets every value of every other; SGT_ALL_LAYOUTS=1 in the environment runs all of it.
 """
 
 import os
@@ -28,23 +28,23 @@ SHAPES = [(1, 1, False), (1, 2, False)] + [
 
 ALL = [(*shape, zero, recompute) for shape, zero, recompute in product(SHAPES, range(4), ("none", "full"))]
 
-# Found greedily: covers every pair of values of two factors that a shape allows.
+ELSEWHERE = [
+    (tp, dp, False, zero, "none") for tp, dp in ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1)) for zero in (0, 1, 2)
+]
+"""What test_replay.py runs in any case."""
+
+# Found greedily: with ELSEWHERE it covers every pair of values of two factors that a shape allows.
 SHARE = [
-    (1, 1, False, 0, "none"),
     (1, 1, False, 1, "full"),
-    (1, 1, False, 3, "none"),
-    (1, 2, False, 1, "none"),
-    (1, 2, False, 2, "full"),
-    (1, 2, False, 3, "none"),
-    (2, 1, False, 3, "full"),
+    (1, 1, False, 2, "full"),
+    (1, 1, False, 3, "full"),
+    (1, 2, False, 3, "full"),
     (2, 1, True, 0, "full"),
-    (2, 1, True, 1, "none"),
     (2, 1, True, 2, "none"),
+    (2, 1, True, 3, "none"),
     (2, 2, True, 0, "none"),
-    (4, 1, False, 0, "full"),
-    (4, 1, False, 1, "none"),
-    (4, 1, False, 2, "none"),
-    (4, 1, True, 3, "none"),
+    (4, 1, False, 3, "none"),
+    (4, 1, True, 1, "full"),
 ]
 
 RESIDENT = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "overlap_comm": True}}
@@ -173,7 +173,7 @@ def test_the_share_covers_every_pair() -> None:
     def pairs(cases: list[Any]) -> set[Any]:
         return {(i, case[i], j, case[j]) for case in cases for i in range(5) for j in range(i)}
 
-    missing = pairs(ALL) - pairs(SHARE)
+    missing = pairs(ALL) - pairs(SHARE) - pairs(ELSEWHERE)
     assert not missing, sorted(map(str, missing))
 
 
