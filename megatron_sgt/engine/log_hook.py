@@ -40,7 +40,7 @@ class LogHook(StatelessHook):
         self.last_loss: float | None = None
         self.tokens_per_second: float | None = None
         self._executed: LoopPlan = schedule.plan
-        self._flops_of: dict[tuple[LoopPlan, bool], int] = {}
+        self._flops_of: dict[LoopPlan, int] = {}
         self._losses: list[torch.Tensor] = []
         self._last: StepResult | None = None
         self._skipped = 0
@@ -70,14 +70,13 @@ class LogHook(StatelessHook):
             self._report(state, self._last)
 
     def _model_flops(self, plan: LoopPlan) -> int:
-        key = (plan, False)
-        if key not in self._flops_of:
+        if plan not in self._flops_of:
             if len(self._flops_of) > 64:  # gates make a new plan every step of a window
                 self._flops_of.clear()
-            self._flops_of[key] = step_flops(
+            self._flops_of[plan] = step_flops(
                 self.config.model, plan, self.config.train.global_batch_size
             ).model
-        return self._flops_of[key]
+        return self._flops_of[plan]
 
     def _report(self, state: TrainState, result: StepResult) -> None:
         loss = float(mean_over_data_parallel(torch.stack(self._losses).mean(), self.groups))

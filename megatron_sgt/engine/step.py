@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -60,15 +61,11 @@ def train_step(
             norm = _clip_stage0(engine, clip_grad, groups)
         engine.step()
     if engine.zero_optimization_stage() == 0:
-        applied = _finite(norm)
+        applied = math.isfinite(norm)
     else:
         norm, applied = float(engine.get_global_grad_norm()), engine.was_step_applied()
     loss = torch.stack(losses).float().mean()
     return StepResult(loss, norm, applied, lr, time.perf_counter() - start)
-
-
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")
 
 
 def _clip_stage0(engine: Any, clip_grad: float, groups: ParallelGroups) -> float:
@@ -85,8 +82,8 @@ def _clip_stage0(engine: Any, clip_grad: float, groups: ParallelGroups) -> float
     if groups.tp_size > 1:
         dist.all_reduce(totals, group=groups.tp_group)
     once, everything = totals.sqrt().tolist()
-    norm = once if _finite(everything) else everything
-    if not _finite(norm):
+    norm = once if math.isfinite(everything) else everything
+    if not math.isfinite(norm):
         for parameter in parameters:
             parameter.grad = None
     elif 0 < clip_grad < norm:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.model.layer import SGTLayer
 
+# Layers are built once. Walking all modules of a deep model takes milliseconds, and training asks several times
+# a step.
+_LAYERS: WeakKeyDictionary[torch.nn.Module, list[SGTLayer]] = WeakKeyDictionary()
+
 
 def sgt_layers(model: torch.nn.Module) -> list[SGTLayer]:
     """The model's SGT layers, shallow to deep."""
-    layers = [module for module in model.modules() if isinstance(module, SGTLayer)]
-    return sorted(layers, key=lambda layer: layer.layer_id)
+    if model not in _LAYERS:
+        found = [module for module in model.modules() if isinstance(module, SGTLayer)]
+        _LAYERS[model] = sorted(found, key=lambda layer: layer.layer_id)
+    return _LAYERS[model]
 
 
 def apply_plan(model: torch.nn.Module, plan: LoopPlan) -> None:

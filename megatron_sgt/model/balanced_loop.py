@@ -44,8 +44,8 @@ def balanced_loop(layer: LoopingLayer, x: Tensor, rotary: Tensor, kept: KeptWeig
     sharded = layer.config.sequence_parallel
 
     def project_in(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        weight = kept.qkv.get(weight)
-        bias = None if bias is None else kept.qkv_bias.get(bias)
+        weight = kept.qkv.get(weight, index)
+        bias = None if bias is None else kept.qkv_bias.get(bias, index)
         return (
             F.linear(tokens, weight, bias)
             if sharded
@@ -53,7 +53,7 @@ def balanced_loop(layer: LoopingLayer, x: Tensor, rotary: Tensor, kept: KeptWeig
         )
 
     def project_out(heads: Tensor, weight: Tensor, _: Tensor | None) -> Tensor:
-        return F.linear(heads, kept.proj.get(weight))
+        return F.linear(heads, kept.proj.get(weight, index))
 
     fused = attention.linear_qkv(layer.input_layernorm(x), use=project_in)
     query, key, value = split_heads(fused, kept.heads, kept.groups, layer)

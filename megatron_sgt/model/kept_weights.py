@@ -45,17 +45,25 @@ class KeptSlice:
         self.partial_gradients = partial_gradients
         self.last_micro_batch = True
         self._fetched: Tensor | None = None
+        self._in_graph: Tensor | None = None
         self._gradient: Tensor | None = None
 
     def begin_step(self) -> None:
         """Forget what was fetched (the optimizer has changed it) and unfinished gradients."""
         self._fetched = None
+        self._in_graph = None
         self._gradient = None
 
-    def get(self, parameter: Tensor) -> Tensor:
-        """The kept part of ``parameter`` over all ranks, ``count`` long along ``dim``; collective on first use."""
-        kept: Tensor = _Fetch.apply(parameter, self)
-        return kept
+    def get(self, parameter: Tensor, index: int) -> Tensor:
+        """The kept part of ``parameter`` over all ranks, ``count`` long along ``dim``; collective on first use.
+
+        Args:
+            index: number of the loop pass, from 1. All passes of one forward share what the first one got, so
+                that their gradients meet before they are paid back.
+        """
+        if index == 1 or self._in_graph is None:
+            self._in_graph = _Fetch.apply(parameter, self)
+        return self._in_graph
 
     def fetch(self, parameter: Tensor) -> Tensor:
         """The kept part from its owners, by one all-reduce per step."""

@@ -1,7 +1,5 @@
 """Ranks that execute different structures stop, on all ranks, naming both plans."""
 
-import pytest
-
 from megatron_sgt.engine.build import start_processes
 from megatron_sgt.engine.plan_check import PlanMismatchError, verify_same_plan
 from megatron_sgt.growth import LayerPlan, LoopPlan
@@ -46,5 +44,3 @@ def test_the_executed_plan_is_read_from_the_layers() -> None:
 
 def test_the_error_is_no_usage_error() -> None:
     assert PlanMismatchError.exit_code == 1
-    with pytest.raises(PlanMismatchError):
-        raise PlanMismatchError("x")

@@ -28,10 +28,18 @@ requirement names, is the most sensitive to the drift of the weights)."""
 EVENT_FIELDS = ("step", "action", "layer", "phase", "kept_heads")
 
 
+SPREAD = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "overlap_comm": True}}
+"""A tiny model hides what ZeRO-3 does: by default weights this small are never spread."""
+
+
 def replay_on(info: RankInfo, path: Path, layout: dict[str, Any], train: dict[str, Any]) -> Any:
     """Replay ``path`` on this rank; rank 0 returns (tensors, metadata). For ``run_on_ranks``."""
     tensors, meta = rp.read_trajectory(path)
-    overrides = {"parallel": {"device": "cpu", **layout}, "train": {**train, "threads_per_rank": 1}}
+    overrides = {
+        "parallel": {"device": "cpu", **layout},
+        "train": {**train, "threads_per_rank": 1},
+        "deepspeed": SPREAD if layout.get("zero_stage") == 3 else {},
+    }
     config = rp.replay_config(tensors, meta, overrides)
     groups = start_processes(config, info)
     inputs = {k: v for k, v in tensors.items() if k.startswith("init/") or k in ("tokens", "probe_tokens")}

@@ -1,13 +1,16 @@
 """Balanced looping equals owner-local looping, its definition: outputs, entropies and all gradients."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_sgt.engine.build import start_processes
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.launch.rank_info import RankInfo
+from megatron_sgt.model import kept_weights
 from megatron_sgt.model.apply_plan import apply_plan, begin_step, mark_micro_batch
 from megatron_sgt.model.gpt import build_model
 from tests.helpers.ranks import run_on_ranks
@@ -79,6 +82,43 @@ def test_equals_owner_local_looping(world_size: int, sequence_parallel: bool) ->
     for rank, gaps in enumerate(run_on_ranks(world_size, compare, sequence_parallel)):
         too_far = {case: gap for case, gap in gaps.items() if not gap <= TOLERANCE}
         assert not too_far, f"rank {rank}: {too_far}"
+
+
+def _collectives(info: RankInfo, recompute: str) -> tuple[int, int]:
+    """All-reduces of kept weights in a step of three micro-batches and three passes: (fetched, paid back)."""
+    config = small_config(
+        growth={"max_loop_depth": 3},
+        parallel={
+            "tensor_model_parallel_size": info.world_size,
+            "loop_method": "balanced",
+            "sequence_parallel": True,
+        },
+        train={"recompute_granularity": recompute},
+    )
+    built = build_model(config, start_processes(config, info), "fp32", 4)
+    apply_plan(built, LoopPlan(4, ((3, LayerPlan(3, (0, 1))),)))
+    calls = {"forward": 0, "backward": 0}
+    phase, real = "forward", dist.all_reduce
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls[phase] += 1
+        return real(*args, **kwargs)
+
+    kept_weights.dist = SimpleNamespace(all_reduce=counted)  # type: ignore[assignment]
+    begin_step(built)
+    for seed in range(3):
+        mark_micro_batch(built, last=seed == 2)
+        phase = "forward"
+        loss = built(**random_batch(config, seed))
+        phase = "backward"
+        loss.backward()
+    return calls["forward"], calls["backward"]
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_kept_weights_travel_once_per_step_each_way(recompute: str) -> None:
+    """W_qkv and W_o of one layer, whatever the number of micro-batches and passes."""
+    assert run_on_ranks(2, _collectives, recompute) == [(2, 2), (2, 2)]
 
 
 def _stale(info: RankInfo) -> float:
