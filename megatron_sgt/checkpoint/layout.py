@@ -126,17 +126,24 @@ def file_sizes(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): p.stat().st_size for p in files}
 
 
-def verify_sizes(folder: Path) -> None:
-    """Raises CheckpointError naming the files of ``folder`` that are missing or have another size."""
+def size_problems(folder: Path) -> list[str]:
+    """The files of ``folder`` that are missing or have another size than when it was saved, one line each.
+
+    Raises CheckpointError when the manifest cannot be read.
+    """
     expected: dict[str, int] = read_json(folder / MANIFEST_FILE)["files"]
     actual = file_sizes(folder)
-    problems = [f"{name} is missing" for name in expected if name not in actual]
-    problems += [
+    missing = [f"{name} is missing" for name in expected if name not in actual]
+    return missing + [
         f"{name} has {actual[name]} bytes instead of {size}"
         for name, size in expected.items()
         if name in actual and actual[name] != size
     ]
-    if problems:
+
+
+def verify_sizes(folder: Path) -> None:
+    """Raises CheckpointError naming the files of ``folder`` that are missing or have another size."""
+    if problems := size_problems(folder):
         raise CheckpointError(
             f"checkpoint {folder} is damaged: {'; '.join(problems[:5])}. Copy it again; to go back to an older one "
             f"write its name into {folder.parent / LATEST_FILE}"

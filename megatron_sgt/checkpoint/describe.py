@@ -1,0 +1,124 @@
+"""The contents of checkpoints as text: one screen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from megatron_sgt.checkpoint.contents import Contents, Details, GrowthContents, LoopingLayer, RootContents
+from megatron_sgt.metrics.units import duration, file_size, si
+
+_SHOWN_PROBLEMS = 5
+
+
+def describe_root(contents: RootContents, now: float | None = None) -> str:
+    """All checkpoints of a folder in a table, then the latest in full. ``now``: seconds since 1970."""
+    rows = [_row(one, time.time() if now is None else now) for one in contents.checkpoints]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines = [f"{contents.root}: latest is {contents.latest or 'missing'}"]
+    if contents.problem is not None:
+        lines.append(f"  {contents.problem}")
+    lines += [f"  {line}".rstrip() for line in table]
+    shown = [one for one in contents.checkpoints if one.is_latest or one.status == "damaged"]
+    for one in shown:
+        lines += ["", describe(one)]
+    return "\n".join(lines)
+
+
+def describe(contents: Contents) -> str:
+    """One checkpoint in full."""
+    head = (
+        f"{contents.folder}: {contents.status}, {contents.num_files} files, {file_size(contents.num_bytes)}"
+    )
+    lines = [head]
+    hidden = len(contents.problems) - _SHOWN_PROBLEMS
+    lines += [f"  ! {problem}" for problem in contents.problems[:_SHOWN_PROBLEMS]]
+    if hidden > 0:
+        lines.append(f"  ! and {hidden} more")
+    if contents.saved_at is not None:
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(contents.saved_at))
+        lines.append(f"  saved     {stamp}{' (layout-free copy)' if contents.copy else ''}")
+    if contents.details is not None:
+        lines += [f"  {name:<9} {text}" for name, text in _details(contents.details)]
+    return "\n".join(lines)
+
+
+def _row(contents: Contents, now: float) -> tuple[str, ...]:
+    details = contents.details
+    age = "" if contents.saved_at is None else f"{duration(max(0.0, now - contents.saved_at))} ago"
+    notes = ["layout-free copy"] if contents.copy else []
+    notes += ["<- latest"] if contents.is_latest else []
+    return (
+        contents.folder.name,
+        age,
+        file_size(contents.num_bytes),
+        "" if details is None else layout_text(details),
+        "" if details is None else loops_text(details.growth),
+        " ".join([contents.status, *notes]),
+    )
+
+
+def layout_text(details: Details) -> str:
+    """TP2 DP4 Z1 bf16, or "any layout"."""
+    where = details.layout
+    if where is None:
+        return "any layout"
+    return (
+        f"TP{where.get('tensor_model_parallel_size')} DP{where.get('data_parallel_size')} "
+        f"Z{where.get('zero_stage')} {where.get('precision')}"
+    )
+
+
+def loops_text(growth: GrowthContents) -> str:
+    """19[4,11] 14[2,9]x2: layers in the order of selection, kept heads, depth above 1; "no loops"."""
+    return " ".join(_loop(layer) for layer in growth.layers) or "no loops"
+
+
+def _loop(layer: LoopingLayer) -> str:
+    heads = ",".join(map(str, layer.kept_heads)) if layer.kept_heads else "block"
+    return f"{layer.layer}[{heads}]" + (f"x{layer.depth}" if layer.depth > 1 else "")
+
+
+def _details(details: Details) -> Iterator[tuple[str, str]]:
+    model = details.model
+    skipped = f", {details.skipped_steps:,} skipped" if details.skipped_steps else ""
+    yield "step", f"{details.step:,} of {details.train_iters:,}{skipped}"
+    yield "tokens", f"{details.tokens:,} ({details.samples:,} sequences of {model.seq_length:,})"
+    yield (
+        "model",
+        f"{si(details.parameters, ' ')} parameters: {model.num_layers} layers, hidden {model.hidden_size:,}, "
+        f"{model.num_attention_heads} heads of {model.kv_channels} in {model.num_query_groups} groups, "
+        f"{model.activation} {model.ffn_hidden_size:,}, vocabulary {model.vocab_size:,} "
+        f"in {model.padded_vocab_size():,} rows",
+    )
+    if details.layout is None:
+        origin = "" if details.origin is None else f", imported from {details.origin}"
+        yield (
+            "layout",
+            f"layout-free: loads at any tensor-parallel size, data-parallel size, ZeRO stage{origin}",
+        )
+    else:
+        yield "layout", ", ".join(f"{name} {value}" for name, value in details.layout.items())
+    yield "growth", _growth(details.growth)
+    for layer in details.growth.layers:
+        yield "", _layer(layer)
+
+
+def _growth(growth: GrowthContents) -> str:
+    if growth.method != "sgt":
+        return growth.method
+    window = "" if growth.window_end is None else f", its window ends at step {growth.window_end:,}"
+    count = len(growth.layers)
+    return f"sgt, phase {growth.phase}{window}, {count} layer{'' if count == 1 else 's'} selected"
+
+
+def _layer(layer: LoopingLayer) -> str:
+    if not layer.kept_heads:
+        return (
+            f"layer {layer.layer}: the whole layer {layer.depth} more time{'' if layer.depth == 1 else 's'}"
+        )
+    text = f"layer {layer.layer}: depth {layer.depth}, kept heads {' '.join(map(str, layer.kept_heads))}"
+    if layer.selected_at is not None:
+        text += f", selected at step {layer.selected_at:,}"
+    return text + (f", other heads at gate {layer.other_gate:.3g}" if layer.other_gate else "")

@@ -1,0 +1,42 @@
+"""Contents as text: one screen for a run, every fact of a checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from megatron_sgt.checkpoint.contents import read_contents, read_root
+from megatron_sgt.checkpoint.describe import describe, describe_root
+from megatron_sgt.checkpoint.layout import size_problems
+from tests.helpers.checkpoints import write_grown_checkpoint
+
+
+def test_a_checkpoint_in_full(tmp_path: Path) -> None:
+    text = describe(read_contents(write_grown_checkpoint(tmp_path), size_problems))
+    for line in (
+        "global_step7: complete, 8 files",
+        "  step      7 of 10",
+        "  tokens    448 (14 sequences of 32)",
+        "4 layers, hidden 64, 4 heads of 16 in 4 groups, swiglu 96, vocabulary 128 in 128 rows",
+        "  layout    tensor_model_parallel_size 2, data_parallel_size 1, zero_stage 1",
+        "  growth    sgt, phase selecting, its window ends at step 8, 2 layers selected",
+        "            layer 3: depth 2, kept heads 0 3, selected at step 2\n",
+        "            layer 1: depth 1, kept heads 1 2, selected at step 6, other heads at gate 0.5",
+    ):
+        assert line in text, text
+
+
+def test_a_run_is_a_table_with_its_latest_and_its_damaged(tmp_path: Path) -> None:
+    folder = write_grown_checkpoint(tmp_path)
+    shutil.copytree(folder, tmp_path / "global_step6")
+    next((tmp_path / "global_step6").glob("*.pt")).unlink()
+    shutil.copytree(folder, tmp_path / "global_step8.tmp")
+    found = read_root(tmp_path, size_problems)
+    later = max(one.saved_at or 0.0 for one in found.checkpoints) + 7200
+    text = describe_root(found, now=later).splitlines()
+    assert text[0] == f"{tmp_path}: latest is global_step7"
+    assert text[1].startswith("  global_step6      2h00m ago") and text[1].endswith("damaged")
+    assert "TP2 DP1 Z1" in text[2] and "3[0,3]x2 1[1,2]" in text[2] and text[2].endswith("complete <- latest")
+    assert text[3].startswith("  global_step8.tmp  ") and text[3].endswith("unfinished")
+    assert [line for line in text if line.startswith("  ! ")] == ["  ! " + found.checkpoints[0].problems[0]]
+    assert len(text) < 30

@@ -1,0 +1,53 @@
+"""A checkpoint of a grown model, made in milliseconds: random weights, a schedule in the middle of a window."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_sgt.checkpoint import layout
+from megatron_sgt.config import Config
+from tests.helpers.deepspeed_files import STEP, random_state, write_checkpoint, write_manifest
+from tests.helpers.single import small_config
+
+GROWN_STEP = STEP
+
+
+def grown_config() -> Config:
+    """Four layers of which two have been selected by GROWN_STEP."""
+    growth = {"first_selection_step": 2, "window_size": 2, "max_selected_layers": 2, "max_loop_depth": 2}
+    return small_config(growth={**growth, "num_keep_heads": 2})
+
+
+def grown_schedule(config: Config) -> dict[str, object]:
+    """The schedule's saved state: layer 3 looped twice since step 2, layer 1 in a window since step 6."""
+    model = config.model
+    return {
+        "num_layers": model.num_layers,
+        "num_heads": model.num_attention_heads,
+        "config": config.growth.model_dump(mode="json"),
+        "phase": "selecting",
+        "step": GROWN_STEP,
+        "window_end": 8,
+        "grown": [
+            {"layer": 3, "loops": 2, "kept_heads": [0, 3], "chosen_at": 2},
+            {"layer": 1, "loops": 1, "kept_heads": [1, 2], "chosen_at": 6},
+        ],
+        "ema": [[0.5] * model.num_attention_heads] * model.num_layers,
+    }
+
+
+def write_grown_checkpoint(root: Path, where: tuple[int, int, int] = (2, 1, 1)) -> Path:
+    """A committed checkpoint at (tensor parallel, data parallel, ZeRO stage); returns its folder."""
+    config = grown_config()
+    folder = write_checkpoint(root, config, random_state(config), where)
+    state = layout.read_json(folder / layout.STATE_FILE)
+    trainer = {
+        "step": GROWN_STEP,
+        "consumed_samples": 2 * GROWN_STEP,
+        "skipped_steps": 0,
+        "consecutive_skipped": 0,
+    }
+    hooks = {"growth": {"schedule": grown_schedule(config), "events": []}}
+    layout.write_json(folder / layout.STATE_FILE, {**state, "trainer": trainer, "hooks": hooks})
+    write_manifest(folder)
+    return folder
