@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from megatron_sgt.config.root import Config
 from megatron_sgt.data.blend import round_to_period
-from megatron_sgt.data.indexed import IndexedInfo, check_indexed_dataset, resolve_prefix, sequence_lengths
+from megatron_sgt.data.indexed import IndexedInfo, check_indexed_dataset, sequence_lengths
+from megatron_sgt.data.prefix import resolve_prefix
 from megatron_sgt.data.splits import SplitPart, split_parts
 from megatron_sgt.data.tokenizer import Tokenizer, build_tokenizer, resolve_vocab_size
 from megatron_sgt.errors import DataError

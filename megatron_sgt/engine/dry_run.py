@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_sgt.checkpoint.size import check_disk, checkpoint_bytes
 from megatron_sgt.config import Config
 from megatron_sgt.data.sources import validate_data
 from megatron_sgt.engine.preflight import (
     Start,
     check_deepspeed,
-    check_disk,
     check_surroundings,
-    checkpoint_bytes,
     find_start,
     with_vocabulary,
 )

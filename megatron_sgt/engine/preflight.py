@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,21 +12,14 @@ from pydantic import ValidationError
 
 from megatron_sgt.checkpoint.layout import CONFIG_FILE
 from megatron_sgt.checkpoint.load import check_checkpoint, find_checkpoint
-from megatron_sgt.cli import nearest, unwritable
+from megatron_sgt.cli import unwritable
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.data.tokenizer import build_tokenizer, resolve_vocab_size
 from megatron_sgt.engine.deepspeed_config import deepspeed_config
 from megatron_sgt.engine.growth_hook import GrowthHook
 from megatron_sgt.errors import CheckpointError, ConfigError
 from megatron_sgt.growth import build_schedule
-from megatron_sgt.metrics.units import file_size
 from megatron_sgt.metrics.writers import check_packages
-from megatron_sgt.model.flops import parameter_count
-
-# Bytes per parameter: the weights; AdamW's two moments, with an fp32 copy of the weights under ZeRO and
-# wherever the weights are not fp32 themselves.
-_WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-_MOMENT_BYTES, _COPY_BYTES = 8, 4
 
 # Settings that decide where and how a run is watched, not what it computes.
 _UNREMARKABLE = (
@@ -126,22 +118,3 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
-
-
-def checkpoint_bytes(config: Config, precision: str) -> int:
-    """Bytes of one checkpoint of the model: weights and optimizer state."""
-    copied = precision != "fp32" or config.parallel.zero_stage > 0
-    per_parameter = _WEIGHT_BYTES[precision] + _MOMENT_BYTES + (_COPY_BYTES if copied else 0)
-    return parameter_count(config.model) * per_parameter
-
-
-def check_disk(config: Config, precision: str) -> tuple[Path, int]:
-    """The place that checkpoints go to and its free bytes. Raises CheckpointError if not one fits there."""
-    place, size = nearest(config.save_dir), checkpoint_bytes(config, precision)
-    free = shutil.disk_usage(place).free
-    if free < size:
-        raise CheckpointError(
-            f"a checkpoint takes about {file_size(size)}, but {config.save_dir} has {file_size(free)} free; "
-            "make room, or set checkpoint.save to another place"
-        )
-    return place, free

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_sgt.checkpoint.size import check_disk
 from megatron_sgt.config import Config
 from megatron_sgt.data.gpt_dataset import build_datasets
 from megatron_sgt.data.index_cache import on_rank_zero
@@ -22,7 +23,6 @@ from megatron_sgt.engine.loop import Trainer
 from megatron_sgt.engine.preflight import (
     Start,
     check_deepspeed,
-    check_disk,
     check_surroundings,
     find_start,
     with_vocabulary,

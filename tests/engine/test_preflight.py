@@ -4,8 +4,7 @@ from typing import Any
 import pytest
 
 from megatron_sgt.engine import preflight
-from megatron_sgt.errors import CheckpointError, ConfigError
-from megatron_sgt.model.flops import parameter_count
+from megatron_sgt.errors import ConfigError
 from tests.helpers.single import small_config
 
 
@@ -23,26 +22,6 @@ def test_places(tmp_path: Path) -> None:
     spoilt = small_config(logging={"run_dir": str(tmp_path)}, checkpoint={"save": str(tmp_path / "file")})
     with pytest.raises(ConfigError, match=r"checkpoint.save: cannot write"):
         preflight.check_surroundings(spoilt)
-
-
-@pytest.mark.parametrize(
-    ("precision", "stage", "per_parameter"),
-    [("fp32", 0, 12), ("fp32", 1, 16), ("bf16", 1, 14), ("fp16", 2, 14)],
-)
-def test_size_of_a_checkpoint(precision: str, stage: int, per_parameter: int) -> None:
-    """Weights, two moments, and DeepSpeed's fp32 copy of the weights where it keeps one."""
-    config = small_config(parallel={"zero_stage": stage})
-    size = preflight.checkpoint_bytes(config, precision)
-    assert size == per_parameter * parameter_count(config.model)
-
-
-def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = small_config(checkpoint={"save": str(tmp_path / "deep" / "down")})
-    place, free = preflight.check_disk(config, "fp32")
-    assert place == tmp_path and free > 0
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    with pytest.raises(CheckpointError, match=r"takes about .*MB, but .*down has 1.00 kB free"):
-        preflight.check_disk(config, "fp32")
 
 
 def test_a_fresh_start(tmp_path: Path) -> None:
