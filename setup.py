@@ -30,8 +30,9 @@ EXTRAS_REQUIRE = {
     "mpi": ["mpi4py"],
     "eval": ["lm-eval>=0.4"],
     "data": ["pyarrow", "zstandard"],
+    "report": ["matplotlib"],
     "logging": ["tensorboard", "wandb"],
-    "dev": ["pytest", "ruff", "mypy", "pyarrow", "zstandard", "tensorboard"],
+    "dev": ["pytest", "ruff", "mypy", "pyarrow", "zstandard", "tensorboard", "matplotlib"],
 }
 
 

@@ -36,6 +36,7 @@ pretrain
 
 say done "everything worked; this is what happened"
 python tools/summarize_run.py "$out/run"
+python tools/report.py "$out/run"
 
 cat <<END
 

@@ -132,6 +132,7 @@ class LogHook(StatelessHook):
             "max_selected_layers": growth.max_selected_layers,
             "num_candidates": self.config.model.num_layers - len(excluded),
             "flops_overhead": overhead(self.config.model, self.schedule.plan.inference()),
+            "ema_entropy": self.schedule.ema.round(6).tolist(),  # what the decision was taken from
         }
         if event.layer is not None:
             scores = layer_scores(self.schedule.ema)

@@ -10,7 +10,8 @@ train    step, train_iters, consumed_samples, consumed_tokens, global_batch_size
          record), loops (sum of K_l), other_gate
 valid    step, loss, perplexity, batches, seconds
 growth   GrowthEvent.to_dict() and flops_overhead (fraction of vanilla's), layer_rank and num_candidates (of
-         the selected layer among the selectable ones), fade_until_step, max_selected_layers
+         the selected layer among the selectable ones), fade_until_step, max_selected_layers, ema_entropy
+         [layer][head] that the decision was taken from
 save     step, path, seconds, bytes
 resume   step, path (None: a fresh start), searched (where a checkpoint was looked for), consumed_samples,
          changed (settings that differ from the checkpoint's: "train.train_iters 8 -> 12")

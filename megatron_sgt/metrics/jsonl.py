@@ -18,7 +18,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,19 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     An unfinished last line, as a killed process leaves it, is ignored. Raises DataError for a file that is
     missing or holds another line that is no record.
     """
+    damaged: list[int] = []
+    records = read_all(path, damaged)
+    if damaged:
+        line = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")[damaged[0] - 1]
+        raise DataError(f"{path}, line {damaged[0]} is no metrics record: {line[:80]!r}")
+    return that_count(records)
+
+
+def read_all(path: str | Path, damaged: list[int]) -> list[dict[str, Any]]:
+    """Every record of the file, void ones too; the numbers (from 1) of lines that are none go to ``damaged``.
+
+    An unfinished last line is ignored. Raises DataError for a file that cannot be read.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError as error:
@@ -139,13 +152,19 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         if not line:
             continue
         try:
-            record = decode(line)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            if number == len(lines) + 1:
-                break
-            raise DataError(f"{path}, line {number} is no metrics record: {line[:80]!r}") from error
+            records.append(decode(line))
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            if number <= len(lines):
+                damaged.append(number)
+    return records
+
+
+def that_count(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``records`` without those that a later resume declared void."""
+    kept: list[dict[str, Any]] = []
+    for record in records:
         if record["kind"] == "resume":
             resumed_at = record.get("step", 0)
-            records = [r for r in records if resumed_at and r.get("step", 0) <= resumed_at]
-        records.append(record)
-    return records
+            kept = [r for r in kept if resumed_at and r.get("step", 0) <= resumed_at]
+        kept.append(record)
+    return kept

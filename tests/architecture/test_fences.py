@@ -12,6 +12,7 @@ LIBRARY_HOMES = {
     "transformers": ("export/hf/", "evaluation/", "data/tokenizer.py"),
     "tokenizers": ("export/hf/", "evaluation/", "data/tokenizer.py"),
     "mpi4py": ("launch/",),
+    "matplotlib": ("reporting/",),
     "wandb": ("metrics/",),
     "tensorboard": ("metrics/",),
 }

@@ -25,11 +25,12 @@ LAYERS = {
     "model": 3,
     "checkpoint": 4,
     "evaluation": 4,
+    "reporting": 4,
     "export": 5,
     "engine": 5,
     "__main__": 6,
 }
-TORCH_FREE = ("errors", "cli", "config", "growth", "launch", "metrics")
+TORCH_FREE = ("errors", "cli", "config", "growth", "launch", "metrics", "reporting")
 TORCH_NAMES = ("torch", "deepspeed", "megatron", "transformers", "triton")
 
 

@@ -19,6 +19,10 @@ MIRROR_ELSEWHERE: dict[str, str] = {
     "megatron_sgt/model/kept_weights.py": "tests/model/test_balanced_loop.py",
     "megatron_sgt/model/linear.py": "tests/model/test_balanced_loop.py",
     "megatron_sgt/growth/state.py": "tests/growth/test_schedule.py",
+    "megatron_sgt/reporting/curves.py": "tests/reporting/test_report.py",
+    "megatron_sgt/reporting/page.py": "tests/reporting/test_report.py",
+    "megatron_sgt/reporting/structure.py": "tests/reporting/test_report.py",
+    "megatron_sgt/reporting/style.py": "tests/reporting/test_report.py",
 }
 
 # Joined here, so that this file does not hold them. Six X's of a mktemp template are no mark.

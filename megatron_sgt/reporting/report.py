@@ -1,0 +1,111 @@
+"""The report of one run: what happened, at a glance."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from pathlib import Path
+
+from megatron_sgt.metrics import units
+from megatron_sgt.reporting import style
+from megatron_sgt.reporting.curves import cost_figure, headline, loss_figure, speed_figure
+from megatron_sgt.reporting.page import Page
+from megatron_sgt.reporting.run_data import RunData, load_run
+from megatron_sgt.reporting.structure import entropy_figure, growth_figure, growth_rows, snapshot_figure
+
+
+def write_report(run_dir: Path, output: Path | None = None) -> list[Path]:
+    """Write ``report/report.html`` and its pictures into ``run_dir``, or into the folder ``output``.
+
+    Returns:
+        The written files, the page first.
+
+    Raises:
+        DataError: the folder holds no metrics file.
+        OSError: the pictures cannot be written.
+    """
+    run = load_run(run_dir)
+    with style.settings():
+        page = build_page(run)
+    return page.write((output or run_dir / "report") / "report.html")
+
+
+def build_page(run: RunData) -> Page:
+    """The page of one run. Parts that the run directory does not hold are named as missing."""
+    page = Page(run.name, f"Report of {run.run_dir}: {_extent(run)}.")
+    page.notes(run.notes)
+    page.cards(headline(run))
+    page.picture(
+        "loss",
+        "Loss",
+        "Dashed lines are growth events: +L5 is the selection of layer 5, triangles are restarts. "
+        "The first two per cent of a long run may lie above the picture.",
+        loss_figure(run),
+    )
+    page.picture(
+        "growth",
+        "Growth",
+        "In the hatched window all heads of the layer loop, and the gates of those that are not "
+        "kept fade to 0. Then only the kept heads loop.",
+        growth_figure(run),
+    )
+    page.picture(
+        "entropy",
+        "Attention entropy",
+        "EMA of the entropy of the last query row, 0 (one token) to 1 (uniform). "
+        "Kept heads are framed from the step of their selection on.",
+        entropy_figure(run),
+    )
+    page.picture(
+        "decisions",
+        "What each decision saw",
+        "The entropies at each growth event, kept heads framed.",
+        snapshot_figure(run),
+    )
+    page.picture(
+        "cost",
+        "What loops cost",
+        "Above: closed form, averaged over each log interval. Below: measured.",
+        cost_figure(run),
+    )
+    page.picture("speed", "Speed and memory", "As logged by rank 0.", speed_figure(run))
+    page.table(
+        "Growth events",
+        ("step", "decision", "kept heads", "layer score", "depth", "FLOPs of all loops"),
+        growth_rows(run),
+    )
+    page.table("Restarts", ("resumed at step", "when (UTC)", "steps taken again", "from"), _restart_rows(run))
+    page.table("Checkpoints", ("step", "size", "seconds", "path"), _save_rows(run))
+    if run.config_text is not None:
+        page.text("Configuration", run.config_text)
+    return page
+
+
+def _extent(run: RunData) -> str:
+    times = [float(r["time"]) for r in run.records if isinstance(r.get("time"), int | float)]
+    steps = f"{run.last_step:,} steps"
+    if not times:
+        return steps
+    return f"{steps}, {_utc(times[0])} to {_utc(times[-1])} UTC"
+
+
+def _utc(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, tz=timezone.utc).strftime("%Y-%m-%d %H:%M")
+
+
+def _restart_rows(run: RunData) -> list[tuple[str, ...]]:
+    return [
+        (f"{r.step:,}", "" if r.time is None else _utc(r.time), f"{r.lost_steps:,}", r.path or "fresh start")
+        for r in run.restarts
+    ]
+
+
+def _save_rows(run: RunData) -> list[tuple[str, ...]]:
+    return [
+        (
+            f"{record['step']:,}",
+            units.file_size(record["bytes"]) if record.get("bytes") is not None else "",
+            units.fixed(record["seconds"], 1) if record.get("seconds") is not None else "",
+            str(record.get("path") or ""),
+        )
+        for record in run.of_kind("save")
+    ]

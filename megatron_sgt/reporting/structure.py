@@ -1,0 +1,231 @@
+"""Pictures of the structure that grew: entropies of heads over steps, and loops over steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import Normal, Stroke
+
+from megatron_sgt.metrics import units
+from megatron_sgt.reporting import style
+from megatron_sgt.reporting.run_data import Floats, Record, RunData
+
+COLORS = "cividis"
+"""Grows in lightness from end to end, so it survives a grey print."""
+MAX_SNAPSHOTS = 8
+
+
+def entropy_figure(run: RunData) -> Figure | None:
+    """EMA entropies [layer x head] over steps, kept heads outlined from their selection on."""
+    steps, tables = run.entropy()
+    if not len(steps):
+        return None
+    _, layers, heads = tables.shape
+    figure, (axes,) = style.new_figure(min(9.0, max(3.6, 1.6 + 0.028 * layers * heads + 0.12 * layers)))
+    edges = np.concatenate(
+        [[max(0.0, 1.5 * steps[0] - 0.5 * steps[1]) if len(steps) > 1 else 0.0], _edges(steps)]
+    )
+    image = axes.pcolormesh(
+        edges,
+        np.arange(layers * heads + 1),
+        tables.reshape(len(steps), -1).T,
+        cmap=COLORS,
+        norm=_norm(tables),
+    )
+    for layer in range(1, layers):
+        axes.axhline(layer * heads, color="white", linewidth=1.0)
+    end = max(float(run.last_step), edges[-1])
+    for layer, (step, kept) in run.kept_heads.items():
+        for head in kept:
+            _outline(axes, step, layer * heads + head, end - step, 1.0)
+    if end > edges[-1] + 1:
+        axes.axvspan(
+            edges[-1], end, facecolor="#F4F4F4", hatch="///", edgecolor="#D5D5D5", linewidth=0, zorder=0
+        )
+        if end - edges[-1] > 0.2 * end:
+            axes.text(
+                (edges[-1] + end) / 2,
+                0.6 * layers * heads,
+                "structure fixed:\nno longer measured",
+                ha="center",
+                va="center",
+                fontsize=9,
+                color="#555555",
+                backgroundcolor="#F4F4F4",
+            )
+    style.mark_growth(axes, run, labels=True)
+    every = max(1, -(-layers // 24))
+    axes.set_yticks(
+        [(n + 0.5) * heads for n in range(0, layers, every)], [str(n) for n in range(0, layers, every)]
+    )
+    axes.set_ylabel(f"layer (each band: heads 0 to {heads - 1}, upwards)")
+    axes.grid(False)
+    style.step_axis(axes, int(end))
+    figure.colorbar(image, ax=axes, label="EMA of attention entropy", pad=0.02)
+    return figure
+
+
+def snapshot_figure(run: RunData) -> Figure | None:
+    """The [layer x head] entropies on which each decision was taken, kept heads outlined."""
+    steps, tables = run.entropy()
+    events = [e for e in run.growth if len(steps) and steps[0] <= e["step"]][:MAX_SNAPSHOTS]
+    if not events:
+        return None
+    layers, heads = tables.shape[1:]
+    columns = min(4, len(events))
+    rows = -(-len(events) // columns)
+    height = rows * min(5.0, max(1.9, 0.9 + 2.1 * layers / max(heads, 4) * 4 / columns * 0.8))
+    figure = Figure(figsize=(style.WIDTH, height), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    shown = [tables[np.searchsorted(steps, e["step"], side="right") - 1] for e in events]
+    norm = _norm(np.array(shown))
+    for panel in panels.flat[len(events) :]:
+        panel.set_visible(False)
+    for panel, event, table in zip(panels.flat, events, shown, strict=False):
+        image = panel.imshow(table, origin="lower", aspect="auto", cmap=COLORS, norm=norm)
+        for layer, kept in (event.get("kept_heads") or {}).items():
+            for head in kept:
+                _outline(panel, head - 0.5, int(layer) - 0.5, 1.0, 1.0)
+        panel.set_title(f"step {event['step']:,}: {style.event_label(event)}", fontsize=9)
+        panel.grid(False)
+        panel.set_xticks(range(0, heads, max(1, heads // 8)))
+        panel.set_yticks(range(0, layers, max(1, layers // 12)))
+    for panel in panels[-1]:
+        panel.set_xlabel("head")
+    for row in panels:
+        row[0].set_ylabel("layer")
+    figure.colorbar(image, ax=panels, label="EMA entropy", pad=0.02)
+    return figure
+
+
+def growth_figure(run: RunData) -> Figure | None:
+    """Which layers loop when: the window in which the other heads fade, then the kept heads, and the depth."""
+    if not run.growth:
+        return None
+    depths = [event.get("loop_depth") or [] for event in run.growth]
+    layers = max(len(depth) for depth in depths) or 1
+    end = max(run.last_step, run.growth[-1]["step"] + 1)
+    deepest = max((max(depth, default=0) for depth in depths), default=1) or 1
+    figure, (axes,) = style.new_figure(min(8.0, max(2.6, 1.3 + 0.24 * layers)))
+    for layer in range(layers):
+        for start, stop, depth in _spans(run.growth, layer, end):
+            bar = 0.30 + 0.5 * depth / deepest
+            axes.barh(
+                layer, stop - start, left=start, height=bar, color=style.BLUE, edgecolor="white", zorder=2
+            )
+            if deepest > 1:
+                axes.text(
+                    start + 0.004 * end, layer, f"x{depth}", va="center", fontsize=8, color="white", zorder=5
+                )
+    for event in run.growth:
+        if event.get("action") in ("first_selection", "select_new_layer"):
+            _draw_window(axes, event, end, 0.30 + 0.5 / deepest)
+    for layer, (step, kept) in run.kept_heads.items():
+        axes.annotate(
+            f"heads {', '.join(map(str, kept))}",
+            (step, layer),
+            xytext=(-4, 0),
+            textcoords="offset points",
+            ha="right" if step > 0.12 * end else "left",
+            va="center",
+            fontsize=8.5,
+        )
+    style.mark_growth(axes, run, labels=True)
+    style.mark_restarts(axes, run)
+    every = max(1, -(-layers // 24))
+    axes.set_yticks(range(0, layers, every))
+    axes.set_ylim(-0.6, layers - 0.4)
+    axes.set_ylabel("layer (deep ones above)")
+    axes.grid(axis="y", visible=False)
+    style.step_axis(axes, end)
+    handles = [
+        Rectangle((0, 0), 1, 1, facecolor=style.SKY, edgecolor=style.BLUE, hatch="////"),
+        Rectangle((0, 0), 1, 1, facecolor=style.BLUE),
+    ]
+    axes.legend(
+        handles,
+        ["window: all heads loop, the others fade", "kept heads loop"],
+        loc="upper left",
+        bbox_to_anchor=(0.0, -0.28 / (figure.get_figheight() / 2.6)),
+        ncols=2,
+    )
+    return figure
+
+
+def _draw_window(axes: Axes, event: Record, end: int, height: float) -> None:
+    """The decay window of a selected layer, as a hatched wedge that narrows like the gates."""
+    start, layer = event["step"], event["layer"]
+    stop = min(int(event.get("fade_until_step") or start), end)
+    if stop > start:
+        axes.barh(
+            layer,
+            stop - start,
+            left=start,
+            height=height,
+            facecolor=style.SKY,
+            edgecolor=style.BLUE,
+            hatch="////",
+            linewidth=0.8,
+            zorder=3,
+        )
+
+
+def _spans(events: Sequence[Record], layer: int, end: int) -> list[tuple[int, int, int]]:
+    """(first step, last step, K_l) of every stretch in which ``layer`` loops."""
+    changes = [(e["step"], (e.get("loop_depth") or [])[layer : layer + 1]) for e in events]
+    stretches: list[tuple[int, int, int]] = []
+    since, depth = 0, 0
+    for step, found in [*changes, (end, [-1])]:
+        now = found[0] if found else depth
+        if now != depth:
+            if depth > 0:
+                stretches.append((since, step, depth))
+            since, depth = step, now
+    return stretches
+
+
+def _edges(steps: Floats) -> Floats:
+    """Right edges of the columns: half way to the next report, and as wide again after the last."""
+    if len(steps) == 1:
+        return steps + 1
+    middle = (steps[1:] + steps[:-1]) / 2
+    return np.append(middle, steps[-1])
+
+
+def _norm(tables: Floats) -> Normalize:
+    measured = tables[tables > 0]
+    low = float(np.quantile(measured, 0.01)) if measured.size else 0.0
+    return Normalize(low, max(float(tables.max()), low + 1e-6))
+
+
+def _outline(axes: Axes, x: float, y: float, width: float, height: float) -> None:
+    """A frame that is seen on dark and on light ground."""
+    frame = Rectangle((x, y), width, height, fill=False, edgecolor=style.VERMILION, linewidth=1.6, zorder=4)
+    frame.set_path_effects([Stroke(linewidth=3.0, foreground="white"), Normal()])
+    axes.add_patch(frame)
+
+
+def growth_rows(run: RunData) -> list[tuple[str, ...]]:
+    """The growth events as rows of a table: step, decision, heads, score, depth, FLOPs."""
+    rows: list[tuple[str, ...]] = []
+    for event in run.growth:
+        layer = event.get("layer")
+        kept = (event.get("kept_heads") or {}).get(str(layer), [])
+        depth = (event.get("loop_depth") or [])[layer : layer + 1] if layer is not None else []
+        overhead = event.get("flops_overhead")
+        rows.append(
+            (
+                f"{event['step']:,}",
+                style.event_label(event),
+                ", ".join(map(str, kept)),
+                units.fixed(event["layer_score"], 3) if event.get("layer_score") is not None else "",
+                str(depth[0]) if depth else "",
+                "" if overhead is None else f"+{100 * overhead:.2f} %",
+            )
+        )
+    return rows
