@@ -7,10 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_sgt.errors import SGTError
-
-INTERRUPTED = 130
-BROKEN_PIPE = 141
+from megatron_sgt.errors import ExitCode, SGTError
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
@@ -29,11 +26,11 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = INTERRUPTED
+        code = ExitCode.INTERRUPTED
     except BrokenPipeError:
         # Python flushes stdout once more on its way out, which would fail again and print a warning.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = BROKEN_PIPE
+        code = ExitCode.BROKEN_PIPE
     sys.exit(code)
 
 

@@ -1,28 +1,51 @@
-"""Errors that are the user's to mend. Each carries the exit code that the command lines return.
+"""Errors that are the user's to mend, and the exit codes of every command line of the project."""
 
-Exit codes: 0 done, 1 crash, 2 configuration or usage, 3 data, 4 checkpoint.
-"""
+import enum
+
+
+class ExitCode(enum.IntEnum):
+    """What a process ends with. Scripts and schedulers rely on these; ``meaning`` is the text for people."""
+
+    DONE = 0, "done"
+    CRASH = 1, "crash or divergence"
+    CONFIG = 2, "configuration or usage"
+    DATA = 3, "data or tokenizer"
+    CHECKPOINT = 4, "checkpoint"
+    # EX_TEMPFAIL of sysexits.h: "the user is invited to retry".
+    SAVED = 75, "stopped as asked and saved: start again to go on"
+    FORCED = 76, "stopped as asked without saving: start again to go on from the newest checkpoint"
+    INTERRUPTED = 130, "interrupted before training began"
+    BROKEN_PIPE = 141, "the reader of the output went away"
+
+    meaning: str
+
+    def __new__(cls, value: int, meaning: str) -> "ExitCode":
+        """A number that knows its meaning."""
+        member = int.__new__(cls, value)
+        member._value_ = value
+        member.meaning = meaning
+        return member
 
 
 class SGTError(Exception):
     """A failure with one clear message: the cause with the user's values, and the fix."""
 
-    exit_code = 1
+    exit_code = ExitCode.CRASH
 
 
 class ConfigError(SGTError, ValueError):
     """A configuration that cannot run."""
 
-    exit_code = 2
+    exit_code = ExitCode.CONFIG
 
 
 class DataError(SGTError):
     """A data set, corpus or tokenizer that is missing, damaged or does not fit the model."""
 
-    exit_code = 3
+    exit_code = ExitCode.DATA
 
 
 class CheckpointError(SGTError):
     """A checkpoint that is missing, damaged or belongs to another model."""
 
-    exit_code = 4
+    exit_code = ExitCode.CHECKPOINT

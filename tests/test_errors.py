@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_sgt.errors import CheckpointError, ConfigError, DataError, SGTError
+from megatron_sgt.errors import CheckpointError, ConfigError, DataError, ExitCode, SGTError
 
 
 @pytest.mark.parametrize(
@@ -17,3 +17,8 @@ def test_a_configuration_error_is_a_value_error_the_others_are_not() -> None:
     """Callers that know nothing of this project may treat a bad value as Python does."""
     assert issubclass(ConfigError, ValueError)
     assert not issubclass(DataError, ValueError) and not issubclass(CheckpointError, ValueError)
+
+
+def test_every_exit_code_says_what_it_means() -> None:
+    assert ExitCode.SAVED == 75 and f"{ExitCode.SAVED:d}" == "75"
+    assert all(code.meaning for code in ExitCode)

@@ -24,6 +24,7 @@ FOREIGN_NAMES = {
     # Megatron-LM
     "bf16": "train.precision",
     "data_parallel_size": "parallel.tensor_model_parallel_size (data parallelism is the rest of the ranks)",
+    "exit_duration_in_mins": "train.exit_duration_minutes",
     "distributed_timeout": "parallel.distributed_timeout_minutes",
     "fp16": "train.precision",
     "group_query_attention": "model.num_query_groups",

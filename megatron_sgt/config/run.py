@@ -32,6 +32,23 @@ class TrainConfig(Section):
         gt=0,
         description="Save and stop after this step, before train_iters; null: run to the end.",
     )
+    exit_duration_minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="Save and stop, to be started again, after so many minutes of this process; null: no limit.",
+    )
+    exit_before_job_end_minutes: float = Field(
+        default=2.0,
+        ge=0,
+        description="Under Slurm (SLURM_JOB_END_TIME): save and stop so long before the job's end, and earlier by "
+        "the time that the longest save has taken.",
+    )
+    exit_grace_seconds: float = Field(
+        default=300.0,
+        gt=0,
+        description="After a request to stop, the running step and then the save may take so long each; then the "
+        "exit is forced.",
+    )
     recompute_granularity: Literal["none", "selective", "full"] = Field(
         default="none",
         description="What the backward pass computes again: nothing, the attention core, whole layers.",

@@ -3,6 +3,7 @@
 Every rank of a tensor-parallel group reads the same samples itself; nothing is broadcast.
 """
 
+import signal
 from collections.abc import Iterator
 from itertools import count, islice
 from typing import Any
@@ -133,6 +134,7 @@ def _read(
         batch_sampler=ids,
         num_workers=num_workers,
         collate_fn=_stack,
+        worker_init_fn=_leave_signals_to_the_run if num_workers else None,
         pin_memory=pin_memory,
         multiprocessing_context=context,
         # Without a generator of its own it would draw from, and so shift, the random stream of the training.
@@ -143,6 +145,15 @@ def _read(
 
 def _stack(samples: list[MicroBatch]) -> MicroBatch:
     return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """A terminal or a scheduler signals every process of a run; the step that is to be finished needs its data.
+
+    The loader ends its workers by a message, and a worker whose parent is gone ends by itself.
+    """
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def _lazily(loader: DataLoader[Any]) -> Iterator[MicroBatch]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class CheckpointHook(StatelessHook):
         self.hub = hub
         self.groups = groups
         self.last_path: Path | None = None
+        self.on_saved: Callable[[float], None] = lambda seconds: None
         self._saved_at = -1
 
     def before_run(self, state: TrainState) -> None:
@@ -61,6 +62,11 @@ class CheckpointHook(StatelessHook):
         if self._saved_at != state.step and state.consecutive_skipped == 0:
             self._save(state)
 
+    def on_stop(self, state: TrainState, reason: int) -> None:
+        """Save what was reached. Before the first step there is nothing that a new start would lack."""
+        if state.step:
+            self.after_run(state)
+
     def _save(self, state: TrainState) -> None:
         verify_same_plan(self.engine.module, self.groups)
         start = time.perf_counter()
@@ -73,6 +79,7 @@ class CheckpointHook(StatelessHook):
         )
         self.last_path, self._saved_at = path, state.step
         seconds = time.perf_counter() - start
+        self.on_saved(seconds)
         self.hub.log("save", {"step": state.step, "path": path, "seconds": seconds, "bytes": size})
 
     def load(self, folder: Path, saved: dict[str, Any], state: TrainState) -> None:

@@ -11,8 +11,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from megatron_sgt.cli import INTERRUPTED
-from megatron_sgt.errors import SGTError
+from megatron_sgt.errors import ExitCode, SGTError
 from megatron_sgt.launch.environment import RankInfo, discover
 
 GRACE = 10.0
@@ -40,12 +39,12 @@ def run_rank(work: Callable[[], int | None]) -> int:
         info = _known_place()
         if info is None or info.rank == 0:
             print("interrupted: the steps since the newest checkpoint are lost", file=sys.stderr)
-        return _leave(INTERRUPTED)
+        return _leave(ExitCode.INTERRUPTED)
     except Exception:
         info = _known_place()
         rank = "" if info is None or info.world_size == 1 else f"[rank {info.rank}] "
         print(f"{rank}{traceback.format_exc()}", file=sys.stderr, flush=True)
-        return _leave(1)
+        return _leave(ExitCode.CRASH)
 
 
 def _known_place() -> RankInfo | None:

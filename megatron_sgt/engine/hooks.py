@@ -22,6 +22,9 @@ class Hook(Protocol):
     def after_run(self, state: TrainState) -> None:
         """Once, after the last step."""
 
+    def on_stop(self, state: TrainState, reason: int) -> None:
+        """Instead of ``after_run``, when the run was asked to stop (see engine/stop.py): keep it short."""
+
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart."""
 
@@ -41,6 +44,9 @@ class StatelessHook:
         """See Hook."""
 
     def after_run(self, state: TrainState) -> None:
+        """See Hook."""
+
+    def on_stop(self, state: TrainState, reason: int) -> None:
         """See Hook."""
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from megatron_sgt.config import Config
 from megatron_sgt.engine.hooks import StatelessHook
 from megatron_sgt.engine.state import TrainState
 from megatron_sgt.engine.step import StepResult
+from megatron_sgt.engine.stop import named
 from megatron_sgt.growth import GrowthEvent, LoopPlan, Schedule, layer_scores
 from megatron_sgt.metrics import EtaEstimator, MetricsHub, peak_flops, throughput_record
 from megatron_sgt.model.flops import overhead, step_flops
@@ -68,6 +69,11 @@ class LogHook(StatelessHook):
         """Report the steps since the last report."""
         if self._last is not None and self._losses:
             self._report(state, self._last)
+
+    def on_stop(self, state: TrainState, reason: int) -> None:
+        """Say why the run ends here."""
+        self.after_run(state)
+        self.hub.log("stop", {"step": state.step, "reason": named(reason)})
 
     def _model_flops(self, plan: LoopPlan) -> int:
         if plan not in self._flops_of:

@@ -12,8 +12,10 @@ from megatron_sgt.config import Config
 from megatron_sgt.engine.hooks import Hook
 from megatron_sgt.engine.state import TrainState
 from megatron_sgt.engine.step import Batch, train_step
+from megatron_sgt.engine.stop import StopRequests
 from megatron_sgt.errors import SGTError
 from megatron_sgt.optim.schedule import learning_rate
+from megatron_sgt.parallel.collectives import largest
 from megatron_sgt.parallel.groups import ParallelGroups
 
 
@@ -30,12 +32,16 @@ class Trainer:
     engine: deepspeed.DeepSpeedEngine
     state: TrainState
     hooks: Sequence[Hook]
+    stop: StopRequests
 
-    def run(self, micro_batches: Iterator[Batch], last_step: int) -> None:
-        """Train until optimizer step ``last_step``.
+    def run(self, micro_batches: Iterator[Batch], last_step: int) -> int:
+        """Train until optimizer step ``last_step``, or until a request to stop.
 
         Args:
             micro_batches: this rank's micro-batches in data order, starting at ``state.consumed_samples``.
+
+        Returns:
+            0 at ``last_step``; the reason for which all ranks have stopped before (see engine/stop.py).
 
         Raises:
             DivergedError: train.max_consecutive_skipped_steps steps in a row were skipped. Nothing was saved
@@ -46,7 +52,12 @@ class Trainer:
         for hook in self.hooks:
             hook.before_run(self.state)
         self.engine.train()
+        self.stop.training = True
         while self.state.step < last_step:
+            if reason := self._agreed_reason():
+                for hook in self.hooks:
+                    hook.on_stop(self.state, reason)
+                return reason
             lr = learning_rate(self.state.step + 1, self.config.optim, train.train_iters)
             batches = (next(micro_batches) for _ in range(accumulation))
             result = train_step(self.engine, batches, lr, self.config.optim.clip_grad, self.groups)
@@ -62,6 +73,18 @@ class Trainer:
                 )
         for hook in self.hooks:
             hook.after_run(self.state)
+        return 0
+
+    def _agreed_reason(self) -> int:
+        """The reason for which all ranks stop now, 0 if they go on; collective.
+
+        One all-reduce of 4 bytes, read on the host. The step before has ended with the host reading its gradient
+        norm, so that on a GPU nothing is queued that this would have to wait for.
+        """
+        reason = largest(self.stop.pending(), self.groups)
+        if reason:
+            self.stop.on_agreed(reason)
+        return reason
 
     def _count(self, applied: bool) -> None:
         if applied:

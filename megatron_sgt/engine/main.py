@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import NoReturn
 
@@ -10,8 +11,11 @@ from megatron_sgt import __version__
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.config.hints import unknown_key
 from megatron_sgt.engine.ending import place, run_rank
-from megatron_sgt.errors import ConfigError
+from megatron_sgt.engine.signals import listening
+from megatron_sgt.engine.stop import StopRequests
+from megatron_sgt.errors import ConfigError, ExitCode
 from megatron_sgt.launch.environment import RankInfo
+from megatron_sgt.launch.slurm import job_end
 
 _EPILOG = """\
 start it
@@ -21,9 +25,12 @@ start it
   Slurm          srun -K python pretrain_sgt.py --config FILE.yaml   (one task per GPU)
   MPI            mpirun -n 8 python pretrain_sgt.py --config FILE.yaml
 
-exit codes: 0 done, 1 crash or divergence, 2 configuration or usage, 3 data, 4 checkpoint,
-130 interrupted (torchrun ends with 1 whatever its ranks end with)
-"""
+stop it
+  SIGTERM, SIGUSR1 or Ctrl-C to any rank: all ranks end the step, save, and leave with 75. The same signal again,
+  more than 3 s later, forces the exit. Under Slurm the run stops by itself before the job's end.
+
+exit codes (torchrun ends with 1 whatever its ranks end with)
+""" + "".join(f"  {code:<4} {code.meaning}\n" for code in ExitCode)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     return run_rank(lambda: _main(parse(arguments)))
 
 
-def _main(args: argparse.Namespace) -> None:
+def _main(args: argparse.Namespace) -> int:
     info = place()
     config = load_config(args.config, args.overrides)
     if args.print_config:
@@ -82,7 +89,10 @@ def _main(args: argparse.Namespace) -> None:
         if info.rank == 0:
             _dry_run(config, info, args.world_size)
     else:
-        _train(config, info)
+        stop = StopRequests(config.train, job_end(os.environ))
+        with listening(stop, config.train.exit_grace_seconds):
+            return _train(config, info, stop)
+    return ExitCode.DONE
 
 
 def _dry_run(config: Config, info: RankInfo, world_size: int | None) -> None:
@@ -95,7 +105,7 @@ def _dry_run(config: Config, info: RankInfo, world_size: int | None) -> None:
     print(dry_run(config, world_size or max(info.world_size, smallest if assumed else 1), assumed))
 
 
-def _train(config: Config, info: RankInfo) -> None:
+def _train(config: Config, info: RankInfo, stop: StopRequests) -> int:
     if info.rank == 0:  # a sign of life: the imports that follow take seconds
         ranks = "1 rank" if info.world_size == 1 else f"{info.world_size} ranks"
         launcher = "alone" if info.launcher == "single" else f"started by {info.launcher}"
@@ -103,5 +113,6 @@ def _train(config: Config, info: RankInfo) -> None:
     from megatron_sgt.engine.run import PretrainingRun
     from megatron_sgt.parallel.groups import destroy_groups
 
-    PretrainingRun(config, info).train()
+    code = PretrainingRun(config, info, stop).train()
     destroy_groups()
+    return code

@@ -27,6 +27,7 @@ from megatron_sgt.engine.hooks import StatelessHook
 from megatron_sgt.engine.loop import Trainer
 from megatron_sgt.engine.state import TrainState
 from megatron_sgt.engine.step import Batch, StepResult
+from megatron_sgt.engine.stop import StopRequests
 from megatron_sgt.errors import DataError
 from megatron_sgt.growth import GrowthEvent, Schedule, build_schedule
 from megatron_sgt.model.apply_plan import apply_plan
@@ -173,7 +174,9 @@ def replay(
     events: list[GrowthEvent] = []
     growth = GrowthHook(schedule, runtime.model, runtime.model.meter, groups, events.append)
     recorder = _Recorder(schedule, groups)
-    trainer = Trainer(config, groups, runtime.engine, TrainState(), [growth, recorder])
+    trainer = Trainer(
+        config, groups, runtime.engine, TrainState(), [growth, recorder], StopRequests(config.train)
+    )
     trainer.run(_micro_batches(source["tokens"], config, groups), config.train.train_iters)
     result = recorder.tensors()
     result |= {f"final/{name}": weight for name, weight in gather_hf_weights(runtime, config).items()}

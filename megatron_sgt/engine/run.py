@@ -28,6 +28,8 @@ from megatron_sgt.engine.preflight import (
     with_vocabulary,
 )
 from megatron_sgt.engine.state import TrainState
+from megatron_sgt.engine.stop import StopRequests, named
+from megatron_sgt.errors import ExitCode
 from megatron_sgt.growth import Schedule, build_schedule
 from megatron_sgt.launch.environment import RankInfo
 from megatron_sgt.metrics import METRICS_FILE, MetricsHub, build_hub
@@ -42,7 +44,8 @@ class PretrainingRun:
     Raises ConfigError, DataError or CheckpointError for what the user can mend, before any training step.
     """
 
-    def __init__(self, config: Config, info: RankInfo) -> None:
+    def __init__(self, config: Config, info: RankInfo, stop: StopRequests | None = None) -> None:
+        self.stop = StopRequests(config.train) if stop is None else stop
         config.num_micro_batches(info.world_size)  # refuse the batch arithmetic before any process group
         check_surroundings(config)
         self.config = with_vocabulary(config)
@@ -112,6 +115,7 @@ class PretrainingRun:
             self.hooks.append(self.eval)
         # Saving comes last, so that a checkpoint holds what the other hooks made of the step.
         self.saver = CheckpointHook(config, runtime.engine, [self.growth], self.hub, groups)
+        self.saver.on_saved = self.stop.note_save
         self.hooks.append(self.saver)
 
     def _report_start(self) -> None:
@@ -126,31 +130,40 @@ class PretrainingRun:
         if self.groups.is_main and self.groups.tp_size > 1 and self.config.growth.method == "sgt":
             print(f"LOOPS  {choose_loop_method(self.config)[1]}", flush=True)
 
-    def train(self) -> None:
-        """Train to train_iters (or exit_interval) and report a summary."""
+    def train(self) -> int:
+        """Train to train_iters (or exit_interval, or a request to stop) and report a summary.
+
+        Returns:
+            The exit code: 0, or 75 when the run was asked to stop and is to be started again.
+        """
         train = self.config.train
         last_step = min(train.train_iters, train.exit_interval or train.train_iters)
         start = time.perf_counter()
-        trainer = Trainer(self.config, self.groups, self.runtime.engine, self.state, self.hooks)
+        trainer = Trainer(self.config, self.groups, self.runtime.engine, self.state, self.hooks, self.stop)
+        stopped = 0
         try:
             if self.state.step < last_step:
                 reason = (
                     "finished" if last_step == train.train_iters else "stopped early (train.exit_interval)"
                 )
-                trainer.run(self.batches, last_step)
+                if stopped := trainer.run(self.batches, last_step):
+                    reason = f"stopped ({named(stopped)}), start again to go on"
             else:
                 option = "train_iters" if last_step == train.train_iters else "exit_interval"
                 reason = f"nothing to do: raise train.{option} (now {last_step:,}) to go on"
-            self._summarize(reason, time.perf_counter() - start)
+            code = ExitCode.SAVED if stopped else ExitCode.DONE
+            self._summarize(reason, code, time.perf_counter() - start)
         finally:
             self.hub.close()
+        return code
 
-    def _summarize(self, reason: str, seconds: float) -> None:
+    def _summarize(self, reason: str, code: ExitCode, seconds: float) -> None:
         run_dir = Path(self.config.logging.run_dir)
         record = {
             "step": self.state.step,
             "train_iters": self.config.train.train_iters,
             "reason": reason,
+            "exit_code": int(code),
             "first_loss": self.log.first_loss if self.start.folder is None else None,
             "loss": self.log.last_loss,
             "valid_loss": None if self.eval is None else self.eval.last_loss,

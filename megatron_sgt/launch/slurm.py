@@ -53,6 +53,11 @@ def discover_slurm(environ: Mapping[str, str]) -> RankInfo:
     )
 
 
+def job_end(environ: Mapping[str, str]) -> int | None:
+    """Return when Slurm will end this job, in seconds since the epoch; None outside a job, or before 22.05."""
+    return read_int(environ, "SLURM_JOB_END_TIME")
+
+
 def step_port(environ: Mapping[str, str]) -> int:
     """Return the port of this step in PORTS: the same for all its tasks, another one for its neighbours.
 

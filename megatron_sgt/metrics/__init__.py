@@ -15,7 +15,8 @@ growth   GrowthEvent.to_dict() and flops_overhead (fraction of vanilla's), layer
 save     step, path, seconds, bytes
 resume   step, path (None: a fresh start), searched (where a checkpoint was looked for), consumed_samples,
          changed (settings that differ from the checkpoint's: "train.train_iters 8 -> 12")
-summary  step, train_iters, reason, first_loss, loss, valid_loss, growth_events, seconds, consumed_tokens,
+stop     step, reason (the signal, or the limit of time that was passed)
+summary  step, train_iters, reason, exit_code, first_loss, loss, valid_loss, growth_events, seconds, consumed_tokens,
          tokens_per_second, paths (name -> path)
 """
 

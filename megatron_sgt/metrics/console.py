@@ -17,6 +17,7 @@ _SGT: dict[str, LineFormat] = {
     "growth": lines.growth_line,
     "save": lines.save_line,
     "resume": lines.resume_line,
+    "stop": lines.stop_line,
     "summary": lines.summary_line,
 }
 # Megatron has no words for growth, and parsers of its log skip lines that they do not know.

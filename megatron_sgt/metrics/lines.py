@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from megatron_sgt.errors import ExitCode
 from megatron_sgt.metrics import units
 
 Paint = Callable[[str, str], str]
@@ -175,6 +176,11 @@ def resume_line(record: Record, paint: Paint = plain) -> str:
     )
 
 
+def stop_line(record: Record, paint: Paint = plain) -> str:
+    """A request to stop that all ranks obey."""
+    return f"{paint('warn', 'STOP')}  step {record['step']:,}  {record['reason']}: saving, then leaving"
+
+
 def summary_line(record: Record, paint: Paint = plain) -> str:
     """The end of a run: one line of results, then one line for each of its `paths`."""
     step, total = record["step"], record.get("train_iters")
@@ -184,10 +190,11 @@ def summary_line(record: Record, paint: Paint = plain) -> str:
         loss = loss.replace("loss ", f"loss {first}", 1)
     if loss and units.is_bad(record["loss"]):
         loss = paint("bad", loss)
+    label = paint("warn", "SAVED") if record.get("exit_code") == ExitCode.SAVED else paint("good", "DONE")
     lines = [
         _join(
             (
-                f"{paint('good', 'DONE')}  step {step:,}" + (f"/{total:,}" if total else ""),
+                f"{label}  step {step:,}" + (f"/{total:,}" if total else ""),
                 _part(record, "reason", str),
                 loss,
                 _number(record, "valid_loss", "valid loss", 3, paint),

@@ -21,6 +21,7 @@ _NO_CURVE = (
     "time",
     "train_iters",
     "global_batch_size",
+    "exit_code",
     "layer",
     "fade_until_step",
     "memory_total_gb",
@@ -151,7 +152,7 @@ class WandbWriter:
         curves = scalars(kind, record)
         if kind == "summary":
             self._run.summary.update(curves)
-        elif kind != "resume":
+        elif kind not in ("resume", "stop"):
             self._run.log({"step": int(record["step"]), **curves})
 
     def advance(self, step: int) -> None:

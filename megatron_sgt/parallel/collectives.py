@@ -18,12 +18,18 @@ def mean_over_data_parallel(values: torch.Tensor, groups: ParallelGroups) -> tor
     return values
 
 
+def largest(value: int, groups: ParallelGroups) -> int:
+    """The largest ``value`` of all ranks, exact up to 2^31; a single process does not touch its device."""
+    if groups.world_size == 1:
+        return value
+    held = torch.tensor(value, dtype=torch.int32, device=groups.device)
+    dist.all_reduce(held, op=dist.ReduceOp.MAX)
+    return int(held)
+
+
 def any_rank(flag: bool, groups: ParallelGroups) -> bool:
     """True on every rank if ``flag`` is true on at least one."""
-    value = torch.tensor([float(flag)], device=groups.device)
-    if groups.world_size > 1:
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+    return bool(largest(int(flag), groups))
 
 
 def broadcast_object(value: Any, groups: ParallelGroups) -> Any:

@@ -15,6 +15,7 @@ from megatron_sgt.engine.hooks import StatelessHook
 from megatron_sgt.engine.loop import DivergedError, Trainer
 from megatron_sgt.engine.state import TrainState
 from megatron_sgt.engine.step import Batch, StepResult
+from megatron_sgt.engine.stop import SIGNALS, StopRequests
 from megatron_sgt.optim.schedule import learning_rate
 from tests.helpers.fake_groups import fake_groups
 from tests.helpers.single import small_config
@@ -47,6 +48,21 @@ class Diary(StatelessHook):
     def after_run(self, state: TrainState) -> None:
         self.calls.append((self.name, "after", state.step))
 
+    def on_stop(self, state: TrainState, reason: int) -> None:
+        self.calls.append((self.name, "stop", state.step, reason))
+
+
+class StopAfter(StatelessHook):
+    """Receives a signal in the middle of a step."""
+
+    def __init__(self, stop: StopRequests, step: int) -> None:
+        self.stop = stop
+        self.step = step
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        if state.step == self.step:
+            self.stop.receive(SIGNALS[0])
+
 
 class Scripted:
     """train_step's stand-in: applies or skips as told; notes the learning rates and batches it was given."""
@@ -71,6 +87,10 @@ def numbered() -> Iterator[Batch]:
     return ({"tokens": torch.tensor(n)} for n in range(10_000))
 
 
+def trainer(engine: Any, state: TrainState, hooks: list[Diary]) -> Trainer:
+    return Trainer(CONFIG, fake_groups(), engine, state, hooks, StopRequests(CONFIG.train))
+
+
 def train(
     monkeypatch: pytest.MonkeyPatch, applied: str, last_step: int, state: TrainState
 ) -> tuple[Scripted, list[Any]]:
@@ -79,7 +99,7 @@ def train(
     modes: list[str] = []
     engine: Any = SimpleNamespace(train=lambda: modes.append("train"))
     hooks = [Diary("first", calls), Diary("second", calls)]
-    Trainer(CONFIG, fake_groups(), engine, state, hooks).run(numbered(), last_step)
+    trainer(engine, state, hooks).run(numbered(), last_step)
     assert modes == ["train"]
     return scripted, calls
 
@@ -93,6 +113,28 @@ def test_hooks_act_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
         *((name, "step", 2, True) for name in names),
         *((name, "after", 2) for name in names),
     ]
+
+
+def test_a_request_stops_before_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "train_step", Scripted("+++"))
+    calls: list[Any] = []
+    engine: Any = SimpleNamespace(train=lambda: None)
+    run = trainer(engine, TrainState(), [Diary("d", calls)])
+    told: list[int] = []
+    run.stop.on_agreed = told.append
+    run.hooks = [*run.hooks, StopAfter(run.stop, 2)]
+    assert run.run(numbered(), 9) == SIGNALS[0]
+    assert calls[-1] == ("d", "stop", 2, SIGNALS[0]) and told == [SIGNALS[0]]
+    assert not [call for call in calls if call[1] == "after"], "after_run would validate first"
+
+
+def test_a_request_in_the_last_step_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "train_step", Scripted("++"))
+    calls: list[Any] = []
+    engine: Any = SimpleNamespace(train=lambda: None)
+    run = trainer(engine, TrainState(), [Diary("d", calls)])
+    run.hooks = [*run.hooks, StopAfter(run.stop, 2)]
+    assert run.run(numbered(), 2) == 0 and calls[-1] == ("d", "after", 2)
 
 
 def test_counters_rates_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +162,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(loop, "train_step", Scripted("++---+"))
     engine: Any = SimpleNamespace(train=lambda: None)
     with pytest.raises(DivergedError, match=r"3 steps in a row after step 2 .* \(last loss nan\)") as caught:
-        Trainer(CONFIG, fake_groups(), engine, state, [Diary("d", calls)]).run(numbered(), 9)
+        trainer(engine, state, [Diary("d", calls)]).run(numbered(), 9)
     assert caught.value.exit_code == 1
     assert state.consecutive_skipped == 3
     assert [call for call in calls if call[1] == "after"] == [], "after_run would save the diverged state"
@@ -134,4 +176,4 @@ def test_the_message_shows_a_finite_loss_as_a_number(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(loop, "train_step", infinite_gradient)
     engine: Any = SimpleNamespace(train=lambda: None)
     with pytest.raises(DivergedError, match=r"last loss 2\.3457"):
-        Trainer(CONFIG, fake_groups(), engine, TrainState(), []).run(numbered(), 9)
+        trainer(engine, TrainState(), []).run(numbered(), 9)

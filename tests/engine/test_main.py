@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megatron_sgt.config import load_config
 from megatron_sgt.engine.main import parse
-from megatron_sgt.errors import ConfigError
+from megatron_sgt.errors import ConfigError, ExitCode
 from tests.helpers.commands import Finished, run_script
 from tests.helpers.runs import reported, tiny_config, write_tiny_data
 
@@ -18,10 +21,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_tiny_data(tmp_path_factory.mktemp("data"))
 
 
-def pretrain(folder: Path, data: str, *arguments: str) -> Finished:
+def pretrain(folder: Path, data: str, *arguments: str, before: Callable[[], None] | None = None) -> Finished:
     config = folder / "run.yaml"
     config.write_text(tiny_config(folder / "run", data, train={"exit_interval": 2}).to_yaml())
-    return run_script("pretrain_sgt.py", ["--config", str(config), *arguments], folder)
+    return run_script("pretrain_sgt.py", ["--config", str(config), *arguments], folder, before)
 
 
 def test_options_and_overrides_may_be_mixed() -> None:
@@ -45,7 +48,7 @@ def test_a_wrong_command_line_is_a_config_error(arguments: list[str]) -> None:
 def test_help_names_the_launchers_and_exit_codes(tmp_path: Path) -> None:
     done = run_script("pretrain_sgt.py", ["--help"], tmp_path)
     assert done.code == 0
-    for word in ("torchrun", "deepspeed --num_gpus", "srun", "mpirun", "exit codes: 0 done"):
+    for word in ("torchrun", "deepspeed --num_gpus", "srun", "mpirun", "exit codes", "75   stopped"):
         assert word in done.out
 
 
@@ -64,6 +67,27 @@ def test_a_run_and_its_resumption(data: str, tmp_path: Path) -> None:
     second = pretrain(tmp_path, data, "train.exit_interval=3")
     assert second.code == 0 and "resumed at step 2" in second.out, second.err
     assert [record["step"] for record in reported(tmp_path / "run", "summary")] == [2, 3]
+
+
+def test_a_run_that_is_out_of_time_saves_and_says_so(data: str, tmp_path: Path) -> None:
+    endless = ("train.train_iters=1000000", "train.exit_interval=null")
+    done = pretrain(tmp_path, data, *endless, "train.exit_duration_minutes=0.02")
+    assert done.code == ExitCode.SAVED and done.err == ""
+    [stop] = reported(tmp_path / "run", "stop")
+    said = f"STOP  step {stop['step']}  train.exit_duration_minutes: saving, then leaving"
+    assert said in done.out and "SAVED  step" in done.out and "start again to go on" in done.out
+    again = pretrain(tmp_path, data, *endless, f"train.exit_interval={stop['step'] + 1}")
+    assert again.code == ExitCode.DONE and f"resumed at step {stop['step']}" in again.out
+
+
+def test_a_job_that_ends_before_the_first_step_leaves_nothing(data: str, tmp_path: Path) -> None:
+    done = pretrain(tmp_path, data, before=near_the_end)
+    assert done.code == ExitCode.SAVED and "the end of the Slurm job is near" in done.out
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def near_the_end() -> None:
+    os.environ["SLURM_JOB_END_TIME"] = str(int(time.time()) + 60)
 
 
 def test_a_divergence_ends_with_1_and_one_line(data: str, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from megatron_sgt.launch.slurm import (
     PORTS,
     discover_slurm,
     inside_srun_step,
+    job_end,
     parse_nodelist,
     parse_tasks_per_node,
     step_port,
@@ -163,3 +164,8 @@ def test_ports_of_neighbours_differ_and_stay_in_range() -> None:
 )
 def test_inside_srun_step(environ: dict[str, str], expected: bool) -> None:
     assert inside_srun_step(environ) is expected
+
+
+def test_the_end_of_the_job() -> None:
+    assert job_end({"SLURM_JOB_END_TIME": "1700000000"}) == 1_700_000_000
+    assert job_end({}) is None

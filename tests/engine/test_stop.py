@@ -1,0 +1,52 @@
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from megatron_sgt.config import TrainConfig
+from megatron_sgt.engine import stop
+from megatron_sgt.engine.stop import StopRequests
+
+TRAIN = {"train_iters": 1, "micro_batch_size": 1, "global_batch_size": 1}
+
+
+class Clock:
+    """Seconds since the epoch, as set."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def requests(clock: Callable[[], float], job_end: float | None = None, **train: float) -> StopRequests:
+    return StopRequests(TrainConfig(**TRAIN, **train), job_end, clock)
+
+
+def test_the_first_signal_counts() -> None:
+    asked = requests(Clock())
+    assert asked.pending() == stop.NONE
+    asked.receive(signal.SIGUSR1)
+    asked.receive(signal.SIGTERM)
+    assert stop.named(asked.pending()) == "SIGUSR1"
+
+
+def test_the_duration_is_that_of_this_process() -> None:
+    clock = Clock()
+    asked = requests(clock, exit_duration_minutes=1.5)
+    clock.now += 89
+    assert asked.pending() == stop.NONE
+    clock.now += 1
+    assert stop.named(asked.pending()) == "train.exit_duration_minutes"
+
+
+@pytest.mark.parametrize(("longest_save", "margin"), [(0.0, 120.0), (30.0, 150.0)])
+def test_the_end_of_the_job_leaves_time_for_a_save(longest_save: float, margin: float) -> None:
+    clock = Clock()
+    asked = requests(clock, job_end=clock.now + 600)
+    for seconds in (longest_save, longest_save / 2):
+        asked.note_save(seconds)
+    clock.now += 600 - margin - 1
+    assert asked.pending() == stop.NONE
+    clock.now += 1
+    assert "Slurm" in stop.named(asked.pending())
