@@ -185,3 +185,11 @@ def test_summary_line() -> None:
     )
     assert "<bad:loss 9.010 -> NaN>" in lines.summary_line({**record, "loss": math.nan}, marked)
     assert lines.summary_line({"step": 3, "growth_events": 1}) == "DONE  step 3  1 growth event"
+
+
+def test_a_run_that_was_asked_to_stop_says_so_twice() -> None:
+    stop = {"step": 1200, "reason": "SIGUSR1"}
+    assert lines.stop_line(stop) == "STOP  step 1,200  SIGUSR1: saving, then leaving"
+    saved = {"step": 1200, "exit_code": 75, "reason": "stopped (SIGUSR1), start again to go on"}
+    assert lines.summary_line(saved) == "SAVED  step 1,200  stopped (SIGUSR1), start again to go on"
+    assert lines.summary_line({**saved, "exit_code": 0}).startswith("DONE")
