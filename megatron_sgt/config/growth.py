@@ -62,6 +62,11 @@ class GrowthConfig(Section):
         description="Measure entropy in every step before the structure is fixed; false: only in the last steps "
         "before a decision, whose outcome the earlier ones can no longer change in fp32.",
     )
+    replay: str | None = Field(
+        default=None,
+        description="Repeat the decisions of this recorded run (its metrics.jsonl, or a JSON list of growth events) "
+        "instead of measuring and deciding; null: decide.",
+    )
     block_loop_layers: tuple[int, ...] = Field(
         default=(), description="Layers that block_loop executes again."
     )
@@ -74,6 +79,8 @@ class GrowthConfig(Section):
             layers: tuple[int, ...] = getattr(self, name)
             if len(set(layers)) != len(layers):
                 yield f"{name}: names a layer twice: {list(layers)}"
+        if self.replay is not None and self.method != "sgt":
+            yield f"replay: has no effect with method '{self.method}'; remove it, or set method: sgt"
         if self.method == "block_loop" and not self.block_loop_layers:
             yield "block_loop_layers: is empty with method 'block_loop'; name the layers, e.g. [5, 6, 7]"
         if self.method != "block_loop" and self.block_loop_layers:

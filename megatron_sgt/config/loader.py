@@ -1,5 +1,6 @@
 """From YAML files and overrides to a Config, or to one ConfigError that names every problem."""
 
+import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,21 +8,30 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_sgt.config.presets import preset_values
 from megatron_sgt.config.problems import explain
 from megatron_sgt.config.root import Config
 from megatron_sgt.config.yaml_io import parse_yaml, read_mapping
 from megatron_sgt.errors import ConfigError
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), preset: str | None = None) -> Config:
     """Read a configuration.
 
     path: YAML file. Its key `base:` names another one (relative to it) whose values it overrides key by key.
-    overrides: `section.key=value` each, the value in YAML.
+    overrides: `section.key=value` each, the value in YAML. preset: a name of presets.py, whose values lie over the
+    file's and under the overrides.
     Raises ConfigError: file missing or not YAML, a cycle of `base:`, unknown keys, bad values; all at once.
     """
     path = Path(path)
     values = _read_with_bases(path, ())
+    if preset is not None:
+        preview = copy.deepcopy(
+            values
+        )  # a preset depends on the number of layers, which an override may give
+        for override in overrides:
+            _apply_override(preview, override)
+        values = _merge(values, preset_values(preset, preview))
     for override in overrides:
         _apply_override(values, override)
     return parse_config(values, source=str(path))

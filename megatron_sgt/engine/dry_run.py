@@ -16,6 +16,7 @@ from megatron_sgt.engine.preflight import (
 )
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth import LayerPlan, LoopPlan
+from megatron_sgt.growth.replay import ReplaySchedule
 from megatron_sgt.metrics.units import file_size
 from megatron_sgt.model.flops import overhead, parameter_count, step_flops
 from megatron_sgt.model.loop_cost import choose_loop_method
@@ -88,6 +89,10 @@ def _model_rows(config: Config) -> Iterator[tuple[str, str]]:
     if growth.method == "block_loop":
         yield "growth", f"block loop of layers {list(growth.block_loop_layers)}: {added} from the first step"
         return
+    if growth.replay is not None:
+        count = _count(sum(layer.loops > 0 for layer in plan), "layer")
+        yield "growth", f"repeats the decisions of {growth.replay}: {count}, {added} once fixed"
+        return
     loops = _count(growth.max_loop_depth, "loop")
     heads = "all heads" if growth.head_choice == "all" else _count(growth.num_keep_heads, "head")
     yield (
@@ -106,6 +111,8 @@ def final_plan(config: Config) -> LoopPlan:
         return LoopPlan(model.num_layers, tuple((n, repeated) for n in growth.block_loop_layers))
     if growth.method == "vanilla":
         return LoopPlan.empty(model.num_layers)
+    if growth.replay is not None:
+        return ReplaySchedule(growth, model.num_layers, model.num_attention_heads).final_plan()
     count = model.num_attention_heads if growth.head_choice == "all" else growth.num_keep_heads
     # Heads of different groups share no keys and values: the costlier case.
     stride = max(1, model.num_attention_heads // count)

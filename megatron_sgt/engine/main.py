@@ -10,6 +10,7 @@ from typing import NoReturn
 from megatron_sgt import __version__
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.config.hints import unknown_key
+from megatron_sgt.config.presets import PRESETS
 from megatron_sgt.engine.ending import place, run_rank
 from megatron_sgt.engine.signals import listening
 from megatron_sgt.engine.stop import StopRequests
@@ -61,6 +62,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "overrides", nargs="*", metavar="section.key=value", help="values over those of the file"
     )
     parser.add_argument(
+        "--preset", metavar="NAME", help=f"the file's run as a baseline or ablation: {', '.join(PRESETS)}"
+    )
+    parser.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and exit"
     )
     parser.add_argument(
@@ -81,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(args: argparse.Namespace) -> int:
     info = place()
-    config = load_config(args.config, args.overrides)
+    config = load_config(args.config, args.overrides, args.preset)
     if args.print_config:
         if info.rank == 0:
             print(config.to_yaml(), end="")

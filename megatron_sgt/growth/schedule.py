@@ -26,7 +26,7 @@ Phase = Literal["vanilla", "selecting", "fixed"]
 
 
 @dataclass
-class _Grown:
+class Grown:
     """A selected layer: K_l, the heads it keeps for good, and the step at which it chose them."""
 
     loops: int
@@ -56,7 +56,7 @@ class GrowthSchedule:
         self.num_layers = num_layers
         self.num_heads = num_heads
         self._phase: Phase = "vanilla"
-        self._grown: dict[int, _Grown] = {}  # in order of selection, which rule 3a depends on
+        self._grown: dict[int, Grown] = {}  # in order of selection, which rule 3a depends on
         self._window_end = 0
         self._step = 0
         self._ema: NDArray[np.float64] = np.zeros((num_layers, num_heads))
@@ -165,7 +165,7 @@ class GrowthSchedule:
         action: Action = "first_selection" if self._phase == "vanilla" else "select_new_layer"
         key = (cfg.seed, chosen, step)
         kept = choose_heads(self._ema[chosen], cfg.num_keep_heads, cfg.head_choice, key)
-        self._grown[chosen] = _Grown(1, kept, step)
+        self._grown[chosen] = Grown(1, kept, step)
         self._window_end = step + cfg.window_size
         self._phase = "selecting"
         return self._event(step, action, chosen, float(scores[chosen]))
@@ -174,7 +174,7 @@ class GrowthSchedule:
         kept = {n: self._grown[n].kept_heads for n in sorted(self._grown)}
         return GrowthEvent(step, action, layer, self._phase, kept, tuple(self.loop_depth()), score)
 
-    def _other_gate(self, grown: _Grown) -> float:
+    def _other_gate(self, grown: Grown) -> float:
         if len(grown.kept_heads) == self.num_heads:
             return 0.0  # no other head exists, so the plan must not change while nothing fades
         return window_gate(self.config.decay_type, self._step, grown.chosen_at, self.config.window_size)
@@ -200,9 +200,7 @@ class GrowthSchedule:
         try:
             ema = np.array(state["ema"], dtype=np.float64)
             grown = {
-                int(g["layer"]): _Grown(
-                    int(g["loops"]), tuple(map(int, g["kept_heads"])), int(g["chosen_at"])
-                )
+                int(g["layer"]): Grown(int(g["loops"]), tuple(map(int, g["kept_heads"])), int(g["chosen_at"]))
                 for g in state["grown"]
             }
             phase, step, window_end = state["phase"], int(state["step"]), int(state["window_end"])

@@ -30,6 +30,9 @@ def check_identity(state: Mapping[str, Any], config: GrowthConfig, num_layers: i
         raise CheckpointError(f"growth state is damaged: {type(error).__name__}: {error}") from error
     mine: dict[str, Any] = {"num_layers": num_layers, "num_heads": num_heads}
     mine |= {f"growth.{name}": value for name, value in config.model_dump(mode="json").items()}
+    # A field that is younger than the checkpoint had its default then.
+    younger = {f"growth.{name}": value for name, value in GrowthConfig().model_dump(mode="json").items()}
+    saved = {**younger, **saved}
     watched = [name for name in mine | saved if name.removeprefix("growth.") not in _MONITORING]
     missing = object()
     differing = [

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from megatron_sgt.config.growth import GrowthConfig
 from megatron_sgt.errors import CheckpointError, ConfigError
 from megatron_sgt.growth.plan import GrowthEvent, LayerPlan, LoopPlan
+from megatron_sgt.growth.replay import ReplaySchedule
 from megatron_sgt.growth.schedule import GrowthSchedule
 from megatron_sgt.growth.state import check_identity, identity
 
@@ -104,6 +105,8 @@ class StaticSchedule:
 
 
 def build_schedule(config: GrowthConfig, num_layers: int, num_heads: int) -> Schedule:
-    """The schedule of `config.method`: GrowthSchedule for "sgt", StaticSchedule otherwise."""
-    schedule = GrowthSchedule if config.method == "sgt" else StaticSchedule
+    """The schedule of `config`: one that decides, one that repeats recorded decisions, or one that stands still."""
+    if config.method != "sgt":
+        return StaticSchedule(config, num_layers, num_heads)
+    schedule = GrowthSchedule if config.replay is None else ReplaySchedule
     return schedule(config, num_layers, num_heads)

@@ -1,0 +1,174 @@
+"""Growth that repeats the decisions of a recorded run instead of taking its own (``growth.replay``).
+
+The record is that run's ``metrics.jsonl``, or a JSON list of growth events. Layers, kept heads, depths and steps are
+taken from it; gates fade by this run's ``decay_type`` over its ``window_size``, which must be the recorded one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sgt.config.growth import GrowthConfig
+from megatron_sgt.errors import CheckpointError, ConfigError
+from megatron_sgt.growth.plan import Action, GrowthEvent, LayerPlan, LoopPlan
+from megatron_sgt.growth.schedule import Grown, GrowthSchedule
+
+_FINGERPRINT = "replayed_events"
+
+
+@dataclass(frozen=True)
+class RecordedEvent:
+    """One decision of the recorded run; ``kept_heads``: of ``layer`` alone, empty for "fixed"."""
+
+    step: int
+    action: Action
+    layer: int | None
+    kept_heads: tuple[int, ...]
+
+
+class ReplaySchedule(GrowthSchedule):
+    """A GrowthSchedule whose decisions are read from ``config.replay``.
+
+    Raises ConfigError: the file cannot be read, or its events do not fit this model and configuration.
+    """
+
+    def __init__(self, config: GrowthConfig, num_layers: int, num_heads: int) -> None:
+        super().__init__(config, num_layers, num_heads)
+        assert config.replay is not None
+        self._recorded = read_events(Path(config.replay), config, num_layers, num_heads)
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Nothing is decided from entropies; they may still be watched."""
+        return self.config.entropy_after_fixed
+
+    def decides_at(self, step: int) -> bool:
+        """Whether a decision was recorded after ``step``."""
+        return any(event.step == step for event in self._recorded)
+
+    def _decide(self, step: int) -> GrowthEvent:
+        event = next(event for event in self._recorded if event.step == step)
+        if event.layer is None:
+            self._phase = "fixed"
+            return self._event(step, event.action, None, None)
+        if event.action == "increase_depth":
+            self._grown[event.layer].loops += 1
+        else:
+            self._grown[event.layer] = Grown(1, event.kept_heads, step)
+        self._window_end = step + self.config.window_size
+        self._phase = "selecting"
+        return self._event(step, event.action, event.layer, None)
+
+    def final_plan(self) -> LoopPlan:
+        """The structure after the last recorded decision, with inference gates."""
+        grown = {event.layer: event.kept_heads for event in self._recorded if event.layer is not None}
+        again = Counter(event.layer for event in self._recorded)
+        last = ((n, LayerPlan(again[n], kept)) for n, kept in grown.items() if kept)
+        return LoopPlan(self.num_layers, tuple(last))
+
+    def _fingerprint(self) -> str:
+        return hashlib.sha256(repr(self._recorded).encode()).hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
+        """See GrowthSchedule; the record's fingerprint is kept too."""
+        return {**super().state_dict(), _FINGERPRINT: self._fingerprint()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises CheckpointError also when the record is another one than the checkpoint's."""
+        super().load_state_dict(state)
+        if state.get(_FINGERPRINT) != self._fingerprint():
+            raise CheckpointError(
+                f"growth.replay {self.config.replay} holds other events than when the checkpoint was saved"
+            )
+
+
+def read_events(path: Path, config: GrowthConfig, num_layers: int, num_heads: int) -> list[RecordedEvent]:
+    """The decisions in ``path`` that count, in order. Raises ConfigError naming what does not fit."""
+    records = [r for r in _that_count(_read(path)) if r.get("kind", "growth") == "growth"]
+    if not records:
+        raise ConfigError(f"growth.replay: {path} holds no growth event")
+    events: list[RecordedEvent] = []
+    depth: dict[int, int] = {}
+    for record in records:
+        try:
+            event = _parse(record)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"growth.replay: {path} holds a damaged growth event: {error!r}") from error
+        problem = _problem(event, record, config, (num_layers, num_heads), depth)
+        if events and event.step <= events[-1].step:
+            problem = f"it follows the one of step {events[-1].step}"
+        if problem is not None:
+            raise ConfigError(
+                f"growth.replay: the event of step {event.step} in {path} does not fit: {problem}"
+            )
+        if event.layer is not None:
+            depth[event.layer] = depth.get(event.layer, 0) + 1
+        events.append(event)
+    return events
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Records of a metrics file, or of a JSON list. A line cut short by a kill ends the file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"growth.replay: cannot read {path}: {error}") from error
+    try:
+        whole = json.loads(text) if text.lstrip().startswith("[") else None
+        lines = [json.loads(line) for line in text.split("\n")[:-1] if line] if whole is None else whole
+    except ValueError as error:
+        raise ConfigError(
+            f"growth.replay: {path} is neither a metrics.jsonl nor a JSON list: {error}"
+        ) from error
+    return [record for record in lines if isinstance(record, dict)]
+
+
+def _that_count(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without what a resume of the recorded run declared void (see metrics/jsonl.py)."""
+    kept: list[dict[str, Any]] = []
+    for record in records:
+        if record.get("kind") == "resume":
+            kept = [r for r in kept if r.get("step", 0) <= record.get("step", 0)]
+        kept.append(record)
+    return kept
+
+
+def _parse(record: Mapping[str, Any]) -> RecordedEvent:
+    action: Action = record["action"]
+    if action not in ("first_selection", "select_new_layer", "increase_depth", "fixed"):
+        raise ValueError(f"unknown action {action!r}")
+    layer = None if action == "fixed" else int(record["layer"])
+    kept = () if layer is None else tuple(int(head) for head in record["kept_heads"][str(layer)])
+    return RecordedEvent(int(record["step"]), action, layer, kept)
+
+
+def _problem(
+    event: RecordedEvent,
+    record: Mapping[str, Any],
+    config: GrowthConfig,
+    shape: tuple[int, int],
+    depth: Mapping[int, int],
+) -> str | None:
+    """Why ``event`` cannot be replayed after layers have reached ``depth``; None if it can."""
+    num_layers, num_heads = shape
+    layer, kept = event.layer, event.kept_heads
+    if layer is None:
+        return None
+    window = record.get("fade_until_step", event.step + config.window_size) - event.step
+    if not 0 <= layer < num_layers:
+        return f"it names layer {layer}, the model has layers 0 to {num_layers - 1}"
+    if not kept or list(kept) != sorted({*kept}) or not 0 <= kept[0] <= kept[-1] < num_heads:
+        return f"it keeps heads {list(kept)}, the model has heads 0 to {num_heads - 1}"
+    if (event.action == "increase_depth") != (layer in depth):
+        return f"layer {layer} was {'already' if layer in depth else 'not yet'} selected"
+    if depth.get(layer, 0) >= config.max_loop_depth:
+        return f"layer {layer} gets deeper than growth.max_loop_depth = {config.max_loop_depth}"
+    if window != config.window_size:
+        return f"its window had {window} steps, growth.window_size is {config.window_size}"
+    return None
