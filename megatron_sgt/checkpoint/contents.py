@@ -12,7 +12,7 @@ from megatron_sgt.config import Config, load_config
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError, SGTError
 from megatron_sgt.growth import Schedule, build_schedule
-from megatron_sgt.model.flops import parameter_count
+from megatron_sgt.planning.parameters import parameter_count
 
 Status = Literal["complete", "damaged", "unfinished"]
 Check = Callable[[Path], list[str]]

@@ -7,7 +7,7 @@ from megatron_sgt.cli import nearest
 from megatron_sgt.config import Config
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.metrics.units import file_size
-from megatron_sgt.model.flops import parameter_count
+from megatron_sgt.planning.parameters import parameter_count
 
 # Bytes per parameter: the weights; AdamW's two moments, with an fp32 copy of the weights under ZeRO and
 # wherever the weights are not fp32 themselves.

@@ -18,9 +18,10 @@ from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.growth.replay import ReplaySchedule
 from megatron_sgt.metrics.units import file_size
-from megatron_sgt.model.flops import overhead, parameter_count, step_flops
-from megatron_sgt.model.loop_cost import choose_loop_method
 from megatron_sgt.parallel.device import select_device
+from megatron_sgt.planning.flops import overhead, step_flops
+from megatron_sgt.planning.loop_cost import choose_loop_method
+from megatron_sgt.planning.parameters import parameter_count
 
 
 def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:

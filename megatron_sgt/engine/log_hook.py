@@ -14,10 +14,10 @@ from megatron_sgt.engine.step import StepResult
 from megatron_sgt.engine.stop import named
 from megatron_sgt.growth import GrowthEvent, LoopPlan, Schedule, layer_scores
 from megatron_sgt.metrics import EtaEstimator, MetricsHub, peak_flops, throughput_record
-from megatron_sgt.model.flops import overhead, step_flops
 from megatron_sgt.parallel.collectives import mean_over_data_parallel
 from megatron_sgt.parallel.device import device_name, memory_gb
 from megatron_sgt.parallel.groups import ParallelGroups
+from megatron_sgt.planning.flops import overhead, step_flops
 
 
 class LogHook(StatelessHook):

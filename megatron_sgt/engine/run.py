@@ -33,9 +33,9 @@ from megatron_sgt.errors import ExitCode
 from megatron_sgt.growth import Schedule, build_schedule
 from megatron_sgt.launch.environment import RankInfo
 from megatron_sgt.metrics import METRICS_FILE, MetricsHub, build_hub
-from megatron_sgt.model.loop_cost import choose_loop_method
 from megatron_sgt.parallel.device import resolve_precision
 from megatron_sgt.parallel.groups import ParallelGroups
+from megatron_sgt.planning.loop_cost import choose_loop_method
 
 
 class PretrainingRun:

@@ -19,9 +19,9 @@ from megatron_sgt.model.core_attention import SGTCoreAttention
 from megatron_sgt.model.entropy_meter import EntropyMeter
 from megatron_sgt.model.layer import SGTLayer
 from megatron_sgt.model.linear import LoopingColumnParallelLinear, LoopingRowParallelLinear
-from megatron_sgt.model.loop_cost import choose_loop_method
 from megatron_sgt.model.norm import NORMS, HeadNorm
 from megatron_sgt.parallel.head_layout import HeadLayout
+from megatron_sgt.planning.loop_cost import choose_loop_method
 
 
 def recomputed_layers(config: Config, granularity: str) -> tuple[int, ...]:

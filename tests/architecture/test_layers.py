@@ -19,18 +19,19 @@ LAYERS = {
     "compat": 1,
     "launch": 1,
     "parallel": 2,
+    "metrics": 2,
+    "planning": 3,
     "data": 3,
     "optim": 3,
-    "metrics": 3,
-    "model": 3,
-    "checkpoint": 4,
-    "evaluation": 4,
-    "reporting": 4,
-    "export": 5,
-    "engine": 5,
-    "__main__": 6,
+    "model": 4,
+    "checkpoint": 5,
+    "evaluation": 5,
+    "reporting": 5,
+    "export": 6,
+    "engine": 6,
+    "__main__": 7,
 }
-TORCH_FREE = ("errors", "cli", "config", "growth", "launch", "metrics", "reporting")
+TORCH_FREE = ("errors", "cli", "config", "growth", "launch", "metrics", "planning", "reporting")
 TORCH_NAMES = ("torch", "deepspeed", "megatron", "transformers", "triton")
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_sgt.checkpoint import size as sizes
 from megatron_sgt.errors import CheckpointError
-from megatron_sgt.model.flops import parameter_count
+from megatron_sgt.planning.parameters import parameter_count
 from tests.helpers.single import small_config
 
 

@@ -10,7 +10,8 @@ import pytest
 from megatron_sgt.engine.dry_run import dry_run, final_plan
 from megatron_sgt.errors import CheckpointError, ConfigError, DataError
 from megatron_sgt.growth import LayerPlan, LoopPlan
-from megatron_sgt.model.flops import overhead, parameter_count, step_flops
+from megatron_sgt.planning.flops import overhead, step_flops
+from megatron_sgt.planning.parameters import parameter_count
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import pretrain, tiny_config, write_tiny_data
 from tests.helpers.single import small_config

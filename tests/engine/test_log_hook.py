@@ -14,7 +14,7 @@ from megatron_sgt.engine.state import TrainState
 from megatron_sgt.engine.step import StepResult
 from megatron_sgt.growth import LoopPlan, Schedule, build_schedule
 from megatron_sgt.metrics import MetricsHub
-from megatron_sgt.model.flops import overhead, step_flops
+from megatron_sgt.planning.flops import overhead, step_flops
 from tests.helpers.fake_groups import fake_groups
 from tests.helpers.single import small_config
 

@@ -23,8 +23,8 @@ from megatron_sgt.engine.step import train_step
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.launch.environment import discover
 from megatron_sgt.model.apply_plan import apply_plan
-from megatron_sgt.model.flops import step_flops
 from megatron_sgt.parallel.device import synchronize
+from megatron_sgt.planning.flops import step_flops
 
 
 def parse() -> argparse.Namespace:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_sgt.model.loop_cost import choose_loop_method, loop_cost
+from megatron_sgt.planning.loop_cost import choose_loop_method, loop_cost
 from tests.helpers.single import small_config
 
 MODEL = {

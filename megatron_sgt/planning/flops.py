@@ -108,25 +108,3 @@ def overhead(model: ModelConfig, plan: LoopPlan) -> float:
     """Model FLOPs of ``plan`` over those of vanilla, minus 1."""
     vanilla = step_flops(model, LoopPlan.empty(model.num_layers), 1)
     return step_flops(model, plan, 1).model / vanilla.model - 1.0
-
-
-def parameter_count(model: ModelConfig) -> int:
-    """Number of weights, padded vocabulary included; loops add none."""
-    heads, groups, size, hidden = (
-        model.num_attention_heads,
-        model.num_query_groups,
-        model.kv_channels,
-        model.hidden_size,
-    )
-    mlp_in = (2 if model.activation == "swiglu" else 1) * model.ffn_hidden_size
-    qkv_rows = (heads + 2 * groups) * size
-    norm = hidden * (2 if model.normalization == "LayerNorm" else 1)
-    layer = hidden * (qkv_rows + heads * size + mlp_in + model.ffn_hidden_size) + 2 * norm
-    if model.qk_layernorm:
-        layer += 2 * size
-    if model.add_bias_linear or model.add_qkv_bias:
-        layer += qkv_rows
-    if model.add_bias_linear:
-        layer += 2 * hidden + mlp_in
-    embeddings = model.padded_vocab_size() * hidden * (2 if model.untie_embeddings_and_output_weights else 1)
-    return embeddings + model.num_layers * layer + norm

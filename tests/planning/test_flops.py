@@ -5,7 +5,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.model.apply_plan import apply_plan
-from megatron_sgt.model.flops import overhead, parameter_count, step_flops
+from megatron_sgt.planning.flops import overhead, step_flops
+from megatron_sgt.planning.parameters import parameter_count
 from tests.helpers.flops import flop_counter
 from tests.helpers.single import random_batch, single_model, small_config
 
