@@ -13,7 +13,7 @@ Part = Literal["embedding", "attention", "mlp", "norms", "output"]
 
 @dataclass(frozen=True)
 class Weight:
-    """``copies`` equal parameters of ``elements`` elements each, whole; tensor-parallel ranks share ``sharded`` ones."""
+    """``copies`` equal parameters of ``elements`` elements each; tensor-parallel ranks share the ``sharded`` ones."""
 
     name: str
     part: Part
