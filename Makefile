@@ -1,4 +1,4 @@
-# make quickstart | test | check | bench | env | clean      (make without a target lists them)
+# make quickstart | test | check | study | bench | env | clean      (make without a target lists them)
 #
 # Variables:  PYTHON=python3.12   the interpreter that makes .venv (3.10 or newer)
 #             PIP_FLAGS="..."     more flags for every pip install, e.g. --index-url of CPU-only torch wheels
@@ -26,12 +26,13 @@ define stage
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test check format bench clean distclean
+.PHONY: help env quickstart test check format study bench clean distclean
 
 help:
 	@echo "make quickstart   from nothing to a small grown, saved and resumed SGT model (CPU, a few minutes)"
 	@echo "make test         the test suite"
 	@echo "make check        formatting, lint, types, architecture"
+	@echo "make study        the paper's comparison at a size for two cores, in one table (15 minutes)"
 	@echo "make bench        step time and FLOPs of SGT beside vanilla"
 	@echo "make env          only make $(VENV) (the targets above do it when needed)"
 	@echo "make format       rewrite the sources as 'make check' wants them"
@@ -68,6 +69,9 @@ check: $(STAMP)
 
 format: $(STAMP)
 	@$(PY) -m ruff format . && $(PY) -m ruff check --fix .
+
+study: $(STAMP)
+	@PATH="$(BIN):$$PATH" $(THREADS) bash examples/study.sh
 
 bench: $(STAMP)
 	@$(PY) tools/bench/step_overhead.py

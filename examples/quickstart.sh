@@ -14,24 +14,16 @@ pretrain() { torchrun --standalone --nproc-per-node 2 pretrain_sgt.py --config "
 rm -rf "$out"
 mkdir -p "$out"
 
-say 1/6 "corpus: the sources of Python's standard library"
-python tools/build_corpus.py --output "$out/corpus.jsonl"
+say 1/4 "text: the sources of Python's standard library, a tokenizer of 2,048 tokens, a Megatron .bin/.idx"
+bash examples/prepare_text.sh "$out"
 
-say 2/6 "tokenizer: sentencepiece, 2,048 tokens"
-python tools/train_tokenizer.py --input "$out/corpus.jsonl" --output "$out/tokenizer.model" \
-  --vocab-size 2048 --sample-bytes 4000000
-
-say 3/6 "data set: Megatron .bin/.idx"
-python tools/preprocess_data.py --input "$out/corpus.jsonl" --output-prefix "$out/corpus" \
-  --tokenizer-model "$out/tokenizer.model" --append-eod
-
-say 4/6 "check the run without starting it"
+say 2/4 "check the run without starting it"
 python pretrain_sgt.py --config "$config" --dry-run
 
-say 5/6 "pretrain on 2 ranks (tensor parallel 2) until the structure is fixed, then stop"
+say 3/4 "pretrain on 2 ranks (tensor parallel 2) until the structure is fixed, then stop"
 pretrain train.exit_interval=120
 
-say 6/6 "resume from the checkpoint and finish"
+say 4/4 "resume from the checkpoint and finish"
 pretrain
 
 say done "everything worked; this is what happened"

@@ -28,10 +28,11 @@ LAYERS = {
     "evaluation": 5,
     "reporting": 5,
     "export": 6,
+    "study": 6,
     "engine": 6,
     "__main__": 7,
 }
-TORCH_FREE = ("errors", "cli", "config", "growth", "launch", "metrics", "planning", "reporting")
+TORCH_FREE = ("errors", "cli", "config", "growth", "launch", "metrics", "planning", "reporting", "study")
 TORCH_NAMES = ("torch", "deepspeed", "megatron", "transformers", "triton")
 
 

@@ -1,0 +1,161 @@
+"""What the runs of a study show: the table that mirrors the paper's, and whether its order is seen.
+
+Perplexities and FLOPs follow from configuration and seed. On a CPU with one thread per rank they are reproducible
+to the digit; times are not, and stand in a table of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Literal
+
+from megatron_sgt.errors import DataError
+from megatron_sgt.reporting.run_data import load_run
+
+Verdict = Literal["seen", "not seen", "undecided"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one run ended. ``flops``: of the whole run; ``step_seconds``: median of its last half."""
+
+    preset: str
+    seed: int
+    valid_loss: float
+    flops: float
+    step_seconds: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One preset over its seeds. Overheads are fractions over vanilla of the same seeds, None without vanilla.
+
+    ``perplexity_error``: standard error of the mean; None with a single seed.
+    """
+
+    preset: str
+    seeds: int
+    perplexity: float
+    perplexity_error: float | None
+    flops_overhead: float | None
+    time_overhead: float | None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """An order that the paper reports: ``better`` has the lower validation loss."""
+
+    text: str
+    better: str
+    worse: str
+    max_flops_overhead: float | None = None
+
+
+CLAIMS = (
+    Claim("SGT beats vanilla with at most 3 % more FLOPs", "sgt", "vanilla", 0.03),
+    Claim("highest-entropy heads beat lowest-entropy heads", "sgt", "sgt-lowest-heads"),
+    Claim("highest-entropy heads beat random heads", "sgt", "sgt-random-heads"),
+    Claim("two heads beat all heads", "sgt", "sgt-all-heads"),
+    Claim("deep to shallow beats shallow to deep", "sgt", "sgt-shallow-first"),
+    Claim("SGT is at least as good as looping three whole blocks", "sgt", "block-loop-3"),
+)
+
+
+def outcome_of(run_dir: Path, preset: str, seed: int) -> Outcome | None:
+    """The outcome of a run that has reached its last step and validated there; None if it has not."""
+    try:
+        run = load_run(run_dir)
+    except DataError:
+        return None
+    train, valid = run.of_kind("train"), run.of_kind("valid")
+    _, flops = run.cumulative("model_flops_per_step")
+    if not train or not valid or train[-1]["step"] != train[-1].get("train_iters"):
+        return None
+    if valid[-1]["step"] != train[-1]["step"]:
+        return None
+    _, seconds = run.series("train", "step_time_s")
+    late = seconds[len(seconds) // 2 :]
+    return Outcome(preset, seed, float(valid[-1]["loss"]), float(flops[-1]), float(median(late)))
+
+
+def rows_of(outcomes: Sequence[Outcome]) -> list[Row]:
+    """One row per preset, in the order in which they first appear."""
+    presets = list(dict.fromkeys(o.preset for o in outcomes))
+    base = {o.seed: o for o in outcomes if o.preset == "vanilla"}
+    return [_row(preset, [o for o in outcomes if o.preset == preset], base) for preset in presets]
+
+
+def _row(preset: str, runs: Sequence[Outcome], base: Mapping[int, Outcome]) -> Row:
+    perplexities = [math.exp(o.valid_loss) for o in runs]
+    pairs = [(o, base[o.seed]) for o in runs if o.seed in base]
+    return Row(
+        preset=preset,
+        seeds=len(runs),
+        perplexity=mean(perplexities),
+        perplexity_error=stdev(perplexities) / math.sqrt(len(runs)) if len(runs) > 1 else None,
+        flops_overhead=mean(o.flops / b.flops for o, b in pairs) - 1 if pairs else None,
+        time_overhead=mean(o.step_seconds / b.step_seconds for o, b in pairs) - 1 if pairs else None,
+    )
+
+
+def judge(claim: Claim, outcomes: Sequence[Outcome]) -> tuple[Verdict, str]:
+    """(verdict, reason) from the differences between runs of equal seed, which share data and initial weights.
+
+    "seen" or "not seen" when the mean difference lies more than two standard errors from 0, "undecided" otherwise
+    and with fewer than two seeds. A FLOPs bound that is broken makes a claim "not seen".
+    """
+    by = {(o.preset, o.seed): o for o in outcomes}
+    seeds = sorted(s for p, s in by if p == claim.better and (claim.worse, s) in by)
+    pairs = [(by[claim.better, s], by[claim.worse, s]) for s in seeds]
+    if not pairs:
+        return "undecided", "no pair of finished runs with the same seed"
+    extra = mean(a.flops / b.flops for a, b in pairs) - 1
+    if claim.max_flops_overhead is not None and extra > claim.max_flops_overhead:
+        return "not seen", f"its FLOPs are {100 * extra:.2f} % above, at this size"
+    gaps = [a.valid_loss - b.valid_loss for a, b in pairs]
+    if len(gaps) < 2:
+        return "undecided", f"one seed: loss {gaps[0]:+.4f}"
+    error = stdev(gaps) / math.sqrt(len(gaps))
+    text = f"loss {mean(gaps):+.4f} ± {error:.4f} over {len(gaps)} seeds"
+    if mean(gaps) < -2 * error:
+        return "seen", text
+    return ("not seen" if mean(gaps) > 2 * error else "undecided"), text
+
+
+def markdown(outcomes: Sequence[Outcome], note: str) -> str:
+    """The study as a page of Markdown. ``note``: what was trained, in a sentence."""
+    rows = rows_of(outcomes)
+    lines = [
+        "# Study",
+        "",
+        note,
+        "",
+        "| preset | seeds | FLOPs of the run over vanilla | validation perplexity, mean ± standard error |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        error = "" if row.perplexity_error is None else f" ± {row.perplexity_error:.3f}"
+        lines.append(
+            f"| {row.preset} | {row.seeds} | {_percent(row.flops_overhead)} | {row.perplexity:.3f}{error} |"
+        )
+    lines += ["", "| the paper's order | at this size | measured |", "| --- | --- | --- |"]
+    presets = {row.preset for row in rows}
+    for claim in (claim for claim in CLAIMS if {claim.better, claim.worse} <= presets):
+        verdict, reason = judge(claim, outcomes)
+        lines.append(f"| {claim.text} | {verdict} | {reason} |")
+    return "\n".join(lines) + "\n"
+
+
+def times_markdown(outcomes: Sequence[Outcome], note: str) -> str:
+    """The measured times, which no two executions share. ``note``: how the runs shared the machine."""
+    lines = ["# Measured time", "", note, "", "| preset | time per step over vanilla |", "| --- | --- |"]
+    lines += [f"| {row.preset} | {_percent(row.time_overhead)} |" for row in rows_of(outcomes)]
+    return "\n".join(lines) + "\n"
+
+
+def _percent(fraction: float | None) -> str:
+    return "" if fraction is None else f"{100 * fraction:+.2f} %"

@@ -1,0 +1,116 @@
+#!/usr/bin/env python
+"""Repeat the paper's comparison: train presets x seeds from one configuration, then write the table.
+
+Runs go on where they were stopped, so that a study can be made in slices: call it again until it says that it is
+complete. table.md (perplexity, FLOPs) is reproducible; times.md is what this machine took.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_sgt.cli import positive, run_main
+from megatron_sgt.config import Config, load_config
+from megatron_sgt.config.presets import PRESETS
+from megatron_sgt.errors import ConfigError
+from megatron_sgt.study.results import markdown, outcome_of, times_markdown
+from megatron_sgt.study.runner import Job, run_jobs
+
+SCRIPT = Path(__file__).resolve().parents[1] / "pretrain_sgt.py"
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE.yaml", help="the run to vary")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="values over those of the file"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder of all runs and tables"
+    )
+    parser.add_argument(
+        "--presets", default=",".join(PRESETS), metavar="A,B,...", help="default: all [%(default)s]"
+    )
+    parser.add_argument("--seeds", type=positive, default=2, metavar="N", help="seeds 1 to N [%(default)s]")
+    parser.add_argument(
+        "--at-once", type=positive, default=1, metavar="N", help="runs side by side [%(default)s]"
+    )
+    parser.add_argument(
+        "--minutes", type=float, metavar="M", help="stop (saving) after so long; default: to the end"
+    )
+    parser.add_argument(
+        "--ranks", type=positive, default=1, metavar="N", help="ranks of one run [%(default)s]"
+    )
+    return parser.parse_intermixed_args()
+
+
+def jobs_of(args: argparse.Namespace) -> list[Job]:
+    """The runs, seed by seed, so that early slices give whole comparisons. Raises ConfigError."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}"]
+    jobs = []
+    for seed in range(1, args.seeds + 1):
+        for preset in args.presets.split(","):
+            run_dir = args.output / f"{preset}-seed{seed}"
+            settings = [
+                *args.overrides,
+                f"train.seed={seed}",
+                f"growth.seed={seed}",
+                f"logging.run_dir={run_dir}",
+            ]
+            config = load_config(args.config, settings, preset)
+            if not config.train.eval_interval:
+                raise ConfigError("a study compares validation losses: set train.eval_interval")
+            command = [sys.executable, *(launcher if args.ranks > 1 else []), str(SCRIPT)]
+            command += ["--config", str(args.config), "--preset", preset, *settings]
+            jobs.append(Job(preset, seed, run_dir, tuple(command)))
+    return jobs
+
+
+def describe(config: Config, seeds: int) -> str:
+    """One sentence on what was trained."""
+    model, train = config.model, config.train
+    tokens = train.train_iters * train.global_batch_size * model.seq_length
+    return (
+        f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads, "
+        f"T = {model.seq_length}; {train.train_iters:,} steps of {train.global_batch_size} sequences, {tokens:,} "
+        f"tokens; seeds 1 to {seeds}, each with the same data order and initial weights for all presets."
+    )
+
+
+def main() -> int:
+    """Run a slice, write the tables of what is finished, say whether anything is left."""
+    args = arguments()
+    jobs = jobs_of(args)
+    left = run_jobs(jobs, args.at_once, None if args.minutes is None else 60 * args.minutes, print)
+    found = [outcome_of(job.run_dir, job.preset, job.seed) for job in jobs]
+    outcomes = [outcome for outcome in found if outcome is not None]
+    note = describe(load_config(args.config, args.overrides), args.seeds)
+    shared = (
+        "one run at a time"
+        if args.at_once == 1
+        else f"{args.at_once} runs side by side, which disturb each other"
+    )
+    (args.output / "table.md").write_text(markdown(outcomes, note))
+    (args.output / "times.md").write_text(
+        times_markdown(outcomes, f"Median of the last half of the steps; {shared}.")
+    )
+    first = [job.run_dir for job in jobs if job.seed == 1 and job.finished]
+    if len(first) > 1:
+        from megatron_sgt.reporting.compare import write_comparison
+
+        write_comparison(first, args.output / "compare", [job.preset for job in jobs if job.run_dir in first])
+    print(markdown(outcomes, note))
+    state = (
+        "complete"
+        if not left
+        else f"{len(left)} of {len(jobs)} runs are not finished; call it again to go on"
+    )
+    print(f"{args.output / 'table.md'}: {state}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
