@@ -1,0 +1,115 @@
+"""The reference of every setting, made from the configuration classes themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from megatron_sgt.config.base import shown
+from megatron_sgt.config.presets import PRESETS, preset_values
+from megatron_sgt.config.root import Config
+
+_BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+
+_HEAD = """\
+# Configuration
+
+Made by `python tools/config_reference.py`; a test holds it against the classes in `megatron_sgt/config/`.
+
+A configuration is one YAML file of the sections below. `base: other.yaml` takes another file's values first. On the
+command line, `section.key=value` goes over the file, and `--preset NAME` between the two. Unknown keys are refused
+with a suggestion; `python pretrain_sgt.py --config FILE --print-config` shows every value that a run gets.
+"""
+
+
+def reference() -> str:
+    """The whole reference as Markdown."""
+    return "\n".join([_HEAD, *_sections(Config), *_presets()]) + "\n"
+
+
+def _sections(config: type[BaseModel]) -> Iterator[str]:
+    for name, field in config.model_fields.items():
+        section = _section_class(field.annotation)
+        yield f"## {name}\n"
+        if section is None:
+            yield f"{field.description}\n"
+            continue
+        yield f"{' '.join((section.__doc__ or '').split())}\n"
+        yield from _table(f"{name}.", section)
+        yield ""
+
+
+def _table(prefix: str, section: type[BaseModel]) -> Iterator[str]:
+    yield "| key | values | default | meaning |"
+    yield "| --- | --- | --- | --- |"
+    for key, field in _leaves(prefix, section):
+        cells = (f"`{key}`", _type(field), _default(field), " ".join((field.description or "").split()))
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _leaves(prefix: str, section: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
+    """(dotted key, field) of a section and of the sections inside it."""
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}", field
+        inner = _section_class(field.annotation)
+        if inner is not None:
+            yield from _leaves(f"{prefix}{name}.", inner)
+
+
+def _section_class(annotation: Any) -> type[BaseModel] | None:
+    """The section class in an annotation such as ``Section`` or ``Section | None``."""
+    candidates = (annotation, *get_args(annotation))
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def _type(field: FieldInfo) -> str:
+    text = _type_name(field.annotation)
+    for bound in field.metadata:
+        text += "".join(
+            f" {sign} {getattr(bound, name):g}" for name, sign in _BOUNDS.items() if hasattr(bound, name)
+        )
+        text += ", not empty" if hasattr(bound, "min_length") else ""
+    return text
+
+
+def _type_name(annotation: Any) -> str:
+    origin, inside = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in inside)
+    if origin in (Union, UnionType):
+        return " or ".join("null" if part is type(None) else _type_name(part) for part in inside)
+    if origin is tuple:
+        return f"list of {_type_name(inside[0])}s"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "mapping"
+    names: Mapping[Any, str] = {int: "integer", float: "number", str: "text", bool: "`true`, `false`"}
+    return names.get(annotation, "mapping")
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True, validated_data={})
+    assert value is not PydanticUndefined
+    return f"`{shown(value)}`"
+
+
+def _presets() -> Iterator[str]:
+    yield "## Presets\n"
+    yield (
+        "`--preset NAME` trains the file's run as a baseline or an ablation: it changes the growth section alone, and "
+        "appends its name to `logging.run_dir`. The layers of a block loop are those in the middle (here: of 24).\n"
+    )
+    yield "| preset | growth settings |"
+    yield "| --- | --- |"
+    for name in PRESETS:
+        values = preset_values(name, {"model": {"num_layers": 24}})["growth"]
+        settings = ", ".join(
+            f"`{key}: {shown(value)}`" for key, value in values.items() if value not in ([], None)
+        )
+        yield f"| `{name}` | {settings} |"
