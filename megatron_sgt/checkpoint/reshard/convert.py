@@ -15,8 +15,6 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from megatron_sgt.checkpoint import layout
 from megatron_sgt.checkpoint.reshard.layout_free import LAYOUT_FREE, file_name
 from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES
@@ -24,7 +22,7 @@ from megatron_sgt.checkpoint.reshard.source import PREFIX, Source, open_source
 from megatron_sgt.checkpoint.reshard.tensor_file import TensorFileWriter
 from megatron_sgt.compat.quiet import quiet_imports
 from megatron_sgt.errors import CheckpointError
-from megatron_sgt.model.hf_weights import Entry, join_entry, name_map
+from megatron_sgt.model.hf_weights import Entry, name_map
 
 
 def entries_of(source: Source, part: int, parts: int) -> list[Entry]:
@@ -51,7 +49,7 @@ def write_part(source: Source, destination: Path, part: int = 0, parts: int = 1)
     entries = entries_of(source, part, parts)
     if not entries:
         return 0.0
-    shapes = {name: shape for entry in entries for name, shape in _whole_shapes(source, entry).items()}
+    shapes = {name: shape for entry in entries for name, shape in source.whole_shapes(entry).items()}
     drift = 0.0
     try:
         with ExitStack() as stack:
@@ -71,19 +69,10 @@ def write_part(source: Source, destination: Path, part: int = 0, parts: int = 1)
 
 def _write_entry(source: Source, entry: Entry, quantity: str, writer: TensorFileWriter) -> float:
     """Merge and write one parameter's ``quantity``; a function, so that no tensor outlives its turn."""
-    shards = [rank.read(PREFIX + entry.megatron, quantity) for rank in source.ranks]
-    for name, tensor in zip(entry.hf, join_entry(entry, shards, source.model), strict=True):
+    tensors, drift = source.whole(entry, quantity)
+    for name, tensor in tensors.items():
         writer.append(name, tensor)
-    if entry.kind != "replicated":
-        return 0.0
-    return max(float((shard - shards[0]).abs().max()) for shard in shards)
-
-
-def _whole_shapes(source: Source, entry: Entry) -> dict[str, tuple[int, ...]]:
-    """Shapes of an entry's whole tensors, found by merging tensors without data."""
-    shards = [torch.empty(rank.shapes[PREFIX + entry.megatron], device="meta") for rank in source.ranks]
-    merged = join_entry(entry, shards, source.model)
-    return {name: tuple(tensor.shape) for name, tensor in zip(entry.hf, merged, strict=True)}
+    return drift
 
 
 def commit(source: Source, temporary: Path, final: Path) -> int:

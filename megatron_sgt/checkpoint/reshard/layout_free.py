@@ -55,8 +55,18 @@ class LayoutFreeReader:
         self, entry: Entry, quantity: str, model: ModelConfig, tp_size: int = 1, tp_rank: int = 0
     ) -> Tensor:
         """One rank's shard of a parameter's ``quantity``, fp32; at most three copies of it exist meanwhile."""
+        return shard_entry(entry, list(self.whole(entry, quantity).values()), model, tp_size, tp_rank)
+
+    def whole(self, entry: Entry, quantity: str) -> dict[str, Tensor]:
+        """A parameter's whole tensors of ``quantity``, fp32, by Hugging Face name."""
+        return {name: self._find(quantity, name).get_tensor(name) for name in entry.hf}
+
+    def whole_shapes(self, entry: Entry, quantity: str) -> dict[str, tuple[int, ...]]:
+        """Shapes of what ``whole`` returns; reads no data."""
+        return {name: tuple(self._find(quantity, name).get_slice(name).get_shape()) for name in entry.hf}
+
+    def _find(self, quantity: str, name: str) -> Any:
         try:
-            whole = [self._file_of[quantity, name].get_tensor(name) for name in entry.hf]
-        except KeyError as error:
-            raise CheckpointError(f"{self._folder} holds no {quantity} of {error.args[0][1]}") from error
-        return shard_entry(entry, whole, model, tp_size, tp_rank)
+            return self._file_of[quantity, name]
+        except KeyError:
+            raise CheckpointError(f"{self._folder} holds no {quantity} of {name}") from None

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from megatron_sgt.checkpoint import layout
 from megatron_sgt.checkpoint.reshard.rank_state import RankState, common_step
 from megatron_sgt.checkpoint.reshard.stage0 import Stage0State
@@ -14,7 +17,7 @@ from megatron_sgt.checkpoint.reshard.stage12 import Stage12State
 from megatron_sgt.config import load_config
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError
-from megatron_sgt.model.hf_weights import name_map
+from megatron_sgt.model.hf_weights import Entry, join_entry, name_map
 
 PREFIX = "gpt."
 """What the model's parameter names have before those of the weight table."""
@@ -36,6 +39,25 @@ class Source:
     def step(self) -> int:
         """AdamW's step. Raises CheckpointError if the tensor-parallel ranks differ in it."""
         return common_step((rank.step for rank in self.ranks), self.folder)
+
+    def whole(self, entry: Entry, quantity: str) -> tuple[dict[str, Tensor], float]:
+        """One parameter's ``quantity`` (of QUANTITIES), merged from all tensor-parallel ranks.
+
+        Returns:
+            Its whole fp32 tensors by Hugging Face name, and the largest difference between the ranks' copies
+            where it is replicated; rank 0's is taken.
+        """
+        shards = [rank.read(PREFIX + entry.megatron, quantity) for rank in self.ranks]
+        drift = 0.0
+        if entry.kind == "replicated":
+            drift = max(float((shard - shards[0]).abs().max()) for shard in shards)
+        return dict(zip(entry.hf, join_entry(entry, shards, self.model), strict=True)), drift
+
+    def whole_shapes(self, entry: Entry) -> dict[str, tuple[int, ...]]:
+        """Shapes of what ``whole`` returns, found by merging tensors without data."""
+        shards = [torch.empty(rank.shapes[PREFIX + entry.megatron], device="meta") for rank in self.ranks]
+        merged = join_entry(entry, shards, self.model)
+        return {name: tuple(tensor.shape) for name, tensor in zip(entry.hf, merged, strict=True)}
 
 
 def open_source(folder: Path) -> Source:

@@ -17,18 +17,22 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-_BYTES = 4
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class TensorFileWriter:
-    """Context manager: ``append`` every tensor in the order of ``shapes``; fp32 only.
+    """Context manager: ``append`` every tensor in the order of ``shapes``.
 
     Args:
         shapes: of all tensors, by name, in the order in which they will come.
+        dtype: of all tensors: fp32, bf16 or fp16.
     """
 
-    def __init__(self, path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+    def __init__(
+        self, path: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype = torch.float32
+    ) -> None:
         self._path = path
+        self._dtype = dtype
         self._waiting = [(name, tuple(shape)) for name, shape in shapes.items()]
         self._waiting.reverse()
 
@@ -36,8 +40,8 @@ class TensorFileWriter:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, shape in reversed(self._waiting):
-            end = offset + _BYTES * math.prod(shape)
-            header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+            end = offset + self._dtype.itemsize * math.prod(shape)
+            header[name] = {"dtype": _NAMES[self._dtype], "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
@@ -48,11 +52,11 @@ class TensorFileWriter:
     def append(self, name: str, tensor: Tensor) -> None:
         """Write one tensor. Raises ValueError when it is not the one that comes next."""
         expected = self._waiting.pop() if self._waiting else None
-        if (name, tuple(tensor.shape)) != expected or tensor.dtype != torch.float32:
+        if (name, tuple(tensor.shape)) != expected or tensor.dtype != self._dtype:
             raise ValueError(
-                f"expected {expected} as float32, got {name} {tuple(tensor.shape)} {tensor.dtype}"
+                f"expected {expected} as {self._dtype}, got {name} {tuple(tensor.shape)} {tensor.dtype}"
             )
-        self._stream.write(tensor.contiguous().numpy().data)
+        self._stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

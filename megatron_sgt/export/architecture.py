@@ -1,0 +1,128 @@
+"""From the project's model to a Hugging Face ``config.json``: which architecture, under which names.
+
+A model that never grew is a plain Llama, Qwen2 or Qwen3 where one of them is exactly the same function; every other
+one is ``sgt``, whose code travels with the folder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_sgt.config.model import ModelConfig
+from megatron_sgt.growth import LayerPlan, LoopPlan
+
+TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+AUTO_MAP = {
+    "AutoConfig": "configuration_sgt.SGTConfig",
+    "AutoModel": "modeling_sgt.SGTModel",
+    "AutoModelForCausalLM": "modeling_sgt.SGTForCausalLM",
+}
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Ids that generation needs; None where the tokenizer has none."""
+
+    bos: int | None = None
+    eos: int | None = None
+    pad: int | None = None
+
+
+def plain_architecture(model: ModelConfig, plan: LoopPlan) -> tuple[str | None, str]:
+    """The class of transformers that computes exactly this model (None: there is none), and why, in a phrase."""
+    if plan.layers:
+        return None, f"it loops in layers {', '.join(str(n) for n, _ in plan.layers)}"
+    if model.normalization != "RMSNorm" or model.activation != "swiglu":
+        return None, f"no plain decoder there has {model.normalization} with {model.activation}"
+    if model.hidden_size % model.num_attention_heads:
+        return None, f"transformers wants heads to divide hidden_size {model.hidden_size}"
+    if model.qk_layernorm:
+        if model.add_qkv_bias or model.add_bias_linear:
+            return None, "no plain decoder there has q/k norms and these biases"
+        return "Qwen3ForCausalLM", "it never grew and has q/k norms"
+    if model.add_qkv_bias and not model.add_bias_linear:
+        return "Qwen2ForCausalLM", "it never grew and has q/k/v biases"
+    return "LlamaForCausalLM", "it never grew"
+
+
+def hf_config(
+    model: ModelConfig, plan: LoopPlan, vocab_rows: int, dtype: str, tokens: TokenIds
+) -> dict[str, Any]:
+    """The contents of ``config.json``.
+
+    Args:
+        vocab_rows: rows of the exported embedding.
+        dtype: "fp32", "bf16" or "fp16", of the exported weights.
+    """
+    common = {
+        "vocab_size": vocab_rows,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups,
+        "head_dim": model.kv_channels,
+        "hidden_act": "silu" if model.activation == "swiglu" else "gelu",
+        "rms_norm_eps": model.layernorm_epsilon,
+        "rope_theta": model.rotary_base,
+        "max_position_embeddings": model.seq_length,
+        "attention_dropout": model.attention_dropout,
+        "initializer_range": model.init_method_std,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "use_cache": True,
+        "torch_dtype": TORCH_NAMES[dtype],
+        "bos_token_id": tokens.bos,
+        "eos_token_id": tokens.eos,
+        # Not the padding token: it would switch off the training of that token's embedding.
+        "pad_token_id": None,
+    }
+    plain, _ = plain_architecture(model, plan)
+    if plain is None:
+        return _sgt_head() | common | _sgt_tail(model, plan)
+    family = plain.removesuffix("ForCausalLM").lower()
+    biases = {
+        "llama": {"attention_bias": model.add_bias_linear, "mlp_bias": model.add_bias_linear},
+        "qwen2": {"use_sliding_window": False},
+        "qwen3": {"use_sliding_window": False, "attention_bias": False},
+    }
+    # transformers 4 reads rope_theta, transformers 5 rope_parameters.
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base}}
+    return {"architectures": [plain], "model_type": family} | common | biases[family] | rope
+
+
+def _sgt_head() -> dict[str, Any]:
+    return {"architectures": ["SGTForCausalLM"], "model_type": "sgt", "auto_map": dict(AUTO_MAP)}
+
+
+def _sgt_tail(model: ModelConfig, plan: LoopPlan) -> dict[str, Any]:
+    return {
+        "gated_mlp": model.activation == "swiglu",
+        "normalization": model.normalization,
+        "qk_norm": model.qk_layernorm,
+        "attention_bias": model.add_qkv_bias or model.add_bias_linear,
+        "attention_out_bias": model.add_bias_linear,
+        "mlp_bias": model.add_bias_linear,
+        "sgt_loops": {str(n): _loop(layer) for n, layer in plan.layers},
+    }
+
+
+def _loop(layer: LayerPlan) -> dict[str, Any]:
+    """``{"heads": [4, 11], "depth": 1}``, and what else the layer does."""
+    entry: dict[str, Any] = {"heads": list(layer.kept_heads), "depth": layer.loops}
+    if layer.other_gate:
+        entry["other_gate"] = layer.other_gate
+    if layer.block_loops:
+        entry["block_loops"] = layer.block_loops
+    return entry
+
+
+def generation_config(tokens: TokenIds, unused_ids: range) -> dict[str, Any]:
+    """The contents of ``generation_config.json``. ``unused_ids``: rows of padding, which no text has."""
+    values: dict[str, Any] = {
+        "bos_token_id": tokens.bos,
+        "eos_token_id": tokens.eos,
+        "pad_token_id": tokens.pad,
+    }
+    values = {name: value for name, value in values.items() if value is not None}
+    return values | ({"suppress_tokens": list(unused_ids)} if unused_ids else {})

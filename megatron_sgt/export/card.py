@@ -1,0 +1,101 @@
+"""The README.md of an exported folder: what the model is, how it grew, how to load it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_sgt.checkpoint.contents import LoopingLayer
+from megatron_sgt.export.source import ExportSource
+from megatron_sgt.growth import LoopPlan
+from megatron_sgt.metrics.units import si
+
+_PAPER = "[Sparse Growing Transformer](https://arxiv.org/abs/2603.23998)"
+_CUSTOM = (
+    "The model's code is part of this folder ({files}), so `transformers` asks for `trust_remote_code=True`: read "
+    "it first if the folder does not come from you."
+)
+
+
+def model_card(source: ExportSource, plan: LoopPlan, config: dict[str, Any], training_gates: bool) -> str:
+    """Markdown with the front matter that model hubs read.
+
+    Args:
+        config: the folder's ``config.json``.
+    """
+    details = source.details
+    custom = config["model_type"] == "sgt"
+    title = (
+        f"{'Sparse Growing Transformer' if plan.layers else 'Decoder'}, {si(details.parameters)} parameters"
+    )
+    trust = ", trust_remote_code=True" if custom else ""
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [sgt, megatron_sgt]",
+        "---",
+        "",
+        f"# {title}",
+        "",
+        f"Pretrained with megatron_sgt ({_PAPER}): step {details.step:,} of {details.train_iters:,}, "
+        f"{details.tokens:,} tokens, growth phase `{details.growth.phase}`.",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})',
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+        "```",
+        "",
+        *_growth_section(details.growth.layers, plan, training_gates),
+        "## Shape",
+        "",
+        "| | |",
+        "| --- | --- |",
+        *(f"| {name} | {value} |" for name, value in _shape(source, config)),
+        "",
+    ]
+    if custom:
+        code = "`configuration_sgt.py`, `attention_sgt.py`, `modeling_sgt.py`"
+        lines += ["## Custom code", "", _CUSTOM.format(files=code), ""]
+    return "\n".join(lines)
+
+
+def _shape(source: ExportSource, config: dict[str, Any]) -> list[tuple[str, str]]:
+    model = source.config.model
+    rows, known = source.vocab_rows, model.vocab_size or source.vocab_rows
+    padding = "" if rows == known else f", the last {rows - known} of them padding that no text has"
+    return [
+        ("architecture", config["architectures"][0]),
+        ("layers, hidden size, MLP", f"{model.num_layers}, {model.hidden_size}, {model.ffn_hidden_size}"),
+        ("query heads, key/value heads, head size",
+         f"{model.num_attention_heads}, {model.num_query_groups}, {model.kv_channels}"),
+        ("vocabulary", f"{rows:,} rows{padding}"),
+        ("trained context", f"{model.seq_length:,} tokens"),
+        ("stored in", config["torch_dtype"]),
+    ]  # fmt: skip
+
+
+def _growth_section(layers: tuple[LoopingLayer, ...], plan: LoopPlan, training_gates: bool) -> list[str]:
+    if not plan.layers:
+        return []
+    rows = [
+        "## Growth history",
+        "",
+        "| layer | selected after step | loops | heads that loop |",
+        "| --- | --- | --- | --- |",
+    ]
+    for n in layers:
+        heads = ", ".join(map(str, n.kept_heads)) or "the whole layer"
+        when = "from the start" if n.selected_at is None else f"{n.selected_at:,}"
+        rows.append(f"| {n.layer} | {when} | {n.depth} | {heads} |")
+    fading = [n for n, layer in plan.layers if layer.other_gate]
+    if fading:
+        gates = ", ".join(f"{plan[n].other_gate:.4g} in layer {n}" for n in fading)
+        rows += ["", f"Exported inside a decay window with its gates: the other heads loop at {gates}."]
+    elif any(n.other_gate for n in layers) and not training_gates:
+        rows += [
+            "",
+            "Saved inside a decay window, exported with the gates of inference: kept heads 1, others 0.",
+        ]
+    return [*rows, ""]

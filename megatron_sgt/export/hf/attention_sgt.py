@@ -1,0 +1,253 @@
+"""Attention of a Sparse Growing Transformer, its loops, and their place in transformers' caches.
+
+Every attention pass has keys and values of its own: a cache holds one entry per pass, in the order of execution,
+an entry of a loop only the keys and values of the heads that loop.
+
+Shapes: B batch, S new tokens, T all tokens so far, D hidden, N query heads, H head size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_sgt import SGTConfig
+
+
+class SGTRMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · w over the last dimension."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., size]."""
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+def rotary_embedding(position_ids: Tensor, config: SGTConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, S, H] of positions [B, S].
+
+    Angles are computed in fp32 whatever the model was cast to: in bf16, positions above 256 would collide.
+    """
+    size = config.head_dim
+    exponent = torch.arange(0, size, 2, dtype=torch.float32, device=position_ids.device) / size
+    angles = position_ids[..., None].float() * (1.0 / config.rope_theta**exponent)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, *, S, H] in the half-split convention."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """The definition, as transformers wants it: query [B, N, S, H] -> ([B, S, N, H], weights [B, N, S, T])."""
+    repeat = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(repeat, dim=1) if repeat > 1 else t for t in (key, value))
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask[:, :, :, : key.shape[-2]]
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> tuple:
+    """Attention through the implementation that the configuration names."""
+    kind = module.config._attn_implementation
+    attention: Callable = eager_attention_forward if kind == "eager" else ALL_ATTENTION_FUNCTIONS[kind]
+    dropout = module.config.attention_dropout if module.training else 0.0
+    return attention(module, query, key, value, mask, dropout=dropout, scaling=module.scaling, **kwargs)
+
+
+class SGTAttention(nn.Module):
+    """The ordinary attention of all heads; keeps the weights that the loops use again."""
+
+    def __init__(self, config: SGTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_out_bias)
+        if config.qk_norm:
+            self.q_norm = SGTRMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = SGTRMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Any, cached: CachedPass, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [B, S, D] -> (output [B, S, D], attention weights or None)."""
+        query, key, value = self.prepare(self.q_proj(x), self.k_proj(x), self.v_proj(x), rotary)
+        key, value = cached.update(key, value)
+        out, weights = _attend(self, query, key, value, mask, **kwargs)
+        return self.o_proj(out.reshape(*x.shape[:-1], -1)), weights
+
+    def prepare(
+        self, query: Tensor, key: Tensor, value: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Projections [B, S, heads · H] -> [B, heads, S, H], queries and keys normalised and rotated."""
+        query, key, value = (t.unflatten(-1, (-1, self.head_dim)) for t in (query, key, value))
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+        return _rotate(query, *rotary), _rotate(key, *rotary), value
+
+
+class CachedPass:
+    """The place of one attention pass in a cache (or in none)."""
+
+    def __init__(self, cache: Cache | None, index: int, cache_position: Tensor) -> None:
+        self.cache = cache
+        self.index = index
+        self.cache_position = cache_position
+
+    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append new keys and values [B, *, S, H]; returns all."""
+        if self.cache is None:
+            return key, value
+        return self.cache.update(key, value, self.index, {"cache_position": self.cache_position})
+
+
+class SGTHeadLoop(nn.Module):
+    """One more pass of the looping heads of a layer, with the weights of its attention. Has no parameters.
+
+    Inside a decay window (``other_gate`` above 0) all heads loop, those not kept times ``other_gate``.
+    """
+
+    def __init__(self, config: SGTConfig, layer_idx: int) -> None:
+        super().__init__()
+        loop = config.loop_of(layer_idx)
+        kept, gate = set(loop["heads"]), float(loop["other_gate"])
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = True
+        self.num_key_value_groups = 1  # forward() gives every head its own keys and values
+        self.scaling = config.head_dim**-0.5
+        self.heads = list(range(config.num_attention_heads)) if gate else sorted(kept)
+        shared = config.num_attention_heads // config.num_key_value_heads
+        self.groups = sorted({head // shared for head in self.heads})
+        self.slots = [self.groups.index(head // shared) for head in self.heads]
+        self.gates = [1.0 if head in kept else gate for head in self.heads] if gate else None
+
+    def forward(
+        self,
+        attention: SGTAttention,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Any,
+        cached: CachedPass,
+        **kwargs: Any,
+    ) -> Tensor:
+        """x [B, S, D] -> [B, S, D]."""
+        size = attention.head_dim
+        query = _some_rows(attention.q_proj, x, self.heads, size)
+        key, value = (_some_rows(p, x, self.groups, size) for p in (attention.k_proj, attention.v_proj))
+        query, key, value = attention.prepare(query, key, value, rotary)
+        key, value = cached.update(key, value)
+        if self.slots != list(range(len(self.groups))):
+            key, value = (torch.cat([t[:, s : s + 1] for s in self.slots], dim=1) for t in (key, value))
+        out, _ = _attend(self, query, key, value, mask, **kwargs)
+        if self.gates is not None:
+            out = out * torch.tensor(self.gates, dtype=out.dtype, device=out.device)[:, None]
+        return _some_columns(
+            attention.o_proj,
+            out.reshape(*x.shape[:-1], -1),
+            self.heads,
+            size,
+            self.config.num_attention_heads,
+        )
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a slice of the weight may be used: not with adapters, quantised, offloaded or spread by ZeRO-3."""
+    return (
+        type(linear) is nn.Linear
+        and not hasattr(linear, "_hf_hook")
+        and linear.weight.shape == (linear.out_features, linear.in_features)
+        and not linear.weight.is_meta
+    )
+
+
+def _some_rows(linear: Any, x: Tensor, blocks: Sequence[int], size: int) -> Tensor:
+    """The outputs ``blocks`` (each of ``size``) of ``linear(x)``."""
+    if not _is_plain(linear):
+        out = linear(x)
+        return torch.cat([out[..., b * size : (b + 1) * size] for b in blocks], dim=-1)
+    weight = torch.cat([linear.weight[b * size : (b + 1) * size] for b in blocks])
+    bias = linear.bias
+    if bias is not None:
+        bias = torch.cat([bias[b * size : (b + 1) * size] for b in blocks])
+    return F.linear(x, weight, bias)
+
+
+def _some_columns(linear: Any, x: Tensor, blocks: Sequence[int], size: int, total: int) -> Tensor:
+    """``linear`` of an input that is ``x`` in ``blocks`` of ``total``, and 0 in the others."""
+    if _is_plain(linear):
+        weight = torch.cat([linear.weight[:, b * size : (b + 1) * size] for b in blocks], dim=1)
+        return F.linear(x, weight, linear.bias)
+    parts = dict(zip(blocks, x.split(size, dim=-1), strict=True))
+    zeros = torch.zeros_like(x[..., :size])
+    return linear(torch.cat([parts.get(b, zeros) for b in range(total)], dim=-1))
+
+
+def make_room_for_loops(cache: Cache | None, config: SGTConfig) -> None:
+    """Give a cache that was made for one pass per layer an entry for each pass, in the order of execution.
+
+    Raises:
+        ValueError: the cache is in use already, and by a model with other loops.
+    """
+    passes = [config.passes_of(n) for n in range(config.num_hidden_layers)]
+    layers = getattr(cache, "layers", None)
+    if (
+        cache is None or not layers or len(layers) == sum(passes)
+    ):  # none, growing by itself, or made room in before
+        return
+    if len(layers) != len(passes) or cache.get_seq_length() > 0:
+        raise ValueError(
+            f"this cache has {len(layers)} entries; a model with {sum(passes)} attention passes in {len(passes)} "
+            "layers needs a new cache, made from its own configuration"
+        )
+    cache.layers = [
+        entry
+        for layer, count in zip(layers, passes, strict=True)
+        for entry in [layer, *_twins(layer, count - 1)]
+    ]
+
+
+def _twins(layer: Any, count: int) -> list[Any]:
+    """Empty cache layers of the same kind, which take the shape of the first keys that they are given."""
+    twins = [copy.copy(layer) for _ in range(count)]
+    for twin in twins:
+        twin.keys = twin.values = None
+        twin.is_initialized = False
+        if isinstance(getattr(twin, "cumulative_length", None), Tensor):
+            twin.cumulative_length = torch.zeros_like(twin.cumulative_length)
+    return twins

@@ -1,0 +1,118 @@
+"""Configuration of a Sparse Growing Transformer (arXiv 2603.23998) for transformers 4.57 and 5."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+
+class SGTConfig(PretrainedConfig):
+    """A LLaMA-style decoder, some layers of which attend again with some of their heads.
+
+    Args (beyond those of ``LlamaConfig``, under its names):
+        sgt_loops: layer (as text, from 0) -> ``{"heads": [4, 11], "depth": 1}``: these query heads are executed
+            ``depth`` more times, each time with a residual of its own. Optional entries of a layer:
+            ``"other_gate"``: the gate in (0, 1] of its other heads, of a model exported inside a decay window;
+            ``"block_loops"``: how often the whole layer is executed again (the static baseline; ``depth`` is 0).
+        attention_bias, attention_out_bias, mlp_bias: biases of q/k/v, of the output projection, of the MLP.
+        qk_norm: RMSNorm of every query and key head before the rotation.
+        normalization: "RMSNorm" or "LayerNorm".
+        gated_mlp: down(act(gate(x)) * up(x)) if true, else down(act(up(x))).
+
+    Raises:
+        ValueError: ``sgt_loops`` names a layer or a head that does not exist.
+    """
+
+    model_type = "sgt"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (as in transformers)
+
+    def __init__(
+        self,
+        vocab_size: int = 32000,
+        hidden_size: int = 2048,
+        intermediate_size: int = 5504,
+        num_hidden_layers: int = 24,
+        num_attention_heads: int = 16,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        hidden_act: str = "silu",
+        gated_mlp: bool = True,
+        normalization: str = "RMSNorm",
+        rms_norm_eps: float = 1e-6,
+        rope_theta: float = 10000.0,
+        max_position_embeddings: int = 4096,
+        qk_norm: bool = False,
+        attention_bias: bool = False,
+        attention_out_bias: bool = False,
+        mlp_bias: bool = False,
+        attention_dropout: float = 0.0,
+        initializer_range: float = 0.02,
+        use_cache: bool = True,
+        sgt_loops: dict[str, dict[str, Any]] | None = None,
+        pad_token_id: int | None = None,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        tie_word_embeddings: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.hidden_act = hidden_act
+        self.gated_mlp = gated_mlp
+        self.normalization = normalization
+        self.rms_norm_eps = rms_norm_eps
+        self.rope_theta = rope_theta
+        self.max_position_embeddings = max_position_embeddings
+        self.qk_norm = qk_norm
+        self.attention_bias = attention_bias
+        self.attention_out_bias = attention_out_bias
+        self.mlp_bias = mlp_bias
+        self.attention_dropout = attention_dropout
+        self.initializer_range = initializer_range
+        self.use_cache = use_cache
+        self.sgt_loops = {str(layer): dict(loop) for layer, loop in (sgt_loops or {}).items()}
+        self._check_loops()
+        super().__init__(
+            pad_token_id=pad_token_id,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            **kwargs,
+        )
+
+    def loop_of(self, layer: int) -> dict[str, Any]:
+        """The loops of one layer, with every entry present."""
+        return {
+            "heads": [],
+            "depth": 0,
+            "other_gate": 0.0,
+            "block_loops": 0,
+            **self.sgt_loops.get(str(layer), {}),
+        }
+
+    def passes_of(self, layer: int) -> int:
+        """How often one layer attends: 1, and the loops. As many entries it has in a cache."""
+        loop = self.loop_of(layer)
+        return (1 + loop["depth"]) * (1 + loop["block_loops"])
+
+    def _check_loops(self) -> None:
+        if self.normalization not in ("RMSNorm", "LayerNorm"):
+            raise ValueError(f"normalization {self.normalization!r}: choose RMSNorm or LayerNorm")
+        for layer, loop in self.sgt_loops.items():
+            if not layer.isdigit() or int(layer) >= self.num_hidden_layers:
+                raise ValueError(f"sgt_loops: layer {layer} of a model with {self.num_hidden_layers} layers")
+            heads = loop.get("heads", [])
+            if not all(isinstance(h, int) and 0 <= h < self.num_attention_heads for h in heads):
+                raise ValueError(
+                    f"sgt_loops: heads {heads} of layer {layer}, which has {self.num_attention_heads}"
+                )
+            if bool(heads) != bool(loop.get("depth", 0)) or len(set(heads)) != len(heads):
+                raise ValueError(
+                    f"sgt_loops: layer {layer} loops heads {heads} to depth {loop.get('depth', 0)}"
+                )

@@ -1,0 +1,119 @@
+"""What an export reads of a checkpoint: its model, its structure, its weights one parameter at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_sgt.checkpoint import layout
+from megatron_sgt.checkpoint.contents import Details, GrowthContents, read_contents
+from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader
+from megatron_sgt.checkpoint.reshard.rank_state import WEIGHTS
+from megatron_sgt.checkpoint.reshard.source import Source, open_source
+from megatron_sgt.config import Config, load_config
+from megatron_sgt.errors import CheckpointError, SGTError
+from megatron_sgt.growth import LayerPlan, LoopPlan
+from megatron_sgt.model.hf_weights import Entry, name_map
+
+
+def find_checkpoint(load: Path, step: int | None = None) -> Path:
+    """The whole checkpoint that is meant: ``load`` itself, the one after ``step``, or the latest below ``load``.
+
+    Raises:
+        CheckpointError: there is none, or files of it are missing or changed.
+    """
+    if step is not None and not (load / layout.MANIFEST_FILE).is_file():
+        tags = layout.finished_tags(load)
+        if layout.tag_for(step) not in tags:
+            raise CheckpointError(
+                f"no checkpoint of step {step} in {load}; there are: {', '.join(tags) or 'none'}"
+            )
+        folder = load / layout.tag_for(step)
+    else:
+        folder = layout.resolve(load)
+    layout.verify_sizes(folder)
+    return folder
+
+
+def plan_of(growth: GrowthContents, num_layers: int, training_gates: bool = False) -> LoopPlan:
+    """What the model executes: at inference kept heads alone, or with the gates of the step that was saved."""
+    block = growth.method == "block_loop"
+    layers = tuple(
+        (
+            n.layer,
+            LayerPlan(block_loops=n.depth) if block else LayerPlan(n.depth, n.kept_heads, n.other_gate),
+        )
+        for n in growth.layers
+    )
+    plan = LoopPlan(num_layers, layers)
+    return plan if training_gates else plan.inference()
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """An opened checkpoint. ``vocab_rows``: rows of the vocabulary that ``read`` returns.
+
+    ``names``: every whole tensor's Hugging Face name and shape, in the order of ``read``.
+    """
+
+    folder: Path
+    config: Config
+    details: Details
+    vocab_rows: int
+    names: dict[str, tuple[int, ...]]
+    _weights: Source | LayoutFreeReader
+
+    def entries(self) -> Iterator[Entry]:
+        """The parameters of the model, embedding first."""
+        return name_map(self.config.model)
+
+    def read(self, entry: Entry) -> tuple[dict[str, Tensor], float]:
+        """One parameter's whole fp32 tensors by Hugging Face name; and by how much the tensor-parallel ranks'
+        copies differed, where it is replicated (rank 0's is taken)."""
+        if isinstance(self._weights, Source):
+            tensors, drift = self._weights.whole(entry, WEIGHTS)
+        else:
+            tensors, drift = self._weights.whole(entry, WEIGHTS), 0.0
+        if entry.kind == "vocab":
+            tensors = {name: tensor[: self.vocab_rows] for name, tensor in tensors.items()}
+        return tensors, drift
+
+
+def open_checkpoint(load: Path, step: int | None = None, keep_padding: bool = False) -> ExportSource:
+    """Open a checkpoint of any layout; needs no process group and reads no weights yet.
+
+    Args:
+        keep_padding: leave the rows in that the vocabulary was padded with.
+
+    Raises:
+        CheckpointError: whatever is wrong with it.
+    """
+    folder = find_checkpoint(load, step)
+    try:
+        contents = read_contents(folder, lambda _: [])
+        if contents.details is None:
+            raise CheckpointError(f"{folder} cannot be read: {'; '.join(contents.problems)}")
+        config = load_config(folder / layout.CONFIG_FILE)
+        free = contents.details.layout is None
+        weights = LayoutFreeReader(folder) if free else open_source(folder)
+    except CheckpointError:
+        raise
+    except SGTError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}") from error
+    shapes: dict[str, tuple[int, ...]] = {}
+    rows = 0
+    for entry in name_map(config.model):
+        found = (
+            weights.whole_shapes(entry)
+            if isinstance(weights, Source)
+            else weights.whole_shapes(entry, WEIGHTS)
+        )
+        if entry.kind == "vocab":
+            padded = found[entry.hf[0]][0]
+            rows = padded if keep_padding else min(padded, config.model.vocab_size or padded)
+            found = {name: (rows, *shape[1:]) for name, shape in found.items()}
+        shapes |= found
+    return ExportSource(folder, config, contents.details, rows, shapes, weights)

@@ -1,0 +1,139 @@
+"""From a checkpoint of any layout to a Hugging Face folder; on a CPU, without a process group, streaming."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_sgt.checkpoint.reshard.convert import fresh_folder
+from megatron_sgt.config.data import TokenizerConfig
+from megatron_sgt.errors import CheckpointError, SGTError
+from megatron_sgt.export.architecture import TokenIds, generation_config, hf_config, plain_architecture
+from megatron_sgt.export.card import model_card
+from megatron_sgt.export.hf.tokenizer import write_tokenizer
+from megatron_sgt.export.shards import write_weights
+from megatron_sgt.export.source import ExportSource, open_checkpoint, plan_of
+from megatron_sgt.growth import LoopPlan
+from megatron_sgt.model.mcore_config import DTYPES
+
+MAX_SHARD_BYTES = 5_000_000_000
+MODEL_CODE = ("configuration_sgt.py", "attention_sgt.py", "modeling_sgt.py")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to export.
+
+    dtype: "fp32", "bf16" or "fp16", of the stored weights. training_gates: inside a decay window, the gates of the
+    saved step instead of those of inference. keep_padding: keep the rows that pad the vocabulary. tokenizer: instead
+    of the one in the checkpoint's configuration; write_tokenizer: False leaves it out. max_shard_bytes: of one
+    weight file.
+    """
+
+    dtype: str = "bf16"
+    training_gates: bool = False
+    keep_padding: bool = False
+    tokenizer: TokenizerConfig | None = None
+    write_tokenizer: bool = True
+    max_shard_bytes: int = MAX_SHARD_BYTES
+
+
+@dataclass(frozen=True)
+class Export:
+    """A finished export. ``architecture``: class in transformers, and ``why``; ``weight_bytes``: of all tensors;
+    ``drift``: largest difference between tensor-parallel copies of a replicated weight in the checkpoint."""
+
+    folder: Path
+    source: ExportSource
+    plan: LoopPlan
+    options: ExportOptions
+    architecture: str
+    why: str
+    weight_bytes: int
+    drift: float
+
+
+def export_checkpoint(
+    load: Path, output: Path, *, step: int | None = None, options: ExportOptions | None = None
+) -> Export:
+    """Write the checkpoint ``load`` (a folder of checkpoints, or one of them) as the Hugging Face folder ``output``.
+
+    The folder appears under its name when it is whole. Peak memory is a few times the largest parameter.
+
+    Args:
+        step: which checkpoint of a folder of them; None: the latest.
+
+    Raises:
+        CheckpointError: the checkpoint or its tokenizer cannot be read or exported, ``output`` exists or cannot be
+            written.
+    """
+    options = options or ExportOptions()
+    if output.exists():
+        raise CheckpointError(f"{output} exists already; choose another folder, or delete it")
+    source = open_checkpoint(load, step, options.keep_padding)
+    plan = plan_of(source.details.growth, source.config.model.num_layers, options.training_gates)
+    with _whole_or_nothing(output) as temporary:
+        return _write(source, plan, options, temporary, output)
+
+
+@contextmanager
+def _whole_or_nothing(output: Path) -> Iterator[Path]:
+    """A folder to write into, which is renamed to ``output`` at the end; after an error nothing is left."""
+    temporary = output.with_name(output.name + ".tmp")
+    try:
+        fresh_folder(temporary)
+        yield temporary
+        temporary.rename(output)
+    except CheckpointError:
+        raise
+    except SGTError as error:
+        raise CheckpointError(str(error)) from error
+    except OSError as error:
+        raise CheckpointError(f"{output} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(
+    source: ExportSource, plan: LoopPlan, options: ExportOptions, temporary: Path, output: Path
+) -> Export:
+    model = source.config.model
+    tokens = TokenIds()
+    wanted = options.tokenizer or source.config.data.tokenizer
+    if options.write_tokenizer and wanted is not None:
+        # Before the weights: what is most likely to be missing here takes no time to find out.
+        tokens = write_tokenizer(wanted, temporary, source.config)
+    plain, why = plain_architecture(model, plan)
+    drifts = [0.0]
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        for entry in source.entries():
+            tensors, drift = source.read(entry)
+            drifts[0] = max(drifts[0], drift)
+            while tensors:
+                name = next(iter(tensors))
+                yield name, tensors.pop(name)
+
+    size = write_weights(temporary, source.names, stream(), DTYPES[options.dtype], options.max_shard_bytes)
+    config = hf_config(model, plan, source.vocab_rows, options.dtype, tokens)
+    unused = range(model.vocab_size or source.vocab_rows, source.vocab_rows)
+    _write_json(temporary / "config.json", config)
+    _write_json(temporary / "generation_config.json", generation_config(tokens, unused))
+    if plain is None:
+        for name in MODEL_CODE:
+            shutil.copyfile(Path(__file__).parent / "hf" / name, temporary / name)
+    export = Export(
+        output, source, plan, options, plain or "SGTForCausalLM", why, weight_bytes=size, drift=drifts[0]
+    )
+    (temporary / "README.md").write_text(model_card(source, plan, config, options.training_gates))
+    return export
+
+
+def _write_json(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")

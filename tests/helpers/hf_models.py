@@ -1,0 +1,86 @@
+"""Small models of the exported architecture, and the reference's answer for the same weights.
+
+Imports neither Megatron-Core nor DeepSpeed, so that the tests that use it run in an environment with another
+transformers as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_sgt.export.hf.configuration_sgt import SGTConfig
+from megatron_sgt.export.hf.modeling_sgt import SGTForCausalLM
+from tests.helpers.reference_sgt import forward
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
+}  # fmt: skip
+LOOPS = {"2": {"heads": [1, 3], "depth": 1}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "multi_head": {"sgt_loops": LOOPS},
+    "grouped_qk_norm_depth_3": {
+        "num_key_value_heads": 2, "qk_norm": True,
+        "sgt_loops": {"3": {"heads": [0, 3], "depth": 3}, "1": {"heads": [0, 1, 2], "depth": 1}},
+    },
+    "multi_query_tied_biases_depth_2": {
+        "num_key_value_heads": 1, "tie_word_embeddings": True, "attention_bias": True, "attention_out_bias": True,
+        "mlp_bias": True, "sgt_loops": {"3": {"heads": [2], "depth": 2}},
+    },
+    "wide_heads_all_loop": {"head_dim": 20, "sgt_loops": {"0": {"heads": [0, 1, 2, 3], "depth": 1}}},
+    "window": {"num_key_value_heads": 2, "sgt_loops": {"2": {"heads": [1, 3], "depth": 2, "other_gate": 0.35}}},
+    "block_loop": {"sgt_loops": {"1": {"block_loops": 2}, "2": {"block_loops": 1}}},
+    "never_grown": {},
+}  # fmt: skip
+
+
+def hf_config(variant: str = "multi_head", **changes: Any) -> SGTConfig:
+    """The configuration of one of VARIANTS."""
+    return SGTConfig(**{**SHAPE, **VARIANTS[variant], **changes})
+
+
+def hf_model(variant: str = "multi_head", seed: int = 0, **changes: Any) -> SGTForCausalLM:
+    """A model with weights large enough that every head and loop matters, in evaluation mode."""
+    model = SGTForCausalLM(hf_config(variant, **changes)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            centre = 0.0 if parameter.dim() > 1 or name.endswith("bias") else 1.0
+            parameter.copy_(centre + (0.25 if parameter.dim() > 1 else 0.2) * noise)
+    return model
+
+
+def reference_logits(model: SGTForCausalLM, tokens: Tensor) -> Tensor:
+    """[B, S, vocabulary], by the independent reference; differentiable."""
+    config = model.config
+    gates = torch.ones(config.num_hidden_layers, config.num_attention_heads)
+    depth, blocks = [0] * config.num_hidden_layers, {}
+    for layer in range(config.num_hidden_layers):
+        loop = config.loop_of(layer)
+        depth[layer], blocks[layer] = loop["depth"], loop["block_loops"]
+        if loop["depth"]:
+            gates[layer] = loop["other_gate"]
+            gates[layer, loop["heads"]] = 1.0
+    settings = {
+        "num_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+    }
+    params = dict(model.named_parameters())  # a tied output is listed once
+    return forward(params, tokens, settings, depth, gates, blocks)[0]
+
+
+def random_ids(*shape: int, seed: int = 0) -> Tensor:
+    """Token ids above the special ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, SHAPE["vocab_size"], shape, generator=generator)
+
+
+def gap(one: Tensor, other: Tensor) -> float:
+    """Largest absolute difference."""
+    return float((one - other).detach().abs().max())
