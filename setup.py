@@ -26,13 +26,16 @@ INSTALL_REQUIRES = [
 # NVIDIA Apex and Transformer Engine are used when importable. They are no extras: they must be built
 # against the machine's toolkit, and the name `apex` on PyPI belongs to an unrelated package.
 EXTRAS_REQUIRE = {
-    "gpu": ["triton>=3.2; platform_system == 'Linux'"],
+    "gpu": ["triton>=3.6; platform_system == 'Linux'"],
     "mpi": ["mpi4py"],
     "eval": ["lm-eval>=0.4"],
     "data": ["pyarrow", "zstandard"],
     "report": ["matplotlib"],
     "logging": ["tensorboard", "wandb"],
-    "dev": ["pytest", "ruff", "mypy", "pyarrow", "zstandard", "tensorboard", "matplotlib"],
+    "dev": [
+        *("pytest", "ruff", "mypy", "pyarrow", "zstandard", "tensorboard", "matplotlib"),
+        "triton>=3.7.1; platform_system == 'Linux'",
+    ],
 }
 
 

@@ -56,6 +56,11 @@ class TrainConfig(Section):
     recompute_layers: tuple[int, ...] | None = Field(
         default=None, description="Layers that recompute_granularity applies to; null: all."
     )
+    loop_backend: Literal["auto", "torch", "triton"] = Field(
+        default="auto",
+        description="Kernels of the loops of kept heads and of the entropies; auto: Triton where it can run (GPUs, "
+        "RMSNorm, no dropout), else torch. triton: an error where it cannot.",
+    )
     threads_per_rank: int | None = Field(
         default=None, gt=0, description="CPU threads of one rank; null: torch's choice."
     )

@@ -33,6 +33,7 @@ from megatron_sgt.errors import ExitCode
 from megatron_sgt.growth import Schedule, build_schedule
 from megatron_sgt.launch.environment import RankInfo
 from megatron_sgt.metrics import METRICS_FILE, MetricsHub, build_hub
+from megatron_sgt.model.loop_backend import loop_backend
 from megatron_sgt.parallel.device import resolve_precision
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.planning.loop_cost import choose_loop_method
@@ -129,6 +130,9 @@ class PretrainingRun:
         self.hub.log("resume", record)
         if self.groups.is_main and self.groups.tp_size > 1 and self.config.growth.method == "sgt":
             print(f"LOOPS  {choose_loop_method(self.config)[1]}", flush=True)
+        line = loop_backend(self.config, self.runtime.precision, self.groups.device)[1]
+        if self.groups.is_main and self.groups.device.type != "cpu":
+            print(f"LOOPS  {line}", flush=True)
 
     def train(self) -> int:
         """Train to train_iters (or exit_interval, or a request to stop) and report a summary.

@@ -17,6 +17,7 @@ those of [S, B, D], and the input gradient is computed on every rank.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,9 +26,10 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
-from megatron_sgt.model.head_loop import LoopingLayer, rotate, split_heads
+from megatron_sgt.model import fused_pass
+from megatron_sgt.model.head_loop import LoopingLayer, attend_kept, rotate, split_heads
 from megatron_sgt.model.kept_weights import KeptWeights
-from megatron_sgt.ops.entropy import last_row_entropy
+from megatron_sgt.ops.fused_loop import HeadBlocks, Rotary
 from megatron_sgt.ops.shard_attention import shard_attention
 
 
@@ -55,26 +57,50 @@ def balanced_loop(layer: LoopingLayer, x: Tensor, rotary: Tensor, kept: KeptWeig
     def project_out(heads: Tensor, weight: Tensor, _: Tensor | None) -> Tensor:
         return F.linear(heads, kept.proj.get(weight, index))
 
+    share = len(rotary) // size
+    own = rotary[rank * share : (rank + 1) * share]
     fused = attention.linear_qkv(layer.input_layernorm(x), use=project_in)
     query, key, value = split_heads(fused, kept.heads, kept.groups, layer)
-    share = query.shape[0]
-    own = rotary[rank * share : (rank + 1) * share]
     query, key = rotate(query, own, attention), rotate(key, own, attention)
+    out = _attend(layer, query, key, value, kept, index).flatten(2)
+    if not sharded:
+        out = mappings.gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False)
+    return layer.add_residual(attention.linear_proj(out, use=project_out), x)
+
+
+def _attend(
+    layer: LoopingLayer, query: Tensor, key: Tensor, value: Tensor, kept: KeptWeights, index: int
+) -> Tensor:
+    """This rank's queries [S/tp, B, h, H] against the keys and values [S/tp, B, g, H] of all ranks."""
+    rank, size = layer.head_layout.tp_rank, layer.head_layout.tp_size
     everyone = mappings.gather_from_sequence_parallel_region(
         torch.cat([key, value], dim=2), tensor_parallel_output_grad=True
     )
     # The causal mask hides the tokens of later ranks.
-    key, value = everyone[: (rank + 1) * share].split([kept.groups, kept.groups], dim=2)
-    if kept.groups != kept.heads:
-        key, value = key[:, :, kept.kv_slot], value[:, :, kept.kv_slot]
-    core = attention.core_attention
-    if layer.training and core.meter.enabled and rank == size - 1:  # the last row is this rank's
-        core.meter.store(core.layer_id, index, last_row_entropy(query, key), kept.head_ids)
-    out = core.run(shard_attention, query, key, value)
-    out = out.reshape(*out.shape[:2], -1)
-    if not sharded:
-        out = mappings.gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False)
-    return layer.add_residual(attention.linear_proj(out, use=project_out), x)
+    key, value = everyone[: (rank + 1) * len(query)].split([kept.groups, kept.groups], dim=2)
+    measured = kept.head_ids if rank == size - 1 else None  # the last row is the last rank's
+    attend = partial(layer.self_attention.core_attention.run, shard_attention)
+    return attend_kept(layer, query, key, value, kept.kv_slot, index, measured, attend)
+
+
+def fused_balanced_loop(
+    layer: LoopingLayer, x: Tensor, rotary: Rotary, kept: KeptWeights, at: HeadBlocks, index: int
+) -> Tensor:
+    """``balanced_loop`` under sequence parallelism, x [S/tp, B, D], with fused projections."""
+    rank, share = layer.head_layout.tp_rank, len(x)
+    own = slice(rank * share, (rank + 1) * share)
+    query, key, value, residual = fused_pass.project_in(
+        layer,
+        x,
+        at,
+        Rotary(rotary.cos[own], rotary.sin[own]),
+        lambda weight, bias: (
+            kept.qkv.get(weight, index),
+            None if bias is None else kept.qkv_bias.get(bias, index),
+        ),
+    )
+    out = _attend(layer, query, key, value, kept, index)
+    return fused_pass.project_out(layer, out, residual, at, lambda weight: kept.proj.get(weight, index))
 
 
 class _ShareOfTokens(torch.autograd.Function):

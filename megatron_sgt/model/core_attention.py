@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_sgt.model.entropy_meter import EntropyMeter
 from megatron_sgt.ops.attention import causal_attention
 from megatron_sgt.ops.entropy import last_row_entropy
+from megatron_sgt.ops.library import last_row_entropy as fused_entropy
 from megatron_sgt.parallel.rng import recompute_contexts
 
 
@@ -22,7 +23,8 @@ class SGTCoreAttention(torch.nn.Module):
     """Causal attention of all heads of this rank.
 
     ``loop_pass(p, gates)`` marks a call as pass p (1..K) of a loop and multiplies each head's output by its gate;
-    outside of it a call is pass 0, the ordinary attention, to which gates do not apply.
+    outside of it a call is pass 0, the ordinary attention, to which gates do not apply. ``fused``: measure
+    entropies in one kernel that copies no keys.
     """
 
     def __init__(
@@ -31,12 +33,14 @@ class SGTCoreAttention(torch.nn.Module):
         layer_number: int,
         meter: EntropyMeter,
         recompute: tuple[int, ...],
+        fused: bool = False,
         **_: Any,
     ) -> None:
         super().__init__()
         self.layer_id = layer_number - 1  # Megatron counts layers from 1
         self.meter = meter
         self.recompute = self.layer_id in recompute
+        self.entropy: Callable[[Tensor, Tensor], Tensor] = fused_entropy if fused else last_row_entropy
         self.dropout_p = config.attention_dropout
         self._pass = 0
         self._gates: Tensor | None = None
@@ -65,8 +69,7 @@ class SGTCoreAttention(torch.nn.Module):
         if packed_seq_params is not None:
             raise ValueError("packed sequences are not supported: the last query row would span documents")
         if self.training and self.meter.enabled:
-            entropy = last_row_entropy(query.detach(), key.detach())
-            self.meter.store(self.layer_id, self._pass, entropy)
+            self.meter.store(self.layer_id, self._pass, self.entropy(query.detach(), key.detach()))
         out = self.attend(query, key, value)
         # The gate stays outside of the recomputed part: at recompute time the pass is no longer marked.
         if self._gates is not None:

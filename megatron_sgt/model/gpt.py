@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_sgt.config import Config
 from megatron_sgt.model.apply_plan import begin_step
 from megatron_sgt.model.entropy_meter import EntropyMeter
+from megatron_sgt.model.loop_backend import loop_backend
 from megatron_sgt.model.mcore_config import head_layout, transformer_config
 from megatron_sgt.model.spec import decoder_spec
 from megatron_sgt.parallel.groups import ParallelGroups
@@ -49,13 +50,17 @@ def build_model(
     Args:
         num_passes: attention passes that the entropy meter holds, 1 + max_loop_depth.
         plain: Megatron-Core's own layers (see ``decoder_spec``).
+
+    Raises:
+        ConfigError: ``train.loop_backend`` asks for what cannot run here.
     """
     layout = head_layout(config, groups)
     meter = EntropyMeter(config.model.num_layers, num_passes, layout, groups.device)
+    fused = loop_backend(config, precision, groups.device)[0] == "triton"
     seed_for_initialization(config.train.seed)
     gpt = GPTModel(
         config=transformer_config(config, precision, groups.device),
-        transformer_layer_spec=decoder_spec(config, meter, layout, plain),
+        transformer_layer_spec=decoder_spec(config, meter, layout, plain, fused),
         vocab_size=config.model.padded_vocab_size(),
         max_sequence_length=config.model.seq_length,
         position_embedding_type="rope",

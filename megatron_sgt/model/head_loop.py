@@ -6,13 +6,15 @@ Ways that give the same numbers where they apply:
 * ``sparse_loop`` (after it): only the kept heads are projected, attended and projected back. Rows of W_qkv
   and columns of W_o are selected; key/value groups that several kept heads share are projected once. Each
   tensor-parallel rank computes the kept heads that it owns.
+* ``fused_pass.fused_sparse_loop`` (after it, where Triton kernels run): the same in three operations.
 * ``balanced_loop.balanced_loop`` (after it, several tensor-parallel ranks): each rank computes all kept heads
   for its share of the tokens; ``sparse_loop`` is its definition.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,7 +25,10 @@ from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
 from megatron_sgt.growth import LayerPlan
-from megatron_sgt.ops.entropy import last_row_entropy
+from megatron_sgt.ops import fused_loop
+from megatron_sgt.ops.backend import choose_attention
+from megatron_sgt.ops.fused_loop import HeadBlocks, Rotary
+from megatron_sgt.ops.tiles import arch_of
 from megatron_sgt.parallel.head_layout import HeadLayout, KeptHeads
 
 
@@ -35,6 +40,10 @@ class LoopingLayer(Protocol):
     head_layout: HeadLayout
     input_layernorm: Any
     self_attention: Any
+    blocks: HeadBlocks | None
+
+    def rotary_table(self, angles: Tensor) -> Rotary:
+        """cos and sin for the fused operations, which run where ``blocks`` is given."""
 
     def add_residual(self, out_with_bias: tuple[Tensor, Tensor | None], residual: Tensor) -> Tensor:
         """residual + dropout(out + bias), as after the ordinary attention."""
@@ -110,15 +119,55 @@ def sparse_loop(layer: LoopingLayer, x: Tensor, rotary: Tensor, state: LoopState
     fused = attention.linear_qkv(tokens, use=project_in)
     query, key, value = split_heads(fused, heads, groups, layer)
     query, key = (rotate(t, rotary, attention) for t in (query, key))
-    if groups != heads:  # the kept heads may share groups unevenly: give each head its own view
-        key, value = key[:, :, state.kv_slot], value[:, :, state.kv_slot]
-    core = attention.core_attention
-    if heads and layer.training and core.meter.enabled:
-        core.meter.store(core.layer_id, index, last_row_entropy(query, key), state.heads)
-    # Without heads the sum of three empty tensors is empty too, and the gradient passes through all of them.
-    out = core.attend(query, key, value) if heads else query + key + value
+    if heads:
+        attend = attention.core_attention.attend
+        out = attend_kept(layer, query, key, value, state.kv_slot, index, state.heads, attend)
+    else:
+        # The sum of three empty tensors is empty too, and the gradient passes through all of them.
+        out = query + key + value
     partial, bias = attention.linear_proj(out.reshape(*out.shape[:2], -1), use=project_out)
     return layer.add_residual((_leave_tensor_parallel(partial, layer), bias), x)
+
+
+def attend_kept(
+    layer: LoopingLayer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_slot: Tensor,
+    index: int,
+    heads: Tensor | None,
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Causal attention of the kept heads from the last positions, and their entropies in a step that measures.
+
+    Args:
+        query: [Q, B, h, H], rotated. key, value: [K, B, g, H]. kv_slot: [h], group of each head.
+        index: number of the pass, from 1.
+        heads: global ids [h]; None: the last query is not the sequence's last, nothing is measured.
+        attend: the library's way, for key and value [K, B, h, H]. A fused layer takes the kernel of
+            ``ops.fused_loop`` instead where that is thought faster (``ops.backend.choose_attention``).
+
+    Returns:
+        [Q, B, h, H].
+    """
+    core = layer.self_attention.core_attention
+    measure = layer.training and core.meter.enabled and heads is not None
+    length, at = key.shape[0], layer.blocks
+    pairs = query.shape[1] * query.shape[2]
+    if at is not None and choose_attention(pairs, length, query.shape[3], arch_of(query)) == "custom":
+        out, rows = core.run(lambda q, k, v: fused_loop.attend(q, k, v, at, measure), query, key, value)
+        if measure:
+            entropy = rows[:, :, -1].mean(0) / math.log(max(2, length))  # that of one token is 0
+            core.meter.store(core.layer_id, index, entropy, heads)
+        return out
+    if (
+        key.shape[2] != query.shape[2]
+    ):  # the kept heads may share groups unevenly: give each head its own view
+        key, value = key[:, :, kv_slot], value[:, :, kv_slot]
+    if measure:
+        core.meter.store(core.layer_id, index, core.entropy(query.detach(), key.detach()), heads)
+    return attend(query, key, value)
 
 
 def split_heads(fused: Tensor, heads: int, groups: int, layer: LoopingLayer) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_sgt.growth import LayerPlan
-from megatron_sgt.model.balanced_loop import balanced_loop
+from megatron_sgt.model.balanced_loop import balanced_loop, fused_balanced_loop
+from megatron_sgt.model.fused_pass import blocks_alone, blocks_in_place, fused_sparse_loop
 from megatron_sgt.model.head_loop import LoopState, dense_loop, loop_state, sparse_loop
 from megatron_sgt.model.kept_weights import KeptWeights, kept_weights
+from megatron_sgt.ops.fused_loop import HeadBlocks, Rotary, rotary_table
 from megatron_sgt.parallel.head_layout import HeadLayout
 from megatron_sgt.parallel.rng import recompute_contexts
 
@@ -28,19 +30,29 @@ class SGTLayer(TransformerLayer):
         head_layout: this rank's share of the heads.
         balanced: loop kept heads in the balanced way (see ``balanced_loop``) instead of at their owners.
         recompute: ids of the layers whose activations are computed again in the backward pass.
+        fused: loop kept heads through the fused operations (see ``fused_pass``).
     """
 
     def __init__(
-        self, *args: Any, head_layout: HeadLayout, balanced: bool, recompute: tuple[int, ...], **kwargs: Any
+        self,
+        *args: Any,
+        head_layout: HeadLayout,
+        balanced: bool,
+        recompute: tuple[int, ...],
+        fused: bool,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.head_layout = head_layout
         self.balanced = balanced
         self.layer_id = self.layer_number - 1  # Megatron counts layers from 1, over all pipeline stages
         self.recompute = self.layer_id in recompute
+        self.fused = fused
         self.plan = LayerPlan()
         self.kept_weights: KeptWeights | None = None
         self._loop: LoopState | None = None
+        self.blocks: HeadBlocks | None = None
+        self._rotary: tuple[Tensor, Rotary] | None = None
 
     def apply_plan(self, plan: LayerPlan, device: torch.device) -> None:
         """Execute ``plan`` from the next forward on."""
@@ -48,11 +60,25 @@ class SGTLayer(TransformerLayer):
             return
         self.plan = plan
         self._loop = loop_state(plan, self.head_layout, device)
-        self.kept_weights = None
+        self.kept_weights = self.blocks = None
         if self.balanced and plan.phase == "sparse":
             partial = self.config.sequence_parallel
             group = self.pg_collection.tp
             self.kept_weights = kept_weights(plan.kept_heads, self.head_layout, group, partial, device)
+        if self.fused and plan.phase == "sparse" and self._loop is not None:
+            self.blocks = self._kept_blocks(self._loop)
+
+    def _kept_blocks(self, state: LoopState) -> HeadBlocks | None:
+        size, kept = self.head_layout.head_dim, self.kept_weights
+        if kept is not None:
+            return blocks_alone(kept.heads, kept.groups, kept.kv_slot, size)
+        return blocks_in_place(state, size) if state.kept.heads else None
+
+    def rotary_table(self, angles: Tensor) -> Rotary:
+        """cos and sin of the angles that Megatron-Core hands to the layer: the same tensor in every step."""
+        if self._rotary is None or self._rotary[0] is not angles:
+            self._rotary = angles, rotary_table(angles)
+        return self._rotary[1]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Megatron's forward on [S, B, D], repeated as a whole for the block-loop baseline."""
@@ -82,8 +108,13 @@ class SGTLayer(TransformerLayer):
         assert self._loop is not None
         if self.plan.phase == "window":
             return dense_loop(self, x, rotary, self._loop, index)
-        if self.kept_weights is not None:
-            return balanced_loop(self, x, rotary, self.kept_weights, index)
+        kept, at = self.kept_weights, self.blocks
+        if kept is not None and at is not None and self.config.sequence_parallel:
+            return fused_balanced_loop(self, x, self.rotary_table(rotary), kept, at, index)
+        if kept is not None:
+            return balanced_loop(self, x, rotary, kept, index)
+        if at is not None and self.head_layout.tp_size == 1:
+            return fused_sparse_loop(self, x, self.rotary_table(rotary), self._loop, at, index)
         return sparse_loop(self, x, rotary, self._loop, index)
 
     def add_residual(self, out_with_bias: tuple[Tensor, Tensor | None], residual: Tensor) -> Tensor:

@@ -9,6 +9,9 @@ stage, with accumulation, recompute and repeated passes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
@@ -33,10 +36,16 @@ class _Norm(torch.nn.Module):
 
 
 class RMSNorm(_Norm):
-    """y = x / sqrt(mean(x²) + eps) · w over the last dimension; x [..., hidden_size]."""
+    """y = x / sqrt(mean(x²) + eps) · w over the last dimension; x [..., hidden_size].
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension of ``x``."""
+    A fused loop takes the weight for a kernel of its own, inside a call of the module, through ``use``: see
+    ``linear.py``.
+    """
+
+    def forward(self, x: Tensor, use: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
+        """Normalise the last dimension of ``x``; or return ``use(x, weight)``."""
+        if use is not None:
+            return use(x, self.replicated(self.weight))
         return rms_norm(x, self.replicated(self.weight), self.eps)
 
 

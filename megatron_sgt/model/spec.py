@@ -32,14 +32,14 @@ def recomputed_layers(config: Config, granularity: str) -> tuple[int, ...]:
     return tuple(range(config.model.num_layers)) if train.recompute_layers is None else train.recompute_layers
 
 
-def layer_submodules(config: Config, meter: EntropyMeter) -> TransformerLayerSubmodules:
+def layer_submodules(config: Config, meter: EntropyMeter, fused: bool = False) -> TransformerLayerSubmodules:
     """The parts of one layer, the same for SGT and for a plain Megatron-Core layer."""
     norm = NORMS[config.model.normalization]
     head_norm = HeadNorm if config.model.qk_layernorm else None
     recompute = recomputed_layers(config, "selective")
     attention = SelfAttentionSubmodules(
         linear_qkv=LoopingColumnParallelLinear,
-        core_attention=partial(SGTCoreAttention, meter=meter, recompute=recompute),
+        core_attention=partial(SGTCoreAttention, meter=meter, recompute=recompute, fused=fused),
         linear_proj=LoopingRowParallelLinear,
         q_layernorm=head_norm,
         k_layernorm=head_norm,
@@ -60,13 +60,14 @@ def layer_submodules(config: Config, meter: EntropyMeter) -> TransformerLayerSub
 
 
 def decoder_spec(
-    config: Config, meter: EntropyMeter, layout: HeadLayout, plain: bool = False
+    config: Config, meter: EntropyMeter, layout: HeadLayout, plain: bool = False, fused: bool = False
 ) -> TransformerBlockSubmodules:
     """Spec of the whole decoder.
 
     Args:
         plain: use Megatron-Core's own TransformerLayer instead of SGTLayer: the yardstick for the tests that
             vanilla training through this project is Megatron-Core bit for bit.
+        fused: loop kept heads through the fused operations (see ``loop_backend``).
     """
     params: dict[str, Any] = {}
     if not plain:
@@ -74,11 +75,12 @@ def decoder_spec(
             "head_layout": layout,
             "balanced": layout.tp_size > 1 and choose_loop_method(config)[0] == "balanced",
             "recompute": recomputed_layers(config, "full"),
+            "fused": fused,
         }
     layer = ModuleSpec(
         module=TransformerLayer if plain else SGTLayer,
         params=params,
-        submodules=layer_submodules(config, meter),
+        submodules=layer_submodules(config, meter, fused),
     )
     return TransformerBlockSubmodules(
         layer_specs=[layer] * config.model.num_layers, layer_norm=NORMS[config.model.normalization]

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_sgt.ops import library
 from megatron_sgt.ops.entropy import last_row_entropy
+from tests.helpers.loop_problems import DEVICE, DTYPES, IMPLEMENTATIONS
 from tests.helpers.tensor_shapes import ShapeRecorder
 
 # sequence, batch, heads, groups, head size
@@ -47,6 +49,18 @@ def test_equals_the_formula(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     entropy = last_row_entropy(query, key)
     assert entropy.dtype == torch.float32 and entropy.shape == (shape[2],)
     assert entropy.tolist() == pytest.approx(by_hand(query, key), abs=2e-6)
+
+
+@pytest.mark.skipif("triton" not in IMPLEMENTATIONS, reason="neither a GPU nor the interpreter")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (300, 2, 4, 2, 64)], ids=str)
+def test_the_triton_kernel_equals_the_formula(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """From views of a fused projection, over several parts of the keys."""
+    heads = shape[2]
+    query, key = random_qk(shape, dtype)
+    both = torch.cat([query, key], dim=2).to(DEVICE)
+    found = library.last_row_entropy(both[:, :, :heads], both[:, :, heads:])
+    assert found.tolist() == pytest.approx(by_hand(query, key), abs=3e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,46 @@
+"""Which kernels a run's loops go through, from its configuration and device, with the reason in one line."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_sgt.config import Config
+from megatron_sgt.errors import ConfigError
+from megatron_sgt.model.mcore_config import DTYPES
+from megatron_sgt.ops.backend import Backend, BackendError, LoopShape, choose_attention, choose_backend
+from megatron_sgt.ops.tiles import arch_of
+
+
+def loop_backend(config: Config, precision: str, device: torch.device) -> tuple[Backend, str]:
+    """The backend of the sparse loop, and a line for the log: what was chosen and why.
+
+    Args:
+        precision: "fp32", "bf16" or "fp16", already resolved for the device.
+
+    Raises:
+        ConfigError: ``train.loop_backend`` is triton, which cannot run here.
+    """
+    model, train = config.model, config.train
+    shape = LoopShape(
+        device=device,
+        dtype=DTYPES[precision],
+        head_size=model.kv_channels,
+        norm=model.normalization,
+        attention_dropout=model.attention_dropout,
+        hidden_dropout=model.hidden_dropout,
+    )
+    try:
+        backend, line = choose_backend(train.loop_backend, shape)
+    except BackendError as error:
+        raise ConfigError(str(error)) from error
+    if backend == "triton":
+        growth = config.growth
+        heads = model.num_attention_heads if growth.head_choice == "all" else growth.num_keep_heads
+        pairs = train.micro_batch_size * heads
+        arch = arch_of(torch.empty(0, device=device))
+        kind = choose_attention(pairs, model.seq_length, model.kv_channels, arch)
+        line += (
+            f"; attention of {train.micro_batch_size} x {heads} heads of size {model.kv_channels} "
+            f"over {model.seq_length} tokens: {kind}"
+        )
+    return backend, line

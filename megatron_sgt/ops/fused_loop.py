@@ -1,0 +1,189 @@
+"""A loop pass as three differentiable functions: project in, attend, project out (formulas: ``loop_projection.py``).
+
+``project_in`` also hands the residual stream through: what the pass adds to x comes back to it in the backward
+pass as ``dout``, and is added where dx is written instead of in a pass of its own over [S, B, D].
+
+Weight gradients are two library products of the size of the kept rows. Where a parameter has a ``main_grad``
+buffer (Megatron's distributed optimizer) they are added into its rows and autograd gets None; else (DeepSpeed)
+autograd gets the dense gradient. Under activation recompute the functions run a second time in the backward pass
+and save what they need then; they draw no random numbers.
+
+Legend as in ``loop_projection.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_sgt.ops import library
+from megatron_sgt.ops.loop_projection import block_indices, blocks
+
+
+@dataclass(frozen=True)
+class HeadBlocks:
+    """Where kept heads stand in the fused weights of one rank.
+
+    ``rows`` [h + 2g] and ``columns`` [h] int32: first row (column) of each block, see ``loop_projection``;
+    ``slots`` [h] int32: key/value group of each head; ``gates`` [h] fp32; ``size``: H. ``whole``: the weight
+    handed over consists of the kept rows (columns) alone, in order.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    slots: Tensor
+    gates: Tensor
+    size: int
+    whole: bool = False
+
+    @property
+    def heads(self) -> int:
+        """Number of kept heads."""
+        return len(self.slots)
+
+
+def head_blocks(
+    qkv_rows: Tensor, proj_columns: Tensor, kv_slot: Tensor, size: int, whole: bool = False
+) -> HeadBlocks:
+    """From all kept rows [(h + 2g) · H] and columns [h · H], and the slots [h], with every gate 1."""
+    rows, columns, slots = (
+        t.to(torch.int32) for t in (qkv_rows[::size].contiguous(), proj_columns[::size].contiguous(), kv_slot)
+    )
+    return HeadBlocks(rows, columns, slots, torch.ones(len(kv_slot), device=kv_slot.device), size, whole)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """cos and sin [S, H / 2] fp32 of the rotary angles."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotary_table(angles: Tensor) -> Rotary:
+    """From Megatron's angles [S, 1, 1, H], whose halves are equal."""
+    half = angles[:, 0, 0, : angles.shape[-1] // 2]
+    half = half if half.dtype == torch.float64 else half.float()
+    return Rotary(half.cos().contiguous(), half.sin().contiguous())
+
+
+def project_in(
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    head_norms: tuple[Tensor, Tensor] | None,
+    at: HeadBlocks,
+    rotary: Rotary,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Norm, kept projections, q/k norm and rotation.
+
+    Args:
+        x: [S, B, D]. norm_weight: [D]. weight: [*, D], bias: [*]. head_norms: weights [H] of the q and k norms.
+
+    Returns:
+        query [S, B, h, H], key and value [S, B, g, H], and x itself, which ``project_out`` is to be given as its
+        residual.
+    """
+    q_norm, k_norm = (None, None) if head_norms is None else head_norms
+    return _ProjectIn.apply(x, norm_weight, weight, bias, q_norm, k_norm, at, rotary, eps)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, at: HeadBlocks, entropy: bool) -> tuple[Tensor, Tensor]:
+    """Gated causal attention from the last positions: (out [Q, B, h, H], row entropies [B, h, Q] or empty)."""
+    out, _, rows = library.attend(query, key, value, at.gates, at.slots, entropy)
+    return out, rows
+
+
+def project_out(heads: Tensor, residual: Tensor | None, weight: Tensor, at: HeadBlocks) -> Tensor:
+    """residual + kept heads [S, B, h, H] through their columns of weight [D, *] -> [S, B, D]."""
+    return _ProjectOut.apply(heads, residual, weight, at)
+
+
+class _ProjectIn(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None,
+        q_norm: Tensor | None, k_norm: Tensor | None, at: HeadBlocks, rotary: Rotary, eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        qkv, r, before = library.project_in(
+            x, norm_weight, weight, bias, at.rows, rotary.cos, rotary.sin, q_norm, k_norm, eps, at.heads
+        )
+        ctx.save_for_backward(x, norm_weight, weight, bias, q_norm, k_norm, qkv, r, before)
+        ctx.at, ctx.rotary, ctx.eps = at, rotary, eps
+        ctx.set_materialize_grads(False)  # without a residual there is no dout
+        groups = (len(at.rows) - at.heads) // 2
+        query, key, value = qkv.split([at.heads, groups, groups], dim=2)
+        return query, key, value, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor | None) -> tuple[Any, ...]:
+        x, norm_weight, weight, bias, q_norm, k_norm, qkv, r, before = ctx.saved_tensors
+        at, rotary = ctx.at, ctx.rotary
+        scaled, coefficient, dnorm = library.head_gradients(
+            dq, dk, dv, qkv, before, r, bias, at.rows, rotary.cos, rotary.sin, q_norm, k_norm,
+            ctx.eps, x.shape[-1],
+        )  # fmt: skip
+        dx = library.input_gradient(scaled, coefficient, x, dout, norm_weight, weight, at.rows)
+        flat = scaled.flatten(0, 1).flatten(1)
+        product = _product(flat, x.flatten(0, 1))
+        gain = norm_weight.to(product.dtype)
+        dgain = (product * blocks(weight, at.rows, at.size)).sum(0)
+        dweight = _into(weight, product * gain, at.rows, at, 0)
+        dbias = None
+        if bias is not None:
+            unscaled = flat.to(r.dtype).t() @ r.flatten().reciprocal()
+            dbias = _into(bias, unscaled, at.rows, at, 0)
+        normed = (None, None) if q_norm is None else (dnorm[0].to(q_norm.dtype), dnorm[1].to(k_norm.dtype))
+        return dx, _whole(norm_weight, dgain), dweight, dbias, *normed, None, None, None
+
+
+class _ProjectOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, residual: Tensor | None, weight: Tensor, at: HeadBlocks) -> Tensor:
+        ctx.save_for_backward(heads, weight)
+        ctx.at, ctx.with_residual = at, residual is not None
+        return library.project_out(heads, residual, weight, at.columns)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        heads, weight = ctx.saved_tensors
+        at = ctx.at
+        dout = dout.contiguous()
+        dheads = library.output_gradient(dout, weight, at.columns, at.size)
+        product = _product(dout.flatten(0, 1), heads.flatten(0, 1).flatten(1))
+        dweight = _into(weight, product, at.columns, at, 1)
+        return dheads, (dout if ctx.with_residual else None), dweight, None
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """aᵀ b, summed and returned in fp32 at least; a and b [N, *]."""
+    if a.dtype in (torch.float32, torch.float64):
+        return torch.mm(a.t(), b)
+    if a.device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype"):
+        return torch.mm(a.t(), b, out_dtype=torch.float32)
+    return torch.mm(a.t().float(), b.float())
+
+
+def _into(parameter: Tensor, part: Tensor, starts: Tensor, at: HeadBlocks, dim: int) -> Tensor | None:
+    """The gradient of ``parameter`` whose kept blocks along ``dim`` are ``part``."""
+    if at.whole:
+        return part.to(parameter.dtype)
+    index = block_indices(starts, at.size)
+    main = getattr(parameter, "main_grad", None)
+    if main is not None:
+        main.index_add_(dim, index, part.to(main.dtype))
+        return None
+    return torch.zeros_like(parameter).index_copy_(dim, index, part.to(parameter.dtype))
+
+
+def _whole(parameter: Tensor, gradient: Tensor) -> Tensor | None:
+    main = getattr(parameter, "main_grad", None)
+    if main is not None:
+        main.add_(gradient.to(main.dtype))
+        return None
+    return gradient.to(parameter.dtype)

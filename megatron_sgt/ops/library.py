@@ -1,0 +1,170 @@
+"""The fused loop's operations under ``torch.ops.sgt``: a Triton kernel on GPUs, the definition elsewhere.
+
+As registered operators they are opaque to torch.compile, have shapes without data (fake tensors), and count as one
+operation under activation recompute. Schemas are written out, so that nothing depends on how annotations are read.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_sgt.ops import entropy as entropy_definition
+from megatron_sgt.ops import loop_attention, loop_projection
+from megatron_sgt.ops.backend import runs_triton
+
+_PACKAGE = "megatron_sgt.ops"
+
+
+def _implementation(definition: Callable[..., Any], module: str, x: Tensor) -> Callable[..., Any]:
+    """The Triton version of ``definition`` if it runs on x's device, else the definition itself."""
+    if x.dtype != torch.float64 and runs_triton(x.device):
+        return getattr(importlib.import_module(f"{_PACKAGE}.{module}"), definition.__name__)
+    return definition
+
+
+def _contiguous(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(t.contiguous() if isinstance(t, Tensor) else t for t in tensors)
+
+
+def _operator(
+    definition: Callable[..., Any], module: str, schema: str, contiguous: bool = True
+) -> Callable[..., Any]:
+    """Register ``definition`` as sgt::<its name>, with its Triton version in ``module``."""
+
+    def run(*args: Any) -> Any:
+        args = _contiguous(args) if contiguous else args
+        return _implementation(definition, module, args[0])(*args)
+
+    name = f"sgt::{definition.__name__}"
+    return torch.library.custom_op(name, run, mutates_args=(), schema=schema)
+
+
+project_in: Any = _operator(
+    loop_projection.project_in,
+    "loop_projection_triton",
+    "(Tensor x, Tensor norm_weight, Tensor weight, Tensor? bias, Tensor rows, Tensor cos, Tensor sin, "
+    "Tensor? q_norm, Tensor? k_norm, float eps, int heads) -> (Tensor, Tensor, Tensor)",
+)
+project_out: Any = _operator(
+    loop_projection.project_out,
+    "loop_projection_triton",
+    "(Tensor heads, Tensor? residual, Tensor weight, Tensor columns) -> Tensor",
+)
+output_gradient: Any = _operator(
+    loop_projection.output_gradient,
+    "loop_projection_backward_triton",
+    "(Tensor dout, Tensor weight, Tensor columns, int size) -> Tensor",
+)
+head_gradients: Any = _operator(
+    loop_projection.head_gradients,
+    "loop_projection_backward_triton",
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor qkv, Tensor before, Tensor r, Tensor? bias, Tensor rows, Tensor cos, "
+    "Tensor sin, Tensor? q_norm, Tensor? k_norm, float eps, int width) -> (Tensor, Tensor, Tensor)",
+)
+input_gradient: Any = _operator(
+    loop_projection.input_gradient,
+    "loop_projection_backward_triton",
+    "(Tensor scaled, Tensor coefficient, Tensor x, Tensor? dout, Tensor norm_weight, Tensor weight, Tensor rows)"
+    " -> Tensor",
+)
+attend: Any = _operator(
+    loop_attention.attend,
+    "loop_attention_triton",
+    "(Tensor query, Tensor key, Tensor value, Tensor gates, Tensor slots, bool entropy) -> (Tensor, Tensor, Tensor)",
+    contiguous=False,
+)
+attend_backward: Any = _operator(
+    loop_attention.attend_backward,
+    "loop_attention_backward_triton",
+    "(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor gates, Tensor slots)"
+    " -> (Tensor, Tensor, Tensor)",
+    contiguous=False,
+)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@project_in.register_fake
+def _(
+    x: Tensor, norm: Tensor, weight: Tensor, bias: Any, rows: Tensor, cos: Tensor, sin: Tensor,
+    q_norm: Any, k_norm: Any, eps: float, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    length, batch, _ = x.shape
+    count, size = rows.shape[0], 2 * cos.shape[-1]
+    normed = (count - heads) // 2 + heads
+    before = x.new_empty(0) if q_norm is None else x.new_empty(length, batch, normed, size)
+    return x.new_empty(length, batch, count, size), x.new_empty(length, batch, dtype=_wide(x)), before
+
+
+@project_out.register_fake
+def _(heads: Tensor, residual: Any, weight: Tensor, columns: Tensor) -> Tensor:
+    return heads.new_empty(*heads.shape[:2], weight.shape[0])
+
+
+@output_gradient.register_fake
+def _(dout: Tensor, weight: Tensor, columns: Tensor, size: int) -> Tensor:
+    return dout.new_empty(*dout.shape[:2], columns.shape[0], size)
+
+
+@head_gradients.register_fake
+def _(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, before: Tensor, r: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return qkv.new_empty(qkv.shape), r.new_empty(r.shape), r.new_empty(2, dq.shape[-1])
+
+
+@input_gradient.register_fake
+def _(scaled: Tensor, coefficient: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@attend.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, gates: Tensor, slots: Tensor, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    queries, batch, heads, _ = query.shape
+    lse = query.new_empty(batch, heads, queries, dtype=_wide(query))
+    return query.new_empty(query.shape), lse, lse.new_empty(lse.shape if entropy else 0)
+
+
+@attend_backward.register_fake
+def _(dout: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _save_attend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    query, key, value, gates, slots, _ = inputs
+    out, lse, rows = output
+    ctx.mark_non_differentiable(lse, rows)
+    ctx.save_for_backward(query, key, value, out, lse, gates, slots)
+
+
+def _differentiate_attend(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    query, key, value, out, lse, gates, slots = ctx.saved_tensors
+    return *attend_backward(dout.contiguous(), query, key, value, out, lse, gates, slots), None, None, None
+
+
+attend.register_autograd(_differentiate_attend, setup_context=_save_attend)
+
+
+def _entropy(query: Tensor, key: Tensor) -> Tensor:
+    if query.shape[0] > 1 and query.stride(-1) == key.stride(-1) == 1:
+        return _implementation(entropy_definition.last_row_entropy, "entropy_triton", query)(query, key)
+    return entropy_definition.last_row_entropy(query, key)
+
+
+last_row_entropy: Any = torch.library.custom_op(
+    "sgt::last_row_entropy", _entropy, mutates_args=(), schema="(Tensor query, Tensor key) -> Tensor"
+)
+
+
+@last_row_entropy.register_fake
+def _(query: Tensor, key: Tensor) -> Tensor:
+    return query.new_empty(query.shape[2], dtype=torch.float32)

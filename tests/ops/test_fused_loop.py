@@ -1,0 +1,145 @@
+"""The fused loop's algebra: one to three loops in fp64 against plain autograd, and where gradients go."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megatron_sgt.ops import fused_loop
+from megatron_sgt.ops.attention import causal_attention_reference
+from megatron_sgt.ops.loop_projection import block_indices, rotate
+from megatron_sgt.ops.norm import rms_norm_reference
+from tests.helpers.loop_problems import CASES, DEVICE, Problem, assert_near, problem, random
+
+Pass = Callable[[Problem, Tensor], Tensor]
+
+
+def fused_pass(p: Problem, x: Tensor) -> Tensor:
+    query, key, value, residual = fused_loop.project_in(
+        x, p.norm_weight, p.weight, p.bias, p.head_norms, p.at, p.rotary, p.eps
+    )
+    out, _ = fused_loop.attend(query, key, value, p.at, False)
+    return fused_loop.project_out(out, residual, p.out_weight, p.at)
+
+
+def plain_pass(p: Problem, x: Tensor) -> Tensor:
+    """The same, one step after the other, differentiated by autograd."""
+    at, size = p.at, p.case.size
+    groups = (len(at.rows) - at.heads) // 2
+    rows = block_indices(at.rows, size)
+    bias = None if p.bias is None else p.bias[rows]
+    fused = F.linear(rms_norm_reference(x, p.norm_weight, p.eps), p.weight[rows], bias)
+    query, key, value = fused.unflatten(-1, (-1, size)).split([at.heads, groups, groups], dim=2)
+    if p.head_norms is not None:
+        query, key = (
+            rms_norm_reference(t, w, p.eps) for t, w in zip((query, key), p.head_norms, strict=True)
+        )
+    query, key = (rotate(t, p.rotary.cos, p.rotary.sin) for t in (query, key))
+    key, value = (t[:, :, at.slots.long()] for t in (key, value))
+    out = at.gates.to(x)[:, None] * causal_attention_reference(query, key, value)
+    return x + F.linear(out.flatten(2), p.out_weight[:, block_indices(at.columns, size)])
+
+
+def with_gates(p: Problem, gate: float) -> Problem:
+    gates = torch.full_like(p.at.gates, gate)
+    return replace(p, at=replace(p.at, gates=gates))
+
+
+def gradients(p: Problem, one_pass: Pass, loops: int) -> tuple[Tensor, ...]:
+    """Output after ``loops`` passes, and gradients of x and every weight."""
+    leaves = [t.requires_grad_() for t in p.parameters()]
+    x = p.x
+    for _ in range(loops):
+        x = one_pass(p, x)
+    return x, *torch.autograd.grad(x, leaves, random(*x.shape, seed=50, dtype=x.dtype))
+
+
+@pytest.mark.parametrize("loops", [1, 2, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_equals_autograd(name: str, loops: int) -> None:
+    p = problem(CASES[name], torch.float64)
+    assert_near(gradients(p, fused_pass, loops), gradients(p, plain_pass, loops), 1e-12)
+
+
+@pytest.mark.parametrize("gate", [0.0, 1e-6, 0.4])
+def test_gates(gate: float) -> None:
+    """Any gate; at 0 the pass gives its input back, and no weight has a gradient."""
+    p = with_gates(problem(CASES["uneven groups, norm"], torch.float64), gate)
+    found = gradients(p, fused_pass, 2)
+    assert_near(found, gradients(p, plain_pass, 2), 1e-12)
+    if gate == 0.0:
+        assert torch.equal(found[0], p.x)
+        assert torch.equal(found[1], random(*p.x.shape, seed=50))
+        assert all(not g.any() for g in found[2:])
+
+
+def test_main_grad_gets_what_autograd_would() -> None:
+    """Gradients are added into the right rows and columns of fp32 buffers, and autograd gets none."""
+    p = problem(CASES["biases"], torch.float64)
+    wanted = gradients(p, fused_pass, 2)
+    names = p.parameters()[1:]
+    for n, parameter in enumerate(names):
+        parameter.main_grad = torch.full_like(parameter, 0.5 * n)
+        parameter.grad = None
+    p.x.grad = None
+    out = fused_pass(p, fused_pass(p, p.x))
+    out.backward(random(*out.shape, seed=50))
+    assert p.x.grad is not None
+    assert_near([p.x.grad], [wanted[1]], 1e-13)
+    for n, (parameter, grad) in enumerate(zip(names, wanted[2:], strict=True)):
+        assert parameter.grad is None
+        assert_near([parameter.main_grad - 0.5 * n], [grad], 1e-12)
+
+
+def test_kept_rows_alone() -> None:
+    """A weight that consists of the kept rows gives the same, with a gradient of its own shape."""
+    p = problem(CASES["shared group"], torch.float64)
+    rows, columns = block_indices(p.at.rows, p.case.size), block_indices(p.at.columns, p.case.size)
+    counted = (torch.arange(len(t), device=DEVICE) for t in (rows, columns))
+    whole = fused_loop.head_blocks(*counted, p.at.slots, p.case.size, True)
+    kept = replace(p, weight=p.weight[rows].clone(), out_weight=p.out_weight[:, columns].clone(), at=whole)
+    found, wanted = gradients(kept, fused_pass, 1), list(gradients(p, fused_pass, 1))
+    wanted[3], wanted[4] = wanted[3][rows], wanted[4][:, columns]
+    assert_near(found, wanted, 1e-13)
+
+
+def test_recompute_gives_the_same_bits() -> None:
+    p = problem(CASES["two heads"], torch.float32)
+
+    def recomputed(p: Problem, x: Tensor) -> Tensor:
+        return checkpoint(fused_pass, p, x, use_reentrant=False)
+
+    for a, b in zip(gradients(p, recomputed, 2), gradients(p, fused_pass, 2), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["two heads", "uneven groups, norm"])
+def test_compiles_as_one_graph(name: str) -> None:
+    """aot_eager: traced through fake tensors, forward and backward, without a break."""
+    p = problem(CASES[name], torch.float64)
+    rotary = p.rotary  # outside of the graph, as in the model
+
+    def one_pass(x: Tensor, norm: Tensor, weight: Tensor, out_weight: Tensor) -> Tensor:
+        query, key, value, residual = fused_loop.project_in(
+            x, norm, weight, p.bias, p.head_norms, p.at, rotary, p.eps
+        )
+        out, _ = fused_loop.attend(query, key, value, p.at, False)
+        return fused_loop.project_out(out, residual, out_weight, p.at)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(one_pass, backend="aot_eager", fullgraph=True)
+    weights = [t.requires_grad_() for t in (p.x, p.norm_weight, p.weight, p.out_weight)]
+    found, wanted = compiled(*weights), one_pass(*weights)
+    pull = random(*found.shape, seed=50)
+    assert_near([found], [wanted], 1e-13)
+    assert_near(torch.autograd.grad(found, weights, pull), torch.autograd.grad(wanted, weights, pull), 1e-12)
+
+
+def test_rotary_table() -> None:
+    angles = torch.arange(6.0, device=DEVICE).view(3, 1, 1, 2).repeat(1, 1, 1, 2)
+    table = fused_loop.rotary_table(angles)
+    assert table.cos.shape == (3, 2) and torch.equal(table.sin, angles[:, 0, 0, :2].sin())

@@ -1,0 +1,46 @@
+"""Runs the operations' own tests once more on Triton's interpreter, beside the definitions.
+
+The interpreter is chosen when Triton is imported, so it needs a process of its own. There the tests of the modules
+below find a second implementation in ``tests.helpers.loop_problems.IMPLEMENTATIONS``; on a GPU they find it
+without the interpreter.
+"""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.architecture.source_tree import ROOT
+
+pytest.importorskip("triton")
+
+FILES = ("test_loop_projection.py", "test_loop_attention.py", "test_entropy.py", "test_library.py")
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the interpreter already")
+def test_kernels_on_the_interpreter() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "triton or opcheck",
+    ]
+    done = subprocess.run(
+        [*command, *(f"tests/ops/{name}" for name in FILES)],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None and int(passed.group(1)) > 70, done.stdout[-500:]
