@@ -99,8 +99,7 @@ def head_gradients_kernel(
                 u1 = tl.load(kept, mask=live, other=0.0).to(tl.float32)
                 u2 = tl.load(kept + HALF, mask=live, other=0.0).to(tl.float32)
                 d1, d2, more1, more2 = _norm_back(d1, d2, u1, u2, gain_ptr + half, H, eps)
-                sum1 += more1
-                sum2 += more2
+                sum1, sum2 = sum1 + more1, sum2 + more2
                 c += tl.sum(d1 * u1, 1) + tl.sum(d2 * u2, 1)
             else:
                 u1 = tl.load(qkv_ptr + corner + place, mask=live, other=0.0).to(tl.float32)
