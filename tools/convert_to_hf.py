@@ -1,9 +1,12 @@
 #!/usr/bin/env python
 """Write a checkpoint as a Hugging Face folder: from any tensor-parallel, data-parallel and ZeRO layout, on a CPU,
-one parameter in memory at a time.
+one parameter in memory at a time. Then the folder is loaded with transformers and compared with the project's own
+model; the result is parity.json in it.
 
 python tools/convert_to_hf.py --load runs/a/checkpoints --output a_hf
 python tools/convert_to_hf.py --load runs/a/checkpoints --step 1000 --output a_hf --dtype fp32
+
+Exit code 1 when the two are not the same model: the folder is then called DIR.failed.
 """
 
 from __future__ import annotations
@@ -51,17 +54,22 @@ def parse() -> argparse.Namespace:
         "--keep-padding", action="store_true", help="keep the rows that pad the vocabulary [they are cut off]"
     )
     add("--max-shard-size", type=size, default="5GB", metavar="SIZE", help="of one weight file [%(default)s]")
+    parity = parser.add_mutually_exclusive_group()
+    parity.add_argument("--skip-parity", action="store_true", help="do not compare")
+    parity.add_argument("--parity-layers", action="store_true", help="compare with one layer of each model in memory, "
+        "instead of both whole models in fp32; without the greedy continuation")  # fmt: skip
     return parser.parse_args()
 
 
-def main() -> None:
-    """Convert, and say what lies where."""
+def main() -> int:
+    """Convert, compare, and say what lies where; returns the exit code."""
     args = parse()
     from megatron_sgt.compat.quiet import quiet_imports
 
     quiet_imports()
     from megatron_sgt.config.data import TokenizerConfig
-    from megatron_sgt.export.to_hf import ExportOptions, export_checkpoint
+    from megatron_sgt.export.checked import Mode, checked_export, failed_name
+    from megatron_sgt.export.to_hf import ExportOptions
 
     tokenizer = None
     if args.tokenizer not in (None, "none"):
@@ -76,14 +84,23 @@ def main() -> None:
         write_tokenizer=args.tokenizer != "none",
         max_shard_bytes=args.max_shard_size,
     )
+    mode: Mode = "skip" if args.skip_parity else "layers" if args.parity_layers else "full"
     start = time.perf_counter()
-    export = export_checkpoint(args.load, args.output, step=args.step, options=options)
-    print(f"EXPORT  {export.source.folder} -> {export.folder}: {export.weight_bytes / 1e6:,.1f} MB of {args.dtype} "
-          f"weights in {time.perf_counter() - start:.1f} s")  # fmt: skip
+    export, parity = checked_export(args.load, args.output, step=args.step, options=options, mode=mode)
+    size_mb = export.weight_bytes / 1e6
+    print(f"EXPORT  {export.source.folder} -> {export.folder}: {size_mb:,.1f} MB of {args.dtype} weights")
     print(f"MODEL   {export.architecture}: {export.why}")
     if export.drift:
         print(f"NOTE    tensor-parallel copies of replicated weights differed by up to {export.drift:.1e}; rank 0's "
               "were taken")  # fmt: skip
+    for check in () if parity is None else parity.checks:
+        print(f"PARITY  {check.line()}")
+    seconds = f"{time.perf_counter() - start:.1f} s"
+    if parity is not None and not parity.passed:
+        print(f"FAILED  the folder is not the same model: {failed_name(export.folder)} ({seconds})")
+        return 1
+    print(f"DONE    {'not compared' if parity is None else 'the same model'} ({seconds})")
+    return 0
 
 
 if __name__ == "__main__":

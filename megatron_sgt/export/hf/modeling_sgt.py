@@ -138,10 +138,12 @@ class SGTModel(SGTPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        cache_position: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
-        """As LlamaModel.forward. ``attentions`` are those of the ordinary passes, one per layer."""
+        """As LlamaModel.forward. ``attentions`` are those of the ordinary passes, one per layer.
+
+        transformers 4 hands ``cache_position`` over, [S]; named as an argument, transformers 5 would warn of it.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         config = self.config
@@ -154,6 +156,7 @@ class SGTModel(SGTPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         make_room_for_loops(past_key_values, config)
+        cache_position = kwargs.pop("cache_position", None)
         if cache_position is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             cache_position = torch.arange(x.shape[1], device=x.device) + seen
@@ -223,7 +226,6 @@ class SGTForCausalLM(SGTPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
@@ -238,7 +240,6 @@ class SGTForCausalLM(SGTPreTrainedModel, GenerationMixin):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
-            cache_position=cache_position,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -1,0 +1,201 @@
+"""The proof that an exported folder is the same model as the project's own: logits, loss, cache, greedy text.
+
+The project's model is Megatron-Core's with a tensor-parallel size of 1 and the checkpoint's weights rounded to the
+stored type; both models compute in fp32. A further check runs the folder in its stored type, as its users will.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_sgt import __version__
+from megatron_sgt.export.hf.loading import load_exported, quiet
+from megatron_sgt.export.own_model import own_model
+from megatron_sgt.export.to_hf import Export
+from megatron_sgt.model.gpt import LanguageModel
+from megatron_sgt.model.mcore_config import DTYPES
+
+PARITY_FILE = "parity.json"
+LOGITS, RELATIVE, LOSS = 1e-4, 3e-6, 1e-5
+"""Absolute tolerance of logits in fp32, in proportion to the largest logit where that is more (above 33); of loss."""
+STORED = {"bf16": (0.05, 0.02), "fp16": (0.01, 0.005)}
+"""Of a folder run in its stored type: relative error of the logits (2-norm), and of the loss in nats."""
+SEQUENCES, LENGTH, PROMPT, NEW_TOKENS = 2, 512, 8, 64
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: passed if ``value`` is at most ``tolerance`` (NaN is not)."""
+
+    name: str
+    value: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether it holds."""
+        return self.value <= self.tolerance
+
+    def line(self) -> str:
+        """For the console."""
+        return f"{self.name}: {self.value:.2e} (tolerance {self.tolerance:.0e}){'' if self.passed else '  FAILED'}"
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The result. ``mode``: "full", or "layers" where one layer at a time was in memory."""
+
+    mode: str
+    checks: tuple[Check, ...]
+    probe: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether all checks hold."""
+        return all(check.passed for check in self.checks)
+
+    def write(self, folder: Path, export: Export) -> None:
+        """Write parity.json."""
+        values = {
+            "passed": self.passed,
+            "mode": self.mode,
+            "checkpoint": export.source.folder.name,
+            "step": export.source.details.step,
+            "dtype": export.options.dtype,
+            "probe": self.probe,
+            "checks": [asdict(check) | {"passed": check.passed} for check in self.checks],
+            "versions": {"megatron_sgt": __version__}
+            | {name: version(name) for name in ("torch", "transformers", "megatron-core")},
+        }
+        (folder / PARITY_FILE).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def probe_tokens(export: Export, count: int = SEQUENCES, length: int = LENGTH) -> Tensor:
+    """[count, length] random token ids that the model knows, the same every time."""
+    model = export.source.config.model
+    known = min(model.vocab_size or export.source.vocab_rows, export.source.vocab_rows)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(known, (count, min(length, model.seq_length)), generator=generator)
+
+
+def largest_gap(one: Tensor, other: Tensor) -> float:
+    """Largest absolute difference; NaN where there is one."""
+    return float((one - other).abs().max())
+
+
+def logit_tolerance(logits: Tensor) -> float:
+    """See LOGITS and RELATIVE."""
+    return max(LOGITS, RELATIVE * float(logits.abs().max()))
+
+
+def loss_of(logits: Tensor, tokens: Tensor) -> float:
+    """Mean cross-entropy in nats of each token given those before it."""
+    return float(F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), tokens[:, 1:].flatten()))
+
+
+@torch.no_grad()
+@quiet()
+def check_parity(export: Export, new_tokens: int = NEW_TOKENS) -> Parity:
+    """Load the folder ``export`` with transformers and compare; both whole models are in memory, in fp32.
+
+    Args:
+        new_tokens: length of the greedy continuation.
+    """
+    trust = export.architecture == "SGTForCausalLM"
+    tokens = probe_tokens(export)
+    own = own_model(export.source, export.plan, DTYPES[export.options.dtype])
+    theirs = load_exported(export.folder, torch.float32, trust)
+    checks = list(_compare(own, theirs, tokens, export, new_tokens))
+    if export.options.dtype in STORED:
+        exact = theirs(tokens, use_cache=False).logits
+        del own, theirs
+        stored = load_exported(export.folder, "auto", trust)
+        checks += _stored(stored(tokens, use_cache=False).logits.float(), exact, tokens, export.options.dtype)
+    text = f"{tokens.shape[0]} sequences of {tokens.shape[1]} random tokens; {new_tokens} greedy tokens each"
+    return Parity("full", tuple(checks), text)
+
+
+def _compare(
+    own: LanguageModel, theirs: Any, tokens: Tensor, export: Export, new_tokens: int
+) -> Iterator[Check]:
+    rows = export.source.vocab_rows
+    expected = own.logits(tokens)[..., :rows]
+    found = theirs(tokens, use_cache=False).logits
+    tolerance = logit_tolerance(expected)
+    yield Check("logits, largest difference", largest_gap(found, expected), tolerance)
+    yield Check("loss, difference", abs(loss_of(found, tokens) - loss_of(expected, tokens)), LOSS)
+
+    def chunk(part: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        out = theirs(part, past_key_values=cache, use_cache=True)
+        return out.logits, out.past_key_values
+
+    yield Check(
+        "logits, cached against uncached", largest_gap(through_cache(chunk, tokens), found), tolerance
+    )
+    prompts = tokens[:, :PROMPT]
+    text = theirs.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=new_tokens,
+    )
+    wrong = wrong_tokens(
+        own, text, prompts.shape[1], export, theirs.generation_config.eos_token_id, tolerance
+    )
+    yield Check("greedy continuation, differing tokens", float(wrong), 0.0)
+
+
+def through_cache(step: Callable[[Tensor, Any], tuple[Tensor, Any]], inputs: Tensor) -> Tensor:
+    """What ``step`` makes of ``inputs`` [B, S, ...] in chunks: a half, a few single positions, the rest.
+
+    Args:
+        step: (chunk, cache; None at first) -> (its outputs [B, chunk, ...], the cache).
+    """
+    length = inputs.shape[1]
+    half = max(1, length // 2)
+    bounds = [0, *sorted({*range(half, min(half + 5, length)), length})]
+    cache, parts = None, []
+    for first, last in pairwise(bounds):
+        out, cache = step(inputs[:, first:last], cache)
+        parts.append(out)
+    return torch.cat(parts, dim=1)
+
+
+def wrong_tokens(
+    own: LanguageModel, text: Tensor, prompt: int, export: Export, eos: int | None, tolerance: float
+) -> int:
+    """Tokens of ``text`` [B, S] after the first ``prompt`` that the project's model would not have chosen.
+
+    One forward of the whole text tells: by induction each token was chosen after the same text. Where two tokens
+    are as likely as each other, up to twice the tolerance of logits, either is right.
+    """
+    model = export.source.config.model
+    known = min(model.vocab_size or export.source.vocab_rows, export.source.vocab_rows)
+    logits = own.logits(text)[:, prompt - 1 : -1, :known]
+    chosen = text[:, prompt:]
+    behind = logits.max(-1).values - logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+    alive = torch.ones_like(chosen, dtype=torch.bool)
+    if eos is not None:  # what follows an end is padding
+        alive = (chosen == eos).int().cumsum(1) - (chosen == eos).int() == 0
+    return int((~(behind <= 2 * tolerance) & alive).sum())
+
+
+def _stored(found: Tensor, exact: Tensor, tokens: Tensor, dtype: str) -> list[Check]:
+    relative, nats = STORED[dtype]
+    error = float((found - exact).norm() / exact.norm())
+    loss = abs(loss_of(found, tokens) - loss_of(exact, tokens))
+    return [
+        Check(f"run in {dtype}: logits, relative error", error, relative),
+        Check(f"run in {dtype}: loss, difference", loss, nats),
+    ]
