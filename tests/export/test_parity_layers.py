@@ -9,7 +9,7 @@ import pytest
 from megatron_sgt.export.parity import check_parity
 from megatron_sgt.export.parity_layers import check_parity_by_layers
 from megatron_sgt.export.to_hf import ExportOptions, export_checkpoint
-from tests.export.test_parity import wrong_with_a_cache, one_weight, other_heads
+from tests.export.test_parity import one_weight, other_heads, wrong_with_a_cache
 from tests.helpers.exports import export_config, write_run
 
 
