@@ -22,8 +22,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_sgt.errors import DataError
 
 _NONFINITE = "nonfinite"
@@ -36,7 +34,7 @@ def _name_of(value: float) -> str:
 
 def _strict(value: Any, place: str, nonfinite: dict[str, str]) -> Any:
     """`value` as JSON-able objects; what is not finite becomes None and is noted under its place."""
-    if isinstance(value, np.ndarray | np.generic):
+    if type(value).__module__ == "numpy":
         value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):
         nonfinite[place] = _name_of(value)

@@ -6,11 +6,10 @@ import importlib
 import importlib.util
 import time
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
-
-import numpy as np
 
 from megatron_sgt.config.run import LoggingConfig
 from megatron_sgt.errors import ConfigError
@@ -46,7 +45,7 @@ def scalars(kind: str, record: Mapping[str, Any]) -> dict[str, float]:
     return {
         f"{kind}/{key}": float(value)
         for key, value in record.items()
-        if isinstance(value, int | float | np.number) and not isinstance(value, bool) and key not in _NO_CURVE
+        if isinstance(value, Real) and not isinstance(value, bool) and key not in _NO_CURVE
     }
 
 

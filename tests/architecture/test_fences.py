@@ -17,7 +17,8 @@ LIBRARY_HOMES = {
     "tensorboard": ("metrics/",),
 }
 # config holds the word as the value of the option parallel.device.
-CUDA_HOMES = ("parallel/device.py", "compat/", "ops/", "config/")
+# launch/job_environment.py sets variables that others have named.
+CUDA_HOMES = ("parallel/device.py", "compat/", "ops/", "config/", "launch/job_environment.py")
 # Megatron's name for its random states on whatever device there is.
 NEUTRAL_NAME = "get_cuda_rng_tracker"
 

@@ -30,9 +30,10 @@ LAYERS = {
     "export": 6,
     "study": 6,
     "engine": 6,
+    "submit": 6,
     "__main__": 7,
 }
-TORCH_FREE = ("errors", "cli", "config", "growth", "launch", "metrics", "planning", "reporting", "study")
+TORCH_FREE = ("errors", "cli", "config", "growth", "launch", "metrics", "planning", "reporting", "study", "submit")
 TORCH_NAMES = ("torch", "deepspeed", "megatron", "transformers", "triton")
 
 

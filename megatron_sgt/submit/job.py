@@ -1,0 +1,77 @@
+"""A run as a job: described, written beside the run, handed to sbatch."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_sgt.checkpoint.layout import LATEST_FILE
+from megatron_sgt.config import Config
+from megatron_sgt.errors import ConfigError, SGTError
+from megatron_sgt.launch.sbatch import CONFIG, SCRIPT, SlurmJob, sbatch_script
+
+FOLDER = "slurm"
+"""In logging.run_dir: the job's script, configuration and logs."""
+
+
+def job_folder(config: Config) -> str:
+    """Folder of everything that belongs to the job of this run."""
+    return str(Path(config.logging.run_dir, FOLDER))
+
+
+def job_name(config: Config) -> str:
+    """One name for one run directory: Slurm lets one job of a name run at a time (--dependency=singleton)."""
+    return f"sgt:{config.logging.run_dir}"
+
+
+def latest_file(config: Config) -> str:
+    """The file that names the newest checkpoint."""
+    return str(config.save_dir / LATEST_FILE)
+
+
+def outside_folders(config: Config) -> list[str]:
+    """Folders outside the current one that the run reads or writes: what a container must be shown."""
+    here = Path.cwd()
+    folders = dict.fromkeys(place.absolute() for place in _places(config))
+    outside = [folder for folder in folders if not folder.is_relative_to(here)]
+    return [str(f) for f in outside if not any(f != g and f.is_relative_to(g) for g in outside)]
+
+
+def _places(config: Config) -> Iterator[Path]:
+    yield from (Path(config.logging.run_dir), config.save_dir, config.data_cache_dir)
+    if config.data.data_path:
+        yield from (Path(prefix).parent for _, prefix in config.data.blend())
+    if config.checkpoint.load is not None:
+        yield Path(config.checkpoint.load)
+    if config.data.tokenizer is not None and os.path.exists(config.data.tokenizer.model):
+        yield Path(config.data.tokenizer.model).parent
+
+
+def write_job(job: SlurmJob, config: Config) -> Path:
+    """Write script and resolved configuration; returns the script. Restarts read these, not what they came from.
+
+    A count of failed restarts from an earlier submission is forgotten.
+    """
+    folder = Path(job.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(config.to_yaml())
+    (folder / "restarts").unlink(missing_ok=True)
+    script = folder / SCRIPT
+    script.write_text(sbatch_script(job))
+    return script
+
+
+def submit(script: Path) -> str:
+    """Hand ``script`` to sbatch; returns the job's id.
+
+    Raises ConfigError: there is no sbatch here. SGTError: Slurm refuses the job.
+    """
+    if shutil.which("sbatch") is None:
+        raise ConfigError(
+            f"{script} is written, but there is no sbatch on PATH; submit it on a login node: sbatch {script}"
+        )
+    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SGTError(f"Slurm refuses {script}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout.strip().split(";")[0]

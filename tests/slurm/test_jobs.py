@@ -1,0 +1,180 @@
+"""Jobs of two nodes in a real Slurm, submitted as a user does: interrupted, started again, done, and the same run.
+
+`main` is a partition whose jobs `urgent` ones preempt. Steps are made long enough to be interrupted between saves.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sgt.metrics import METRICS_FILE
+from megatron_sgt.metrics.jsonl import read_metrics
+from tests.helpers.commands import ROOT
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.runs import measured_steps, pretrain, reported, tiny_config, write_tiny_data
+from tests.helpers.slurm import NODES, SlurmCluster, until
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+STEPS = 400
+SETTINGS: dict[str, dict[str, Any]] = {
+    "train": {"train_iters": STEPS, "eval_interval": 0, "global_batch_size": 16},
+    "data": {"num_workers": 1},  # processes that Slurm signals, too
+    "checkpoint": {"save_interval": 40, "keep_last": 2},
+    "logging": {"log_interval": 50},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_tiny_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def expected(data: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What every step of the uninterrupted run measures."""
+    folder = tmp_path_factory.mktemp("expected")
+    run_on_ranks(2, pretrain, tiny_config(folder, data, **SETTINGS))
+    return measured_steps(folder)
+
+
+class Job:
+    """A run submitted with tools/submit_slurm.py, on two nodes, one rank each."""
+
+    def __init__(self, cluster: SlurmCluster, folder: Path, data: str, *arguments: str) -> None:
+        self.cluster, self.run_dir = cluster, folder / "run"
+        config = folder / "run.yaml"
+        config.write_text(tiny_config(self.run_dir, data, **SETTINGS).to_yaml())
+        tool = [sys.executable, str(ROOT / "tools/submit_slurm.py"), "--config", str(config), "--nodes", "2"]
+        said = cluster.run(
+            *tool,
+            "--cpus-per-task",
+            "1",
+            "--retries",
+            "1",
+            *arguments,
+            cwd=folder,
+            PYTHONPATH=os.environ["PYTHONPATH"],
+        )
+        self.number = said.split()[1]
+
+    def step(self) -> int:
+        """The last step in the metrics."""
+        file = self.run_dir / METRICS_FILE
+        steps = (
+            [record["step"] for record in read_metrics(file) if record["kind"] == "train"]
+            if file.exists()
+            else []
+        )
+        return steps[-1] if steps else 0
+
+    def starts(self) -> list[int]:
+        """The step that every start of the job went on from."""
+        return [record["step"] for record in reported(self.run_dir, "resume")]
+
+    def reach(self, step: int) -> None:
+        """Wait until ``step`` is done."""
+        until(lambda: self.step() >= step, f"step {step}", 60, self.describe)
+
+    def log(self) -> str:
+        """What the job script and srun said."""
+        return (self.run_dir / "slurm" / f"{self.number}.log").read_text()
+
+    def describe(self) -> str:
+        """All logs."""
+        logs = sorted((self.run_dir / "slurm").rglob("*.log"))
+        return "\n".join([*(f"== {log}\n{log.read_text()[-3000:]}" for log in logs), self.cluster.describe()])
+
+    def finish(self, expected: list[dict[str, Any]]) -> None:
+        """Wait until the job is done, and compare every step with that of the uninterrupted run."""
+        until(lambda: self.state() not in ("PENDING", "RUNNING", "COMPLETING"), "the end", 90, self.describe)
+        assert self.state() == "COMPLETED", self.describe()
+        by_step = {record["step"]: record for record in expected}
+        steps = measured_steps(self.run_dir)
+        assert {record["step"] for record in steps} == set(by_step) and len(by_step) == STEPS
+        assert [record for record in steps if record != by_step[record["step"]]] == []
+
+    def state(self) -> str:
+        """Slurm's word for what the job is doing."""
+        return self.cluster.job(self.number)["JobState"]
+
+
+@pytest.fixture
+def submit(cluster: SlurmCluster, data: str, tmp_path: Path) -> Callable[..., Job]:
+    return lambda *arguments: Job(cluster, tmp_path, data, *arguments)
+
+
+def test_preempted_and_bereft_of_a_node_it_is_the_same_run(
+    cluster: SlurmCluster, submit: Callable[..., Job], expected: list[dict[str, Any]]
+) -> None:
+    job = submit()
+    job.reach(50)
+    cluster.run("srun", "--partition=urgent", "-N2", "--exclusive", "true")  # comes back when it has run
+    job.reach(job.step() + 50)
+    cluster.kill_node(NODES[1])
+    until(lambda: job.state() != "RUNNING", "requeue", 60, job.describe)
+    cluster.start_node(NODES[1])
+    job.finish(expected)
+    first, preempted, crashed = job.starts()
+    assert (first, crashed % 40) == (0, 0)
+    assert preempted % 40 != 0, "saved between the intervals, when Slurm asked for it"
+    assert preempted < crashed
+    assert cluster.job(job.number)["Restarts"] == "2"
+
+
+def test_the_time_limit_is_a_pause(
+    cluster: SlurmCluster, submit: Callable[..., Job], expected: list[dict[str, Any]]
+) -> None:
+    """The ranks stand still, without a load on this machine, until Slurm has sent its warning."""
+    job = submit("--time", "1", "--warn", "1")
+    job.reach(10)
+    ranks = cluster.tasks(job.number)
+    for pid in ranks:
+        os.kill(pid, signal.SIGSTOP)
+    until(lambda: all(is_pending(pid, signal.SIGUSR1) for pid in ranks), "the warning", 70, job.describe)
+    for pid in ranks:
+        os.kill(pid, signal.SIGCONT)
+    job.finish(expected)
+    first, again = job.starts()
+    assert first == 0 and again > 0
+    assert cluster.job(job.number)["Restarts"] == "1"
+
+
+def is_pending(pid: int, number: signal.Signals) -> bool:
+    """Whether the process has been sent a signal that it has not seen yet."""
+    masks = [
+        line
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        if line[:6] in ("SigPnd", "ShdPnd")
+    ]
+    return any(int(mask.split()[1], 16) >> (number - 1) & 1 for mask in masks)
+
+
+def test_a_cancelled_job_saves_and_stays_cancelled(cluster: SlurmCluster, submit: Callable[..., Job]) -> None:
+    job = submit()
+    job.reach(5)
+    cluster.run("scancel", job.number)
+    cluster.wait(job.number, "CANCELLED", 20)
+    until(lambda: "COMPLETING" not in cluster.run("squeue", "-h", "-j", job.number, "-o", "%T"), "end", 20)
+    time.sleep(6)  # as long as a requeued job waits
+    assert cluster.job(job.number)["JobState"] == "CANCELLED"
+    assert cluster.job(job.number)["Restarts"] == "0"
+    assert (job.run_dir / "checkpoints/latest").exists(), job.describe()
+
+
+def test_a_mistake_is_not_repeated(cluster: SlurmCluster, submit: Callable[..., Job]) -> None:
+    job = submit("deepspeed.zero_optimization.bucket=7")
+    ended = cluster.wait(job.number, "FAILED", 60)
+    assert (ended["ExitCode"], ended["Restarts"]) == ("2:0", "0")
+    assert "exit code 2" in job.log()
+    ranks = sorted((job.run_dir / "slurm" / job.number).glob("rank-*.log"))
+    assert [log.name for log in ranks] == ["rank-0000.log", "rank-0001.log"]
+    assert "bucket" in "".join(log.read_text() for log in ranks)

@@ -1,0 +1,47 @@
+from pathlib import Path
+
+import pytest
+
+from megatron_sgt.config import load_config
+from megatron_sgt.errors import ConfigError, SGTError
+from megatron_sgt.launch.sbatch import sbatch_script
+from megatron_sgt.submit import job as jobs
+from tests.helpers.single import small_config
+from tests.launch.test_sbatch import JOB
+
+
+def test_a_container_is_shown_what_lies_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = small_config(
+        logging={"run_dir": "runs/a"},
+        data={
+            "data_path": ["1", "/data/c4/part", "1", "/data/c4/more/part"],
+            "data_cache_path": "/scratch/cache",
+        },
+        checkpoint={"save": "/scratch"},
+    )
+    assert jobs.outside_folders(config) == ["/scratch", "/data/c4"]
+
+
+def test_writes_what_restarts_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = small_config()
+    (tmp_path / JOB.folder).mkdir(parents=True)
+    (tmp_path / JOB.folder / "restarts").write_text("global_step1\n")
+    script = jobs.write_job(JOB, config)
+    assert script.read_text() == sbatch_script(JOB)
+    assert load_config(script.parent / "config.yaml") == config
+    assert sorted(path.name for path in script.parent.iterdir()) == ["config.yaml", "job.sbatch"]
+
+
+def test_submits_or_says_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"no sbatch on PATH; .*: sbatch job.sbatch"):
+        jobs.submit(Path("job.sbatch"))
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text('#!/bin/sh\necho "12;cluster"\n')
+    sbatch.chmod(0o755)
+    assert jobs.submit(Path("job.sbatch")) == "12"
+    sbatch.write_text("#!/bin/sh\necho 'Invalid account' >&2; exit 1\n")
+    with pytest.raises(SGTError, match=r"Slurm refuses job.sbatch: Invalid account"):
+        jobs.submit(Path("job.sbatch"))
