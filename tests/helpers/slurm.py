@@ -50,7 +50,7 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmdTimeout=8
 KillWait=10
-SchedulerParameters=sched_interval=5,batch_sched_delay=0
+SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
 OverTimeLimit=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -114,12 +114,11 @@ class SlurmCluster:
                 _kill(pid)
 
     def tasks(self, number: str) -> list[int]:
-        """The ranks of a job: processes that run Python in a step of it, not their data workers."""
-        wanted = f"SLURM_JOB_ID={number}\0"
+        """The ranks of a job: Python, without the srun and the bash around it, and without data workers."""
         pids = [
             pid
             for pid, environ, command in _processes()
-            if wanted in environ and "\0megatron_sgt\0" in command
+            if f"SLURM_JOB_ID={number}\0" in environ and command.split("\0")[1:3] == ["-m", "megatron_sgt"]
         ]
         return [pid for pid in pids if _parent(pid) not in pids]
 

@@ -15,7 +15,7 @@ def data(tmp_path: Path) -> str:
     return write_tiny_data(tmp_path)
 
 
-def config(tmp_path: Path, data: str, **sections: dict[str, Any]) -> Config:
+def config(tmp_path: Path, data: str, /, **sections: dict[str, Any]) -> Config:
     return tiny_config(tmp_path / "run", data, **sections)
 
 
@@ -43,7 +43,7 @@ def test_tells_the_shape_of_the_run(tmp_path: Path, data: str) -> None:
     ("sections", "error", "told"),
     [
         ({"train": {"global_batch_size": 6}}, ConfigError, "batch sizes do not multiply"),
-        ({"logging": {"run_dir": "/proc/run"}}, ConfigError, "logging.run_dir: cannot write"),
+        ({"logging": {"run_dir": f"{__file__}/run"}}, ConfigError, "logging.run_dir: cannot write"),
         ({"data": {"data_path": ["/nowhere/x"]}}, DataError, "/nowhere/x"),
         ({"data": {"data_path": []}}, DataError, "data_path is empty"),
         ({"checkpoint": {"load": "/nowhere"}}, CheckpointError, "no checkpoint at /nowhere"),
