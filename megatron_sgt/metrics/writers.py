@@ -45,7 +45,7 @@ def scalars(kind: str, record: Mapping[str, Any]) -> dict[str, float]:
     return {
         f"{kind}/{key}": float(value)
         for key, value in record.items()
-        if type(value) is not bool and isinstance(value, Real) and key not in _NO_CURVE
+        if isinstance(value, int | float | Real) and not isinstance(value, bool) and key not in _NO_CURVE
     }
 
 

@@ -33,7 +33,18 @@ LAYERS = {
     "submit": 6,
     "__main__": 7,
 }
-TORCH_FREE = ("errors", "cli", "config", "growth", "launch", "metrics", "planning", "reporting", "study", "submit")
+TORCH_FREE = (
+    "errors",
+    "cli",
+    "config",
+    "growth",
+    "launch",
+    "metrics",
+    "planning",
+    "reporting",
+    "study",
+    "submit",
+)
 TORCH_NAMES = ("torch", "deepspeed", "megatron", "transformers", "triton")
 
 
