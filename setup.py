@@ -33,7 +33,7 @@ EXTRAS_REQUIRE = {
     "report": ["matplotlib"],
     "logging": ["tensorboard", "wandb"],
     "dev": [
-        *("pytest", "ruff", "mypy", "pyarrow", "zstandard", "tensorboard", "matplotlib"),
+        *("pytest", "ruff", "mypy", "pyarrow", "zstandard", "tensorboard", "matplotlib", "mpi4py"),
         "triton>=3.7.1; platform_system == 'Linux'",
     ],
 }

@@ -4,10 +4,12 @@ imported the libraries already (a tenth of the time; the same script, arguments,
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import multiprocessing
 import os
 import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,14 @@ from tests.helpers.ranks import start_server
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+REQUIRED = bool(os.environ.get("REQUIRE_LAUNCHERS"))
+"""Whether a machine without Slurm or MPI fails the tests of them, as in .ci/run, instead of skipping these."""
+MPI_ENVIRONMENT = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",
+}
+"""Open MPI starts nothing as root, and no more ranks than there are cores, unless told to."""
 HANG = -1
 """Exit code of a command that had to be killed."""
 
@@ -75,6 +85,12 @@ def limit_file_size() -> None:
     """Let every write beyond 100 kB into a file fail, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def no_mpi() -> bool:
+    """Whether tests with mpirun are to be skipped here."""
+    absent = shutil.which("mpirun") is None or importlib.util.find_spec("mpi4py") is None
+    return absent and not REQUIRED
 
 
 def snapshot(folder: Path) -> dict[str, str]:

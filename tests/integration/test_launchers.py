@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -16,7 +14,7 @@ import pytest
 
 from megatron_sgt.launch.rank_info import free_port
 from megatron_sgt.launch.slurm import step_port
-from tests.helpers.commands import ROOT, Finished
+from tests.helpers.commands import MPI_ENVIRONMENT, ROOT, Finished, no_mpi
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import measured_steps, pretrain, reported, tiny_config, write_tiny_data
 
@@ -36,6 +34,7 @@ ENVIRONMENT = {
     **{k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)},
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
     "OMP_NUM_THREADS": "1",
+    **MPI_ENVIRONMENT,
 }
 STEPS = 3
 TIMEOUT = 240
@@ -108,10 +107,7 @@ def mpirun(arguments: list[str], cwd: Path) -> Finished:
     return run([["mpirun", "-n", "2", sys.executable, SCRIPT, *arguments]], cwd)
 
 
-NO_MPI = shutil.which("mpirun") is None or importlib.util.find_spec("mpi4py") is None
-MPI = pytest.param(
-    mpirun, marks=[pytest.mark.mpi, pytest.mark.skipif(NO_MPI, reason="needs mpirun and mpi4py")], id="mpirun"
-)
+NO_MPI = pytest.mark.skipif(no_mpi(), reason="needs mpirun (Debian: openmpi-bin) and mpi4py")
 
 
 @pytest.fixture(scope="module")
@@ -145,11 +141,12 @@ def test_every_launcher_runs_the_same(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [MPI])
+@pytest.mark.mpi
+@NO_MPI
 def test_mpirun_runs_the_same(
-    launcher: object, data: str, expected: dict[int, list[dict[str, object]]], tmp_path: Path
+    data: str, expected: dict[int, list[dict[str, object]]], tmp_path: Path
 ) -> None:
-    check_run(launcher, expected[2], expected[1], data, tmp_path)
+    check_run(mpirun, expected[2], expected[1], data, tmp_path)
 
 
 def check_run(launcher: object, expected: list[dict], alone: list[dict], data: str, folder: Path) -> None:

@@ -1,8 +1,7 @@
 """Discovery under mpirun, with a stand-in for mpi4py, and with the real one where there is one."""
 
-import importlib.util
 import json
-import shutil
+import os
 import socket
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.launch.environment import discover
 from megatron_sgt.launch.mpi import started_by_mpi
+from tests.helpers.commands import MPI_ENVIRONMENT, no_mpi
 
 ROOT = Path(__file__).parents[2]
 HYDRA = {"PMI_RANK": "0", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0"}
@@ -110,10 +110,7 @@ def test_started_by_mpi(environ: dict[str, str], expected: bool) -> None:
 
 
 @pytest.mark.mpi
-@pytest.mark.skipif(
-    shutil.which("mpiexec") is None or importlib.util.find_spec("mpi4py") is None,
-    reason="needs mpi4py and mpiexec",
-)
+@pytest.mark.skipif(no_mpi(), reason="needs mpirun (Debian: openmpi-bin) and mpi4py")
 def test_real_mpiexec(tmp_path: Path) -> None:
     # Files, because mpiexec may glue the output of two ranks into one line.
     code = (
@@ -122,7 +119,7 @@ def test_real_mpiexec(tmp_path: Path) -> None:
         "pathlib.Path(sys.argv[1], f'{info.rank}.json').write_text(json.dumps(vars(info)))"
     )
     command = ["mpiexec", "-n", "2", sys.executable, "-c", code, str(tmp_path)]
-    subprocess.run(command, check=True, timeout=120, cwd=ROOT)
+    subprocess.run(command, check=True, timeout=120, cwd=ROOT, env={**os.environ, **MPI_ENVIRONMENT})
     infos = [json.loads(path.read_text()) for path in sorted(tmp_path.iterdir())]
     assert [(i["rank"], i["local_rank"], i["world_size"], i["local_world_size"]) for i in infos] == [
         (0, 0, 2, 2),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,16 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.commands import REQUIRED
 from tests.helpers.slurm import SlurmCluster, missing_programs
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[SlurmCluster]:
-    """A running Slurm. Without its programs the test is skipped, or fails where REQUIRE_SLURM is set."""
+    """A running Slurm. Without its programs the test is skipped, or fails where REQUIRE_LAUNCHERS is set."""
     missing = missing_programs()
     if missing:
         reason = f"needs Slurm (Debian: slurm-wlm, munge); no {', '.join(missing)} on this machine"
-        if os.environ.get("REQUIRE_SLURM"):
+        if REQUIRED:
             pytest.fail(reason)
         pytest.skip(reason)
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: the path of a socket has at most 107 characters

@@ -180,6 +180,16 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster: SlurmCluster, submit
     assert (job.run_dir / "checkpoints/latest").exists(), job.describe()
 
 
+def test_srun_alone_is_a_launcher(
+    cluster: SlurmCluster, data: str, expected: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    config = tiny_config(tmp_path / "run", data, **SETTINGS)
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    script = [sys.executable, str(ROOT / "pretrain_sgt.py"), "--config", "run.yaml", "train.exit_interval=5"]
+    cluster.run("srun", "-K", "-N2", "-n2", *script, cwd=tmp_path, PYTHONPATH=os.environ["PYTHONPATH"])
+    assert measured_steps(tmp_path / "run") == expected[:5]
+
+
 def test_a_mistake_is_not_repeated(cluster: SlurmCluster, submit: Callable[..., Job]) -> None:
     job = submit("deepspeed.zero_optimization.bucket=7")
     ended = cluster.wait(job.number, "FAILED", 60)
