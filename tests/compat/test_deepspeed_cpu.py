@@ -8,7 +8,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
-from deepspeed.utils import logger
+from deepspeed.utils import logger, nvtx
 
 from megatron_sgt.compat.deepspeed_cpu import prepare_deepspeed
 
@@ -23,6 +23,7 @@ def unprepared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.delenv("DS_LOG_LEVEL", raising=False)
     monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", True)
+    monkeypatch.setattr(nvtx, "enable_nvtx", True)
     level = logger.level
     monkeypatch.setattr(logger, "level", level)
 
@@ -68,3 +69,15 @@ def test_log_lines_of_every_rank_are_silenced() -> None:
     logger.setLevel(logging.INFO)
     prepare_deepspeed(CPU)
     assert logger.level == logging.ERROR
+
+
+@pytest.mark.parametrize(("device", "pushed"), [(CPU, 0), (torch.device("cuda", 0), 1)])
+def test_ranges_are_marked_where_a_profiler_reads_them(
+    device: torch.device, pushed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+    monkeypatch.setattr(nvtx, "_range_push", lambda accelerator, name: names.append(name))
+    monkeypatch.setattr(nvtx, "_range_pop", lambda accelerator: None)
+    prepare_deepspeed(device)
+    assert nvtx.instrument_w_nvtx(lambda: 3)() == 3
+    assert len(names) == pushed

@@ -16,7 +16,7 @@ from megatron_sgt.engine.build import start_processes
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.model.linear import LoopingRowParallelLinear
 from megatron_sgt.model.norm import RMSNorm
-from tests.helpers.ranks import run_on_ranks
+from tests.helpers.ranks import SHARED_MEMORY, run_on_ranks
 from tests.helpers.replays import ALLOWED, differences, replay_on, run_replay, structure
 from tests.helpers.trajectories import GOLDEN, make_trajectory, read_trajectory, settings_of, write_trajectory
 
@@ -52,7 +52,7 @@ def check(path: Path, tensor: int, data: int, sequence: bool, zero: int, recompu
     recorded, recorded_meta = read_trajectory(path)
     size = recorded_meta["global_batch"] // data // 2  # two micro-batches: one hides errors of accumulation
     train = {"recompute_granularity": recompute, "micro_batch_size": size}
-    result, meta = run_replay(path, tensor * data, layout, **train)
+    result, meta = run_replay(path, tensor * data, layout, SHARED_MEMORY, **train)
     gaps = differences(result, recorded)
     relative = ((result["grad_norm"] - recorded["grad_norm"]).abs() / recorded["grad_norm"]).max()
     assert float(relative) <= 1e-5, f"gradient norms differ by {float(relative):.1e}"

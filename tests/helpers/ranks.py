@@ -26,6 +26,8 @@ from megatron_sgt.launch.rank_info import LOOPBACK, RankInfo, to_environ
 
 ROOT = Path(__file__).parents[2]
 PRELOADED = ["megatron_sgt.engine.replay", "megatron_sgt.engine.run"]
+SHARED_MEMORY = "shared_memory"
+"""Name of the tests' own backend."""
 LOG_TAIL = 4000
 """Characters of each rank's output that an error shows."""
 GRACE = 2.0
@@ -60,8 +62,12 @@ class _Rank:
         return f"--- rank {index}: {state}\n{output}".rstrip()
 
 
-def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list:
+def run_on_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0, backend: str = "gloo"
+) -> list:
     """The results by rank of ``function(info, *args)`` on ``world_size`` ranks with torch.distributed up.
+
+    backend: "gloo", or SHARED_MEMORY where many collectives would wait for it (see ``shared_memory.py``).
 
     ``function`` is found by its module and name, arguments and results are pickled. An exception on a rank is
     raised here, with the tracebacks of all ranks as its cause. After ``timeout`` seconds every rank's stack
@@ -70,7 +76,7 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any, time
     payload = pickle.dumps((function, args))
     start_server()
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [_start(Path(folder), rank, world_size, payload) for rank in range(world_size)]
+        ranks = [_start(Path(folder), rank, world_size, backend, payload) for rank in range(world_size)]
         try:
             _collect(ranks, time.monotonic() + timeout)
             _raise_failure(ranks, timeout)
@@ -100,11 +106,12 @@ def start_server() -> None:
         os.environ.update(before)
 
 
-def _start(folder: Path, rank: int, world_size: int, payload: bytes) -> _Rank:
+def _start(folder: Path, rank: int, world_size: int, backend: str, payload: bytes) -> _Rank:
     pipe, theirs = _context.Pipe()
     log = folder / f"rank{rank}.log"
     store = str(folder / "store")  # ranks meet in a file: no port that another program could take first
-    process = _context.Process(target=_rank_main, args=(rank, world_size, store, str(log), theirs, payload))
+    where = (rank, world_size, store, backend)
+    process = _context.Process(target=_rank_main, args=(where, str(log), theirs, payload))
     process.start()
     theirs.close()
     return _Rank(process, pipe, log)
@@ -152,7 +159,7 @@ def _is_consequence(error: BaseException) -> bool:
 
 
 def _rank_main(
-    rank: int, world_size: int, store: str, log: str, pipe: connection.Connection, payload: bytes
+    where: tuple[int, int, str, str], log: str, pipe: connection.Connection, payload: bytes
 ) -> None:
     """A forked rank: run, report, wait until all are done, leave without tearing anything down."""
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -160,7 +167,7 @@ def _rank_main(
     os.dup2(out, 2)
     faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
     try:
-        outcome: tuple[str, Any, str] = ("done", _call(rank, world_size, store, payload), "done")
+        outcome: tuple[str, Any, str] = ("done", _call(*where, payload), "done")
         message = pickle.dumps(outcome)
     except BaseException as error:
         message = _describe(error)
@@ -171,14 +178,20 @@ def _rank_main(
     os._exit(0)
 
 
-def _call(rank: int, world_size: int, store: str, payload: bytes) -> Any:
+def _call(rank: int, world_size: int, store: str, backend: str, payload: bytes) -> Any:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     info = RankInfo(rank, world_size, rank, world_size, LOOPBACK, 1, "torchrun")
     os.environ.update(to_environ(info))
-    dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
+    if backend == SHARED_MEMORY:
+        from tests.helpers.shared_memory import register
+
+        register(Path(store).parent)
+    dist.init_process_group(
+        backend, store=dist.FileStore(store, world_size), rank=rank, world_size=world_size
+    )
     function, args = pickle.loads(payload)
     return function(info, *args)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_sgt.engine import replay as rp
 from megatron_sgt.engine.build import start_processes
 from megatron_sgt.launch.rank_info import RankInfo
-from tests.helpers.ranks import run_on_ranks
+from tests.helpers.ranks import SHARED_MEMORY, run_on_ranks
 from tests.helpers.trajectories import read_trajectory
 
 ALLOWED = {
@@ -28,8 +28,12 @@ requirement names, is the most sensitive to the drift of the weights)."""
 EVENT_FIELDS = ("step", "action", "layer", "phase", "kept_heads")
 
 
-SPREAD = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "overlap_comm": True}}
-"""A tiny model hides what ZeRO-3 does: by default weights this small are never spread."""
+ZERO: dict[int, dict[str, Any]] = {
+    1: {"overlap_comm": True, "reduce_bucket_size": 20_000},
+    2: {"overlap_comm": True, "reduce_bucket_size": 20_000},
+    3: {"overlap_comm": True, "stage3_param_persistence_threshold": 0},
+}
+"""A tiny model hides what ZeRO does: by default its gradients fit into one bucket, and stage 3 spreads no weight."""
 
 
 def replay_on(info: RankInfo, path: Path, layout: dict[str, Any], train: dict[str, Any]) -> Any:
@@ -38,7 +42,7 @@ def replay_on(info: RankInfo, path: Path, layout: dict[str, Any], train: dict[st
     overrides = {
         "parallel": {"device": "cpu", **layout},
         "train": {**train, "threads_per_rank": 1},
-        "deepspeed": SPREAD if layout.get("zero_stage") == 3 else {},
+        "deepspeed": {"zero_optimization": ZERO.get(layout.get("zero_stage", 1), {})},
     }
     config = rp.replay_config(tensors, meta, overrides)
     groups = start_processes(config, info)
@@ -48,10 +52,14 @@ def replay_on(info: RankInfo, path: Path, layout: dict[str, Any], train: dict[st
 
 
 def run_replay(
-    path: Path, world_size: int = 1, layout: dict[str, Any] | None = None, **train: Any
+    path: Path, world_size: int = 1, layout: dict[str, Any] | None = None, backend: str = "", **train: Any
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, metadata) that the project makes of ``path`` on ``world_size`` ranks."""
-    return run_on_ranks(world_size, replay_on, path, layout or {}, train, timeout=300)[0]
+    """(tensors, metadata) that the project makes of ``path`` on ``world_size`` ranks.
+
+    backend: see ``run_on_ranks``; by default gloo where it has a core per rank.
+    """
+    backend = backend or ("gloo" if world_size <= 2 else SHARED_MEMORY)
+    return run_on_ranks(world_size, replay_on, path, layout or {}, train, timeout=400, backend=backend)[0]
 
 
 def differences(result: dict[str, Tensor], recorded: dict[str, Tensor]) -> dict[str, float]:
