@@ -14,7 +14,7 @@ from megatron_sgt.compat.deepspeed_cpu import prepare_deepspeed
 from megatron_sgt.compat.megatron_cpu import prepare_megatron
 from megatron_sgt.compat.mpu import DeepSpeedMPU
 from megatron_sgt.config import Config
-from megatron_sgt.engine.deepspeed_config import deepspeed_config
+from megatron_sgt.engine.deepspeed_config import deepspeed_config, offloads_optimizer
 from megatron_sgt.launch.environment import RankInfo, to_environ
 from megatron_sgt.model.gpt import LanguageModel, build_model
 from megatron_sgt.model.hf_weights import megatron_shard
@@ -81,7 +81,7 @@ def _start_engine(
 ) -> deepspeed.DeepSpeedEngine:
     """Hand model and optimizer to DeepSpeed."""
     parameters = parameter_groups(model, config.optim)
-    optimizer = build_optimizer(parameters, config.optim, groups.device)
+    optimizer = build_optimizer(parameters, config.optim, groups.device, offloads_optimizer(config))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # notes on optional kernels that this project does not use
         engine, *_ = deepspeed.initialize(

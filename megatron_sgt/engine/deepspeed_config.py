@@ -32,10 +32,18 @@ def deepspeed_config(config: Config, world_size: int, precision: str) -> dict[st
         "fp16": {"enabled": precision == "fp16"},
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
+        # Else DeepSpeed takes no optimizer but its own, which it compiles when the run starts, for offload.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": _NEVER,
         "wall_clock_breakdown": False,
     }
     return _merge(derived, config.deepspeed)
+
+
+def offloads_optimizer(config: Config) -> bool:
+    """Whether the optimizer's state and update are on the CPU (or NVMe) instead of ``groups.device``."""
+    section = config.deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return section.get("device", "none") != "none"
 
 
 def _merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,13 +11,16 @@ from megatron_sgt.config.optim import OptimConfig
 
 
 def build_optimizer(
-    groups: list[dict[str, Any]], config: OptimConfig, device: torch.device
+    groups: list[dict[str, Any]], config: OptimConfig, device: torch.device, offloaded: bool = False
 ) -> torch.optim.Optimizer:
     """Build AdamW over ``groups`` (see ``parameter_groups``).
 
     On a GPU NVIDIA Apex's FusedAdam is taken when Apex is installed, else torch's own fused AdamW; both apply
     the whole update in one kernel. (The name ``apex`` on PyPI is an unrelated package without
     ``apex.optimizers``.) On a CPU it is torch's AdamW.
+
+    Args:
+        offloaded: DeepSpeed will keep the state on the CPU and update there, which Apex's kernels cannot.
     """
     options: dict[str, Any] = {
         "lr": config.lr,
@@ -26,7 +29,7 @@ def build_optimizer(
     }
     if device.type == "cpu":
         return torch.optim.AdamW(groups, **options)
-    fused_adam = _apex_fused_adam()
+    fused_adam = None if offloaded else _apex_fused_adam()
     if fused_adam is not None:
         return fused_adam(groups, adam_w_mode=True, **options)
     return torch.optim.AdamW(groups, fused=True, **options)

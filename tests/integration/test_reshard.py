@@ -17,7 +17,7 @@ from megatron_sgt.checkpoint.reshard.convert import convert
 from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES
 from megatron_sgt.checkpoint.reshard.sibling import sibling_of
 from tests.helpers.commands import run_process
-from tests.helpers.ranks import run_on_ranks
+from tests.helpers.ranks import SHARED_MEMORY, run_on_ranks
 from tests.helpers.resharding import load_and_save
 from tests.helpers.runs import (
     differing_leaves,
@@ -115,7 +115,8 @@ def run(
         "checkpoint": checkpoint,
     }
     sections = merged(merged(BASE, VARIANTS[variant]), ours)
-    run_on_ranks(tp_size * dp_size, pretrain, tiny_config(run_dir, data, **sections))
+    config = tiny_config(run_dir, data, **sections)
+    run_on_ranks(tp_size * dp_size, pretrain, config, backend=SHARED_MEMORY)
     return {record["step"]: record for record in measured_steps(run_dir)}
 
 
@@ -177,10 +178,11 @@ def test_the_whole_state_survives_bit_for_bit(here: Layout, folder: Path, data: 
     layout = {"parallel": {"tensor_model_parallel_size": here[0], "zero_stage": here[2]}}
     config = tiny_config(tmp_path / "run", data, **merged(BASE, layout))
     checkpoint = root / f"global_step{AFTER}"
-    notes = run_on_ranks(here[0] * here[1], load_and_save, config, checkpoint, tmp_path / "saved")
+    saved = tmp_path / "saved"
+    notes = run_on_ranks(here[0] * here[1], load_and_save, config, checkpoint, saved, backend=SHARED_MEMORY)
     assert f"zero_stage 1 -> {here[2]}" in notes[0] or here[2] == 1
     before, *_ = convert(checkpoint, tmp_path / "before")
-    after, *_ = convert(tmp_path / "saved" / f"global_step{AFTER}", tmp_path / "after")
+    after, *_ = convert(saved / f"global_step{AFTER}", tmp_path / "after")
     for quantity in QUANTITIES:
         name = f"{quantity}-00001-of-00001.safetensors"
         assert (before / name).read_bytes() == (after / name).read_bytes()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_sgt.checkpoint.layout import read_json
-from tests.helpers.ranks import run_on_ranks
+from tests.helpers.ranks import SHARED_MEMORY, run_on_ranks
 from tests.helpers.runs import (
     TINY,
     checkpoint_leaves,
@@ -25,21 +25,24 @@ STOPS = (4, 9, 16)
 """Inside a window, on a window's end, after the structure is fixed."""
 END = TINY["train"]["train_iters"]
 
+DROPOUT = {"model": {"hidden_dropout": 0.1, "attention_dropout": 0.1}}
+
+
+def zero(stage: int, precision: str) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Two data-parallel ranks with dropout; stage 3 with weights that are really spread."""
+    sections = {**DROPOUT, "parallel": {"zero_stage": stage}, "train": {"precision": precision}}
+    if stage == 3:
+        sections["deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    return 2, sections
+
+
 LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "alone": (1, {}),
-    "tensor_parallel": (2, {"parallel": {"tensor_model_parallel_size": 2}}),
-    "zero_0": (2, {"parallel": {"zero_stage": 0}}),
-    "zero_1": (2, {"parallel": {"zero_stage": 1}}),
-    "zero_2": (2, {"parallel": {"zero_stage": 2}}),
-    "bf16": (2, {"train": {"precision": "bf16"}}),
-    "dropout": (2, {"model": {"hidden_dropout": 0.1}}),
-    "dropout_tensor_parallel": (
-        2,
-        {
-            "model": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
-            "parallel": {"tensor_model_parallel_size": 2},
-        },
-    ),
+    "tensor_parallel": (2, {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}),
+    # Dropout on attention makes kept heads loop at their owners.
+    "dropout_tensor_parallel": (2, {**DROPOUT, "parallel": {"tensor_model_parallel_size": 2}}),
+    **{f"zero_{stage}": zero(stage, "fp32") for stage in range(4)},
+    **{f"zero_{stage}_bf16": zero(stage, "bf16") for stage in (1, 2, 3)},
 }
 """(ranks, settings)"""
 
@@ -52,7 +55,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 def run(run_dir: Path, data: str, ranks: int, sections: dict[str, dict[str, Any]], **train: Any) -> Path:
     """Run (or resume) in new processes; returns the folder of checkpoints."""
     sections = {**sections, "train": {**sections.get("train", {}), **train}}
-    run_on_ranks(ranks, pretrain, tiny_config(run_dir, data, **sections))
+    run_on_ranks(ranks, pretrain, tiny_config(run_dir, data, **sections), backend=SHARED_MEMORY)
     return run_dir / "checkpoints"
 
 
