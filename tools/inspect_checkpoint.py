@@ -35,7 +35,7 @@ def main() -> int:
     args = parse()
     from megatron_sgt.checkpoint.contents import is_checkpoint, read_contents, read_root
     from megatron_sgt.checkpoint.describe import describe, describe_root
-    from megatron_sgt.checkpoint.layout import size_problems
+    from megatron_sgt.checkpoint.manifest import size_problems
 
     if not args.checkpoint.exists():
         raise CheckpointError(f"no checkpoint at {args.checkpoint}: the folder does not exist")

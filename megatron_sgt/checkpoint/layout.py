@@ -1,11 +1,12 @@
 """Where checkpoints lie, and which of them count.
 
     <root>/latest                        text: global_step1000, replaced atomically, last of all
+    <root>/latest_checkpointed_iteration.txt    the same for Megatron's tools: 1000
     <root>/global_step1000/              DeepSpeed's shards, and beside them
         sgt_state.json                   counters, growth state, layout
         config.yaml                      the resolved configuration
         rng_rank_00000.pt                random streams, one file per rank
-        manifest.json                    every file with its size; written last
+        manifest.json                    every file with its size and SHA-256; written last
     <root>/global_step1000.tmp/          a save that was not finished; never read
 
 Pure file-system functions, no process group.
@@ -26,6 +27,8 @@ STATE_FILE = "sgt_state.json"
 CONFIG_FILE = "config.yaml"
 MANIFEST_FILE = "manifest.json"
 LATEST_FILE = "latest"
+ITERATION_FILE = "latest_checkpointed_iteration.txt"
+TEMPORARY_SUFFIX = ".tmp"
 _WANTED = (
     f"give a folder that holds global_stepN folders with a {MANIFEST_FILE}, or one such folder; to start from "
     "scratch leave checkpoint.load empty"
@@ -78,6 +81,22 @@ def latest_tag(root: Path) -> str | None:
     return tag
 
 
+def candidates(root: Path) -> tuple[list[str], str | None]:
+    """Committed tags in the order in which a run tries to resume from them, and what is wrong with ``latest``.
+
+    What ``latest`` names, then older ones, then later ones, which are of a past that was given up.
+    """
+    tags = finished_tags(root)[::-1]
+    try:
+        latest = latest_tag(root)
+    except CheckpointError as error:
+        return tags, str(error)
+    if latest is None:
+        return [], None
+    older = [tag for tag in tags if step_of(tag) < step_of(latest)]
+    return [latest, *older, *(tag for tag in tags if step_of(tag) > step_of(latest))], None
+
+
 def resolve(path: Path) -> Path:
     """The checkpoint folder that a user's path means: itself, or the latest in a folder of checkpoints.
 
@@ -112,12 +131,28 @@ def read_json(path: Path) -> Any:
 
 def replace_text(path: Path, text: str) -> None:
     """Give ``path`` the content ``text`` in one atomic step."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     with temporary.open("w") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Return when a file's content, or the names in a folder, are on disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def point_to(root: Path, tag: str) -> None:
+    """Make ``tag`` the checkpoint that a run resumes from. Raises OSError."""
+    replace_text(root / LATEST_FILE, tag)
+    replace_text(root / ITERATION_FILE, f"{step_of(tag)}\n")
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
@@ -126,47 +161,40 @@ def file_sizes(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): p.stat().st_size for p in files}
 
 
-def size_problems(folder: Path) -> list[str]:
-    """The files of ``folder`` that are missing or have another size than when it was saved, one line each.
+def prune(root: Path, keep_last: int, keep_every: int = 0) -> list[str]:
+    """Delete committed checkpoints that are neither among the newest ``keep_last`` nor at a multiple of
+    ``keep_every`` steps; 0 for ``keep_last`` keeps all, 0 for ``keep_every`` keeps none for its step.
 
-    Raises CheckpointError when the manifest cannot be read.
+    The checkpoint that ``latest`` names is never deleted. Later ones than it are of a past that was given up
+    (damaged, or ahead of where the run was taken back to): they do not count, and stay until they are reached.
     """
-    expected: dict[str, int] = read_json(folder / MANIFEST_FILE)["files"]
-    actual = file_sizes(folder)
-    missing = [f"{name} is missing" for name in expected if name not in actual]
-    return missing + [
-        f"{name} has {actual[name]} bytes instead of {size}"
-        for name, size in expected.items()
-        if name in actual and actual[name] != size
-    ]
-
-
-def verify_sizes(folder: Path) -> None:
-    """Raises CheckpointError naming the files of ``folder`` that are missing or have another size."""
-    if problems := size_problems(folder):
-        raise CheckpointError(
-            f"checkpoint {folder} is damaged: {'; '.join(problems[:5])}. Copy it again; to go back to an older one "
-            f"write its name into {folder.parent / LATEST_FILE}"
-        )
-
-
-def prune(root: Path, keep_last: int) -> list[str]:
-    """Delete all but the newest ``keep_last`` committed checkpoints and every unfinished save; 0 keeps all.
-
-    The checkpoint that ``latest`` names is never deleted.
-    """
-    for leftover in root.glob("global_step*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    if keep_last <= 0:
-        return []
     current = latest_tag(root)
-    doomed = [tag for tag in finished_tags(root)[:-keep_last] if tag != current]
+    if keep_last <= 0 or current is None:
+        return []
+    tags = [tag for tag in finished_tags(root) if step_of(tag) <= step_of(current)]
+    doomed = [
+        tag
+        for tag in tags[:-keep_last]
+        if tag != current and not (keep_every and step_of(tag) % keep_every == 0)
+    ]
     for tag in doomed:
         remove(root / tag)
     return doomed
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint. Its manifest goes first: cut short, the rest no longer counts as a checkpoint."""
-    (folder / MANIFEST_FILE).unlink(missing_ok=True)
-    shutil.rmtree(folder)
+    """Delete a checkpoint. It loses its name first: cut short, the rest is a leftover."""
+    doomed = folder.with_name(f"{folder.name}.removed{TEMPORARY_SUFFIX}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def clear_leftovers(root: Path) -> list[str]:
+    """Delete what saves, deletions and conversions that were killed have left; returns the names."""
+    leftovers = sorted(root.glob(f"global_step*{TEMPORARY_SUFFIX}"))
+    for folder in leftovers:
+        shutil.rmtree(folder, ignore_errors=True)
+    for name in (LATEST_FILE, ITERATION_FILE):
+        (root / f"{name}{TEMPORARY_SUFFIX}").unlink(missing_ok=True)
+    return [folder.name for folder in leftovers]

@@ -1,90 +1,42 @@
-"""Loading: check first, touch weights afterwards."""
+"""Loading a checkpoint that was found whole and fitting (checkpoint/find.py)."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from megatron_sgt.checkpoint import layout
+from megatron_sgt.checkpoint import layout, manifest
+from megatron_sgt.checkpoint.agreement import agreed
 from megatron_sgt.checkpoint.reshard.engine_state import load_into_engine
 from megatron_sgt.checkpoint.reshard.layout_free import LAYOUT_FREE, LayoutFreeReader, is_layout_free
 from megatron_sgt.checkpoint.reshard.sibling import layout_free_copy
 from megatron_sgt.checkpoint.save import layout_of
-from megatron_sgt.config import Config, load_config
-from megatron_sgt.errors import CheckpointError, ConfigError
+from megatron_sgt.checkpoint.shard_files import ShardFiles, through
+from megatron_sgt.checkpoint.trusted import read_trusted
+from megatron_sgt.config import Config
+from megatron_sgt.errors import CheckpointError
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.parallel.rng import load_rng_state, seed_for_training
 
 if TYPE_CHECKING:
     import deepspeed
 
-# Model fields that may differ between the run that saved and the one that loads: they shape no weight.
-_FREE_MODEL_FIELDS = {
-    "seq_length",
-    "attention_dropout",
-    "hidden_dropout",
-    "init_method_std",
-    "use_cpu_initialization",
-}
 
+def verify_together(folder: Path, config: Config, groups: ParallelGroups) -> str | None:
+    """What is wrong with the bytes of ``folder``, None if nothing; collective, every rank reads a part of it.
 
-def find_checkpoint(config: Config) -> tuple[Path | None, str]:
-    """The checkpoint that this run starts from, and one line that says so.
-
-    ``checkpoint.resume: auto`` looks for this run's own checkpoints first; then ``checkpoint.load`` is taken,
-    where finding nothing is an error.
-
-    Raises:
-        CheckpointError: checkpoint.load holds no whole checkpoint, ``latest`` points nowhere, or the run would
-            leave checkpoints of another run beside its own.
+    With ``checkpoint.verify: sizes`` nothing is read. Raises CheckpointError when a rank cannot see it.
     """
-    own = config.save_dir
-    if config.checkpoint.resume == "auto" and (tag := layout.latest_tag(own)) is not None:
-        return own / tag, f"resuming from {own / tag}"
-    if config.checkpoint.load is not None:
-        folder = layout.resolve(Path(config.checkpoint.load))
-        _refuse_mixture(own, layout.step_of(folder.name))
-        return folder, f"starting from {folder} (checkpoint.load)"
-    _refuse_mixture(own, 0)
-    return None, f"fresh start: no checkpoint in {own}"
-
-
-def _refuse_mixture(own: Path, step: int) -> None:
-    """Two runs in one folder would delete each other's checkpoints, and resume from the wrong one."""
-    later = [tag for tag in layout.finished_tags(own) if layout.step_of(tag) > step]
-    if later:
-        raise CheckpointError(
-            f"checkpoint.resume is never, but {own} holds checkpoints of another run: {', '.join(later)}. "
-            "Choose another logging.run_dir or checkpoint.save, move them away, or set checkpoint.resume: auto "
-            "to continue from the newest"
-        )
-
-
-def check_checkpoint(folder: Path, config: Config) -> dict[str, Any]:
-    """Check that ``folder`` is whole and fits the model of ``config``; return its saved state.
-
-    Needs no process group. Raises CheckpointError naming damaged files or differing fields.
-    """
-    layout.verify_sizes(folder)
-    state = layout.read_json(folder / layout.STATE_FILE)
+    if config.checkpoint.verify == "sizes":
+        return None
+    found = agreed(lambda: manifest.checksum_problems(folder, groups.rank, groups.world_size), groups)
     try:
-        saved = load_config(folder / layout.CONFIG_FILE).model.model_dump()
-    except ConfigError as error:
-        raise CheckpointError(f"{folder / layout.CONFIG_FILE} cannot be read: {error}") from error
-    wanted = config.model.model_dump()
-    differing = [
-        f"model.{name} is {saved.get(name)} there and {wanted[name]} here"
-        for name in wanted
-        if name not in _FREE_MODEL_FIELDS and saved.get(name) != wanted[name]
-    ]
-    if differing:
-        raise CheckpointError(f"checkpoint {folder} belongs to another model: " + "; ".join(differing))
-    return state
+        manifest.refuse(folder, list(dict.fromkeys(problem for part in found for problem in part)))
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def load_checkpoint(
@@ -110,8 +62,7 @@ def load_checkpoint(
     """
     here = layout_of(config, groups)
     if state["layout"] == here:
-        _load_shards(folder, engine)
-        load_rng_state(_read_streams(folder, groups), groups.device)
+        load_rng_state(_load_shards(folder, here, engine, groups), groups.device)
         return None
     if is_layout_free(state):
         copy, how = folder, "read from its layout-free form"
@@ -126,15 +77,25 @@ def load_checkpoint(
     return f"{folder.name}: {_changes(made['source_layout'], here)}; {how}; {streams}"
 
 
-def _load_shards(folder: Path, engine: deepspeed.DeepSpeedEngine) -> None:
-    """Let DeepSpeed read its own files. Learning rate, weight decay and constants stay this run's."""
+def _load_shards(
+    folder: Path, where: dict[str, Any], engine: deepspeed.DeepSpeedEngine, groups: ParallelGroups
+) -> dict[str, Any]:
+    """Let DeepSpeed read its own files; returns this rank's random streams.
+
+    Learning rate, weight decay and constants stay this run's. All files are read before any weight is touched.
+    """
     settings = [
         {name: value for name, value in group.items() if name not in ("params", "step")}
         for group in engine.optimizer.param_groups
     ]
+    files = ShardFiles()
+    paths = [folder / name for name in manifest.files_of_rank(where, groups.tp_rank, groups.dp_rank)]
+    agreed(lambda: files.read(paths), groups)
+    streams = agreed(lambda: _read_streams(folder, groups), groups)[groups.rank]
     logging.disable(logging.WARNING)
     try:
-        path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        with through(files, engine):
+            path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     except (OSError, RuntimeError, AssertionError, KeyError, ValueError) as error:
         raise CheckpointError(f"checkpoint {folder} cannot be loaded: {error}") from error
     finally:
@@ -143,6 +104,7 @@ def _load_shards(folder: Path, engine: deepspeed.DeepSpeedEngine) -> None:
         raise CheckpointError(f"DeepSpeed found nothing to load in {folder}")
     for group, ours in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(ours)
+    return streams
 
 
 def _restore_counters(engine: deepspeed.DeepSpeedEngine, trainer: dict[str, int]) -> None:
@@ -166,11 +128,7 @@ def _continue_streams(
 
 
 def _read_streams(folder: Path, groups: ParallelGroups) -> dict[str, Any]:
-    path = folder / layout.rng_file(groups.rank)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return read_trusted(folder / layout.rng_file(groups.rank), mapped=False)
 
 
 def _changes(there: dict[str, Any], here: dict[str, Any]) -> str:

@@ -1,33 +1,44 @@
-"""Saving: every rank writes its part under a temporary name, then one rank commits the whole."""
+"""Saving in two phases: every rank writes its part under a temporary name, then one rank commits the whole.
+
+    start    an empty folder global_stepN.tmp; every rank's state is written into it, or copied to host memory
+    write    every rank's files: written, on disk (fsync), described by size and SHA-256
+    commit   when all ranks have: the manifest, the folder's name, then ``latest``, each on disk before the next
+
+A run that is killed at any moment resumes from the checkpoint before, or from this one. Between the phases the
+ranks may train on: ``poll`` takes the save forward by what has become possible. (DeepSpeed writes ``latest``
+before the other ranks have finished, and syncs nothing; its own is not used.)
+"""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from megatron_sgt.checkpoint import layout
+from megatron_sgt import __version__
+from megatron_sgt.checkpoint import layout, manifest
+from megatron_sgt.checkpoint.agreement import agreed
+from megatron_sgt.checkpoint.host_copy import Arena
 from megatron_sgt.checkpoint.reshard.deepspeed_info import UNIVERSAL_INFO, universal_info
 from megatron_sgt.checkpoint.reshard.sibling import remove_sibling
 from megatron_sgt.checkpoint.reshard.stage0 import PARAMETER_NAMES
+from megatron_sgt.checkpoint.shard_files import ShardFiles, explained, through
 from megatron_sgt.config import Config
 from megatron_sgt.errors import CheckpointError
-from megatron_sgt.parallel.collectives import barrier
-from megatron_sgt.parallel.device import resolve_precision
+from megatron_sgt.parallel.collectives import largest
+from megatron_sgt.parallel.device import resolve_precision, synchronize
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.parallel.rng import rng_state
 
 if TYPE_CHECKING:
     import deepspeed
-
-
-# Stands in the RuntimeError with which torch.save reports a full disk.
-_TORCH_WRITER = "inline_container"
 
 # DeepSpeed options on which the order or the grouping of the numbers in its files depends.
 _SHARD_OPTIONS = {
@@ -59,75 +70,217 @@ def layout_of(config: Config, groups: ParallelGroups) -> dict[str, Any]:
     return shape | options
 
 
-def save_checkpoint(
-    root: Path,
-    step: int,
-    state: dict[str, Any],
+@dataclass(frozen=True)
+class Saved:
+    """A committed checkpoint. ``stall_s``: seconds that training stood still for it; ``seconds``: in all."""
+
+    step: int
+    folder: Path
+    num_bytes: int
+    stall_s: float
+    seconds: float
+
+
+@dataclass
+class _InFlight:
+    """A save that has begun. ``work``: what runs of it; ``files``: of all ranks, once they have written them."""
+
+    step: int
+    state: dict[str, Any]
+    begun: float
+    work: Future[Any]
+    files: manifest.Files | None = None
+    stall_s: float = 0.0
+
+
+class Saver:
+    """Saves one checkpoint after the other; every method is collective over all ranks.
+
+    Args:
+        about: what the manifest says of the run (JSON-able).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        engine: deepspeed.DeepSpeedEngine,
+        groups: ParallelGroups,
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        self._config = config
+        self._engine = engine
+        self._groups = groups
+        self._root = config.save_dir
+        self._about = {
+            "code": f"megatron_sgt {__version__}",
+            "config_sha256": hashlib.sha256(config.to_yaml().encode()).hexdigest(),
+            **(about or {}),
+        }
+        self._flight: _InFlight | None = None
+        self._arena: Arena | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        if config.checkpoint.async_save:
+            self._arena = Arena(pinned=groups.device.type != "cpu")
+            self._pool = ThreadPoolExecutor(1, "checkpoint")
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a save has begun that is not committed."""
+        return self._flight is not None
+
+    def prepare(self) -> None:
+        """Allocate what asynchronous saves copy to, so that the first one is as quick as the others."""
+        if self._arena is not None:
+            self._arena.reserve(_estimated_bytes(self._engine, self._groups))
+
+    def start(self, step: int, state: dict[str, Any]) -> None:
+        """Begin the save after ``step`` optimizer steps; none may be in flight.
+
+        Args:
+            state: JSON-able state of the trainer and its hooks.
+
+        Raises:
+            CheckpointError: on every rank, when the folder cannot be made.
+        """
+        assert self._flight is None, "one save at a time"
+        begun = time.perf_counter()
+        temporary = self._temporary(step)
+        self._together(step, lambda: _fresh(temporary) if self._groups.is_main else None)
+        files = ShardFiles(self._arena)
+        _hand_over(files, temporary, self._config, self._engine, self._groups)
+        self._flight = _InFlight(step, state, begun, self._run(files.finish))
+        self._flight.stall_s = time.perf_counter() - begun
+
+    def poll(self, wait: bool = False) -> Saved | None:
+        """Take the save in flight forward; returns it when it is committed, None while it is not.
+
+        Args:
+            wait: until it is committed.
+
+        Raises:
+            CheckpointError: on every rank, when one of them could not write. Nothing of the save is left, and
+                earlier checkpoints are untouched.
+        """
+        entered = time.perf_counter()
+        while (flight := self._flight) is not None:
+            if not wait and largest(int(not flight.work.done()), self._groups):
+                flight.stall_s += time.perf_counter() - entered
+                return None
+            outcomes = self._together(flight.step, flight.work.result)
+            if flight.files is None:
+                flight.files = {name: file for files in outcomes for name, file in files.items()}
+                commits = partial(self._commit, flight) if self._groups.is_main else int
+                flight.work = self._run(commits)
+                continue
+            self._finish()
+            now = time.perf_counter()
+            stall_s = flight.stall_s + now - entered
+            folder = self._root / layout.tag_for(flight.step)
+            return Saved(flight.step, folder, outcomes[0], stall_s, now - flight.begun)
+        return None
+
+    def _run(self, work: Callable[[], Any]) -> Future[Any]:
+        """Do ``work``: in the background, or now."""
+        if self._pool is not None:
+            return self._pool.submit(work)
+        future: Future[Any] = Future()
+        try:
+            future.set_result(work())
+        except CheckpointError as error:
+            future.set_exception(error)
+        return future
+
+    def _together(self, step: int, action: Callable[[], Any]) -> list[Any]:
+        """``agreed``; a failure ends the save on every rank, and frees the disk from what it has written."""
+        try:
+            return agreed(action, self._groups)
+        except CheckpointError as error:
+            self._finish()
+            if self._groups.is_main:
+                shutil.rmtree(self._temporary(step), ignore_errors=True)
+            raise CheckpointError(
+                f"cannot write checkpoint {self._root / layout.tag_for(step)}: {error}; earlier checkpoints are "
+                "untouched. Make room, or set checkpoint.save to another place, and start again: the run goes on "
+                "from the newest one"
+            ) from error
+
+    def _finish(self) -> None:
+        self._flight = None
+        if self._arena is not None:
+            self._arena.reset()
+
+    def _temporary(self, step: int) -> Path:
+        return self._root / f"{layout.tag_for(step)}{layout.TEMPORARY_SUFFIX}"
+
+    def _commit(self, flight: _InFlight) -> int:
+        """The second phase, on one rank. Raises CheckpointError."""
+        where = layout_of(self._config, self._groups)
+        samples = flight.state["trainer"].get("consumed_samples", 0)
+        about = {
+            "step": flight.step,
+            "tokens": samples * self._config.model.seq_length,
+            "layout": where,
+            **self._about,
+            "growth": growth_fingerprint(flight.state),
+        }
+        temporary, final = self._temporary(flight.step), self._root / layout.tag_for(flight.step)
+        assert flight.files is not None
+        with explained():
+            layout.write_json(temporary / layout.STATE_FILE, {**flight.state, "layout": where})
+            (temporary / layout.CONFIG_FILE).write_text(self._config.to_yaml())
+            layout.sync(temporary / layout.CONFIG_FILE)
+            files = flight.files | manifest.describe_files(temporary, (layout.STATE_FILE, layout.CONFIG_FILE))
+            if differing := manifest.expected_files(where) ^ set(files):
+                raise CheckpointError(f"not the files of this layout: {', '.join(sorted(differing)[:5])}")
+            manifest.write_manifest(temporary, {**about, "tag": final.name}, files)
+            layout.sync(temporary)
+            if final.exists():  # the same step again, after a resume from an older checkpoint
+                remove_sibling(final)
+                layout.remove(final)
+            temporary.rename(final)
+            layout.sync(self._root)
+            layout.point_to(self._root, final.name)
+        options = self._config.checkpoint
+        for pruned in layout.prune(self._root, options.keep_last, options.keep_every):
+            remove_sibling(self._root / pruned)
+        return sum(file["bytes"] for file in files.values())
+
+
+def growth_fingerprint(state: dict[str, Any]) -> str | None:
+    """A hash of the growth hook's state: two checkpoints with the same have grown the same."""
+    growth = state.get("hooks", {}).get("growth")
+    return None if growth is None else manifest.digest(growth)
+
+
+def _fresh(temporary: Path) -> None:
+    """An empty folder, over what a killed save has left, perhaps of more ranks than this run has."""
+    with explained():
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir(parents=True)
+
+
+def _hand_over(
+    files: ShardFiles,
+    temporary: Path,
     config: Config,
     engine: deepspeed.DeepSpeedEngine,
     groups: ParallelGroups,
-) -> tuple[Path, int]:
-    """Save after ``step`` optimizer steps; collective over all ranks.
-
-    ``latest`` changes only after every rank's files are complete, so that a run killed at any moment of a
-    save resumes from the previous checkpoint. (DeepSpeed writes ``latest`` before the other ranks have
-    finished; its own is not used.)
-
-    Args:
-        state: JSON-able state of the trainer and its hooks.
-
-    Returns:
-        The committed folder and its size in bytes.
-
-    Raises:
-        CheckpointError: this rank cannot write (disk full, quota, permissions).
-    """
-    tag = layout.tag_for(step)
-    temporary = root / f"{tag}.tmp"
-    with _explained(root / tag, temporary):
-        if groups.is_main:
-            if temporary.exists():  # of a save that was killed, perhaps with more ranks than this run has
-                shutil.rmtree(temporary)
-            temporary.mkdir(parents=True)
-    barrier(groups)
-    with _explained(root / tag, temporary):
-        _write_shards(temporary, config, engine, groups)
-    barrier(groups)
-    size = 0
-    with _explained(root / tag, temporary):
-        if groups.is_main:
-            size = _commit(root, tag, temporary, {**state, "layout": layout_of(config, groups)}, config)
-    barrier(groups)
-    return root / tag, size
-
-
-@contextmanager
-def _explained(final: Path, temporary: Path) -> Iterator[None]:
-    """Turn a failure to write into a CheckpointError, and free the disk from what was written so far."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        if not isinstance(error, OSError) and _TORCH_WRITER not in str(error):
-            raise
-        shutil.rmtree(temporary, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), repr(error))
-        raise CheckpointError(
-            f"cannot write checkpoint {final}: {reason}; earlier checkpoints are untouched. Make room, or set "
-            "checkpoint.save to another place, and start again: the run goes on from the newest one"
-        ) from error
-
-
-def _write_shards(
-    temporary: Path, config: Config, engine: deepspeed.DeepSpeedEngine, groups: ParallelGroups
 ) -> None:
-    """Write this rank's files into ``temporary``."""
-    root, tag = str(temporary.parent), temporary.name
+    """Let this rank's state be written, or copied."""
     logging.disable(logging.WARNING)  # DeepSpeed reports every file on every rank
     try:
-        engine.save_checkpoint(root, tag=tag, client_state=_client_state(config, engine), save_latest=False)
+        with through(files, engine):
+            engine.save_checkpoint(
+                str(temporary.parent),
+                tag=temporary.name,
+                client_state=_client_state(config, engine),
+                save_latest=False,
+            )
     finally:
         logging.disable(logging.NOTSET)
-    torch.save(rng_state(groups.device), temporary / layout.rng_file(groups.rank))
+    files.save(rng_state(groups.device), temporary / layout.rng_file(groups.rank))
+    synchronize(groups.device)
 
 
 def _client_state(config: Config, engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
@@ -140,17 +293,14 @@ def _client_state(config: Config, engine: deepspeed.DeepSpeedEngine) -> dict[str
     return state
 
 
-def _commit(root: Path, tag: str, temporary: Path, state: dict[str, Any], config: Config) -> int:
-    layout.write_json(temporary / layout.STATE_FILE, state)
-    (temporary / layout.CONFIG_FILE).write_text(config.to_yaml())
-    files = layout.file_sizes(temporary)
-    layout.write_json(temporary / layout.MANIFEST_FILE, {"tag": tag, "files": files})
-    final = root / tag
-    if final.exists():  # the same step again, after a resume from an older checkpoint
-        remove_sibling(final)
-        layout.remove(final)
-    temporary.rename(final)
-    layout.replace_text(root / layout.LATEST_FILE, tag)
-    for pruned in layout.prune(root, config.checkpoint.keep_last):
-        remove_sibling(root / pruned)
-    return sum(files.values())
+def _estimated_bytes(engine: deepspeed.DeepSpeedEngine, groups: ParallelGroups) -> int:
+    """Bytes of this rank's state, a little more than it will be: AdamW's moments come with the first step."""
+    parameters = list(engine.module.parameters())
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+    stage = engine.zero_optimization_stage()
+    writes_model = stage < 3 and groups.dp_rank == 0
+    weights = count * parameters[0].element_size() if writes_model else 0
+    optimizer = 8 * count if stage == 0 else 12 * -(-count // groups.dp_size)
+    if stage == 0 and groups.dp_rank:
+        optimizer = 0
+    return int(1.02 * (weights + optimizer)) + (1 << 22)

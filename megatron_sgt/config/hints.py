@@ -29,7 +29,7 @@ FOREIGN_NAMES = {
     "fp16": "train.precision",
     "group_query_attention": "model.num_query_groups",
     "norm_epsilon": "model.layernorm_epsilon",
-    "save_retain_interval": "checkpoint.keep_last",
+    "save_retain_interval": "checkpoint.keep_every",
     "swiglu": "model.activation",
     "tokenizer_model": "data.tokenizer.model",
     "tokenizer_type": "data.tokenizer.type",

@@ -85,6 +85,19 @@ class CheckpointConfig(Section):
     keep_last: int = Field(
         default=3, ge=0, description="Checkpoints to keep, older ones are deleted; 0: all."
     )
+    keep_every: int = Field(
+        default=0, ge=0, description="Never delete a checkpoint at a multiple of so many steps; 0: no such."
+    )
+    async_save: bool = Field(
+        default=False,
+        description="Copy the state to host memory and write it while training goes on. Needs as much free host "
+        "memory as the checkpoint takes.",
+    )
+    verify: Literal["checksums", "sizes"] = Field(
+        default="checksums",
+        description="What is checked of a checkpoint before it is loaded: every byte, shared among the ranks, or "
+        "the sizes of its files.",
+    )
 
 
 class LoggingConfig(Section):

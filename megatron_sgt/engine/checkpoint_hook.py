@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import deepspeed
 
 from megatron_sgt.checkpoint.load import load_checkpoint
-from megatron_sgt.checkpoint.save import save_checkpoint
+from megatron_sgt.checkpoint.save import Saver
 from megatron_sgt.config import Config
 from megatron_sgt.engine.hooks import Hook, StatelessHook
 from megatron_sgt.engine.plan_check import verify_same_plan
@@ -25,7 +25,8 @@ class CheckpointHook(StatelessHook):
     """Saves the engine, the counters and the state of every hook.
 
     After a skipped step nothing is saved until a step has been applied again: a checkpoint is never written
-    in the middle of a divergence.
+    in the middle of a divergence. A save at the interval that fails (a full disk) is told, and tried again at the
+    next one; the last save of a run must succeed.
     """
 
     name = "checkpoint"
@@ -37,12 +38,14 @@ class CheckpointHook(StatelessHook):
         hooks: Sequence[Hook],
         hub: MetricsHub,
         groups: ParallelGroups,
+        about: dict[str, Any] | None = None,
     ) -> None:
         self.config = config
         self.engine = engine
         self.hooks = hooks
         self.hub = hub
         self.groups = groups
+        self.saver = Saver(config, engine, groups, about)
         self.last_path: Path | None = None
         self.on_saved: Callable[[float], None] = lambda seconds: None
         self._saved_at = -1
@@ -50,37 +53,59 @@ class CheckpointHook(StatelessHook):
     def before_run(self, state: TrainState) -> None:
         """A checkpoint that was just loaded need not be written again."""
         self._saved_at = state.step if state.step else -1
+        if self.config.checkpoint.save_interval:
+            self.saver.prepare()
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        """Save at the interval."""
+        """Save at the interval; see how far the save in flight is."""
         interval = self.config.checkpoint.save_interval
-        if result.applied and interval and state.step % interval == 0:
-            self._save(state)
+        try:
+            self._poll(wait=False)
+            if result.applied and interval and state.step % interval == 0:
+                self._poll(wait=True)
+                self._start(state)
+                self._poll(wait=not self.config.checkpoint.async_save)
+        except CheckpointError as error:
+            reason = f"{error} (training goes on, the next try is at step {_next(state.step, interval):,})"
+            self.hub.log("save_failed", {"step": state.step, "reason": reason})
 
     def after_run(self, state: TrainState) -> None:
-        """Save what the run ends with."""
+        """Save what the run ends with. Raises CheckpointError when that cannot be written."""
+        try:
+            self._poll(wait=True)
+        except CheckpointError as error:
+            self.hub.log("save_failed", {"step": state.step, "reason": str(error)})
         if self._saved_at != state.step and state.consecutive_skipped == 0:
-            self._save(state)
+            self._start(state)
+            self._poll(wait=True)
 
     def on_stop(self, state: TrainState, reason: int) -> None:
         """Save what was reached. Before the first step there is nothing that a new start would lack."""
         if state.step:
             self.after_run(state)
 
-    def _save(self, state: TrainState) -> None:
+    def _start(self, state: TrainState) -> None:
         verify_same_plan(self.engine.module, self.groups)
-        start = time.perf_counter()
         saved = {
             "trainer": state.state_dict(),
-            "hooks": {hook.name: hook.state_dict() for hook in self.hooks},
+            "hooks": {hook.name: copy.deepcopy(hook.state_dict()) for hook in self.hooks},
         }
-        path, size = save_checkpoint(
-            self.config.save_dir, state.step, saved, self.config, self.engine, self.groups
-        )
-        self.last_path, self._saved_at = path, state.step
-        seconds = time.perf_counter() - start
-        self.on_saved(seconds)
-        self.hub.log("save", {"step": state.step, "path": path, "seconds": seconds, "bytes": size})
+        self.saver.start(state.step, saved)
+
+    def _poll(self, wait: bool) -> None:
+        saved = self.saver.poll(wait)
+        if saved is None:
+            return
+        self.last_path, self._saved_at = saved.folder, saved.step
+        self.on_saved(saved.seconds)
+        record = {
+            "step": saved.step,
+            "path": saved.folder,
+            "seconds": saved.seconds,
+            "stall_s": saved.stall_s,
+            "bytes": saved.num_bytes,
+        }
+        self.hub.log("save", record)
 
     def load(self, folder: Path, saved: dict[str, Any], state: TrainState) -> None:
         """Continue from the checked checkpoint ``folder`` whose state is ``saved``; collective.
@@ -96,3 +121,7 @@ class CheckpointHook(StatelessHook):
             if hook.name not in saved["hooks"]:
                 raise CheckpointError(f"checkpoint {folder} holds no state of {hook.name!r}")
             hook.load_state_dict(saved["hooks"][hook.name])
+
+
+def _next(step: int, interval: int) -> int:
+    return (step // interval + 1) * interval if interval else step

@@ -68,6 +68,7 @@ def _count(number: int, noun: str) -> str:
 def _start_notes(config: Config, start: Start) -> Iterator[str]:
     if start.folder is None:
         return
+    yield from start.skipped
     step, wanted = start.saved["trainer"]["step"], config.train.train_iters
     if step >= wanted:
         yield f"nothing to do: the checkpoint is at step {step:,} of {wanted:,}; raise train.train_iters to go on"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 from deepspeed.runtime.config import DeepSpeedConfig
 from pydantic import ValidationError
 
+from megatron_sgt.checkpoint.find import check_checkpoint, find_checkpoint
 from megatron_sgt.checkpoint.layout import CONFIG_FILE
-from megatron_sgt.checkpoint.load import check_checkpoint, find_checkpoint
 from megatron_sgt.cli import unwritable
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.data.tokenizer import build_tokenizer, resolve_vocab_size
@@ -36,13 +36,16 @@ class Start:
     """Where a run begins: at a checkpoint, or from nothing (``folder`` None).
 
     ``saved``: the checkpoint's JSON state; ``sentence``: says which of the two it is; ``changed``: settings
-    that the checkpoint was saved with otherwise, as "train.train_iters 8 -> 12".
+    that the checkpoint was saved with otherwise, as "train.train_iters 8 -> 12"; ``skipped``: damaged ones that
+    were passed over; ``explicit``: the user named the checkpoint.
     """
 
     folder: Path | None
     saved: dict[str, Any]
     sentence: str
     changed: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    explicit: bool = False
 
 
 def with_vocabulary(config: Config) -> Config:
@@ -82,17 +85,26 @@ def check_deepspeed(config: Config, world_size: int, precision: str) -> None:
         raise ConfigError(f"deepspeed: refused by DeepSpeed: {error}; correct it or leave it out") from error
 
 
-def find_start(config: Config) -> Start:
-    """Find the checkpoint that the run continues from, and check that it is whole and fits.
+def find_start(config: Config, damaged: Mapping[Path, str] | None = None) -> Start:
+    """Find the checkpoint that the run continues from, and check that it is whole (by sizes) and fits.
 
-    Raises CheckpointError: nothing at checkpoint.load, a damaged checkpoint, another model, other growth.
+    Args:
+        damaged: checkpoints that were found to be damaged already, and how.
+
+    Raises CheckpointError: nothing at checkpoint.load, a damaged checkpoint, another model, tokenizer or growth.
     """
-    folder, sentence = find_checkpoint(config)
-    if folder is None:
-        return Start(None, {}, sentence)
-    saved = check_checkpoint(folder, config)
-    _check_growth(folder, saved, config)
-    return Start(folder, saved, sentence, tuple(_changes(load_config(folder / CONFIG_FILE), config)))
+    found = find_checkpoint(config, damaged)
+    if found.folder is None:
+        return Start(None, {}, found.sentence)
+    saved = check_checkpoint(found.folder, config, tokenizer_fingerprint(config))
+    _check_growth(found.folder, saved, config)
+    changes = tuple(_changes(load_config(found.folder / CONFIG_FILE), config))
+    return Start(found.folder, saved, found.sentence, changes, found.skipped, found.explicit)
+
+
+def tokenizer_fingerprint(config: Config) -> str | None:
+    """What a checkpoint remembers of the tokenizer, None without one. Raises DataError."""
+    return None if config.data.tokenizer is None else build_tokenizer(config.data.tokenizer).fingerprint()
 
 
 def _check_growth(folder: Path, saved: dict[str, Any], config: Config) -> None:

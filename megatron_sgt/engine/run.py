@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_sgt.checkpoint import layout
+from megatron_sgt.checkpoint.load import verify_together
 from megatron_sgt.checkpoint.size import check_disk
 from megatron_sgt.config import Config
 from megatron_sgt.data.gpt_dataset import build_datasets
@@ -25,11 +28,12 @@ from megatron_sgt.engine.preflight import (
     check_deepspeed,
     check_surroundings,
     find_start,
+    tokenizer_fingerprint,
     with_vocabulary,
 )
 from megatron_sgt.engine.state import TrainState
 from megatron_sgt.engine.stop import StopRequests, named
-from megatron_sgt.errors import ExitCode
+from megatron_sgt.errors import CheckpointError, ExitCode
 from megatron_sgt.growth import Schedule, build_schedule
 from megatron_sgt.launch.environment import RankInfo
 from megatron_sgt.metrics import METRICS_FILE, MetricsHub, build_hub
@@ -52,7 +56,9 @@ class PretrainingRun:
         self.config = with_vocabulary(config)
         self.groups: ParallelGroups = start_processes(self.config, info)
         # Ranks that look by themselves may see different folders on a network file system.
-        self.start: Start = on_rank_zero(self._find_start)
+        self.start: Start = self._find_start()
+        if self.groups.is_main:
+            layout.clear_leftovers(self.config.save_dir)
         datasets = self._open_data()
         self.runtime: Runtime = build_runtime(self.config, self.groups)
         self.schedule: Schedule = build_schedule(
@@ -76,10 +82,24 @@ class PretrainingRun:
         )
 
     def _find_start(self) -> Start:
+        """Collective. Of the run's own checkpoints the newest whole one; a damaged one is passed over."""
+        damaged: dict[Path, str] = {}
+        while True:
+            start = on_rank_zero(partial(self._look_for_start, damaged))
+            if start.folder is None:
+                return start
+            problem = verify_together(start.folder, self.config, self.groups)
+            if problem is None:
+                return start
+            if start.explicit:
+                raise CheckpointError(problem)
+            damaged[start.folder] = problem
+
+    def _look_for_start(self, damaged: dict[Path, str]) -> Start:
         precision = resolve_precision(self.config.train.precision, self.groups.device)
         check_deepspeed(self.config, self.groups.world_size, precision)
         check_disk(self.config, precision)
-        return find_start(self.config)
+        return find_start(self.config, damaged)
 
     def _open_data(self) -> Sequence[Any]:
         tokenizer = self.config.data.tokenizer
@@ -115,7 +135,8 @@ class PretrainingRun:
             self.eval = EvalHook(runtime.engine, loader, interval, self.schedule, self.hub, groups)
             self.hooks.append(self.eval)
         # Saving comes last, so that a checkpoint holds what the other hooks made of the step.
-        self.saver = CheckpointHook(config, runtime.engine, [self.growth], self.hub, groups)
+        about = {"tokenizer": tokenizer_fingerprint(config) if groups.is_main else None}
+        self.saver = CheckpointHook(config, runtime.engine, [self.growth], self.hub, groups, about)
         self.saver.on_saved = self.stop.note_save
         self.hooks.append(self.saver)
 
@@ -126,6 +147,7 @@ class PretrainingRun:
             "searched": self.config.save_dir,
             "consumed_samples": self.state.consumed_samples,
             "changed": self.start.changed,
+            "skipped": self.start.skipped,
         }
         self.hub.log("resume", record)
         if self.groups.is_main and self.groups.tp_size > 1 and self.config.growth.method == "sgt":

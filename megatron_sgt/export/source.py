@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_sgt.checkpoint import layout
+from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.contents import Details, GrowthContents, read_contents
 from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader
 from megatron_sgt.checkpoint.reshard.rank_state import WEIGHTS
@@ -34,7 +34,7 @@ def find_checkpoint(load: Path, step: int | None = None) -> Path:
         folder = load / layout.tag_for(step)
     else:
         folder = layout.resolve(load)
-    layout.verify_sizes(folder)
+    manifest.verify_checksums(folder)
     return folder
 
 

@@ -12,9 +12,11 @@ valid    step, loss, perplexity, batches, seconds
 growth   GrowthEvent.to_dict() and flops_overhead (fraction of vanilla's), layer_rank and num_candidates (of
          the selected layer among the selectable ones), fade_until_step, max_selected_layers, ema_entropy
          [layer][head] that the decision was taken from
-save     step, path, seconds, bytes
+save     step, path, seconds (until it was whole), stall_s (of them, those in which training stood still), bytes
+save_failed  step, reason: training goes on, and saves at the next interval
 resume   step, path (None: a fresh start), searched (where a checkpoint was looked for), consumed_samples,
-         changed (settings that differ from the checkpoint's: "train.train_iters 8 -> 12")
+         skipped (damaged checkpoints that were passed over), changed (settings that differ from the
+         checkpoint's: "train.train_iters 8 -> 12")
 stop     step, reason (the signal, or the limit of time that was passed)
 summary  step, train_iters, reason, exit_code, first_loss, loss, valid_loss, growth_events, seconds, consumed_tokens,
          tokens_per_second, paths (name -> path)

@@ -16,6 +16,7 @@ _SGT: dict[str, LineFormat] = {
     "valid": lines.valid_line,
     "growth": lines.growth_line,
     "save": lines.save_line,
+    "save_failed": lines.save_failed_line,
     "resume": lines.resume_line,
     "stop": lines.stop_line,
     "summary": lines.summary_line,

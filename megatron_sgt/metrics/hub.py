@@ -13,7 +13,7 @@ from megatron_sgt.metrics.console import ConsoleWriter
 from megatron_sgt.metrics.jsonl import JsonlWriter
 from megatron_sgt.metrics.writers import TensorBoardWriter, WandbWriter, Writer
 
-KINDS = ("train", "valid", "growth", "save", "resume", "stop", "summary")
+KINDS = ("train", "valid", "growth", "save", "save_failed", "resume", "stop", "summary")
 METRICS_FILE = "metrics.jsonl"
 
 

@@ -159,14 +159,14 @@ def save_line(record: Record, paint: Paint = plain) -> str:
 
 
 def resume_line(record: Record, paint: Paint = plain) -> str:
-    """From where the run starts: a checkpoint, or from nothing."""
+    """From where the run starts: a checkpoint, or from nothing; one line more for each that was passed over."""
     if record.get("path") is None:
         searched = record.get("searched")
         looked = f" (no checkpoint in {searched})" if searched else ""
         return f"{paint('good', 'START')}  fresh start{looked}"
     samples = _part(record, "consumed_samples", lambda n: f"({n:,} samples consumed)")
     changed = _part(record, "changed", lambda names: f"changed: {'; '.join(names)}" if names else "")
-    return _join(
+    resumed = _join(
         (
             f"{paint('warn', 'RESUME')}  resumed at step {record['step']:,}",
             f"from {record['path']}",
@@ -174,6 +174,12 @@ def resume_line(record: Record, paint: Paint = plain) -> str:
             changed,
         )
     )
+    return "\n".join([*(f"{paint('bad', 'SKIP')}  {why}" for why in record.get("skipped") or ()), resumed])
+
+
+def save_failed_line(record: Record, paint: Paint = plain) -> str:
+    """A checkpoint that could not be written; training goes on."""
+    return f"{paint('bad', 'NOT SAVED')}  step {record['step']:,}  {record['reason']}"
 
 
 def stop_line(record: Record, paint: Paint = plain) -> str:

@@ -151,7 +151,7 @@ class WandbWriter:
         curves = scalars(kind, record)
         if kind == "summary":
             self._run.summary.update(curves)
-        elif kind not in ("resume", "stop"):
+        elif kind not in ("resume", "stop", "save_failed"):
             self._run.log({"step": int(record["step"]), **curves})
 
     def advance(self, step: int) -> None:

@@ -6,7 +6,8 @@ The start of the run checks more (`pretrain_sgt.py --dry-run` shows it), but tha
 import importlib.util
 from pathlib import Path
 
-from megatron_sgt.checkpoint import layout
+from megatron_sgt.checkpoint import layout, manifest
+from megatron_sgt.checkpoint.find import find_checkpoint
 from megatron_sgt.checkpoint.size import check_disk, checkpoint_bytes
 from megatron_sgt.cli import unwritable
 from megatron_sgt.config import Config
@@ -87,19 +88,17 @@ def find_start(config: Config) -> str:
 
     Raises CheckpointError: checkpoint.load holds none, or the newest is damaged. ConfigError: the run is done.
     """
-    own, load = config.save_dir, config.checkpoint.load
-    if config.checkpoint.resume == "auto" and (tag := layout.latest_tag(own)) is not None:
-        folder = own / tag
-        verb = "RESUME"
-    elif load is not None:
-        folder = layout.resolve(Path(load))
-        verb = "START"
-    else:
-        return f"FRESH START: no checkpoint in {own}"
-    layout.verify_sizes(folder)
+    found = find_checkpoint(config)
+    folder = found.folder
+    if folder is None:
+        return f"FRESH START: no checkpoint in {config.save_dir}"
+    if found.explicit:
+        manifest.verify_sizes(folder)
+    verb = "START" if found.explicit else "RESUME"
     step, wanted = layout.step_of(folder.name), config.train.train_iters
     if step >= wanted:
         raise ConfigError(
             f"nothing to do: {folder} is at step {step:,} of {wanted:,}; raise train.train_iters to go on"
         )
-    return f"{verb} at step {step:,} of {wanted:,} from {folder}"
+    passed = f" (passed over: {'; '.join(found.skipped)})" if found.skipped else ""
+    return f"{verb} at step {step:,} of {wanted:,} from {folder}{passed}"

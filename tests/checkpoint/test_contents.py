@@ -11,7 +11,7 @@ import pytest
 
 from megatron_sgt.checkpoint import layout
 from megatron_sgt.checkpoint.contents import is_checkpoint, read_contents, read_root
-from megatron_sgt.checkpoint.layout import size_problems
+from megatron_sgt.checkpoint.manifest import size_problems
 from megatron_sgt.errors import CheckpointError
 from tests.helpers.checkpoints import GROWN_STEP, write_grown_checkpoint
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_sgt.checkpoint.contents import read_contents, read_root
 from megatron_sgt.checkpoint.describe import describe, describe_root
-from megatron_sgt.checkpoint.layout import size_problems
+from megatron_sgt.checkpoint.manifest import size_problems
 from tests.helpers.checkpoints import write_grown_checkpoint
 
 

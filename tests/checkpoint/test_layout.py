@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sgt.checkpoint import layout
+from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.errors import CheckpointError
 
 
@@ -17,7 +17,7 @@ def make(root: Path, step: int, whole: bool = True) -> Path:
     (folder / "a.pt").write_bytes(b"x" * 100)
     (folder / "sub/b.pt").write_bytes(b"y" * 50)
     if whole:
-        layout.write_json(folder / layout.MANIFEST_FILE, {"files": layout.file_sizes(folder)})
+        manifest.write_manifest(folder, {})
     return folder
 
 
@@ -79,14 +79,14 @@ def test_resolve_refuses_what_is_none(tmp_path: Path) -> None:
 
 def test_sizes_are_verified_by_name(tmp_path: Path) -> None:
     folder = make(tmp_path, 2)
-    layout.verify_sizes(folder)
+    manifest.verify_sizes(folder)
     (folder / "a.pt").write_bytes(b"x" * 50)
     (folder / "sub/b.pt").unlink()
     (folder / "more.pt").write_bytes(b"not of the save")
     with pytest.raises(
         CheckpointError, match=r"sub/b\.pt is missing; a\.pt has 50 bytes instead of 100"
     ) as caught:
-        layout.verify_sizes(folder)
+        manifest.verify_sizes(folder)
     assert "more.pt" not in str(caught.value)
 
 
@@ -118,35 +118,70 @@ def test_text_is_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_prune_keeps_the_newest(keep: int, left: set[int], tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         make(tmp_path, step)
+    layout.point_to(tmp_path, "global_step4")
     doomed = layout.prune(tmp_path, keep)
     assert names(tmp_path) == {layout.tag_for(step) for step in left}
     assert doomed == [layout.tag_for(step) for step in (1, 2, 3, 4) if step not in left]
 
 
-def test_prune_never_deletes_what_latest_names(tmp_path: Path) -> None:
-    for step in (1, 2, 3):
+def test_prune_keeps_milestones(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20, 25):
         make(tmp_path, step)
-    layout.replace_text(tmp_path / layout.LATEST_FILE, "global_step1")
-    assert layout.prune(tmp_path, 1) == ["global_step2"]
-    assert names(tmp_path) == {"global_step1", "global_step3"}
+    assert layout.prune(tmp_path, 1, keep_every=10) == ["global_step5", "global_step15"]
+    assert names(tmp_path) == {"global_step10", "global_step20", "global_step25"}
 
 
-def test_prune_clears_unfinished_saves_and_leaves_the_rest(tmp_path: Path) -> None:
+def test_prune_counts_from_what_latest_names(tmp_path: Path) -> None:
+    """Later checkpoints are of a past that was given up: they must not push out what the run resumes from."""
+    for step in (1, 2, 3, 8, 9):
+        make(tmp_path, step)
+    layout.point_to(tmp_path, "global_step3")
+    assert layout.prune(tmp_path, 2) == ["global_step1"]
+    assert names(tmp_path) == {f"global_step{step}" for step in (2, 3, 8, 9)}
+    assert layout.candidates(tmp_path)[0] == [f"global_step{step}" for step in (3, 2, 9, 8)]
+
+
+def test_what_is_tried_when_latest_names_nothing(tmp_path: Path) -> None:
+    assert layout.candidates(tmp_path) == ([], None)
+    for step in (2, 4):
+        make(tmp_path, step)
+    assert layout.candidates(tmp_path) == (["global_step4", "global_step2"], None)
+    (tmp_path / layout.LATEST_FILE).write_text("")
+    tags, note = layout.candidates(tmp_path)
+    assert tags == ["global_step4", "global_step2"] and note is not None and "names ''" in note
+
+
+def test_both_trackers_point_to_the_newest(tmp_path: Path) -> None:
+    make(tmp_path, 12)
+    layout.point_to(tmp_path, "global_step12")
+    assert (tmp_path / "latest").read_text() == "global_step12"
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "12\n"
+
+
+def test_leftovers_of_dead_saves_are_cleared_and_the_rest_stays(tmp_path: Path) -> None:
     make(tmp_path, 1)
     make(tmp_path, 2, whole=False).rename(tmp_path / "global_step2.tmp")
     make(tmp_path, 3, whole=False)
+    (tmp_path / "latest.tmp").write_text("glob")
     (tmp_path / "notes").mkdir()
-    layout.prune(tmp_path, 1)
+    assert layout.clear_leftovers(tmp_path) == ["global_step2.tmp"]
     assert names(tmp_path) == {"global_step1", "global_step3", "notes"}
+    assert not (tmp_path / "latest.tmp").exists()
 
 
 def test_a_removal_cut_short_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = make(tmp_path, 1)
+    make(tmp_path, 1)
+    calls = []
 
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
+    def killed(*_: object, **__: object) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(layout.shutil, "rmtree", killed)
-    with pytest.raises(KeyboardInterrupt):
-        layout.remove(folder)
-    assert folder.exists() and layout.finished_tags(tmp_path) == []
+    with monkeypatch.context() as patched:
+        patched.setattr(layout.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            layout.remove(tmp_path / "global_step1")
+    assert layout.finished_tags(tmp_path) == []
+    layout.clear_leftovers(tmp_path)
+    assert names(tmp_path) == set()

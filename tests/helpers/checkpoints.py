@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from megatron_sgt.checkpoint import layout
+import torch
+
+from megatron_sgt.checkpoint import layout, manifest
+from megatron_sgt.checkpoint.save import layout_of
 from megatron_sgt.config import Config
+from megatron_sgt.parallel.rng import rng_state
 from tests.helpers.deepspeed_files import STEP, random_state, write_checkpoint, write_manifest
+from tests.helpers.fake_groups import fake_groups
 from tests.helpers.single import small_config
 
 GROWN_STEP = STEP
@@ -50,4 +56,18 @@ def write_grown_checkpoint(root: Path, where: tuple[int, int, int] = (2, 1, 1)) 
     hooks = {"growth": {"schedule": grown_schedule(config), "events": []}}
     layout.write_json(folder / layout.STATE_FILE, {**state, "trainer": trainer, "hooks": hooks})
     write_manifest(folder)
+    return folder
+
+
+def write_plain_checkpoint(folder: Path, tokenizer: str | None = None, **sections: dict[str, Any]) -> Path:
+    """A whole checkpoint of one rank at ZeRO 1 as far as its checks go: of weights it holds none."""
+    folder.mkdir(parents=True)
+    config, step = small_config(**sections), layout.step_of(folder.name)
+    where = layout_of(config, fake_groups())
+    layout.write_json(folder / layout.STATE_FILE, {"trainer": {"step": step}, "layout": where})
+    (folder / layout.CONFIG_FILE).write_text(config.to_yaml())
+    for name in manifest.files_of_rank(where, 0, 0):
+        torch.save({"step": step, "padding": torch.zeros(1000)}, folder / name)
+    torch.save(rng_state(torch.device("cpu")), folder / layout.rng_file(0))
+    manifest.write_manifest(folder, {"layout": where, "tokenizer": tokenizer})
     return folder

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sgt.checkpoint import layout
+from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.reshard.rank_state import MOMENTS, QUANTITIES, WEIGHTS
 from megatron_sgt.checkpoint.reshard.stage0 import PARAMETER_NAMES
 from megatron_sgt.config import Config
@@ -220,4 +220,4 @@ def write_checkpoint(
 
 def write_manifest(folder: Path) -> None:
     """Make what lies in ``folder`` count as whole."""
-    layout.write_json(folder / layout.MANIFEST_FILE, {"tag": folder.name, "files": layout.file_sizes(folder)})
+    manifest.write_manifest(folder, {})

@@ -9,13 +9,13 @@ import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+from megatron_sgt.checkpoint.agreement import agreed
 from megatron_sgt.checkpoint.layout import STATE_FILE, read_json
 from megatron_sgt.checkpoint.load import load_checkpoint
 from megatron_sgt.checkpoint.reshard.engine_state import load_into_engine
 from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader
 from megatron_sgt.checkpoint.reshard.rank_state import MOMENTS, WEIGHTS
-from megatron_sgt.checkpoint.reshard.sibling import _agreed
-from megatron_sgt.checkpoint.save import save_checkpoint
+from megatron_sgt.checkpoint.save import Saver
 from megatron_sgt.config import Config
 from megatron_sgt.engine.build import build_runtime, start_processes
 from megatron_sgt.engine.step import train_step
@@ -90,7 +90,10 @@ def load_and_save(info: RankInfo, config: Config, folder: Path, root: Path) -> s
     saved = read_json(folder / STATE_FILE)
     note = load_checkpoint(folder, saved, config, engine, groups)
     state = {"trainer": saved["trainer"], "hooks": saved["hooks"]}
-    save_checkpoint(root, saved["trainer"]["step"], state, config, engine, groups)
+    elsewhere = config.checkpoint.model_copy(update={"save": str(root)})
+    saver = Saver(config.model_copy(update={"checkpoint": elsewhere}), engine, groups)
+    saver.start(saved["trainer"]["step"], state)
+    saver.poll(wait=True)
     return note
 
 
@@ -104,7 +107,7 @@ def fail_on_rank_one(info: RankInfo, config: Config) -> str:
         return groups.rank
 
     try:
-        _agreed(act, groups)
+        agreed(act, groups)
     except CheckpointError as error:
         return str(error)
     return "no error"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sgt.checkpoint import layout
+from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.config import Config
 from megatron_sgt.errors import ExitCode
 from megatron_sgt.launch.rank_info import free_port
@@ -151,7 +151,7 @@ def test_it_saves_and_goes_on_as_if_nothing_had_been(
     root = run_dir / "checkpoints"
     tag = layout.latest_tag(root)
     assert tag == layout.tag_for(stop["step"])
-    layout.verify_sizes(root / tag)
+    manifest.verify_sizes(root / tag)
     [summary] = reported(run_dir, "summary")
     assert (summary["exit_code"], summary["step"]) == (ExitCode.SAVED, stop["step"])
     last = stop["step"] + AFTER

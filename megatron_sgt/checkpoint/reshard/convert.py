@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from megatron_sgt.checkpoint import layout
+from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.reshard.layout_free import LAYOUT_FREE, file_name
 from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES
 from megatron_sgt.checkpoint.reshard.source import PREFIX, Source, open_source
@@ -23,6 +23,9 @@ from megatron_sgt.checkpoint.reshard.tensor_file import TensorFileWriter
 from megatron_sgt.compat.quiet import quiet_imports
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.model.hf_weights import Entry, name_map
+
+# What a manifest says of its checkpoint that holds under any layout.
+_KEPT = ("step", "tokens", "growth", "config_sha256", "tokenizer", "code")
 
 
 def entries_of(source: Source, part: int, parts: int) -> list[Entry]:
@@ -99,12 +102,16 @@ def commit(source: Source, temporary: Path, final: Path) -> int:
         # The random streams, for a load that changes the ZeRO stage alone.
         for file in [source.folder / layout.CONFIG_FILE, *sorted(source.folder.glob("rng_rank_*.pt"))]:
             shutil.copyfile(file, temporary / file.name)
-        files = layout.file_sizes(temporary)
-        layout.write_json(temporary / layout.MANIFEST_FILE, {"tag": final.name, "files": files})
+        about = {
+            name: value for name, value in manifest.read_manifest(source.folder).items() if name in _KEPT
+        }
+        files = manifest.write_manifest(temporary, {**about, "tag": final.name, "layout": None})
+        layout.sync(temporary)
         temporary.rename(final)
+        layout.sync(final.parent)
     except OSError as error:
         raise CheckpointError(f"{final} cannot be written: {error}") from error
-    return sum(files.values())
+    return sum(file["bytes"] for file in files.values())
 
 
 def fresh_folder(folder: Path) -> None:
@@ -128,7 +135,7 @@ def convert(folder: Path, root: Path, processes: int = 1) -> tuple[Path, int, fl
     Raises:
         CheckpointError: ``folder`` is damaged or cannot be converted, or ``root`` has such a checkpoint.
     """
-    layout.verify_sizes(folder)
+    manifest.verify_checksums(folder)
     source = open_source(folder)
     tag = layout.tag_for(source.saved["trainer"]["step"])
     temporary, final = root / f"{tag}.tmp", root / tag
@@ -143,7 +150,7 @@ def convert(folder: Path, root: Path, processes: int = 1) -> tuple[Path, int, fl
         with ProcessPoolExecutor(processes, fresh, quiet_imports) as pool:
             drift = max(pool.map(partial(_convert_part, folder, temporary, processes), range(processes)))
     size = commit(source, temporary, final)
-    layout.replace_text(root / layout.LATEST_FILE, tag)
+    layout.point_to(root, tag)
     return final, size, drift
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_sgt.checkpoint.reshard.rank_state import WEIGHTS, RankState, common_step
-from megatron_sgt.checkpoint.reshard.trusted import read_trusted
+from megatron_sgt.checkpoint.trusted import read_trusted
 from megatron_sgt.errors import CheckpointError
 
 PARAMETER_NAMES = "optimizer_parameter_names"

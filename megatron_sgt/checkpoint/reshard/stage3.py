@@ -20,7 +20,7 @@ from megatron_sgt.checkpoint.reshard.rank_state import (
     common_step,
     dynamic_scale,
 )
-from megatron_sgt.checkpoint.reshard.trusted import read_trusted
+from megatron_sgt.checkpoint.trusted import read_trusted
 from megatron_sgt.errors import CheckpointError
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_sgt.checkpoint import layout
+from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.reshard.convert import convert, entries_of, fresh_folder
 from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES
 from megatron_sgt.checkpoint.reshard.source import open_source
@@ -52,7 +52,7 @@ def test_the_merged_state_is_the_one_that_was_sharded(
     assert final == layout.resolve(tmp_path / "to") == tmp_path / "to" / f"global_step{STEP}"
     assert same(read_all(final), state)
     assert drift == 0.0
-    layout.verify_sizes(final)
+    manifest.verify_sizes(final)
     assert size == sum(layout.file_sizes(final).values())
     assert len(list(final.glob("rng_rank_*.pt"))) == where[0] * where[1]
     saved = layout.read_json(final / layout.STATE_FILE)

@@ -2,15 +2,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sgt.checkpoint import layout
+from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader
 from megatron_sgt.checkpoint.reshard.sibling import layout_free_copy, remove_sibling, sibling_of
 from megatron_sgt.errors import CheckpointError
 from tests.helpers.commands import snapshot
 from tests.helpers.deepspeed_files import odd_config, random_state, write_checkpoint, write_manifest
 from tests.helpers.fake_groups import fake_groups
-from tests.helpers.ranks import run_on_ranks
-from tests.helpers.resharding import fail_on_rank_one
 
 
 @pytest.fixture
@@ -24,7 +22,7 @@ def test_a_copy_is_made_once_and_is_no_checkpoint_of_the_run(folder: Path) -> No
     copy, how = layout_free_copy(folder, fake_groups())
     assert copy == sibling_of(folder) == folder.parent / f"{folder.name}.universal"
     assert how.startswith(f"converted into {copy} (0.")
-    layout.verify_sizes(copy)
+    manifest.verify_sizes(copy)
     LayoutFreeReader(copy)
     made = snapshot(copy)
     assert layout_free_copy(folder, fake_groups()) == (copy, f"read from {copy}")
@@ -72,8 +70,3 @@ def test_a_checkpoint_that_cannot_be_converted_is_named(folder: Path) -> None:
     write_manifest(folder)
     with pytest.raises(CheckpointError, match="mp_rank_01_model_states"):
         layout_free_copy(folder, fake_groups())
-
-
-def test_the_error_of_one_rank_is_told_on_all() -> None:
-    config = odd_config()
-    assert run_on_ranks(2, fail_on_rank_one, config) == ["rank 1 has no room"] * 2

@@ -1,4 +1,8 @@
-"""Reads DeepSpeed's pickled files without running code from them, and without reading them whole."""
+"""Reads the pickled files of checkpoints, DeepSpeed's and ours, without running code from them.
+
+The one place where a pickle of a checkpoint is opened: torch's own restricted unpickler, which knows tensors and
+plain values, with the few classes that DeepSpeed adds. Their constructors set attributes and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +25,17 @@ def allowed_classes() -> list[Any]:
     return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
-def read_trusted(path: Path) -> dict[str, Any]:
-    """The content of one file, its tensors mapped from disk: only what is used of them is read.
+def read_trusted(path: Path, mapped: bool = True) -> dict[str, Any]:
+    """The content of one file, its tensors on the CPU.
+
+    Args:
+        mapped: map the tensors from disk, so that only what is used of them is read.
 
     Raises:
         CheckpointError: the file cannot be read, or holds a class that is not on the list.
     """
     try:
         with torch.serialization.safe_globals(allowed_classes()):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error

@@ -8,7 +8,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from megatron_sgt.checkpoint.reshard.trusted import read_trusted
+from megatron_sgt.checkpoint.trusted import read_trusted
 from megatron_sgt.errors import CheckpointError
 
 

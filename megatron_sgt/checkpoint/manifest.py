@@ -1,0 +1,146 @@
+"""The manifest of a checkpoint: every file with its size and SHA-256, and what the whole belongs to.
+
+    {"version": 2, "tag": "global_step1000", "step": 1000, ..., "files": {
+        "sgt_state.json": {"bytes": 2113, "sha256": "9f86d0..."}, ...}, "sha256": of all of the above}
+
+It is written last, so that a folder with a manifest was whole once. No torch: a login node reads it too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from megatron_sgt.checkpoint import layout
+from megatron_sgt.errors import CheckpointError
+
+VERSION = 2
+_CHUNK = 1 << 22
+_THREADS = 8
+
+Files = dict[str, dict[str, Any]]
+"""Relative path -> {"bytes": size, "sha256": hexadecimal}."""
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file. Raises OSError."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)  # lets other threads run meanwhile
+            size += len(chunk)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def describe_files(folder: Path, names: Iterable[str]) -> Files:
+    """``describe_file`` of several files of ``folder``, a few at a time. Raises OSError."""
+    names = list(names)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return dict(zip(names, pool.map(lambda name: describe_file(folder / name), names), strict=True))
+
+
+def write_manifest(folder: Path, about: Mapping[str, Any], files: Files | None = None) -> Files:
+    """Complete ``folder``. ``files``: as the ranks that wrote them described them; None: describe them now.
+
+    Raises OSError.
+    """
+    if files is None:
+        files = describe_files(folder, layout.file_sizes(folder))
+    content = {"version": VERSION, "tag": folder.name, **about, "files": dict(sorted(files.items()))}
+    layout.write_json(folder / layout.MANIFEST_FILE, {**content, "sha256": digest(content)})
+    return files
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of ``folder``. Raises CheckpointError when it is missing or not as it was written."""
+    path = folder / layout.MANIFEST_FILE
+    content = layout.read_json(path)
+    if not isinstance(content, dict) or content.get("version") != VERSION:
+        raise CheckpointError(f"{path} is damaged, or not of this version: copy the checkpoint again")
+    if content.pop("sha256", None) != digest(content):
+        raise CheckpointError(f"{path} is damaged: its checksum does not match; copy the checkpoint again")
+    return content
+
+
+def digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON-able content, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def expected_files(where: Mapping[str, Any] | None) -> set[str]:
+    """The files that every checkpoint of a layout has; of a layout-free one (None) those of every kind."""
+    names = {layout.STATE_FILE, layout.CONFIG_FILE}
+    if where is None:
+        return names
+    for tp_rank in range(where["tensor_model_parallel_size"]):
+        for dp_rank in range(where["data_parallel_size"]):
+            names |= {*files_of_rank(where, tp_rank, dp_rank)}
+    ranks = where["tensor_model_parallel_size"] * where["data_parallel_size"]
+    return names | {layout.rng_file(rank) for rank in range(ranks)}
+
+
+def files_of_rank(where: Mapping[str, Any], tp_rank: int, dp_rank: int) -> tuple[str, ...]:
+    """DeepSpeed's files that one rank reads: its weights, and its part of the optimizer state."""
+    part, stage = f"mp_rank_{tp_rank:02d}", where["zero_stage"]
+    prefix = "bf16_" if where.get("precision") == "bf16" else ""
+    optimizer = f"{prefix}zero_pp_rank_{dp_rank}_{part}_optim_states.pt"
+    if stage == 3:
+        return f"zero_pp_rank_{dp_rank}_{part}_model_states.pt", optimizer
+    return (f"{part}_model_states.pt", optimizer) if stage else (f"{part}_model_states.pt",)
+
+
+def size_problems(folder: Path) -> list[str]:
+    """The files of ``folder`` that are missing or have another size than when it was saved, one line each.
+
+    Raises CheckpointError when the manifest cannot be read.
+    """
+    listed: Files = read_manifest(folder)["files"]
+    actual = layout.file_sizes(folder)
+    missing = [f"{name} is missing" for name in listed if name not in actual]
+    return missing + [
+        f"{name} has {actual[name]} bytes instead of {file['bytes']}"
+        for name, file in listed.items()
+        if name in actual and actual[name] != file["bytes"]
+    ]
+
+
+def checksum_problems(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """What ``size_problems`` finds, and the files whose bytes have changed since they were saved.
+
+    Args:
+        part, parts: read every ``parts``-th file from number ``part`` on, so that ranks can share the work.
+    """
+    problems = size_problems(folder)
+    if problems:
+        return problems
+    listed: Files = read_manifest(folder)["files"]
+    names = list(listed)[part::parts]
+    try:
+        found = describe_files(folder, names)
+    except OSError as error:
+        return [f"{error.filename} cannot be read: {error.strerror}"]
+    return [f"{name} has changed since it was saved" for name in names if found[name] != listed[name]]
+
+
+def verify_sizes(folder: Path) -> None:
+    """Raises CheckpointError naming the files of ``folder`` that are missing or have another size."""
+    refuse(folder, size_problems(folder))
+
+
+def verify_checksums(folder: Path) -> None:
+    """Raises CheckpointError naming the files of ``folder`` that are missing or not as they were saved."""
+    refuse(folder, checksum_problems(folder))
+
+
+def refuse(folder: Path, problems: list[str]) -> None:
+    """Raises CheckpointError if there are ``problems``."""
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(
+            f"checkpoint {folder} is damaged: {'; '.join(problems[:5])}{more}. Copy it again; to go back to an "
+            f"older one write its name into {folder.parent / layout.LATEST_FILE}"
+        )

@@ -1,0 +1,120 @@
+"""What DeepSpeed writes and reads its files through, in place of its own torch.save and torch.load."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_sgt.checkpoint import layout
+from megatron_sgt.checkpoint.host_copy import Arena, host_copy
+from megatron_sgt.checkpoint.manifest import Files, describe_file
+from megatron_sgt.checkpoint.trusted import read_trusted
+from megatron_sgt.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import deepspeed
+
+
+class ShardFiles:
+    """One rank's files of one checkpoint, with the methods that DeepSpeed calls on a checkpoint engine.
+
+    A file that cannot be written is no error inside DeepSpeed, whose other ranks would wait for this one in a
+    barrier: ``finish`` tells.
+
+    Args:
+        arena: keep copies of what is to be written, for ``finish`` to write; None: write at once.
+    """
+
+    def __init__(self, arena: Arena | None = None) -> None:
+        self._arena = arena
+        self._kept: list[tuple[Any, Path]] = []
+        self._problem: OSError | None = None
+        self._files: Files = {}
+        self._read: dict[Path, Any] = {}
+
+    def save(self, state_dict: Any, path: str | Path) -> None:
+        """Write ``state_dict`` into the file ``path``, or keep it for ``finish``."""
+        if self._arena is not None:
+            self._kept.append((host_copy(state_dict, self._arena), Path(path)))
+            return
+        try:
+            self._write(state_dict, Path(path))
+        except OSError as error:
+            self._problem = self._problem or error
+
+    def _write(self, content: Any, path: Path) -> None:
+        if self._problem is not None:
+            return
+        try:
+            torch.save(content, path)
+        except RuntimeError as error:  # so torch reports a full disk
+            raise OSError(next(iter(str(error).splitlines()), repr(error))) from error
+        layout.sync(path)
+        self._files[path.name] = describe_file(path)
+
+    def finish(self) -> Files:
+        """Write what was kept; returns this rank's files, all of them on disk.
+
+        Raises CheckpointError when one could not be written (disk full, quota, permissions).
+        """
+        with explained():
+            while self._kept:
+                self._write(*self._kept.pop(0))
+            if self._problem is not None:
+                raise self._problem
+        return self._files
+
+    def read(self, paths: Iterable[Path]) -> None:
+        """Read files before DeepSpeed asks for them. Raises CheckpointError; see ``read_trusted``."""
+        self._read |= {path: read_trusted(path, mapped=False) for path in paths}
+
+    def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
+        """The content of a file, on the CPU.
+
+        Of a file that was not read before (rank 0's weights, whose settings every rank compares) nothing is read
+        but what is used.
+        """
+        return self._read.get(Path(path)) or read_trusted(Path(path))
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Make a folder."""
+        os.makedirs(path, exist_ok=exist_ok)
+
+    def create(self, info: Any) -> None:
+        """Nothing: the folder is made and committed by checkpoint/save.py."""
+
+    def commit(self, info: Any) -> bool:
+        """Nothing: see ``create``."""
+        return True
+
+    def is_decoupled(self) -> bool:
+        """DeepSpeed writes no ``latest`` for us either way."""
+        return False
+
+    def preserves_storage_sharing(self) -> bool:
+        """DeepSpeed need not copy tensors before it hands them over."""
+        return False
+
+
+@contextmanager
+def through(files: ShardFiles, engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
+    """Let ``engine`` write and read its files through ``files`` inside the context."""
+    own, engine.checkpoint_engine = engine.checkpoint_engine, files
+    try:
+        yield
+    finally:
+        engine.checkpoint_engine = own
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn a failure of the disk into a CheckpointError that says what the system says."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(error.strerror or str(error)) from error

@@ -1,0 +1,71 @@
+"""Every change of a checkpoint's files is found by name: deleted, cut, one byte flipped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_sgt.checkpoint import layout, manifest
+from megatron_sgt.errors import CheckpointError
+from tests.helpers.checkpoints import write_grown_checkpoint
+from tests.helpers.damage import DAMAGES, damaged
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of two tensor-parallel ranks."""
+    return write_grown_checkpoint(tmp_path_factory.mktemp("whole"))
+
+
+def test_a_whole_checkpoint_passes(folder: Path) -> None:
+    assert manifest.checksum_problems(folder) == [] and manifest.size_problems(folder) == []
+    manifest.verify_checksums(folder)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_of_any_file_is_found(damage: str, folder: Path) -> None:
+    names = [*layout.file_sizes(folder), layout.MANIFEST_FILE]
+    assert len(names) == 9
+    for name in names:
+        with damaged(folder / name, damage):
+            with pytest.raises(CheckpointError) as caught:
+                manifest.verify_checksums(folder)
+            assert name in str(caught.value), caught.value
+    manifest.verify_checksums(folder)
+
+
+def test_ranks_share_the_work(folder: Path) -> None:
+    [name] = [n for n in layout.file_sizes(folder) if n == "mp_rank_01_model_states.pt"]
+    with damaged(folder / name, "flip"):
+        found = [manifest.checksum_problems(folder, part, 3) for part in range(3)]
+    assert sorted(found) == [[], [], [f"{name} has changed since it was saved"]]
+
+
+def test_sizes_alone_do_not_see_a_flipped_byte(folder: Path) -> None:
+    with damaged(folder / "mp_rank_00_model_states.pt", "flip"):
+        assert manifest.size_problems(folder) == []
+
+
+def test_a_manifest_of_another_version_is_refused(tmp_path: Path) -> None:
+    for content in ({"files": {"a": 3}}, [], {"version": 1, "files": {}}):
+        (tmp_path / layout.MANIFEST_FILE).write_text(json.dumps(content))
+        with pytest.raises(CheckpointError, match=r"manifest\.json is damaged, or not of this version"):
+            manifest.read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "stage", "precision", "some", "count"),
+    [
+        ((2, 1), 0, "fp32", "mp_rank_01_model_states.pt", 6),
+        ((2, 2), 1, "bf16", "bf16_zero_pp_rank_1_mp_rank_01_optim_states.pt", 12),
+        ((1, 2), 2, "fp32", "zero_pp_rank_1_mp_rank_00_optim_states.pt", 7),
+        ((2, 2), 3, "fp32", "zero_pp_rank_1_mp_rank_01_model_states.pt", 14),
+    ],
+)
+def test_what_a_layout_has(sizes: tuple[int, int], stage: int, precision: str, some: str, count: int) -> None:
+    where = {"tensor_model_parallel_size": sizes[0], "data_parallel_size": sizes[1]}
+    names = manifest.expected_files({**where, "zero_stage": stage, "precision": precision})
+    assert some in names and len(names) == count
+    assert len(manifest.expected_files(None)) == 2

@@ -1,0 +1,34 @@
+"""What happens to files: deleted, cut in half, emptied, one byte flipped; undone afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+DAMAGES = ("delete", "cut", "empty", "flip")
+
+
+@contextlib.contextmanager
+def damaged(path: Path, damage: str) -> Iterator[None]:
+    """The file ``path`` with one of DAMAGES, inside the context."""
+    whole, times = path.read_bytes(), path.stat()
+    harm(path, damage)
+    try:
+        yield
+    finally:
+        path.write_bytes(whole)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def harm(path: Path, damage: str) -> None:
+    """Do one of DAMAGES to the file ``path``, for good."""
+    whole = path.read_bytes()
+    if damage == "delete":
+        path.unlink()
+    elif damage == "flip":
+        middle = len(whole) // 2
+        path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    else:
+        path.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"")
