@@ -58,18 +58,15 @@ def test_finds_the_step_that_is_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
-    [("sgt_state.json", "cannot be read"), ("config.yaml", "cannot be read"),
-     ("zero_pp_rank_0_mp_rank_01_optim_states.pt", "cannot be read")],
-)  # fmt: skip
-def test_broken_files_are_named(tmp_path: Path, name: str, words: str) -> None:
+    "name", ["sgt_state.json", "config.yaml", "zero_pp_rank_0_mp_rank_01_optim_states.pt"]
+)
+def test_broken_files_are_named(tmp_path: Path, name: str) -> None:
     """Also where the sizes are right: a file of another kind of the same length."""
     folder = write_grown_checkpoint(tmp_path)
     size = (folder / name).stat().st_size
     (folder / name).write_bytes(b"?" * size)
-    with pytest.raises(CheckpointError, match=words) as caught:
+    with pytest.raises(CheckpointError, match=f"{name} has changed since it was saved"):
         open_checkpoint(tmp_path)
-    assert name in str(caught.value)
 
 
 def test_plans_with_and_without_the_gates_of_training(tmp_path: Path) -> None:

@@ -38,8 +38,7 @@ LOAD = ("checkpoint.load=saved/checkpoints",)
 class Mistake:
     """What the user types after `pretrain_sgt.py --config run.yaml`, and what must come of it.
 
-    `spoil` damages the folder first. `dry`: --dry-run must find it too, with the same words. `late`: found when
-    everything is built, so that the new run_dir exists already.
+    `spoil` damages the folder first. `dry`: --dry-run must find it too, with the same words.
     """
 
     name: str
@@ -48,7 +47,6 @@ class Mistake:
     words: tuple[str, ...]
     spoil: Callable[[Path], object] | None = None
     dry: bool = True
-    late: bool = False
 
 
 def edit(file: str, change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
@@ -173,6 +171,11 @@ def cut_shard(folder: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-1])
 
 
+def cut_all(folder: Path) -> None:
+    for shard in (folder / "saved/checkpoints").glob("*/*model_states.pt"):
+        shard.write_bytes(shard.read_bytes()[:-1])
+
+
 def drop_shard(folder: Path) -> None:
     next((folder / "saved/checkpoints/global_step4").glob("*optim_states.pt")).unlink()
 
@@ -183,12 +186,17 @@ CHECKPOINT_MISTAKES = (
     Mistake("empty folder", ("checkpoint.load=hollow",), 4, ("at hollow (seen there: nothing)", "global_stepN"),
             lambda folder: (folder / "hollow").mkdir()),
     Mistake("a file", ("checkpoint.load=run.yaml",), 4, ("run.yaml (seen there: a file)", "global_stepN")),
-    Mistake("latest points nowhere", SAVED, 4, ("'global_step9'", "there are: global_step2, global_step4"),
+    Mistake("latest points nowhere", LOAD, 4, ("'global_step9'", "there are: global_step2, global_step4"),
             write("saved/checkpoints/latest", "global_step9")),
-    Mistake("shard cut", SAVED, 4, ("is damaged", "bytes instead of", "Copy it again"), cut_shard),
+    Mistake("shard cut", LOAD, 4, ("is damaged", "bytes instead of", "Copy it again"), cut_shard),
     Mistake("shard missing", LOAD, 4, ("is damaged", "is missing", "Copy it again"), drop_shard),
-    Mistake("shard garbage", LOAD, 4, ("global_step4 cannot be",), flip_bytes, dry=False, late=True),
-    Mistake("state garbage", LOAD, 4, ("sgt_state.json cannot be read",), edit(STATE, lambda old: b"x" * len(old))),
+    Mistake("shard garbage", LOAD, 4, ("is damaged", "states.pt has changed since it was saved"), flip_bytes,
+            dry=False),
+    Mistake("manifest garbage", LOAD, 4, ("manifest.json is damaged",),
+            edit("saved/checkpoints/global_step4/manifest.json", lambda old: old.replace(b"4", b"5", 1))),
+    Mistake("all damaged", SAVED, 4, ("global_step4 is damaged", "global_step2 is damaged", "To start from scratch"),
+            cut_all),
+    Mistake("state garbage", LOAD, 4, ("sgt_state.json has changed since",), edit(STATE, lambda old: b"x" * len(old))),
     Mistake("another model", (*LOAD, "model.hidden_size=64"), 4, ("model.hidden_size is 32 there and 64 here",)),
     Mistake("two models in one run_dir", (*SAVED, "model.num_layers=5"), 4, ("model.num_layers is 4 there and 5",)),
     Mistake("other growth", (*LOAD, "growth.window_size=9"), 4, ("growth.window_size (checkpoint 2, run 9)",)),
@@ -245,18 +253,28 @@ def test_mistake(mistake: Mistake, folder: Path) -> None:
     if mistake.dry:
         dry = pretrain(folder, *mistake.arguments, "--dry-run")
         assert (dry.code, dry.err) == (done.code, done.err)
-    if mistake.late:
-        shutil.rmtree(folder / "new")
     assert snapshot(folder) == before
 
 
 def test_a_full_disk_keeps_the_old_checkpoints(folder: Path) -> None:
     before = snapshot(folder / "saved" / "checkpoints")
-    done = pretrain(folder, *SAVED, "train.train_iters=6", before=limit_file_size)
-    assert_told(done, 4, ("cannot write checkpoint saved/checkpoints/global_step6", "Make room"))
+    done = pretrain(folder, *SAVED, "train.train_iters=8", before=limit_file_size)
+    assert "NOT SAVED  step 6" in done.out and "training goes on, the next try is at step 8" in done.out
+    assert_told(done, 4, ("cannot write checkpoint saved/checkpoints/global_step8", "Make room"))
     assert snapshot(folder / "saved" / "checkpoints") == before
-    again = pretrain(folder, *SAVED, "train.train_iters=6")
+    again = pretrain(folder, *SAVED, "train.train_iters=8")
     assert again.code == 0 and "resumed at step 4" in again.out, again.err
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(folder: Path) -> None:
+    cut_shard(folder)
+    (folder / "saved/checkpoints/global_step6.tmp").mkdir()
+    done = pretrain(folder, *SAVED, "train.train_iters=6")
+    assert done.code == 0 and "resumed at step 2" in done.out, done.err
+    assert "SKIP  checkpoint saved/checkpoints/global_step4 is damaged" in done.out
+    assert not list((folder / "saved/checkpoints").glob("*.tmp")), "leftovers of dead saves are cleared"
+    again = pretrain(folder, *SAVED, "train.train_iters=6")
+    assert again.code == 0 and "SKIP" not in again.out, "the damaged one was written again on the way"
 
 
 def test_what_is_no_mistake_but_worth_a_word(folder: Path) -> None:

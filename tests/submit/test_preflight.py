@@ -7,6 +7,7 @@ from megatron_sgt.checkpoint import layout
 from megatron_sgt.config import Config
 from megatron_sgt.errors import CheckpointError, ConfigError, DataError
 from megatron_sgt.submit import preflight
+from tests.helpers.checkpoints import write_plain_checkpoint
 from tests.helpers.runs import tiny_config, write_tiny_data
 
 
@@ -21,11 +22,8 @@ def config(tmp_path: Path, data: str, /, **sections: dict[str, Any]) -> Config:
 
 def write_checkpoint(root: Path, step: int) -> Path:
     """A folder that counts as a checkpoint."""
-    folder = root / layout.tag_for(step)
-    folder.mkdir(parents=True)
-    (folder / "weights.pt").write_bytes(b"1234")
-    layout.write_json(folder / layout.MANIFEST_FILE, {"tag": folder.name, "files": layout.file_sizes(folder)})
-    layout.replace_text(root / layout.LATEST_FILE, folder.name)
+    folder = write_plain_checkpoint(root / layout.tag_for(step))
+    layout.point_to(root, folder.name)
     return folder
 
 
@@ -79,8 +77,15 @@ def test_says_what_the_run_starts_from(tmp_path: Path, data: str) -> None:
     folder = write_checkpoint(own, 7)
     for sections in ({}, load):
         assert start(config(tmp_path, data, **sections)) == f"RESUME at step 7 of 18 from {folder}"
-    (folder / "weights.pt").write_bytes(b"123")
-    with pytest.raises(CheckpointError, match=r"weights.pt has 3 bytes instead of 4"):
+    older = write_checkpoint(own, 5)
+    layout.point_to(own, folder.name)
+    (folder / "mp_rank_00_model_states.pt").write_bytes(b"123")
+    said = start(config(tmp_path, data))
+    assert said.startswith(
+        f"RESUME at step 5 of 18 from {older} (passed over: checkpoint {folder} is damaged"
+    )
+    (older / "mp_rank_00_model_states.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"states.pt has 3 bytes instead of .*states.pt is missing"):
         start(config(tmp_path, data))
     write_checkpoint(own, 18)
     with pytest.raises(ConfigError, match=r"nothing to do: .*global_step18 is at step 18 of 18"):

@@ -11,7 +11,14 @@ from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES
 from megatron_sgt.checkpoint.reshard.source import open_source
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.model.hf_weights import name_map
-from tests.helpers.deepspeed_files import STEP, State, odd_config, random_state, write_checkpoint
+from tests.helpers.deepspeed_files import (
+    STEP,
+    State,
+    odd_config,
+    random_state,
+    write_checkpoint,
+    write_manifest,
+)
 
 MODELS: dict[str, dict[str, Any]] = {
     "swiglu": {},
@@ -96,6 +103,7 @@ def test_copies_that_differ_are_told(tmp_path: Path) -> None:
     content = torch.load(file)
     content["module"]["gpt.decoder.final_layernorm.weight"][3] += 0.25
     torch.save(content, file)
+    write_manifest(folder)
     assert convert(folder, tmp_path / "to")[2] == pytest.approx(0.25, abs=1e-6)
 
 

@@ -47,7 +47,7 @@ def test_what_an_interrupted_conversion_left_is_written_over(folder: Path) -> No
     assert not temporary.exists()
     assert not list(copy.glob("*-of-00009*"))
     temporary.mkdir()
-    layout.prune(folder.parent, 1)
+    layout.clear_leftovers(folder.parent)
     assert not temporary.exists()
 
 
