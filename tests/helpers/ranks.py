@@ -16,7 +16,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver
 from pathlib import Path
@@ -84,13 +85,33 @@ def run_on_ranks(
                 rank.pipe.send_bytes(b"")
             return [rank.outcome[1] for rank in ranks if rank.outcome]
         finally:
-            for rank in ranks:
-                rank.process.join(GRACE if sys.exc_info()[0] is None else 0)
-                if rank.process.exitcode is None:
-                    rank.process.kill()
-                    rank.process.join()
-                rank.process.close()
-                rank.pipe.close()
+            _end(ranks, GRACE if sys.exc_info()[0] is None else 0.0)
+
+
+@contextmanager
+def running_on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> Iterator[list[int]]:
+    """Process ids of ranks that do what ``run_on_ranks`` would let them do; killed at the end of the context."""
+    payload = pickle.dumps((function, args))
+    start_server()
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [_start(Path(folder), rank, world_size, payload) for rank in range(world_size)]
+        try:
+            yield [rank.process.pid for rank in ranks]
+        except AssertionError as error:
+            raise error from _OnRanks("\n".join(rank.report(n) for n, rank in enumerate(ranks)))
+        finally:
+            _end(ranks, 0.0)
+
+
+def _end(ranks: list[_Rank], patience: float) -> None:
+    """Kill what has not ended by itself in time."""
+    for rank in ranks:
+        rank.process.join(patience)
+        if rank.process.exitcode is None:
+            rank.process.kill()
+            rank.process.join()
+        rank.process.close()
+        rank.pipe.close()
 
 
 def start_server() -> None:
