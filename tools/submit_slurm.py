@@ -56,9 +56,7 @@ def parse() -> argparse.Namespace:
         metavar="SECONDS",
         help="for the last save, before the limit [180]",
     )
-    add(
-        "--retries", type=int, default=3, metavar="N", help="restarts in a row without a newer checkpoint [3]"
-    )
+    add("--retries", type=int, default=3, metavar="N", help="restarts in a row from the same checkpoint [3]")
     add("--container", metavar="IMAGE", help=".sqsh or docker://... for pyxis, .sif for Apptainer")
     add("--runtime", choices=("pyxis", "apptainer"), help="[what the name of the image says]")
     add(

@@ -37,7 +37,7 @@ class SlurmJob:
     warn_seconds: int = 180
     """Seconds before the time limit in which the run must finish a step and a checkpoint."""
     retries: int = 3
-    """Restarts in a row that may find no newer checkpoint."""
+    """Restarts in a row from the same checkpoint."""
     python: str = "python"
     container: str | None = None
     runtime: Runtime = "pyxis"
@@ -90,6 +90,8 @@ logs=$job/$SLURM_JOB_ID
 mkdir -p "$logs"
 export FIRST_EXIT=$logs/first_exit # the code of the task that failed first; srun ends the others and returns theirs
 rm -f "$FIRST_EXIT"
+newest() { cat "$latest" 2>/dev/null || echo "the beginning"; }
+newest >>"$job/starts"
 task='trap : USR1 TERM; "$@"; code=$?; ((code == 0)) || (set -C; echo $code >"$FIRST_EXIT") 2>/dev/null; exit $code'
 
 echo "$(date +%FT%T) job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST; ranks log to $logs"\
@@ -123,11 +125,10 @@ echo "$(date +%FT%T) exit code $code"
 # 0: done. 2, 3, 4: configuration, data, checkpoint: trying again would not help.
 # 75: saved on a signal. Anything else: a crash, or a node that died before Slurm has seen it.
 case $code in 0 | 2 | 3 | 4) exit $code ;; esac
-from=$(cat "$latest" 2>/dev/null || echo nothing)
-echo "$from" >>"$job/restarts"
-if (($(tail -n $((retries + 1)) "$job/restarts" | grep -cFx "$from") > retries)); then
-  echo "not started again: $retries restarts in a row brought no newer checkpoint than $from"
-  rm "$job/restarts"
+from=$(newest)
+if (($(tail -n $((retries + 1)) "$job/starts" | grep -cFx "$from") > retries)); then
+  echo "not started again: $((retries + 1)) starts in a row brought no newer checkpoint than $from"
+  rm "$job/starts"
   exit $code
 fi
 echo "to be started again from $from"

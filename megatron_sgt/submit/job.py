@@ -51,12 +51,12 @@ def _places(config: Config) -> Iterator[Path]:
 def write_job(job: SlurmJob, config: Config) -> Path:
     """Write script and resolved configuration; returns the script. Restarts read these, not what they came from.
 
-    A count of failed restarts from an earlier submission is forgotten.
+    The count of starts of an earlier submission is forgotten.
     """
     folder = Path(job.folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(config.to_yaml())
-    (folder / "restarts").unlink(missing_ok=True)
+    (folder / "starts").unlink(missing_ok=True)
     script = folder / SCRIPT
     script.write_text(sbatch_script(job))
     return script

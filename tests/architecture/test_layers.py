@@ -31,6 +31,7 @@ LAYERS = {
     "study": 6,
     "engine": 6,
     "submit": 6,
+    "soak": 7,
     "__main__": 7,
 }
 TORCH_FREE = (

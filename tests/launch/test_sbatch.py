@@ -29,6 +29,7 @@ SRUN = """\
 #!/bin/bash
 echo "$@" >srun.arguments
 echo "$NCCL_DEBUG" >srun.environment
+if [ -e next ]; then mkdir -p runs/a/checkpoints; mv next runs/a/checkpoints/latest; fi
 while [ "$1" != bash ]; do shift; done
 "$1" "$2" "$3" "$4" sh -c "exit $(cat task.code)"
 exit $(cat srun.code)
@@ -102,7 +103,7 @@ def test_done_and_the_users_mistakes_end_the_job(start: Start, code: int) -> Non
 def test_everything_else_is_started_again(start: Start, code: int) -> None:
     ended, out = start(code, 143)
     assert ended == code
-    assert out.splitlines()[-2:] == ["to be started again from nothing", "scontrol requeue 7"]
+    assert out.splitlines()[-2:] == ["to be started again from the beginning", "scontrol requeue 7"]
 
 
 def test_a_job_that_slurm_does_not_requeue_is_submitted_again(start: Start, tmp_path: Path) -> None:
@@ -110,18 +111,18 @@ def test_a_job_that_slurm_does_not_requeue_is_submitted_again(start: Start, tmp_
     assert start(75, 75)[1].endswith("sbatch runs/a/slurm/job.sbatch\n")
 
 
-def test_restarts_without_a_newer_checkpoint_are_counted(start: Start, tmp_path: Path) -> None:
-    latest = tmp_path / JOB.latest
-    latest.parent.mkdir(parents=True)
+def test_starts_without_a_newer_checkpoint_are_counted(start: Start, tmp_path: Path) -> None:
+    def is_started_again(step: int, retries: int = 2) -> bool:
+        """After a start that saves `step`, or finds it and saves nothing."""
+        (tmp_path / "next").write_text(f"global_step{step}\n")
+        return "scontrol requeue" in start(1, 1, replace(JOB, retries=retries))[1]
 
-    def is_started_again(step: int) -> bool:
-        latest.write_text(f"global_step{step}\n")
-        return "scontrol requeue" in start(1, 1)[1]
-
-    assert [is_started_again(10) for _ in range(3)] == [True, True, False], "retries is 2"
+    assert [is_started_again(10) for _ in range(4)] == [True, True, True, False], (
+        "the first one brought step 10"
+    )
     assert [is_started_again(10) for _ in range(3)] == [True, True, False], "giving up forgets"
-    assert [is_started_again(step) for step in (10, 20, 20, 30, 30, 30)] == [True] * 5 + [False]
-    assert [is_started_again(step) for step in (1, 10, 1, 10)] == [True] * 4, "names are compared whole"
+    assert [is_started_again(step) for step in (20, 20, 30, 30, 30, 30)] == [True] * 5 + [False]
+    assert [is_started_again(step, retries=0) for step in (40, 50, 50)] == [True, True, False]
 
 
 def test_ranks_get_the_environment_and_logs_of_their_own(start: Start, tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ class Job:
         ranks = self.cluster.tasks(self.number)
         for pid in ranks:
             os.kill(pid, signal.SIGSTOP)
+        until(lambda: all(is_waiting(pid, number) for pid in ranks) and len(ranks) == 2, "a standstill", 10)
         yield
         until(lambda: not any(is_waiting(pid, number) for pid in ranks), number.name, seconds, self.describe)
         for pid in ranks:

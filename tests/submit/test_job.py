@@ -27,7 +27,7 @@ def test_writes_what_restarts_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     config = small_config()
     (tmp_path / JOB.folder).mkdir(parents=True)
-    (tmp_path / JOB.folder / "restarts").write_text("global_step1\n")
+    (tmp_path / JOB.folder / "starts").write_text("global_step1\n")
     script = jobs.write_job(JOB, config)
     assert script.read_text() == sbatch_script(JOB)
     assert load_config(script.parent / "config.yaml") == config

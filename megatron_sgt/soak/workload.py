@@ -1,0 +1,45 @@
+"""The run that is soaked: small, quick, with dropout and growth."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_sgt.config import Config, parse_config
+from megatron_sgt.data.encoding import EncodedKey
+from megatron_sgt.data.preprocess import DatasetWriter
+
+STEPS, INTERVAL = 160, 4
+LAYOUTS = {
+    f"{name}-zero{stage}": {"tensor_model_parallel_size": size, "zero_stage": stage, "device": "cpu"}
+    for name, size in (("tp2", 2), ("dp2", 1))
+    for stage in (1, 3)
+}
+
+
+def small_config(run_dir: Path, data: str, parallel: dict[str, Any], checkpoint: dict[str, Any]) -> Config:
+    """A run of STEPS quick steps that grows twice."""
+    return parse_config(
+        {
+            "model": {
+                "num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 96, "seq_length": 16,
+                "vocab_size": 64, "make_vocab_size_divisible_by": 16, "hidden_dropout": 0.1,
+            },
+            "growth": {"first_selection_step": 8, "window_size": 12, "num_keep_heads": 2, "max_selected_layers": 2},
+            "optim": {"lr": 3e-3, "min_lr": 3e-4, "lr_warmup_iters": 5},
+            "parallel": parallel,
+            "train": {"train_iters": STEPS, "micro_batch_size": 2, "global_batch_size": 4},
+            "data": {"data_path": [data], "data_cache_path": f"{data}_cache", "split": "1,0,0"},
+            "checkpoint": checkpoint,
+            "logging": {"run_dir": str(run_dir), "log_interval": 1, "progress_bar": "off"},
+        }
+    )  # fmt: skip
+
+
+def write_data(folder: Path) -> str:
+    """A data set of random tokens; returns its prefix."""
+    prefix, rng = str(folder / "tokens"), np.random.default_rng(1)
+    with DatasetWriter(prefix, "uint16", overwrite=False) as writer:
+        writer.add(EncodedKey(rng.integers(64, size=20000).astype(np.uint16), np.full(400, 50, np.int32), 0))
+        writer.commit({})
+    return prefix
