@@ -14,6 +14,7 @@ exit codes: 0 nothing was lost; 1 something was, and it is told; 2 usage
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 from megatron_sgt.cli import positive, run_main
@@ -37,19 +38,17 @@ def main() -> None:
     tallies = {name: Tally() for name in args.layout or LAYOUTS}
     try:
         for name, tally in tallies.items():
-            soak(
-                name,
-                args.deaths,
-                args.seed,
-                tally,
-                lambda line, name=name: print(f"{name}: {line}", flush=True),
-            )
+            soak(name, args.deaths, args.seed, tally, partial(_tell, name))
     finally:
         print(table(tallies))
         if args.output is not None:
             args.output.write_text(
                 json.dumps({name: vars(tally) for name, tally in tallies.items()}, indent=1)
             )
+
+
+def _tell(name: str, line: str) -> None:
+    print(f"{name}: {line}", flush=True)
 
 
 if __name__ == "__main__":
