@@ -15,13 +15,13 @@ from megatron_sgt.engine.preflight import (
     with_vocabulary,
 )
 from megatron_sgt.errors import ConfigError
-from megatron_sgt.growth import LayerPlan, LoopPlan
-from megatron_sgt.growth.replay import ReplaySchedule
+from megatron_sgt.growth import LoopPlan
 from megatron_sgt.metrics.units import file_size
 from megatron_sgt.parallel.device import select_device
 from megatron_sgt.planning.flops import overhead, step_flops
 from megatron_sgt.planning.loop_cost import choose_loop_method
 from megatron_sgt.planning.parameters import parameter_count
+from megatron_sgt.planning.structure import final_plan
 
 
 def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:
@@ -102,24 +102,6 @@ def _model_rows(config: Config) -> Iterator[tuple[str, str]]:
         f"up to {_count(growth.max_selected_layers, 'layer')} x {heads} x {loops} from step "
         f"{growth.first_selection_step} on, at most {added} once fixed",
     )
-
-
-def final_plan(config: Config) -> LoopPlan:
-    """The most expensive structure that the configuration can end with (head ids are placeholders)."""
-    growth, model = config.growth, config.model
-    layers = [n for n in range(model.num_layers) if n not in growth.exclude_layers]
-    if growth.method == "block_loop":
-        repeated = LayerPlan(block_loops=growth.block_loop_count)
-        return LoopPlan(model.num_layers, tuple((n, repeated) for n in growth.block_loop_layers))
-    if growth.method == "vanilla":
-        return LoopPlan.empty(model.num_layers)
-    if growth.replay is not None:
-        return ReplaySchedule(growth, model.num_layers, model.num_attention_heads).final_plan()
-    count = model.num_attention_heads if growth.head_choice == "all" else growth.num_keep_heads
-    # Heads of different groups share no keys and values: the costlier case.
-    stride = max(1, model.num_attention_heads // count)
-    grown = LayerPlan(growth.max_loop_depth, tuple(range(0, stride * count, stride)))
-    return LoopPlan(model.num_layers, tuple((n, grown) for n in layers[-growth.max_selected_layers :]))
 
 
 def _loop_rows(config: Config) -> list[tuple[str, str]]:

@@ -73,17 +73,32 @@ def step_flops(
     return total
 
 
-def _layer_flops(model: ModelConfig, plan: LayerPlan, sequences: int, entropy: bool) -> Flops:
+@dataclass(frozen=True)
+class PassFlops:
+    """One execution of a layer's two halves."""
+
+    attention: Flops
+    mlp: Flops
+
+
+def pass_flops(model: ModelConfig, sequences: int, entropy: bool = False) -> PassFlops:
+    """FLOPs of one execution of an ordinary layer on ``sequences`` sequences, all tensor-parallel ranks."""
     tokens = sequences * model.seq_length
     mlp_matrices = 3 if model.activation == "swiglu" else 2
-    mlp = Flops(linear=2 * tokens * model.hidden_size * model.ffn_hidden_size * mlp_matrices)
-    ordinary = _attention_pass(model, model.num_attention_heads, model.num_query_groups, sequences, entropy)
+    return PassFlops(
+        _attention_pass(model, model.num_attention_heads, model.num_query_groups, sequences, entropy),
+        Flops(linear=2 * tokens * model.hidden_size * model.ffn_hidden_size * mlp_matrices),
+    )
+
+
+def _layer_flops(model: ModelConfig, plan: LayerPlan, sequences: int, entropy: bool) -> Flops:
+    once = pass_flops(model, sequences, entropy)
     total = Flops()
     for _ in range(1 + plan.block_loops):
-        total += ordinary + mlp
+        total += once.attention + once.mlp
     if plan.loops == 0:
         return total
-    one_pass = ordinary
+    one_pass = once.attention
     if plan.phase == "sparse":
         layout = HeadLayout(model.num_attention_heads, model.num_query_groups, model.kv_channels)
         kept = layout.local(plan.kept_heads)

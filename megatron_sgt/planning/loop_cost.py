@@ -2,23 +2,28 @@
 
 Two ways (see head_loop.py and balanced_loop.py): "owner", each rank loops the kept heads that it owns, and
 "balanced", each rank loops all kept heads for its share of the tokens. h kept heads on g key/value groups of
-size H, S·B tokens of width D, t ranks; bytes are those a collective hands to a rank (payload), per pass:
+size H, S·B tokens of width D, t ranks. Operations of a pass on rank r, as torch's counter counts them (a causal
+product as a full one), forward; the backward pass has twice the linear and 2.5 times the attention operations:
 
-    forward   owner     2 · S·B·D            all-gather + reduce-scatter, or one all-reduce (counted twice)
-              balanced  2 · S·B·g·H          keys and values; without sequence parallelism + S·B·h·H, outputs
-    backward  owner     2 · S·B·D
-              balanced  2 · S·B·g·H          their gradients; without SP + S·B·(h + 2g)·H, projections'
+    owner      linear 2·S·B·D·(2h + 2g)·H of its own heads          attention 4·S²·B·h·H of its own heads
+    balanced   linear 2·S·B·D·(2h + 2g)·H / t                       attention 4·(S/t)·(r+1)(S/t)·B·h·H
+
+Balanced looping without sequence parallelism is only balanced before the heads' outputs are gathered: the output
+projection runs on all tokens on every rank, and so do both projections in the backward pass:
+
+    linear, forward 2·S·B·D·((h + 2g)·H / t + h·H)                   backward 4·S·B·D·(2h + 2g)·H
+
+Bytes: ``traffic.loop_pass_traffic``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron_sgt.config import Config
+from megatron_sgt.growth import LayerPlan
 from megatron_sgt.parallel.head_layout import HeadLayout
-
-LoopMethod = Literal["owner", "balanced"]
+from megatron_sgt.planning.traffic import LoopMethod, Transfer, kept_counts, loop_pass_traffic
 
 # The ratio decides, not the values: dense bf16 arithmetic that attention reaches on an H100-class GPU, and the
 # bus bandwidth of collectives inside an NVLink node (8 GPUs, 450 GB/s per direction by data sheet).
@@ -27,59 +32,93 @@ BYTES_PER_SECOND = 300e9
 
 
 @dataclass(frozen=True)
-class LoopCost:
-    """One forward pass of the loop in one layer, on the rank that works most.
+class LoopFlops:
+    """Operations of one pass in one layer for one micro-batch on one rank, causal products counted as full ones.
 
-    ``bytes_forward``, ``bytes_backward``: payload of collectives; ``flops``: forward operations.
+    ``visible``: the share of the attention products that the causal mask leaves.
+    """
+
+    linear_forward: int
+    linear_backward: int
+    attention_forward: int
+    visible: float
+
+    @property
+    def attention_backward(self) -> int:
+        """Flash attention computes the scores again."""
+        return 5 * self.attention_forward // 2
+
+    @property
+    def forward(self) -> int:
+        """All operations of the forward pass."""
+        return self.linear_forward + self.attention_forward
+
+    @property
+    def executed(self) -> int:
+        """Forward and backward."""
+        return self.forward + self.linear_backward + self.attention_backward
+
+    @property
+    def needed(self) -> float:
+        """Forward and backward, without the products that the causal mask hides."""
+        return self.linear_forward + self.linear_backward + self.visible * 3.5 * self.attention_forward
+
+
+def loop_flops(config: Config, method: LoopMethod, kept_heads: tuple[int, ...], tp_rank: int) -> LoopFlops:
+    """Operations of one pass of ``kept_heads`` on tensor-parallel rank ``tp_rank``."""
+    model, parallel = config.model, config.parallel
+    ranks, size, batch = parallel.tensor_model_parallel_size, model.kv_channels, config.train.micro_batch_size
+    length = model.seq_length
+    per_row = 2 * batch * length * model.hidden_size * size  # one projected head, all tokens
+    if method == "owner":
+        layout = HeadLayout(model.num_attention_heads, model.num_query_groups, size, ranks, tp_rank)
+        mine = layout.local(kept_heads)
+        heads, groups = len(mine.heads), len(mine.groups)
+        linear = per_row * (2 * heads + 2 * groups)
+        return LoopFlops(linear, 2 * linear, 4 * batch * heads * length * length * size, 0.5)
+    heads, groups = kept_counts(config, kept_heads)
+    share, keys = length // ranks, (tp_rank + 1) * (length // ranks)
+    attention = 4 * batch * heads * share * keys * size
+    visible = 1 - share / keys / 2
+    if parallel.sequence_parallel:
+        linear = per_row * (2 * heads + 2 * groups) // ranks
+        return LoopFlops(linear, 2 * linear, attention, visible)
+    forward = per_row * (heads + 2 * groups) // ranks + per_row * heads
+    return LoopFlops(forward, 2 * per_row * (2 * heads + 2 * groups), attention, visible)
+
+
+@dataclass(frozen=True)
+class LoopCost:
+    """One pass of the loop in one layer for one micro-batch, on the rank that works most.
+
+    ``bytes_forward``, ``bytes_backward``: payload of collectives, an all-reduce counted twice.
     """
 
     bytes_forward: int
     bytes_backward: int
-    flops: int
+    flops: LoopFlops
 
     @property
     def seconds(self) -> float:
-        """Modelled time of forward and backward (twice the forward's arithmetic and more for attention)."""
-        return (
-            3 * self.flops / FLOPS_PER_SECOND + (self.bytes_forward + self.bytes_backward) / BYTES_PER_SECOND
-        )
+        """Modelled time of forward and backward."""
+        moved = self.bytes_forward + self.bytes_backward
+        return self.flops.needed / FLOPS_PER_SECOND + moved / BYTES_PER_SECOND
 
 
 def loop_cost(
-    config: Config, method: LoopMethod, kept_heads: tuple[int, ...], element_bytes: int = 2
+    config: Config, method: LoopMethod, kept_heads: tuple[int, ...], precision: str = "bf16"
 ) -> LoopCost:
     """Cost of one pass of ``kept_heads`` in one layer for one micro-batch, at ``config``'s layout."""
-    model, parallel = config.model, config.parallel
-    ranks, size = parallel.tensor_model_parallel_size, model.kv_channels
-    tokens = config.train.micro_batch_size * model.seq_length
-    layout = HeadLayout(model.num_attention_heads, model.num_query_groups, size)
-    kept = layout.local(kept_heads)
-    heads, groups = len(kept.heads), len(kept.groups)
-    if method == "owner":
-        busiest = max(
-            (
-                HeadLayout(model.num_attention_heads, model.num_query_groups, size, ranks, rank).local(
-                    kept_heads
-                )
-                for rank in range(ranks)
-            ),
-            key=lambda part: len(part.heads),
-        )
-        heads_here, groups_here, share, causal = len(busiest.heads), len(busiest.groups), 1.0, 0.5
-        moved = 2 * tokens * model.hidden_size if ranks > 1 else 0
-        forward = backward = moved
-    else:
-        # The last rank sees all keys: its part of the causal triangle is (2t - 1) / t² of the whole.
-        heads_here, groups_here = heads, groups
-        share, causal = 1.0 / ranks, 0.5 * (2 * ranks - 1) / ranks**2
-        forward = backward = 2 * tokens * groups * size
-        if not parallel.sequence_parallel:
-            forward += tokens * heads * size
-            backward += tokens * (heads + 2 * groups) * size
-    projections = 2 * tokens * model.hidden_size * (2 * heads_here + 2 * groups_here) * size
-    attention = 4 * tokens * model.seq_length * heads_here * size
-    flops = round(share * projections + causal * attention)
-    return LoopCost(forward * element_bytes, backward * element_bytes, flops)
+    ranks = range(config.parallel.tensor_model_parallel_size)
+    busiest = max(
+        (loop_flops(config, method, kept_heads, rank) for rank in ranks), key=lambda one: one.needed
+    )
+    forward, backward = loop_pass_traffic(config, LayerPlan(1, tuple(sorted(kept_heads))), precision, method)
+    return LoopCost(_payload(forward), _payload(backward), busiest)
+
+
+def _payload(transfers: tuple[Transfer, ...]) -> int:
+    return sum(item.payload * (2 if item.kind == "all_reduce" else 1) for item in transfers)
 
 
 def choose_loop_method(config: Config) -> tuple[LoopMethod, str]:
@@ -104,6 +143,6 @@ def choose_loop_method(config: Config) -> tuple[LoopMethod, str]:
     better: LoopMethod = "balanced" if balanced.seconds <= owner.seconds else "owner"
     return better, (
         f"{better} looping over {ranks} tensor-parallel ranks: per pass and micro-batch "
-        f"{balanced.bytes_forward / 1e6:.2f} MB and {balanced.flops / 1e9:.2f} GFLOP balanced, "
-        f"{owner.bytes_forward / 1e6:.2f} MB and {owner.flops / 1e9:.2f} GFLOP at the owner (model)"
+        f"{balanced.bytes_forward / 1e6:.2f} MB and {balanced.flops.forward / 1e9:.2f} GFLOP balanced, "
+        f"{owner.bytes_forward / 1e6:.2f} MB and {owner.flops.forward / 1e9:.2f} GFLOP at the owner (model)"
     )

@@ -36,11 +36,11 @@ from typing import Literal
 from megatron_sgt.config import Config
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.parallel.head_layout import HeadLayout
-from megatron_sgt.planning.loop_cost import LoopMethod, choose_loop_method
 from megatron_sgt.planning.parameters import parameter_count, weights
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]
 Group = Literal["tensor", "data", "world"]
+LoopMethod = Literal["owner", "balanced"]
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Weights that a recomputed layer does not fetch a third time: those outside of layers, and the last of a layer, which
@@ -88,18 +88,18 @@ def step_traffic(
     plan: LoopPlan,
     world_size: int,
     precision: str,
+    method: LoopMethod,
     entropy: bool = False,
-    method: LoopMethod | None = None,
 ) -> tuple[Transfer, ...]:
     """All collectives of one rank in one optimizer step.
 
     Args:
         plan: the structure that is executed.
         precision: "fp32", "bf16" or "fp16", of activations and weights.
+        method: how kept heads loop (``loop_cost.choose_loop_method``).
         entropy: whether entropies are collected in the step.
-        method: how kept heads loop; None: what ``choose_loop_method`` says.
     """
-    step = _Step(config, ELEMENT_BYTES[precision], method or choose_loop_method(config)[0])
+    step = _Step(config, ELEMENT_BYTES[precision], method)
     micro_batches = config.num_micro_batches(world_size)
     transfers: list[Transfer] = []
     if step.ranks > 1:

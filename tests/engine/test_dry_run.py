@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from megatron_sgt.engine.dry_run import dry_run, final_plan
+from megatron_sgt.engine.dry_run import dry_run
 from megatron_sgt.errors import CheckpointError, ConfigError, DataError
-from megatron_sgt.growth import LayerPlan, LoopPlan
+from megatron_sgt.growth import LoopPlan
 from megatron_sgt.planning.flops import overhead, step_flops
 from megatron_sgt.planning.parameters import parameter_count
+from megatron_sgt.planning.structure import final_plan
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import pretrain, tiny_config, write_tiny_data
-from tests.helpers.single import small_config
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +72,3 @@ def test_the_first_thing_that_would_stop_the_run_is_raised(
 ) -> None:
     with pytest.raises(kind, match=message):
         dry_run(tiny_config(tmp_path, data, **sections), world_size)
-
-
-def test_the_final_plan_is_the_costliest() -> None:
-    config = small_config(growth={"max_loop_depth": 2, "num_keep_heads": 2, "max_selected_layers": 2})
-    grown = LayerPlan(2, (0, 2))
-    assert final_plan(config) == LoopPlan(4, ((2, grown), (3, grown)))
-    everything = small_config(growth={"head_choice": "all", "max_selected_layers": 1})
-    assert final_plan(everything)[3].kept_heads == (0, 1, 2, 3)
-    assert final_plan(small_config(growth={"method": "vanilla"})) == LoopPlan.empty(4)
-    repeated = small_config(growth={"method": "block_loop", "block_loop_layers": [1], "block_loop_count": 2})
-    assert final_plan(repeated) == LoopPlan(4, ((1, LayerPlan(block_loops=2)),))

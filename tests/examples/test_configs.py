@@ -13,7 +13,7 @@ from megatron_sgt.config.model import ModelConfig
 FOLDER = Path(__file__).parents[2] / "examples" / "configs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 VOCAB_SIZE = 32000
-SIZES = {"300m": 300e6, "1.2b": 1.2e9, "7b": 7e9, "13b": 13e9}
+SIZES = {"300m": 300e6, "1.2b": 1.2e9, "7b": 7e9, "13b": 13e9, "70b": 70e9}
 
 
 def load(name: str) -> Config:
@@ -112,7 +112,16 @@ def test_300m_is_the_paper_to_the_number() -> None:
 
 @pytest.mark.parametrize(
     ("label", "world_size"),
-    [("300m", 1), ("300m", 8), ("300m", 128), ("1.2b", 8), ("1.2b", 256), ("7b", 32), ("13b", 64)],
+    [
+        ("300m", 1),
+        ("300m", 8),
+        ("300m", 128),
+        ("1.2b", 8),
+        ("1.2b", 256),
+        ("7b", 32),
+        ("13b", 64),
+        ("70b", 256),
+    ],
 )
 def test_batches_multiply_on_the_machines_named(label: str, world_size: int) -> None:
     cfg = load(f"sgt_{label}")

@@ -89,7 +89,7 @@ def tensor_parallel_steps(info: RankInfo, layouts: list[Layout]) -> list[str]:
                     built(**random_batch(config, seed)).backward()
                     built.meter.end_micro_batch()
                 built.meter.reduce(groups)
-            formula = expected(step_traffic(config, plan, RANKS, "fp32", entropy=True), RANKS)
+            formula = expected(step_traffic(config, plan, RANKS, "fp32", settings[0], entropy=True), RANKS)
             if (counter.bytes, counter.calls) != formula:
                 wrong.append(f"{model}, {settings}, {name}: {counter.bytes} {counter.calls} not {formula}")
     return wrong
@@ -132,7 +132,7 @@ def data_parallel_steps(info: RankInfo) -> list[str]:
         for _ in range(2):
             with CollectiveCounter() as counter:
                 train_step(runtime.engine, [random_batch(config, seed) for seed in (0, 1)], 1e-3, 1.0, groups)
-        payload, calls = expected(step_traffic(config, LoopPlan.empty(2), RANKS, precision), RANKS)
+        payload, calls = expected(step_traffic(config, LoopPlan.empty(2), RANKS, precision, "owner"), RANKS)
         for kind in ("all_gather", "reduce_scatter", "all_reduce"):
             counted = counter.bytes[kind, RANKS] - counter.control[kind, RANKS]
             messages = counter.calls[kind, RANKS] - counter.control_calls[kind, RANKS]
@@ -166,7 +166,12 @@ def test_two_of_32_heads_send_an_eighth_of_the_owners_bytes(sharded: bool) -> No
 def test_what_travels_once_per_step_does_not_grow_with_depth() -> None:
     config = layout_config({}, "balanced", True, "none")
     shallow, deep = (
-        {t.part: t for t in step_traffic(config, LoopPlan(2, ((1, LayerPlan(k, (0, 1))),)), RANKS, "bf16")}
+        {
+            t.part: t
+            for t in step_traffic(
+                config, LoopPlan(2, ((1, LayerPlan(k, (0, 1))),)), RANKS, "bf16", "balanced"
+            )
+        }
         for k in (1, 3)
     )
     assert shallow["kept weights"] == deep["kept weights"]
@@ -174,7 +179,7 @@ def test_what_travels_once_per_step_does_not_grow_with_depth() -> None:
 
 
 def test_one_process_sends_nothing() -> None:
-    assert step_traffic(small_config(), LoopPlan.empty(4), 1, "bf16", entropy=True) == ()
+    assert step_traffic(small_config(), LoopPlan.empty(4), 1, "bf16", "owner", entropy=True) == ()
 
 
 def test_merging_adds_and_drops() -> None:

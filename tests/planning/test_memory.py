@@ -1,0 +1,166 @@
+"""The memory formulas against the tensors that are alive: autograd's, DeepSpeed's, the optimizer's."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sgt.config import Config
+from megatron_sgt.engine.build import build_runtime, start_processes
+from megatron_sgt.engine.step import train_step
+from megatron_sgt.growth import LayerPlan, LoopPlan
+from megatron_sgt.launch.rank_info import RankInfo
+from megatron_sgt.model.apply_plan import apply_plan, begin_step
+from megatron_sgt.model.gpt import build_model
+from megatron_sgt.planning.memory import CPU, activation_memory, state_memory
+from tests.helpers.live_memory import LiveMemory
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.single import random_batch, small_config
+
+TOLERANCE = 0.05
+MODELS: dict[str, dict[str, Any]] = {
+    "multi-head": {},
+    "grouped query": {"num_query_groups": 4},
+    "q/k norm, biases, dropout, LayerNorm, GELU": {
+        "num_query_groups": 4,
+        "qk_layernorm": True,
+        "add_bias_linear": True,
+        "normalization": "LayerNorm",
+        "activation": "gelu",
+        "hidden_dropout": 0.1,
+    },
+}
+PLANS: dict[str, tuple[tuple[int, LayerPlan], ...]] = {
+    "vanilla": (),
+    "window": ((1, LayerPlan(1, (0, 1), 0.5)),),
+    "fixed, depth 1": ((1, LayerPlan(1, (0, 1))),),
+    "fixed, depth 2 and 3": ((0, LayerPlan(2, (1, 2, 7))), (1, LayerPlan(3, (6,)))),
+    "block loop": ((1, LayerPlan(block_loops=1)),),
+}
+LAYOUTS = [(1, False, "owner")]
+LAYOUTS += [(2, sharded, method) for sharded in (False, True) for method in ("owner", "balanced")]
+
+
+def memory_config(model: str, ranks: int, sharded: bool, method: str, recompute: str) -> Config:
+    """Two layers, wide enough that nothing but activations of note is left."""
+    return small_config(
+        growth={"top_k_layers": 1, "max_loop_depth": 3},
+        model={"num_layers": 2, "num_attention_heads": 8, "seq_length": 64, **MODELS[model]},
+        parallel={
+            "tensor_model_parallel_size": ranks,
+            "sequence_parallel": sharded,
+            "loop_method": method,
+        },
+        train={"recompute_granularity": recompute},
+    )
+
+
+def saved_activations(info: RankInfo, cases: list[tuple[str, bool, str, str]]) -> list[str]:
+    """Every case in which the formula is further off than TOLERANCE, on this rank."""
+    wrong = []
+    for model, sharded, method, recompute in cases:
+        config = memory_config(model, info.world_size, sharded, method, recompute)
+        groups = start_processes(config, info)
+        built = build_model(config, groups, "fp32", 4)
+        for name, layers in PLANS.items():
+            plan = LoopPlan(2, layers)
+            apply_plan(built, plan)
+            begin_step(built)
+            batch = random_batch(config)
+            built(**batch)  # fills the buffers that stay
+            begin_step(built)
+            gc.collect()
+            with LiveMemory() as memory:
+                loss = built(**batch)
+            counted = memory.live()
+            del loss
+            formula = activation_memory(config, plan, "fp32", CPU, groups.tp_rank).saved
+            if abs(formula / counted - 1) > TOLERANCE:
+                case = f"{model}, {sharded}, {method}, {recompute}, {name}"
+                wrong.append(f"{case}: {formula:,} of {counted:,} ({100 * (formula / counted - 1):+.1f} %)")
+    return wrong
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_saved_activations(ranks: int) -> None:
+    layouts = [(sharded, method) for size, sharded, method in LAYOUTS if size == ranks]
+    every = list(itertools.product(MODELS, layouts, ("none", "selective", "full")))
+    cases = [(model, *layout, recompute) for model, layout, recompute in every]
+    if ranks > 1 and not os.environ.get("SGT_ALL_LAYOUTS"):
+        cases = cases[::5]
+    for rank, wrong in enumerate(run_on_ranks(ranks, saved_activations, cases, timeout=600)):
+        assert not wrong, f"rank {rank}:\n" + "\n".join(wrong)
+
+
+ZERO: list[tuple[int, str, dict[str, Any]]] = [
+    (0, "fp32", {}),
+    (1, "fp32", {}),
+    (1, "bf16", {}),
+    (2, "bf16", {}),
+    (3, "bf16", {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}),
+]
+
+
+def live_state(info: RankInfo) -> list[str]:
+    """Weights and optimizer state after a step, gradients before it, on two data-parallel ranks."""
+    wrong = []
+    for stage, precision, zero in ZERO:
+        zero = {**zero, "reduce_bucket_size": 1000, "stage3_max_reuse_distance": 0} if stage else {}
+        config = small_config(
+            growth={"top_k_layers": 1},
+            model={"num_layers": 2, "hidden_size": 256, "num_attention_heads": 8, "seq_length": 16},
+            deepspeed={"zero_optimization": zero} if zero else {},
+            parallel={"zero_stage": stage},
+            train={"precision": precision, "global_batch_size": 4 * info.world_size},
+        )
+        groups = start_processes(config, info)
+        before = {id(t): t for t in _tensors()}
+        runtime = build_runtime(config, groups)
+        held: dict[str, int] = {}
+        real = runtime.engine.step
+
+        def step(real: Any = real, held: dict[str, int] = held, before: Any = before) -> None:
+            held.setdefault("first micro-batch", _bytes(before))
+            real()
+
+        runtime.engine.step = step
+        for _ in range(2):
+            held.clear()
+            train_step(runtime.engine, [random_batch(config, seed) for seed in (0, 1)], 1e-3, 1.0, groups)
+        held["after"] = _bytes(before)
+        state = state_memory(config, info.world_size, precision)
+        for moment, formula in (
+            ("after", state.weights + state.optimizer + (state.gradients if stage == 3 else 0)),
+            ("first micro-batch", state.weights + state.optimizer + state.gradients),
+        ):
+            if abs(formula / held[moment] - 1) > TOLERANCE:
+                wrong.append(f"ZeRO-{stage} {precision} {moment}: {formula:,} of {held[moment]:,}")
+        del runtime, real, step
+        gc.collect()
+    return wrong
+
+
+def _tensors() -> list[torch.Tensor]:
+    gc.collect()
+    found = [o for o in gc.get_objects() if isinstance(o, torch.Tensor)]
+    return found + [t.grad for t in found if t.is_leaf and t.grad is not None]
+
+
+def _bytes(before: dict[int, torch.Tensor]) -> int:
+    """Of the tensors that Python can reach and that are not in ``before``, each storage once."""
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in _tensors()
+        if id(t) not in before
+    }
+    return sum(storages.values())
+
+
+def test_weights_gradients_and_optimizer_by_zero_stage() -> None:
+    for rank, wrong in enumerate(run_on_ranks(2, live_state, timeout=300)):
+        assert not wrong, f"rank {rank}:\n" + "\n".join(wrong)

@@ -1,0 +1,95 @@
+"""The time model: each component by hand on a simple case, and the orders that must hold."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatron_sgt.config import Config
+from megatron_sgt.growth import LayerPlan, LoopPlan
+from megatron_sgt.planning.flops import step_flops
+from megatron_sgt.planning.hardware import find_gpu
+from megatron_sgt.planning.memory import activation_memory, state_memory
+from megatron_sgt.planning.parameters import parameter_count
+from megatron_sgt.planning.step_time import OPTIMIZER_BYTES, Machine, step_time
+from tests.helpers.single import small_config
+
+MACHINE = Machine(find_gpu("h100"), kernel_efficiency=0.5, link_efficiency=0.5, latency=0.0)
+VANILLA = LoopPlan.empty(4)
+GROWN = LoopPlan(4, ((3, LayerPlan(2, (0, 1))),))
+
+
+def config(tp: int = 1, **sections: dict[str, Any]) -> Config:
+    """A 7B-like layer, four times."""
+    model = {"hidden_size": 4096, "num_attention_heads": 32, "ffn_hidden_size": 11008, "seq_length": 4096}
+    return small_config(
+        model={**model, "vocab_size": 32000},
+        parallel={
+            "tensor_model_parallel_size": tp,
+            "sequence_parallel": tp > 1,
+            **sections.get("parallel", {}),
+        },
+        train={"micro_batch_size": 1, "global_batch_size": 16, **sections.get("train", {})},
+    )
+
+
+def test_one_gpu_is_arithmetic_memory_and_the_optimizer() -> None:
+    cfg = config()
+    flops = step_flops(cfg.model, VANILLA, 16)
+    time = step_time(cfg, VANILLA, 1, MACHINE, "bf16", "owner")
+    assert time.compute == pytest.approx((3 * flops.linear + 1.75 * flops.attention) / (0.5 * 989.4e12))
+    kept = activation_memory(cfg, VANILLA, "bf16").saved
+    assert time.elementwise == pytest.approx(16 * 5 * kept / 3.35e12)
+    assert time.optimizer == pytest.approx(OPTIMIZER_BYTES * parameter_count(cfg.model) / 3.35e12)
+    assert (time.tensor_parallel, time.data_parallel, time.loops) == (0, 0, 0)
+    assert time.total == pytest.approx(time.compute + time.elementwise + time.optimizer)
+
+
+def test_gradients_over_two_nodes_pass_the_network() -> None:
+    """One rank of every node has the node's eight adapters at most, two ranks in a node have them all."""
+    cfg = config(tp=8)
+    inside, outside = (
+        step_time(config(tp=tp), VANILLA, 16, MACHINE, "bf16", "owner").data_parallel for tp in (1, 8)
+    )
+    payload = 3 * 2 * parameter_count(cfg.model, 8)  # all-reduce counts twice, and the all-gather
+    assert outside == pytest.approx(payload * (1 / 2) / (0.5 * 50e9))
+    assert inside == pytest.approx(3 * 2 * parameter_count(cfg.model) * (15 / 16) / (0.5 * 400e9))
+
+
+def test_latency_counts_per_call() -> None:
+    slow = replace(MACHINE, latency=1.0)
+    cfg = config(tp=4)
+    quick, late = (step_time(cfg, VANILLA, 4, m, "bf16", "owner").tensor_parallel for m in (MACHINE, slow))
+    # Per layer 4 + 6 collectives and 2 norm gradients; embedding 2, output 1 + 3, loss 3; 16 micro-batches.
+    calls = 16 * (4 * 12 + 2 + 4 + 3)
+    assert late - quick == pytest.approx(calls * math.log2(4))
+
+
+def test_balanced_loops_cost_less_than_naive_ones_and_both_little() -> None:
+    cfg = config(tp=8)
+    naive, balanced = (step_time(cfg, GROWN, 8, MACHINE, "bf16", way) for way in ("owner", "balanced"))
+    assert 0 < 4 * balanced.loops < naive.loops < naive.total / 5
+    assert replace(naive, loop_compute=0, loop_traffic=0) == replace(balanced, loop_compute=0, loop_traffic=0)
+
+
+@pytest.mark.parametrize(("granularity", "more"), [("selective", 1.0), ("full", 1.25)])
+def test_recompute_adds_its_forward(granularity: str, more: float) -> None:
+    plain, again = (
+        step_time(config(train={"recompute_granularity": g}), GROWN, 1, MACHINE, "bf16", "owner")
+        for g in ("none", granularity)
+    )
+    assert again.compute > plain.compute * more
+    assert again.compute < plain.compute * 4 / 3
+    assert (again.loop_compute > plain.loop_compute) is (granularity == "full")
+
+
+def test_window_and_block_loops_cost_their_share_of_a_layer() -> None:
+    cfg = config()
+    window = LoopPlan(4, ((3, LayerPlan(1, (0, 1), 0.5)),))
+    block = LoopPlan(4, ((3, LayerPlan(block_loops=1)),))
+    one, whole = (step_time(cfg, plan, 1, MACHINE, "bf16", "owner") for plan in (window, block))
+    assert one.loops < whole.loops < (one.compute + one.elementwise) / 3
+    assert state_memory(cfg, 1, "bf16").optimizer == 12 * parameter_count(cfg.model)
