@@ -125,13 +125,14 @@ def live_state(info: RankInfo) -> list[str]:
         real = runtime.engine.step
 
         def step(real: Any = real, held: dict[str, int] = held, before: Any = before) -> None:
-            held.setdefault("first micro-batch", _bytes(before))
+            if not held:
+                held["first micro-batch"] = _bytes(before)
             real()
 
+        batches = [random_batch(config, seed) for seed in (0, 1)]
+        train_step(runtime.engine, batches, 1e-3, 1.0, groups)  # makes the optimizer's moments
         runtime.engine.step = step
-        for _ in range(2):
-            held.clear()
-            train_step(runtime.engine, [random_batch(config, seed) for seed in (0, 1)], 1e-3, 1.0, groups)
+        train_step(runtime.engine, batches, 1e-3, 1.0, groups)
         held["after"] = _bytes(before)
         state = state_memory(config, info.world_size, precision)
         for moment, formula in (

@@ -9,7 +9,7 @@ def test_a_table_with_its_assumptions(tmp_path: Path) -> None:
     done = run_script("tools/bench/scaling_model.py", ["--sizes", "7b", "70b", "--gpus", "8", "64"], tmp_path)
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
-    assert lines[0] == "A model, not a measurement. Assumed:"
+    assert lines[0] == "A model, not a measurement. Assumed, for nodes of 8:"
     assert "NVIDIA H100 80GB HBM3: 989 TFLOP/s dense bf16" in done.out
     table = [line for line in lines if line.split()[:1] in (["8"], ["64"])]
     assert len(table) == 4

@@ -127,16 +127,16 @@ def row(gpus: int, found: tuple[Config, dict[str, StepTime], float], machine: Ma
 
 def assumptions(machine: Machine) -> str:
     """What the figures rest on, for the reader."""
-    gpu, node = machine.gpu, machine.gpus_per_node
+    gpu = machine.gpu
     return "\n".join(
         (
-            "A model, not a measurement. Assumed:",
+            f"A model, not a measurement. Assumed, for nodes of {machine.gpus_per_node}:",
             f"  {gpu.driver_name}: {gpu.peak(PRECISION) / 1e12:.0f} TFLOP/s dense bf16, {gpu.memory / 1e9:.0f} GB of "
             f"which {100 * USABLE:.0f} % usable",
-            f"  matrix products and attention reach {100 * machine.kernel_efficiency:.0f} % of the peak; causal products "
+            f"  matrix products and attention reach {100 * machine.kernel_efficiency:.0f} % of the peak; causal ones "
             "count half",
             f"  elem: what is read and written between them, at {gpu.memory_bandwidth / 1e12:.2f} TB/s",
-            f"  collectives reach {100 * machine.link_efficiency:.0f} % of {gpu.link / 1e9:.0f} GB/s inside a node of {node}, "
+            f"  collectives reach {100 * machine.link_efficiency:.0f} % of {gpu.link / 1e9:.0f} GB/s in a node, "
             f"of {gpu.network / 1e9:.0f} GB/s per GPU between nodes;",
             f"  {1e6 * machine.latency:.0f} us x log2(ranks) for each; nothing overlaps",
             "  1,024 sequences of 4,096 tokens per step. Times are of the final structure, its kept heads on one rank:",
@@ -151,7 +151,6 @@ def main() -> None:
     machine = Machine(
         find_gpu(args.gpu), args.gpus_per_node, args.kernel_efficiency, args.link_efficiency, args.latency
     )
-    gpu = machine.gpu
     print(assumptions(machine))
     for size in args.sizes:
         candidates = list(layouts(size, machine))
