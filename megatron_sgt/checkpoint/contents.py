@@ -204,6 +204,7 @@ def _growth(config: Config, saved: dict[str, Any] | None) -> GrowthContents:
     window_end = None
     if saved is not None:
         schedule.load_state_dict(saved["schedule"])
+        # Below 0 for the loops of an imported model, whose selection lies before this run.
         selected = {grown["layer"]: grown["chosen_at"] for grown in saved["schedule"].get("grown", ())}
         window_end = saved["schedule"].get("window_end") if schedule.phase == "selecting" else None
     plan = schedule.plan
@@ -213,7 +214,7 @@ def _growth(config: Config, saved: dict[str, Any] | None) -> GrowthContents:
             layer,
             plan[layer].loops or plan[layer].block_loops,
             plan[layer].kept_heads,
-            selected.get(layer),
+            selected[layer] if selected.get(layer, -1) > 0 else None,
             plan[layer].other_gate,
         )
         for layer in order

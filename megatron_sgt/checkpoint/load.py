@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.agreement import agreed
 from megatron_sgt.checkpoint.reshard.engine_state import load_into_engine
-from megatron_sgt.checkpoint.reshard.layout_free import LAYOUT_FREE, LayoutFreeReader, is_layout_free
+from megatron_sgt.checkpoint.reshard.layout_free import (
+    IMPORTED_FROM,
+    LAYOUT_FREE,
+    LayoutFreeReader,
+    is_layout_free,
+)
 from megatron_sgt.checkpoint.reshard.sibling import layout_free_copy
 from megatron_sgt.checkpoint.save import layout_of
 from megatron_sgt.checkpoint.shard_files import ShardFiles, through
@@ -37,6 +42,11 @@ def verify_together(folder: Path, config: Config, groups: ParallelGroups) -> str
     except CheckpointError as error:
         return str(error)
     return None
+
+
+def begins_anew(saved: dict[str, Any], hook: str) -> bool:
+    """Whether a hook has no saved state because no run has trained this checkpoint yet: an imported model."""
+    return hook not in saved["hooks"] and saved["trainer"]["step"] == 0
 
 
 def load_checkpoint(
@@ -73,6 +83,8 @@ def load_checkpoint(
         LayoutFreeReader(copy), made["optimizer_step"], made["loss_scale"], config.model, engine, groups
     )
     _restore_counters(engine, state["trainer"])
+    if IMPORTED_FROM in made:
+        return f"{folder.name}: a model imported from {made[IMPORTED_FROM]}, without optimizer state"
     streams = _continue_streams(copy, made["source_layout"], state["trainer"]["step"], config, groups)
     return f"{folder.name}: {_changes(made['source_layout'], here)}; {how}; {streams}"
 

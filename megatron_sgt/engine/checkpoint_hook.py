@@ -9,7 +9,7 @@ from typing import Any
 
 import deepspeed
 
-from megatron_sgt.checkpoint.load import load_checkpoint
+from megatron_sgt.checkpoint.load import begins_anew, load_checkpoint
 from megatron_sgt.checkpoint.save import Saver
 from megatron_sgt.config import Config
 from megatron_sgt.engine.hooks import Hook, StatelessHook
@@ -118,6 +118,8 @@ class CheckpointHook(StatelessHook):
             print(f"RESHARD  {note}", flush=True)
         state.load_state_dict(saved["trainer"])
         for hook in self.hooks:
+            if begins_anew(saved, hook.name):
+                continue
             if hook.name not in saved["hooks"]:
                 raise CheckpointError(f"checkpoint {folder} holds no state of {hook.name!r}")
             hook.load_state_dict(saved["hooks"][hook.name])

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from megatron_sgt.checkpoint.find import check_checkpoint, find_checkpoint
 from megatron_sgt.checkpoint.layout import CONFIG_FILE
+from megatron_sgt.checkpoint.load import begins_anew
 from megatron_sgt.cli import unwritable
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.data.tokenizer import build_tokenizer, resolve_vocab_size
@@ -108,6 +109,8 @@ def tokenizer_fingerprint(config: Config) -> str | None:
 
 
 def _check_growth(folder: Path, saved: dict[str, Any], config: Config) -> None:
+    if begins_anew(saved, GrowthHook.name):
+        return
     schedule = build_schedule(config.growth, config.model.num_layers, config.model.num_attention_heads)
     try:
         schedule.load_state_dict(saved["hooks"][GrowthHook.name]["schedule"])

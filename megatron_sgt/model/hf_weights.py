@@ -79,23 +79,29 @@ def megatron_shard(
     Raises:
         CheckpointError: a tensor is missing or left over, or has the wrong shape.
     """
-    entries = list(name_map(model))
-    wanted = {name for entry in entries for name in entry.hf}
-    if missing := sorted(wanted - set(weights)):
+    check_tensors({name: tuple(tensor.shape) for name, tensor in weights.items()}, model)
+    layout, vocab_rows = _layout(model), model.padded_vocab_size()
+    return {
+        e.megatron: _shard(e, [weights[n] for n in e.hf], layout, vocab_rows, tp_size, tp_rank)
+        for e in name_map(model)
+    }
+
+
+def check_tensors(shapes: Mapping[str, tuple[int, ...]], model: ModelConfig) -> None:
+    """Check that whole Hugging Face tensors of these ``shapes`` are those of ``model``, no more and no less.
+
+    Raises:
+        CheckpointError: a tensor is missing or left over, or has the wrong shape.
+    """
+    wanted = [name for entry in name_map(model) for name in entry.hf]
+    if missing := sorted(set(wanted) - set(shapes)):
         raise CheckpointError(f"weights lack {len(missing)} tensors of this model: {', '.join(missing[:4])}")
-    if extra := sorted(set(weights) - wanted):
+    if extra := sorted(set(shapes) - set(wanted)):
         raise CheckpointError(
             f"weights hold {len(extra)} tensors unknown to this model: {', '.join(extra[:4])}"
         )
-    layout = _layout(model)
-    vocab_rows = model.padded_vocab_size()
-    for entry in entries:
-        for name in entry.hf:
-            _check_shape(name, tuple(weights[name].shape), model, vocab_rows)
-    return {
-        e.megatron: _shard(e, [weights[n] for n in e.hf], layout, vocab_rows, tp_size, tp_rank)
-        for e in entries
-    }
+    for name in wanted:
+        _check_shape(name, shapes[name], model, model.padded_vocab_size())
 
 
 def _check_shape(name: str, found: tuple[int, ...], model: ModelConfig, vocab_rows: int) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader
-from megatron_sgt.checkpoint.reshard.rank_state import MOMENTS, QUANTITIES, WEIGHTS
+from megatron_sgt.checkpoint.reshard.rank_state import MOMENTS, WEIGHTS
 from megatron_sgt.checkpoint.reshard.source import PREFIX
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError
@@ -80,7 +80,7 @@ def load_into_engine(
     values = _prepare_states(optimizer, masters.tensors, step)
     for entry in name_map(model):
         stretches = masters.stretches[PREFIX + entry.megatron]
-        for quantity in QUANTITIES if stretches else ():
+        for quantity in reader.quantities if stretches else ():
             shard = reader.shard(entry, quantity, model, groups.tp_size, groups.tp_rank).flatten()
             for s in stretches:
                 values[quantity][s.master][s.start : s.start + s.length] = shard[

@@ -2,7 +2,8 @@
 
 Beside the usual files (sgt_state.json with ``layout`` null, config.yaml, manifest.json) there are for each
 quantity (weights, exp_avg, exp_avg_sq; all fp32) one or more safetensors files. The names in them are Hugging
-Face's; the vocabulary has its padding rows, which AdamW moves like the others.
+Face's; the vocabulary has its padding rows, which AdamW moves like the others. An imported model has weights
+alone: its moments are the zeros of a run's first step.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES
+from megatron_sgt.checkpoint.layout import STATE_FILE, read_json
+from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES, WEIGHTS
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.model.hf_weights import Entry, shard_entry
 
 LAYOUT_FREE = "layout_free"
 """Key in sgt_state.json of what a layout-free checkpoint is made from."""
+IMPORTED_FROM = "imported_from"
+"""Key below it: the folder of an imported model; absent in the checkpoint of a run."""
 
 
 def file_name(quantity: str, part: int, parts: int) -> str:
@@ -50,6 +54,9 @@ class LayoutFreeReader:
                     raise CheckpointError(f"{path} cannot be read: {error}") from error
                 for name in file.keys():  # noqa: SIM118 (the file is no dictionary)
                     self._file_of[quantity, name] = file
+        imported = IMPORTED_FROM in read_json(folder / STATE_FILE)[LAYOUT_FREE]
+        self.quantities: tuple[str, ...] = (WEIGHTS,) if imported else QUANTITIES
+        """What the folder holds."""
 
     def shard(
         self, entry: Entry, quantity: str, model: ModelConfig, tp_size: int = 1, tp_rank: int = 0

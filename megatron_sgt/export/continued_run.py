@@ -1,0 +1,148 @@
+"""The run that continues an imported model: its configuration, and where its growth stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_sgt.config import Config, load_config, parse_config
+from megatron_sgt.config.data import TokenizerConfig
+from megatron_sgt.config.yaml_io import dump_yaml
+from megatron_sgt.errors import ConfigError
+from megatron_sgt.export.hf.families import HFModel
+from megatron_sgt.growth import build_schedule
+
+RUN_FILE = "run.yaml"
+"""Where the configuration of the run to come lies, beside the checkpoint that it starts from."""
+
+MAX_SEQ_LENGTH = 4096
+PADDINGS = (128, 64, 32, 16, 8)
+"""Multiples of the vocabulary, best first: up to these tensor-parallel sizes its rows need no padding."""
+
+_HEADER = """\
+# Continues the pretraining of {source}; written by tools/convert_from_hf.py.
+# Set data.data_path, the learning rate and the lengths; everything in the section model belongs to the weights,
+# except seq_length and the dropouts. The section growth {growth}.
+#   torchrun --nproc-per-node 8 pretrain_sgt.py --config {path} data.data_path=PREFIX
+"""
+# What the weights do not fix.
+_FREE = ("seq_length", "attention_dropout", "hidden_dropout", "init_method_std", "use_cpu_initialization")
+
+
+def run_config(
+    model: HFModel, root: Path, tokenizer: TokenizerConfig | None, seq_length: int | None, padding: int | None
+) -> Config:
+    """A run that starts from the import in ``root``: the model's shape, defaults for everything else.
+
+    Args:
+        tokenizer: of the imported folder, None without one.
+        seq_length: tokens per training sequence; None: the model's context, at most MAX_SEQ_LENGTH.
+        padding: multiple to pad the vocabulary to; None: the largest of PADDINGS that needs no padding, or the
+            first.
+
+    Raises:
+        ConfigError: the model cannot be trained with these values.
+    """
+    vocabulary = model.fields["vocab_size"]
+    multiple = padding or next((n for n in PADDINGS if vocabulary % n == 0), PADDINGS[0])
+    length = seq_length or min(model.max_position_embeddings, MAX_SEQ_LENGTH)
+    values = {
+        "model": {**model.fields, "seq_length": length, "make_vocab_size_divisible_by": multiple},
+        "growth": _growth_section(model),
+        "optim": {"lr": 1e-4, "min_lr": 1e-5, "lr_warmup_iters": 100},
+        "train": {"train_iters": 2000, "micro_batch_size": 1, "global_batch_size": 64},
+        "data": {"tokenizer": None if tokenizer is None else tokenizer.model_dump()},
+        "checkpoint": {"load": str(root), "save_interval": 500},
+        "logging": {"run_dir": f"runs/{root.name or 'imported'}"},
+    }
+    return parse_config(values, source=f"the model in {root}")
+
+
+def fitting_config(path: Path, model: HFModel) -> Config:
+    """The run in the YAML file ``path``, if it can continue ``model``.
+
+    Raises:
+        ConfigError: the file is wrong, or its model or its growth is another one; every difference is named.
+    """
+    config = load_config(path)
+    problems = []
+    for name, wanted in model.fields.items():
+        found = getattr(config.model, name)
+        if name not in _FREE and found != wanted:
+            problems.append(f"model.{name}: is {found}, the imported model has {wanted}")
+    needed = _growth_section(model)
+    if model.loops and config.growth.method != needed["method"]:
+        problems.append(
+            f"growth.method: is {config.growth.method}, but the imported model loops as {needed['method']} does"
+        )
+    if problems:
+        raise ConfigError(f"{path} does not fit the imported model:\n  " + "\n  ".join(problems))
+    return config
+
+
+def run_yaml(config: Config, source: Path, path: Path, grown: bool) -> str:
+    """The text of a configuration file: what was chosen for the import, not every default."""
+    header = _HEADER.format(
+        source=source, path=path, growth="belongs to the model's loops" if grown else "may be changed"
+    )
+    return header + dump_yaml(config.model_dump(exclude_unset=True))
+
+
+def growth_state(model: HFModel, config: Config) -> dict[str, Any]:
+    """The state of the hooks in a checkpoint of ``model``: none where growth begins with the run.
+
+    A model with loops goes on with them, and grows no further.
+    """
+    if not model.loops:
+        return {}
+    schedule = build_schedule(config.growth, config.model.num_layers, config.model.num_attention_heads)
+    state = schedule.state_dict()
+    if config.growth.method == "sgt":
+        # Selected so long ago that the window is over: the other heads have faded.
+        ago = -config.growth.window_size
+        state |= {
+            "phase": "fixed",
+            "grown": [
+                {
+                    "layer": int(layer),
+                    "loops": loop["depth"],
+                    "kept_heads": sorted(loop["heads"]),
+                    "chosen_at": ago,
+                }
+                for layer, loop in model.loops.items()
+            ],
+        }
+    return {"growth": {"schedule": state, "events": []}}
+
+
+def _growth_section(model: HFModel) -> dict[str, Any]:
+    """Settings under which the schedule can have made the loops of ``model``, or can begin to make some."""
+    num_layers, num_heads = model.fields["num_layers"], model.fields["num_attention_heads"]
+    if not model.loops:
+        if num_layers < 2:
+            return {"method": "vanilla"}
+        return {
+            "method": "sgt",
+            "top_k_layers": min(3, num_layers - 1),
+            "num_keep_heads": min(2, num_heads),
+        }
+    loops = {int(layer): loop for layer, loop in model.loops.items()}
+    blocks = {layer: loop["block_loops"] for layer, loop in loops.items() if loop.get("block_loops")}
+    if blocks:
+        if len(blocks) < len(loops) or len(set(blocks.values())) > 1:
+            raise ConfigError(
+                f"sgt_loops {model.loops}: a run repeats whole layers equally often, or loops heads, not both"
+            )
+        return {
+            "method": "block_loop",
+            "block_loop_layers": sorted(blocks),
+            "block_loop_count": max(blocks.values()),
+        }
+    return {
+        "method": "sgt",
+        "top_k_layers": min(3, num_layers - 1) or 1,
+        "max_selected_layers": len(loops),
+        "max_loop_depth": max(loop["depth"] for loop in loops.values()),
+        "num_keep_heads": max(len(loop["heads"]) for loop in loops.values()),
+        "exclude_layers": [] if 0 in loops else [0],
+    }

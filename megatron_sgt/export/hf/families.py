@@ -1,0 +1,212 @@
+"""Reads the config.json of a Hugging Face folder as a model of this project, or says by name what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_sgt.errors import CheckpointError
+from megatron_sgt.export.hf.configuration_sgt import SGTConfig
+
+CONFIG_FILE = "config.json"
+
+# model_type -> why it is none of ours, for those that a reader would expect to be.
+_REFUSED = {
+    "olmo": "its norms have no weights",
+    "olmo2": "it normalises the output of attention and MLP, not their input",
+    "olmo3": "it normalises the output of attention and MLP, and has sliding windows",
+    "gemma": "its norms multiply by 1 + weight, and its embeddings are scaled",
+    "gemma2": "it has norms on both sides, sliding windows and capped logits",
+    "phi3": "its query, key and value projections are one tensor, and its rotation is scaled",
+    "mixtral": "it is a mixture of experts",
+    "qwen2_moe": "it is a mixture of experts",
+    "qwen3_moe": "it is a mixture of experts",
+}
+
+
+@dataclass(frozen=True)
+class HFModel:
+    """A folder's model. ``fields``: of the section model; ``loops``: of an SGT model, as its config has them."""
+
+    model_type: str
+    fields: dict[str, Any]
+    max_position_embeddings: int
+    loops: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def read_model(folder: Path) -> HFModel:
+    """The model that ``folder`` holds.
+
+    Raises:
+        CheckpointError: it has no readable config.json, or one of a model that this project cannot train; every
+            reason is named.
+    """
+    config = read_config(folder)
+    family = _FAMILIES.get(config.model_type)
+    if family is None:
+        why = _REFUSED.get(config.model_type)
+        known = ", ".join(sorted(_FAMILIES))
+        raise CheckpointError(
+            f"{folder} holds a model of type {config.model_type!r}, which cannot be imported"
+            + (f": {why}" if why else "")
+            + f"; known types: {known}"
+        )
+    problems = [*_common_problems(config), *family.problems(config)]
+    if problems:
+        raise CheckpointError(f"{folder} cannot be imported: {'; '.join(problems)}")
+    fields = {**_common_fields(config), **family.fields(config)}
+    loops = getattr(config, "sgt_loops", {})
+    return HFModel(config.model_type, fields, config.max_position_embeddings, loops)
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers configuration of ``folder``; never runs code of the folder.
+
+    Raises CheckpointError when there is none, or one that transformers does not understand.
+    """
+    import json
+
+    from transformers import AutoConfig
+
+    path = folder / CONFIG_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        model_type = values.get("model_type")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} is no Hugging Face model folder: it has no {CONFIG_FILE}") from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if model_type is None:
+        raise CheckpointError(f"{path} names no model_type: it is not a model that transformers has saved")
+    try:
+        if model_type == SGTConfig.model_type:
+            return SGTConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever odd values provoke in a library class
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{path} cannot be used (model_type {model_type!r}): {reason}") from error
+
+
+def _common_problems(config: Any) -> Iterator[str]:
+    """What no family may have."""
+    if getattr(config, "quantization_config", None) is not None:
+        yield "quantization_config: quantised weights cannot be trained; give the original weights"
+    rope = _rope(config)
+    if rope.get("rope_type", "default") != "default":
+        yield f"rope_scaling {rope['rope_type']!r}: only the plain rotary embedding is supported"
+    factor = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0))
+    if factor not in (None, 1, 1.0):
+        yield f"partial_rotary_factor {factor}: every dimension of a head must rotate"
+    if getattr(config, "sliding_window", None) is not None:
+        yield f"sliding_window {config.sliding_window}: attention is causal over the whole sequence here"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds:
+        yield f"layer_types {', '.join(sorted(kinds))}: only full_attention is supported"
+    wanted = f"{config.model_type}forcausallm"
+    named = [name for name in config.architectures or () if name.lower() != wanted]
+    if named:
+        yield f"architectures {', '.join(named)}: only the causal language model can be trained"
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    """Rotary settings under the names of transformers 5, whichever version wrote or reads them."""
+    found = getattr(config, "rope_parameters", None)
+    if found is not None:
+        return found
+    scaling = getattr(config, "rope_scaling", None) or {}
+    return {"rope_theta": config.rope_theta, **scaling}
+
+
+def _common_fields(config: Any) -> dict[str, Any]:
+    return {
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "vocab_size": config.vocab_size,
+        "activation": "swiglu",
+        "ffn_hidden_size": config.intermediate_size,
+        "num_query_groups": config.num_key_value_heads or config.num_attention_heads,
+        "kv_channels": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": float(config.rms_norm_eps),
+        "rotary_base": float(_rope(config)["rope_theta"]),
+        "qk_layernorm": False,
+        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "init_method_std": float(config.initializer_range),
+        "attention_dropout": float(config.attention_dropout),
+    }
+
+
+def _silu_only(config: Any) -> Iterator[str]:
+    if config.hidden_act not in ("silu", "swish"):
+        yield f"hidden_act {config.hidden_act!r}: the gated MLP is supported with silu only"
+
+
+def _attention_bias_problem(config: Any) -> Iterator[str]:
+    """For families whose attention_bias means q, k, v and o."""
+    yield from _silu_only(config)
+    attention, mlp = config.attention_bias, getattr(config, "mlp_bias", False)
+    if attention != mlp:
+        yield (
+            f"attention_bias {attention} and mlp_bias {mlp}: biases are supported in all projections, in none, "
+            "or in q/k/v alone"
+        )
+
+
+def _sgt_problems(config: Any) -> Iterator[str]:
+    wanted = "silu" if config.gated_mlp else "gelu"
+    if config.hidden_act != wanted:
+        yield f"hidden_act {config.hidden_act!r} with gated_mlp {config.gated_mlp}: must be {wanted!r}"
+    if not config.attention_bias and (config.attention_out_bias or config.mlp_bias):
+        yield "attention_out_bias and mlp_bias without attention_bias: are not supported"
+    if config.attention_out_bias != config.mlp_bias:
+        yield f"attention_out_bias {config.attention_out_bias} and mlp_bias {config.mlp_bias}: must be equal"
+    for layer, loop in config.sgt_loops.items():
+        if loop.get("other_gate"):
+            yield (
+                f"sgt_loops of layer {layer}: other_gate {loop['other_gate']}, exported inside a decay window; "
+                "export again with inference gates"
+            )
+
+
+def _llama(config: Any) -> dict[str, Any]:
+    return {"add_bias_linear": config.attention_bias}
+
+
+def _qwen2(config: Any) -> dict[str, Any]:
+    return {"add_qkv_bias": True}
+
+
+def _qwen3(config: Any) -> dict[str, Any]:
+    return {"qk_layernorm": True}
+
+
+def _sgt(config: Any) -> dict[str, Any]:
+    return {
+        "activation": "swiglu" if config.gated_mlp else "gelu",
+        "normalization": config.normalization,
+        "qk_layernorm": config.qk_norm,
+        "add_bias_linear": config.mlp_bias,
+        "add_qkv_bias": config.attention_bias and not config.mlp_bias,
+    }
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What one model_type has beside the common fields, and what of its options cannot be represented."""
+
+    fields: Callable[[Any], dict[str, Any]]
+    problems: Callable[[Any], Iterator[str]]
+
+
+_FAMILIES = {
+    "llama": _Family(_llama, _attention_bias_problem),
+    "mistral": _Family(lambda config: {}, _silu_only),
+    "qwen2": _Family(_qwen2, _silu_only),
+    "qwen3": _Family(_qwen3, _attention_bias_problem),
+    SGTConfig.model_type: _Family(_sgt, _sgt_problems),
+}

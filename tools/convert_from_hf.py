@@ -1,0 +1,79 @@
+#!/usr/bin/env python
+"""Import a Hugging Face folder, so that a run continues its pretraining under any parallel layout.
+
+python tools/convert_from_hf.py --input Llama-3-8B --output runs/llama/import
+torchrun --nproc-per-node 8 pretrain_sgt.py --config runs/llama/import/run.yaml data.data_path=data/c4
+
+Llama, Mistral without a sliding window, Qwen2, Qwen3 (dense), and folders that this project has exported. What
+does not fit is refused by name. The weights become fp32 masters; one tensor is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from megatron_sgt.cli import positive, run_main
+
+
+def parse() -> argparse.Namespace:
+    """Command-line arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="the Hugging Face folder")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="CKPT_ROOT", help="folder of checkpoints to write into"
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="F", help="the run that will continue it [one is written to CKPT_ROOT]"
+    )
+    parser.add_argument(
+        "--seq-length",
+        type=positive,
+        metavar="N",
+        help="tokens per sequence [the model's context, at most 4096]",
+    )
+    parser.add_argument(
+        "--pad-vocabulary-to",
+        type=positive,
+        metavar="N",
+        help="rows of zeros up to a multiple of N, which the tensor-parallel size must divide "
+        "[none if 128, 64, 32, 16 or 8 divides the vocabulary, else up to a multiple of 128]",
+    )
+    args = parser.parse_args()
+    if args.config is not None and (args.seq_length or args.pad_vocabulary_to):
+        parser.error("--seq-length and --pad-vocabulary-to stand in the file of --config")
+    return args
+
+
+def main() -> None:
+    """Import, and say how to go on."""
+    args = parse()
+    from megatron_sgt.compat.quiet import quiet_imports
+
+    quiet_imports()
+    from megatron_sgt.export.from_hf import import_model
+
+    start = time.perf_counter()
+    done = import_model(args.input, args.output, args.config, args.seq_length, args.pad_vocabulary_to)
+    print(
+        f"{done.folder}: {done.model.model_type} with {done.num_parameters:,} parameters "
+        f"({', '.join(done.stored_as)}), {done.num_bytes / 1e6:,.1f} MB in {time.perf_counter() - start:.1f} s"
+    )
+    if done.padding_rows:
+        print(
+            f"the vocabulary has {done.padding_rows} rows of padding, which take part in the softmax: the loss "
+            "begins slightly above the model's own"
+        )
+    if done.config.data.tokenizer is None:
+        print("no tokenizer: set data.tokenizer, or train on data of the model's own tokens")
+    run = args.config or done.config_file
+    load = "" if done.config_file else f" checkpoint.load={args.output}"
+    data = "" if done.config.data.data_path else " data.data_path=PREFIX"
+    print(f"continue it: torchrun --nproc-per-node N pretrain_sgt.py --config {run}{load}{data}")
+
+
+if __name__ == "__main__":
+    run_main(main)
