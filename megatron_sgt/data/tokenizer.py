@@ -119,9 +119,14 @@ class AutoTokenizerFolder(Tokenizer):
     def __init__(self, path: str) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         from transformers import AutoTokenizer
+        from transformers.utils import logging
 
+        logging.set_verbosity_error()  # the variable has no effect once the library is imported
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            # The model beside it may bring code of its own, of which a tokenizer has no need.
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:  # OSError, ValueError, KeyError, or whatever a damaged file provokes
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise DataError(

@@ -23,12 +23,14 @@ from megatron_sgt.checkpoint.reshard.rank_state import WEIGHTS
 from megatron_sgt.checkpoint.reshard.tensor_file import TensorFileWriter
 from megatron_sgt.config import Config
 from megatron_sgt.config.model import ModelConfig
+from megatron_sgt.data.tokenizer import build_tokenizer
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.export.continued_run import RUN_FILE, fitting_config, growth_state, run_config, run_yaml
 from megatron_sgt.export.hf.families import HFModel, read_model
 from megatron_sgt.export.hf_tensors import HFTensors
 from megatron_sgt.export.tokenizers import (
     TOKENIZER_FOLDER,
+    check_same,
     check_tokenizers,
     copy_tokenizer,
     tokenizer_at,
@@ -97,6 +99,10 @@ def import_model(
         )
         if tokenizer is not None:
             copy_tokenizer(source, root / TOKENIZER_FOLDER)
+            # The library may choose the tokenizer's class by the config.json that lies beside it.
+            check_same(
+                build_tokenizer(tokenizer), build_tokenizer(tokenizer_at(root / TOKENIZER_FOLDER, tokenizer))
+            )
         written = None
         if config_file is None:
             written = root / RUN_FILE

@@ -1,0 +1,89 @@
+"""Benchmarks of lm-evaluation-harness on a model that is in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_sgt.errors import ConfigError, DataError
+
+
+def require_harness() -> None:
+    """Raises ConfigError when lm-evaluation-harness is not installed."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"--tasks needs lm-evaluation-harness ({error}): pip install megatron-sgt[eval]"
+        ) from error
+
+
+def run_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    include_path: Path | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, dict[str, Any]]:
+    """Task -> its measured values, as ``lm_eval --model hf`` finds them for the export of the same model.
+
+    Args:
+        model, tokenizer: of transformers.
+        tasks: names of tasks, groups or tags; those of the hub need the network.
+        include_path: folder of further task definitions (YAML).
+        limit: samples of each task; None: all.
+
+    Raises:
+        ConfigError: the harness is not installed, or knows no such task.
+        DataError: a task's data cannot be read.
+    """
+    require_harness()
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    with _quiet():
+        manager = TaskManager(include_path=None if include_path is None else str(include_path))
+        if unknown := [task for task in tasks if task not in manager.all_tasks]:
+            raise ConfigError(
+                f"--tasks: unknown: {', '.join(unknown)}; 'lm_eval ls tasks' lists what the harness has, "
+                "--include-path adds a folder of your own"
+            )
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        try:
+            found = simple_evaluate(
+                model=wrapped,
+                tasks=list(tasks),
+                task_manager=manager,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                bootstrap_iters=0,
+            )
+        except (OSError, ConnectionError, ValueError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise DataError(
+                f"the data of {', '.join(tasks)} cannot be read: {reason}; tasks of the hub need the network"
+            ) from error
+    return {
+        name: {key.removesuffix(",none"): value for key, value in values.items() if _is_number(value)}
+        for name, values in found["results"].items()
+    }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the harness's running commentary off the console."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)

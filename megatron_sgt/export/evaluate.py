@@ -1,0 +1,104 @@
+"""Measures an opened model on an indexed data set: a checkpoint as its run validates, or anything on anything."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+
+from megatron_sgt.config.data import DataConfig, TokenizerConfig
+from megatron_sgt.data.indexed import read_metadata
+from megatron_sgt.data.prefix import resolve_prefix
+from megatron_sgt.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_sgt.errors import ConfigError
+from megatron_sgt.evaluation.dataset_loss import ALL, DatasetLoss, WhichSamples, dataset_loss, open_samples
+from megatron_sgt.export.hf.open_model import OpenModel
+from megatron_sgt.export.tokenizers import SENTENCEPIECE_FILE, tokenizer_in
+
+VALID = "valid"
+
+
+def which_samples(
+    opened: OpenModel,
+    data: tuple[str, ...],
+    split: str | None,
+    part: str | None,
+    seq_length: int | None,
+    num_samples: int | None,
+) -> WhichSamples:
+    """What to measure on; None and () leave a choice to the model.
+
+    A checkpoint without ``data`` is measured as its run validates: the same samples, as many. Given data counts as
+    one, unless ``part`` names a split of it.
+
+    Raises:
+        ConfigError: a Hugging Face folder without ``data``.
+    """
+    length = seq_length or opened.context
+    run = None if opened.source is None else opened.source.config
+    if data:
+        shares = split or (run.data.split if run is not None else DataConfig().split)
+        return WhichSamples(DataConfig(data_path=data, split=shares), part or ALL, length, num_samples)
+    if run is None or not run.data.data_path:
+        raise ConfigError(f"{opened.name} names no data set to measure on; give --data PREFIX, or --tasks")
+    as_validated = run.train.eval_iters * run.train.global_batch_size
+    chosen = DataConfig(data_path=run.data.data_path, split=split or run.data.split)
+    whole = num_samples is not None or part not in (None, VALID)
+    return WhichSamples(chosen, part or VALID, length, num_samples if whole else as_validated)
+
+
+def evaluate(opened: OpenModel, wanted: WhichSamples, tokenizer: Path | None, batch_size: int) -> DatasetLoss:
+    """Measure.
+
+    Args:
+        tokenizer: what the user gave instead of the model's own.
+
+    Raises:
+        DataError: see ``open_samples``; the data was made with another tokenizer than the model's.
+    """
+    text = _tokenizer_for(opened, wanted, tokenizer)
+    run = None if opened.source is None else opened.source.config
+    own = run is not None and run.data.data_path == wanted.data.data_path and run.data_cache_dir.is_dir()
+    # A run's sample indices are there already; others are gone with this process.
+    place = nullcontext(str(run.data_cache_dir)) if run is not None and own else tempfile.TemporaryDirectory()
+    with place as cache:
+        samples, count = open_samples(wanted, opened.vocab_size, text, cache)
+        return dataset_loss(
+            lambda tokens: opened.model(tokens, use_cache=False).logits,
+            samples,
+            count,
+            opened.vocab_size,
+            batch_size,
+            opened.model.device,
+            text,
+        )
+
+
+def _tokenizer_for(opened: OpenModel, wanted: WhichSamples, chosen: Path | None) -> Tokenizer | None:
+    """The model's tokenizer, which must be the one that the data was made with; None without one.
+
+    A folder may hold it in two forms, a sentencepiece model and its fast twin: the data knows only one of them.
+    """
+    found = [build_tokenizer(config) for config in _candidates(opened, chosen)]
+    if not found:
+        return None
+    made_with = {
+        read_metadata(resolve_prefix(prefix)[0]).get("tokenizer_fingerprint")
+        for _, prefix in wanted.data.blend()
+    }
+    return next((tokenizer for tokenizer in found if tokenizer.fingerprint() in made_with), found[0])
+
+
+def _candidates(opened: OpenModel, chosen: Path | None) -> list[TokenizerConfig]:
+    if chosen is not None and chosen.is_file():
+        kind = "sentencepiece" if chosen.suffix == ".model" else "huggingface"
+        return [TokenizerConfig.model_validate({"type": kind, "model": str(chosen)})]
+    if chosen is None and opened.source is not None:
+        own = opened.source.config.data.tokenizer
+        return [] if own is None else [own]
+    folder = Path(opened.name) if chosen is None else chosen
+    candidates = [] if (first := tokenizer_in(folder)) is None else [first]
+    pieces = folder / SENTENCEPIECE_FILE
+    if pieces.is_file() and first is not None and first.type != "sentencepiece":
+        candidates.append(TokenizerConfig(type="sentencepiece", model=str(pieces)))
+    return candidates

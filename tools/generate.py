@@ -1,0 +1,97 @@
+#!/usr/bin/env python
+"""Continue texts with a checkpoint or an exported folder; both give the same text.
+
+python tools/generate.py runs/a/checkpoints --prompt "def main():" --max-new-tokens 50
+python tools/generate.py a_hf --prompt-file prompts.txt --temperature 0.8 --top-p 0.95 --num-samples 3 --jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_sgt.cli import positive, run_main
+from megatron_sgt.errors import DataError
+
+
+def parse() -> argparse.Namespace:
+    """Command-line arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("model", type=Path, metavar="CKPT_OR_DIR", help="a folder of checkpoints, one of them, or an export")
+    add("--step", type=int, metavar="N", help="which checkpoint of the folder [the latest]")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    add("--prompt-file", type=Path, metavar="FILE", help="one prompt per line")
+    add("--max-new-tokens", type=positive, default=64, metavar="N", help="[%(default)s]")
+    add("--greedy", action="store_true", help="always the most likely token, as --temperature 0")
+    add("--temperature", type=float, default=1.0, metavar="T", help="[%(default)s]")
+    add("--top-k", type=int, default=0, metavar="K", help="sample from the K most likely tokens [0: all]")
+    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the most likely tokens that have "
+        "probability P together [%(default)s]")  # fmt: skip
+    add("--num-samples", type=positive, default=1, metavar="N", help="of every prompt [%(default)s]")
+    add("--seed", type=int, default=0, metavar="N", help="of the samples [%(default)s]")
+    add("--batch-size", type=positive, default=8, metavar="N", help="prompts at a time [%(default)s]")
+    add("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of the weights [auto: bf16 on a "
+        "GPU, fp32 on a CPU]")  # fmt: skip
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[%(default)s]")
+    add("--tokenizer", type=Path, metavar="PATH", help="instead of the model's own")
+    add("--trust-remote-code", action="store_true", help="run the model code that a folder brings; without it an SGT "
+        "folder is read by this package's own")  # fmt: skip
+    add("--jsonl", action="store_true", help="print one JSON object per sample")
+    return parser.parse_args()
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of the command line, then those of the file. Raises DataError for a file that is no text."""
+    prompts = list(args.prompt)
+    if args.prompt_file is not None:
+        try:
+            prompts += args.prompt_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"--prompt-file {args.prompt_file} cannot be read: {error}") from error
+    return prompts
+
+
+def main() -> None:
+    """Generate and print."""
+    args = parse()
+    prompts = read_prompts(args)
+    from megatron_sgt.compat.quiet import quiet_imports
+
+    quiet_imports()
+    from megatron_sgt.export.hf.generate import Sampling, check_prompts, generate
+    from megatron_sgt.export.hf.open_model import open_model
+    from megatron_sgt.parallel.device import resolve_precision, select_device
+
+    sampling = Sampling(
+        max_new_tokens=args.max_new_tokens,
+        temperature=0.0 if args.greedy else args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        num_samples=args.num_samples,
+        seed=args.seed,
+    )
+    sampling.check()
+    check_prompts(prompts)  # before the weights are read
+    device = select_device(args.device, 0)
+    opened = open_model(
+        args.model,
+        step=args.step,
+        dtype=resolve_precision(args.dtype, device),
+        device=device,
+        tokenizer=args.tokenizer,
+        trust_remote_code=args.trust_remote_code,
+    )
+    for sample in generate(opened, prompts, sampling, args.batch_size):
+        if args.jsonl:
+            print(json.dumps(asdict(sample), ensure_ascii=False), flush=True)
+        else:
+            print(f"{sample.prompt}{sample.text}{'' if sample.ended else ' …'}\n", flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)
