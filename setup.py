@@ -28,7 +28,7 @@ INSTALL_REQUIRES = [
 EXTRAS_REQUIRE = {
     "gpu": ["triton>=3.6; platform_system == 'Linux'"],
     "mpi": ["mpi4py"],
-    "eval": ["lm-eval>=0.4"],
+    "eval": ["lm-eval[hf]>=0.4.9"],
     "data": ["pyarrow", "zstandard"],
     "report": ["matplotlib"],
     "logging": ["tensorboard", "wandb"],

@@ -40,18 +40,20 @@ def run_tasks(
 
     Raises:
         ConfigError: the harness is not installed, or knows no such task.
-        DataError: a task's data cannot be read.
+        DataError: a task's data cannot be read, or the model has no tokenizer.
     """
     require_harness()
+    if tokenizer is None:
+        raise DataError("tasks are text, but the model has no tokenizer; give --tokenizer PATH")
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     with _quiet():
         manager = TaskManager(include_path=None if include_path is None else str(include_path))
-        if unknown := [task for task in tasks if task not in manager.all_tasks]:
+        if unknown := [task for task in tasks or ("",) if task not in manager.all_tasks]:
             raise ConfigError(
-                f"--tasks: unknown: {', '.join(unknown)}; 'lm_eval ls tasks' lists what the harness has, "
+                f"--tasks: unknown: {', '.join(map(repr, unknown))}; 'lm_eval ls tasks' lists what the harness has, "
                 "--include-path adds a folder of your own"
             )
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)

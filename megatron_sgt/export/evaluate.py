@@ -13,7 +13,7 @@ from megatron_sgt.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.evaluation.dataset_loss import ALL, DatasetLoss, WhichSamples, dataset_loss, open_samples
 from megatron_sgt.export.hf.open_model import OpenModel
-from megatron_sgt.export.tokenizers import SENTENCEPIECE_FILE, tokenizer_in
+from megatron_sgt.export.tokenizers import tokenizer_forms
 
 VALID = "valid"
 
@@ -96,9 +96,4 @@ def _candidates(opened: OpenModel, chosen: Path | None) -> list[TokenizerConfig]
     if chosen is None and opened.source is not None:
         own = opened.source.config.data.tokenizer
         return [] if own is None else [own]
-    folder = Path(opened.name) if chosen is None else chosen
-    candidates = [] if (first := tokenizer_in(folder)) is None else [first]
-    pieces = folder / SENTENCEPIECE_FILE
-    if pieces.is_file() and first is not None and first.type != "sentencepiece":
-        candidates.append(TokenizerConfig(type="sentencepiece", model=str(pieces)))
-    return candidates
+    return tokenizer_forms(Path(opened.name) if chosen is None else chosen)

@@ -9,30 +9,37 @@ from megatron_sgt.config import Config
 from megatron_sgt.config.data import TokenizerConfig
 from megatron_sgt.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_sgt.errors import DataError
+from megatron_sgt.export.hf.tokenizer import COPIED, PROBES
 
 TOKENIZER_FOLDER = "tokenizer"
 """Where an imported model's tokenizer lies, beside its checkpoint."""
 
 SENTENCEPIECE_FILE = "tokenizer.model"
-_FILES = (
-    "tokenizer.json", SENTENCEPIECE_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja",
-)  # fmt: skip
 
-_PROBE = (
-    "The quick brown fox jumps over 1,234 lazy dogs.\n\tfor (i = 0; i < n; ++i) { x[i] *= 2.5e-3; }\n"
-    "Zwölf Boxkämpfer, cinquième élève, быстрая лиса, 素早い狐, 빠른 여우, 🦊.  Don't   stop-word's end"
-)
-"""What two tokenizers must cut alike to count as the same."""
+
+def tokenizer_forms(folder: Path) -> list[TokenizerConfig]:
+    """The sections data.tokenizer that read the tokenizer of ``folder``: its fast form, its sentencepiece model."""
+    forms = []
+    if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        forms.append(TokenizerConfig(type="huggingface", model=str(folder)))
+    if (folder / SENTENCEPIECE_FILE).is_file():
+        forms.append(TokenizerConfig(type="sentencepiece", model=str(folder / SENTENCEPIECE_FILE)))
+    return forms
 
 
 def tokenizer_in(folder: Path) -> TokenizerConfig | None:
-    """The section data.tokenizer that reads the tokenizer of ``folder``; None without one."""
-    if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        return TokenizerConfig(type="huggingface", model=str(folder))
-    if (folder / SENTENCEPIECE_FILE).is_file():
-        return TokenizerConfig(type="sentencepiece", model=str(folder / SENTENCEPIECE_FILE))
-    return None
+    """The tokenizer of ``folder``; None without one.
+
+    Of two forms the sentencepiece model is taken if both cut alike, as in the folders that this project exports:
+    its data sets know the model. Where they differ, transformers would use the fast form.
+
+    Raises DataError when a form cannot be read.
+    """
+    forms = tokenizer_forms(folder)
+    if len(forms) > 1:
+        fast, pieces = map(build_tokenizer, forms)
+        return forms[0] if first_difference(fast, pieces) is not None else forms[1]
+    return forms[0] if forms else None
 
 
 def tokenizer_at(folder: Path, found: TokenizerConfig) -> TokenizerConfig:
@@ -44,7 +51,7 @@ def tokenizer_at(folder: Path, found: TokenizerConfig) -> TokenizerConfig:
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy the tokenizer's files. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in _FILES:
+    for name in COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 
@@ -58,12 +65,17 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
+def first_difference(one: Tokenizer, other: Tokenizer) -> str | None:
+    """The first of PROBES that the two cut into different ids; None if there is none."""
+    return next((text for text in PROBES if one.encode(text) != other.encode(text)), None)
+
+
 def check_same(one: Tokenizer, other: Tokenizer) -> None:
-    """Raises DataError when the two cut the same text into different ids."""
-    if one.encode(_PROBE) != other.encode(_PROBE):
+    """Raises DataError when the two cut texts into different ids."""
+    if (text := first_difference(one, other)) is not None:
         raise DataError(
-            f"tokenizer {other.name} cuts text into other ids than {one.name}, which came with the model; use the "
-            "latter"
+            f"tokenizer {other.name} cuts text ({text[:30]!r}) into other ids than {one.name}, which came with the "
+            "model; use the latter"
         )
 
 

@@ -15,8 +15,8 @@ from packaging.version import Version
 from tests.architecture.source_tree import PACKAGE, ROOT, python_sources
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-# Not in the tested environment: they need an accelerator, a network account or a large download.
-UNPINNED = {"lm-eval", "wandb"}
+# Not in the tested environment: it needs a network account.
+UNPINNED = {"wandb"}
 
 
 @pytest.fixture(scope="module")
