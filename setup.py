@@ -35,6 +35,7 @@ EXTRAS_REQUIRE = {
     "dev": [
         *("pytest", "ruff", "mypy", "pyarrow", "zstandard", "tensorboard", "matplotlib", "mpi4py"),
         "triton>=3.7.1; platform_system == 'Linux'",
+        "lm-eval[hf]>=0.4.9",
     ],
 }
 

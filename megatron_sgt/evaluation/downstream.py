@@ -47,15 +47,9 @@ def run_tasks(
         raise DataError("tasks are text, but the model has no tokenizer; give --tokenizer PATH")
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     with _quiet():
-        manager = TaskManager(include_path=None if include_path is None else str(include_path))
-        if unknown := [task for task in tasks or ("",) if task not in manager.all_tasks]:
-            raise ConfigError(
-                f"--tasks: unknown: {', '.join(map(repr, unknown))}; 'lm_eval ls tasks' lists what the harness has, "
-                "--include-path adds a folder of your own"
-            )
+        manager = _manager(tasks, include_path)
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         try:
             found = simple_evaluate(
@@ -75,6 +69,26 @@ def run_tasks(
         name: {key.removesuffix(",none"): value for key, value in values.items() if _is_number(value)}
         for name, values in found["results"].items()
     }
+
+
+def _manager(tasks: Sequence[str], include_path: Path | None) -> Any:
+    """A TaskManager that knows ``tasks``. Raises ConfigError for one that the harness does not have."""
+    from lm_eval.tasks import TaskManager
+
+    unknown, manager = list(tasks) or [""], None
+    if include_path is not None:
+        # The harness takes long to look through its own thousands of files; often they are not needed.
+        manager = TaskManager(include_path=str(include_path), include_defaults=False)
+        unknown = [task for task in unknown if task not in manager.all_tasks]
+    if unknown:
+        manager = TaskManager(include_path=None if include_path is None else str(include_path))
+        unknown = [task for task in unknown if task not in manager.all_tasks]
+    if unknown:
+        raise ConfigError(
+            f"--tasks: unknown: {', '.join(map(repr, unknown))}; 'lm_eval ls tasks' lists what the harness has, "
+            "--include-path adds a folder of your own"
+        )
+    return manager
 
 
 def _is_number(value: Any) -> bool:

@@ -36,34 +36,35 @@ def test_the_mean_over_all_tokens(batch_size: int, tmp_path: Path) -> None:
     prefix = write_dataset(tmp_path / "data", [20] * 8, vocab_size=VOCAB_SIZE)
     samples, count = open_samples(which(prefix, "valid"), VOCAB_SIZE, None, str(tmp_path / "cache"))
     found = dataset_loss(logits, samples, count, VOCAB_SIZE, batch_size, CPU)
-    sequence = torch.arange(80, 120) % VOCAB_SIZE  # documents 4 and 5 of 8
-    pairs = (count * LENGTH, sequence[: count * LENGTH], sequence[1 : count * LENGTH + 1])
-    scores = logits(pairs[1]).double()
-    rows = torch.arange(pairs[0])
     assert (found.samples, found.tokens, count) == (4, 32, 4)
+    read = [samples[i] for i in range(4)]
+    seen = {int(token) for sample in read for token in sample["tokens"]}
+    assert seen <= set(range(30, 50)) | set(range(20)), "documents 4 and 5 of 8: tokens 80 to 119, modulo 50"
+    scores = torch.cat([logits(sample["tokens"]) for sample in read]).double()
+    labels = torch.cat([sample["labels"] for sample in read])
     for loss, width in ((found.loss, VOCAB_SIZE), (found.padded_loss, ROWS)):
-        logs = scores[:, :width].log_softmax(-1)
-        assert loss == pytest.approx(-float(logs[rows, pairs[2]].mean()), abs=1e-6)
+        chosen = scores[:, :width].log_softmax(-1)[torch.arange(32), labels]
+        assert loss == pytest.approx(-float(chosen.mean()), abs=1e-6)
     assert found.padded_loss is not None and found.padded_loss > found.loss
     assert found.bits_per_byte is None
 
 
 def test_parts_and_numbers_of_samples(tmp_path: Path) -> None:
-    prefix = write_dataset(tmp_path / "data", [20] * 8, vocab_size=VOCAB_SIZE)
+    prefix = write_dataset(tmp_path / "data", [20] * 8, vocab_size=160)
     cache = str(tmp_path / "cache")
-    counts = {
-        p: open_samples(which(prefix, p), VOCAB_SIZE, None, cache)[1] for p in ("train", "valid", "test", ALL)
-    }
+    counts = {p: open_samples(which(prefix, p), 160, None, cache)[1] for p in ("train", "valid", "test", ALL)}
     assert counts == {"train": 9, "valid": 4, "test": 4, ALL: 19}
-    assert open_samples(which(prefix, ALL, 3), VOCAB_SIZE, None, cache)[1] == 3
-    seen = open_samples(which(prefix, ALL), VOCAB_SIZE, None, cache)[0]
-    assert sorted(int(seen[i]["tokens"][0]) for i in range(19)) == sorted(8 * i % 50 for i in range(19))
+    assert open_samples(which(prefix, ALL, 3), 160, None, cache)[1] == 3
+    seen = open_samples(which(prefix, ALL), 160, None, cache)[0]
+    assert len({int(token) for i in range(19) for token in seen[i]["tokens"]}) == 19 * LENGTH, (
+        "each token once"
+    )
 
 
 def test_what_cannot_be_measured(tmp_path: Path) -> None:
     prefix = write_dataset(tmp_path / "data", [20, 20, 20, 4], vocab_size=VOCAB_SIZE)
     cache = str(tmp_path / "cache")
-    with pytest.raises(DataError, match="the test split .* holds no whole sample of 8 tokens"):
+    with pytest.raises(DataError, match=r"the test split .* holds no whole sample of 8 tokens"):
         open_samples(which(prefix, "test"), VOCAB_SIZE, None, cache)
     with pytest.raises(DataError, match="token id 49"):
         open_samples(which(prefix, ALL), 20, None, cache)

@@ -22,7 +22,7 @@ from tests.helpers.runs import pretrain, reported, tiny_config
 from tests.helpers.tokenizers import TEXT, write_sentencepiece
 
 VOCAB_SIZE, PADDED = 300, 304
-CONTEXT = 32
+CONTEXT = 48
 
 
 @cache

@@ -80,7 +80,7 @@ def test_the_end_of_a_text_ends_it() -> None:
     [
         ([], GREEDY, "no prompts"),
         (["the", " \n"], GREEDY, "prompt 2 of 2 is empty"),
-        (["the dog " * 20], GREEDY, "is longer than the 32"),
+        (["the dog " * 30], GREEDY, "is longer than the 48"),
     ],
 )
 def test_prompts_that_cannot_be_continued(prompts: list[str], sampling: Sampling, says: str) -> None:
