@@ -7,6 +7,7 @@ import torch
 
 from megatron_sgt.checkpoint.reshard.convert import convert
 from megatron_sgt.checkpoint.reshard.engine_state import _prepare_states, load_into_engine
+from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.model.hf_weights import name_map
 from tests.helpers.deepspeed_files import STEP, odd_config, random_state, rank_state, write_checkpoint
@@ -114,6 +115,8 @@ def test_another_model_is_refused() -> None:
 
 class NumberReader:
     """A checkpoint whose tensors count their elements."""
+
+    quantities = QUANTITIES
 
     def __init__(self, shapes: dict[str, torch.Size]) -> None:
         self.shapes = shapes
