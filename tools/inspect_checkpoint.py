@@ -26,6 +26,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "checkpoint", type=Path, metavar="CKPT_OR_ROOT", help="a folder of checkpoints, or one of them"
     )
+    parser.add_argument(
+        "--checksums", action="store_true", help="read every byte and compare its checksum, not sizes alone"
+    )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     return parser.parse_args()
 
@@ -35,15 +38,16 @@ def main() -> int:
     args = parse()
     from megatron_sgt.checkpoint.contents import is_checkpoint, read_contents, read_root
     from megatron_sgt.checkpoint.describe import describe, describe_root
-    from megatron_sgt.checkpoint.manifest import size_problems
+    from megatron_sgt.checkpoint.manifest import checksum_problems, size_problems
 
+    check = checksum_problems if args.checksums else size_problems
     if not args.checkpoint.exists():
         raise CheckpointError(f"no checkpoint at {args.checkpoint}: the folder does not exist")
     if is_checkpoint(args.checkpoint):
-        one = read_contents(args.checkpoint, size_problems)
+        one = read_contents(args.checkpoint, check)
         text, values, whole = describe(one), one.to_dict(), one.status == "complete"
     else:
-        root = read_root(args.checkpoint, size_problems)
+        root = read_root(args.checkpoint, check)
         text, values = describe_root(root), root.to_dict()
         whole = root.problem is None and all(one.status != "damaged" for one in root.checkpoints)
     print(json.dumps(values, indent=1) if args.json else text)

@@ -18,8 +18,6 @@ Status = Literal["complete", "damaged", "unfinished"]
 Check = Callable[[Path], list[str]]
 """Names the files of a committed checkpoint that are missing, short or changed."""
 
-COPY_SUFFIX = ".universal"
-TEMPORARY_SUFFIX = ".tmp"
 _PREFIX = layout.tag_for(0).removesuffix("0")
 
 
@@ -116,7 +114,7 @@ def read_contents(folder: Path, check: Check, is_latest: bool = False) -> Conten
     """Look into one checkpoint folder, finished or not."""
     files = layout.file_sizes(folder)
     manifest = folder / layout.MANIFEST_FILE
-    if folder.suffix == TEMPORARY_SUFFIX or not manifest.is_file():
+    if folder.suffix == layout.TEMPORARY_SUFFIX or not manifest.is_file():
         status: Status = "unfinished"
         problems = [f"a save that was not finished: there is no {layout.MANIFEST_FILE}; it is never loaded"]
         saved_at = None
@@ -137,7 +135,7 @@ def read_contents(folder: Path, check: Check, is_latest: bool = False) -> Conten
         num_bytes=sum(files.values()),
         saved_at=saved_at,
         is_latest=is_latest,
-        copy=folder.suffix == COPY_SUFFIX,
+        copy=folder.suffix == layout.COPY_SUFFIX,
         details=details,
     )
 

@@ -29,6 +29,8 @@ MANIFEST_FILE = "manifest.json"
 LATEST_FILE = "latest"
 ITERATION_FILE = "latest_checkpointed_iteration.txt"
 TEMPORARY_SUFFIX = ".tmp"
+COPY_SUFFIX = ".universal"
+"""Ends the name of the layout-free copy that a run has made of a checkpoint beside it."""
 _WANTED = (
     f"give a folder that holds global_stepN folders with a {MANIFEST_FILE}, or one such folder; to start from "
     "scratch leave checkpoint.load empty"

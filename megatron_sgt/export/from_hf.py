@@ -16,21 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sgt.checkpoint import layout
+from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.reshard.convert import fresh_folder
 from megatron_sgt.checkpoint.reshard.layout_free import IMPORTED_FROM, LAYOUT_FREE, file_name
 from megatron_sgt.checkpoint.reshard.rank_state import WEIGHTS
 from megatron_sgt.checkpoint.reshard.tensor_file import TensorFileWriter
 from megatron_sgt.config import Config
 from megatron_sgt.config.model import ModelConfig
-from megatron_sgt.data.tokenizer import build_tokenizer
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.export.continued_run import RUN_FILE, fitting_config, growth_state, run_config, run_yaml
 from megatron_sgt.export.hf.families import HFModel, read_model
 from megatron_sgt.export.hf_tensors import HFTensors
 from megatron_sgt.export.tokenizers import (
     TOKENIZER_FOLDER,
-    check_same,
     check_tokenizers,
     copy_tokenizer,
     tokenizer_at,
@@ -88,26 +86,23 @@ def import_model(
         config = fitting_config(config_file, model)
     _drop_derived(source, tensors, config.model)
     _check_rows(source, tensors, config.model)
-    check_tokenizers(source, tokenizer, config if config_file else None, model.fields["vocab_size"])
+    fingerprint = check_tokenizers(
+        source, tokenizer, config if config_file else None, model.fields["vocab_size"]
+    )
     if layout.finished_tags(root):
         raise CheckpointError(f"{root} holds checkpoints already; choose another folder for the import")
     final = root / layout.tag_for(0)
     with _all_or_nothing(root, final) as temporary:
         _write_weights(tensors, config.model, temporary)
-        num_bytes = _commit(
-            f"{source} ({model.model_type})", growth_state(model, config), config, temporary, final
-        )
+        state = _state(f"{source} ({model.model_type})", growth_state(model, config))
+        num_bytes = _commit(state, config, fingerprint, temporary, final)
         if tokenizer is not None:
-            copy_tokenizer(source, root / TOKENIZER_FOLDER)
-            # The library may choose the tokenizer's class by the config.json that lies beside it.
-            check_same(
-                build_tokenizer(tokenizer), build_tokenizer(tokenizer_at(root / TOKENIZER_FOLDER, tokenizer))
-            )
+            copy_tokenizer(source, root / TOKENIZER_FOLDER, tokenizer)
         written = None
         if config_file is None:
             written = root / RUN_FILE
             layout.replace_text(written, run_yaml(config, source, written, bool(model.loops)))
-        layout.replace_text(root / layout.LATEST_FILE, final.name)
+        layout.point_to(root, final.name)
     return Imported(
         folder=final,
         model=model,
@@ -120,33 +115,44 @@ def import_model(
     )
 
 
-def _commit(origin: str, hooks: dict[str, Any], config: Config, temporary: Path, final: Path) -> int:
-    """Complete the folder and give it its name; returns its size in bytes."""
-    state = {
+def _state(origin: str, hooks: dict[str, Any]) -> dict[str, Any]:
+    """The saved state of a run that has not begun."""
+    made = {
+        "version": 1,
+        "source_layout": None,
+        IMPORTED_FROM: origin,
+        "optimizer_step": 0,
+        "loss_scale": None,
+    }
+    return {
         "trainer": {"step": 0, "consumed_samples": 0, "skipped_steps": 0, "consecutive_skipped": 0},
         "hooks": hooks,
         "layout": None,
-        LAYOUT_FREE: {
-            "version": 1,
-            "source_layout": None,
-            IMPORTED_FROM: origin,
-            "optimizer_step": 0,
-            "loss_scale": None,
-        },
+        LAYOUT_FREE: made,
     }
+
+
+def _commit(
+    state: dict[str, Any], config: Config, tokenizer: str | None, temporary: Path, final: Path
+) -> int:
+    """Complete the folder and give it its name; returns its size in bytes. ``tokenizer``: its fingerprint."""
     layout.write_json(temporary / layout.STATE_FILE, state)
     (temporary / layout.CONFIG_FILE).write_text(config.to_yaml())
-    files = layout.file_sizes(temporary)
-    layout.write_json(temporary / layout.MANIFEST_FILE, {"tag": final.name, "files": files})
+    files = manifest.write_manifest(
+        temporary, {"tag": final.name, "step": 0, "layout": None, "tokenizer": tokenizer}
+    )
+    layout.sync(temporary)
     temporary.rename(final)
-    return sum(files.values())
+    layout.sync(final.parent)
+    return sum(file["bytes"] for file in files.values())
 
 
 @contextmanager
 def _all_or_nothing(root: Path, final: Path) -> Iterator[Path]:
     """A temporary folder below ``root``; on an error everything that was made is deleted."""
-    temporary = final.with_name(final.name + ".tmp")
-    ours = [temporary, final, root / TOKENIZER_FOLDER, root / RUN_FILE]
+    temporary = final.with_name(final.name + layout.TEMPORARY_SUFFIX)
+    names = (TOKENIZER_FOLDER, RUN_FILE, layout.LATEST_FILE, layout.ITERATION_FILE)
+    ours = [temporary, final, *(root / name for name in names)]
     doomed = [path for path in ours if not path.exists()] if root.exists() else [root]
     try:
         fresh_folder(temporary)

@@ -48,12 +48,19 @@ def tokenizer_at(folder: Path, found: TokenizerConfig) -> TokenizerConfig:
     return TokenizerConfig(type=found.type, model=str(path))
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer's files. Raises OSError."""
+def copy_tokenizer(source: Path, folder: Path, found: TokenizerConfig) -> None:
+    """Copy the files of the tokenizer ``found`` in ``source``.
+
+    Raises:
+        OSError: they cannot be written.
+        DataError: the copy cuts text otherwise: transformers may choose a tokenizer's class by the config.json
+            that lies beside it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name in COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    check_same(build_tokenizer(found), build_tokenizer(tokenizer_at(folder, found)))
 
 
 def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -81,8 +88,11 @@ def check_same(one: Tokenizer, other: Tokenizer) -> None:
 
 def check_tokenizers(
     source: Path, found: TokenizerConfig | None, run: Config | None, vocab_size: int
-) -> None:
+) -> str | None:
     """Check the tokenizer ``found`` in the imported folder and the one of the ``run`` that will go on with it.
+
+    Returns:
+        The fingerprint of the one that training will use; None without any.
 
     Raises:
         DataError: one of them cannot be read or has too many ids, or they differ.
@@ -94,3 +104,5 @@ def check_tokenizers(
             check_fits(tokenizer, vocab_size)
     if theirs is not None and chosen is not None:
         check_same(theirs, chosen)
+    used = chosen or theirs
+    return None if used is None else used.fingerprint()

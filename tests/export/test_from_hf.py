@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_sgt.checkpoint import layout
-from megatron_sgt.checkpoint.load import check_checkpoint, load_checkpoint
+from megatron_sgt.checkpoint.find import check_checkpoint
+from megatron_sgt.checkpoint.load import load_checkpoint
 from megatron_sgt.checkpoint.reshard.layout_free import file_name
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.data.gpt_dataset import build_datasets

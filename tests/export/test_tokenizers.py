@@ -18,7 +18,7 @@ def test_finds_and_copies_a_huggingface_tokenizer(tmp_path: Path) -> None:
     (source / "chat_template.jinja").write_text("{{ messages }}")
     found = tokenizer_in(source)
     assert found is not None
-    copy_tokenizer(source, tmp_path / "copy")
+    copy_tokenizer(source, tmp_path / "copy", found)
     moved = tokenizer_at(tmp_path / "copy", found)
     assert moved == TokenizerConfig(type="huggingface", model=str(tmp_path / "copy"))
     assert build_tokenizer(moved).fingerprint() == build_tokenizer(found).fingerprint()
@@ -29,7 +29,7 @@ def test_finds_and_copies_a_sentencepiece_model(tmp_path: Path) -> None:
     write_sentencepiece(tmp_path / "model" / "tokenizer.model")
     found = tokenizer_in(tmp_path / "model")
     assert found is not None and found.type == "sentencepiece"
-    copy_tokenizer(tmp_path / "model", tmp_path / "copy")
+    copy_tokenizer(tmp_path / "model", tmp_path / "copy", found)
     assert build_tokenizer(tokenizer_at(tmp_path / "copy", found)).encode("the fox")
     assert tokenizer_in(tmp_path) is None
 

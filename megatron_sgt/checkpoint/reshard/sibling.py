@@ -14,12 +14,10 @@ from megatron_sgt.errors import CheckpointError
 from megatron_sgt.parallel.collectives import broadcast_object
 from megatron_sgt.parallel.groups import ParallelGroups
 
-SUFFIX = ".universal"
-
 
 def sibling_of(folder: Path) -> Path:
     """Where the layout-free copy of the checkpoint ``folder`` lies."""
-    return folder.with_name(folder.name + SUFFIX)
+    return folder.with_name(folder.name + layout.COPY_SUFFIX)
 
 
 def remove_sibling(folder: Path) -> None:
