@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sgt.engine.deepspeed_config import deepspeed_config
+from megatron_sgt.engine.deepspeed_config import deepspeed_config, offloads_optimizer
 from megatron_sgt.errors import ConfigError
 from tests.helpers.single import small_config
 
@@ -90,3 +90,18 @@ def test_the_result_shares_nothing_with_the_configuration() -> None:
     found["comms_logger"]["enabled"] = False
     assert config.deepspeed == before
     assert deepspeed_config(config, 1, "fp32")["comms_logger"] == {"enabled": True}
+
+
+@pytest.mark.parametrize(
+    ("zero", "offloads"),
+    [
+        ({}, False),
+        ({"offload_optimizer": {"device": "none"}}, False),
+        ({"offload_optimizer": None}, False),
+        ({"offload_param": {"device": "cpu"}}, False),
+        ({"offload_optimizer": {"device": "cpu"}}, True),
+        ({"offload_optimizer": {"device": "nvme"}}, True),
+    ],
+)
+def test_offload_of_the_optimizer_is_seen(zero: dict[str, Any], offloads: bool) -> None:
+    assert offloads_optimizer(small_config(deepspeed={"zero_optimization": zero})) is offloads

@@ -101,6 +101,13 @@ def test_gpu_without_nvidias_apex(
     assert torch_adamw == [{**OPTIONS, "fused": True}]
 
 
+def test_offload_ignores_apex(site: Path, torch_adamw: list[dict[str, Any]]) -> None:
+    """Its kernels cannot update where the state then is."""
+    install(site, NVIDIA)
+    build_optimizer(parameters(), CONFIG, GPU, offloaded=True)
+    assert torch_adamw == [{**OPTIONS, "fused": True}]
+
+
 def test_cpu_ignores_apex(site: Path) -> None:
     install(site, NVIDIA)
     assert type(build_optimizer(parameters(), CONFIG, CPU)) is torch.optim.AdamW
