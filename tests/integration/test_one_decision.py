@@ -15,9 +15,9 @@ from megatron_sgt.engine.plan_check import PlanMismatchError
 from megatron_sgt.engine.run import PretrainingRun
 from megatron_sgt.engine.state import TrainState
 from megatron_sgt.engine.step import StepResult
-from megatron_sgt.growth import Schedule
+from megatron_sgt.growth import LoopPlan, Schedule
 from megatron_sgt.launch.rank_info import RankInfo
-from megatron_sgt.model.apply_plan import executed_plan
+from megatron_sgt.model.apply_plan import apply_plan, executed_plan
 from megatron_sgt.model.entropy_meter import EntropyMeter
 from megatron_sgt.parallel.groups import ParallelGroups
 from tests.helpers.ranks import run_on_ranks
@@ -71,6 +71,26 @@ def train_apart(
     return fingerprints.seen, run.growth.events
 
 
+class Disobedient(StatelessHook):
+    """On the last rank, the layers execute another plan than the schedule's after step 5, which decides nothing."""
+
+    name = "disobedient"
+
+    def __init__(self, run: PretrainingRun, last: bool) -> None:
+        self.run = run
+        self.last = last
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        if self.last and state.step == 5:
+            apply_plan(self.run.runtime.model, LoopPlan.empty(self.run.config.model.num_layers))
+
+
+def save_apart(info: RankInfo, config: Config) -> None:
+    run = PretrainingRun(config, info)
+    run.hooks.insert(1, Disobedient(run, info.rank == info.world_size - 1))
+    run.train()
+
+
 LAYOUTS = {
     "data_parallel": (2, {}),
     "tensor_parallel": (2, {"tensor_model_parallel_size": 2}),
@@ -105,3 +125,12 @@ def test_without_sharing_the_last_bit_would_decide(data: str, tmp_path: Path) ->
     ranks, config = settings("data_parallel", True, tmp_path, data)
     with pytest.raises(PlanMismatchError, match="rank 1 executes another structure than rank 0"):
         run_on_ranks(ranks, train_apart, config, True, False)
+
+
+def test_nothing_is_saved_of_ranks_that_differ(data: str, tmp_path: Path) -> None:
+    train = {"exit_interval": 8, "eval_interval": 0}
+    config = tiny_config(tmp_path, data, train=train, checkpoint={"save_interval": 1})
+    with pytest.raises(PlanMismatchError, match="rank 1 executes another structure than rank 0"):
+        run_on_ranks(2, save_apart, config)
+    saved = sorted(path.name for path in (tmp_path / "checkpoints").glob("global_step*"))
+    assert saved[-1] == "global_step4"
