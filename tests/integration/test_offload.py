@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,21 +79,3 @@ def check(short: Path, cases: dict[str, tuple[int, dict[str, Any]]]) -> None:
 
 def test_the_same_steps_with_the_host_s_memory(short: Path) -> None:
     check(short, CASES)
-
-
-def nvme_operator() -> bool:
-    """Whether DeepSpeed can load or build its asynchronous input and output (libaio, a C++ compiler, ninja)."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    return bool(AsyncIOBuilder().is_compatible(verbose=False)) and shutil.which("ninja") is not None
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not nvme_operator(), reason="needs libaio-dev, a C++ compiler and ninja")
-def test_the_same_steps_with_files(short: Path, tmp_path: Path) -> None:
-    nvme = {"device": "nvme", "nvme_path": str(tmp_path), "pin_memory": False}
-    cases = {
-        "optimizer": (3, {"offload_optimizer": nvme}),
-        "both": (3, {"offload_optimizer": nvme, "offload_param": {**nvme, "buffer_size": 100_000}}),
-    }
-    check(short, cases)

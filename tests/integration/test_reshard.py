@@ -17,7 +17,7 @@ from megatron_sgt.checkpoint.reshard.convert import convert
 from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES
 from megatron_sgt.checkpoint.reshard.sibling import sibling_of
 from tests.helpers.commands import run_process
-from tests.helpers.ranks import SHARED_MEMORY, run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 from tests.helpers.resharding import load_and_save
 from tests.helpers.runs import (
     differing_leaves,
@@ -62,6 +62,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "untie_embeddings_and_output_weights": False,
         },
     },
+    "offload": {"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}},
     "small_sub_groups": {"deepspeed": {"zero_optimization": {"sub_group_size": 3000}}},
 }  # fmt: skip
 
@@ -87,6 +88,8 @@ PAIRS: list[tuple[Layout, Layout, int, str]] = [
     ((1, 2, 3), (2, 1, 0), AFTER, "two_groups"),
     ((1, 2, 1), (2, 1, 1), INSIDE, "grouped"),
     ((1, 2, 3), (1, 3, 3), AFTER, "small_sub_groups"),
+    ((1, 2, 1), (1, 2, 3), INSIDE, "offload"),
+    ((1, 2, 3), (2, 1, 2), AFTER, "offload"),
     ((1, 2, 1), (1, 2, 3), INSIDE, "dropout"),
     ((1, 2, 1), (1, 2, 3), INSIDE, "bf16"),
     ((1, 2, 3), (2, 1, 1), AFTER, "bf16"),
@@ -115,8 +118,7 @@ def run(
         "checkpoint": checkpoint,
     }
     sections = merged(merged(BASE, VARIANTS[variant]), ours)
-    config = tiny_config(run_dir, data, **sections)
-    run_on_ranks(tp_size * dp_size, pretrain, config, backend=SHARED_MEMORY)
+    run_on_ranks(tp_size * dp_size, pretrain, tiny_config(run_dir, data, **sections))
     return {record["step"]: record for record in measured_steps(run_dir)}
 
 
@@ -179,7 +181,7 @@ def test_the_whole_state_survives_bit_for_bit(here: Layout, folder: Path, data: 
     config = tiny_config(tmp_path / "run", data, **merged(BASE, layout))
     checkpoint = root / f"global_step{AFTER}"
     saved = tmp_path / "saved"
-    notes = run_on_ranks(here[0] * here[1], load_and_save, config, checkpoint, saved, backend=SHARED_MEMORY)
+    notes = run_on_ranks(here[0] * here[1], load_and_save, config, checkpoint, saved)
     assert f"zero_stage 1 -> {here[2]}" in notes[0] or here[2] == 1
     before, *_ = convert(checkpoint, tmp_path / "before")
     after, *_ = convert(saved / f"global_step{AFTER}", tmp_path / "after")
