@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import os
+import socket
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_sgt.config.parallel import ParallelConfig
-from megatron_sgt.launch.environment import RankInfo
+from megatron_sgt.launch.rank_info import LOOPBACK, RankInfo
 from megatron_sgt.parallel.device import backend_for
 
 
@@ -46,6 +49,14 @@ def initialize_groups(config: ParallelConfig, info: RankInfo, device: torch.devi
         if info.world_size == 1:
             # An in-process store: a single process needs no port, so it cannot collide over one.
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        elif (
+            info.master_addr == LOOPBACK and not dist.is_torchelastic_launched()
+        ):  # torchrun has its own store
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+            store = loopback_store(info, timeout)
+            dist.init_process_group(
+                backend, store=store, rank=info.rank, world_size=info.world_size, timeout=timeout
+            )
         else:
             dist.init_process_group(
                 backend,
@@ -61,6 +72,28 @@ def initialize_groups(config: ParallelConfig, info: RankInfo, device: torch.devi
             create_gloo_process_groups=False,
         )
     return current_groups(device)
+
+
+def loopback_store(info: RankInfo, timeout: datetime.timedelta) -> dist.TCPStore:
+    """Where the ranks of one machine meet: a port that the machine alone can reach.
+
+    torch's own listens on every interface, and answers whoever asks.
+    """
+    listening = None
+    if info.rank == 0:
+        with socket.socket() as door:
+            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            door.bind((LOOPBACK, info.master_port))
+            listening = door.detach()
+    return dist.TCPStore(
+        LOOPBACK,
+        info.master_port,
+        info.world_size,
+        info.rank == 0,
+        timeout,
+        wait_for_workers=False,
+        master_listen_fd=listening,
+    )
 
 
 def current_groups(device: torch.device) -> ParallelGroups:

@@ -22,7 +22,7 @@ from megatron_sgt.checkpoint import layout, manifest, shard_files
 from megatron_sgt.config import Config
 from megatron_sgt.launch.rank_info import RankInfo
 from tests.helpers.ranks import run_on_ranks, running_on_ranks
-from tests.helpers.runs import measured_steps, pretrain, tiny_config, write_tiny_data
+from tests.helpers.runs import measured_steps, pretrain, reported, tiny_config, write_tiny_data
 
 KILLS = int(os.environ.get("SAVE_KILLS", "0"))
 SHORT = 3
@@ -107,6 +107,34 @@ def kill_in_a_save(config: Config, rng: random.Random) -> bool:
     assert finished >= begun + 1
     assert step_reached(root) >= finished, "a checkpoint was lost"
     return saving(root) > step_reached(root)
+
+
+def on_full_disk(info: RankInfo, config: Config) -> None:
+    """Train; the last rank cannot write its first file."""
+    original, calls = torch.save, []
+
+    def full(content: Any, path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        original(content, path)
+
+    if info.rank == info.world_size - 1:
+        shard_files.torch.save = full  # type: ignore[assignment]
+    pretrain(info, config)
+
+
+@pytest.mark.parametrize("name", ["dp2_zero1", "tp2_zero1_async"])
+def test_a_disk_that_is_full_for_one_rank_stops_nobody(name: str, data: str, tmp_path: Path) -> None:
+    config = run_config(tmp_path, data, name, stop=6)
+    run_on_ranks(2, on_full_disk, config)
+    [failed] = reported(tmp_path, "save_failed")
+    assert (
+        "global_step1: No space left on device" in failed["reason"] and "training goes on" in failed["reason"]
+    )
+    assert layout.step_of(layout.finished_tags(config.save_dir)[-1]) == 6 == step_reached(config.save_dir)
+    assert next(record["step"] for record in reported(tmp_path, "save")) > 1
+    assert not list(config.save_dir.glob("*.tmp"))
 
 
 @pytest.mark.slow

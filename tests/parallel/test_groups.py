@@ -1,7 +1,9 @@
 """Starting, reading and taking down the groups; several ranks are the integration tests' matter."""
 
 import dataclasses
+import sys
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,13 @@ from megatron.core import parallel_state
 
 from megatron_sgt.config.parallel import ParallelConfig
 from megatron_sgt.launch.environment import RankInfo, discover
-from megatron_sgt.parallel.groups import current_groups, destroy_groups, initialize_groups
+from megatron_sgt.launch.rank_info import LOOPBACK, free_port
+from megatron_sgt.parallel.groups import (
+    current_groups,
+    destroy_groups,
+    initialize_groups,
+    loopback_store,
+)
 from tests.helpers.fake_groups import fake_groups
 
 CPU = torch.device("cpu")
@@ -71,3 +79,19 @@ def test_every_group_gets_the_timeout_of_the_configuration(
 @pytest.mark.parametrize(("dp_rank", "tp_rank", "main"), [(0, 0, True), (0, 1, False), (1, 0, False)])
 def test_only_rank_0_is_main(dp_rank: int, tp_rank: int, main: bool) -> None:
     assert fake_groups(tp_rank, 2, dp_rank, 2).is_main is main
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_ranks_of_one_machine_meet_where_no_other_can_listen_in() -> None:
+    info = RankInfo(0, 2, 0, 2, LOOPBACK, free_port(), "deepspeed")
+    store = loopback_store(info, timedelta(seconds=20))
+    door, open_ports = f":{info.master_port:04X}", []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
+            local, state = line.split()[1], line.split()[3]
+            if state == "0A" and local.endswith(door):
+                open_ports.append(local)
+    assert open_ports == [f"0100007F{door}"]
+    other = dist.TCPStore(LOOPBACK, info.master_port, 2, False, timedelta(seconds=20), wait_for_workers=False)
+    store.set("a", "1")
+    assert other.get("a") == b"1"
