@@ -228,10 +228,13 @@ class Saver:
         with explained():
             layout.write_json(temporary / layout.STATE_FILE, {**flight.state, "layout": where})
             (temporary / layout.CONFIG_FILE).write_text(self._config.to_yaml())
-            layout.sync(temporary / layout.CONFIG_FILE)
-            files = flight.files | manifest.describe_files(temporary, (layout.STATE_FILE, layout.CONFIG_FILE))
-            if differing := manifest.expected_files(where) ^ set(files):
-                raise CheckpointError(f"not the files of this layout: {', '.join(sorted(differing)[:5])}")
+            # Ours, and what optimizer offload to NVMe has copied there beside the ranks' files.
+            others = [name for name in layout.file_sizes(temporary) if name not in flight.files]
+            for name in others:
+                layout.sync(temporary / name)
+            files = flight.files | manifest.describe_files(temporary, others)
+            if missing := manifest.expected_files(where) - set(files):
+                raise CheckpointError(f"files of this layout are missing: {', '.join(sorted(missing)[:5])}")
             manifest.write_manifest(temporary, {**about, "tag": final.name}, files)
             layout.sync(temporary)
             if final.exists():  # the same step again, after a resume from an older checkpoint
