@@ -254,7 +254,9 @@ def test_a_bug_is_no_full_disk(tmp_path: Path) -> None:
 def test_a_file_that_is_missing_is_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     where = {"tensor_model_parallel_size": 2, "data_parallel_size": 1, "zero_stage": 1, "precision": "fp32"}
     monkeypatch.setattr(save, "layout_of", lambda *_: where)
-    with pytest.raises(CheckpointError, match=r"files of this layout are missing: mp_rank_01_model_states\.pt"):
+    with pytest.raises(
+        CheckpointError, match=r"files of this layout are missing: mp_rank_01_model_states\.pt"
+    ):
         save_at(tmp_path, 4)
     assert layout.finished_tags(tmp_path) == []
 

@@ -94,7 +94,7 @@ def running_on_ranks(world_size: int, function: Callable[..., Any], *args: Any) 
     payload = pickle.dumps((function, args))
     start_server()
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [_start(Path(folder), rank, world_size, payload) for rank in range(world_size)]
+        ranks = [_start(Path(folder), rank, world_size, "gloo", payload) for rank in range(world_size)]
         try:
             yield [rank.process.pid for rank in ranks]
         except AssertionError as error:
