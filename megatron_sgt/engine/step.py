@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
 
 from megatron_sgt.model.apply_plan import begin_step, mark_micro_batch
+from megatron_sgt.model.entropy_meter import EntropyMeter
 from megatron_sgt.parallel.groups import ParallelGroups
 
 Batch = dict[str, Tensor]
@@ -26,7 +27,8 @@ class StepResult:
 
     ``loss``: mean over this rank's micro-batches, a scalar on the device (no synchronisation happened for it).
     ``grad_norm``: L2 norm over all parameters before clipping; inf or NaN when the update was skipped.
-    ``applied``: whether the optimizer took the step (False: a gradient was not finite).
+    ``applied``: whether the optimizer took the step (False: a loss, an entropy or a gradient was not finite
+    on some rank).
     ``seconds``: wall time of the step, waiting for data included.
     """
 
@@ -54,7 +56,7 @@ def train_step(
     for batch in batches:
         mark_micro_batch(engine.module, last=engine.is_gradient_accumulation_boundary())
         loss = engine(**{name: t.to(groups.device, non_blocking=True) for name, t in batch.items()})
-        engine.backward(loss)
+        engine.backward(_guarded(loss, meter))
         meter.end_micro_batch()
         losses.append(loss.detach())
         if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
@@ -66,6 +68,16 @@ def train_step(
         norm, applied = float(engine.get_global_grad_norm()), engine.was_step_applied()
     loss = torch.stack(losses).float().mean()
     return StepResult(loss, norm, applied, lr, time.perf_counter() - start)
+
+
+def _guarded(loss: Tensor, meter: EntropyMeter) -> Tensor:
+    """``loss``, times NaN when it or an entropy of its micro-batch is not finite on this rank.
+
+    The gradients are NaN then, and every rank skips the step as for any gradient that is not finite: the
+    decision costs neither a collective of its own nor a wait for the device.
+    """
+    finite = loss.detach().isfinite() & meter.is_finite()
+    return loss * torch.where(finite, 1.0, math.nan).to(loss.dtype)
 
 
 def _clip_stage0(engine: Any, clip_grad: float, groups: ParallelGroups) -> float:

@@ -44,6 +44,10 @@ class EntropyMeter:
         else:
             self._current[layer, attention_pass, heads] = entropy
 
+    def is_finite(self) -> Tensor:
+        """Whether all that was stored for the running micro-batch is finite: a bool scalar on the device."""
+        return self._current.isfinite().all()
+
     def end_micro_batch(self) -> None:
         """Add the running micro-batch to the step's sum."""
         if self.enabled:

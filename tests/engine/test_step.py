@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,7 +50,9 @@ class Steps:
         return train_step(self.engine, batches, LR, self.clip, self.groups)
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: p.detach().clone() for name, p in self.runtime.model.named_parameters()}
+        """By name; under ZeRO-3 this rank's part of each."""
+        named = self.runtime.model.named_parameters()
+        return {name: getattr(p, "ds_tensor", p).detach().clone() for name, p in named}
 
     def moments(self) -> list[Tensor]:
         states = self.engine.optimizer.state_dict()
@@ -78,6 +81,37 @@ def same(one: Any, other: Any) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
+def nan_entropy(model: Any) -> Any:
+    """Let every entropy of layer 1 that is measured be NaN."""
+    store = model.meter.store
+
+    def spoiled(layer: int, index: int, entropy: Tensor, heads: Tensor | None = None) -> None:
+        store(layer, index, entropy * math.nan if layer == 1 else entropy, heads)
+
+    model.meter.store = spoiled
+    return SimpleNamespace(remove=lambda: setattr(model.meter, "store", store))
+
+
+def infinite_loss(model: Any) -> Any:
+    """Let the loss be infinite while its gradient stays finite."""
+    return model.register_forward_hook(lambda module, arguments, loss: loss + math.inf)
+
+
+def infinite_gradient(name: str) -> Callable[[Any], Any]:
+    return lambda model: dict(model.named_parameters())[name].register_hook(
+        lambda grad: torch.full_like(grad, math.inf)
+    )
+
+
+PLACES: dict[str, Callable[[Any], Any] | None] = {
+    "loss": None,
+    "loss value": infinite_loss,
+    "entropy": nan_entropy,
+    "replicated": infinite_gradient("gpt.decoder.final_layernorm.weight"),
+    "sharded": infinite_gradient("gpt.decoder.layers.1.self_attention.linear_qkv.weight"),
+}
+
+
 def spoil_one_rank(info: RankInfo, tensor: int, zero: int, where: str, precision: str) -> dict[str, Any]:
     """Two good steps around one in which a single rank meets a NaN."""
     steps = Steps(info, tensor, zero, clip=1.0, precision=precision)
@@ -87,12 +121,12 @@ def spoil_one_rank(info: RankInfo, tensor: int, zero: int, where: str, precision
         if groups.dp_rank == groups.dp_size - 1:
             batches[0]["loss_mask"][0, 3] = math.nan
 
+    steps.runtime.model.meter.enabled = True
     first = steps.take(0)
     before = steps.weights(), steps.moments()
-    handles = []
-    if where != "loss" and groups.rank == groups.world_size - 1:
-        parameter = dict(steps.runtime.model.named_parameters())[where]
-        handles.append(parameter.register_hook(lambda grad: torch.full_like(grad, math.inf)))
+    handles, spoil = [], PLACES[where]
+    if spoil is not None and groups.rank == groups.world_size - 1:
+        handles.append(spoil(steps.runtime.model))
     spoiled = steps.take(1, nan_in_loss if where == "loss" else lambda batches: None)
     after = steps.weights(), steps.moments()
     for handle in handles:
@@ -109,20 +143,19 @@ def spoil_one_rank(info: RankInfo, tensor: int, zero: int, where: str, precision
     }
 
 
-PLACES = {
-    "loss": "loss",
-    "replicated": "gpt.decoder.final_layernorm.weight",
-    "sharded": "gpt.decoder.layers.1.self_attention.linear_qkv.weight",
-}
-
-
 @pytest.mark.parametrize(
     ("world_size", "tensor", "zero", "place", "precision"),
     [
         (2, 1, 0, "loss", "fp32"),
         (2, 1, 1, "loss", "fp32"),
         (2, 1, 2, "loss", "fp32"),
+        (2, 1, 3, "loss", "fp32"),
         (2, 1, 1, "loss", "bf16"),
+        (2, 1, 3, "loss", "bf16"),
+        (2, 1, 0, "loss value", "fp32"),
+        (2, 1, 1, "entropy", "fp32"),
+        (2, 2, 2, "entropy", "bf16"),
+        (2, 2, 3, "loss value", "fp32"),
         (2, 1, 0, "replicated", "fp32"),
         (2, 1, 2, "sharded", "fp32"),
         (2, 2, 0, "replicated", "fp32"),
@@ -134,13 +167,14 @@ PLACES = {
 def test_one_ranks_nan_skips_the_step_on_all(
     world_size: int, tensor: int, zero: int, place: str, precision: str
 ) -> None:
-    results = run_on_ranks(world_size, spoil_one_rank, tensor, zero, PLACES[place], precision)
+    results = run_on_ranks(world_size, spoil_one_rank, tensor, zero, place, precision)
     for rank, result in enumerate(results):
         assert result["applied"] == (True, False, True), rank
         assert result["untouched"] == (True, True), f"rank {rank}: weights, optimizer state: {result}"
         assert [math.isfinite(norm) for norm in result["norms"]] == [True, False, True], rank
         assert result["moved"] and result["finite"], rank
-        assert torch.equal(result["norm weight"], results[0]["norm weight"]), rank
+        if zero < 3 or rank < tensor:  # under ZeRO-3 other replicas hold other parts
+            assert torch.equal(result["norm weight"], results[0]["norm weight"]), rank
 
 
 def good_step(info: RankInfo, tensor: int, zero: int, clip: float) -> dict[str, Any]:
