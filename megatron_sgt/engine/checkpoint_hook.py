@@ -71,13 +71,17 @@ class CheckpointHook(StatelessHook):
 
     def after_run(self, state: TrainState) -> None:
         """Save what the run ends with. Raises CheckpointError when that cannot be written."""
+        self.settle(state)
+        if self._saved_at != state.step and state.consecutive_skipped == 0:
+            self._start(state)
+            self._poll(wait=True)
+
+    def settle(self, state: TrainState) -> None:
+        """Wait for the save in flight, if there is one; collective."""
         try:
             self._poll(wait=True)
         except CheckpointError as error:
             self.hub.log("save_failed", {"step": state.step, "reason": str(error)})
-        if self._saved_at != state.step and state.consecutive_skipped == 0:
-            self._start(state)
-            self._poll(wait=True)
 
     def on_stop(self, state: TrainState, reason: int) -> None:
         """Save what was reached. Before the first step there is nothing that a new start would lack."""

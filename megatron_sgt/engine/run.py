@@ -22,7 +22,7 @@ from megatron_sgt.engine.eval_hook import EvalHook
 from megatron_sgt.engine.growth_hook import GrowthHook
 from megatron_sgt.engine.hooks import Hook
 from megatron_sgt.engine.log_hook import LogHook
-from megatron_sgt.engine.loop import Trainer
+from megatron_sgt.engine.loop import DivergedError, Trainer
 from megatron_sgt.engine.preflight import (
     Start,
     check_deepspeed,
@@ -179,6 +179,9 @@ class PretrainingRun:
                 reason = f"nothing to do: raise train.{option} (now {last_step:,}) to go on"
             code = ExitCode.SAVED if stopped else ExitCode.DONE
             self._summarize(reason, code, time.perf_counter() - start)
+        except DivergedError:  # of all ranks, after the same step
+            self.saver.settle(self.state)
+            raise
         finally:
             self.hub.close()
         return code

@@ -174,6 +174,14 @@ def test_an_asynchronous_save_is_whole_some_steps_later(monkeypatch: pytest.Monk
     assert bench.steps() == [4, 8, 9], "the end waits for the save in flight"
 
 
+def test_a_run_that_diverges_keeps_the_save_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(monkeypatch, interval=1, async_save=True)
+    bench.saver.lasts = 99
+    bench.hook.after_step(TrainState(1), GOOD)
+    bench.hook.settle(TrainState(1, consecutive_skipped=3))
+    assert bench.steps() == [1]
+
+
 def test_a_second_save_waits_for_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(monkeypatch, interval=1, async_save=True)
     bench.saver.lasts = 99
