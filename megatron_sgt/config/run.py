@@ -61,6 +61,11 @@ class TrainConfig(Section):
         description="Kernels of the loops of kept heads and of the entropies; auto: Triton where it can run (GPUs, "
         "RMSNorm, no dropout), else torch. triton: an error where it cannot.",
     )
+    fusions: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Megatron-Core's fused SwiGLU/GELU, cross-entropy and residual additions, which torch.compile "
+        "builds when the run starts; auto: on GPUs where Triton is installed.",
+    )
     threads_per_rank: int | None = Field(
         default=None, gt=0, description="CPU threads of one rank; null: torch's choice."
     )

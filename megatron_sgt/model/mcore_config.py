@@ -8,6 +8,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_sgt.config import Config
 from megatron_sgt.errors import ConfigError
+from megatron_sgt.ops.backend import runs_triton
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.parallel.head_layout import HeadLayout
 
@@ -53,9 +54,8 @@ def transformer_config(config: Config, precision: str, device: torch.device) -> 
             sequence_parallel=parallel.sequence_parallel,
             # Recompute is done by the layer and the core attention themselves (layer.py, core_attention.py):
             # Megatron's own would lose the gates of a loop pass, and knows no lists of layers.
-            # These fusions go through torch.compile, which would build code when the run starts.
-            bias_dropout_fusion=False,
-            bias_activation_fusion=False,
+            **fusions(config, device),
+            # Megatron's fused rotary needs Transformer Engine or Apex.
             apply_rope_fusion=False,
             # Weight-gradient accumulation into main_grad bypasses autograd, on which DeepSpeed relies.
             gradient_accumulation_fusion=False,
@@ -63,6 +63,23 @@ def transformer_config(config: Config, precision: str, device: torch.device) -> 
         )
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"Megatron-Core refuses this model: {error}") from error
+
+
+def fusions(config: Config, device: torch.device) -> dict[str, bool]:
+    """Megatron-Core's switches of what ``train.fusions`` turns on.
+
+    They go through torch.compile, which builds code when the run starts: seconds on a GPU, and a C++ compiler on a
+    CPU, so that "auto" leaves a CPU alone.
+    """
+    wanted, model = config.train.fusions, config.model
+    on = wanted == "on" or (wanted == "auto" and device.type != "cpu" and runs_triton(device))
+    # Megatron-Core has a fused GELU only together with a bias.
+    activation = model.activation == "swiglu" or model.add_bias_linear
+    return {
+        "bias_activation_fusion": on and activation,
+        "bias_dropout_fusion": on,
+        "cross_entropy_loss_fusion": on,
+    }
 
 
 def head_layout(config: Config, groups: ParallelGroups) -> HeadLayout:

@@ -8,10 +8,13 @@ import torch.nn.functional as F
 
 from megatron_sgt.config import Config
 from megatron_sgt.errors import ConfigError
+from megatron_sgt.growth import LayerPlan, LoopPlan
+from megatron_sgt.model import mcore_config
+from megatron_sgt.model.apply_plan import apply_plan
 from megatron_sgt.model.mcore_config import head_layout, transformer_config
 from megatron_sgt.parallel.head_layout import HeadLayout
 from tests.helpers.fake_groups import fake_groups
-from tests.helpers.single import small_config
+from tests.helpers.single import random_batch, single_model, small_config
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -117,3 +120,47 @@ def test_head_layout() -> None:
     config = small_config(model={"num_query_groups": 2, "kv_channels": 24})
     assert head_layout(config, fake_groups(1, 2)) == HeadLayout(4, 2, 24, tp_size=2, tp_rank=1)
     assert head_layout(config, fake_groups()) == HeadLayout(4, 2, 24)
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "wanted", "on", "activation"),
+    [
+        ({}, CPU, "auto", False, False),
+        ({}, GPU, "auto", True, True),
+        ({}, GPU, "off", False, False),
+        ({}, CPU, "on", True, True),
+        ({"activation": "gelu"}, GPU, "auto", True, False),
+        ({"activation": "gelu", "add_bias_linear": True}, GPU, "auto", True, True),
+    ],
+)
+def test_fusions(
+    model: dict[str, Any],
+    device: torch.device,
+    wanted: str,
+    on: bool,
+    activation: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mcore_config, "runs_triton", lambda device: device.type == "cuda")
+    config = small_config(model=model, train={"fusions": wanted})
+    translated = transformer_config(config, "fp32", device)
+    assert translated.bias_dropout_fusion is translated.cross_entropy_loss_fusion is on
+    assert translated.bias_activation_fusion is activation and not translated.apply_rope_fusion
+
+
+def test_fused_functions_compute_the_same() -> None:
+    """Megatron-Core's fused functions, run without being compiled, against its plain ones: loss and gradients."""
+    plan = LoopPlan(4, ((3, LayerPlan(1, (0, 1))),))
+    results = []
+    for wanted in ("off", "on"):
+        config = small_config(train={"fusions": wanted})
+        model = single_model(config).train()
+        apply_plan(model, plan)
+        with torch.compiler.set_stance("force_eager"):
+            loss = model(**random_batch(config))
+            loss.backward()
+        results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
+    (loss, grads), (fused_loss, fused_grads) = results
+    torch.testing.assert_close(fused_loss, loss, rtol=1e-6, atol=0)
+    for name, grad in grads.items():
+        torch.testing.assert_close(fused_grads[name], grad, rtol=1e-4, atol=1e-6, msg=name)

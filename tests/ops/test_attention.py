@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
-from megatron_sgt.ops.attention import causal_attention, causal_attention_reference
+from megatron_sgt.ops.attention import causal_attention, causal_attention_reference, fastest_kernel
 from tests.helpers.tensor_shapes import ShapeRecorder
 
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -59,6 +60,21 @@ def test_the_future_has_no_influence() -> None:
     after = causal_attention(query, key, value)
     assert torch.equal(before[:5], after[:5])
     assert not torch.allclose(before[5:], after[5:])
+
+
+@pytest.mark.parametrize(("capability", "first"), [((9, 0), "CUDNN"), ((8, 0), "FLASH"), ((10, 0), "CUDNN")])
+def test_the_order_of_kernels(
+    capability: tuple[int, int], first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inside the context torch's own list of priorities is the wanted one; afterwards it is what it was."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    before = torch._C._get_sdp_priority_order()
+    with fastest_kernel(torch.device("cuda")):
+        order = [SDPBackend(number) for number in torch._C._get_sdp_priority_order()]
+    assert order[0].name.startswith(first) and order.index(SDPBackend.FLASH_ATTENTION) < 2
+    assert torch._C._get_sdp_priority_order() == before
+    with fastest_kernel(torch.device("cpu")):
+        assert torch._C._get_sdp_priority_order() == before
 
 
 def test_no_scores_are_kept_for_any_grouping() -> None:
