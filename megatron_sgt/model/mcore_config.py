@@ -54,7 +54,7 @@ def transformer_config(config: Config, precision: str, device: torch.device) -> 
             sequence_parallel=parallel.sequence_parallel,
             # Recompute is done by the layer and the core attention themselves (layer.py, core_attention.py):
             # Megatron's own would lose the gates of a loop pass, and knows no lists of layers.
-            **fusions(config, device),
+            **fusions(config, precision, device),
             # Megatron's fused rotary needs Transformer Engine or Apex.
             apply_rope_fusion=False,
             # Weight-gradient accumulation into main_grad bypasses autograd, on which DeepSpeed relies.
@@ -65,7 +65,7 @@ def transformer_config(config: Config, precision: str, device: torch.device) -> 
         raise ConfigError(f"Megatron-Core refuses this model: {error}") from error
 
 
-def fusions(config: Config, device: torch.device) -> dict[str, bool]:
+def fusions(config: Config, precision: str, device: torch.device) -> dict[str, bool]:
     """Megatron-Core's switches of what ``train.fusions`` turns on.
 
     They go through torch.compile, which builds code when the run starts: seconds on a GPU, and a C++ compiler on a
@@ -73,12 +73,13 @@ def fusions(config: Config, device: torch.device) -> dict[str, bool]:
     """
     wanted, model = config.train.fusions, config.model
     on = wanted == "on" or (wanted == "auto" and device.type != "cpu" and runs_triton(device))
-    # Megatron-Core has a fused GELU only together with a bias.
+    # Megatron-Core has a fused GELU only together with a bias. Its fused cross-entropy rounds the gradient of the
+    # logits to bf16 whatever their type, which only a bf16 run can bear.
     activation = model.activation == "swiglu" or model.add_bias_linear
     return {
         "bias_activation_fusion": on and activation,
         "bias_dropout_fusion": on,
-        "cross_entropy_loss_fusion": on,
+        "cross_entropy_loss_fusion": on and precision == "bf16",
     }
 
 
