@@ -32,8 +32,12 @@ INTERPRETED = 80
 """Architecture whose entries run where there is no GPU, in Triton's interpreter."""
 
 
-def entry(kernel: str, arch: int, size: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Tile shape and launch options of ``kernel`` on compute capability ``arch`` (90: 9.0) at head size ``size``."""
+def entry(kernel: str, arch: int, size: int, wide: bool = False) -> tuple[dict[str, int], dict[str, int]]:
+    """Tile shape and launch options of ``kernel`` on compute capability ``arch`` (90: 9.0) at head size ``size``.
+
+    ``wide``: fp32 operands. They take twice the shared memory and are multiplied without tensor cores, so they are
+    worked on in half the steps and two stages.
+    """
     fitting = [
         values
         for (least, width), values in sorted(_ENTRIES[kernel].items())
@@ -45,6 +49,8 @@ def entry(kernel: str, arch: int, size: int) -> tuple[dict[str, int], dict[str, 
     shape = {name: value for name, value in (("BM", rows), ("BN", columns), ("BK", min(step, size))) if value}
     if "BK" in shape and kernel in ("project_in", "output_gradient"):
         shape["BK"] = step  # these step along D, not along a head
+    if wide:
+        shape, stages = {name: max(16, value // 2) for name, value in shape.items()}, min(2, stages)
     return shape, {"num_warps": warps, "num_stages": stages}
 
 
@@ -57,15 +63,8 @@ def arch_of(x: Tensor) -> int:
 
 
 def tile(kernel: str, x: Tensor, size: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Tile shape and launch options of ``kernel`` for tensors like ``x``.
-
-    fp32 operands take twice the shared memory, so they are worked on in half the steps and two stages.
-    """
-    shape, launch = entry(kernel, arch_of(x), size)
-    if x.dtype == torch.float32 and x.device.type == "cuda":
-        shape = {name: max(16, value // 2) for name, value in shape.items()}
-        launch = {**launch, "num_stages": min(2, launch["num_stages"])}
-    return shape, launch
+    """Tile shape and launch options of ``kernel`` for tensors like ``x``."""
+    return entry(kernel, arch_of(x), size, x.dtype == torch.float32 and x.device.type == "cuda")
 
 
 def split_keys(x: Tensor, keys: int, programs: int) -> int:

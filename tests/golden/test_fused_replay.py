@@ -29,7 +29,7 @@ def fused_replay(info: RankInfo, path: Path, layout: dict[str, Any], train: dict
     for name in ("fused_sparse_loop", "fused_balanced_loop"):
         setattr(layer, name, counted(getattr(layer, name)))
     result = replays.replay_on(info, path, layout, train)
-    assert passes > 100, "the fused passes did not run"
+    assert passes > 50, "the fused passes did not run"
     return result
 
 

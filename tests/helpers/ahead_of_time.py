@@ -59,18 +59,26 @@ HEAD_SIZES = (64, 128)
 ARCHITECTURES = (80, 90)
 
 
-def compile_kernel(kernel: Kernel, arch: int, size: int) -> dict[str, int]:
-    """REG, STACK (bytes), smem (bytes) and counts of instructions of ``kernel`` in bf16."""
+def compile_kernel(kernel: Kernel, arch: int, size: int, dtype: str = "bf16") -> dict[str, int]:
+    """REG, STACK (bytes), smem (bytes) and counts of instructions of ``kernel`` for tensors of ``dtype``."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     function = getattr(importlib.import_module(f"megatron_sgt.ops.{kernel.module}"), kernel.name)
-    shape, launch = entry(kernel.tiles, arch, size) if kernel.tiles else ({}, {"num_warps": 4})
-    known = {**kernel.switches, **shape, "H": size, "BH": size, "PRECISION": "tf32"}
+    shape, launch = (
+        entry(kernel.tiles, arch, size, dtype == "fp32") if kernel.tiles else ({}, {"num_warps": 4})
+    )
+    known = {
+        **kernel.switches,
+        **shape,
+        "H": size,
+        "BH": size,
+        "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+    }
     names = function.arg_names
     constants = {name: known[name] for name in names if name in known}
-    signature = {name: "constexpr" if name in constants else _type_of(name) for name in names}
+    signature = {name: "constexpr" if name in constants else _type_of(name, dtype) for name in names}
     round_numbers = [n for n in names if n not in constants and n not in _SCALAR_FP32 and n not in _ODD]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in round_numbers}
     source = ASTSource(function, signature=signature, constexprs=constants, attrs=attributes)
@@ -90,9 +98,9 @@ def compile_kernel(kernel: Kernel, arch: int, size: int) -> dict[str, int]:
     return {**found, "smem": compiled.metadata.shared, **counts}
 
 
-def _type_of(name: str) -> str:
+def _type_of(name: str, dtype: str) -> str:
     if name.endswith("_ptr"):
-        return "*fp32" if name in _FP32 else "*i32" if name in _INT32 else "*bf16"
+        return "*fp32" if name in _FP32 else "*i32" if name in _INT32 else f"*{dtype}"
     return "fp32" if name in _SCALAR_FP32 else "i32"
 
 

@@ -1,0 +1,118 @@
+"""Times of one loop pass, of its attention and of the entropies, beside the roofline measured in the same run."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu_parts.loop_pass import PassInputs, attention_flops, eager_pass, fused_pass, pass_inputs, work
+from gpu_parts.machine import Machine, per
+from megatron_sgt.ops import fused_loop, library
+from megatron_sgt.ops.attention import causal_attention
+from megatron_sgt.ops.entropy import last_row_entropy
+
+Forward = Callable[[], Tensor]
+
+
+def shapes(machine: Machine) -> list[tuple[int, int, int, int]]:
+    """(T, B, D, d), the shapes of interest first in case time runs out."""
+    if machine.dry:
+        return [(40, 1, 64, 16)]
+    sizes = [(2048, 128), (1024, 64), (4096, 128), (2048, 64), (1024, 128), (4096, 64)]
+    return [(4096, batch, width, size) for (width, size), batch in itertools.product(sizes, (1, 2, 4, 8))]
+
+
+def _both_ways(forward: Forward, leaves: list[Tensor]) -> Callable[[], object]:
+    pull = torch.ones_like(forward())
+    return lambda: torch.autograd.grad(forward(), leaves, pull)
+
+
+def passes(machine: Machine) -> list[dict[str, Any]]:
+    """Forward and backward of a whole pass, in every way."""
+    rows = []
+    for length, batch, width, size in shapes(machine):
+        if machine.late:
+            rows.append({"skipped": f"B {batch}, D {width}, d {size}: the time is used up"})
+            continue
+        p = pass_inputs(length, batch, width, size, machine.device, machine.dtype)
+        operations, least_bytes = work(length, batch, width, size)
+        row: dict[str, Any] = {"B": batch, "D": width, "d": size, "T": length}
+        for way, forward in _ways(p, machine, batch).items():
+            seconds = machine.seconds(_both_ways(forward, p.leaves()))
+            row[f"{way}_us"] = per(1e6, seconds)
+            if seconds and machine.copy_bytes_per_second and machine.matmul_flops_per_second:
+                ideal = max(
+                    operations / machine.matmul_flops_per_second, least_bytes / machine.copy_bytes_per_second
+                )
+                row[f"{way}_share"] = round(ideal / seconds, 3)
+        rows.append(row)
+        machine.free()
+    return rows
+
+
+def _ways(p: PassInputs, machine: Machine, batch: int) -> dict[str, Forward]:
+    ways: dict[str, Forward] = {
+        "fused_custom": lambda: fused_pass(p, library=False),
+        "fused_library": lambda: fused_pass(p, library=True),
+        "eager": lambda: eager_pass(p),
+    }
+    if batch == 2 or machine.dry:  # compiling takes seconds: at one batch size
+        torch._dynamo.reset()
+        backend = "aot_eager" if machine.dry else "inductor"
+        compiled = torch.compile(eager_pass, backend=backend)
+        ways["compiled"] = lambda: compiled(p)
+    return ways
+
+
+def attentions(machine: Machine) -> list[dict[str, Any]]:
+    """The attention alone, custom and library: what the dispatch table in ops/backend.py should say."""
+    rows = []
+    for length, batch, size in sorted({(t, b, d) for t, b, _, d in shapes(machine)}):
+        if machine.late:
+            rows.append({"skipped": f"attention, B {batch}, d {size}: the time is used up"})
+            continue
+        p = pass_inputs(length, batch, 2 * size, size, machine.device, machine.dtype)
+        query, key, value = (
+            torch.randn_like(p.x).unflatten(-1, (2, size)).requires_grad_() for _ in range(3)
+        )
+        ways: dict[str, Forward] = {
+            "custom": lambda q=query, k=key, v=value, at=p.at: fused_loop.attend(q, k, v, at, False)[0],
+            "custom_entropy": lambda q=query, k=key, v=value, at=p.at: fused_loop.attend(q, k, v, at, True)[
+                0
+            ],
+            "library": lambda q=query, k=key, v=value: causal_attention(q, k, v),
+        }
+        row: dict[str, Any] = {"B": batch, "d": size, "T": length}
+        for way, forward in ways.items():
+            with torch.no_grad():
+                ahead = machine.seconds(forward)
+            total = machine.seconds(_both_ways(forward, [query, key, value]))
+            row[f"{way}_forward_us"], row[f"{way}_us"] = per(1e6, ahead), per(1e6, total)
+            if ahead and total and machine.matmul_flops_per_second:
+                ideal = attention_flops(length, batch, size) / machine.matmul_flops_per_second
+                row[f"{way}_forward_share"] = round(ideal / ahead, 3)
+                row[f"{way}_share"] = round(3.5 * ideal / total, 3)
+        rows.append(row)
+    return rows
+
+
+def entropies(machine: Machine) -> list[dict[str, Any]]:
+    """The entropies of all heads of a layer in a step that measures them."""
+    length, batch, width, size = (40, 2, 64, 16) if machine.dry else (4096, 2, 2048, 128)
+    shape = (length, batch, 3 * width // size, size)
+    fused = torch.randn(shape, device=machine.device).to(machine.dtype)
+    query, key, _ = fused.chunk(3, dim=2)
+    return [
+        {
+            "T": length,
+            "B": batch,
+            "heads": width // size,
+            "d": size,
+            "kernel_us": per(1e6, machine.seconds(lambda: library.last_row_entropy(query, key))),
+            "torch_us": per(1e6, machine.seconds(lambda: last_row_entropy(query, key))),
+        }
+    ]

@@ -1,0 +1,105 @@
+"""The machine that is measured: its clock, its identity and its ceilings. A dry run has no clock."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_sgt.metrics.throughput import peak_flops
+from megatron_sgt.parallel.device import device_name
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@dataclass
+class Machine:
+    """``dry``: everything runs once, on a CPU, in tiny shapes, and no time is reported. ``deadline``: time.monotonic()
+    after which sections skip what is left."""
+
+    device: torch.device
+    dtype: torch.dtype
+    dry: bool
+    deadline: float
+    copy_bytes_per_second: float | None = None
+    matmul_flops_per_second: float | None = None
+
+    def seconds(self, function: Callable[[], Any], repeats: int = 5, calls: int = 10) -> float | None:
+        """Seconds of one call on the GPU: the median over ``repeats`` batches of ``calls``. None in a dry run."""
+        function()
+        if self.dry:
+            return None
+        function()
+        times = []
+        for _ in range(repeats):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(calls):
+                function()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3 / calls)
+        return statistics.median(times)
+
+    @property
+    def late(self) -> bool:
+        """Whether the time for the whole suite is used up."""
+        return time.monotonic() > self.deadline
+
+    def free(self) -> None:
+        """Give unused device memory back."""
+        if not self.dry:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def measure_ceilings(machine: Machine) -> dict[str, Any]:
+    """What a copy and a square matrix product reach here: the roofline that kernels are held against."""
+    elements, width = (2**8, 32) if machine.dry else (2**28, 8192)
+    source = torch.randn(elements, device=machine.device).to(machine.dtype)
+    target = torch.empty_like(source)
+    copy = machine.seconds(lambda: target.copy_(source))
+    a = torch.randn(width, width, device=machine.device).to(machine.dtype)
+    product = machine.seconds(lambda: a @ a)
+    if copy and product:
+        machine.copy_bytes_per_second = 2 * source.numel() * source.element_size() / copy
+        machine.matmul_flops_per_second = 2 * width**3 / product
+    return {
+        "copy_gb_per_second": per(1e-9, machine.copy_bytes_per_second),
+        "matmul_tflops": per(1e-12, machine.matmul_flops_per_second),
+        "datasheet_tflops": per(
+            1e-12, None if machine.dry else peak_flops(device_name(machine.device), "bf16")
+        ),
+    }
+
+
+def per(factor: float, value: float | None) -> float | None:
+    """``value`` in other units, or None."""
+    return None if value is None else round(value * factor, 3)
+
+
+def identity(machine: Machine) -> dict[str, Any]:
+    """Device, versions and commit of a result."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("triton", "deepspeed", "megatron.core"):
+        try:
+            versions[name] = __import__(name, fromlist=["__version__"]).__version__
+        except ImportError:
+            versions[name] = None
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "device": device_name(machine.device),
+        "dry_run": machine.dry,
+        "dtype": str(machine.dtype).removeprefix("torch."),
+        "commit": commit or None,
+        "versions": versions,
+    }
