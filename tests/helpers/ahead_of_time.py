@@ -104,15 +104,14 @@ def _type_of(name: str, dtype: str) -> str:
     return "fp32" if name in _SCALAR_FP32 else "i32"
 
 
-def table(pattern: str = "") -> dict[tuple[str, int, int], dict[str, int]]:
-    """Everything that is shipped, by (kernel, architecture, head size)."""
-    return {
-        (name, arch, size): compile_kernel(kernel, arch, size)
-        for (name, kernel), arch, size in itertools.product(KERNELS.items(), ARCHITECTURES, HEAD_SIZES)
-        if pattern in name
-    }
+def main(pattern: str = "") -> None:
+    """Print everything that is shipped (or what has ``pattern`` in its name), line by line."""
+    for (name, kernel), size, arch in itertools.product(KERNELS.items(), HEAD_SIZES, ARCHITECTURES):
+        if pattern in name:
+            numbers = compile_kernel(kernel, arch, size)
+            shown = "  ".join(f"{key} {value}" for key, value in numbers.items())
+            print(f"{name:24} sm_{arch} d{size:<4} {shown}", flush=True)
 
 
 if __name__ == "__main__":
-    for (name, arch, size), numbers in table(*sys.argv[1:]).items():
-        print(f"{name:24} sm_{arch} d{size:<4}", "  ".join(f"{k} {v}" for k, v in numbers.items()))
+    main(*sys.argv[1:])

@@ -42,10 +42,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"
     import torch
-    from gpu_parts import correctness, kernels, machine, training
 
     if not args.dry_run and not torch.cuda.is_available():
         raise ConfigError("gpu_suite measures a GPU, and torch sees none; --dry-run executes it on a CPU")
+    from gpu_parts import correctness, kernels, machine, training
+
     this = machine.Machine(
         device=torch.device("cpu" if args.dry_run else "cuda"),
         dtype=torch.float32 if args.dry_run else torch.bfloat16,
