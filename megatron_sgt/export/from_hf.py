@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,11 @@ def _all_or_nothing(root: Path, final: Path) -> Iterator[Path]:
         yield temporary
     except BaseException as error:
         for path in doomed:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    path.unlink()
         if isinstance(error, OSError):
             raise CheckpointError(f"{final} cannot be written: {error}") from error
         raise
