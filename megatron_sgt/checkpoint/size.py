@@ -7,19 +7,7 @@ from megatron_sgt.cli import nearest
 from megatron_sgt.config import Config
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.metrics.units import file_size
-from megatron_sgt.planning.parameters import parameter_count
-
-# Bytes per parameter: the weights; AdamW's two moments, with an fp32 copy of the weights under ZeRO and
-# wherever the weights are not fp32 themselves.
-_WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-_MOMENT_BYTES, _COPY_BYTES = 8, 4
-
-
-def checkpoint_bytes(config: Config, precision: str) -> int:
-    """Bytes of one checkpoint of the model: weights and optimizer state."""
-    copied = precision != "fp32" or config.parallel.zero_stage > 0
-    per_parameter = _WEIGHT_BYTES[precision] + _MOMENT_BYTES + (_COPY_BYTES if copied else 0)
-    return parameter_count(config.model) * per_parameter
+from megatron_sgt.planning.memory import checkpoint_bytes
 
 
 def check_disk(config: Config, precision: str) -> tuple[Path, int]:

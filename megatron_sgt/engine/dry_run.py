@@ -18,10 +18,9 @@ from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.metrics.units import file_size
 from megatron_sgt.parallel.device import select_device
-from megatron_sgt.planning.flops import overhead, step_flops
+from megatron_sgt.planning.describe import batch_line, count, growth_line, layout_line, model_line
+from megatron_sgt.planning.flops import step_flops
 from megatron_sgt.planning.loop_cost import choose_loop_method
-from megatron_sgt.planning.parameters import parameter_count
-from megatron_sgt.planning.structure import final_plan
 
 
 def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:
@@ -37,14 +36,14 @@ def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:
     Raises:
         ConfigError, DataError, CheckpointError: the first thing that would stop the run.
     """
-    accumulation = config.num_micro_batches(world_size)
+    config.num_micro_batches(world_size)
     check_surroundings(config)
     check_deepspeed(config, world_size, precision_of(config))
     config = with_vocabulary(config)
     data = validate_data(config)
     start = find_start(config)
-    rows = list(_model_rows(config))
-    rows += _batch_rows(config, world_size, accumulation)
+    rows = [("model", model_line(config)), ("growth", growth_line(config))]
+    rows += _batch_rows(config, world_size)
     rows.append(
         (
             "data",
@@ -56,13 +55,9 @@ def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:
     rows.append(("start", start.sentence))
     notes = [*data.notes, *_start_notes(config, start)]
     if assumed:
-        notes.append(f"planned for {_count(world_size, 'rank')}; --world-size N plans for another number")
+        notes.append(f"planned for {count(world_size, 'rank')}; --world-size N plans for another number")
     rows += [("note", note) for note in notes]
     return "\n".join(f"{name:<11} {text}" for name, text in rows)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _start_notes(config: Config, start: Start) -> Iterator[str]:
@@ -76,61 +71,23 @@ def _start_notes(config: Config, start: Start) -> Iterator[str]:
         yield f"changed since the checkpoint was saved: {'; '.join(start.changed)}"
 
 
-def _model_rows(config: Config) -> Iterator[tuple[str, str]]:
-    model, growth = config.model, config.growth
-    yield (
-        "model",
-        f"{parameter_count(model):,} parameters · {model.num_layers} layers · hidden {model.hidden_size} · "
-        f"{model.num_attention_heads} heads in {model.num_query_groups} groups · T = {model.seq_length}",
-    )
-    if growth.method == "vanilla":
-        yield "growth", "none (vanilla)"
-        return
-    plan = final_plan(config)
-    added = f"{100 * overhead(model, plan):+.2f} % FLOPs"
-    if growth.method == "block_loop":
-        yield "growth", f"block loop of layers {list(growth.block_loop_layers)}: {added} from the first step"
-        return
-    if growth.replay is not None:
-        count = _count(sum(layer.loops > 0 for layer in plan), "layer")
-        yield "growth", f"repeats the decisions of {growth.replay}: {count}, {added} once fixed"
-        return
-    loops = _count(growth.max_loop_depth, "loop")
-    heads = "all heads" if growth.head_choice == "all" else _count(growth.num_keep_heads, "head")
-    yield (
-        "growth",
-        f"up to {_count(growth.max_selected_layers, 'layer')} x {heads} x {loops} from step "
-        f"{growth.first_selection_step} on, at most {added} once fixed",
-    )
-
-
 def _loop_rows(config: Config) -> list[tuple[str, str]]:
     if config.parallel.tensor_model_parallel_size == 1 or config.growth.method != "sgt":
         return []
     return [("loops", choose_loop_method(config)[1])]
 
 
-def _batch_rows(config: Config, world_size: int, accumulation: int) -> list[tuple[str, str]]:
-    train, parallel = config.train, config.parallel
-    data_parallel = config.data_parallel_size(world_size)
-    tokens = train.global_batch_size * config.model.seq_length
-    flops = step_flops(config.model, LoopPlan.empty(config.model.num_layers), train.global_batch_size).model
+def _batch_rows(config: Config, world_size: int) -> list[tuple[str, str]]:
+    steps, batch = config.train.train_iters, config.train.global_batch_size
+    flops = step_flops(config.model, LoopPlan.empty(config.model.num_layers), batch).model
     return [
-        (
-            "layout",
-            f"{_count(world_size, 'rank')} = tensor parallel {parallel.tensor_model_parallel_size} x data parallel "
-            f"{data_parallel} · ZeRO-{parallel.zero_stage} · {_shown_precision(config)}",
-        ),
+        ("layout", layout_line(config, world_size, _shown_precision(config))),
         *_loop_rows(config),
-        (
-            "batch",
-            f"{train.global_batch_size} sequences = micro {train.micro_batch_size} x accumulation "
-            f"{accumulation} x data parallel {data_parallel} · {tokens:,} tokens per step",
-        ),
+        ("batch", batch_line(config, world_size)),
         (
             "run",
-            f"{train.train_iters:,} steps · {tokens * train.train_iters:,} tokens · "
-            f"{flops * train.train_iters:.3g} FLOPs before growth",
+            f"{steps:,} steps · {steps * batch * config.model.seq_length:,} tokens · "
+            f"{flops * steps:.3g} FLOPs before growth",
         ),
     ]
 

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.metrics.throughput import peak_flops
 
+USABLE = 0.92
+"""Share of a device's memory that tensors may fill: the rest is the context, workspaces and fragmentation."""
+
 
 @dataclass(frozen=True)
 class Gpu:

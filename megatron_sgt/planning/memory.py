@@ -13,12 +13,15 @@ Buffers: the reduce bucket (stages 1 to 3: 5e8 elements unless deepspeed.zero_op
 with overlap_comm in stages 1 and 2), weights gathered by stage 3 (at most stage3_max_live_parameters), kept weights
 of balanced loops, and Megatron's gather buffer of sequence parallelism.
 
+With offload_optimizer the last column lies on the host.
+
 Activations are what autograd keeps from forward to backward, listed operation by operation below for this project's
 layers; what the backward pass adds on top for a moment is in ``Activations.transient``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_sgt.config import Config
@@ -105,10 +108,11 @@ def state_memory(config: Config, world_size: int, precision: str) -> State:
     bucket = buckets * int(zero.get("reduce_bucket_size", BUCKET_ELEMENTS)) * element
     # Stages 1 and 2 only use the bucket when there is something to reduce to other ranks, stage 0 has none.
     stream = config.train.micro_batch_size * config.model.seq_length * config.model.hidden_size * element
+    offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     return State(
         weights=element * (share if stage == 3 else count),
         gradients=element * (share if stage >= 2 else count),
-        optimizer=2 * _FP32 * count if stage == 0 else 3 * _FP32 * share,
+        optimizer=0 if offloaded else 2 * _FP32 * count if stage == 0 else 3 * _FP32 * share,
         buffers=(bucket if stage else 0)
         + (gathered if stage == 3 else 0)
         + (stream if parallel.sequence_parallel else 0),
@@ -150,6 +154,19 @@ def activation_memory(
     logits, logits_transient = rank.logits()
     kept = sum(rank.kept_weights(layer) for layer in plan)
     return Activations(layers, loops, logits, kept, max(recomputed, logits_transient))
+
+
+def peak_memory(config: Config, plans: Iterable[LoopPlan], world_size: int, precision: str) -> int:
+    """Bytes on the fullest rank at the worst of ``plans``."""
+    activations = max(activation_memory(config, plan, precision).total for plan in plans)
+    return state_memory(config, world_size, precision).total + activations
+
+
+def checkpoint_bytes(config: Config, precision: str) -> int:
+    """Bytes of one checkpoint: weights, AdamW's moments, and the fp32 copy of the weights where there is one."""
+    copied = precision != "fp32" or config.parallel.zero_stage > 0
+    per_parameter = ELEMENT_BYTES[precision] + (3 if copied else 2) * _FP32
+    return parameter_count(config.model) * per_parameter
 
 
 class _Rank:

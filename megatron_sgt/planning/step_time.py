@@ -23,7 +23,8 @@ from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.planning.flops import Flops, pass_flops, step_flops
 from megatron_sgt.planning.hardware import Gpu
 from megatron_sgt.planning.loop_cost import loop_flops
-from megatron_sgt.planning.memory import activation_memory, state_memory
+from megatron_sgt.planning.memory import activation_memory
+from megatron_sgt.planning.parameters import parameter_count
 from megatron_sgt.planning.traffic import LoopMethod, Transfer, step_traffic
 
 OPTIMIZER_BYTES = 28
@@ -83,7 +84,8 @@ def step_time(
     looping = [item for item in transfers if item.part in LOOP_PARTS]
     others = [item for item in transfers if item.part not in LOOP_PARTS]
     moved, moved_by_loops = _elementwise_bytes(config, plan, world_size, precision, method)
-    share = state_memory(config, world_size, precision).optimizer / 12  # parameters that this rank updates
+    count = parameter_count(config.model, config.parallel.tensor_model_parallel_size)
+    share = count / (config.data_parallel_size(world_size) if config.parallel.zero_stage else 1)
     return StepTime(
         compute=(_needed(ordinary) + again) / world_size / rate,
         tensor_parallel=sum(_seconds(i, config, world_size, machine) for i in others if i.group != "data"),

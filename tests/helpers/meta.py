@@ -24,4 +24,7 @@ def meta_model(config: Config, precision: str = "bf16") -> LanguageModel:
     )
     groups = replace(single_groups(small_config()), device=META)
     with META:
-        return build_model(config, groups, precision, 1 + config.growth.max_loop_depth)
+        model = build_model(config, groups, precision, 1 + config.growth.max_loop_depth)
+    rotary = model.gpt.rotary_pos_emb
+    rotary.inv_freq = rotary.inv_freq.to(META)  # no buffer: it stays behind otherwise
+    return model

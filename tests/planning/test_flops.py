@@ -1,14 +1,22 @@
 """Closed-form FLOPs equal torch's counter over forward and backward, exactly, in every state."""
 
+import os
+from pathlib import Path
+
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_sgt.config import load_config
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.model.apply_plan import apply_plan
 from megatron_sgt.planning.flops import overhead, step_flops
+from megatron_sgt.planning.structure import final_plan
 from tests.helpers.flops import flop_counter
+from tests.helpers.meta import META, meta_model
 from tests.helpers.single import random_batch, single_model, small_config
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
 PLANS = {
     "vanilla": (),
     "window": ((2, LayerPlan(1, (0, 3), 0.5)), (3, LayerPlan(2, (1, 2), 0.25))),
@@ -73,3 +81,24 @@ def test_overhead_of_three_layers_with_two_heads() -> None:
         model(**batch).backward()
     assert plain.get_total_flops() in (3 * vanilla.linear, vanilla.executed)
     assert with_loops.get_total_flops() / plain.get_total_flops() - 1 < 0.042
+
+
+SHAPES = ("sgt_300m", "sgt_1.2b", "sgt_7b", "sgt_13b", "sgt_70b")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_examples_on_the_meta_device(name: str) -> None:
+    """Model FLOPs of vanilla and of the final structure, at full width and length, equal torch's counter exactly.
+
+    The meta device multiplies scores and probabilities explicitly, so the counter sees 3 · forward, which is what
+    model FLOPs are. Four layers stand for all, which are alike; SGT_ALL_LAYOUTS=1 counts all of them.
+    """
+    layers = [] if os.environ.get("SGT_ALL_LAYOUTS") else ["model.num_layers=4"]
+    config = load_config(EXAMPLES / f"{name}.yaml", ["model.vocab_size=32000", *layers])
+    model = meta_model(config)
+    for plan in (LoopPlan.empty(config.model.num_layers), final_plan(config)):
+        apply_plan(model, plan)
+        tokens = torch.zeros(1, config.model.seq_length, dtype=torch.long, device=META)
+        with META, flop_counter() as counter:
+            model.gpt(tokens, tokens, None).sum().backward()
+        assert counter.get_total_flops() == step_flops(config.model, plan, 1).model

@@ -16,16 +16,14 @@ from megatron_sgt.cli import positive, run_main
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.planning.flops import step_flops
-from megatron_sgt.planning.hardware import GPUS, find_gpu
-from megatron_sgt.planning.memory import activation_memory, state_memory
+from megatron_sgt.planning.hardware import GPUS, USABLE, find_gpu
+from megatron_sgt.planning.memory import peak_memory
 from megatron_sgt.planning.step_time import Machine, StepTime, step_time
 from megatron_sgt.planning.structure import final_plan
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 SIZES = ("1.2b", "7b", "13b", "70b")
 COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-USABLE = 0.92
-"""Share of a device's memory that tensors may fill: the rest is the context, workspaces and fragmentation."""
 PRECISION = "bf16"
 
 
@@ -71,13 +69,6 @@ def layouts(size: str, machine: Machine) -> Iterator[Config]:
                     )
 
 
-def memory_of(config: Config, gpus: int) -> float:
-    """Bytes per rank at the worst, after the last growth or before it."""
-    plans = (LoopPlan.empty(config.model.num_layers), final_plan(config, together=True))
-    most = max(activation_memory(config, plan, PRECISION).total for plan in plans)
-    return state_memory(config, gpus, PRECISION).total + most
-
-
 def best_layout(
     size: str, gpus: int, machine: Machine, candidates: list[Config]
 ) -> tuple[Config, dict[str, StepTime], float] | None:
@@ -89,10 +80,11 @@ def best_layout(
         unit = train.micro_batch_size * (gpus // config.parallel.tensor_model_parallel_size)
         if gpus % config.parallel.tensor_model_parallel_size or not unit or train.global_batch_size % unit:
             continue
-        memory = memory_of(config, gpus)
+        plans = (LoopPlan.empty(config.model.num_layers), final_plan(config, together=True))
+        memory = peak_memory(config, plans, gpus, PRECISION)
         if memory > USABLE * machine.gpu.memory:
             continue
-        plan, vanilla = final_plan(config, together=True), LoopPlan.empty(config.model.num_layers)
+        vanilla, plan = plans
         times = {
             "vanilla": step_time(config, vanilla, gpus, machine, PRECISION, "owner"),
             "naive": step_time(config, plan, gpus, machine, PRECISION, "owner"),

@@ -1,0 +1,162 @@
+"""What a user should know before a run starts, each with the way out. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_sgt.config import Config, parse_config
+from megatron_sgt.errors import ConfigError
+from megatron_sgt.growth import LoopPlan
+from megatron_sgt.metrics.units import file_size
+from megatron_sgt.planning.hardware import USABLE
+from megatron_sgt.planning.loop_cost import choose_loop_method, loop_flops
+from megatron_sgt.planning.memory import peak_memory
+from megatron_sgt.planning.parameters import parameter_count, weights
+from megatron_sgt.planning.step_time import Machine
+from megatron_sgt.planning.structure import placeholder_heads, timeline
+
+SMALL_SHARE = 250_000
+"""Elements of a layer per rank below which ZeRO-3 sends many small messages."""
+
+
+def warnings(config: Config, world_size: int, machine: Machine, precision: str) -> Iterator[str]:
+    """One sentence each, the worst first."""
+    yield from _memory(config, world_size, machine, precision)
+    yield from _growth(config)
+    yield from _loops(config)
+    yield from _layout(config, world_size, machine)
+
+
+def _memory(config: Config, world_size: int, machine: Machine, precision: str) -> Iterator[str]:
+    plans = {stretch.plan for stretch in timeline(config)}
+    limit = USABLE * machine.gpu.memory
+    first = peak_memory(config, [timeline(config)[0].plan], world_size, precision)
+    worst = peak_memory(config, plans, world_size, precision)
+    if worst <= limit:
+        return
+    when = "from the start" if first > limit else "only after growth: the run would end in the middle"
+    text = f"does not fit: {file_size(worst)} per rank of {file_size(limit)} usable, {when}"
+    ways = list(_ways_to_fit(config, plans, world_size, precision, limit))
+    if ways:
+        yield f"{text}; it fits with {', or '.join(ways)}"
+    else:
+        yield f"{text}; no single change is enough: combine more GPUs, tensor parallelism, ZeRO-3 and full recompute"
+
+
+def _ways_to_fit(
+    config: Config, plans: set[LoopPlan], world_size: int, precision: str, limit: float
+) -> Iterator[str]:
+    """Single changes after which the run fits, with its size then."""
+    train, parallel = config.train, config.parallel
+    changes: list[dict[str, Any]] = []
+    if train.micro_batch_size > 1:
+        changes.append({"train.micro_batch_size": train.micro_batch_size // 2})
+    if train.recompute_granularity != "full":
+        changes.append({"train.recompute_granularity": "full", "train.recompute_layers": None})
+    changes += [{"parallel.zero_stage": stage} for stage in (1, 3) if stage > parallel.zero_stage]
+    tensor = 2 * parallel.tensor_model_parallel_size
+    changes.append({"parallel.tensor_model_parallel_size": tensor, "parallel.sequence_parallel": True})
+    for change in changes:
+        try:
+            other = changed(config, change)
+            other.num_micro_batches(world_size)
+        except ConfigError:
+            continue
+        size = peak_memory(other, plans, world_size, precision)
+        if size <= limit:
+            shown = " ".join(
+                f"{name}={str(value).lower()}" for name, value in change.items() if value is not None
+            )
+            yield f"{shown} ({file_size(size)})"
+
+
+def changed(config: Config, values: dict[str, Any]) -> Config:
+    """``config`` with dotted values set, validated again. Raises ConfigError for what does not go together."""
+    sections = config.model_dump()
+    for name, value in values.items():
+        section, _, key = name.partition(".")
+        sections[section][key] = value
+    return parse_config(sections)
+
+
+def _growth(config: Config) -> Iterator[str]:
+    growth, last = config.growth, config.train.train_iters
+    if growth.method != "sgt" or growth.replay is not None:
+        return
+    decisions = growth.max_selected_layers * growth.max_loop_depth
+    done = growth.first_selection_step + decisions * growth.window_size
+    if growth.first_selection_step >= last:
+        yield (
+            f"nothing grows: growth.first_selection_step {growth.first_selection_step:,} is not before the end, "
+            f"train.train_iters {last:,}; lower it, or set growth.method=vanilla"
+        )
+    elif done > last:
+        fits = max(1, (last - growth.first_selection_step) // decisions)
+        yield (
+            f"growth may still be running at the end: {decisions} windows of {growth.window_size:,} steps from step "
+            f"{growth.first_selection_step:,} on reach step {done:,}, train.train_iters is {last:,}; "
+            f"growth.window_size={fits} would fit"
+        )
+
+
+def _loops(config: Config) -> Iterator[str]:
+    parallel, growth = config.parallel, config.growth
+    ranks = parallel.tensor_model_parallel_size
+    if growth.method != "sgt" or ranks == 1 or choose_loop_method(config)[0] != "owner":
+        return
+    heads = placeholder_heads(config, together=True)
+    busiest = max(loop_flops(config, "owner", heads, rank).executed for rank in range(ranks))
+    share = busiest * ranks / sum(loop_flops(config, "owner", heads, rank).executed for rank in range(ranks))
+    if share > 1.15:
+        yield (
+            f"kept heads may fall on one of {ranks} tensor-parallel ranks: it then does {share:.3g} times the mean of "
+            f"the loop while the others wait ({choose_loop_method(config)[1]}); parallel.loop_method=balanced shares it"
+        )
+
+
+def _layout(config: Config, world_size: int, machine: Machine) -> Iterator[str]:
+    parallel, train = config.parallel, config.train
+    tensor, node = parallel.tensor_model_parallel_size, machine.gpus_per_node
+    replicas = config.data_parallel_size(world_size)
+    if tensor > node:
+        yield (
+            f"tensor parallel {tensor} reaches over nodes of {node} GPUs: every layer then waits for the network; "
+            f"parallel.tensor_model_parallel_size={node} keeps it inside"
+        )
+    elif node % tensor:
+        yield f"tensor parallel {tensor} does not divide nodes of {node} GPUs: some groups reach over two nodes"
+    if tensor > 1 and not parallel.sequence_parallel and config.model.seq_length % tensor == 0:
+        yield (
+            "activations are replicated over tensor-parallel ranks; parallel.sequence_parallel=true stores a "
+            f"{_fraction(tensor)} of those outside the matrix products, with the same bytes sent"
+        )
+    micro_batches = config.num_micro_batches(world_size)
+    if parallel.zero_stage == 2 and micro_batches > 1 and replicas > 1:
+        yield (
+            f"ZeRO-2 reduces gradients in each of {micro_batches} micro-batches, ZeRO-1 once per step; "
+            "parallel.zero_stage=1, if its gradients fit"
+        )
+    if parallel.zero_stage == 3 and replicas > 1:
+        layer = sum(
+            w.on_rank(tensor) for w in weights(config.model) if w.name in ("qkv", "proj", "fc1", "fc2")
+        )
+        if layer // replicas < SMALL_SHARE:
+            yield (
+                f"ZeRO-3 leaves {layer // replicas:,} elements of a layer on each of {replicas} ranks: messages of "
+                "little size in every layer and micro-batch; parallel.zero_stage=1 sends once per step"
+            )
+    if parallel.zero_stage == 0 and replicas > 1:
+        count = 8 * parameter_count(config.model, tensor)
+        yield (
+            f"ZeRO-0 keeps {file_size(count)} of optimizer state on each of {replicas} replicas; "
+            f"parallel.zero_stage=1 keeps {file_size(1.5 * count / replicas)}, for half as much traffic again"
+        )
+    if config.checkpoint.save_interval == 0:
+        yield "saves only at the end; checkpoint.save_interval=N saves every N steps"
+    if train.precision == "fp32" and parallel.device != "cpu":
+        yield "train.precision fp32 does without matrix units: train.precision=bf16 is many times faster"
+
+
+def _fraction(ranks: int) -> str:
+    return {2: "half", 4: "quarter", 8: "eighth"}.get(ranks, f"1/{ranks}")

@@ -1,0 +1,171 @@
+"""Everything that tools/plan.py says of a run, as numbers: a dictionary that JSON takes. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from megatron_sgt.config import Config
+from megatron_sgt.growth import LoopPlan
+from megatron_sgt.planning.advice import warnings
+from megatron_sgt.planning.flops import overhead, step_flops
+from megatron_sgt.planning.hardware import USABLE
+from megatron_sgt.planning.loop_cost import choose_loop_method
+from megatron_sgt.planning.memory import activation_memory, checkpoint_bytes, state_memory
+from megatron_sgt.planning.parameters import parameter_count, parameters_by_part
+from megatron_sgt.planning.step_time import Machine, step_time
+from megatron_sgt.planning.structure import Stretch, final_plan, timeline
+from megatron_sgt.planning.traffic import LoopMethod, loop_pass_traffic, step_traffic
+
+METHODS: tuple[LoopMethod, ...] = ("owner", "balanced")
+ERROR_BARS = (
+    "parameters and FLOPs: exact, as the built model and torch's counter count them",
+    "weights, gradients, optimizer, saved activations: within 5 % of the live tensors (CPU; activations in fp32)",
+    "not in the memory: context, workspaces, NCCL buffers, fragmentation; 8 % of the device is left for them",
+    "traffic: exact to the byte for tensor parallelism and ZeRO 0-3 (4 ranks); calls of ZeRO-3 are a bound",
+    "step time: assumed efficiencies, measured nowhere; days rest on the stated MFU alone",
+)
+
+
+def make_plan(
+    config: Config, world_size: int, machine: Machine, mfu: float, precision: str
+) -> dict[str, Any]:
+    """The plan of ``config`` on ``world_size`` ranks.
+
+    Args:
+        mfu: model FLOPs over peak FLOPs, in (0, 1].
+
+    Raises:
+        ConfigError: the ranks or the batch do not divide, or the peak is not known.
+    """
+    train, model = config.train, config.model
+    stretches = timeline(config)
+    total = sum(entry["flops"] for entry in _compute(config, stretches))
+    peak = machine.gpu.peak(precision)
+    return {
+        "parameters": {"total": parameter_count(model), **parameters_by_part(model)},
+        "layout": {
+            "world_size": world_size,
+            "gpus_per_node": machine.gpus_per_node,
+            "gpu": machine.gpu.driver_name,
+            "tensor_parallel": config.parallel.tensor_model_parallel_size,
+            "data_parallel": config.data_parallel_size(world_size),
+            "zero_stage": config.parallel.zero_stage,
+            "precision": precision,
+            "loop_method": choose_loop_method(config)[0],
+        },
+        "batch": {
+            "global_batch_size": train.global_batch_size,
+            "micro_batch_size": train.micro_batch_size,
+            "accumulation": config.num_micro_batches(world_size),
+            "tokens_per_step": train.global_batch_size * model.seq_length,
+        },
+        "memory": {
+            "limit": USABLE * machine.gpu.memory,
+            **{
+                name: _memory(config, plan, world_size, precision)
+                for name, plan in _moments(config, stretches).items()
+            },
+        },
+        "compute": _compute(config, stretches),
+        "run": {
+            "steps": train.train_iters,
+            "tokens": train.train_iters * train.global_batch_size * model.seq_length,
+            "flops": total,
+            "mfu": mfu,
+            "days": total / (world_size * peak * mfu) / 86400,
+        },
+        "checkpoint": {
+            "bytes": checkpoint_bytes(config, precision),
+            "saves": train.train_iters // config.checkpoint.save_interval
+            if config.checkpoint.save_interval
+            else 1,
+            "kept": config.checkpoint.keep_last,
+        },
+        "traffic": _traffic(config, world_size, precision),
+        "step_time": _step_times(config, world_size, machine, precision),
+        "warnings": list(warnings(config, world_size, machine, precision)),
+        "error_bars": list(ERROR_BARS),
+    }
+
+
+def _moments(config: Config, stretches: list[Stretch]) -> dict[str, LoopPlan]:
+    """The structures whose memory is shown: at the start, the largest window, at the end."""
+    moments = {"now": stretches[0].plan}
+    windows = [stretch.plan for stretch in stretches if stretch.phase == "window"]
+    if windows:
+        moments["window"] = max(windows, key=lambda plan: step_flops(config.model, plan, 1).model)
+    if config.growth.method == "sgt":
+        moments["final"] = final_plan(config)
+    return moments
+
+
+def _memory(config: Config, plan: LoopPlan, world_size: int, precision: str) -> dict[str, int]:
+    state, activations = (
+        state_memory(config, world_size, precision),
+        activation_memory(config, plan, precision),
+    )
+    return {**asdict(state), **asdict(activations), "total": state.total + activations.total}
+
+
+def _compute(config: Config, stretches: list[Stretch]) -> list[dict[str, Any]]:
+    """Model FLOPs of every stretch."""
+    batch, tokens = config.train.global_batch_size, config.train.global_batch_size * config.model.seq_length
+    entries: list[dict[str, Any]] = []
+    for stretch in stretches:
+        flops = step_flops(config.model, stretch.plan, batch).model
+        entries.append(
+            {
+                "phase": stretch.phase,
+                "first_step": stretch.first,
+                "last_step": stretch.last,
+                "loops": sum(layer.loops + layer.block_loops for layer in stretch.plan),
+                "flops_per_token": flops / tokens,
+                "overhead": overhead(config.model, stretch.plan),
+                "flops": flops * stretch.steps,
+            }
+        )
+    return entries
+
+
+def _traffic(config: Config, world_size: int, precision: str) -> dict[str, Any]:
+    """Bytes by part and step; for tensor parallelism also of one loop pass and micro-batch, both ways."""
+    tensor = config.parallel.tensor_model_parallel_size
+    sizes = {"tensor": tensor, "data": world_size // tensor, "world": world_size}
+    grown = final_plan(config)
+    entropy = config.growth.method == "sgt"
+
+    def rows(plan: LoopPlan, method: LoopMethod) -> list[dict[str, Any]]:
+        return [
+            {**asdict(item), "wire_bytes": item.wire_bytes(sizes[item.group])}
+            for item in step_traffic(config, plan, world_size, precision, method, entropy)
+        ]
+
+    chosen = choose_loop_method(config)[0]
+    traffic: dict[str, Any] = {"per_step": rows(grown, chosen)}
+    looping = next((layer for layer in final_plan(config, together=True) if layer.loops), None)
+    if tensor > 1 and looping is not None:
+        traffic["loop_pass"] = {
+            method: sum(
+                item.wire_bytes(tensor)
+                for way in loop_pass_traffic(config, looping, precision, method)
+                for item in way
+            )
+            for method in METHODS
+        }
+    ordinary = [item for item in traffic["per_step"] if item["part"] == "ordinary layers"]
+    micro_batches = config.num_micro_batches(world_size)
+    traffic["layer"] = sum(item["wire_bytes"] for item in ordinary) / config.model.num_layers / micro_batches
+    return traffic
+
+
+def _step_times(config: Config, world_size: int, machine: Machine, precision: str) -> dict[str, Any]:
+    """Modelled seconds of vanilla, and what the final structure adds, looped either way."""
+    plan, empty = final_plan(config, together=True), LoopPlan.empty(config.model.num_layers)
+    tensor = config.parallel.tensor_model_parallel_size
+    times = {"vanilla": asdict(step_time(config, empty, world_size, machine, precision, "owner"))}
+    times["vanilla"]["total"] = sum(times["vanilla"].values())
+    if plan.layers:
+        for method in METHODS if tensor > 1 and config.growth.method == "sgt" else METHODS[:1]:
+            times[method] = {"loops": step_time(config, plan, world_size, machine, precision, method).loops}
+    return times

@@ -1,0 +1,163 @@
+"""A plan as people read it: at most WIDTH columns. Pure."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_sgt.config import Config
+from megatron_sgt.metrics.units import duration, file_size, si
+from megatron_sgt.planning.describe import batch_line, growth_line, layout_line, model_line
+
+WIDTH = 100
+_LABEL = 12
+_MOMENTS = {"now": "now", "window": "in a window", "final": "after growth"}
+_MEMORY_ROWS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+    "buffers": "buffers (buckets, gathering)",
+    "layers": "activations of layers",
+    "loops": "activations of loops",
+    "logits": "logits and loss",
+    "kept": "kept weights of loops",
+    "transient": "more in the backward pass",
+}
+_PARTS = {"entropy": "entropy, until the last decision"}
+_BAR = 40
+
+
+def render(plan: dict[str, Any], config: Config, title: str) -> str:
+    """``plan`` (see ``make_plan``) as text."""
+    lines = [title]
+    for part in (_shape, _memory, _compute, _traffic, _time, _ending):
+        lines += ["", *part(plan, config)] if part is not _shape else part(plan, config)
+    return "\n".join(lines)
+
+
+def _row(label: str, text: str) -> list[str]:
+    """Label and text, wrapped under the text."""
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=f"{label:<{_LABEL}}",
+        subsequent_indent=" " * _LABEL,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _shape(plan: dict[str, Any], config: Config) -> Iterator[str]:
+    layout, world = plan["layout"], plan["layout"]["world_size"]
+    parts = [f"{name} {_billions(number)}" for name, number in plan["parameters"].items() if name != "total"]
+    yield from _row("model", model_line(config))
+    yield from _row("", " · ".join(parts))
+    yield from _row("growth", growth_line(config))
+    more = f" · sequence parallel {'on' if config.parallel.sequence_parallel else 'off'}"
+    more += f" · recompute {config.train.recompute_granularity}"
+    yield from _row("layout", layout_line(config, world, layout["precision"]) + more)
+    yield from _row("batch", batch_line(config, world))
+
+
+def _memory(plan: dict[str, Any], config: Config) -> Iterator[str]:
+    memory = plan["memory"]
+    moments = [name for name in _MOMENTS if name in memory]
+    yield f"{'memory per rank':<34}" + "".join(f"{_MOMENTS[name]:>16}" for name in moments)
+    for key, label in _MEMORY_ROWS.items():
+        values = [memory[name][key] for name in moments]
+        if any(values):
+            yield f"  {label:<32}" + "".join(f"{file_size(value):>16}" for value in values)
+    yield f"  {'total':<32}" + "".join(f"{file_size(memory[name]['total']):>16}" for name in moments)
+    worst, limit = max(memory[name]["total"] for name in moments), memory["limit"]
+    filled = min(_BAR, round(_BAR * worst / limit))
+    verdict = "fits" if worst <= limit else "DOES NOT FIT"
+    yield (
+        f"  [{'#' * filled}{'-' * (_BAR - filled)}] {100 * worst / limit:.0f} % of the usable "
+        f"{file_size(limit)}: {verdict}"
+    )
+
+
+def _compute(plan: dict[str, Any], config: Config) -> Iterator[str]:
+    run = plan["run"]
+    yield f"{'compute':<22}{'steps':>26}{'loops':>8}{'FLOPs per token':>18}{'overhead':>11}{'FLOPs':>13}"
+    for entry in plan["compute"]:
+        steps = f"{entry['first_step']:,} .. {entry['last_step']:,}"
+        yield (
+            f"  {entry['phase']:<20}{steps:>26}{entry['loops']:>8}{si(entry['flops_per_token'], ' '):>18}"
+            f"{100 * entry['overhead']:>+9.2f} %{entry['flops']:>13.3g}"
+        )
+    whole = sum(entry["flops"] for entry in plan["compute"])
+    base = sum(entry["flops"] / (1 + entry["overhead"]) for entry in plan["compute"])
+    yield (
+        f"  {'the whole run':<20}{run['steps']:>26,}{'':>8}{si(whole / run['tokens'], ' '):>18}"
+        f"{100 * (whole / base - 1):>+9.2f} %{whole:>13.3g}"
+    )
+
+
+def _traffic(plan: dict[str, Any], config: Config) -> Iterator[str]:
+    rows = plan["traffic"]["per_step"]
+    if not rows:
+        yield from _row("traffic", "none: one rank")
+        return
+    yield f"{'sent per rank and step, grown':<34}{'group':>10}{'collective':>17}{'calls':>12}{'bytes':>14}"
+    for item in rows:
+        kind = item["kind"].replace("_", "-")
+        yield (
+            f"  {_PARTS.get(item['part'], item['part']):<32}{item['group']:>10}{kind:>17}{item['calls']:>12,}"
+            f"{file_size(item['wire_bytes']):>14}"
+        )
+    passes = plan["traffic"].get("loop_pass")
+    if passes:
+        yield (
+            f"  per micro-batch: a layer {file_size(plan['traffic']['layer'])}; a loop pass "
+            f"{file_size(passes['owner'])} naive (at the owner), {file_size(passes['balanced'])} balanced"
+        )
+
+
+def _time(plan: dict[str, Any], config: Config) -> Iterator[str]:
+    run, layout, times = plan["run"], plan["layout"], plan["step_time"]
+    vanilla = times["vanilla"]
+    yield from _row(
+        "time",
+        f"{_span(86400 * run['days'])} for {_billions(run['tokens'])} tokens at {100 * run['mfu']:.3g} % MFU (assumed; "
+        f"--mfu) on {layout['world_size']} x {layout['gpu']}",
+    )
+    model = (
+        f"{vanilla['total']:.3g} s per step (products {vanilla['compute']:.3g}, between them "
+        f"{vanilla['elementwise']:.3g}, tensor parallel {vanilla['tensor_parallel']:.3g}, data parallel "
+        f"{vanilla['data_parallel']:.3g})"
+    )
+    names = {"owner": "naive" if "balanced" in times else "", "balanced": "balanced"}
+    loops = [
+        f"{1e3 * times[way]['loops']:.3g} ms ({100 * times[way]['loops'] / vanilla['total']:+.2g} %) {name}".rstrip()
+        for way, name in names.items()
+        if way in times
+    ]
+    yield from _row("step model", model + (f"; grown loops add {', '.join(loops)}" if loops else ""))
+
+
+def _billions(number: float) -> str:
+    """Counts of parameters and tokens: 6.74 B."""
+    return si(number, " ").replace(" G", " B")
+
+
+def _span(seconds: float) -> str:
+    days = seconds / 86400
+    return f"{days:,.1f} days" if days >= 10 else duration(seconds)
+
+
+def _ending(plan: dict[str, Any], config: Config) -> Iterator[str]:
+    saved = plan["checkpoint"]
+    kept = f"{saved['kept']} kept" if saved["kept"] else "all kept"
+    on_disk = saved["bytes"] * (min(saved["kept"], saved["saves"]) if saved["kept"] else saved["saves"])
+    yield from _row(
+        "checkpoint",
+        f"{file_size(saved['bytes'])} each · {saved['saves']:,} saves, {kept}: {file_size(on_disk)} on disk",
+    )
+    for number, text in enumerate(plan["warnings"], start=1):
+        yield from _row("warnings" if number == 1 else "", f"{number}  {text}")
+    if not plan["warnings"]:
+        yield from _row("warnings", "none")
+    for number, text in enumerate(plan["error_bars"]):
+        yield from _row("" if number else "error bars", text)

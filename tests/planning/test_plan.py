@@ -1,0 +1,80 @@
+"""The numbers of a plan: that they are those of the formulas, add up, and pass through JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sgt.config import load_config
+from megatron_sgt.growth import LoopPlan
+from megatron_sgt.planning.flops import step_flops
+from megatron_sgt.planning.hardware import find_gpu
+from megatron_sgt.planning.parameters import parameter_count
+from megatron_sgt.planning.plan import make_plan
+from megatron_sgt.planning.step_time import Machine
+from megatron_sgt.planning.structure import final_plan
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.yaml"))
+MACHINE = Machine(find_gpu("h100"))
+
+
+def plan_of(name: str, ranks: int, *overrides: str) -> tuple[Any, dict[str, Any]]:
+    path = EXAMPLES[0].parent / f"{name}.yaml"
+    config = load_config(path, ["model.vocab_size=32000", *overrides])
+    return config, make_plan(config, ranks, MACHINE, 0.4, "bf16")
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_every_example_has_a_plan_that_json_takes(path: Path) -> None:
+    config = load_config(path, ["model.vocab_size=32000"])
+    tensor = config.parallel.tensor_model_parallel_size
+    unit = config.train.micro_batch_size * (64 // tensor)
+    ranks = tensor if config.train.global_batch_size % unit else 64
+    precision = "fp32" if config.parallel.device == "cpu" else "bf16"
+    plan = make_plan(config, ranks, MACHINE, 0.4, precision)
+    assert json.loads(json.dumps(plan)) == plan
+    assert plan["parameters"]["total"] == parameter_count(config.model)
+    assert plan["parameters"]["total"] == sum(v for k, v in plan["parameters"].items() if k != "total")
+
+
+def test_the_flops_of_the_run_are_those_of_its_stretches() -> None:
+    config, plan = plan_of("sgt_7b", 32)
+    vanilla = step_flops(config.model, LoopPlan.empty(32), 1024).model
+    fixed = step_flops(config.model, final_plan(config), 1024).model
+    first, last = plan["compute"][0], plan["compute"][-1]
+    assert (first["phase"], first["flops"]) == ("vanilla", 1000 * vanilla)
+    assert (last["phase"], last["flops"]) == ("fixed", 28000 * fixed)
+    assert plan["run"]["flops"] == sum(entry["flops"] for entry in plan["compute"])
+    steps = [step for entry in plan["compute"] for step in (entry["first_step"], entry["last_step"])]
+    assert steps == [1, 1000, 1001, 2000, 2001, 3000, 3001, 4000, 4001, 32000]
+
+
+def test_days_follow_from_flops_peak_and_mfu() -> None:
+    _, plan = plan_of("sgt_7b", 32)
+    assert plan["run"]["days"] == pytest.approx(plan["run"]["flops"] / (32 * 989.4e12 * 0.4) / 86400)
+
+
+def test_memory_adds_up_at_every_moment() -> None:
+    _, plan = plan_of("sgt_13b", 64)
+    for moment in ("now", "window", "final"):
+        parts = plan["memory"][moment]
+        assert parts["total"] == sum(value for name, value in parts.items() if name != "total")
+    assert plan["memory"]["now"]["loops"] == 0 < plan["memory"]["final"]["loops"]
+    assert plan["memory"]["final"]["loops"] < plan["memory"]["window"]["loops"]
+
+
+def test_balanced_passes_send_less_than_naive_ones_and_vanilla_none() -> None:
+    _, grown = plan_of("sgt_7b", 32)
+    passes = grown["traffic"]["loop_pass"]
+    assert 8 * passes["balanced"] <= passes["owner"] < grown["traffic"]["layer"]
+    _, vanilla = plan_of("vanilla_7b", 32)
+    assert "loop_pass" not in vanilla["traffic"]
+    assert {item["part"] for item in vanilla["traffic"]["per_step"]}.isdisjoint({"loops", "entropy"})
+
+
+def test_checkpoints() -> None:
+    config, plan = plan_of("sgt_7b", 32)
+    assert plan["checkpoint"] == {"bytes": 14 * parameter_count(config.model), "saves": 32, "kept": 3}

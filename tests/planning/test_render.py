@@ -1,0 +1,68 @@
+"""A plan as text: its width, its rows, its verdict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sgt.config import load_config
+from megatron_sgt.planning.hardware import find_gpu
+from megatron_sgt.planning.plan import ERROR_BARS, make_plan
+from megatron_sgt.planning.render import WIDTH, render
+from megatron_sgt.planning.step_time import Machine
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
+
+
+def text_of(name: str, ranks: int, gpu: str = "h100", *overrides: str) -> str:
+    config = load_config(EXAMPLES / f"{name}.yaml", ["model.vocab_size=32000", *overrides])
+    return render(make_plan(config, ranks, Machine(find_gpu(gpu)), 0.4, "bf16"), config, f"plan of {name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        ("sgt_70b", 4096),
+        ("sgt_70b", 8),
+        ("vanilla_300m", 1),
+        ("block_loop_300m", 8),
+        ("sgt_300m_lowest_heads", 128),
+    ],
+)
+def test_no_line_is_wider_than_a_hundred_columns(name: str, ranks: int) -> None:
+    text = text_of(name, ranks)
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert all(not line.endswith(" ") for line in text.splitlines())
+
+
+def test_the_rows_of_a_grown_run() -> None:
+    text = " ".join(text_of("sgt_7b", 32).split())
+    for part in (
+        "6,738,415,616 parameters · 32 layers",
+        "embedding 131 M · attention 2.15 B · mlp 4.33 B",
+        "32 ranks = tensor parallel 2 x data parallel 16 · ZeRO-1 · bf16",
+        "1024 sequences = micro 1 x accumulation 64 x data parallel 16 · 4,194,304 tokens per step",
+        "now in a window after growth",
+        "vanilla 1 .. 1,000 0 46.1 G +0.00 %",
+        "fixed 4,001 .. 32,000 3",
+        "naive (at the owner)",
+        "at 40 % MFU (assumed; --mfu)",
+        "warnings none",
+        *ERROR_BARS,
+    ):
+        assert part in text, part
+    assert "of the usable 73.6 GB: fits" in text
+
+
+def test_what_does_not_fit_says_so_in_the_bar_and_in_a_warning() -> None:
+    text = text_of("sgt_13b", 8, "a100-40gb")
+    assert "[########################################]" in text
+    assert "DOES NOT FIT" in text
+    assert "warnings    1  does not fit" in text
+
+
+def test_one_rank_sends_nothing_and_vanilla_has_one_moment() -> None:
+    text = text_of("vanilla_300m", 1, "h200")
+    assert "none: one rank" in text
+    assert "in a window" not in text and "after growth" not in text

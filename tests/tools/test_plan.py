@@ -1,0 +1,80 @@
+"""The planner as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.helpers.commands import ENVIRONMENT, ROOT, Finished, run_process
+
+CONFIG = "examples/configs/sgt_70b.yaml"
+
+
+def plan(*arguments: str) -> Finished:
+    return run_process([sys.executable, "tools/plan.py", *arguments], ROOT)
+
+
+def test_a_plan_as_text_and_as_json() -> None:
+    text, numbers = (
+        plan("--config", CONFIG, "--nodes", "32"),
+        plan("--config", CONFIG, "--nodes", "32", "--json"),
+    )
+    assert (text.code, text.err, numbers.code) == (0, "", 0)
+    assert text.out.startswith(f"plan of {CONFIG} on 32 nodes of 8 x NVIDIA H100 80GB HBM3")
+    assert "a vocabulary of 32,000 tokens is assumed" in " ".join(text.out.split())
+    assert json.loads(numbers.out)["layout"]["data_parallel"] == 32
+
+
+def test_it_takes_less_than_two_seconds_and_no_torch() -> None:
+    """Wall time on an idle machine; processor time here, which other work does not stretch."""
+    program = (
+        "import runpy, sys, time\n"
+        f"sys.argv = ['plan.py', '--config', {CONFIG!r}, '--nodes', '512']\n"
+        "try:\n    runpy.run_path('tools/plan.py', run_name='__main__')\n"
+        "except SystemExit as end:\n    assert not end.code, end.code\n"
+        "heavy = {'torch', 'megatron', 'deepspeed', 'transformers', 'triton'}\n"
+        "print(sorted(heavy.intersection(name.partition('.')[0] for name in sys.modules)), time.process_time())"
+    ).replace("\\\n", "\n")
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    wall = time.perf_counter() - start
+    assert done.returncode == 0, done.stderr
+    loaded, _, seconds = done.stdout.splitlines()[-1].rpartition(" ")
+    assert loaded == "[]"
+    assert float(seconds) <= 2.0, f"{seconds} s of processor time, {wall:.1f} s of wall time"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "none.yaml"], "no such file: none.yaml"),
+        (["--config", CONFIG, "--gpu", "tpu"], "GPU 'tpu' is not in the table"),
+        (["--config", CONFIG, "--mfu", "0"], "must be above 0"),
+        (["--config", CONFIG, "train.global_batch_size=1000", "--nodes", "32"], "nearest that work: 992"),
+        (["--config", CONFIG, "--gpus-per-node", "4", "--nodes", "1"], "does not divide the 4 processes"),
+        (["--config", CONFIG, "model.num_query_groups=4"], "num_query_groups: 4 is not a multiple of"),
+    ],
+)
+def test_mistakes_are_told_in_one_line_with_the_numbers(arguments: list[str], message: str) -> None:
+    done = plan(*arguments)
+    assert done.code == 2
+    assert message in done.err and "Traceback" not in done.err
+
+
+def test_mfu_reads_as_people_write_it() -> None:
+    days = [
+        json.loads(plan("--config", CONFIG, "--nodes", "32", "--json", "--mfu", text).out)["run"]["days"]
+        for text in ("0.5", "50", "50%")
+    ]
+    assert days[0] == days[1] == days[2]

@@ -1,0 +1,99 @@
+#!/usr/bin/env python
+"""What a run will need: parameters, memory per rank, FLOPs, days, checkpoints, traffic, and what to mend before it
+starts. Formulas alone (docs/planning.md): no GPU, no torch, under two seconds.
+
+python tools/plan.py --config examples/configs/sgt_7b.yaml --gpu h100 --nodes 4
+python tools/plan.py --config my.yaml --gpu a100 --nodes 2 --json parallel.tensor_model_parallel_size=4
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from megatron_sgt.cli import positive, run_main
+from megatron_sgt.config import Config, load_config
+from megatron_sgt.data.tokenizer import build_tokenizer, resolve_vocab_size
+from megatron_sgt.planning.hardware import GPUS, find_gpu
+from megatron_sgt.planning.plan import make_plan
+from megatron_sgt.planning.render import render
+from megatron_sgt.planning.step_time import Machine
+
+ASSUMED_VOCABULARY = 32_000
+
+
+def share(text: str) -> float:
+    """Type of an argument: above 0, at most 1; "40%" and "40" are 0.4."""
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        number = 0.0
+    number = number / 100 if number > 1 or text.endswith("%") else number
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1 (or 100 %), got {text!r}")
+    return number
+
+
+def parse() -> argparse.Namespace:
+    """Command-line arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE.yaml", help="the run")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="values over those of the file"
+    )
+    parser.add_argument("--gpu", default="h100", metavar="NAME", help=f"{', '.join(GPUS)} [%(default)s]")
+    parser.add_argument("--nodes", type=positive, default=1, metavar="N", help="nodes [%(default)s]")
+    parser.add_argument(
+        "--gpus-per-node", type=positive, default=8, metavar="N", help="ranks of a node [%(default)s]"
+    )
+    parser.add_argument(
+        "--mfu",
+        type=share,
+        default=0.4,
+        metavar="X",
+        help="model FLOPs over peak, for the days [%(default)s]",
+    )
+    parser.add_argument(
+        "--vocab-size",
+        type=positive,
+        metavar="N",
+        help=f"where the tokenizer cannot be read here [{ASSUMED_VOCABULARY:,}]",
+    )
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    return parser.parse_intermixed_args()
+
+
+def with_vocabulary(config: Config, given: int | None) -> tuple[Config, list[str]]:
+    """``config`` with a vocabulary: its own, the one given, the tokenizer's, or an assumed one and a warning."""
+    size, notes = given or config.model.vocab_size, []
+    tokenizer = config.data.tokenizer
+    if size is None and tokenizer is not None and Path(tokenizer.model).exists():
+        size = resolve_vocab_size(None, build_tokenizer(tokenizer))
+    if size is None:
+        size = ASSUMED_VOCABULARY
+        where = "" if tokenizer is None else f" ({tokenizer.model} is not here)"
+        notes.append(f"a vocabulary of {size:,} tokens is assumed{where}; --vocab-size N sets another")
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})}), notes
+
+
+def main() -> None:
+    """Print the plan."""
+    args = parse()
+    config, notes = with_vocabulary(load_config(args.config, args.overrides), args.vocab_size)
+    machine = Machine(find_gpu(args.gpu), args.gpus_per_node)
+    world_size = args.nodes * args.gpus_per_node
+    precision = config.precision_on("cpu" if config.parallel.device == "cpu" else "cuda")
+    plan = make_plan(config, world_size, machine, args.mfu, precision)
+    plan["warnings"] += notes
+    if args.json:
+        print(json.dumps({"config": str(args.config), **plan}, indent=2))
+        return
+    nodes = f"{args.nodes} node{'s' if args.nodes > 1 else ''} of {args.gpus_per_node}"
+    print(render(plan, config, f"plan of {args.config} on {nodes} x {machine.gpu.driver_name}"))
+
+
+if __name__ == "__main__":
+    run_main(main)
