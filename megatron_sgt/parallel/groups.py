@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import errno
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_sgt.config.parallel import ParallelConfig
+from megatron_sgt.errors import ConfigError
 from megatron_sgt.launch.rank_info import LOOPBACK, RankInfo
 from megatron_sgt.parallel.device import backend_for
 
@@ -42,6 +46,9 @@ def initialize_groups(config: ParallelConfig, info: RankInfo, device: torch.devi
 
     The same timeout is given to both: Megatron-Core's groups have one of their own (30 minutes), and a
     peer of a stopped rank would wait that long.
+
+    Raises:
+        ConfigError: the ranks cannot meet.
     """
     timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
     if not dist.is_initialized():
@@ -53,18 +60,20 @@ def initialize_groups(config: ParallelConfig, info: RankInfo, device: torch.devi
             info.master_addr == LOOPBACK and not dist.is_torchelastic_launched()
         ):  # torchrun has its own store
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
-            store = loopback_store(info, timeout)
-            dist.init_process_group(
-                backend, store=store, rank=info.rank, world_size=info.world_size, timeout=timeout
-            )
+            with _meeting(info, timeout):
+                store = loopback_store(info, timeout)
+                dist.init_process_group(
+                    backend, store=store, rank=info.rank, world_size=info.world_size, timeout=timeout
+                )
         else:
-            dist.init_process_group(
-                backend,
-                init_method=f"tcp://{info.master_addr}:{info.master_port}",
-                rank=info.rank,
-                world_size=info.world_size,
-                timeout=timeout,
-            )
+            with _meeting(info, timeout):
+                dist.init_process_group(
+                    backend,
+                    init_method=f"tcp://{info.master_addr}:{info.master_port}",
+                    rank=info.rank,
+                    world_size=info.world_size,
+                    timeout=timeout,
+                )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor_model_parallel_size,
@@ -94,6 +103,27 @@ def loopback_store(info: RankInfo, timeout: datetime.timedelta) -> dist.TCPStore
         wait_for_workers=False,
         master_listen_fd=listening,
     )
+
+
+@contextlib.contextmanager
+def _meeting(info: RankInfo, timeout: datetime.timedelta) -> Iterator[None]:
+    """Explain why the ranks cannot meet. Raises ConfigError."""
+    try:
+        yield
+    except (OSError, dist.DistNetworkError, dist.DistStoreError) as error:
+        taken = getattr(error, "errno", None) == errno.EADDRINUSE or "EADDRINUSE" in str(error)
+        if info.rank == 0 and taken:
+            raise ConfigError(
+                f"rank 0 cannot listen on port {info.master_port}: another program does; set MASTER_PORT to a free "
+                "port, or leave it to the launcher"
+            ) from error
+        reason = next(iter(str(error).strip().splitlines()), repr(error))
+        raise ConfigError(
+            f"rank {info.rank} of {info.world_size} has not met the others at {info.master_addr}:{info.master_port} "
+            f"within parallel.distributed_timeout_minutes {timeout.total_seconds() / 60:g} ({reason}); check that all "
+            f"ranks were started, that {info.master_addr} is a name or address of rank 0's node that all nodes know, "
+            "and that no firewall closes the port"
+        ) from error
 
 
 def current_groups(device: torch.device) -> ParallelGroups:

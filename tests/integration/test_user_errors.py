@@ -6,11 +6,13 @@ user's own value and the fix. Tools: test_tool_errors.py.
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,7 +40,8 @@ LOAD = ("checkpoint.load=saved/checkpoints",)
 class Mistake:
     """What the user types after `pretrain_sgt.py --config run.yaml`, and what must come of it.
 
-    `spoil` damages the folder first. `dry`: --dry-run must find it too, with the same words.
+    `spoil` damages the folder first. `dry`: --dry-run must find it too, with the same words. `late`: found in
+    training, so that the new run_dir exists already. `environ`: variables that the process is given.
     """
 
     name: str
@@ -47,6 +50,8 @@ class Mistake:
     words: tuple[str, ...]
     spoil: Callable[[Path], object] | None = None
     dry: bool = True
+    late: bool = False
+    environ: tuple[tuple[str, str], ...] = ()
 
 
 def edit(file: str, change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
@@ -208,6 +213,41 @@ CHECKPOINT_MISTAKES = (
 )  # fmt: skip
 
 
+def environment(name: str, *words: str, **variables: str) -> Mistake:
+    return Mistake(name, (), 2, words, environ=tuple(variables.items()))
+
+
+RANKS = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+MET = {**RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "20001"}
+STEP = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NTASKS": "2",
+}
+ENVIRONMENT_MISTAKES = (
+    environment("half of torchrun", "RANK is set (0) but WORLD_SIZE is not", "unset RANK", RANK="0"),
+    environment("rank that is no number", "variable RANK must be an integer, got 'zero'", **{**MET, "RANK": "zero"}),
+    environment("rank too high", "rank 5 of 2 processes", "ranks count from 0", **{**MET, "RANK": "5"}),
+    environment("no local rank", "LOCAL_RANK is not set", "one of several", **{**MET, "LOCAL_RANK": ""}),
+    environment("more on the node than in all", "local rank 0 of 4", **{**MET, "LOCAL_WORLD_SIZE": "4"}),
+    environment("no meeting point", "MASTER_ADDR and MASTER_PORT is not set: where is rank 0 to be met?", **RANKS),
+    environment("no port", "MASTER_PORT is not set", **{**MET, "MASTER_PORT": ""}),
+    environment("port too high", "must be a port from 1 to 65535, got 99999", **{**MET, "MASTER_PORT": "99999"}),
+    environment("Slurm without nodes", "neither SLURM_STEP_NODELIST nor SLURM_JOB_NODELIST is set", **STEP),
+    environment("Slurm's nodes", "cannot read the node list 'gpu[1'", **STEP, SLURM_STEP_NODELIST="gpu[1"),
+    environment("Slurm's tasks", "cannot read the tasks per node 'two'", **STEP, SLURM_STEP_NODELIST="gpu1",
+                SLURM_STEP_TASKS_PER_NODE="two"),
+    environment("Slurm and the loopback", "MASTER_ADDR is localhost, but the step runs on 2 nodes", **STEP,
+                SLURM_STEP_NODELIST="gpu[1-2]", MASTER_ADDR="localhost"),
+    Mistake("a loss that is never finite", ("optim.lr=1e20", "optim.min_lr=0"), 1,
+            ("3 steps in a row after step", "with a lower optim.lr"), dry=False, late=True),
+    config("rollback without checkpoints", "train.spike_sigma=6", "checkpoint.save_interval=0",
+           says=("train.spike_sigma: 6 needs checkpoints to go back to", "set checkpoint.save_interval")),
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a configuration, data and the checkpoints of a finished run."""
@@ -239,20 +279,24 @@ def assert_told(done: Finished, code: int, words: tuple[str, ...]) -> None:
     assert not missing, f"{missing} not in: {done.err}"
 
 
-@pytest.mark.parametrize(
-    "mistake", (*CONFIG_MISTAKES, *DATA_MISTAKES, *CHECKPOINT_MISTAKES), ids=lambda mistake: mistake.name
-)
+FAULTS = (*CONFIG_MISTAKES, *DATA_MISTAKES, *CHECKPOINT_MISTAKES, *ENVIRONMENT_MISTAKES)
+
+
+@pytest.mark.parametrize("mistake", FAULTS, ids=lambda mistake: mistake.name)
 def test_mistake(mistake: Mistake, folder: Path) -> None:
     if "parallel.device=cuda" in mistake.arguments and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     if mistake.spoil is not None:
         mistake.spoil(folder)
     before = snapshot(folder)
-    done = pretrain(folder, *mistake.arguments)
+    before_it = partial(os.environ.update, mistake.environ)
+    done = pretrain(folder, *mistake.arguments, before=before_it)
     assert_told(done, mistake.code, mistake.words)
     if mistake.dry:
-        dry = pretrain(folder, *mistake.arguments, "--dry-run")
+        dry = pretrain(folder, *mistake.arguments, "--dry-run", before=before_it)
         assert (dry.code, dry.err) == (done.code, done.err)
+    if mistake.late:
+        shutil.rmtree(folder / "new")
     assert snapshot(folder) == before
 
 

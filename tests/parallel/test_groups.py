@@ -1,6 +1,7 @@
 """Starting, reading and taking down the groups; several ranks are the integration tests' matter."""
 
 import dataclasses
+import socket
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_sgt.config.parallel import ParallelConfig
+from megatron_sgt.errors import ConfigError
 from megatron_sgt.launch.environment import RankInfo, discover
 from megatron_sgt.launch.rank_info import LOOPBACK, free_port
 from megatron_sgt.parallel.groups import (
@@ -21,6 +23,7 @@ from megatron_sgt.parallel.groups import (
     loopback_store,
 )
 from tests.helpers.fake_groups import fake_groups
+from tests.helpers.ranks import run_on_ranks
 
 CPU = torch.device("cpu")
 
@@ -48,6 +51,24 @@ def test_down_and_up_again() -> None:
     assert not parallel_state.model_parallel_is_initialized()
     destroy_groups()  # nothing left to do is no error
     assert initialize_groups(ParallelConfig(), discover({}), CPU).world_size == 1
+
+
+def refused(info: RankInfo, rank: int, port: int) -> str:
+    """What rank ``rank`` says when it cannot meet the others."""
+    dist.destroy_process_group()
+    place = RankInfo(rank, 2, rank, 2, "127.0.0.1", port, "torchrun")
+    with pytest.raises(ConfigError) as caught:
+        initialize_groups(ParallelConfig(distributed_timeout_minutes=0.01), place, CPU)
+    return str(caught.value)
+
+
+def test_a_port_that_is_taken() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        (told,) = run_on_ranks(1, refused, 0, port)
+        assert f"cannot listen on port {port}: another program does; set MASTER_PORT" in told
 
 
 @pytest.mark.parametrize("device", [CPU, torch.device("cuda", 3)], ids=str)
