@@ -185,6 +185,10 @@ def check_steps(cfg: Config) -> Iterator[str]:
             f"train.global_batch_size: {train.global_batch_size} is not a multiple of "
             f"train.micro_batch_size {train.micro_batch_size}"
         )
+    if train.spike_sigma is not None and not cfg.checkpoint.save_interval:
+        yield (
+            f"train.spike_sigma: {train.spike_sigma:g} needs checkpoints to go back to; set checkpoint.save_interval"
+        )
     end = "train.train_iters" if optim.lr_decay_iters is None else "optim.lr_decay_iters"
     if optim.lr_warmup_iters > decay_iters:
         yield f"optim.lr_warmup_iters: {optim.lr_warmup_iters} is above {end} {decay_iters}"

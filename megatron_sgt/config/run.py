@@ -27,6 +27,18 @@ class TrainConfig(Section):
         gt=0,
         description="The run stops after this many steps in a row without a finite loss and gradient.",
     )
+    hang_timeout_seconds: float = Field(
+        default=300.0,
+        ge=0,
+        description="A rank that makes no progress in an ordinary step for so long ends the run, with the stacks of "
+        "all ranks; 0: never.",
+    )
+    slow_phase_timeout_seconds: float = Field(
+        default=1800.0,
+        gt=0,
+        description="The same for the start, the first step, validation and saving. (A collective gives up after "
+        "parallel.distributed_timeout_minutes in any case.)",
+    )
     exit_interval: int | None = Field(
         default=None,
         gt=0,
@@ -48,6 +60,34 @@ class TrainConfig(Section):
         gt=0,
         description="After a request to stop, the running step and then the save may take so long each; then the "
         "exit is forced.",
+    )
+    spike_sigma: float | None = Field(
+        default=None,
+        gt=0,
+        description="A loss so many standard deviations above the mean of the last spike_window_steps losses sends "
+        "the run back to its newest checkpoint, and its data on behind the spike; null: never.",
+    )
+    spike_window_steps: int = Field(
+        default=128,
+        gt=1,
+        description="Accepted losses that spike_sigma judges by; before, nothing is judged.",
+    )
+    max_rollbacks: int = Field(
+        default=3,
+        gt=0,
+        description="The run stops at a spike after it went back so often, restarts included.",
+    )
+    replica_check_interval: int = Field(
+        default=0,
+        ge=0,
+        description="Compare the weights that several ranks hold copies of every so many steps, not only before "
+        "every save; 0: only then.",
+    )
+    straggler_threshold: float = Field(
+        default=0.15,
+        ge=0,
+        description="Name a rank whose own work takes this fraction longer than the median rank's, or who waits for "
+        "data this fraction of a step longer; 0: do not measure.",
     )
     recompute_granularity: Literal["none", "selective", "full"] = Field(
         default="none",

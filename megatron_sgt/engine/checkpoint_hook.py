@@ -77,7 +77,7 @@ class CheckpointHook(StatelessHook):
             self._poll(wait=True)
 
     def settle(self, state: TrainState) -> None:
-        """Wait for the save in flight, if there is one; collective."""
+        """Wait for the save in flight, if there is one; if it fails, that is told. Collective."""
         try:
             self._poll(wait=True)
         except CheckpointError as error:
@@ -124,9 +124,9 @@ class CheckpointHook(StatelessHook):
         for hook in self.hooks:
             if begins_anew(saved, hook.name):
                 continue
-            if hook.name not in saved["hooks"]:
+            if hook.name not in saved["hooks"] and hook.state_dict():
                 raise CheckpointError(f"checkpoint {folder} holds no state of {hook.name!r}")
-            hook.load_state_dict(saved["hooks"][hook.name])
+            hook.load_state_dict(saved["hooks"].get(hook.name, {}))
 
 
 def _next(step: int, interval: int) -> int:

@@ -44,7 +44,10 @@ class GrowthHook(StatelessHook):
         self.events: list[dict[str, Any]] = []
 
     def before_run(self, state: TrainState) -> None:
-        """Put the schedule's plan (of the start, or of the loaded checkpoint) into force."""
+        """Put the schedule's plan (of the start, or of the loaded checkpoint) into force; forget what was measured
+        before, in a step that a rollback undid.
+        """
+        self.meter.reset()
         self._obey()
 
     def after_step(self, state: TrainState, result: StepResult) -> None:

@@ -49,8 +49,9 @@ class LogHook(StatelessHook):
         self._flops = 0
 
     def before_run(self, state: TrainState) -> None:
-        """The first step executes the schedule's present plan."""
+        """The first step executes the schedule's present plan; what was added up before a rollback is void."""
         self._executed = self.schedule.plan
+        self._losses, self._skipped, self._seconds, self._flops = [], 0, 0.0, 0
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         """Add up; report at the end of the interval, and after a skipped step."""

@@ -115,8 +115,10 @@ def _train(config: Config, info: RankInfo, stop: StopRequests) -> int:
         launcher = "alone" if info.launcher == "single" else f"started by {info.launcher}"
         print(f"megatron_sgt {__version__}: {ranks}, {launcher}", flush=True)
     from megatron_sgt.engine.run import PretrainingRun
+    from megatron_sgt.engine.watch import Watch
     from megatron_sgt.parallel.groups import destroy_groups
 
-    code = PretrainingRun(config, info, stop).train()
+    with Watch(config, info) as watch:
+        code = PretrainingRun(config, info, stop, watch).train()
     destroy_groups()
     return code

@@ -28,6 +28,10 @@ _UNREMARKABLE = (
     "logging.",
     "train.exit_interval",
     "train.threads_per_rank",
+    "train.hang_timeout_seconds",
+    "train.slow_phase_timeout_seconds",
+    "train.straggler_threshold",
+    "train.replica_check_interval",
     "data.num_workers",
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from megatron_sgt.engine.growth_hook import GrowthHook
 from megatron_sgt.engine.hooks import Hook
 from megatron_sgt.engine.log_hook import LogHook
 from megatron_sgt.engine.loop import DivergedError, Trainer
+from megatron_sgt.engine.passed_data import PassedData, batches_past
 from megatron_sgt.engine.preflight import (
     Start,
     check_deepspeed,
@@ -31,13 +32,18 @@ from megatron_sgt.engine.preflight import (
     tokenizer_fingerprint,
     with_vocabulary,
 )
+from megatron_sgt.engine.replica_check import ReplicaCheckHook
+from megatron_sgt.engine.spike import LossSpike, SpikeHook
 from megatron_sgt.engine.state import TrainState
 from megatron_sgt.engine.stop import StopRequests, named
+from megatron_sgt.engine.straggler import StragglerHook
+from megatron_sgt.engine.watch import Progress, Watch, watched_batches, watched_hooks
 from megatron_sgt.errors import CheckpointError, ExitCode
 from megatron_sgt.growth import Schedule, build_schedule
 from megatron_sgt.launch.environment import RankInfo
 from megatron_sgt.metrics import METRICS_FILE, MetricsHub, build_hub
 from megatron_sgt.model.loop_backend import loop_backend
+from megatron_sgt.parallel.collectives import barrier
 from megatron_sgt.parallel.device import resolve_precision
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.planning.loop_cost import choose_loop_method
@@ -49,43 +55,49 @@ class PretrainingRun:
     Raises ConfigError, DataError or CheckpointError for what the user can mend, before any training step.
     """
 
-    def __init__(self, config: Config, info: RankInfo, stop: StopRequests | None = None) -> None:
+    def __init__(
+        self, config: Config, info: RankInfo, stop: StopRequests | None = None, watch: Watch | None = None
+    ) -> None:
         self.stop = StopRequests(config.train) if stop is None else stop
+        self.progress = Progress() if watch is None else watch.progress
         config.num_micro_batches(info.world_size)  # refuse the batch arithmetic before any process group
         check_surroundings(config)
         self.config = with_vocabulary(config)
         self.groups: ParallelGroups = start_processes(self.config, info)
+        if watch is not None:
+            watch.connect()
         # Ranks that look by themselves may see different folders on a network file system.
-        self.start: Start = self._find_start()
+        self.start: Start = self._find_start(self._look_for_start)
         if self.groups.is_main:
             layout.clear_leftovers(self.config.save_dir)
+        self.progress.enter("opening the data")
         datasets = self._open_data()
+        self.progress.enter("building the model")
         self.runtime: Runtime = build_runtime(self.config, self.groups)
         self.schedule: Schedule = build_schedule(
             self.config.growth, self.config.model.num_layers, self.config.model.num_attention_heads
         )
         self.hub = self._open_hub()
+        self.passed: PassedData = on_rank_zero(
+            lambda: PassedData.at_start(self.start.folder, config.save_dir)
+        )
         self.state = TrainState()
         self._wire(datasets[1])
         if self.start.folder is not None:
+            self.progress.enter("loading the checkpoint")
             self.saver.load(self.start.folder, self.start.saved, self.state)
+            self.state.consumed_samples = self.passed.after(self.state.consumed_samples)
         self._report_start()
-        self.batches = TrainLoader(
-            datasets[0],
-            self.config.train.micro_batch_size,
-            self.config.num_micro_batches(self.groups.world_size),
-            self.groups.dp_rank,
-            self.groups.dp_size,
-            self.state.consumed_samples,
-            self.config.data.num_workers,
-            pin_memory=self.groups.device.type != "cpu",
-        )
+        self.train_data = datasets[0]
 
-    def _find_start(self) -> Start:
-        """Collective. Of the run's own checkpoints the newest whole one; a damaged one is passed over."""
+    def _find_start(self, look: Callable[[dict[Path, str]], Start]) -> Start:
+        """Collective. Of the run's own checkpoints the newest whole one; a damaged one is passed over.
+
+        ``look``: finds one on rank 0, given those that are known to be damaged.
+        """
         damaged: dict[Path, str] = {}
         while True:
-            start = on_rank_zero(partial(self._look_for_start, damaged))
+            start = on_rank_zero(partial(look, damaged))
             if start.folder is None:
                 return start
             problem = verify_together(start.folder, self.config, self.groups)
@@ -120,7 +132,11 @@ class PretrainingRun:
         self.growth = GrowthHook(
             self.schedule, runtime.model, runtime.model.meter, groups, self.log.on_growth
         )
-        self.hooks: list[Hook] = [self.growth, self.log]
+        self.spike = SpikeHook(config.train, self.passed, self._can_go_back, self.hub, groups)
+        self.straggler = StragglerHook(
+            runtime.model, config.logging.log_interval, config.train.straggler_threshold, self.hub, groups
+        )
+        self.hooks: list[Hook] = [self.spike, self.growth, self.log, self.straggler]
         self.eval: EvalHook | None = None
         if config.train.eval_interval and valid is not None:
             loader = EvalLoader(
@@ -134,9 +150,13 @@ class PretrainingRun:
             interval = config.train.eval_interval
             self.eval = EvalHook(runtime.engine, loader, interval, self.schedule, self.hub, groups)
             self.hooks.append(self.eval)
+        intervals = (config.train.replica_check_interval, config.checkpoint.save_interval)
+        self.hooks.append(ReplicaCheckHook(runtime.model, intervals, config.parallel.zero_stage, groups))
         # Saving comes last, so that a checkpoint holds what the other hooks made of the step.
         about = {"tokenizer": tokenizer_fingerprint(config) if groups.is_main else None}
-        self.saver = CheckpointHook(config, runtime.engine, [self.growth], self.hub, groups, about)
+        self.saver = CheckpointHook(
+            config, runtime.engine, [self.growth, self.spike], self.hub, groups, about
+        )
         self.saver.on_saved = self.stop.note_save
         self.hooks.append(self.saver)
 
@@ -165,26 +185,77 @@ class PretrainingRun:
         train = self.config.train
         last_step = min(train.train_iters, train.exit_interval or train.train_iters)
         start = time.perf_counter()
-        trainer = Trainer(self.config, self.groups, self.runtime.engine, self.state, self.hooks, self.stop)
         stopped = 0
         try:
             if self.state.step < last_step:
                 reason = (
                     "finished" if last_step == train.train_iters else "stopped early (train.exit_interval)"
                 )
-                if stopped := trainer.run(self.batches, last_step):
+                if stopped := self._train_to(last_step):
                     reason = f"stopped ({named(stopped)}), start again to go on"
             else:
                 option = "train_iters" if last_step == train.train_iters else "exit_interval"
                 reason = f"nothing to do: raise train.{option} (now {last_step:,}) to go on"
             code = ExitCode.SAVED if stopped else ExitCode.DONE
             self._summarize(reason, code, time.perf_counter() - start)
+            self.progress.enter("the end")
+            barrier(self.groups)  # nobody takes another's leaving for a loss
         except DivergedError:  # of all ranks, after the same step
             self.saver.settle(self.state)
             raise
         finally:
             self.hub.close()
         return code
+
+    def _train_to(self, last_step: int) -> int:
+        """Train; go back to a checkpoint as often as the loss spikes. Returns why it stopped early, 0 if not."""
+        hooks = watched_hooks(self.hooks, self.progress)
+        trainer = Trainer(self.config, self.groups, self.runtime.engine, self.state, hooks, self.stop)
+        while True:
+            batches = batches_past(self._open_loader, self.passed, self.state.consumed_samples)
+            try:
+                return trainer.run(self.straggler.timed(watched_batches(batches, self.progress)), last_step)
+            except LossSpike as spike:
+                self._go_back(spike)
+
+    def _open_loader(self, consumed_samples: int) -> TrainLoader:
+        return TrainLoader(
+            self.train_data,
+            self.config.train.micro_batch_size,
+            self.config.num_micro_batches(self.groups.world_size),
+            self.groups.dp_rank,
+            self.groups.dp_size,
+            consumed_samples,
+            self.config.data.num_workers,
+            pin_memory=self.groups.device.type != "cpu",
+        )
+
+    def _go_back(self, spike: LossSpike) -> None:
+        """Load the newest checkpoint, and pass over the data between it and the spike, for good."""
+        self.progress.enter("going back to a checkpoint")
+        own = self.config.checkpoint.model_copy(update={"resume": "auto", "load": None})
+        newest = self._find_start(partial(find_start, self.config.model_copy(update={"checkpoint": own})))
+        if newest.folder is None:
+            raise CheckpointError(
+                f"no checkpoint in {self.config.save_dir} is whole; there is none to go back to"
+            )
+        self.saver.load(newest.folder, newest.saved, self.state)
+        start = self.state.consumed_samples
+        self.passed.add(start, spike.stop)
+        on_rank_zero(self.passed.write)  # before a step is taken: a run that dies now must not forget it
+        self.state.consumed_samples = self.passed.after(start)
+        there = {
+            "step": self.state.step,
+            "path": newest.folder,
+            "consumed_samples": self.state.consumed_samples,
+        }
+        self.hub.log("resume", {**there, "searched": self.config.save_dir, "changed": ()})
+        self.hub.log("rollback", {**there, **spike.record(), "passed_samples": spike.stop - start})
+
+    def _can_go_back(self) -> bool:
+        """Collective."""
+        self.saver.settle(self.state)
+        return on_rank_zero(lambda: bool(layout.finished_tags(self.config.save_dir)))
 
     def _summarize(self, reason: str, code: ExitCode, seconds: float) -> None:
         run_dir = Path(self.config.logging.run_dir)

@@ -17,6 +17,11 @@ save_failed  step, reason: training goes on, and saves at the next interval
 resume   step, path (None: a fresh start), searched (where a checkpoint was looked for), consumed_samples,
          skipped (damaged checkpoints that were passed over), changed (settings that differ from the
          checkpoint's: "train.train_iters 8 -> 12")
+ranks    step, step_time_s, work_s and data_wait_s (a list by rank: the median over steps of the timed part of
+         its own work, the mean of its waiting for data); for a rank that is newly found to hold up the
+         others: lagging_rank, host, what ("computing" or "waiting for data"), excess (fraction)
+rollback step (where the run goes on), path (None: no checkpoint to go back to), spike_step, loss, limit,
+         passed_samples, consumed_samples
 stop     step, reason (the signal, or the limit of time that was passed)
 summary  step, train_iters, reason, exit_code, first_loss, loss, valid_loss, growth_events, seconds, consumed_tokens,
          tokens_per_second, paths (name -> path)

@@ -18,6 +18,8 @@ _SGT: dict[str, LineFormat] = {
     "save": lines.save_line,
     "save_failed": lines.save_failed_line,
     "resume": lines.resume_line,
+    "ranks": lines.ranks_line,
+    "rollback": lines.rollback_line,
     "stop": lines.stop_line,
     "summary": lines.summary_line,
 }
@@ -77,8 +79,10 @@ class ConsoleWriter:
         self._bar: Any = None
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Print the record. Raises KeyError for a kind without a format."""
+        """Print the record, unless its line is empty. Raises KeyError for a kind without a format."""
         text = self._formats[kind](record, self._paint)
+        if not text:
+            return
         if kind == "summary":
             self._end_bar()
         if self._bar is not None:

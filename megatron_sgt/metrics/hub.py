@@ -13,7 +13,18 @@ from megatron_sgt.metrics.console import ConsoleWriter
 from megatron_sgt.metrics.jsonl import JsonlWriter
 from megatron_sgt.metrics.writers import TensorBoardWriter, WandbWriter, Writer
 
-KINDS = ("train", "valid", "growth", "save", "save_failed", "resume", "stop", "summary")
+KINDS = (
+    "train",
+    "ranks",
+    "valid",
+    "growth",
+    "save",
+    "save_failed",
+    "resume",
+    "rollback",
+    "stop",
+    "summary",
+)
 METRICS_FILE = "metrics.jsonl"
 
 

@@ -182,6 +182,31 @@ def save_failed_line(record: Record, paint: Paint = plain) -> str:
     return f"{paint('bad', 'NOT SAVED')}  step {record['step']:,}  {record['reason']}"
 
 
+def rollback_line(record: Record, paint: Paint = plain) -> str:
+    """A loss spike, and what came of it."""
+    spike = (
+        f"loss {units.fixed(record['loss'], 3)} of step {record['spike_step']:,} is above "
+        f"{units.fixed(record['limit'], 3)}"
+    )
+    if record.get("path") is None:
+        return f"{paint('warn', 'SPIKE')}  {spike}; no checkpoint to go back to, training goes on"
+    return (
+        f"{paint('warn', 'ROLLBACK')}  {spike}; back to step {record['step']:,}, "
+        f"{record['passed_samples']:,} samples passed over"
+    )
+
+
+def ranks_line(record: Record, paint: Paint = plain) -> str:
+    """The rank that the others wait for; nothing while there is none."""
+    if record.get("lagging_rank") is None:
+        return ""
+    base = "of a step longer" if record["what"] == "waiting for data" else "longer"
+    return (
+        f"{paint('warn', 'SLOW')}  step {record['step']:,}  rank {record['lagging_rank']} on {record['host']}: "
+        f"{record['what']} {record['excess']:.0%} {base} than the median rank"
+    )
+
+
 def stop_line(record: Record, paint: Paint = plain) -> str:
     """A request to stop that all ranks obey."""
     return f"{paint('warn', 'STOP')}  step {record['step']:,}  {record['reason']}: saving, then leaving"

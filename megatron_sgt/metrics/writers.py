@@ -21,6 +21,8 @@ _NO_CURVE = (
     "train_iters",
     "global_batch_size",
     "exit_code",
+    "lagging_rank",
+    "spike_step",
     "layer",
     "fade_until_step",
     "memory_total_gb",
@@ -151,7 +153,7 @@ class WandbWriter:
         curves = scalars(kind, record)
         if kind == "summary":
             self._run.summary.update(curves)
-        elif kind not in ("resume", "stop", "save_failed"):
+        elif kind not in ("resume", "rollback", "stop", "save_failed"):
             self._run.log({"step": int(record["step"]), **curves})
 
     def advance(self, step: int) -> None:

@@ -193,3 +193,23 @@ def test_a_run_that_was_asked_to_stop_says_so_twice() -> None:
     saved = {"step": 1200, "exit_code": 75, "reason": "stopped (SIGUSR1), start again to go on"}
     assert lines.summary_line(saved) == "SAVED  step 1,200  stopped (SIGUSR1), start again to go on"
     assert lines.summary_line({**saved, "exit_code": 0}).startswith("DONE")
+
+
+def test_rollback_line() -> None:
+    spike = {"loss": 7.25, "limit": 3.5, "spike_step": 1207}
+    back = {"step": 1200, "path": "runs/x/checkpoints/global_step1200", "passed_samples": 7168, **spike}
+    assert lines.rollback_line(back) == (
+        "ROLLBACK  loss 7.250 of step 1,207 is above 3.500; back to step 1,200, 7,168 samples passed over"
+    )
+    assert lines.rollback_line({"step": 1207, "path": None, **spike}) == (
+        "SPIKE  loss 7.250 of step 1,207 is above 3.500; no checkpoint to go back to, training goes on"
+    )
+
+
+def test_ranks_line() -> None:
+    assert lines.ranks_line({"step": 30, "work_s": [1.0, 1.0]}) == "", "nobody lags, nothing is said"
+    lag = {"step": 30, "lagging_rank": 17, "host": "node3", "excess": 0.21}
+    assert lines.ranks_line({**lag, "what": "computing"}) == (
+        "SLOW  step 30  rank 17 on node3: computing 21% longer than the median rank"
+    )
+    assert "waiting for data 21% of a step longer" in lines.ranks_line({**lag, "what": "waiting for data"})

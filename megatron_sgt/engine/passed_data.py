@@ -1,0 +1,97 @@
+"""Parts of the data order that a run goes past without training on them, kept beside its checkpoints.
+
+A range [start, stop) counts sequences of the data order, as TrainState.consumed_samples does. The file outlives
+the process, so that a run which is started again from a checkpoint in front of a range does not walk into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from megatron_sgt.checkpoint.layout import read_json, replace_text
+from megatron_sgt.data.loader import MicroBatch, TrainLoader
+from megatron_sgt.errors import CheckpointError
+
+PASSED_FILE = "passed_data.json"
+
+
+class PassedData:
+    """The ranges of the run that saves into ``root``."""
+
+    def __init__(self, root: Path, ranges: list[tuple[int, int]] | None = None) -> None:
+        self.root = root
+        self.ranges: list[tuple[int, int]] = list(ranges or [])
+
+    @classmethod
+    def read(cls, root: Path) -> PassedData:
+        """The ranges on disk; none without the file. Raises CheckpointError if it is damaged."""
+        path = root / PASSED_FILE
+        if not path.is_file():
+            return cls(root)
+        try:
+            return cls(root, [(int(start), int(stop)) for start, stop in read_json(path)["ranges"]])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} is damaged ({error!r}); delete it to train on all data, or copy it again"
+            ) from error
+
+    @classmethod
+    def at_start(cls, checkpoint: Path | None, root: Path) -> PassedData:
+        """The ranges of a run that starts from ``checkpoint`` (None: from nothing) and saves into ``root``.
+
+        What lies in front of the checkpoint's folder comes with it; a fresh start forgets. For one rank.
+        Raises CheckpointError.
+        """
+        if checkpoint is None:
+            (root / PASSED_FILE).unlink(missing_ok=True)
+            return cls(root)
+        found = cls.read(checkpoint.parent)
+        ours = cls(root, found.ranges)
+        if found.ranges and checkpoint.parent.resolve() != root.resolve():
+            ours.write()
+        return ours
+
+    def add(self, start: int, stop: int) -> None:
+        """Pass over [start, stop) from now on; one entry for every call, so their number counts."""
+        self.ranges.append((start, stop))
+
+    def write(self) -> None:
+        """Replace the file atomically; for one rank. Raises CheckpointError if it cannot be written."""
+        path, lines = self.root / PASSED_FILE, ",\n  ".join(f"[{a}, {b}]" for a, b in self.ranges)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            replace_text(path, f'{{"ranges": [\n  {lines}\n]}}\n')
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {path}: {error.strerror}; make room, and start again: the run goes on from the newest "
+                "checkpoint"
+            ) from error
+
+    def after(self, consumed: int) -> int:
+        """Where the data goes on for a run that stands at ``consumed``."""
+        while True:
+            stops = [stop for start, stop in self.ranges if start <= consumed < stop]
+            if not stops:
+                return consumed
+            consumed = max(stops)
+
+    def next_start(self, consumed: int) -> int | None:
+        """The nearest range ahead of ``consumed``; None if there is none."""
+        return min((start for start, _ in self.ranges if start > consumed), default=None)
+
+
+def batches_past(
+    open_at: Callable[[int], TrainLoader], passed: PassedData, consumed: int
+) -> Iterator[MicroBatch]:
+    """Micro-batches from ``consumed`` on, past the ranges of ``passed``: whole steps only, as ranges are.
+
+    Args:
+        open_at: opens a loader that starts behind so many consumed sequences.
+    """
+    position: int | None = consumed
+    while position is not None:
+        position = passed.after(position)
+        loader, position = open_at(position), passed.next_start(position)
+        while position is None or loader.consumed_samples < position:
+            yield next(loader)

@@ -1,0 +1,51 @@
+"""What can be read from the beats of all ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megatron_sgt.engine.watch.beat import Beat, Listener, behind, dead_ranks, next_visible
+from megatron_sgt.engine.watch.processes import Identity, own_identity
+from megatron_sgt.engine.watch.progress import Mark
+
+BEAT = Beat.of(3, Mark("train", 7, 40, 1.0, True), oom_kills=0, shm=0.5)
+
+
+def test_a_beat_is_a_line_of_text() -> None:
+    assert Beat.from_text(BEAT.text()) == BEAT
+    assert BEAT.place == "step 7 (train)"
+
+
+def test_silence_counts_from_the_last_new_beat() -> None:
+    listener = Listener()
+    assert listener.silent_seconds(5, 100.0) == 0
+    listener.hear(5, BEAT, 10.0)
+    listener.hear(5, BEAT, 40.0)
+    assert listener.silent_seconds(5, 70.0) == 60
+    listener.hear(5, dataclasses.replace(BEAT, number=4), 71.0)
+    assert listener.silent_seconds(5, 72.0) == 1
+
+
+def test_everyone_on_a_host_is_kept_an_eye_on() -> None:
+    hosts = [Identity(host, host, 100 + n, 1) for n, host in enumerate("aabbcaa")]
+    assert [next_visible(rank, hosts) for rank in range(7)] == [1, 5, 3, 2, None, 6, 0]
+
+
+def test_dead_ranks() -> None:
+    own = own_identity()
+    ranks = [
+        own,
+        dataclasses.replace(own, start=1),
+        dataclasses.replace(own, space="elsewhere", start=1),
+        own,
+    ]
+    assert dead_ranks(ranks, 0) == [1]
+
+
+def test_who_is_behind() -> None:
+    def beats(*counts: int) -> dict[int, Beat]:
+        return {rank: dataclasses.replace(BEAT, count=count) for rank, count in enumerate(counts)}
+
+    assert behind(beats(40, 38, 40, 38)) == [1, 3]
+    assert behind(beats(40, 40)) == []
+    assert behind({}) == []

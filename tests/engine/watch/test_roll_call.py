@@ -1,0 +1,122 @@
+"""Whom a failing run names: from beats, words and process states of four ranks on two hosts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from megatron_sgt.engine.watch import processes, roll_call
+from megatron_sgt.engine.watch.beat import Beat
+from megatron_sgt.engine.watch.post import Post
+from megatron_sgt.engine.watch.processes import Identity
+from megatron_sgt.engine.watch.roll_call import RollCall
+from megatron_sgt.engine.watch.way_out import WayOut
+
+BEAT = Beat(5, "train", 7, 40, True, 0, 0.1)
+RANKS = [Identity(host, host, 100 + n, 1) for n, host in enumerate(("a", "a", "b", "b"))]
+
+
+class Scene:
+    """Rank 0 asks; ``alive`` ranks send a new beat while it waits."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.alive = [0, 1, 2, 3]
+        self.behind: int | None = None
+        self.states = dict.fromkeys(range(4), "S")
+        self.killed: list[tuple[int, int]] = []
+        self.post = Post(dist.HashStore())
+        self.call = RollCall(WayOut(0, 4, folder, self.post), RANKS, keeper=True)
+        self.beat([0, 1, 2, 3], BEAT)
+        monkeypatch.setattr(roll_call.time, "sleep", self._wait)
+        monkeypatch.setattr(processes, "process_state", lambda identity: self.states[identity.pid - 100])
+        monkeypatch.setattr(roll_call.os, "kill", lambda pid, number: self.killed.append((pid, number)))
+
+    def beat(self, ranks: list[int], beat: Beat) -> None:
+        for rank in ranks:
+            self.post.put(f"beat/{rank}", beat.text())
+
+    def say(self, **words: str) -> None:
+        for rank, text in words.items():
+            self.post.put(f"hang/{rank.removeprefix('rank')}", text)
+
+    def _wait(self, seconds: float) -> None:
+        self.beat(self.alive, dataclasses.replace(BEAT, number=8))
+        if self.behind is not None:
+            self.beat([self.behind], dataclasses.replace(BEAT, number=8, count=38))
+
+
+@pytest.fixture
+def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
+    return Scene(tmp_path, monkeypatch)
+
+
+def stopped(scene: Scene) -> None:
+    scene.states[1], scene.alive = "T", [0, 2, 3]
+
+
+def silent(scene: Scene) -> None:
+    scene.alive = [0, 1, 2]
+
+
+def busy(scene: Scene) -> None:
+    waiting = "waiting in all_reduce, called from train_step (step.py:7)"
+    scene.say(rank0=waiting, rank1=waiting, rank2="at sleep (x.py:1)", rank3=waiting)
+
+
+@pytest.mark.parametrize(
+    ("what", "rank", "said"),
+    [
+        (stopped, 1, "rank 1 on a, step 7 (train): stopped by a signal"),
+        (silent, 3, "rank 3 on b, step 7 (train): silent"),
+        (busy, 2, "rank 2 on b, step 7 (train): at sleep (x.py:1)"),
+    ],
+)
+def test_whom_a_hang_names(what: Callable[[Scene], None], rank: int, said: str, scene: Scene) -> None:
+    what(scene)
+    failure, details = scene.call.hang("no progress for 30 s", "step 7 (train)")
+    assert (failure.rank, failure.host) == (rank, RANKS[rank].host)
+    assert failure.cause == f"no progress for 30 s; behind: rank {rank}"
+    assert details[0].startswith(said), details
+    assert len(details) == 4
+    assert [pid for pid, _ in scene.killed] == ([101] if what is stopped else []), "asked for its stacks"
+
+
+def test_a_rank_that_is_marks_behind(scene: Scene) -> None:
+    scene.behind = 2
+    failure, _ = scene.call.hang("no progress", "step 7 (train)")
+    assert failure.rank == 2 and failure.cause.endswith("behind: rank 2")
+
+
+def test_all_wait(scene: Scene) -> None:
+    waiting = "waiting in all_reduce"
+    scene.say(rank0=waiting, rank1=waiting, rank2=waiting, rank3=waiting)
+    failure, _ = scene.call.hang("no progress", "step 7 (train)")
+    assert failure.cause.endswith("behind: rank none, all ranks wait")
+
+
+def test_without_the_store_its_keeper_is_silent(scene: Scene) -> None:
+    scene.call.out.store_gone = True
+    assert scene.call.silent() == []
+    other = RollCall(WayOut(1, 4, scene.call.out.folder, None), RANKS, keeper=True)
+    assert other.silent() == [0] and other.beats() == {}
+    assert dataclasses.replace(other, keeper=False).silent() == [], "torchrun's agent keeps the store"
+    assert other.asked_to_tell("here"), "each tells, and the file decides"
+
+
+def test_one_rank_is_asked_to_tell(scene: Scene) -> None:
+    other = RollCall(WayOut(1, 4, scene.call.out.folder, scene.post), RANKS, keeper=True)
+    assert scene.call.asked_to_tell("here") and not other.asked_to_tell("there")
+
+
+def test_a_loss(scene: Scene) -> None:
+    failure, details = scene.call.loss([2, 3], BEAT, "start")
+    assert (failure.kind, failure.rank, failure.host) == ("lost", 2, "b")
+    assert failure.place == "step 7 (train)" and "node b is lost" in failure.cause
+    assert details == ["also gone: rank 3 on b"]
+    scene.beat([3], dataclasses.replace(BEAT, oom_kills=1))
+    assert "OOM killer" in scene.call.loss([2], BEAT, "start")[0].cause
+    assert "SIGKILL" in scene.call.loss([1], BEAT, "start")[0].cause

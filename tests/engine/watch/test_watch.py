@@ -1,0 +1,118 @@
+"""A rank dies, stops or fails, and no launcher is there to end the others: the ranks themselves name it and leave."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.attempts import attempt
+from tests.helpers.runs import tiny_config, write_tiny_data
+
+HANG_SECONDS = 3.0
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_tiny_data(tmp_path_factory.mktemp("data"))
+
+
+def endless(tmp_path: Path, data: str, **parallel: Any) -> tuple[Path, Path]:
+    """(configuration file, run folder) of a run that does not end by itself."""
+    run_dir = tmp_path / "run"
+    train = {
+        "train_iters": 10**6,
+        "eval_interval": 0,
+        "hang_timeout_seconds": HANG_SECONDS,
+        "slow_phase_timeout_seconds": 60.0,
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(tiny_config(run_dir, data, train=train, parallel=parallel).to_yaml())
+    return path, run_dir
+
+
+def told(errors: list[str]) -> list[str]:
+    """The first lines of the blocks that were told, over all ranks."""
+    words = ("LOST  ", "HANG  ", "FAILED  ", "error: ")
+    return [line for text in errors for line in text.splitlines() if line.startswith(words)]
+
+
+@pytest.mark.parametrize("victim", [0, 1], ids=["the store's host", "another rank"])
+def test_a_killed_rank_is_named_within_seconds(victim: int, data: str, tmp_path: Path) -> None:
+    config, run_dir = endless(tmp_path, data, tensor_model_parallel_size=1 + victim)
+    with attempt(tmp_path / "ranks", config, 2) as run:
+        run.wait_for_step(run_dir, 3)
+        start = run.signal(victim, signal.SIGKILL)
+        (code,) = run.wait([1 - victim], timeout=30)
+        seconds = time.monotonic() - start
+        done = run.finished()
+    assert code == 1 and seconds < 10, (code, seconds, done)
+    survivor = done[1 - victim].err
+    (head,) = told([survivor])
+    assert head.startswith(f"LOST  rank {victim} of 2 on {socket.gethostname()}, in step "), head
+    assert "SIGKILL" in survivor and "Traceback" not in survivor and "gloo" not in survivor, survivor
+    (report,) = (run_dir / "failures").glob("*/report.txt")
+    assert report.read_text() in survivor
+
+
+@pytest.mark.parametrize("victim", [0, 1], ids=["the store's host", "another rank"])
+def test_a_stopped_rank_is_named_after_the_timeout(victim: int, data: str, tmp_path: Path) -> None:
+    config, run_dir = endless(tmp_path, data)
+    others = [rank for rank in range(3) if rank != victim]
+    config.write_text(config.read_text().replace("global_batch_size: 8", "global_batch_size: 12"))
+    with attempt(tmp_path / "ranks", config, 3) as run:
+        run.wait_for_step(run_dir, 3)
+        start = run.signal(victim, signal.SIGSTOP)
+        codes = run.wait(others, timeout=60)
+        seconds = time.monotonic() - start
+        done = run.finished()
+    assert codes == [1, 1], (seconds, done)
+    assert HANG_SECONDS < seconds < HANG_SECONDS + 10
+    (head,) = told([done[rank].err for rank in others])
+    assert head.startswith(f"HANG  rank {victim} of 3 on {socket.gethostname()}, in step "), head
+    text = "".join(done[rank].err for rank in others)
+    assert f"behind: rank {victim}\n" in text and "stopped by a signal" in text
+    (folder,) = (run_dir / "failures").glob("*-*")
+    for rank in others:
+        stacks = (folder / f"rank_{rank:05d}.stacks.txt").read_text()
+        assert "train_step" in stacks and "_watch_progress" in stacks, "all threads of the rank"
+        assert "in step " in stacks.splitlines()[0] and "train_step" in done[rank].err
+
+
+def fail_in_step(step: int, error: Exception, rank: int) -> None:
+    """Let rank 1 fail with ``error`` when it fetches the data of ``step``."""
+    from megatron_sgt.data.loader import TrainLoader
+
+    fetch = TrainLoader.__next__
+
+    def failing(self: TrainLoader) -> Any:
+        if rank == 1 and self.consumed_samples >= (step - 1) * self.global_batch_size:
+            raise error
+        return fetch(self)
+
+    TrainLoader.__next__ = failing  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("kind", ["bug", "mistake"])
+def test_a_failing_rank_is_named_and_its_exit_code_is_all_ranks(kind: str, data: str, tmp_path: Path) -> None:
+    from megatron_sgt.errors import DataError
+
+    error = ZeroDivisionError("seven by none") if kind == "bug" else DataError("a file is gone; copy it")
+    config, _ = endless(tmp_path, data)
+    with attempt(tmp_path / "ranks", config, 2, partial(fail_in_step, 4, error)) as run:
+        codes = run.wait([0, 1], timeout=60)
+        done = run.finished()
+    assert codes == ([1, 1] if kind == "bug" else [3, 3]), done
+    (line,) = told([one.err for one in done])
+    if kind == "bug":
+        assert line == f"FAILED  rank 1 of 2 on {socket.gethostname()}, in step 4 (data)"
+        assert "cause  ZeroDivisionError: seven by none" in done[1].err
+        assert "[rank 1] Traceback" in done[1].err
+    else:
+        assert line.startswith("error: a file is gone; copy it (rank 1 on ")
+    assert "Traceback" not in done[0].err, done[0].err
