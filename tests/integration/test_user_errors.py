@@ -270,6 +270,10 @@ def pretrain(folder: Path, *arguments: str, before: Callable[[], None] | None = 
     return run_script("pretrain_sgt.py", ["--config", "run.yaml", *arguments], folder, before)
 
 
+def set_variables(variables: tuple[tuple[str, str], ...]) -> None:
+    os.environ.update(variables)
+
+
 def assert_told(done: Finished, code: int, words: tuple[str, ...]) -> None:
     """One message with these words, the exit code, no traceback."""
     assert done.code == code, done.err
@@ -289,7 +293,7 @@ def test_mistake(mistake: Mistake, folder: Path) -> None:
     if mistake.spoil is not None:
         mistake.spoil(folder)
     before = snapshot(folder)
-    before_it = partial(os.environ.update, mistake.environ)
+    before_it = partial(set_variables, mistake.environ)
     done = pretrain(folder, *mistake.arguments, before=before_it)
     assert_told(done, mistake.code, mistake.words)
     if mistake.dry:
