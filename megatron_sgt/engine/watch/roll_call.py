@@ -60,8 +60,11 @@ class RollCall:
             if processes.visible(identity, own)
         }
 
-    def loss(self, dead: list[int], own_beat: Beat, place: str) -> tuple[Failure, list[str]]:
-        """The failure that ``dead`` ranks are, and a line on each but the first."""
+    def loss(self, dead: list[int], own_beat: Beat) -> tuple[Failure, list[str]]:
+        """The failure that ``dead`` ranks are, and a line on each but the first.
+
+        Ranks keep step with each other, and a dead one's last word may be a beat old: the later place counts.
+        """
         heard = self.beats() | {self.out.rank: own_beat}
         by_host: dict[str, list[Beat]] = {}
         for rank, beat in heard.items():
@@ -69,7 +72,8 @@ class RollCall:
         host = self.identities[dead[0]].host
         there = {rank for rank, identity in enumerate(self.identities) if identity.host == host}
         whole = there <= set(dead) and len(there) < len(self.identities)
-        place = heard[dead[0]].place if dead[0] in heard else place
+        last = heard.get(dead[0], own_beat)
+        place = last.place if last.step >= own_beat.step else own_beat.place
         failure = Failure("lost", dead[0], host, place, guess_loss(host, by_host, whole))
         return failure, [f"also gone: rank {r} on {self.identities[r].host}" for r in dead[1:MAX_LINES]]
 

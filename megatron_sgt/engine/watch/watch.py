@@ -167,7 +167,7 @@ class Watch:
     def _lose(self, dead: list[int]) -> NoReturn:
         assert self._roll_call is not None
         self._out.take()
-        failure, details = self._roll_call.loss(dead, self._beat(0), self.progress.mark.place)
+        failure, details = self._roll_call.loss(dead, self._beat(0))
         self._out.fail(failure, ADVICE, details)
 
     def _watch_progress(self) -> None:

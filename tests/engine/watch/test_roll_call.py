@@ -113,10 +113,12 @@ def test_one_rank_is_asked_to_tell(scene: Scene) -> None:
 
 
 def test_a_loss(scene: Scene) -> None:
-    failure, details = scene.call.loss([2, 3], BEAT, "start")
+    failure, details = scene.call.loss([2, 3], BEAT)
     assert (failure.kind, failure.rank, failure.host) == ("lost", 2, "b")
     assert failure.place == "step 7 (train)" and "node b is lost" in failure.cause
     assert details == ["also gone: rank 3 on b"]
+    ahead = dataclasses.replace(BEAT, step=9, phase="checkpoint")
+    assert scene.call.loss([2], ahead)[0].place == "step 9 (checkpoint)", "its last word is two steps old"
     scene.beat([3], dataclasses.replace(BEAT, oom_kills=1))
-    assert "OOM killer" in scene.call.loss([2], BEAT, "start")[0].cause
-    assert "SIGKILL" in scene.call.loss([1], BEAT, "start")[0].cause
+    assert "OOM killer" in scene.call.loss([2], BEAT)[0].cause
+    assert "SIGKILL" in scene.call.loss([1], BEAT)[0].cause
