@@ -6,11 +6,11 @@ The start of the run checks more (`pretrain_sgt.py --dry-run` shows it), but tha
 import importlib.util
 from pathlib import Path
 
-from megatron_sgt.checkpoint import layout, manifest
-from megatron_sgt.checkpoint.find import find_checkpoint
+from megatron_sgt.checkpoint import layout
+from megatron_sgt.checkpoint.find import check_checkpoint, find_checkpoint
 from megatron_sgt.checkpoint.size import check_disk, checkpoint_bytes
 from megatron_sgt.cli import unwritable
-from megatron_sgt.config import Config
+from megatron_sgt.config import Config, load_config
 from megatron_sgt.data.prefix import resolve_prefix
 from megatron_sgt.errors import ConfigError, DataError
 from megatron_sgt.metrics.units import file_size
@@ -83,17 +83,25 @@ def _check_disk(config: Config, precision: str) -> str:
     return f"{file_size(free)} free for checkpoints of {size}, {f'{keep} kept' if keep else 'all kept'}"
 
 
+def _with_vocabulary_of(folder: Path, config: Config) -> Config:
+    """``config``; a vocabulary that only its tokenizer knows, which may not be readable here, is the checkpoint's."""
+    if config.model.vocab_size is not None:
+        return config
+    size = load_config(folder / layout.CONFIG_FILE).model.vocab_size
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
+
+
 def find_start(config: Config) -> str:
     """Whether the run will start afresh, from checkpoint.load or from its own newest checkpoint, in one sentence.
 
-    Raises CheckpointError: checkpoint.load holds none, or the newest is damaged. ConfigError: the run is done.
+    Raises CheckpointError: checkpoint.load holds none, all are damaged, or it is another model's. ConfigError: the
+    run is done.
     """
     found = find_checkpoint(config)
     folder = found.folder
     if folder is None:
         return f"FRESH START: no checkpoint in {config.save_dir}"
-    if found.explicit:
-        manifest.verify_sizes(folder)
+    check_checkpoint(folder, _with_vocabulary_of(folder, config))
     verb = "START" if found.explicit else "RESUME"
     step, wanted = layout.step_of(folder.name), config.train.train_iters
     if step >= wanted:

@@ -8,7 +8,7 @@ from megatron_sgt.config import Config
 from megatron_sgt.errors import CheckpointError, ConfigError, DataError
 from megatron_sgt.submit import preflight
 from tests.helpers.checkpoints import write_plain_checkpoint
-from tests.helpers.runs import tiny_config, write_tiny_data
+from tests.helpers.runs import TINY, tiny_config, write_tiny_data
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def config(tmp_path: Path, data: str, /, **sections: dict[str, Any]) -> Config:
 
 def write_checkpoint(root: Path, step: int) -> Path:
     """A folder that counts as a checkpoint."""
-    folder = write_plain_checkpoint(root / layout.tag_for(step))
+    folder = write_plain_checkpoint(root / layout.tag_for(step), model=TINY["model"])
     layout.point_to(root, folder.name)
     return folder
 
@@ -77,6 +77,11 @@ def test_says_what_the_run_starts_from(tmp_path: Path, data: str) -> None:
     folder = write_checkpoint(own, 7)
     for sections in ({}, load):
         assert start(config(tmp_path, data, **sections)) == f"RESUME at step 7 of 18 from {folder}"
+    with pytest.raises(CheckpointError, match=r"another model: model.hidden_size is 32 there and 64 here"):
+        start(config(tmp_path, data, model={"hidden_size": 64}))
+    by_tokenizer = config(tmp_path, data)
+    model = by_tokenizer.model.model_copy(update={"vocab_size": None})
+    assert start(by_tokenizer.model_copy(update={"model": model})).startswith("RESUME at step 7")
     older = write_checkpoint(own, 5)
     layout.point_to(own, folder.name)
     (folder / "mp_rank_00_model_states.pt").write_bytes(b"123")
