@@ -1,5 +1,6 @@
 """One layout: a reference run, then the same run through faults, checked after every death."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -163,9 +164,11 @@ class Soak:
         ballast = self.folder / "disk" / "ballast"
         whole = [self.root / tag for tag in layout.finished_tags(self.root)]
         size = sum(layout.file_sizes(whole[-1]).values()) if whole else 0
-        free = shutil.disk_usage(ballast.parent).free
         with ballast.open("wb") as stream:
-            os.posix_fallocate(stream.fileno(), 0, max(1, free - size // 2))
+            while (free := shutil.disk_usage(ballast.parent).free) > size // 2:
+                with contextlib.suppress(OSError):  # a save that goes on takes room meanwhile
+                    taken = os.fstat(stream.fileno()).st_size
+                    os.posix_fallocate(stream.fileno(), taken, free - size // 2)
         ended = not self._wait_steps(2 * INTERVAL)
         ballast.unlink()
         return ended
@@ -203,6 +206,7 @@ class Soak:
         for record in new:
             if record["kind"] == "resume" and record["step"] != self.expected_start:
                 raise Lost(f"the run went on from step {record['step']}, not {self.expected_start}")
+            self.tally.refused_saves += record["kind"] == "save_failed"
             if record["kind"] == "save":
                 self.tally.saves += 1
                 self.saved = record["step"]

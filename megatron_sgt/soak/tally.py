@@ -18,6 +18,7 @@ class Tally:
     lost_steps: list[int] = field(default_factory=list)
     """Steps done and not saved, per death."""
     saves: int = 0
+    refused_saves: int = 0
     lost_checkpoints: int = 0
     checked_steps: int = 0
     useful_s: float = 0.0
@@ -33,7 +34,8 @@ def table(tallies: dict[str, Tally]) -> str:
         "deaths": lambda t: str(t.deaths.total()),
         "of them inside a save": lambda t: str(t.inside),
         "checkpoints saved": lambda t: str(t.saves),
-        "of them lost": lambda t: str(t.lost_checkpoints),
+        "saves that found the disk full": lambda t: str(t.refused_saves),
+        "checkpoints lost": lambda t: str(t.lost_checkpoints),
         "steps equal to the reference": lambda t: f"{t.checked_steps:,}",
         "lost steps per death, mean": lambda t: f"{sum(t.lost_steps) / max(1, len(t.lost_steps)):.1f}",
         "lost steps per death, most": lambda t: str(max(t.lost_steps, default=0)),
