@@ -43,16 +43,18 @@ class Kernels:
 
     ``norm_copies``: copies of its input's size that RMSNorm keeps beside the input (composite kernels keep the
     normalised one); ``mask_bytes``: of one element's dropout mask (None: as many as an element has);
-    ``cuts_keys``: balanced loops keep keys and values as cut and copied for this rank, not as gathered.
+    ``fused_swiglu``: SwiGLU keeps its input and output alone, unless ``train.fusions`` is off; ``cuts_keys``:
+    balanced loops keep keys and values as cut and copied for this rank, not as gathered.
     """
 
     norm_copies: int
     mask_bytes: int | None
+    fused_swiglu: bool
     cuts_keys: bool
 
 
-GPU = Kernels(norm_copies=0, mask_bytes=1, cuts_keys=False)
-CPU = Kernels(norm_copies=1, mask_bytes=None, cuts_keys=True)
+GPU = Kernels(norm_copies=0, mask_bytes=1, fused_swiglu=True, cuts_keys=False)
+CPU = Kernels(norm_copies=1, mask_bytes=None, fused_swiglu=False, cuts_keys=True)
 
 
 @dataclass(frozen=True)
@@ -197,8 +199,10 @@ class _Rank:
         heads, groups = model.num_attention_heads // self.ranks, model.num_query_groups // self.ranks
         attention = self.norm() + self.stream + self.fused_attention(heads, groups)
         width = model.ffn_hidden_size // self.ranks * self.tokens * self.element
-        # SwiGLU: both halves, the activated one, a copy of the other, their product. GELU: before and after.
-        mlp = self.norm() + self.stream + (5 if model.activation == "swiglu" else 2) * width
+        # SwiGLU: both halves and their product, unfused also the activated half and a copy of the other.
+        fused = self.kernels.fused_swiglu and self.config.train.fusions != "off"
+        kept = 2 if model.activation == "gelu" else 3 if fused else 5
+        mlp = self.norm() + self.stream + kept * width
         return attention + mlp + 2 * self.dropout()
 
     def loop_pass(self, plan: LayerPlan) -> int:

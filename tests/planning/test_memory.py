@@ -17,7 +17,7 @@ from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.model.apply_plan import apply_plan, begin_step
 from megatron_sgt.model.gpt import build_model
-from megatron_sgt.planning.memory import CPU, activation_memory, state_memory
+from megatron_sgt.planning.memory import CPU, GPU, activation_memory, state_memory
 from tests.helpers.live_memory import LiveMemory
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.single import random_batch, small_config
@@ -165,3 +165,23 @@ def _bytes(before: dict[int, torch.Tensor]) -> int:
 def test_weights_gradients_and_optimizer_by_zero_stage() -> None:
     for rank, wrong in enumerate(run_on_ranks(2, live_state, timeout=300)):
         assert not wrong, f"rank {rank}:\n" + "\n".join(wrong)
+
+
+def test_gpus_keep_less_by_what_their_kernels_fuse() -> None:
+    """No normalised copies; of SwiGLU no activated half and no copy of the other, unless fusions are off."""
+    plan = LoopPlan.empty(2)
+    fused = memory_config("multi-head", 1, False, "owner", "none")
+    plain = fused.model_copy(update={"train": fused.train.model_copy(update={"fusions": "off"})})
+    on_cpu, on_gpu, unfused = (
+        activation_memory(config, plan, "fp32", kernels)
+        for config, kernels in ((fused, CPU), (fused, GPU), (plain, GPU))
+    )
+    tokens, hidden, ffn, element = 2 * 64, 64, 96, 4
+    assert on_cpu.layers - unfused.layers == 2 * 2 * tokens * hidden * element
+    assert unfused.layers - on_gpu.layers == 2 * 2 * tokens * ffn * element
+
+
+def test_what_is_offloaded_lies_elsewhere() -> None:
+    section = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    here, there = (small_config(deepspeed=values) for values in ({}, section))
+    assert state_memory(there, 2, "bf16").optimizer == 0 < state_memory(here, 2, "bf16").optimizer
