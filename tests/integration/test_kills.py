@@ -29,7 +29,7 @@ SHORT = 3
 """Kills per layout of the short form."""
 SLOW_S = 0.15
 """Seconds that the slow rank's storage takes for the second half of a file."""
-TIMEOUT_S = 60.0
+TIMEOUT_S = 240.0
 
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "tp2_zero1_async": {
