@@ -13,7 +13,8 @@ BIN := $(abspath $(VENV))/bin
 PY := $(BIN)/python
 LOG := $(VENV)/install.log
 STAMP := $(VENV)/.complete
-PIP := $(PY) -m pip install --disable-pip-version-check --no-input $(PIP_FLAGS) -c constraints.txt
+PIP_BARE := $(PY) -m pip install --disable-pip-version-check --no-input $(PIP_FLAGS)
+PIP := $(PIP_BARE) -c constraints.txt
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 SCRIPTS := $(wildcard pretrain_sgt.py tools/*.py tools/bench/*.py)
 # One thread per process: the ranks of a test share the machine's cores.
@@ -31,6 +32,7 @@ endef
 help:
 	@echo "make quickstart   from nothing to a small grown, saved and resumed SGT model (CPU, a few minutes)"
 	@echo "make test         the test suite"
+	@echo "make test-transformers-4   the code of exported models under the last transformers 4"
 	@echo "make check        formatting, lint, types, architecture"
 	@echo "make study        the paper's comparison at a size for two cores, in one table (15 minutes)"
 	@echo "make bench        step time and FLOPs of SGT beside vanilla"
@@ -61,6 +63,20 @@ quickstart: $(STAMP)
 test: $(STAMP)
 	@$(THREADS) $(PY) -m pytest -q $(PYTEST_FLAGS)
 
+# The packages of an older transformers before those of $(VENV), and nothing else.
+OLD_LIST := tests/export/hf/transformers-4.txt
+OLD_VENV := $(VENV)-transformers-4
+OLD := PYTHONPATH=$(abspath $(OLD_VENV)) $(THREADS) $(PY)
+
+$(OLD_VENV)/.complete: $(OLD_LIST) | $(STAMP)
+	@rm -rf $(OLD_VENV)
+	$(call stage,transformers 4 in $(OLD_VENV),$(PIP_BARE) --no-deps --target $(OLD_VENV) -r $(OLD_LIST))
+	@touch $@
+
+test-transformers-4: $(OLD_VENV)/.complete
+	@$(OLD) -c 'import transformers as t; assert t.__version__.startswith("4."), t.__version__'
+	@$(OLD) -m pytest -q $(PYTEST_FLAGS) tests/export/hf
+
 check: $(STAMP)
 	@echo "== ruff format" && $(PY) -m ruff format --check --output-format concise . || { echo "run 'make format'"; exit 1; }
 	@echo "== ruff check" && $(PY) -m ruff check --output-format concise .
@@ -81,4 +97,4 @@ clean:
 	@find . -path ./$(VENV) -prune -o -path ./runs -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean
-	@rm -rf $(VENV)
+	@rm -rf $(VENV) $(OLD_VENV)
