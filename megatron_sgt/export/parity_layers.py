@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_sgt.export.hf.loading import ExportedTensors, one_layer_models, quiet
+from megatron_sgt.export.hf.loading import one_layer_models, quiet
+from megatron_sgt.export.hf_tensors import HFTensors
 from megatron_sgt.export.own_model import empty_model, load_entry
 from megatron_sgt.export.parity import (
     LOSS,
@@ -86,7 +87,7 @@ def check_parity_by_layers(export: Export) -> Parity:
     trust = export.architecture == "SGTForCausalLM"
     tokens = probe_tokens(export, length=LENGTH)
     own = _Layers(export.source, DTYPES[export.options.dtype])
-    exported = ExportedTensors(export.folder)
+    exported = HFTensors(export.folder)
     checks = tuple(_walk(export, own, exported, one_layer_models(export.folder, trust), tokens))
     text = f"{tokens.shape[0]} sequences of {tokens.shape[1]} random tokens, layer by layer"
     return Parity("layers", checks, text)
@@ -95,32 +96,41 @@ def check_parity_by_layers(export: Export) -> Parity:
 def _walk(
     export: Export,
     own: _Layers,
-    exported: ExportedTensors,
+    exported: HFTensors,
     build: Callable[[int], Any],
     tokens: Tensor,
 ) -> Iterator[Check]:
     embedding = "model.embed_tokens.weight"
     mine = F.embedding(tokens, own.vocabulary(first=True))
-    theirs = F.embedding(tokens, exported.get(embedding))
+    theirs = F.embedding(tokens, _read(exported, embedding))
     cache_gap, norm = 0.0, None
     for layer in range(export.source.config.model.num_layers):
         model = build(layer)
         body, norm = model.model, model.model.norm
         body.norm = torch.nn.Identity()
-        body.layers[0].load_state_dict(exported.below(f"model.layers.{layer}."))
+        body.layers[0].load_state_dict(_below(exported, f"model.layers.{layer}."))
         mine = own.forward(layer, export.plan, mine)
         whole = body(inputs_embeds=theirs, use_cache=False).last_hidden_state
         gap = largest_gap(_through_cache(body, theirs), whole) / max(1.0, float(whole.abs().max()))
         cache_gap = gap if not cache_gap >= gap else cache_gap  # keeps NaN
         theirs = whole
     assert norm is not None
-    norm.load_state_dict(exported.below("model.norm."))
+    norm.load_state_dict(_below(exported, "model.norm."))
     tied = not export.source.config.model.untie_embeddings_and_output_weights
     expected = F.linear(own.final_norm(mine), own.vocabulary(first=False))
-    found = F.linear(norm(theirs), exported.get(embedding if tied else "lm_head.weight"))
+    found = F.linear(norm(theirs), _read(exported, embedding if tied else "lm_head.weight"))
     yield Check("logits, largest difference", largest_gap(found, expected), logit_tolerance(expected))
     yield Check("loss, difference", abs(loss_of(found, tokens) - loss_of(expected, tokens)), LOSS)
     yield Check("hidden states of each layer, cached against uncached", cache_gap, 1e-5)
+
+
+def _read(exported: HFTensors, name: str) -> Tensor:
+    return exported.read(name).float()
+
+
+def _below(exported: HFTensors, prefix: str) -> dict[str, Tensor]:
+    """All tensors whose names begin with ``prefix``, by the rest of their names."""
+    return {n.removeprefix(prefix): _read(exported, n) for n in exported.shapes if n.startswith(prefix)}
 
 
 def _through_cache(body: Any, x: Tensor) -> Tensor:

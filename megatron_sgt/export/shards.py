@@ -12,8 +12,8 @@ from torch import Tensor
 
 from megatron_sgt.checkpoint.reshard.tensor_file import TensorFileWriter
 from megatron_sgt.errors import CheckpointError
+from megatron_sgt.export.hf_tensors import INDEX_FILE, SINGLE_FILE
 
-INDEX_FILE = "model.safetensors.index.json"
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -29,7 +29,7 @@ def divide(shapes: Shapes, dtype: torch.dtype, max_bytes: int) -> dict[str, dict
         parts[-1][name] = shape
         filled += size
     if len(parts) == 1:
-        return {"model.safetensors": parts[0]}
+        return {SINGLE_FILE: parts[0]}
     return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, start=1)}
 
 

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_sgt.errors import CheckpointError
-from megatron_sgt.export.shards import INDEX_FILE, divide, write_weights
+from megatron_sgt.export.hf_tensors import INDEX_FILE
+from megatron_sgt.export.shards import divide, write_weights
 
 SHAPES = {"a": (4, 8), "b": (8,), "c": (16, 8), "d": (8,)}
 

@@ -16,7 +16,7 @@ from megatron_sgt.errors import CheckpointError
 from megatron_sgt.export.to_hf import MODEL_CODE, ExportOptions, export_checkpoint
 from tests.helpers.checkpoints import grown_config, write_grown_checkpoint
 from tests.helpers.commands import snapshot
-from tests.helpers.deepspeed_files import random_state
+from tests.helpers.deepspeed_files import random_state, write_manifest
 
 FP32 = ExportOptions(dtype="fp32")
 
@@ -83,9 +83,7 @@ def not_finite(folder: Path) -> None:
     content = torch.load(file, weights_only=True)
     content["optimizer_state_dict"]["single_partition_of_fp32_groups"][0][3000] = float("nan")
     torch.save(content, file)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][file.name] = file.stat().st_size
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder)
 
 
 BREAKAGES: list[tuple[Callable[[Path], None], str]] = [

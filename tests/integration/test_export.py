@@ -67,7 +67,7 @@ def told_by_ranks(tmp_path: Path, variant: str, depth: int, where: Layout, new_t
         # Without it, ZeRO 3 keeps weights as small as these whole on every rank.
         deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}},
     )
-    return run_on_ranks(tp * dp, train_and_tell, config, ids(2, 32), ids(2, 8), new_tokens)[0]
+    return run_on_ranks(tp * dp, train_and_tell, config, ids(2, 32), ids(2, 8), new_tokens, timeout=300)[0]
 
 
 def ids(*shape: int) -> Tensor:

@@ -58,7 +58,7 @@ def write_checkpoint(folder: Path, config: Any) -> tuple[int, int]:
     """A committed checkpoint of random weights; returns the number of all parameters and of the largest."""
     import torch
 
-    from megatron_sgt.checkpoint import layout
+    from megatron_sgt.checkpoint import layout, manifest
     from megatron_sgt.growth import build_schedule
     from megatron_sgt.model.hf_weights import name_map
 
@@ -96,14 +96,14 @@ def write_checkpoint(folder: Path, config: Any) -> tuple[int, int]:
         "trainer": {"step": 1, "consumed_samples": 2, "skipped_steps": 0, "consecutive_skipped": 0},
         "hooks": {
             "growth": {
-                "schedule": {**schedule.state_dict(), "phase": "fixed", "grown": [grown]},
+                "schedule": {**schedule.state_dict(), "phase": "fixed", "step": 1000, "grown": [grown]},
                 "events": [],
             }
         },
     }
     layout.write_json(folder / layout.STATE_FILE, state)
     (folder / layout.CONFIG_FILE).write_text(config.to_yaml())
-    layout.write_json(folder / layout.MANIFEST_FILE, {"tag": folder.name, "files": layout.file_sizes(folder)})
+    manifest.write_manifest(folder, {})
     largest = max(TP * math.prod(shape) for shape in shapes.values())
     return size * TP, largest
 

@@ -1,41 +1,44 @@
-"""Reading exported folders."""
+"""Exported folders as transformers loads them."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from megatron_sgt.errors import CheckpointError
-from megatron_sgt.export.hf.loading import ExportedTensors
-from megatron_sgt.export.shards import INDEX_FILE, write_weights
-
-
-@pytest.mark.parametrize("max_bytes", [10, 10**6])
-def test_tensors_by_name(tmp_path: Path, max_bytes: int) -> None:
-    given = {"a.x": torch.ones(2, 3), "a.y": torch.zeros(4), "b": torch.full((2,), 2.0)}
-    write_weights(
-        tmp_path, {n: tuple(t.shape) for n, t in given.items()}, given.items(), torch.bfloat16, max_bytes
-    )
-    tensors = ExportedTensors(tmp_path)
-    assert tensors.get("b").dtype == torch.float32
-    assert {name: t.tolist() for name, t in tensors.below("a.").items()} == {
-        "x": [[1.0] * 3] * 2,
-        "y": [0.0] * 4,
-    }
-    with pytest.raises(CheckpointError, match="holds no c"):
-        tensors.get("c")
+from megatron_sgt.export.hf.configuration_sgt import SGTConfig
+from megatron_sgt.export.hf.loading import load_exported, one_layer_models
+from megatron_sgt.export.hf.modeling_sgt import SGTForCausalLM
+from tests.helpers.hf_models import hf_model, random_ids
 
 
-def test_damaged_folders(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no readable weights"):
-        ExportedTensors(tmp_path)
-    save_file({"a": torch.ones(1)}, tmp_path / "one.safetensors")
-    (tmp_path / INDEX_FILE).write_text(
-        json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})
-    )
-    with pytest.raises(CheckpointError, match=r"holds no readable weights: .*two\.safetensors"):
-        ExportedTensors(tmp_path)
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    SGTConfig.register_for_auto_class()
+    SGTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+    try:
+        hf_model("grouped_qk_norm_depth_3").save_pretrained(tmp_path)
+    finally:
+        SGTConfig._auto_class = SGTForCausalLM._auto_class = None
+    return tmp_path
+
+
+@pytest.mark.parametrize(("dtype", "computed"), [(torch.bfloat16, torch.bfloat16), ("auto", torch.float32)])
+def test_in_the_type_that_is_asked_for(folder: Path, dtype: torch.dtype | str, computed: torch.dtype) -> None:
+    model = load_exported(folder, dtype, trust=True)
+    assert model.dtype == computed and not model.training
+    if computed == torch.float32:
+        tokens = random_ids(1, 6)
+        assert torch.equal(model(tokens).logits, hf_model("grouped_qk_norm_depth_3")(tokens).logits)
+
+
+def test_code_is_run_only_where_it_is_trusted(folder: Path) -> None:
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_exported(folder, "auto", trust=False)
+
+
+def test_single_layers_have_the_loops_of_their_place(folder: Path) -> None:
+    build = one_layer_models(folder, trust=True)
+    depths = [build(layer).model.layers[0].depth for layer in range(4)]
+    assert depths == [0, 1, 0, 3] and len(build(3).model.layers) == 1
