@@ -14,17 +14,20 @@ pretrain() { torchrun --standalone --nproc-per-node 2 pretrain_sgt.py --config "
 rm -rf "$out"
 mkdir -p "$out"
 
-say 1/4 "text: the sources of Python's standard library, a tokenizer of 2,048 tokens, a Megatron .bin/.idx"
+say 1/5 "text: the sources of Python's standard library, a tokenizer of 2,048 tokens, a Megatron .bin/.idx"
 bash examples/prepare_text.sh "$out"
 
-say 2/4 "check the run without starting it"
+say 2/5 "check the run without starting it"
 python pretrain_sgt.py --config "$config" --dry-run
 
-say 3/4 "pretrain on 2 ranks (tensor parallel 2) until the structure is fixed, then stop"
+say 3/5 "pretrain on 2 ranks (tensor parallel 2) until the structure is fixed, then stop"
 pretrain train.exit_interval=120
 
-say 4/4 "resume from the checkpoint and finish"
+say 4/5 "resume from the checkpoint and finish"
 pretrain
+
+say 5/5 "export to Hugging Face, and compare the result with the trained model"
+python tools/convert_to_hf.py --load "$out/run/checkpoints" --output "$out/hf"
 
 say done "everything worked; this is what happened"
 python tools/summarize_run.py "$out/run"
@@ -32,7 +35,7 @@ python tools/report.py "$out/run"
 
 cat <<END
 
-Tokenizer, corpus and data set lie in $out.
+Tokenizer, corpus and data set lie in $out, the exported model in $out/hf.
 What to run next:
   . .venv/bin/activate
   torchrun --standalone --nproc-per-node 2 pretrain_sgt.py --config examples/configs/vanilla_quickstart.yaml
