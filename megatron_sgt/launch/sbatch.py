@@ -90,7 +90,7 @@ logs=$job/$SLURM_JOB_ID
 mkdir -p "$logs"
 export FIRST_EXIT=$logs/first_exit # the code of the task that failed first; srun ends the others and returns theirs
 rm -f "$FIRST_EXIT"
-newest() { cat "$latest" 2>/dev/null || echo "the beginning"; }
+newest() { echo "$(cat "$latest" 2>/dev/null || echo "the beginning")"; }
 newest >>"$job/starts"
 task='trap : USR1 TERM; "$@"; code=$?; ((code == 0)) || (set -C; echo $code >"$FIRST_EXIT") 2>/dev/null; exit $code'
 

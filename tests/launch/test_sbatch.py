@@ -114,7 +114,7 @@ def test_a_job_that_slurm_does_not_requeue_is_submitted_again(start: Start, tmp_
 def test_starts_without_a_newer_checkpoint_are_counted(start: Start, tmp_path: Path) -> None:
     def is_started_again(step: int, retries: int = 2) -> bool:
         """After a start that saves `step`, or finds it and saves nothing."""
-        (tmp_path / "next").write_text(f"global_step{step}\n")
+        (tmp_path / "next").write_text(f"global_step{step}")  # as checkpoints have it, without a newline
         return "scontrol requeue" in start(1, 1, replace(JOB, retries=retries))[1]
 
     assert [is_started_again(10) for _ in range(4)] == [True, True, True, False], (
