@@ -7,7 +7,7 @@ from megatron_sgt.cli import nearest
 from megatron_sgt.config import Config
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.metrics.units import file_size
-from megatron_sgt.planning.memory import checkpoint_bytes
+from megatron_sgt.planning.parameters import checkpoint_bytes
 
 
 def check_disk(config: Config, precision: str) -> tuple[Path, int]:

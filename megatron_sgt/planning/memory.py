@@ -28,8 +28,8 @@ from megatron_sgt.config import Config
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.parallel.head_layout import HeadLayout
 from megatron_sgt.planning.loop_cost import LoopMethod, choose_loop_method
-from megatron_sgt.planning.parameters import parameter_count
-from megatron_sgt.planning.traffic import ELEMENT_BYTES, kept_counts
+from megatron_sgt.planning.parameters import ELEMENT_BYTES, parameter_count
+from megatron_sgt.planning.traffic import kept_counts
 
 BUCKET_ELEMENTS = 5 * 10**8
 LIVE_ELEMENTS = 10**9
@@ -162,13 +162,6 @@ def peak_memory(config: Config, plans: Iterable[LoopPlan], world_size: int, prec
     """Bytes on the fullest rank at the worst of ``plans``."""
     activations = max(activation_memory(config, plan, precision).total for plan in plans)
     return state_memory(config, world_size, precision).total + activations
-
-
-def checkpoint_bytes(config: Config, precision: str) -> int:
-    """Bytes of one checkpoint: weights, AdamW's moments, and the fp32 copy of the weights where there is one."""
-    copied = precision != "fp32" or config.parallel.zero_stage > 0
-    per_parameter = ELEMENT_BYTES[precision] + (3 if copied else 2) * _FP32
-    return parameter_count(config.model) * per_parameter
 
 
 class _Rank:

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_sgt.config import Config
 from megatron_sgt.config.model import ModelConfig
 
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 Part = Literal["embedding", "attention", "mlp", "norms", "output"]
 
 
@@ -64,3 +66,10 @@ def parameters_by_part(model: ModelConfig) -> dict[Part, int]:
     for weight in weights(model):
         totals[weight.part] = totals.get(weight.part, 0) + weight.copies * weight.elements
     return totals
+
+
+def checkpoint_bytes(config: Config, precision: str) -> int:
+    """Bytes of one checkpoint: weights, AdamW's moments, and the fp32 copy of the weights where there is one."""
+    copied = precision != "fp32" or config.parallel.zero_stage > 0
+    per_parameter = ELEMENT_BYTES[precision] + (3 if copied else 2) * ELEMENT_BYTES["fp32"]
+    return parameter_count(config.model) * per_parameter

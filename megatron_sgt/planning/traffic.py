@@ -36,13 +36,12 @@ from typing import Literal
 from megatron_sgt.config import Config
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.parallel.head_layout import HeadLayout
-from megatron_sgt.planning.parameters import parameter_count, weights
+from megatron_sgt.planning.parameters import ELEMENT_BYTES, parameter_count, weights
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]
 Group = Literal["tensor", "data", "world"]
 LoopMethod = Literal["owner", "balanced"]
 
-ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Weights that a recomputed layer does not fetch a third time: those outside of layers, and the last of a layer, which
 # is still there when the backward pass begins.
 _FETCHED_TWICE = ("embedding", "last norm", "output", "fc2", "fc2 bias")
