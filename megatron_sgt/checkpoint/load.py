@@ -103,7 +103,8 @@ def _load_shards(
     files = ShardFiles()
     paths = [folder / name for name in manifest.files_of_rank(where, groups.tp_rank, groups.dp_rank)]
     agreed(lambda: files.read(paths), groups)
-    streams = agreed(lambda: _read_streams(folder, groups), groups)[groups.rank]
+    streams: dict[str, Any] = {}
+    agreed(lambda: streams.update(_read_streams(folder, groups)), groups)
     logging.disable(logging.WARNING)
     try:
         with through(files, engine):

@@ -29,7 +29,7 @@ SHORT = 3
 """Kills per layout of the short form."""
 SLOW_S = 0.15
 """Seconds that the slow rank's storage takes for the second half of a file."""
-TIMEOUT_S = 240.0
+TIMEOUT_S = 120.0
 
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "tp2_zero1_async": {
@@ -49,7 +49,10 @@ def on_slow_storage(info: RankInfo, config: Config) -> None:
     """Train; the last rank's files take long, and are half written for a while."""
     original = torch.save
 
-    def slow(content: Any, path: Path) -> None:
+    def slow(content: Any, path: Any, **options: Any) -> None:
+        if not isinstance(path, Path):  # tensors that ranks send to one another
+            original(content, path, **options)
+            return
         stream = io.BytesIO()
         original(content, stream)
         data = stream.getvalue()
@@ -113,11 +116,11 @@ def on_full_disk(info: RankInfo, config: Config) -> None:
     """Train; the last rank cannot write its first file."""
     original, calls = torch.save, []
 
-    def full(content: Any, path: Path) -> None:
-        calls.append(path)
-        if len(calls) == 1:
+    def full(content: Any, path: Any, **options: Any) -> None:
+        calls.extend([path] if isinstance(path, Path) else [])
+        if calls == [path]:
             raise OSError(28, "No space left on device")
-        original(content, path)
+        original(content, path, **options)
 
     if info.rank == info.world_size - 1:
         shard_files.torch.save = full  # type: ignore[assignment]
