@@ -161,9 +161,8 @@ def attend_kept(
             entropy = rows[:, :, -1].mean(0) / math.log(max(2, length))  # that of one token is 0
             core.meter.store(core.layer_id, index, entropy, heads)
         return out
-    if (
-        key.shape[2] != query.shape[2]
-    ):  # the kept heads may share groups unevenly: give each head its own view
+    if key.shape[2] != query.shape[2]:
+        # The kept heads may share groups unevenly: give each head its own view.
         key, value = key[:, :, kv_slot], value[:, :, kv_slot]
     if measure:
         core.meter.store(core.layer_id, index, core.entropy(query.detach(), key.detach()), heads)

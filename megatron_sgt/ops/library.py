@@ -27,17 +27,22 @@ def _implementation(definition: Callable[..., Any], module: str, x: Tensor) -> C
     return definition
 
 
-def _contiguous(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(t.contiguous() if isinstance(t, Tensor) else t for t in tensors)
+def _contiguous(arguments: tuple[Any, ...], views: bool) -> tuple[Any, ...]:
+    """Tensors as the kernels read them: contiguous, or (``views``) with a last stride of 1 at least."""
+
+    def ready(t: Tensor) -> Tensor:
+        return t if views and t.stride()[-1:] == (1,) else t.contiguous()
+
+    return tuple(ready(t) if isinstance(t, Tensor) else t for t in arguments)
 
 
 def _operator(
-    definition: Callable[..., Any], module: str, schema: str, contiguous: bool = True
+    definition: Callable[..., Any], module: str, schema: str, views: bool = False
 ) -> Callable[..., Any]:
     """Register ``definition`` as sgt::<its name>, with its Triton version in ``module``."""
 
     def run(*args: Any) -> Any:
-        args = _contiguous(args) if contiguous else args
+        args = _contiguous(args, views)
         return _implementation(definition, module, args[0])(*args)
 
     name = f"sgt::{definition.__name__}"
@@ -76,14 +81,14 @@ attend: Any = _operator(
     loop_attention.attend,
     "loop_attention_triton",
     "(Tensor query, Tensor key, Tensor value, Tensor gates, Tensor slots, bool entropy) -> (Tensor, Tensor, Tensor)",
-    contiguous=False,
+    views=True,
 )
 attend_backward: Any = _operator(
     loop_attention.attend_backward,
     "loop_attention_backward_triton",
     "(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor gates, Tensor slots)"
     " -> (Tensor, Tensor, Tensor)",
-    contiguous=False,
+    views=True,
 )
 
 

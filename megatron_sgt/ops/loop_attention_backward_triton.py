@@ -1,8 +1,8 @@
 """Attention of the kept heads in Triton, backward; definition and formulas in ``loop_attention.py``.
 
-One launch makes all gradients, without atomics: programs of an even rank own a tile of keys of one group (dk, dv,
-summed over the heads that read the group), those of an odd rank a tile of queries of one head (dq). Under
-causality the first tiles of keys and the last tiles of queries are the longest; both start first.
+One launch makes all gradients, without atomics: some programs own a tile of keys of one group (dk, dv, summed over
+the heads that read the group), the others a tile of queries of one head (dq). Under causality the first tiles of
+keys and the last tiles of queries are the longest; both start first.
 """
 
 from __future__ import annotations

@@ -68,6 +68,16 @@ def test_attention_is_differentiable_by_registration() -> None:
     assert out.requires_grad and not lse.requires_grad and not rows.requires_grad
 
 
+def test_any_strides_are_taken() -> None:
+    """The attention reads views of the fused projection as they are, and copies what it cannot read."""
+    query, key, value, *rest = arguments(problem(CASES["two heads"], torch.float32), "attend")
+    wanted = library.attend(query, key, value, *rest)
+    turned = [t.transpose(0, 3).contiguous().transpose(0, 3) for t in (query, key, value)]
+    assert turned[0].stride(-1) != 1
+    for found, out in zip(library.attend(*turned, *rest), wanted, strict=True):
+        torch.testing.assert_close(found, out)
+
+
 def test_double_precision_and_cpus_take_the_definition() -> None:
     p = problem(CASES["two heads"], torch.float64)
     qkv, r, _ = library.project_in(*arguments(p, "project_in"))

@@ -18,7 +18,7 @@ NOT_TIMES = {"flops_overhead_percent"}
 
 def suite(*arguments: str) -> Finished:
     """In a process of its own: Triton's interpreter is chosen when Triton is imported."""
-    return run_process([sys.executable, "tools/bench/gpu_suite.py", *arguments], ROOT)
+    return run_process([sys.executable, "tools/bench/gpu_suite.py", *arguments], ROOT, timeout=600)
 
 
 def numbers(row: dict[str, Any]) -> list[str]:

@@ -108,9 +108,11 @@ def compare(
     return times
 
 
-def _row(machine: Machine, config: Config, plan: LoopPlan, seconds: list[float]) -> dict[str, Any]:
+def _row(
+    machine: Machine, config: Config, plan: LoopPlan, seconds: list[float], peak_gb: float | None
+) -> dict[str, Any]:
     flops = step_flops(config.model, plan, config.train.micro_batch_size)
-    row: dict[str, Any] = {"memory_gb": per(1.0, memory_gb(machine.device)[0])}
+    row: dict[str, Any] = {"memory_gb": per(1.0, peak_gb)}
     if machine.dry:
         return row
     median = statistics.median(seconds)
@@ -131,6 +133,10 @@ def one_model(machine: Machine, name: str, shape: tuple[int, int, int, int, int]
     vanilla = LoopPlan.empty(config.model.num_layers)
     base = step_flops(config.model, vanilla, 1).executed
     step, runtime = stepper(config)
+    step(vanilla)  # makes the optimizer's state
+    machine.free()
+    step(vanilla)
+    vanilla_gb = memory_gb(machine.device)[0]
     rows = []
     for structure, plan in structures(shape[0], shape[3]).items():
         if machine.late:
@@ -140,7 +146,7 @@ def one_model(machine: Machine, name: str, shape: tuple[int, int, int, int, int]
         plain, grown = compare(machine, step, vanilla, plan)
         ratios = [b / a for a, b in zip(plain, grown, strict=True)]
         row = {"model": name, "structure": structure, "batch": shape[4]}
-        row |= _row(machine, config, plan, grown)
+        row |= _row(machine, config, plan, grown, memory_gb(machine.device)[0])
         more = step_flops(config.model, plan, 1).executed / base - 1
         row["flops_overhead_percent"] = round(100 * more, 2)
         row["time_overhead_percent"] = (
@@ -148,7 +154,7 @@ def one_model(machine: Machine, name: str, shape: tuple[int, int, int, int, int]
         )
         if not rows:
             first = {"model": name, "structure": "vanilla", "batch": shape[4]}
-            rows.append({**first, **_row(machine, config, vanilla, plain)})
+            rows.append({**first, **_row(machine, config, vanilla, plain, vanilla_gb)})
         rows.append(row)
     if not machine.late:
         rows.append({"model": name, "profile": profile(machine, step, structures(shape[0], shape[3]))})
