@@ -149,6 +149,38 @@ def test_data_parallel_collectives_by_zero_stage() -> None:
         assert not wrong, f"rank {rank}:\n" + "\n".join(wrong)
 
 
+MANY_HEADS = {"hidden_size": 256, "num_attention_heads": 32}
+
+
+def bytes_of_a_loop(info: RankInfo) -> dict[str, int]:
+    """Counted payload that one loop pass of 2 of 32 heads adds to each further micro-batch, by way of looping."""
+    added = {}
+    for method in ("owner", "balanced"):
+        config = layout_config(MANY_HEADS, method, True, "none")
+        built = build_model(config, start_processes(config, info), "fp32", 4)
+        counts = []
+        for layers in ((), ((1, LayerPlan(1, (0, 1))),)):
+            apply_plan(built, LoopPlan(2, layers))
+            for micro_batches in (1, 2):
+                begin_step(built)
+                with CollectiveCounter() as counter:
+                    for seed in range(micro_batches):
+                        mark_micro_batch(built, last=seed == micro_batches - 1)
+                        built(**random_batch(config, seed)).backward()
+                counts.append(sum(counter.bytes.values()))
+        added[method] = (counts[3] - counts[2]) - (counts[1] - counts[0])
+    return added
+
+
+def test_a_balanced_pass_sends_an_eighth_of_the_owners_as_counted() -> None:
+    """Counted: at most 1.1 times 2·S·B·(keys and values) per direction, and an eighth of the owner's."""
+    config = layout_config(MANY_HEADS, "balanced", True, "none")
+    both_ways = 2 * 2 * config.train.micro_batch_size * config.model.seq_length * 2 * 8 * 4
+    for added in run_on_ranks(RANKS, bytes_of_a_loop):
+        assert added["balanced"] <= 1.1 * both_ways
+        assert added["balanced"] <= added["owner"] / 8
+
+
 @pytest.mark.parametrize("sharded", [True, False])
 def test_two_of_32_heads_send_an_eighth_of_the_owners_bytes(sharded: bool) -> None:
     """D = 4096, H = 128, multi-head: 16 times less under sequence parallelism, 4 to 6.4 times without."""
