@@ -17,6 +17,7 @@ from tests.helpers.commands import run_script
 
 EVERYDAY = {
     "cd",
+    "echo",
     "export",
     "git",
     "pip",
