@@ -23,7 +23,7 @@ from megatron_sgt.checkpoint.reshard.rank_state import WEIGHTS
 from megatron_sgt.checkpoint.reshard.tensor_file import TensorFileWriter
 from megatron_sgt.config import Config
 from megatron_sgt.config.model import ModelConfig
-from megatron_sgt.errors import CheckpointError
+from megatron_sgt.errors import CheckpointError, DataError
 from megatron_sgt.export.continued_run import RUN_FILE, fitting_config, growth_state, run_config, run_yaml
 from megatron_sgt.export.hf.families import HFModel, read_model
 from megatron_sgt.export.hf_tensors import HFTensors
@@ -73,8 +73,8 @@ def import_model(
     Raises:
         CheckpointError: a model that does not fit; a tensor is missing, left over or of the wrong shape; a shard
             is missing or damaged; ``root`` holds checkpoints, or cannot be written.
+            The folder's tokenizer, or the configuration's, cannot be read or has more tokens than the model.
         ConfigError: ``config_file`` is wrong or of another model.
-        DataError: a tokenizer cannot be read or has more tokens than the model.
     """
     model = read_model(source)
     tensors = HFTensors(source)
@@ -86,9 +86,12 @@ def import_model(
         config = fitting_config(config_file, model)
     _drop_derived(source, tensors, config.model)
     _check_rows(source, tensors, config.model)
-    fingerprint = check_tokenizers(
-        source, tokenizer, config if config_file else None, model.fields["vocab_size"]
-    )
+    try:
+        fingerprint = check_tokenizers(
+            source, tokenizer, config if config_file else None, model.fields["vocab_size"]
+        )
+    except DataError as error:  # part of the model that was asked for
+        raise CheckpointError(str(error)) from error
     if layout.finished_tags(root):
         raise CheckpointError(f"{root} holds checkpoints already; choose another folder for the import")
     final = root / layout.tag_for(0)

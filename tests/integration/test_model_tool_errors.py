@@ -76,7 +76,7 @@ MISTAKES = (
     Mistake("convert_from_hf", "--input llama --output new", 4, ("model-00002-of", "cut off"), cut_shard),
     Mistake("convert_from_hf", "--input llama --output new", 4, ("'mixtral'", "mixture of experts"), make_moe),
     Mistake("convert_from_hf", "--input hf --output new", 4, ("lack 1 tensors", "model.norm.weight"), drop_tensor),
-    Mistake("convert_from_hf", "--input llama --output new", 3, ("280 ids, the model knows 96",), give_wrong_tokenizer),
+    Mistake("convert_from_hf", "--input llama --output new", 4, ("280 ids, the model knows 96",), give_wrong_tokenizer),
     Mistake("generate", "run", 3, ("no prompts", "--prompt-file")),
     Mistake("generate", "run --prompt the --prompt=", 3, ("prompt 2 of 2 is empty",)),
     Mistake("generate", "run --prompt-file no.txt", 3, ("--prompt-file no.txt cannot be read",)),
