@@ -17,7 +17,7 @@ from megatron_sgt.checkpoint.reshard.layout_free import file_name
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.data.gpt_dataset import build_datasets
 from megatron_sgt.engine.build import build_runtime, start_processes
-from megatron_sgt.errors import CheckpointError, DataError
+from megatron_sgt.errors import CheckpointError
 from megatron_sgt.export.from_hf import import_model
 from megatron_sgt.launch.rank_info import RankInfo
 from tests.helpers.commands import snapshot
@@ -197,7 +197,7 @@ def test_nothing_is_left_of_an_import_that_fails(tmp_path: Path, monkeypatch: py
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path: Path) -> None:
     save_hf_model(tmp_path / "hf", "llama")
     write_hf_tokenizer(tmp_path / "hf")
-    with pytest.raises(DataError, match="the model knows 96"):
+    with pytest.raises(CheckpointError, match="the model knows 96"):
         import_model(tmp_path / "hf", tmp_path / "root")
     assert not (tmp_path / "root").exists()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,11 +81,9 @@ def attentions(machine: Machine) -> list[dict[str, Any]]:
             torch.randn_like(p.x).unflatten(-1, (2, size)).requires_grad_() for _ in range(3)
         )
         ways: dict[str, Forward] = {
-            "custom": lambda q=query, k=key, v=value, at=p.at: fused_loop.attend(q, k, v, at, False)[0],
-            "custom_entropy": lambda q=query, k=key, v=value, at=p.at: fused_loop.attend(q, k, v, at, True)[
-                0
-            ],
-            "library": lambda q=query, k=key, v=value: causal_attention(q, k, v),
+            "custom": partial(_custom, p.at, False, query, key, value),
+            "custom_entropy": partial(_custom, p.at, True, query, key, value),
+            "library": partial(causal_attention, query, key, value),
         }
         row: dict[str, Any] = {"B": batch, "d": size, "T": length}
         for way, forward in ways.items():
@@ -98,6 +97,10 @@ def attentions(machine: Machine) -> list[dict[str, Any]]:
                 row[f"{way}_share"] = round(3.5 * ideal / total, 3)
         rows.append(row)
     return rows
+
+
+def _custom(at: Any, measure_entropy: bool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return fused_loop.attend(query, key, value, at, measure_entropy)[0]
 
 
 def entropies(machine: Machine) -> list[dict[str, Any]]:

@@ -87,7 +87,7 @@ def per(factor: float, value: float | None) -> float | None:
 
 def identity(machine: Machine) -> dict[str, Any]:
     """Device, versions and commit of a result."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
     for name in ("triton", "deepspeed", "megatron.core"):
         try:
             versions[name] = __import__(name, fromlist=["__version__"]).__version__

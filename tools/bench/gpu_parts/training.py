@@ -137,7 +137,7 @@ def one_model(machine: Machine, name: str, shape: tuple[int, int, int, int, int]
     machine.free()
     step(vanilla)
     vanilla_gb = memory_gb(machine.device)[0]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for structure, plan in structures(shape[0], shape[3]).items():
         if machine.late:
             rows.append({"model": name, "skipped": f"{structure}: the time is used up"})
@@ -145,7 +145,7 @@ def one_model(machine: Machine, name: str, shape: tuple[int, int, int, int, int]
         machine.free()
         plain, grown = compare(machine, step, vanilla, plan)
         ratios = [b / a for a, b in zip(plain, grown, strict=True)]
-        row = {"model": name, "structure": structure, "batch": shape[4]}
+        row: dict[str, Any] = {"model": name, "structure": structure, "batch": shape[4]}
         row |= _row(machine, config, plan, grown, memory_gb(machine.device)[0])
         more = step_flops(config.model, plan, 1).executed / base - 1
         row["flops_overhead_percent"] = round(100 * more, 2)
