@@ -13,7 +13,7 @@ from megatron_sgt.engine.hooks import Hook, StatelessHook
 from megatron_sgt.engine.state import TrainState
 from megatron_sgt.engine.step import StepResult
 
-METHODS = ("before_run", "after_step", "after_run", "state_dict", "load_state_dict")
+METHODS = ("before_run", "after_step", "after_run", "on_stop", "state_dict", "load_state_dict")
 
 
 def hook_classes() -> list[type[Any]]:
