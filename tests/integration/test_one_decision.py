@@ -87,7 +87,8 @@ class Disobedient(StatelessHook):
 
 def save_apart(info: RankInfo, config: Config) -> None:
     run = PretrainingRun(config, info)
-    run.hooks.insert(1, Disobedient(run, info.rank == info.world_size - 1))
+    disobedient = Disobedient(run, info.rank == info.world_size - 1)
+    run.hooks.insert(run.hooks.index(run.growth) + 1, disobedient)
     run.train()
 
 
