@@ -14,6 +14,7 @@ import pytest
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.launch.environment import discover
 from megatron_sgt.launch.mpi import started_by_mpi
+from megatron_sgt.launch.rank_info import to_environ
 from tests.helpers.commands import MPI_ENVIRONMENT, no_mpi
 
 ROOT = Path(__file__).parents[2]
@@ -119,7 +120,10 @@ def test_real_mpiexec(tmp_path: Path) -> None:
         "pathlib.Path(sys.argv[1], f'{info.rank}.json').write_text(json.dumps(vars(info)))"
     )
     command = ["mpiexec", "-n", "2", sys.executable, "-c", code, str(tmp_path)]
-    subprocess.run(command, check=True, timeout=120, cwd=ROOT, env={**os.environ, **MPI_ENVIRONMENT})
+    # Tests that ran in this process before may have left a place of its own in the environment.
+    place = to_environ(discover({}))
+    environment = {name: value for name, value in os.environ.items() if name not in place}
+    subprocess.run(command, check=True, timeout=120, cwd=ROOT, env={**environment, **MPI_ENVIRONMENT})
     infos = [json.loads(path.read_text()) for path in sorted(tmp_path.iterdir())]
     assert [(i["rank"], i["local_rank"], i["world_size"], i["local_world_size"]) for i in infos] == [
         (0, 0, 2, 2),

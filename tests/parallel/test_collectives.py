@@ -54,7 +54,7 @@ def test_mean_over_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_any_rank(mine: bool, others: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def all_reduce(value: torch.Tensor, op: Any) -> None:
         assert op == dist.ReduceOp.MAX
-        value.clamp_(min=float(others))
+        value.clamp_(min=int(others))
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     assert any_rank(mine, fake_groups(0, 1, 0, 2)) is (mine or others)

@@ -66,7 +66,7 @@ class Job:
             "1",
             *arguments,
             cwd=folder,
-            PYTHONPATH=os.environ["PYTHONPATH"],
+            PYTHONPATH=str(ROOT),
         )
         self.number = said.split()[1]
 
@@ -205,7 +205,7 @@ def test_srun_alone_is_a_launcher(
     config = tiny_config(tmp_path / "run", data, **SETTINGS)
     (tmp_path / "run.yaml").write_text(config.to_yaml())
     script = [sys.executable, str(ROOT / "pretrain_sgt.py"), "--config", "run.yaml", "train.exit_interval=5"]
-    cluster.run("srun", "-K", "-N2", "-n2", *script, cwd=tmp_path, PYTHONPATH=os.environ["PYTHONPATH"])
+    cluster.run("srun", "-K", "-N2", "-n2", *script, cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert measured_steps(tmp_path / "run") == expected[:5]
 
 
