@@ -33,7 +33,17 @@ EXTRAS_REQUIRE = {
     "report": ["matplotlib"],
     "logging": ["tensorboard", "wandb"],
     "dev": [
-        *("pytest", "ruff", "mypy", "pyarrow", "zstandard", "tensorboard", "matplotlib", "mpi4py"),
+        *(
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "mypy",
+            "pyarrow",
+            "zstandard",
+            "tensorboard",
+            "matplotlib",
+            "mpi4py",
+        ),
         "triton>=3.7.1; platform_system == 'Linux'",
         "lm-eval[hf]>=0.4.9",
     ],
