@@ -77,7 +77,7 @@ class Activations:
     """Bytes of one micro-batch between its forward and backward pass.
 
     ``layers``: of ordinary execution; ``loops``: of loop passes (block loops too); ``logits``: last norm, output
-    projection, loss; ``kept``: kept weights of balanced loops and their gradients; ``transient``: what the backward
+    projection, loss; ``kept``: kept weights of balanced loops; ``transient``: what the backward
     pass needs beside them at its worst (a recomputed layer, or the logits' gradients).
     """
 
@@ -283,7 +283,7 @@ class _Rank:
         return kept
 
     def kept_weights(self, plan: LayerPlan) -> int:
-        """Fetched once per step, and fp32 sums of their gradients if there are several micro-batches."""
+        """Fetched once per step. (The fp32 sums of their gradients between micro-batches, as large, are not counted.)"""
         if plan.phase != "sparse" or self.method != "balanced" or self.ranks == 1:
             return 0
         heads, groups = kept_counts(self.config, plan.kept_heads)
