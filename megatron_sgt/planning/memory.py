@@ -283,7 +283,7 @@ class _Rank:
         return kept
 
     def kept_weights(self, plan: LayerPlan) -> int:
-        """Fetched once per step. (The fp32 sums of their gradients between micro-batches, as large, are not counted.)"""
+        """Fetched once per step. Not counted: fp32 sums of their gradients between micro-batches."""
         if plan.phase != "sparse" or self.method != "balanced" or self.ranks == 1:
             return 0
         heads, groups = kept_counts(self.config, plan.kept_heads)
