@@ -258,11 +258,13 @@ def equal_table(runs: Sequence[RunData], axis: Axis, kind: str) -> Table:
     if not all(len(x) for x, _ in curves):
         return ("run",), []
     point = min(float(x[-1]) for x, _ in curves)
+    # Left of its first measurement nothing is known of a run.
+    found = [float(np.interp(point, x, values, left=np.nan)) for x, values in curves]
     rows: list[tuple[str, ...]] = []
-    first = float(np.interp(point, *curves[0]))
-    for run, (x, values) in zip(runs, curves, strict=True):
-        loss = float(np.interp(point, x, values))
-        rows.append(
-            (run.name, units.fixed(loss, 4), f"{loss - first:+.4f}", units.perplexity(float(np.exp(loss))))
-        )
+    for run, loss in zip(runs, found, strict=True):
+        if np.isfinite(loss):
+            gap = f"{loss - found[0]:+.4f}" if np.isfinite(found[0]) else ""
+            rows.append((run.name, units.fixed(loss, 4), gap, units.perplexity(float(np.exp(loss)))))
+        else:
+            rows.append((run.name, "not measured so early", "", ""))
     return ("run", f"loss at {axis.show(point)}", f"against {runs[0].name}", "perplexity"), rows

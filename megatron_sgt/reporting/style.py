@@ -29,6 +29,8 @@ LINES = (
     (BLACK, ":"),
     (PURPLE, (0, (5, 1, 1, 1))),
     (ORANGE, "-"),
+    (SKY, "--"),
+    (GREY, "-."),
 )
 """(colour, dash) of the runs of a comparison, in order."""
 

@@ -38,6 +38,18 @@ def test_equal_points(axis, point: str, tmp_path: Path) -> None:  # type: ignore
     assert float(rows[1][1]) == pytest.approx(4.5 - 0.4 * 20 / 40)
 
 
+def test_nothing_is_said_of_a_run_before_its_first_measurement(tmp_path: Path) -> None:
+    from megatron_sgt.metrics.jsonl import encode
+
+    def run(name: str, step: int, flops: float) -> Path:
+        lines = [train(step, flops=flops), encode("valid", {"step": step, "loss": 4.0, "perplexity": 1.0})]
+        return write_run(tmp_path / name, lines)
+
+    runs = [load_run(run("cheap", 50, 2e9)), load_run(run("dear", 50, 3e9))]
+    _, rows = equal_table(runs, AXES[1], "valid")
+    assert rows[0][1] == "4.0000" and rows[1][1] == "not measured so early"
+
+
 def test_overheads_beside_the_first_run(vanilla: Path, grown: Path) -> None:
     runs = [load_run(vanilla), load_run(grown)]
     _, rows = summary_table(runs, common_kind(runs))
