@@ -17,7 +17,8 @@ def discover(environ: Mapping[str, str] | None = None) -> RankInfo:
     The first that applies: RANK and WORLD_SIZE (torchrun, the deepspeed launcher); mpirun, through mpi4py; a
     step of srun; else a single process. The explicit comes before the inherited: torchrun and mpirun may be
     started inside a Slurm job, whose variables their processes still see.
-    Raises ConfigError: variables half set, not integers, or out of range; mpirun without mpi4py.
+    Raises ConfigError: variables half set, not integers, out of range, or of fewer processes than srun or mpirun
+    has started; mpirun without mpi4py.
     """
     environ = os.environ if environ is None else environ
     given = [name for name in ("RANK", "WORLD_SIZE") if environ.get(name)]
@@ -39,6 +40,7 @@ def discover(environ: Mapping[str, str] | None = None) -> RankInfo:
 def _discover_exported(environ: Mapping[str, str]) -> RankInfo:
     """Read the variables that torchrun and the deepspeed launcher export."""
     world_size = require_int(environ, "WORLD_SIZE")
+    _refuse_leftovers(world_size, environ)
     address, port = environ.get("MASTER_ADDR"), read_int(environ, "MASTER_PORT")
     if world_size == 1:
         local_rank = read_int(environ, "LOCAL_RANK") or 0
@@ -62,3 +64,14 @@ def _discover_exported(environ: Mapping[str, str]) -> RankInfo:
         master_port=port,
         launcher="deepspeed" if is_deepspeed else "torchrun",
     )
+
+
+def _refuse_leftovers(world_size: int, environ: Mapping[str, str]) -> None:
+    """Refuse a WORLD_SIZE that the job inherited from the shell: its tasks would be so many runs in one folder."""
+    step = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if inside_srun_step(environ) else ()
+    tasks = read_int(environ, *step, "OMPI_COMM_WORLD_SIZE") or 1
+    if tasks > world_size:
+        raise ConfigError(
+            f"WORLD_SIZE is {world_size}, but {tasks} processes were started: the variables of an earlier launch? "
+            "Unset RANK and WORLD_SIZE before srun, sbatch or mpirun"
+        )

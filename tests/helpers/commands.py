@@ -33,6 +33,19 @@ MPI_ENVIRONMENT = {
     "OMPI_MCA_rmaps_base_oversubscribe": "1",
 }
 """Open MPI starts nothing as root, and no more ranks than there are cores, unless told to."""
+LAUNCHER_VARIABLES = (
+    "SLURM",
+    "SBATCH",
+    "OMPI_",
+    "PMI_",
+    "MPI_",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_",
+    "MASTER_",
+    "TORCHELASTIC_",
+)
+"""How the names of what launchers leave in the environment begin."""
 HANG = -1
 """Exit code of a command that had to be killed."""
 
@@ -46,6 +59,11 @@ class Finished:
     code: int
     out: str
     err: str
+
+
+def without_launcher() -> dict[str, str]:
+    """The environment of a shell that no launcher has started."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
 
 
 def run_process(command: list[str], cwd: Path, timeout: float = 180.0) -> Finished:

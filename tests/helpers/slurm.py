@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tests.helpers.commands import without_launcher
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "srun")
 PATH = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
 HOST = socket.gethostname().split(".")[0]
@@ -74,7 +76,7 @@ class SlurmCluster:
         self.conf = folder / "slurm.conf"
         self.daemons: list[subprocess.Popen[bytes]] = []
         self.environment = {
-            **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))},
+            **without_launcher(),
             "PATH": PATH,
             "SLURM_CONF": str(self.conf),
         }

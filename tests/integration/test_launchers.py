@@ -14,24 +14,13 @@ import pytest
 
 from megatron_sgt.launch.rank_info import free_port
 from megatron_sgt.launch.slurm import step_port
-from tests.helpers.commands import MPI_ENVIRONMENT, ROOT, Finished, no_mpi
+from tests.helpers.commands import MPI_ENVIRONMENT, ROOT, Finished, no_mpi, without_launcher
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import measured_steps, pretrain, reported, tiny_config, write_tiny_data
 
 SCRIPT = str(ROOT / "pretrain_sgt.py")
-LAUNCHER_VARIABLES = (
-    "SLURM_",
-    "OMPI_",
-    "PMI_",
-    "MPI_",
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_",
-    "MASTER_",
-    "TORCHELASTIC_",
-)
 ENVIRONMENT = {
-    **{k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)},
+    **without_launcher(),
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
     "OMP_NUM_THREADS": "1",
     **MPI_ENVIRONMENT,

@@ -235,6 +235,7 @@ ENVIRONMENT_MISTAKES = (
     environment("no meeting point", "MASTER_ADDR and MASTER_PORT is not set: where is rank 0 to be met?", **RANKS),
     environment("no port", "MASTER_PORT is not set", **{**MET, "MASTER_PORT": ""}),
     environment("port too high", "must be a port from 1 to 65535, got 99999", **{**MET, "MASTER_PORT": "99999"}),
+    environment("leftovers of a launch", "WORLD_SIZE is 1, but 2 processes", "Unset", **STEP, RANK="0", WORLD_SIZE="1"),
     environment("Slurm without nodes", "neither SLURM_STEP_NODELIST nor SLURM_JOB_NODELIST is set", **STEP),
     environment("Slurm's nodes", "cannot read the node list 'gpu[1'", **STEP, SLURM_STEP_NODELIST="gpu[1"),
     environment("Slurm's tasks", "cannot read the tasks per node 'two'", **STEP, SLURM_STEP_NODELIST="gpu1",

@@ -107,6 +107,8 @@ def without(environ: dict[str, str], *names: str) -> dict[str, str]:
         ({**TORCHRUN, "WORLD_SIZE": "8.0"}, "WORLD_SIZE must be an integer, got '8.0'"),
         ({**TORCHRUN, "MASTER_PORT": "http"}, "MASTER_PORT must be an integer, got 'http'"),
         ({**TORCHRUN, "MASTER_PORT": "70000"}, "MASTER_PORT must be a port from 1 to 65535, got 70000"),
+        ({**SRUN, "RANK": "0", "WORLD_SIZE": "1"}, "WORLD_SIZE is 1, but 8 processes were started"),
+        ({**TORCHRUN, "OMPI_COMM_WORLD_SIZE": "9"}, "WORLD_SIZE is 8, but 9 processes were started"),
         ({**SRUN, "SLURM_STEP_ID": "x"}, "SLURM_STEP_ID must be an integer, got 'x'"),
     ],
 )
