@@ -9,6 +9,12 @@ from typing import Any
 from megatron_sgt.config import Config
 
 _NEVER = 2**31 - 1
+_WHOLE_LAYERS = {"leaf_module": {"classes": ["megatron_sgt.model.layer.SGTLayer"]}}
+"""ZeRO-3 fetches and frees the weights of one transformer layer together.
+
+Its order of fetches then never changes when growth changes what happens inside a layer, and a layer costs one
+gather and one pair of hooks instead of a dozen.
+"""
 
 
 def deepspeed_config(config: Config, world_size: int, precision: str) -> dict[str, Any]:
@@ -30,7 +36,7 @@ def deepspeed_config(config: Config, world_size: int, precision: str) -> dict[st
         "gradient_clipping": 0.0 if stage == 0 else config.optim.clip_grad,
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16"},
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, **(_WHOLE_LAYERS if stage == 3 else {})},
         "zero_allow_untested_optimizer": True,
         # Else DeepSpeed takes no optimizer but its own, which it compiles when the run starts, for offload.
         "zero_force_ds_cpu_optimizer": False,

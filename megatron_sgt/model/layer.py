@@ -80,6 +80,10 @@ class SGTLayer(TransformerLayer):
             self._rotary = angles, rotary_table(angles)
         return self._rotary[1]
 
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Call the layer with its input as a positional argument: the hooks of torch and ZeRO-3 see no others."""
+        return super().__call__(hidden_states, *args, **kwargs)
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Megatron's forward on [S, B, D], repeated as a whole for the block-loop baseline."""
         for _ in range(self.plan.block_loops):

@@ -29,8 +29,8 @@ EVENT_FIELDS = ("step", "action", "layer", "phase", "kept_heads")
 
 
 ZERO: dict[int, dict[str, Any]] = {
-    1: {"overlap_comm": True, "reduce_bucket_size": 20_000},
-    2: {"overlap_comm": True, "reduce_bucket_size": 20_000},
+    1: {"overlap_comm": True, "reduce_bucket_size": 60_000},
+    2: {"overlap_comm": True, "reduce_bucket_size": 60_000},
     3: {"overlap_comm": True, "stage3_param_persistence_threshold": 0},
 }
 """A tiny model hides what ZeRO does: by default its gradients fit into one bucket, and stage 3 spreads no weight."""
