@@ -42,9 +42,6 @@ Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]
 Group = Literal["tensor", "data", "world"]
 LoopMethod = Literal["owner", "balanced"]
 
-# Weights that a recomputed layer does not fetch a third time: those outside of layers, and the last of a layer, which
-# is still there when the backward pass begins.
-_FETCHED_TWICE = ("embedding", "last norm", "output", "fc2", "fc2 bias")
 # DeepSpeed's defaults, in elements.
 _BUCKET, _PERSISTENT, _KEPT_ALIVE, _PREFETCH = 5 * 10**8, 10**5, 10**9, 5 * 10**7
 
@@ -276,7 +273,8 @@ def _gathered_weights(config: Config, micro_batches: int, step: _Step) -> Iterat
     """ZeRO-3: small weights are gathered once after the update, the others when their module runs.
 
     A model of at most ``stage3_max_live_parameters`` and ``stage3_max_reuse_distance`` elements stays whole from
-    the forward to the backward pass; a larger one is gathered for both, and once more where a layer is recomputed.
+    the forward to the backward pass; a larger one is gathered for both. Recompute adds nothing: a layer is fetched as
+    a whole (engine/deepspeed_config.py), and is still there when its backward pass computes it again.
     """
     zero = config.deepspeed.get("zero_optimization", {})
     threshold = zero.get("stage3_param_persistence_threshold", _PERSISTENT)
@@ -290,10 +288,7 @@ def _gathered_weights(config: Config, micro_batches: int, step: _Step) -> Iterat
         if size < threshold:
             small += weight.copies * size
             continue
-        recomputed = (
-            len(step.recomputed) / config.model.num_layers if weight.name not in _FETCHED_TWICE else 0.0
-        )
-        large += round(weight.copies * size * (1 if stays else 2 + recomputed))
+        large += weight.copies * size * (1 if stays else 2)
     if small:
         yield Transfer("weights", "data", "all_gather", small * step.bytes)
     if large:
