@@ -43,6 +43,7 @@ from megatron_sgt.growth import Schedule, build_schedule
 from megatron_sgt.launch.environment import RankInfo
 from megatron_sgt.metrics import METRICS_FILE, MetricsHub, build_hub
 from megatron_sgt.model.loop_backend import loop_backend
+from megatron_sgt.ops.attention import describe_attention
 from megatron_sgt.parallel.collectives import barrier
 from megatron_sgt.parallel.device import resolve_precision
 from megatron_sgt.parallel.groups import ParallelGroups
@@ -174,7 +175,7 @@ class PretrainingRun:
             print(f"LOOPS  {choose_loop_method(self.config)[1]}", flush=True)
         line = loop_backend(self.config, self.runtime.precision, self.groups.device)[1]
         if self.groups.is_main and self.groups.device.type != "cpu":
-            print(f"LOOPS  {line}", flush=True)
+            print(f"LOOPS  {line}; {describe_attention(self.groups.device)}", flush=True)
 
     def train(self) -> int:
         """Train to train_iters (or exit_interval, or a request to stop) and report a summary.

@@ -9,29 +9,71 @@ the same through ``torch.nn.functional.scaled_dot_product_attention``, which nev
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 from collections.abc import Iterator
+from functools import cache
 
 import torch
+import torch.nn.attention
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+# GPU generation -> name in torch's registry of FlashAttention implementations, and the module that it imports.
+_NEWER = {9: ("FA3", "flash_attn_interface"), 10: ("FA4", "flash_attn.cute.interface")}
+
+
+@cache
+def newer_flash_attention(device: torch.device) -> str | None:
+    """Put FlashAttention-3 (Hopper) or -4 (Blackwell) in the place of torch's FlashAttention-2, where installed.
+
+    Returns:
+        Its name in torch's registry (``torch.nn.attention.activate_flash_attention_impl``, torch 2.11), or None: no
+        such GPU, no such package, a torch without the registry, or kernels that do not load.
+    """
+    activate = getattr(torch.nn.attention, "activate_flash_attention_impl", None)
+    if device.type != "cuda" or activate is None:
+        return None
+    name, module = _NEWER.get(torch.cuda.get_device_capability(device)[0], ("", ""))
+    if not name or importlib.util.find_spec(module.partition(".")[0]) is None:
+        return None
+    try:
+        activate(name)
+    except (ImportError, RuntimeError, ValueError, AttributeError):
+        return None
+    return name
+
+
+def describe_attention(device: torch.device) -> str:
+    """One line for the log: the library kernels of attention, fastest first."""
+    if device.type != "cuda":
+        return f"attention: torch's kernel for {device.type}"
+    newer = newer_flash_attention(device)
+    names = [kernel.name.removesuffix("_ATTENTION").lower() for kernel in kernel_order(device)]
+    return f"attention: {', '.join(names)}" + (f" (flash is {newer})" if newer else "")
+
+
+def kernel_order(device: torch.device, dropout_p: float = 0.0) -> list[SDPBackend]:
+    """torch's attention kernels by speed on a GPU, fastest first: what cannot take the inputs is passed over by torch.
+
+    Left alone torch prefers FlashAttention-2, which public tables put well behind cuDNN on Hopper and later, as they
+    put FlashAttention-3 before it (docs/kernels.md). FlashAttention-3 and -4 have no dropout and raise when asked.
+    """
+    newer = newer_flash_attention(device)
+    flash = [] if newer and dropout_p else [SDPBackend.FLASH_ATTENTION]
+    cudnn = [SDPBackend.CUDNN_ATTENTION] if torch.cuda.get_device_capability(device) >= (9, 0) else []
+    first = flash + cudnn if newer else cudnn + flash
+    return [*first, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
 
 @contextlib.contextmanager
-def fastest_kernel(device: torch.device) -> Iterator[None]:
-    """Order torch's attention kernels by speed on ``device``: on GPUs from Hopper on cuDNN's before FlashAttention-2.
-
-    Left alone torch prefers FlashAttention-2, which public tables put well behind (docs/kernels.md). A kernel that
-    cannot take the inputs is passed over. On a CPU nothing changes.
-    """
+def fastest_kernel(device: torch.device, dropout_p: float = 0.0) -> Iterator[None]:
+    """Let attention on a GPU try the kernels of ``kernel_order``. On a CPU nothing changes."""
     if device.type != "cuda":
         yield
         return
-    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    if torch.cuda.get_device_capability(device) >= (9, 0):
-        order.insert(0, SDPBackend.CUDNN_ATTENTION)
-    with sdpa_kernel(order, set_priority=True):
+    with sdpa_kernel(kernel_order(device, dropout_p), set_priority=True):
         yield
 
 
@@ -54,7 +96,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float
         # falls back to materialised scores when asked for one.
         k, v = (t.repeat_interleave(heads // groups, dim=1) for t in (k, v))
         grouped = False
-    with fastest_kernel(query.device):
+    with fastest_kernel(query.device, dropout_p):
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, enable_gqa=grouped)
     return out.permute(2, 0, 1, 3)
 

@@ -1,11 +1,21 @@
 """The library kernel equals the definition, and keeps no score matrix."""
 
+import importlib.util
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, _registry
 
-from megatron_sgt.ops.attention import causal_attention, causal_attention_reference, fastest_kernel
+from megatron_sgt.ops.attention import (
+    causal_attention,
+    causal_attention_reference,
+    describe_attention,
+    fastest_kernel,
+    newer_flash_attention,
+)
 from tests.helpers.tensor_shapes import ShapeRecorder
 
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -62,17 +72,96 @@ def test_the_future_has_no_influence() -> None:
     assert not torch.allclose(before[5:], after[5:])
 
 
-@pytest.mark.parametrize(("capability", "first"), [((9, 0), "CUDNN"), ((8, 0), "FLASH"), ((10, 0), "CUDNN")])
+GPU = torch.device("cuda")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
+    """Pretends a GPU of a generation and installed packages; returns the kernels in torch's own order, by name.
+
+    The packages' kernels register without doing anything: which of them torch would take is all that is seen.
+    """
+    found: list[str] = []
+
+    def order(generation: int, installed: tuple[str, ...] = (), dropout_p: float = 0.0) -> list[str]:
+        find = importlib.util.find_spec
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name: name if name in installed else find(name)
+        )
+        for name in ("FA3", "FA4"):
+            monkeypatch.setitem(
+                _registry._FLASH_ATTENTION_IMPLS, name, lambda: SimpleNamespace(remove=found.clear)
+            )
+        newer_flash_attention.cache_clear()
+        before = torch._C._get_sdp_priority_order()
+        with fastest_kernel(GPU, dropout_p):
+            allowed = {name for name, on in ENABLED.items() if on()}
+            names = [SDPBackend(number).name for number in torch._C._get_sdp_priority_order()]
+        assert torch._C._get_sdp_priority_order() == before
+        return [name for name in names if name in allowed]
+
+    yield order
+    newer_flash_attention.cache_clear()
+    if torch.nn.attention.current_flash_attention_impl():
+        torch.nn.attention.restore_flash_attention_impl()
+
+
+ENABLED = {
+    "FLASH_ATTENTION": torch.backends.cuda.flash_sdp_enabled,
+    "CUDNN_ATTENTION": torch.backends.cuda.cudnn_sdp_enabled,
+    "EFFICIENT_ATTENTION": torch.backends.cuda.mem_efficient_sdp_enabled,
+}
+
+
+@pytest.mark.parametrize(
+    ("generation", "installed", "dropout_p", "wanted"),
+    [
+        (8, (), 0.0, ["FLASH", "EFFICIENT"]),
+        (9, (), 0.0, ["CUDNN", "FLASH", "EFFICIENT"]),
+        (10, (), 0.0, ["CUDNN", "FLASH", "EFFICIENT"]),
+        (8, ("flash_attn_interface",), 0.0, ["FLASH", "EFFICIENT"]),
+        (9, ("flash_attn_interface",), 0.0, ["FLASH", "CUDNN", "EFFICIENT"]),
+        (9, ("flash_attn",), 0.0, ["CUDNN", "FLASH", "EFFICIENT"]),
+        (10, ("flash_attn",), 0.0, ["FLASH", "CUDNN", "EFFICIENT"]),
+        (9, ("flash_attn_interface",), 0.1, ["CUDNN", "EFFICIENT"]),
+    ],
+)
 def test_the_order_of_kernels(
-    capability: tuple[int, int], first: str, monkeypatch: pytest.MonkeyPatch
+    generation: int,
+    installed: tuple[str, ...],
+    dropout_p: float,
+    wanted: list[str],
+    gpu: Callable[..., list[str]],
 ) -> None:
-    """Inside the context torch's own list of priorities is the wanted one; afterwards it is what it was."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    names = [name.removesuffix("_ATTENTION") for name in gpu(generation, installed, dropout_p)]
+    assert names == wanted
+
+
+def test_a_newer_flash_attention_is_named_in_the_log(gpu: Callable[..., list[str]]) -> None:
+    gpu(9)
+    assert describe_attention(GPU) == "attention: cudnn, flash, efficient, math"
+    gpu(9, ("flash_attn_interface",))
+    assert describe_attention(GPU) == "attention: flash, cudnn, efficient, math (flash is FA3)"
+    assert describe_attention(torch.device("cpu")) == "attention: torch's kernel for cpu"
+
+
+def test_a_flash_attention_that_does_not_load_is_passed_over(
+    gpu: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu(9, ("flash_attn_interface",))
+
+    def broken() -> None:
+        raise ImportError("undefined symbol")
+
+    monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA3", broken)
+    newer_flash_attention.cache_clear()
+    assert newer_flash_attention(GPU) is None
+    assert describe_attention(GPU) == "attention: cudnn, flash, efficient, math"
+
+
+def test_a_cpu_keeps_torch_s_order() -> None:
     before = torch._C._get_sdp_priority_order()
-    with fastest_kernel(torch.device("cuda")):
-        order = [SDPBackend(number) for number in torch._C._get_sdp_priority_order()]
-    assert order[0].name.startswith(first) and order.index(SDPBackend.FLASH_ATTENTION) < 2
-    assert torch._C._get_sdp_priority_order() == before
     with fastest_kernel(torch.device("cpu")):
         assert torch._C._get_sdp_priority_order() == before
 
