@@ -3,10 +3,12 @@
 # Variables:  PYTHON=python3.12   the interpreter that makes .venv (3.10 or newer)
 #             PIP_FLAGS="..."     more flags for every pip install, e.g. --index-url of CPU-only torch wheels
 #             PYTEST_FLAGS="..."  more flags for pytest, e.g. "-k growth -x"
+#             JOBS=2              test files that run at once; a test may start four ranks, each on one thread
 
 PYTHON ?= python3
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
+JOBS ?= 2
 VENV ?= .venv
 
 BIN := $(abspath $(VENV))/bin
@@ -61,7 +63,7 @@ quickstart: $(STAMP)
 	@PATH="$(BIN):$$PATH" $(THREADS) bash examples/quickstart.sh
 
 test: $(STAMP)
-	@$(THREADS) $(PY) -m pytest -q $(PYTEST_FLAGS)
+	@$(THREADS) $(PY) -m pytest -q -n $(JOBS) --dist loadfile $(PYTEST_FLAGS)
 
 # The packages of an older transformers before those of $(VENV), and nothing else.
 OLD_LIST := tests/export/hf/transformers-4.txt
