@@ -42,5 +42,5 @@ What to run next:
                                           the same without growth, to compare
   python tools/bench/step_overhead.py     what loops cost in FLOPs and time
   python pretrain_sgt.py --config examples/configs/sgt_300m.yaml --print-config
-                                          a full-size run (examples/configs holds up to 13B)
+                                          a full-size run (examples/configs holds up to 70B)
 END

@@ -18,7 +18,8 @@ from megatron_sgt.study.results import (
     times_markdown,
 )
 
-CLAIM = Claim("a beats b", "a", "b", 0.03)
+CLAIM = Claim("a is better", "a", "b")
+CHEAP = Claim("a costs at most 3 % more", "a", "b", 0.03)
 
 
 def outcome(preset: str, seed: int, loss: float, flops: float = 100.0, seconds: float = 1.0) -> Outcome:
@@ -45,28 +46,43 @@ def test_without_vanilla_or_with_one_seed_nothing_is_invented() -> None:
     assert "| sgt | 1 |  | 7.389 |" in markdown([outcome("sgt", 1, 2.0)], "note")
 
 
+def judged(claim: Claim, gaps: tuple[float, ...], flops: float = 102.0) -> tuple[str, str]:
+    found = [outcome("b", seed, 4.0) for seed in range(12)]
+    found += [outcome("a", seed, 4.0 + gap, flops) for seed, gap in enumerate(gaps)]
+    return judge(claim, found)
+
+
 @pytest.mark.parametrize(
-    ("gaps", "flops", "verdict"),
+    ("gaps", "verdict"),
     [
-        ((-0.10, -0.11, -0.12), 102.0, "seen"),
-        ((0.10, 0.11, 0.12), 102.0, "not seen"),
-        ((-0.10, 0.11, -0.02), 102.0, "undecided"),
-        ((-0.10,), 102.0, "undecided"),
-        ((), 102.0, "undecided"),
-        ((-0.10, -0.11, -0.12), 104.0, "not seen"),
+        ((-0.10, -0.11, -0.12), "seen"),
+        ((0.10, 0.11, 0.12), "not seen"),
+        ((-0.10, 0.11, -0.02), "undecided"),
+        # 21 standard errors for two seeds, of which 12.7 would be enough; then 7.
+        ((-0.10, -0.11), "seen"),
+        ((-0.10, -0.13), "undecided"),
+        # One standard deviation from 0 is too little for three seeds (4.3 standard errors), enough for twelve (2.2).
+        ((-0.1, -0.2, 0.0), "undecided"),
+        ((-0.1, -0.2, 0.0) * 4, "seen"),
+        ((-0.10,), "undecided"),
+        ((), "undecided"),
     ],
 )
-def test_verdicts(gaps: tuple[float, ...], flops: float, verdict: str) -> None:
-    found = [outcome("b", seed, 4.0) for seed in range(5)]
-    found += [outcome("a", seed, 4.0 + gap, flops) for seed, gap in enumerate(gaps)]
-    assert judge(CLAIM, found)[0] == verdict
+def test_verdicts(gaps: tuple[float, ...], verdict: str) -> None:
+    assert judged(CLAIM, gaps)[0] == verdict
+
+
+@pytest.mark.parametrize(("flops", "verdict"), [(102.5, "seen"), (104.0, "not seen")])
+def test_a_bound_on_flops_is_judged_by_flops_alone(flops: float, verdict: str) -> None:
+    assert judged(CHEAP, (0.1,), flops) == (verdict, f"FLOPs +{flops - 100:.2f} %")
+    assert judged(CLAIM, (-0.10, -0.11, -0.12), flops) == ("seen", "loss -0.1100 ± 0.0058 over 3 seeds")
 
 
 def test_pages_name_the_claims_that_can_be_judged() -> None:
     found = [outcome("vanilla", 1, 2.0), outcome("sgt", 1, 1.9, 102.0, 1.04)]
     page = markdown(found, "what was trained")
     assert "what was trained" in page and "+2.00 %" in page
-    assert CLAIMS[0].text in page and CLAIMS[1].text not in page
+    assert CLAIMS[1].text in page and CLAIMS[2].text not in page
     assert "+4.00 %" in times_markdown(found, "side by side") and "+4.00 %" not in page
 
 
