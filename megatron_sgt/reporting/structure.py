@@ -18,6 +18,12 @@ from megatron_sgt.reporting.run_data import Floats, Record, RunData
 COLORS = "cividis"
 """Grows in lightness from end to end, so it survives a grey print."""
 MAX_SNAPSHOTS = 8
+FRAME = "kept head"
+"""Name of the frames around kept heads in the pictures' lists of patches."""
+NAMED = 6
+"""Kept heads of a layer that are listed, not counted."""
+THIN = 6.0
+"""Points; a head that has less height in the picture of entropies is named in the margin."""
 
 
 def entropy_figure(run: RunData) -> Figure | None:
@@ -39,10 +45,14 @@ def entropy_figure(run: RunData) -> Figure | None:
     )
     for layer in range(1, layers):
         axes.axhline(layer * heads, color="white", linewidth=1.0)
-    end = max(float(run.last_step), edges[-1])
+    end = float(_shown(run, int(edges[-1])))
+    row = 0.8 * 72 * figure.get_figheight() / (layers * heads)  # points, of a head
     for layer, (step, kept) in run.kept_heads.items():
         for head in kept:
-            _outline(axes, step, layer * heads + head, end - step, 1.0)
+            _outline(axes, step, layer * heads + head, end - step, 1.0, min(1.6, 0.4 * row))
+        if row < THIN:
+            place = (1.005, (layer + 0.5) * heads)
+            axes.text(*place, _listed(kept), transform=axes.get_yaxis_transform(), va="center", fontsize=7)
     if end > edges[-1] + 1:
         axes.axvspan(
             edges[-1], end, facecolor="#F4F4F4", hatch="///", edgecolor="#D5D5D5", linewidth=0, zorder=0
@@ -58,15 +68,15 @@ def entropy_figure(run: RunData) -> Figure | None:
                 color="#555555",
                 backgroundcolor="#F4F4F4",
             )
-    style.mark_growth(axes, run, labels=True)
+    style.mark_growth(axes, run, labels=True, end=int(end))
     every = max(1, -(-layers // 24))
     axes.set_yticks(
         [(n + 0.5) * heads for n in range(0, layers, every)], [str(n) for n in range(0, layers, every)]
     )
     axes.set_ylabel(f"layer (each band: heads 0 to {heads - 1}, upwards)")
     axes.grid(False)
-    style.step_axis(axes, int(end))
-    figure.colorbar(image, ax=axes, label="EMA of attention entropy", pad=0.02)
+    _step_axis(axes, run, int(end))
+    figure.colorbar(image, ax=axes, label="EMA of attention entropy", pad=0.05 if row < THIN else 0.02)
     return figure
 
 
@@ -109,7 +119,7 @@ def growth_figure(run: RunData) -> Figure | None:
         return None
     depths = [event.get("loop_depth") or [] for event in run.growth]
     layers = max(len(depth) for depth in depths) or 1
-    end = max(run.last_step, run.growth[-1]["step"] + 1)
+    end = _shown(run, run.growth[-1]["step"] + 1)
     deepest = max((max(depth, default=0) for depth in depths), default=1) or 1
     figure, (axes,) = style.new_figure(min(8.0, max(2.6, 1.3 + 0.24 * layers)))
     for layer in range(layers):
@@ -119,40 +129,42 @@ def growth_figure(run: RunData) -> Figure | None:
                 layer, stop - start, left=start, height=bar, color=style.BLUE, edgecolor="white", zorder=2
             )
             if deepest > 1:
-                axes.text(
+                text = axes.text(
                     start + 0.004 * end, layer, f"x{depth}", va="center", fontsize=8, color="white", zorder=5
                 )
+                text.set_path_effects([Stroke(linewidth=2.5, foreground=style.BLUE), Normal()])
     for event in run.growth:
         if event.get("action") in ("first_selection", "select_new_layer"):
             _draw_window(axes, event, end, 0.30 + 0.5 / deepest)
-    for layer, (step, kept) in run.kept_heads.items():
-        axes.annotate(
-            f"heads {', '.join(map(str, kept))}",
-            (step, layer),
-            xytext=(-4, 0),
-            textcoords="offset points",
-            ha="right" if step > 0.12 * end else "left",
+    for layer, (_, kept) in run.kept_heads.items():
+        axes.text(
+            1.008,
+            layer,
+            f"heads {_listed(kept)}",
+            transform=axes.get_yaxis_transform(),
             va="center",
             fontsize=8.5,
         )
-    style.mark_growth(axes, run, labels=True)
+    style.mark_growth(axes, run, labels=True, end=end)
     style.mark_restarts(axes, run)
     every = max(1, -(-layers // 24))
     axes.set_yticks(range(0, layers, every))
     axes.set_ylim(-0.6, layers - 0.4)
     axes.set_ylabel("layer (deep ones above)")
     axes.grid(axis="y", visible=False)
-    style.step_axis(axes, end)
+    _step_axis(axes, run, end)
     handles = [
         Rectangle((0, 0), 1, 1, facecolor=style.SKY, edgecolor=style.BLUE, hatch="////"),
         Rectangle((0, 0), 1, 1, facecolor=style.BLUE),
     ]
+    names = ["window: all heads loop, the others fade", "kept heads loop"]
+    restarts, restart = axes.get_legend_handles_labels()
     axes.legend(
-        handles,
-        ["window: all heads loop, the others fade", "kept heads loop"],
+        [*handles, *restarts],
+        [*names, *restart],
         loc="upper left",
         bbox_to_anchor=(0.0, -0.28 / (figure.get_figheight() / 2.6)),
-        ncols=2,
+        ncols=3,
     )
     return figure
 
@@ -189,6 +201,22 @@ def _spans(events: Sequence[Record], layer: int, end: int) -> list[tuple[int, in
     return stretches
 
 
+def _shown(run: RunData, last: int) -> int:
+    """Where the step axis ends: with the run, or soon after step ``last`` where growth takes its first part alone."""
+    return int(1.25 * last) if 2 * last < run.last_step else max(run.last_step, last)
+
+
+def _listed(heads: Sequence[int]) -> str:
+    """Heads by number, or how many where there are many."""
+    return ", ".join(map(str, heads)) if len(heads) <= NAMED else f"({len(heads)})"
+
+
+def _step_axis(axes: Axes, run: RunData, end: int) -> None:
+    style.step_axis(axes, end)
+    if end < run.last_step:
+        axes.set_xlabel(f"step (the run goes on to step {run.last_step:,} like this)")
+
+
 def _edges(steps: Floats) -> Floats:
     """Right edges of the columns: half way to the next report, and as wide again after the last."""
     if len(steps) == 1:
@@ -203,10 +231,11 @@ def _norm(tables: Floats) -> Normalize:
     return Normalize(low, max(float(tables.max()), low + 1e-6))
 
 
-def _outline(axes: Axes, x: float, y: float, width: float, height: float) -> None:
-    """A frame that is seen on dark and on light ground."""
-    frame = Rectangle((x, y), width, height, fill=False, edgecolor=style.VERMILION, linewidth=1.6, zorder=4)
-    frame.set_path_effects([Stroke(linewidth=3.0, foreground="white"), Normal()])
+def _outline(axes: Axes, x: float, y: float, width: float, height: float, line: float = 1.6) -> None:
+    """A frame that is seen on dark and on light ground; ``line``: its width in points."""
+    frame = Rectangle((x, y), width, height, fill=False, edgecolor=style.VERMILION, linewidth=line, zorder=4)
+    frame.set_gid(FRAME)
+    frame.set_path_effects([Stroke(linewidth=1.9 * line, foreground="white"), Normal()])
     axes.add_patch(frame)
 
 

@@ -93,10 +93,11 @@ def si_axis(axes: Axes, what: str = "y") -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: units.si(value) if value else "0"))
 
 
-def mark_growth(axes: Axes, run: RunData, labels: bool = False) -> None:
+def mark_growth(axes: Axes, run: RunData, labels: bool = False, end: int | None = None) -> None:
     """A thin vertical line at every growth event; with ``labels``, what was decided, above the axes.
 
-    Labels that would overlap are put on a second and third level.
+    ``end``: where the step axis ends, by default with the run. Labels that would overlap are put on a second and
+    third level.
     """
     level_ends = [-1.0, -1.0, -1.0]
     for event in run.growth:
@@ -106,7 +107,7 @@ def mark_growth(axes: Axes, run: RunData, labels: bool = False) -> None:
             continue
         text = event_label(event)
         width = 0.0125 * len(text)
-        position = step / max(1, run.last_step)
+        position = step / max(1, end or run.last_step)
         level = next((n for n, end in enumerate(level_ends) if position > end), 2)
         level_ends[level] = position + width
         axes.annotate(

@@ -72,6 +72,27 @@ def grown(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A run as large as examples/configs/sgt_300m.yaml: 24 layers of 16 heads, growth in its first fifth."""
+    layers, heads, depth, kept = 24, 16, [0] * 24, {}
+    decisions = {250: 22, 500: 19, 750: 15, 1000: None}
+    lines = []
+    for step in range(10, 4761, 10):
+        table = [[0.5 + 0.01 * n + 0.02 * (head % 5) for head in range(heads)] for n in range(layers)]
+        measured = {"ema_entropy": table} if step <= 1000 else {}
+        lines.append(train(step, 5.0 - step / 2500, 2e15, 2.0, **measured))
+        if step not in decisions:
+            continue
+        layer = decisions[step]
+        event = {"step": step, "action": "fixed", "layer": layer, "ema_entropy": table}
+        if layer is not None:
+            depth[layer], kept[str(layer)] = 1, [layer % 7, layer % 7 + 1]
+            event |= {"action": "select_new_layer", "fade_until_step": step + 250}
+        lines.append(encode("growth", {**event, "kept_heads": dict(kept), "loop_depth": list(depth)}))
+    return write_run(tmp_path / "large", lines)
+
+
+@pytest.fixture
 def vanilla(tmp_path: Path) -> Path:
     lines = [train(s, 5.0 - s / 60, seconds=0.4) for s in range(2, 51, 2)]
     return write_run(

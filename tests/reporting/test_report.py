@@ -127,10 +127,29 @@ def overlapping(figure: Figure) -> list[tuple[str, str]]:
         structure.snapshot_figure,
     ],
 )
-def test_no_words_lie_over_each_other(draw, grown: Path) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("run", ["grown", "large"])
+def test_no_words_lie_over_each_other(draw, run: str, request: pytest.FixtureRequest) -> None:  # type: ignore[no-untyped-def]
     with style.settings():
-        figure = draw(load_run(grown))
+        figure = draw(load_run(request.getfixturevalue(run)))
         assert overlapping(figure) == []
+
+
+def test_a_long_run_shows_the_part_in_which_it_grows(large: Path) -> None:
+    run = load_run(large)
+    with style.settings():
+        for figure in (structure.growth_figure(run), structure.entropy_figure(run)):
+            assert figure is not None
+            axes = figure.axes[0]
+            assert axes.get_xlim()[1] < 1300 and "4,760" in axes.get_xlabel()
+            margin = [
+                text.get_text()
+                for text in axes.texts
+                if text.get_position()[0] > 1.0 and "," in text.get_text()
+            ]
+            assert [text.removeprefix("heads ") for text in margin] == ["1, 2", "5, 6", "1, 2"]
+            # Frames of kept heads are thinner than a head is high.
+            height = 72 * axes.get_position().height * figure.get_figheight() / (24 * 16)
+            assert all(p.get_linewidth() < height for p in axes.patches if p.get_gid() == structure.FRAME)
 
 
 def test_colours_survive_a_grey_print() -> None:
