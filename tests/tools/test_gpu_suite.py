@@ -32,13 +32,14 @@ def numbers(row: dict[str, Any]) -> list[str]:
 
 
 def test_dry_run(tmp_path: Path) -> None:
-    done = suite("--dry-run", "--no-golden", "--out", str(tmp_path))
+    done = suite("--dry-run", "--out", str(tmp_path))
     assert done.code == 0, done.out + done.err
     (file,) = tmp_path.glob("*.json")
     result = json.loads(file.read_text(encoding="utf-8"))
     assert result["about"]["dry_run"] and set(result["ceilings"].values()) == {None}
     checks = {row["check"]: row["passed"] for row in result["correctness"]}
-    assert len(checks) == 6 and checks.pop("CUDA graph") is None and all(checks.values())
+    assert len(checks) == 7 and checks.pop("CUDA graph") is None and all(checks.values())
+    assert "errors" not in result and {row["met"] for row in result["targets"]} == {None}
     structures = [row["structure"] for row in result["training"] if "structure" in row]
     assert structures == [
         "vanilla",
@@ -46,6 +47,7 @@ def test_dry_run(tmp_path: Path) -> None:
         "fixed, 1 loop",
         "fixed, 3 loops",
         "all heads, 1 loop",
+        "all heads, 3 loops",
         "block loop",
     ]
     assert result["training"][-1]["profile"]
@@ -54,6 +56,65 @@ def test_dry_run(tmp_path: Path) -> None:
     rows += result["training"][-1]["profile"]
     assert not [found for row in rows if (found := numbers(row))]
     assert "It measures nothing" in file.with_suffix(".md").read_text(encoding="utf-8")
+
+
+BROKEN = """
+import runpy, sys
+sys.path.insert(0, "tools/bench")
+from gpu_parts import correctness, kernels
+
+def half(machine):
+    yield {"B": 1}
+    raise RuntimeError("no such kernel\\nand more")
+
+def broken(*_):
+    raise ValueError("graphs")
+
+kernels.attentions, kernels.passes, correctness.graph_capture = half, half, broken
+sys.argv = ["tools/bench/gpu_suite.py", *sys.argv[1:]]
+runpy.run_path("tools/bench/gpu_suite.py", run_name="__main__")
+"""
+
+
+def test_what_was_measured_outlives_what_breaks(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", BROKEN, "--dry-run", "--no-golden", "--only"]
+    done = run_process([*command, "kernels", "--out", str(tmp_path / "a")], ROOT, timeout=600)
+    assert done.code == 1 and "FAILED: attention, passes" in done.out
+    (file,) = (tmp_path / "a").glob("*.json")
+    result = json.loads(file.read_text(encoding="utf-8"))
+    assert result["attention"] == result["passes"] == [{"B": 1}] and len(result["entropy"]) == 1
+    assert result["errors"]["passes"] == "RuntimeError: no such kernel"
+    assert "**attention ended early:** RuntimeError" in file.with_suffix(".md").read_text(encoding="utf-8")
+    done = run_process([*command, "correctness", "--out", str(tmp_path / "b")], ROOT, timeout=600)
+    assert done.code == 1 and "FAILED: CUDA graph" in done.out and "ValueError: graphs" in done.out
+
+
+def test_targets_are_held_against_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools/bench"))
+    from gpu_parts.targets import verdicts
+
+    fixed = {
+        "model": "1.2B",
+        "structure": "fixed, 1 loop",
+        "time_overhead_percent": 1.4,
+        "flops_overhead_percent": 1.0,
+    }
+    vanilla = {"model": "1.2B", "structure": "vanilla", "mfu_percent": 44.0}
+    attention = [
+        {"B": 1, "custom_share": 0.1, "library_share": 0.2},
+        {"B": 2, "custom_share": 0.6, "library_share": 0.4},
+        {"B": 4, "custom_share": 0.3, "library_share": 0.55},
+    ]
+    found = verdicts(
+        {"training": [vanilla, fixed, {"model": "1.2B", "skipped": "x"}], "attention": attention}
+    )
+    assert [(row["measured"], row["met"]) for row in found] == [
+        (1.4, True),
+        (1.4, False),
+        (0.55, True),
+        (44.0, False),
+    ]
+    assert {row["met"] for row in verdicts({})} == {None}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -13,6 +13,8 @@ import json
 import os
 import re
 import time
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,11 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Run the sections."""
+def measure(args: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Run the sections; ``keep`` is called with the result so far after each part, so that little can be lost.
+
+    A part that raises is named under "errors", with the rows that it had given; the others run.
+    """
     # Triton reads this when it is imported, which the libraries below do.
     if args.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"
@@ -45,7 +50,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     if not args.dry_run and not torch.cuda.is_available():
         raise ConfigError("gpu_suite measures a GPU, and torch sees none; --dry-run executes it on a CPU")
-    from gpu_parts import correctness, kernels, machine, training
+    from gpu_parts import correctness, kernels, machine, targets, training
 
     this = machine.Machine(
         device=torch.device("cpu" if args.dry_run else "cuda"),
@@ -53,34 +58,48 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         dry=args.dry_run,
         deadline=time.monotonic() + 60 * args.minutes,
     )
-    wanted = [args.only] if args.only else list(SECTIONS)
     result: dict[str, Any] = {"about": machine.identity(this), "ceilings": machine.measure_ceilings(this)}
-    if "correctness" in wanted:
-        result["correctness"] = correctness.run(this, with_golden=not args.no_golden)
-    if "training" in wanted:
-        result["training"] = training.run(this)
-    if "kernels" in wanted:
-        result["attention"] = kernels.attentions(this)
-        result["entropy"] = kernels.entropies(this)
-        result["passes"] = kernels.passes(this)
+    parts: dict[str, tuple[str, Callable[[], Iterator[dict[str, Any]]]]] = {
+        "correctness": ("correctness", lambda: correctness.run(this, with_golden=not args.no_golden)),
+        "training": ("training", lambda: training.run(this)),
+        "attention": ("kernels", lambda: kernels.attentions(this)),
+        "entropy": ("kernels", lambda: kernels.entropies(this)),
+        "passes": ("kernels", lambda: kernels.passes(this)),
+    }
+    for name, (section, rows) in parts.items():
+        if args.only not in (None, section):
+            continue
+        result[name] = []
+        try:
+            for row in rows():
+                result[name].append(row)
+        except Exception as error:
+            traceback.print_exc()
+            result.setdefault("errors", {})[name] = machine.first_line(error)
+        result["targets"] = targets.verdicts(result)
+        keep(result)
     return result
 
 
 def main() -> int:
-    """Measure, write, and fail if a check of correctness did."""
+    """Measure, write, and fail if a check of correctness or a part did."""
     args = parse()
-    result = measure(args)
+    started = time.strftime("%Y-%m-%d-%H%M%S")
+
+    def keep(result: dict[str, Any]) -> None:
+        device = "dry-run" if args.dry_run else re.sub(r"\W+", "-", result["about"]["device"]).lower()
+        args.out.mkdir(parents=True, exist_ok=True)
+        file = args.out / f"{device}-{started}.json"
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        file.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
+
     from gpu_parts.report import markdown
 
-    text = markdown(result)
-    args.out.mkdir(parents=True, exist_ok=True)
-    device = "dry-run" if args.dry_run else re.sub(r"\W+", "-", result["about"]["device"]).lower()
-    stem = args.out / f"{device}-{time.strftime('%Y-%m-%d-%H%M%S')}"
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    stem.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
-    print(f"written: {stem}.json and .md")
+    result = measure(args, keep)
+    print(markdown(result))
+    print(f"written: {args.out}/*-{started}.json and .md")
     failed = [row["check"] for row in result.get("correctness", []) if row["passed"] is False]
+    failed += result.get("errors", {})
     if failed:
         print(f"FAILED: {', '.join(failed)}")
     return 1 if failed else 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gpu_parts.loop_pass import PassInputs, attention_flops, eager_pass, fused_pass, pass_inputs, work
-from gpu_parts.machine import Machine, per
+from gpu_parts.machine import Machine, first_line, per
 from megatron_sgt.ops import fused_loop, library
 from megatron_sgt.ops.attention import causal_attention
 from megatron_sgt.ops.entropy import last_row_entropy
@@ -32,27 +32,30 @@ def _both_ways(forward: Forward, leaves: list[Tensor]) -> Callable[[], object]:
     return lambda: torch.autograd.grad(forward(), leaves, pull)
 
 
-def passes(machine: Machine) -> list[dict[str, Any]]:
+def passes(machine: Machine) -> Iterator[dict[str, Any]]:
     """Forward and backward of a whole pass, in every way."""
-    rows = []
     for length, batch, width, size in shapes(machine):
         if machine.late:
-            rows.append({"skipped": f"B {batch}, D {width}, d {size}: the time is used up"})
+            yield {"skipped": f"B {batch}, D {width}, d {size}: the time is used up"}
             continue
         p = pass_inputs(length, batch, width, size, machine.device, machine.dtype)
         operations, least_bytes = work(length, batch, width, size)
         row: dict[str, Any] = {"B": batch, "D": width, "d": size, "T": length}
         for way, forward in _ways(p, machine, batch).items():
-            seconds = machine.seconds(_both_ways(forward, p.leaves()))
+            try:
+                seconds = machine.seconds(_both_ways(forward, p.leaves()))
+            except torch.OutOfMemoryError as error:
+                yield {"skipped": f"{way}, B {batch}, D {width}, d {size}: {first_line(error)}"}
+                machine.free()
+                continue
             row[f"{way}_us"] = per(1e6, seconds)
             if seconds and machine.copy_bytes_per_second and machine.matmul_flops_per_second:
                 ideal = max(
                     operations / machine.matmul_flops_per_second, least_bytes / machine.copy_bytes_per_second
                 )
                 row[f"{way}_share"] = round(ideal / seconds, 3)
-        rows.append(row)
+        yield row
         machine.free()
-    return rows
 
 
 def _ways(p: PassInputs, machine: Machine, batch: int) -> dict[str, Forward]:
@@ -69,12 +72,11 @@ def _ways(p: PassInputs, machine: Machine, batch: int) -> dict[str, Forward]:
     return ways
 
 
-def attentions(machine: Machine) -> list[dict[str, Any]]:
+def attentions(machine: Machine) -> Iterator[dict[str, Any]]:
     """The attention alone, custom and library: what the dispatch table in ops/backend.py should say."""
-    rows = []
     for length, batch, size in sorted({(t, b, d) for t, b, _, d in shapes(machine)}):
         if machine.late:
-            rows.append({"skipped": f"attention, B {batch}, d {size}: the time is used up"})
+            yield {"skipped": f"attention, B {batch}, d {size}: the time is used up"}
             continue
         p = pass_inputs(length, batch, 2 * size, size, machine.device, machine.dtype)
         query, key, value = (
@@ -95,27 +97,24 @@ def attentions(machine: Machine) -> list[dict[str, Any]]:
                 ideal = attention_flops(length, batch, size) / machine.matmul_flops_per_second
                 row[f"{way}_forward_share"] = round(ideal / ahead, 3)
                 row[f"{way}_share"] = round(3.5 * ideal / total, 3)
-        rows.append(row)
-    return rows
+        yield row
 
 
 def _custom(at: Any, measure_entropy: bool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return fused_loop.attend(query, key, value, at, measure_entropy)[0]
 
 
-def entropies(machine: Machine) -> list[dict[str, Any]]:
+def entropies(machine: Machine) -> Iterator[dict[str, Any]]:
     """The entropies of all heads of a layer in a step that measures them."""
     length, batch, width, size = (40, 2, 64, 16) if machine.dry else (4096, 2, 2048, 128)
     shape = (length, batch, 3 * width // size, size)
     fused = torch.randn(shape, device=machine.device).to(machine.dtype)
     query, key, _ = fused.chunk(3, dim=2)
-    return [
-        {
-            "T": length,
-            "B": batch,
-            "heads": width // size,
-            "d": size,
-            "kernel_us": per(1e6, machine.seconds(lambda: library.last_row_entropy(query, key))),
-            "torch_us": per(1e6, machine.seconds(lambda: last_row_entropy(query, key))),
-        }
-    ]
+    yield {
+        "T": length,
+        "B": batch,
+        "heads": width // size,
+        "d": size,
+        "kernel_us": per(1e6, machine.seconds(lambda: library.last_row_entropy(query, key))),
+        "torch_us": per(1e6, machine.seconds(lambda: last_row_entropy(query, key))),
+    }

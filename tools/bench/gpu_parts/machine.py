@@ -30,6 +30,7 @@ class Machine:
     deadline: float
     copy_bytes_per_second: float | None = None
     matmul_flops_per_second: float | None = None
+    peak_flops_per_second: float | None = None
 
     def seconds(self, function: Callable[[], Any], repeats: int = 5, calls: int = 10) -> float | None:
         """Seconds of one call on the GPU: the median over ``repeats`` batches of ``calls``. None in a dry run."""
@@ -71,18 +72,23 @@ def measure_ceilings(machine: Machine) -> dict[str, Any]:
     if copy and product:
         machine.copy_bytes_per_second = 2 * source.numel() * source.element_size() / copy
         machine.matmul_flops_per_second = 2 * width**3 / product
+    if not machine.dry:
+        machine.peak_flops_per_second = peak_flops(device_name(machine.device), "bf16")
     return {
         "copy_gb_per_second": per(1e-9, machine.copy_bytes_per_second),
         "matmul_tflops": per(1e-12, machine.matmul_flops_per_second),
-        "datasheet_tflops": per(
-            1e-12, None if machine.dry else peak_flops(device_name(machine.device), "bf16")
-        ),
+        "datasheet_tflops": per(1e-12, machine.peak_flops_per_second),
     }
 
 
 def per(factor: float, value: float | None) -> float | None:
     """``value`` in other units, or None."""
     return None if value is None else round(value * factor, 3)
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]
 
 
 def identity(machine: Machine) -> dict[str, Any]:

@@ -31,7 +31,9 @@ def markdown(result: dict[str, Any]) -> str:
         lines += ["A dry run: every branch was executed on a CPU, in tiny shapes. It measures nothing.", ""]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines += [versions, "", f"Ceilings: {result['ceilings']}", ""]
-    for title in ("correctness", "passes", "attention", "entropy", "training"):
+    for section, error in result.get("errors", {}).items():
+        lines += [f"**{section} ended early:** {error}", ""]
+    for title in ("targets", "correctness", "passes", "attention", "entropy", "training"):
         rows = result.get(title) or []
         plain = [row for row in rows if "skipped" not in row and "profile" not in row]
         lines += [f"## {title}", "", table(plain) if plain else "nothing measured", ""]

@@ -6,12 +6,12 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from gpu_parts.machine import Machine, per
+from gpu_parts.machine import Machine, first_line, per
 from megatron_sgt.config import Config
 from megatron_sgt.engine.build import Runtime, build_runtime, start_processes
 from megatron_sgt.engine.step import train_step
@@ -66,6 +66,7 @@ def structures(layers: int, heads: int) -> dict[str, LoopPlan]:
         "fixed, 1 loop": plan(LayerPlan(1, two)),
         "fixed, 3 loops": plan(LayerPlan(3, two)),
         "all heads, 1 loop": plan(LayerPlan(1, tuple(range(heads)))),
+        "all heads, 3 loops": plan(LayerPlan(3, tuple(range(heads)))),
         "block loop": plan(LayerPlan(block_loops=1)),
     }
 
@@ -117,17 +118,18 @@ def _row(
         return row
     median = statistics.median(seconds)
     rate = flops.model / median
-    ceiling = machine.matmul_flops_per_second
+    ceiling, peak = machine.matmul_flops_per_second, machine.peak_flops_per_second
     return {
         **row,
         "step_ms": per(1e3, median),
         "tokens_per_second": round(config.train.micro_batch_size * config.model.seq_length / median),
         "model_tflops": per(1e-12, rate),
+        "mfu_percent": None if peak is None else round(100 * rate / peak, 1),
         "share_of_matmul_ceiling": None if ceiling is None else round(rate / ceiling, 3),
     }
 
 
-def one_model(machine: Machine, name: str, shape: tuple[int, int, int, int, int]) -> list[dict[str, Any]]:
+def one_model(machine: Machine, name: str, shape: tuple[int, int, int, int, int]) -> Iterator[dict[str, Any]]:
     """Rows of every structure; vanilla's time is the one measured beside that structure."""
     config = run_config(machine, *shape)
     vanilla = LoopPlan.empty(config.model.num_layers)
@@ -137,10 +139,10 @@ def one_model(machine: Machine, name: str, shape: tuple[int, int, int, int, int]
     machine.free()
     step(vanilla)
     vanilla_gb = memory_gb(machine.device)[0]
-    rows: list[dict[str, Any]] = []
+    first = {"model": name, "structure": "vanilla", "batch": shape[4]}
     for structure, plan in structures(shape[0], shape[3]).items():
         if machine.late:
-            rows.append({"model": name, "skipped": f"{structure}: the time is used up"})
+            yield {"model": name, "skipped": f"{structure}: the time is used up"}
             continue
         machine.free()
         plain, grown = compare(machine, step, vanilla, plan)
@@ -152,14 +154,13 @@ def one_model(machine: Machine, name: str, shape: tuple[int, int, int, int, int]
         row["time_overhead_percent"] = (
             None if machine.dry else round(100 * (statistics.median(ratios) - 1), 2)
         )
-        if not rows:
-            first = {"model": name, "structure": "vanilla", "batch": shape[4]}
-            rows.append({**first, **_row(machine, config, vanilla, plain, vanilla_gb)})
-        rows.append(row)
+        if first:
+            yield {**first, **_row(machine, config, vanilla, plain, vanilla_gb)}
+            first = {}
+        yield row
     if not machine.late:
-        rows.append({"model": name, "profile": profile(machine, step, structures(shape[0], shape[3]))})
+        yield {"model": name, "profile": profile(machine, step, structures(shape[0], shape[3]))}
     runtime.engine.destroy()
-    return rows
 
 
 def profile(machine: Machine, step: Step, plans: dict[str, LoopPlan]) -> list[dict[str, Any]]:
@@ -181,18 +182,16 @@ def profile(machine: Machine, step: Step, plans: dict[str, LoopPlan]) -> list[di
     ]
 
 
-def run(machine: Machine) -> list[dict[str, Any]]:
+def run(machine: Machine) -> Iterator[dict[str, Any]]:
     """Every model that fits; what does not is reported, not fatal."""
     models = {"tiny": (2, 128, 128, 2, 1)} if machine.dry else MODELS
-    rows: list[dict[str, Any]] = []
     for name, shape in models.items():
         for batch in itertools.takewhile(bool, (shape[4], shape[4] // 2)):
             try:
-                rows += one_model(machine, name, (*shape[:4], batch))
+                yield from one_model(machine, name, (*shape[:4], batch))
                 break
             except torch.OutOfMemoryError as error:
-                rows.append({"model": name, "skipped": f"batch {batch}: {str(error).splitlines()[0]}"})
+                yield {"model": name, "skipped": f"batch {batch}: {first_line(error)}"}
             finally:
                 gc.collect()
                 machine.free()
-    return rows
