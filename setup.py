@@ -23,7 +23,7 @@ INSTALL_REQUIRES = [
     "tqdm",
     "transformers>=4.48",
 ]
-# NVIDIA Apex and Transformer Engine are used when importable. They are no extras: they must be built
+# NVIDIA Apex and FlashAttention-3 or -4 are used when importable. They are no extras: they must be built
 # against the machine's toolkit, and the name `apex` on PyPI belongs to an unrelated package.
 EXTRAS_REQUIRE = {
     "gpu": ["triton>=3.6; platform_system == 'Linux'"],

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_sgt.cli import positive, run_main
 from megatron_sgt.config import Config, load_config
+from megatron_sgt.config.presets import PRESETS
 from megatron_sgt.data.tokenizer import build_tokenizer, resolve_vocab_size
 from megatron_sgt.planning.hardware import GPUS, find_gpu
 from megatron_sgt.planning.plan import make_plan
@@ -43,6 +44,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, required=True, metavar="FILE.yaml", help="the run")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="values over those of the file"
+    )
+    parser.add_argument(
+        "--preset", metavar="NAME", help=f"the file's run as a baseline or ablation: {', '.join(PRESETS)}"
     )
     parser.add_argument("--gpu", default="h100", metavar="NAME", help=f"{', '.join(GPUS)} [%(default)s]")
     parser.add_argument("--nodes", type=positive, default=1, metavar="N", help="nodes [%(default)s]")
@@ -82,7 +86,7 @@ def with_vocabulary(config: Config, given: int | None) -> tuple[Config, list[str
 def main() -> None:
     """Print the plan."""
     args = parse()
-    config, notes = with_vocabulary(load_config(args.config, args.overrides), args.vocab_size)
+    config, notes = with_vocabulary(load_config(args.config, args.overrides, args.preset), args.vocab_size)
     machine = Machine(find_gpu(args.gpu), args.gpus_per_node)
     world_size = args.nodes * args.gpus_per_node
     precision = config.precision_on("cpu" if config.parallel.device == "cpu" else "cuda")

@@ -20,6 +20,9 @@ SMALL_SHARE = 250_000
 """Elements of a layer per rank below which ZeRO-3 sends many small messages."""
 
 
+RECOMPUTE = ("none", "selective", "full")
+
+
 def warnings(config: Config, world_size: int, machine: Machine, precision: str) -> Iterator[str]:
     """One sentence each, the worst first."""
     yield from _memory(config, world_size, machine, precision)
@@ -69,6 +72,30 @@ def _ways_to_fit(
                 f"{name}={str(value).lower()}" for name, value in change.items() if value is not None
             )
             yield f"{shown} ({file_size(size)})"
+
+
+def other_layouts(config: Config, world_size: int, precision: str) -> list[dict[str, Any]]:
+    """Bytes on the fullest rank at the worst moment: one row per ZeRO stage, one entry per recompute granularity.
+
+    None where the two do not go together with the rest of ``config``.
+    """
+    plans = {stretch.plan for stretch in timeline(config)}
+
+    def peak(stage: int, granularity: str) -> int | None:
+        if stage == 0 and precision != "fp32":
+            return None  # refused when a run starts
+        change = {"parallel.zero_stage": stage, "train.recompute_granularity": granularity}
+        if granularity == "none":
+            change["train.recompute_layers"] = None
+        try:
+            return peak_memory(changed(config, change), plans, world_size, precision)
+        except ConfigError:
+            return None
+
+    return [
+        {"zero_stage": stage, **{granularity: peak(stage, granularity) for granularity in RECOMPUTE}}
+        for stage in range(4)
+    ]
 
 
 def changed(config: Config, values: dict[str, Any]) -> Config:

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_sgt.config import Config
 from megatron_sgt.growth import LoopPlan
-from megatron_sgt.planning.advice import warnings
+from megatron_sgt.planning.advice import other_layouts, warnings
 from megatron_sgt.planning.flops import overhead, step_flops
 from megatron_sgt.planning.hardware import USABLE
 from megatron_sgt.planning.loop_cost import choose_loop_method
@@ -67,6 +67,7 @@ def make_plan(
                 for name, plan in _moments(config, stretches).items()
             },
         },
+        "peak_by_layout": other_layouts(config, world_size, precision),
         "compute": _compute(config, stretches),
         "run": {
             "steps": train.train_iters,

@@ -31,7 +31,7 @@ _BAR = 40
 def render(plan: dict[str, Any], config: Config, title: str) -> str:
     """``plan`` (see ``make_plan``) as text."""
     lines = [title]
-    for part in (_shape, _memory, _compute, _traffic, _time, _ending):
+    for part in (_shape, _memory, _other_layouts, _compute, _traffic, _time, _ending):
         lines += ["", *part(plan, config)] if part is not _shape else part(plan, config)
     return "\n".join(lines)
 
@@ -76,6 +76,23 @@ def _memory(plan: dict[str, Any], config: Config) -> Iterator[str]:
         f"  [{'#' * filled}{'-' * (_BAR - filled)}] {100 * worst / limit:.0f} % of the usable "
         f"{file_size(limit)}: {verdict}"
     )
+
+
+def _other_layouts(plan: dict[str, Any], config: Config) -> Iterator[str]:
+    limit, parallel, train = plan["memory"]["limit"], config.parallel, config.train
+    names = [name for name in plan["peak_by_layout"][0] if name != "zero_stage"]
+    yield f"{'peak by ZeRO stage, recompute:':<34}" + "".join(f"{name:>16}" for name in names)
+    for row in plan["peak_by_layout"]:
+        cells = []
+        for name in names:
+            size = row[name]
+            here = (row["zero_stage"], name) == (parallel.zero_stage, train.recompute_granularity)
+            text = (
+                "-" if size is None else file_size(size) + (" *" if here else "  " if size <= limit else " !")
+            )
+            cells.append(f"{text:>16}")
+        yield (f"  ZeRO {row['zero_stage']:<27}" + "".join(cells)).rstrip()
+    yield "  * this run   ! does not fit   - refused"
 
 
 def _compute(plan: dict[str, Any], config: Config) -> Iterator[str]:

@@ -66,6 +66,22 @@ def test_memory_adds_up_at_every_moment() -> None:
     assert plan["memory"]["final"]["loops"] < plan["memory"]["window"]["loops"]
 
 
+def test_other_layouts_are_the_plans_of_other_configurations() -> None:
+    _, plan = plan_of("sgt_7b", 32)
+    table = {row["zero_stage"]: row for row in plan["peak_by_layout"]}
+    for stage, granularity in ((1, "none"), (3, "full"), (2, "selective")):
+        settings = (f"parallel.zero_stage={stage}", f"train.recompute_granularity={granularity}")
+        _, other = plan_of("sgt_7b", 32, *settings)
+        worst = max(other["memory"][moment]["total"] for moment in ("now", "window", "final"))
+        assert table[stage][granularity] == worst
+    assert table[0] == {
+        "zero_stage": 0,
+        "none": None,
+        "selective": None,
+        "full": None,
+    }  # ZeRO-0 in bf16 is refused
+
+
 def test_balanced_passes_send_less_than_naive_ones_and_vanilla_none() -> None:
     _, grown = plan_of("sgt_7b", 32)
     passes = grown["traffic"]["loop_pass"]
