@@ -76,13 +76,7 @@ def make_plan(
             "mfu": mfu,
             "days": total / (world_size * peak * mfu) / 86400,
         },
-        "checkpoint": {
-            "bytes": checkpoint_bytes(config, precision),
-            "saves": train.train_iters // config.checkpoint.save_interval
-            if config.checkpoint.save_interval
-            else 1,
-            "kept": config.checkpoint.keep_last,
-        },
+        "checkpoint": _checkpoint(config, precision),
         "traffic": _traffic(config, world_size, precision),
         "step_time": _step_times(config, world_size, machine, precision),
         "warnings": list(warnings(config, world_size, machine, precision)),
@@ -107,6 +101,12 @@ def _memory(config: Config, plan: LoopPlan, world_size: int, precision: str) -> 
         activation_memory(config, plan, precision),
     )
     return {**asdict(state), **asdict(activations), "total": state.total + activations.total}
+
+
+def _checkpoint(config: Config, precision: str) -> dict[str, Any]:
+    interval, kept = config.checkpoint.save_interval, config.checkpoint.keep_last
+    saves = config.train.train_iters // interval if interval else 1
+    return {"bytes": checkpoint_bytes(config, precision), "saves": saves, "kept": kept}
 
 
 def _compute(config: Config, stretches: list[Stretch]) -> list[dict[str, Any]]:
