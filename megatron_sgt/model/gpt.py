@@ -12,6 +12,7 @@ from megatron_sgt.model.entropy_meter import EntropyMeter
 from megatron_sgt.model.loop_backend import loop_backend
 from megatron_sgt.model.mcore_config import head_layout, transformer_config
 from megatron_sgt.model.spec import decoder_spec
+from megatron_sgt.ops.attention import newer_flash_attention
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.parallel.rng import seed_for_initialization, seed_for_training
 
@@ -57,6 +58,7 @@ def build_model(
     layout = head_layout(config, groups)
     meter = EntropyMeter(config.model.num_layers, num_passes, layout, groups.device)
     fused = loop_backend(config, precision, groups.device)[0] == "triton"
+    newer_flash_attention(groups.device)
     seed_for_initialization(config.train.seed)
     gpt = GPTModel(
         config=transformer_config(config, precision, groups.device),

@@ -25,33 +25,38 @@ _NEWER = {9: ("FA3", "flash_attn_interface"), 10: ("FA4", "flash_attn.cute.inter
 
 
 @cache
-def newer_flash_attention(device: torch.device) -> str | None:
+def newer_flash_attention(device: torch.device) -> tuple[str | None, str]:
     """Put FlashAttention-3 (Hopper) or -4 (Blackwell) in the place of torch's FlashAttention-2, where installed.
 
+    Called when a model is built: looking for packages in the middle of a graph would break torch.compile.
+
     Returns:
-        Its name in torch's registry (``torch.nn.attention.activate_flash_attention_impl``, torch 2.11), or None: no
-        such GPU, no such package, a torch without the registry, or kernels that do not load.
+        Its name in torch's registry (``torch.nn.attention.activate_flash_attention_impl``, torch 2.11), or None (no
+        such GPU, no such package, or one that cannot be used); and in the last case the reason.
     """
-    activate = getattr(torch.nn.attention, "activate_flash_attention_impl", None)
-    if device.type != "cuda" or activate is None:
-        return None
+    if device.type != "cuda":
+        return None, ""
     name, module = _NEWER.get(torch.cuda.get_device_capability(device)[0], ("", ""))
     if not name or importlib.util.find_spec(module.partition(".")[0]) is None:
-        return None
+        return None, ""
+    activate = getattr(torch.nn.attention, "activate_flash_attention_impl", None)
+    if activate is None:
+        return None, f"{name} is not used: torch {torch.__version__} has no registry for it"
     try:
         activate(name)
-    except (ImportError, RuntimeError, ValueError, AttributeError):
-        return None
-    return name
+    except (ImportError, RuntimeError, ValueError, AttributeError) as error:
+        return None, f"{name} is not used: {error}"
+    return name, ""
 
 
 def describe_attention(device: torch.device) -> str:
-    """One line for the log: the library kernels of attention, fastest first."""
+    """One line for the log: the library kernels of attention, fastest first, and what is installed but not used."""
     if device.type != "cuda":
         return f"attention: torch's kernel for {device.type}"
-    newer = newer_flash_attention(device)
+    newer, unused = newer_flash_attention(device)
     names = [kernel.name.removesuffix("_ATTENTION").lower() for kernel in kernel_order(device)]
-    return f"attention: {', '.join(names)}" + (f" (flash is {newer})" if newer else "")
+    note = f"flash is {newer}" if newer else unused
+    return f"attention: {', '.join(names)}" + (f" ({note})" if note else "")
 
 
 def kernel_order(device: torch.device, dropout_p: float = 0.0) -> list[SDPBackend]:
@@ -60,7 +65,8 @@ def kernel_order(device: torch.device, dropout_p: float = 0.0) -> list[SDPBacken
     Left alone torch prefers FlashAttention-2, which public tables put well behind cuDNN on Hopper and later, as they
     put FlashAttention-3 before it (docs/kernels.md). FlashAttention-3 and -4 have no dropout and raise when asked.
     """
-    newer = newer_flash_attention(device)
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
+    newer = current() if current else None  # as newer_flash_attention has left it; nothing is looked for here
     flash = [] if newer and dropout_p else [SDPBackend.FLASH_ATTENTION]
     cudnn = [SDPBackend.CUDNN_ATTENTION] if torch.cuda.get_device_capability(device) >= (9, 0) else []
     first = flash + cudnn if newer else cudnn + flash

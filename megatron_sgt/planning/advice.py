@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
-from megatron_sgt.config import Config, parse_config
+from megatron_sgt.config import Config, TrainConfig, parse_config
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.metrics.units import file_size
@@ -18,9 +18,8 @@ from megatron_sgt.planning.structure import placeholder_heads, timeline
 
 SMALL_SHARE = 250_000
 """Elements of a layer per rank below which ZeRO-3 sends many small messages."""
-
-
-RECOMPUTE = ("none", "selective", "full")
+RECOMPUTE: tuple[str, ...] = get_args(TrainConfig.model_fields["recompute_granularity"].annotation)
+"""Every granularity that the configuration knows."""
 
 
 def warnings(config: Config, world_size: int, machine: Machine, precision: str) -> Iterator[str]:

@@ -94,6 +94,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
                 _registry._FLASH_ATTENTION_IMPLS, name, lambda: SimpleNamespace(remove=found.clear)
             )
         newer_flash_attention.cache_clear()
+        forget()
+        newer_flash_attention(GPU)
         before = torch._C._get_sdp_priority_order()
         with fastest_kernel(GPU, dropout_p):
             allowed = {name for name, on in ENABLED.items() if on()}
@@ -103,6 +105,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
 
     yield order
     newer_flash_attention.cache_clear()
+    forget()
+
+
+def forget() -> None:
     if torch.nn.attention.current_flash_attention_impl():
         torch.nn.attention.restore_flash_attention_impl()
 
@@ -156,8 +162,20 @@ def test_a_flash_attention_that_does_not_load_is_passed_over(
 
     monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA3", broken)
     newer_flash_attention.cache_clear()
-    assert newer_flash_attention(GPU) is None
-    assert describe_attention(GPU) == "attention: cudnn, flash, efficient, math"
+    forget()
+    wanted = "attention: cudnn, flash, efficient, math (FA3 is not used: undefined symbol)"
+    assert describe_attention(GPU) == wanted
+
+
+def test_the_order_does_not_break_a_graph(gpu: Callable[..., list[str]]) -> None:
+    gpu(9, ("flash_attn_interface",))
+
+    def double(x: Tensor) -> Tensor:
+        with fastest_kernel(GPU):
+            return 2 * x
+
+    compiled = torch.compile(double, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 2.0))
 
 
 def test_a_cpu_keeps_torch_s_order() -> None:
