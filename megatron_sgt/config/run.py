@@ -101,6 +101,11 @@ class TrainConfig(Section):
         description="Kernels of the loops of kept heads and of the entropies; auto: Triton where it can run (GPUs, "
         "RMSNorm, no dropout), else torch. triton: an error where it cannot.",
     )
+    loop_attention: Literal["auto", "custom", "library"] = Field(
+        default="auto",
+        description="Attention of kept heads among the Triton kernels; auto: by sequences x heads, tokens and GPU. "
+        "custom: the project's kernel, an error where Triton cannot run. library: torch's fastest kernel.",
+    )
     fusions: Literal["auto", "on", "off"] = Field(
         default="auto",
         description="Megatron-Core's fused SwiGLU/GELU, cross-entropy and residual additions, which torch.compile "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
@@ -24,7 +24,7 @@ class SGTCoreAttention(torch.nn.Module):
 
     ``loop_pass(p, gates)`` marks a call as pass p (1..K) of a loop and multiplies each head's output by its gate;
     outside of it a call is pass 0, the ordinary attention, to which gates do not apply. ``fused``: measure
-    entropies in one kernel that copies no keys.
+    entropies in one kernel that copies no keys. ``loop_attention``: ``train.loop_attention``, for the loops.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class SGTCoreAttention(torch.nn.Module):
         meter: EntropyMeter,
         recompute: tuple[int, ...],
         fused: bool = False,
+        loop_attention: Literal["auto", "custom", "library"] = "auto",
         **_: Any,
     ) -> None:
         super().__init__()
@@ -41,6 +42,7 @@ class SGTCoreAttention(torch.nn.Module):
         self.meter = meter
         self.recompute = self.layer_id in recompute
         self.entropy: Callable[[Tensor, Tensor], Tensor] = fused_entropy if fused else last_row_entropy
+        self.loop_attention = loop_attention
         self.dropout_p = config.attention_dropout
         self._pass = 0
         self._gates: Tensor | None = None

@@ -154,8 +154,9 @@ def attend_kept(
     core = layer.self_attention.core_attention
     measure = layer.training and core.meter.enabled and heads is not None
     length, at = key.shape[0], layer.blocks
-    pairs = query.shape[1] * query.shape[2]
-    if at is not None and choose_attention(pairs, length, query.shape[3], arch_of(query)) == "custom":
+    pairs, size = query.shape[1] * query.shape[2], query.shape[3]
+    wanted = core.loop_attention
+    if at is not None and choose_attention(pairs, length, size, arch_of(query), wanted) == "custom":
         out, rows = core.run(lambda q, k, v: fused_loop.attend(q, k, v, at, measure), query, key, value)
         if measure:
             entropy = rows[:, :, -1].mean(0) / math.log(max(2, length))  # that of one token is 0

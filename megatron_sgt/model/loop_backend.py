@@ -18,7 +18,7 @@ def loop_backend(config: Config, precision: str, device: torch.device) -> tuple[
         precision: "fp32", "bf16" or "fp16", already resolved for the device.
 
     Raises:
-        ConfigError: ``train.loop_backend`` is triton, which cannot run here.
+        ConfigError: ``train.loop_backend`` is triton, or ``train.loop_attention`` custom, which cannot run here.
     """
     model, train = config.model, config.train
     shape = LoopShape(
@@ -31,6 +31,8 @@ def loop_backend(config: Config, precision: str, device: torch.device) -> tuple[
     )
     try:
         backend, line = choose_backend(train.loop_backend, shape)
+        if train.loop_attention == "custom" and backend != "triton":
+            raise BackendError(f"train.loop_attention is custom, which needs Triton kernels, but {line}")
     except BackendError as error:
         raise ConfigError(str(error)) from error
     if backend == "triton":
@@ -38,9 +40,10 @@ def loop_backend(config: Config, precision: str, device: torch.device) -> tuple[
         heads = model.num_attention_heads if growth.head_choice == "all" else growth.num_keep_heads
         pairs = train.micro_batch_size * heads
         arch = arch_of(torch.empty(0, device=device))
-        kind = choose_attention(pairs, model.seq_length, model.kv_channels, arch)
+        wanted = train.loop_attention
+        kind = choose_attention(pairs, model.seq_length, model.kv_channels, arch, wanted)
         line += (
             f"; attention of {train.micro_batch_size} x {heads} heads of size {model.kv_channels} "
-            f"over {model.seq_length} tokens: {kind}"
+            f"over {model.seq_length} tokens: {kind}{'' if wanted == 'auto' else ' (train.loop_attention)'}"
         )
     return backend, line

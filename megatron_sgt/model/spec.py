@@ -39,7 +39,13 @@ def layer_submodules(config: Config, meter: EntropyMeter, fused: bool = False) -
     recompute = recomputed_layers(config, "selective")
     attention = SelfAttentionSubmodules(
         linear_qkv=LoopingColumnParallelLinear,
-        core_attention=partial(SGTCoreAttention, meter=meter, recompute=recompute, fused=fused),
+        core_attention=partial(
+            SGTCoreAttention,
+            meter=meter,
+            recompute=recompute,
+            fused=fused,
+            loop_attention=config.train.loop_attention,
+        ),
         linear_proj=LoopingRowParallelLinear,
         q_layernorm=head_norm,
         k_layernorm=head_norm,

@@ -103,12 +103,17 @@ _CUSTOM_UP_TO: dict[tuple[int, int], tuple[int, int]] = {
 }
 
 
-def choose_attention(pairs: int, tokens: int, head_size: int, arch: int) -> AttentionKind:
+def choose_attention(
+    pairs: int, tokens: int, head_size: int, arch: int, wanted: Literal["auto", "custom", "library"] = "auto"
+) -> AttentionKind:
     """Custom or library attention for a loop pass.
 
     Args:
-        pairs: sequences x kept heads. tokens: keys. arch: compute capability, 90 for 9.0.
+        pairs: sequences x kept heads. tokens: keys. arch: as of ``tiles.arch_of``.
+        wanted: ``train.loop_attention``; by name, the table is not asked.
     """
+    if wanted != "auto":
+        return wanted
     known = [a for a, size in _CUSTOM_UP_TO if a <= arch and size == head_size]
     if not known:
         return "library"

@@ -10,9 +10,10 @@ from megatron_sgt.config import Config
 from megatron_sgt.engine.build import start_processes
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.launch.rank_info import RankInfo
-from megatron_sgt.model import gpt, head_loop
+from megatron_sgt.model import gpt
 from megatron_sgt.model.apply_plan import apply_plan, begin_step, mark_micro_batch, sgt_layers
 from megatron_sgt.model.gpt import LanguageModel, build_model
+from megatron_sgt.ops import fused_loop
 from tests.helpers.fake_groups import fake_groups
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.single import random_batch, single_model, small_config
@@ -29,6 +30,19 @@ def built(config: Config, fused: bool, monkeypatch: pytest.MonkeyPatch) -> Langu
     make_weights_uneven(model)
     assert all(layer.fused is fused for layer in sgt_layers(model))
     return model
+
+
+def count_custom_attention(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """One entry per pass that goes through the project's own attention."""
+    taken: list[None] = []
+    attend = fused_loop.attend
+
+    def counted(*args: Any) -> Any:
+        taken.append(None)
+        return attend(*args)
+
+    monkeypatch.setattr(fused_loop, "attend", counted)
+    return taken
 
 
 def step(model: LanguageModel, config: Config, plan: LoopPlan) -> tuple[Tensor, dict[str, Tensor], Any]:
@@ -55,23 +69,25 @@ def assert_equal_steps(one: Any, other: Any) -> None:
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("variant", ATTENTION_VARIANTS)
 def test_equals_the_plain_pass(variant: str, depth: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_loop, "choose_attention", lambda *_: kind)
-    config = small_config(model=ATTENTION_VARIANTS[variant], growth={"max_loop_depth": depth})
+    taken = count_custom_attention(monkeypatch)
+    config = small_config(
+        model=ATTENTION_VARIANTS[variant], growth={"max_loop_depth": depth}, train={"loop_attention": kind}
+    )
     plan = LoopPlan(
         4, ((1, LayerPlan(depth, (0, 1, 3))), (2, LayerPlan(1, (2,), 0.5)), (3, LayerPlan(1, (0, 3))))
     )
     plain, fused = (step(built(config, way, monkeypatch), config, plan) for way in (False, True))
     assert_equal_steps(fused, plain)
+    assert len(taken) == (depth + 1 if kind == "custom" else 0)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recompute(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits with activations computed twice."""
-    monkeypatch.setattr(head_loop, "choose_attention", lambda *_: "custom")
     plan = LoopPlan(4, ((3, LayerPlan(2, (1, 2))),))
     results = []
     for granularity in ("none", recompute):
-        config = small_config(train={"recompute_granularity": granularity})
+        config = small_config(train={"recompute_granularity": granularity, "loop_attention": "custom"})
         results.append(step(built(config, True, monkeypatch), config, plan))
     (loss, grads, table), (loss2, grads2, table2) = results
     assert torch.equal(loss, loss2) and (table == table2).all()
@@ -82,7 +98,6 @@ def _balanced(
     info: RankInfo, fused: bool, sequence_parallel: bool, method: str, model: dict[str, Any]
 ) -> Any:
     gpt.loop_backend = lambda *_: ("triton" if fused else "torch", "")  # type: ignore[assignment]
-    head_loop.choose_attention = lambda *_: "custom"  # type: ignore[assignment]
     config = small_config(
         model={"num_layers": 2, "num_attention_heads": 8, **model},
         parallel={
@@ -91,6 +106,7 @@ def _balanced(
             "sequence_parallel": sequence_parallel,
         },
         growth={"max_loop_depth": 2, "exclude_layers": [], "top_k_layers": 2},
+        train={"loop_attention": "custom"},
     )
     groups = start_processes(config, info)
     built = build_model(config, groups, "fp32", 3).train()

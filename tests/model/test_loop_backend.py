@@ -21,9 +21,21 @@ def test_a_forced_backend_that_cannot_run_is_a_mistake_of_the_configuration() ->
         loop_backend(config, "fp32", CPU)
 
 
+def test_a_forced_attention_needs_the_kernels() -> None:
+    config = small_config(train={"loop_attention": "custom"})
+    with pytest.raises(ConfigError, match=r"loop_attention is custom, .* the device is cpu"):
+        loop_backend(config, "fp32", CPU)
+    config = small_config(train={"loop_attention": "library"})
+    assert loop_backend(config, "fp32", CPU)[0] == "torch"
+
+
 def test_the_line_names_the_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "triton_installed", lambda: True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     config = small_config(train={"loop_backend": "triton"}, model={"kv_channels": 64})
     line = loop_backend(config, "fp32", CPU)[1]
     assert line.endswith("attention of 2 x 2 heads of size 64 over 32 tokens: custom")
+    forced = small_config(
+        train={"loop_backend": "triton", "loop_attention": "library"}, model={"kv_channels": 64}
+    )
+    assert loop_backend(forced, "fp32", CPU)[1].endswith("tokens: library (train.loop_attention)")

@@ -75,3 +75,5 @@ def test_the_interpreter_is_taken_only_when_asked_for(monkeypatch: pytest.Monkey
 )
 def test_the_table_of_the_attention(pairs: int, tokens: int, size: int, arch: int, kind: str) -> None:
     assert choose_attention(pairs, tokens, size, arch) == kind
+    assert choose_attention(pairs, tokens, size, arch, "custom") == "custom"
+    assert choose_attention(pairs, tokens, size, arch, "library") == "library"
