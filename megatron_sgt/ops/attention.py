@@ -34,7 +34,7 @@ def newer_flash_attention(device: torch.device) -> tuple[str | None, str]:
         Its name in torch's registry (``torch.nn.attention.activate_flash_attention_impl``, torch 2.11), or None (no
         such GPU, no such package, or one that cannot be used); and in the last case the reason.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.version.hip is not None:
         return None, ""
     name, module = _NEWER.get(torch.cuda.get_device_capability(device)[0], ("", ""))
     if not name or importlib.util.find_spec(module.partition(".")[0]) is None:
@@ -68,7 +68,9 @@ def kernel_order(device: torch.device, dropout_p: float = 0.0) -> list[SDPBacken
     current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
     newer = current() if current else None  # as newer_flash_attention has left it; nothing is looked for here
     flash = [] if newer and dropout_p else [SDPBackend.FLASH_ATTENTION]
-    cudnn = [SDPBackend.CUDNN_ATTENTION] if torch.cuda.get_device_capability(device) >= (9, 0) else []
+    # AMD's capabilities are numbers of another kind (gfx942 says 9.4), and cuDNN is Nvidia's.
+    hopper = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    cudnn = [SDPBackend.CUDNN_ATTENTION] if hopper else []
     first = flash + cudnn if newer else cudnn + flash
     return [*first, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 

@@ -2,7 +2,8 @@
 
 One launch makes all gradients, without atomics: some programs own a tile of keys of one group (dk, dv, summed over
 the heads that read the group), the others a tile of queries of one head (dq). Under causality the first tiles of
-keys and the last tiles of queries are the longest; both start first.
+keys and the last tiles of queries are the longest; both start first. Where tiles are few, what a tile sums over is
+split into parts, whose fp32 sums a second kernel adds up in their order.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from megatron_sgt.ops.loop_attention_triton import check_addresses
 from megatron_sgt.ops.loop_projection_triton import precision
-from megatron_sgt.ops.tiles import tile
+from megatron_sgt.ops.tiles import BACKWARD_PART, split_keys, tile
 
 
 @triton.jit
@@ -36,10 +37,13 @@ def delta_kernel(
 @triton.jit
 def _key_side(
     k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_stride, do_stride, gate, column, low, high, offset, queries,
-    dk, dv, scale,
+    full, dk, dv, scale,
     H: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Queries low..high of one head into dk (without 1/sqrt(H)) and dv of one tile of keys."""
+    """Queries low..high of one head into dk (without 1/sqrt(H)) and dv of one tile of keys.
+
+    From ``full`` on they see all keys of the tile. Those beyond the last query are read as zeros, which add nothing.
+    """
     across = tl.arange(0, H)
     for i in range(low, high, BM):
         query = i + tl.arange(0, BM)
@@ -51,7 +55,8 @@ def _key_side(
         # Transposed, [keys, queries]: p and ds then feed the next products from registers.
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
         p = tl.exp2(s - lse[None, :])
-        p = tl.where(column[:, None] <= (offset + query)[None, :], p, 0.0)
+        if i < full:
+            p = tl.where(column[:, None] <= (offset + query)[None, :], p, 0.0)
         dv = tl.dot((p * gate).to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION) * gate
         ds = p * (dp - delta[None, :])
@@ -61,19 +66,22 @@ def _key_side(
 
 @triton.jit
 def _query_side(
-    q, do, lse, delta, k_ptr, v_ptr, k_stride, v_stride, gate, row, low, high, keys, dq, scale,
+    q, do, lse, delta, k_ptr, v_ptr, k_stride, v_stride, gate, row, low, even, high, keys, dq, scale,
     H: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Keys low..high into dq (without 1/sqrt(H)) of one tile of queries."""
+    """Keys low..high into dq (without 1/sqrt(H)) of one tile of queries, all of which see them below ``even``."""
     across = tl.arange(0, H)
     for n in range(low, high, BN):
         column = n + tl.arange(0, BN)
+        k_tile = k_ptr + column[:, None] * k_stride + across[None, :]
+        v_tile = v_ptr + column[:, None] * v_stride + across[None, :]
         inside = (column < keys)[:, None]
-        k = tl.load(k_ptr + column[:, None] * k_stride + across[None, :], mask=inside, other=0.0)
-        v = tl.load(v_ptr + column[:, None] * v_stride + across[None, :], mask=inside, other=0.0)
+        k = tl.load(k_tile, mask=inside, other=0.0)
+        v = tl.load(v_tile, mask=inside, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         p = tl.exp2(s - lse[:, None])
-        p = tl.where(column[None, :] <= row[:, None], p, 0.0)
+        if n >= even:
+            p = tl.where(column[None, :] <= row[:, None], p, 0.0)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION) * gate
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -85,9 +93,35 @@ def _keys_program(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gates_ptr, slots_ptr, dk_ptr, dv_ptr,
     q_stride_t, q_stride_b, q_stride_h, k_stride_t, k_stride_b, k_stride_h,
     v_stride_t, v_stride_b, v_stride_h, queries, keys, batch, heads, groups, scale, unit, b, slot, first,
-    H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+    part, chunk, SPLIT: tl.constexpr, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr
 ):  # fmt: skip
-    """dk and dv of keys first..first + BN of one group."""
+    """dk and dv of keys first..first + BN of one group, from one part of the queries."""
+    offset = keys - queries
+    # The first tile of queries that sees the first key, and the first that sees all keys.
+    start = tl.maximum(first - offset, 0) // BM * BM
+    full = tl.cdiv(tl.maximum(first + BN - 1 - offset, 0), BM) * BM
+    stop = queries
+    if SPLIT:
+        start, stop = tl.maximum(start, part * chunk), tl.minimum(queries, (part + 1) * chunk)
+    full = tl.maximum(start, tl.minimum(full, stop))
+    if start < stop:
+        _keys_tile(
+            q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gates_ptr, slots_ptr, dk_ptr, dv_ptr,
+            q_stride_t, q_stride_b, q_stride_h, k_stride_t, k_stride_b, k_stride_h,
+            v_stride_t, v_stride_b, v_stride_h, queries, keys, batch, heads, groups, scale, unit, b, slot, first,
+            part, start, full, stop, H, BM, BN, PRECISION
+        )  # fmt: skip
+
+
+@triton.jit
+def _keys_tile(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gates_ptr, slots_ptr, dk_ptr, dv_ptr,
+    q_stride_t, q_stride_b, q_stride_h, k_stride_t, k_stride_b, k_stride_h,
+    v_stride_t, v_stride_b, v_stride_h, queries, keys, batch, heads, groups, scale, unit, b, slot, first,
+    part, start, full, stop, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """dk and dv of one tile of keys from queries start..stop, which see all of them from ``full`` on."""
     column, across = first + tl.arange(0, BN), tl.arange(0, H)
     inside = (column < keys)[:, None]
     k_base = k_ptr + b * k_stride_b + slot * k_stride_h
@@ -96,7 +130,6 @@ def _keys_program(
     v = tl.load(v_base + column[:, None] * v_stride_t + across[None, :], mask=inside, other=0.0)
     dk, dv = tl.zeros([BN, H], tl.float32), tl.zeros([BN, H], tl.float32)
     offset = keys - queries
-    start = tl.maximum(first - offset, 0) // BM * BM  # the first tile of queries that sees the first key
     for head in range(heads):
         mine = tl.load(slots_ptr + head) == slot
         gate = tl.load(gates_ptr + head)
@@ -107,9 +140,10 @@ def _keys_program(
         stride = batch * heads * H
         dk, dv = _key_side(
             k, v, q_base, do_base, lse_base, delta_base, q_stride_t, stride, gate, column, start,
-            tl.where(mine, queries, start), offset, queries, dk, dv, scale, H, BM, PRECISION
+            tl.where(mine, stop, start), offset, queries, full, dk, dv, scale, H, BM, PRECISION
         )  # fmt: skip
-    place = (b * groups + slot) * H + column[:, None] * (batch * groups * H) + across[None, :]
+    place = (part * keys * batch * groups + b * groups + slot) * H
+    place += column[:, None] * (batch * groups * H) + across[None, :]
     tl.store(dk_ptr + place, (dk * unit).to(dk_ptr.dtype.element_ty), mask=inside)
     tl.store(dv_ptr + place, dv.to(dv_ptr.dtype.element_ty), mask=inside)
 
@@ -119,9 +153,33 @@ def _queries_program(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gates_ptr, slots_ptr, dq_ptr,
     q_stride_t, q_stride_b, q_stride_h, k_stride_t, k_stride_b, k_stride_h,
     v_stride_t, v_stride_b, v_stride_h, queries, keys, batch, heads, scale, unit, b, head, first,
-    H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+    part, chunk, SPLIT: tl.constexpr, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr
 ):  # fmt: skip
-    """dq of queries first..first + BM of one head."""
+    """dq of queries first..first + BM of one head, from one part of the keys."""
+    offset = keys - queries
+    low, high = 0, tl.minimum(keys, offset + first + BM)
+    if SPLIT:
+        low, high = part * chunk, tl.minimum(high, (part + 1) * chunk)
+    # Below `even` every key is seen by every query of the tile.
+    even = tl.maximum(low, tl.minimum(high, (offset + first + 1) // BN * BN))
+    if low < high:
+        _queries_tile(
+            q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gates_ptr, slots_ptr, dq_ptr,
+            q_stride_t, q_stride_b, q_stride_h, k_stride_t, k_stride_b, k_stride_h,
+            v_stride_t, v_stride_b, v_stride_h, queries, keys, batch, heads, scale, unit, b, head, first,
+            part, low, even, high, H, BM, BN, PRECISION
+        )  # fmt: skip
+
+
+@triton.jit
+def _queries_tile(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gates_ptr, slots_ptr, dq_ptr,
+    q_stride_t, q_stride_b, q_stride_h, k_stride_t, k_stride_b, k_stride_h,
+    v_stride_t, v_stride_b, v_stride_h, queries, keys, batch, heads, scale, unit, b, head, first,
+    part, low, even, high, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """dq of one tile of queries from keys low..high, of which it sees all below ``even``."""
     query, across = first + tl.arange(0, BM), tl.arange(0, H)
     live = query < queries
     pair = b * heads + head
@@ -134,26 +192,28 @@ def _queries_program(
     slot, gate = tl.load(slots_ptr + head), tl.load(gates_ptr + head)
     k_base = k_ptr + b * k_stride_b + slot * k_stride_h
     v_base = v_ptr + b * v_stride_b + slot * v_stride_h
-    offset = keys - queries
-    row = offset + query
-    high = tl.minimum(keys, offset + first + BM)
+    row = keys - queries + query
     dq = tl.zeros([BM, H], tl.float32)
     dq = _query_side(
-        q, do, lse, delta, k_base, v_base, k_stride_t, v_stride_t, gate, row, 0, high, keys, dq, scale,
-        H, BN, PRECISION
+        q, do, lse, delta, k_base, v_base, k_stride_t, v_stride_t, gate, row, low, even, high, keys, dq,
+        scale, H, BN, PRECISION
     )  # fmt: skip
-    tl.store(dq_ptr + place, (dq * unit).to(dq_ptr.dtype.element_ty), mask=live[:, None])
+    target = dq_ptr + part * (queries * batch * heads * H)
+    tl.store(target + place, (dq * unit).to(dq_ptr.dtype.element_ty), mask=live[:, None])
 
 
 @triton.jit
 def attend_backward_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gates_ptr, slots_ptr, dq_ptr, dk_ptr, dv_ptr,
     q_stride_t, q_stride_b, q_stride_h, k_stride_t, k_stride_b, k_stride_h,
-    v_stride_t, v_stride_b, v_stride_h, queries, keys, batch, heads, groups, scale, unit,
-    H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+    v_stride_t, v_stride_b, v_stride_h, queries, keys, batch, heads, groups, scale, unit, chunk,
+    SPLIT: tl.constexpr, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Tile number axis 1, counted from the longest, of one group's keys or one head's queries (axis 0)."""
-    index, rank = tl.program_id(0), tl.program_id(1)
+    """Tile number axis 1, counted from the longest, of one group's keys or one head's queries (axis 0).
+
+    ``SPLIT``: axis 2 is the part that is summed over, and gradients are fp32, [parts, *] each.
+    """
+    index, rank, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     key_programs = batch * groups
     if index < key_programs:
         if rank * BN < keys:
@@ -161,7 +221,7 @@ def attend_backward_kernel(
                 q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gates_ptr, slots_ptr, dk_ptr, dv_ptr,
                 q_stride_t, q_stride_b, q_stride_h, k_stride_t, k_stride_b, k_stride_h,
                 v_stride_t, v_stride_b, v_stride_h, queries, keys, batch, heads, groups, scale, unit,
-                index // groups, index % groups, rank * BN, H, BM, BN, PRECISION
+                index // groups, index % groups, rank * BN, part, chunk, SPLIT, H, BM, BN, PRECISION
             )  # fmt: skip
     else:
         first = (tl.cdiv(queries, BM) - 1 - rank) * BM
@@ -171,8 +231,45 @@ def attend_backward_kernel(
                 q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gates_ptr, slots_ptr, dq_ptr,
                 q_stride_t, q_stride_b, q_stride_h, k_stride_t, k_stride_b, k_stride_h,
                 v_stride_t, v_stride_b, v_stride_h, queries, keys, batch, heads, scale, unit,
-                pair // heads, pair % heads, first, H, BM, BN, PRECISION
+                pair // heads, pair % heads, first, part, chunk, SPLIT, H, BM, BN, PRECISION
             )  # fmt: skip
+
+
+@triton.jit
+def _sum_parts(
+    parts_ptr, out_ptr, first, rows, pair, pairs, low, high, H: tl.constexpr, BM: tl.constexpr
+):  # fmt: skip
+    """Rows first..first + BM of parts low..high, added up in this order."""
+    row, across = first + tl.arange(0, BM), tl.arange(0, H)
+    live = (row < rows)[:, None]
+    place = row[:, None] * (pairs * H) + pair * H + across[None, :]
+    total = tl.zeros([BM, H], tl.float32)
+    for part in range(low, high):
+        total += tl.load(parts_ptr + part * (rows * pairs * H) + place, mask=live, other=0.0)
+    tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def sum_parts_kernel(
+    part_q_ptr, part_k_ptr, part_v_ptr, dq_ptr, dk_ptr, dv_ptr, queries, keys, batch, heads, groups, chunk,
+    H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """One tile (axis 1) of one head or group of one sequence (axis 0) of dq, dk or dv (axis 2).
+
+    Tiles are those of ``attend_backward_kernel``, so that it is known which parts of them were stored.
+    """
+    pair, rank, kind = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    offset = keys - queries
+    if kind == 0:
+        if (pair < batch * heads) & (rank * BM < queries):
+            high = tl.cdiv(tl.minimum(keys, offset + rank * BM + BM), chunk)
+            _sum_parts(part_q_ptr, dq_ptr, rank * BM, queries, pair, batch * heads, 0, high, H, BM)
+    elif (pair < batch * groups) & (rank * BN < keys):
+        low, high = tl.maximum(rank * BN - offset, 0) // BM * BM // chunk, tl.cdiv(queries, chunk)
+        if kind == 1:
+            _sum_parts(part_k_ptr, dk_ptr, rank * BN, keys, pair, batch * groups, low, high, H, BN)
+        else:
+            _sum_parts(part_v_ptr, dv_ptr, rank * BN, keys, pair, batch * groups, low, high, H, BN)
 
 
 def attend_backward(
@@ -188,7 +285,6 @@ def attend_backward(
     """As ``loop_attention.attend_backward``; dout, out and lse are contiguous."""
     queries, batch, heads, size = query.shape
     keys, _, groups, _ = key.shape
-    check_addresses(query, key, value)
     dq = query.new_empty(queries, batch, heads, size)
     dk, dv = (key.new_empty(keys, batch, groups, size) for _ in range(2))
     delta = torch.empty_like(lse)
@@ -198,10 +294,21 @@ def attend_backward(
     )
     unit = 1.0 / math.sqrt(size)
     tiles = max(triton.cdiv(keys, shape["BN"]), triton.cdiv(queries, shape["BM"]))
-    attend_backward_kernel[(batch * (groups + heads), tiles)](
-        query, key, value, dout, lse, delta, gates, slots, dq, dk, dv,
+    chunk = split_keys(query, keys, batch * (groups + heads) * tiles, BACKWARD_PART)
+    parts = triton.cdiv(keys, chunk)
+    check_addresses(query, key, value, factor=parts)
+    check_addresses(key, factor=parts)
+    sums = (dq, dk, dv)
+    if parts > 1:
+        sums = tuple(lse.new_empty(parts, *t.shape) for t in sums)
+    attend_backward_kernel[(batch * (groups + heads), tiles, parts)](
+        query, key, value, dout, lse, delta, gates, slots, *sums,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        queries, keys, batch, heads, groups, math.log2(math.e) * unit, unit,
-        H=size, PRECISION=precision(query), **shape, **launch
+        queries, keys, batch, heads, groups, math.log2(math.e) * unit, unit, chunk,
+        SPLIT=parts > 1, H=size, PRECISION=precision(query), **shape, **launch
     )  # fmt: skip
+    if parts > 1:
+        sum_parts_kernel[(batch * max(groups, heads), tiles, 3)](
+            *sums, dq, dk, dv, queries, keys, batch, heads, groups, chunk, H=size, **shape, num_warps=4
+        )  # fmt: skip
     return dq, dk, dv

@@ -10,20 +10,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+AMD = 0
+"""Stands for the compute capability of AMD's GPUs (CDNA: 64 KiB of shared memory, waves of 64 threads)."""
+
 # Rows BM x columns BN (or the head size) per program, steps BK along the summed dimension, warps, pipeline stages.
 _ENTRIES: dict[str, dict[tuple[int, int], tuple[int, int, int, int, int]]] = {
     # (compute capability at least, head size at least): the last entry that fits counts
     "project_in": {
+        (AMD, 16): (128, 0, 64, 8, 2),
         (80, 16): (128, 0, 64, 4, 3),
         (80, 128): (128, 0, 32, 8, 4),
         (90, 128): (128, 0, 64, 8, 3),
+        (120, 128): (128, 0, 32, 8, 4),
     },
-    "project_out": {(80, 16): (128, 128, 64, 8, 3)},
-    "output_gradient": {(80, 16): (128, 0, 64, 4, 3), (80, 128): (128, 0, 64, 8, 3)},
-    "input_gradient": {(80, 16): (128, 128, 64, 8, 3)},
-    "head_gradients": {(80, 16): (32, 0, 0, 4, 1)},
-    "attend": {(80, 16): (64, 64, 0, 4, 3), (80, 128): (64, 64, 0, 4, 2), (90, 128): (64, 64, 0, 4, 3)},
-    "attend_backward": {(80, 16): (64, 64, 0, 8, 2)},
+    "project_out": {(AMD, 16): (128, 128, 64, 8, 2), (80, 16): (128, 128, 64, 8, 3)},
+    "output_gradient": {
+        (AMD, 16): (128, 0, 64, 8, 2),
+        (80, 16): (128, 0, 64, 8, 3),
+    },
+    "input_gradient": {(AMD, 16): (128, 128, 64, 8, 2), (80, 16): (128, 128, 64, 8, 3)},
+    "head_gradients": {(AMD, 16): (32, 0, 0, 4, 1), (80, 16): (32, 0, 0, 4, 1)},
+    "attend": {
+        (AMD, 16): (64, 64, 0, 4, 2),
+        (80, 16): (64, 64, 0, 4, 3),
+        (80, 128): (64, 64, 0, 4, 2),
+        (90, 128): (64, 64, 0, 4, 3),
+        (120, 128): (64, 64, 0, 4, 2),
+    },
+    "attend_backward": {
+        (AMD, 16): (64, 64, 0, 8, 1),
+        (AMD, 128): (64, 64, 0, 4, 1),
+        (80, 16): (64, 32, 0, 8, 2),
+        (80, 128): (64, 64, 0, 8, 2),
+        (90, 16): (64, 64, 0, 8, 2),
+        (100, 128): (64, 64, 0, 8, 1),
+        (120, 16): (64, 32, 0, 8, 2),
+        (120, 128): (64, 64, 0, 8, 2),
+    },
 }
 SIZES = (16, 32, 64, 128)
 """Head sizes that the kernels are made for."""
@@ -41,7 +64,7 @@ def entry(kernel: str, arch: int, size: int, wide: bool = False) -> tuple[dict[s
     fitting = [
         values
         for (least, width), values in sorted(_ENTRIES[kernel].items())
-        if arch >= least and size >= width
+        if (arch >= least > AMD or arch == least) and size >= width
     ]
     if not fitting:
         raise ValueError(f"no tile of {kernel} for compute capability {arch / 10} and head size {size}")
@@ -51,13 +74,17 @@ def entry(kernel: str, arch: int, size: int, wide: bool = False) -> tuple[dict[s
         shape["BK"] = step  # these step along D, not along a head
     if wide:
         shape, stages = {name: max(16, value // 2) for name, value in shape.items()}, min(2, stages)
+        if kernel == "attend" and size >= 128:
+            shape["BN"] = 16  # 32 spilled hundreds of bytes on sm_90
     return shape, {"num_warps": warps, "num_stages": stages}
 
 
 def arch_of(x: Tensor) -> int:
-    """Compute capability of the tensor's device, 90 for 9.0."""
+    """Compute capability of the tensor's device, 90 for 9.0; AMD's GPUs, whose numbers mean other things: AMD."""
     if x.device.type != "cuda":
         return INTERPRETED
+    if torch.version.hip is not None:
+        return AMD
     major, minor = torch.cuda.get_device_capability(x.device)
     return 10 * major + minor
 
@@ -67,13 +94,18 @@ def tile(kernel: str, x: Tensor, size: int) -> tuple[dict[str, int], dict[str, i
     return entry(kernel, arch_of(x), size, x.dtype == torch.float32 and x.device.type == "cuda")
 
 
-def split_keys(x: Tensor, keys: int, programs: int) -> int:
+FORWARD_PART, BACKWARD_PART = 1024, 2048
+"""Positions that one program of the attention sums over where its work is split. Partial gradients are three fp32
+tensors, which have to be written and read again: fewer and longer parts than in the forward pass."""
+
+
+def split_keys(x: Tensor, keys: int, programs: int, part: int = FORWARD_PART) -> int:
     """Keys that one program of the attention sums over: all, or a part where programs are few.
 
     A causal tile at the end of a sequence works alone long after the others are done; with fewer than two programs
-    per multiprocessor its keys are shared out, 1024 at least to each program.
+    per multiprocessor its keys are shared out, ``part`` of them to each program.
     """
     if x.device.type != "cuda":
         return 128 if keys > 128 else keys
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return 1024 if programs < 2 * processors and keys > 1024 else keys
+    return part if programs < 2 * processors and keys > part else keys

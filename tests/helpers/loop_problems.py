@@ -39,6 +39,7 @@ class Case:
 CASES = {
     "two heads": Case(),
     "d64, ragged": Case(length=67, batch=1, width=128, size=64),
+    "d128, grouped": Case(length=70, batch=1, width=160, size=128, groups=2, kept=(0, 2, 3), head_norm=True),
     "shared group": Case(groups=2, kept=(0, 1), batch=1),
     "uneven groups, norm": Case(groups=2, kept=(0, 1, 3), head_norm=True),
     "biases, norm": Case(length=33, kept=(3,), bias=True, head_norm=True),

@@ -144,6 +144,12 @@ def test_the_order_of_kernels(
     assert names == wanted
 
 
+def test_amd_has_no_cudnn(gpu: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """gfx942 calls itself 9.4."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert gpu(9, ("flash_attn_interface",)) == ["FLASH_ATTENTION", "EFFICIENT_ATTENTION"]
+
+
 def test_a_newer_flash_attention_is_named_in_the_log(gpu: Callable[..., list[str]]) -> None:
     gpu(9)
     assert describe_attention(GPU) == "attention: cudnn, flash, efficient, math"

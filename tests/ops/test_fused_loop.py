@@ -11,9 +11,21 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_sgt.ops import fused_loop
 from megatron_sgt.ops.attention import causal_attention_reference
+from megatron_sgt.ops.backend import runs_triton
 from megatron_sgt.ops.loop_projection import block_indices, rotate
 from megatron_sgt.ops.norm import rms_norm_reference
-from tests.helpers.loop_problems import CASES, DEVICE, Problem, assert_near, problem, random
+from tests.helpers.loop_problems import (
+    CASES,
+    DEVICE,
+    DTYPES,
+    IMPLEMENTATIONS,
+    TOLERANCE,
+    Problem,
+    assert_near,
+    exact,
+    problem,
+    random,
+)
 
 Pass = Callable[[Problem, Tensor], Tensor]
 
@@ -63,6 +75,38 @@ def gradients(p: Problem, one_pass: Pass, loops: int) -> tuple[Tensor, ...]:
 def test_equals_autograd(name: str, loops: int) -> None:
     p = problem(CASES[name], torch.float64)
     assert_near(gradients(p, fused_pass, loops), gradients(p, plain_pass, loops), 1e-12)
+
+
+def widened(p: Problem) -> Problem:
+    """The same values in fp64."""
+    names = ("x", "norm_weight", "weight", "bias", "out_weight", "q_norm", "k_norm", "angles")
+    wide = {name: exact(getattr(p, name))[0] for name in names}
+    return replace(p, **wide)
+
+
+@pytest.mark.parametrize("which", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gate", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("loops", [1, 2, 3])
+def test_loops_through_the_operators(loops: int, gate: float, dtype: torch.dtype, which: str) -> None:
+    """The composed pass as a run has it, kernels included where Triton runs, against autograd in fp64."""
+    assert runs_triton(DEVICE) or which == "definition"
+    p = with_gates(problem(CASES["uneven groups, norm"], dtype), gate)
+    wanted = gradients(widened(p), plain_pass, loops)
+    found = gradients(p, fused_pass, loops)
+    # Every pass rounds the residual stream to dtype, and a gradient is the sum over the passes.
+    assert_near(found, wanted, 4 * loops * TOLERANCE[dtype])
+    if gate == 0.0:
+        assert torch.equal(found[0], p.x) and all(not g.any() for g in found[2:])
+
+
+@pytest.mark.parametrize("which", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", CASES)
+def test_every_shape_through_the_operators(name: str, which: str) -> None:
+    assert runs_triton(DEVICE) or which == "definition"
+    p = problem(CASES[name], torch.float32)
+    wanted = gradients(widened(p), plain_pass, 1)
+    assert_near(gradients(p, fused_pass, 1), wanted, 4 * TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("gate", [0.0, 1e-6, 0.4])

@@ -28,6 +28,7 @@ SHAPES = {
     "split keys": (200, 200, 1, 16, (1, 0), 2),
     "offset, ragged, split": (33, 161, 1, 32, (0, 0, 1), 2),
     "one shared group": (65, 65, 2, 16, (0, 0), 1),
+    "d128, uneven groups": (96, 160, 1, 128, (1, 0, 1), 2),
     "one query": (1, 70, 1, 16, (0,), 1),
 }
 GATES = {"open": 1.0, "fading": 0.37, "almost closed": 1e-6, "closed": 0.0}

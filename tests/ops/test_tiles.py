@@ -1,5 +1,7 @@
 """The table of tiles: complete, and chosen by architecture and head size."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ KERNELS = tuple(tiles._ENTRIES)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("arch", [80, 86, 90, 100])
+@pytest.mark.parametrize("arch", [tiles.AMD, 80, 86, 90, 100, 120])
 @pytest.mark.parametrize("size", tiles.SIZES)
 def test_every_kernel_has_a_tile(kernel: str, arch: int, size: int) -> None:
     shape, launch = tiles.entry(kernel, arch, size)
@@ -23,6 +25,16 @@ def test_the_last_entry_that_fits_counts() -> None:
     assert tiles.entry("project_in", 80, 128)[0]["BK"] == 32
     assert tiles.entry("project_in", 90, 128)[0]["BK"] == 64
     assert tiles.entry("project_in", 90, 64)[1]["num_warps"] == 4
+
+
+def test_amd_s_numbers_are_not_nvidia_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of AMD that calls itself 9.4 has its own tiles, not Hopper's."""
+    x = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 4))
+    assert tiles.arch_of(x) == 94  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert tiles.arch_of(x) == tiles.AMD  # type: ignore[arg-type]
+    assert tiles.entry("attend", tiles.AMD, 128) != tiles.entry("attend", 94, 128)
 
 
 def test_older_devices_are_refused() -> None:
