@@ -176,7 +176,9 @@ def table() -> None:
     import triton
 
     columns = list(itertools.product(("sm_80", "sm_90"), HEAD_SIZES))
-    print(f"| bf16, Triton {triton.__version__} | " + " | ".join(f"{t} d{size}" for t, size in columns) + " |")
+    print(
+        f"| bf16, Triton {triton.__version__} | " + " | ".join(f"{t} d{size}" for t, size in columns) + " |"
+    )
     print("|" + " --- |" * (1 + len(columns)))
     for name in KERNELS:
         cells = [budget(compile_kernel(name, *column)) for column in columns]
