@@ -108,8 +108,8 @@ class TrainConfig(Section):
     )
     fusions: Literal["auto", "on", "off"] = Field(
         default="auto",
-        description="Megatron-Core's fused SwiGLU/GELU, cross-entropy and residual additions, which torch.compile "
-        "builds when the run starts; auto: on GPUs where Triton is installed.",
+        description="Fused rotary positions, and Megatron-Core's fused SwiGLU/GELU, cross-entropy and residual "
+        "additions, which torch.compile builds when the run starts; auto: on GPUs where Triton is installed.",
     )
     threads_per_rank: int | None = Field(
         default=None, gt=0, description="CPU threads of one rank; null: torch's choice."

@@ -29,7 +29,8 @@ from torch import Tensor
 from megatron_sgt.model import fused_pass
 from megatron_sgt.model.head_loop import LoopingLayer, attend_kept, rotate, split_heads
 from megatron_sgt.model.kept_weights import KeptWeights
-from megatron_sgt.ops.fused_loop import HeadBlocks, Rotary
+from megatron_sgt.ops.fused_loop import HeadBlocks
+from megatron_sgt.ops.rotary import Rotary
 from megatron_sgt.ops.shard_attention import shard_attention
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megatron_sgt.model.head_loop import LoopingLayer, LoopState, attend_kept
 from megatron_sgt.ops import fused_loop
-from megatron_sgt.ops.fused_loop import HeadBlocks, Rotary, head_blocks
+from megatron_sgt.ops.fused_loop import HeadBlocks, head_blocks
+from megatron_sgt.ops.rotary import Rotary
 
 
 def blocks_in_place(state: LoopState, size: int) -> HeadBlocks:

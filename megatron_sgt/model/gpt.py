@@ -10,7 +10,7 @@ from megatron_sgt.config import Config
 from megatron_sgt.model.apply_plan import begin_step
 from megatron_sgt.model.entropy_meter import EntropyMeter
 from megatron_sgt.model.loop_backend import loop_backend
-from megatron_sgt.model.mcore_config import head_layout, transformer_config
+from megatron_sgt.model.mcore_config import compiles, head_layout, transformer_config
 from megatron_sgt.model.spec import decoder_spec
 from megatron_sgt.ops.attention import newer_flash_attention
 from megatron_sgt.parallel.groups import ParallelGroups
@@ -62,7 +62,9 @@ def build_model(
     seed_for_initialization(config.train.seed)
     gpt = GPTModel(
         config=transformer_config(config, precision, groups.device),
-        transformer_layer_spec=decoder_spec(config, meter, layout, plain, fused),
+        transformer_layer_spec=decoder_spec(
+            config, meter, layout, plain, fused, compiles(config, groups.device)
+        ),
         vocab_size=config.model.padded_vocab_size(),
         max_sequence_length=config.model.seq_length,
         position_embedding_type="rope",

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,7 +28,8 @@ from torch import Tensor
 from megatron_sgt.growth import LayerPlan
 from megatron_sgt.ops import fused_loop
 from megatron_sgt.ops.backend import choose_attention
-from megatron_sgt.ops.fused_loop import HeadBlocks, Rotary
+from megatron_sgt.ops.fused_loop import HeadBlocks
+from megatron_sgt.ops.rotary import Rotary
 from megatron_sgt.ops.tiles import arch_of
 from megatron_sgt.parallel.head_layout import HeadLayout, KeptHeads
 
@@ -44,6 +46,9 @@ class LoopingLayer(Protocol):
 
     def rotary_table(self, angles: Tensor) -> Rotary:
         """cos and sin for the fused operations, which run where ``blocks`` is given."""
+
+    def rotation(self, angles: Tensor) -> AbstractContextManager[Tensor | None]:
+        """What calls of the attention are to be given as ``rotary_pos_emb``."""
 
     def add_residual(self, out_with_bias: tuple[Tensor, Tensor | None], residual: Tensor) -> Tensor:
         """residual + dropout(out + bias), as after the ordinary attention."""
@@ -91,8 +96,8 @@ def loop_state(plan: LayerPlan, layout: HeadLayout, device: torch.device) -> Loo
 def dense_loop(layer: LoopingLayer, x: Tensor, rotary: Tensor, state: LoopState, index: int) -> Tensor:
     """One pass over all heads, each multiplied by its gate."""
     attention = layer.self_attention
-    with attention.core_attention.loop_pass(index, state.gates):
-        out = attention(layer.input_layernorm(x), attention_mask=None, rotary_pos_emb=rotary)
+    with attention.core_attention.loop_pass(index, state.gates), layer.rotation(rotary) as angles:
+        out = attention(layer.input_layernorm(x), attention_mask=None, rotary_pos_emb=angles)
     return layer.add_residual(out, x)
 
 

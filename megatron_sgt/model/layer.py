@@ -6,6 +6,8 @@ first, then the loop runs, before the MLP) and the ``core_attention`` slot of th
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,7 +20,8 @@ from megatron_sgt.model.balanced_loop import balanced_loop, fused_balanced_loop
 from megatron_sgt.model.fused_pass import blocks_alone, blocks_in_place, fused_sparse_loop
 from megatron_sgt.model.head_loop import LoopState, dense_loop, loop_state, sparse_loop
 from megatron_sgt.model.kept_weights import KeptWeights, kept_weights
-from megatron_sgt.ops.fused_loop import HeadBlocks, Rotary, rotary_table
+from megatron_sgt.ops.fused_loop import HeadBlocks
+from megatron_sgt.ops.rotary import Rotary, RotaryTables
 from megatron_sgt.parallel.head_layout import HeadLayout
 from megatron_sgt.parallel.rng import recompute_contexts
 
@@ -31,6 +34,8 @@ class SGTLayer(TransformerLayer):
         balanced: loop kept heads in the balanced way (see ``balanced_loop``) instead of at their owners.
         recompute: ids of the layers whose activations are computed again in the backward pass.
         fused: loop kept heads through the fused operations (see ``fused_pass``).
+        tables: cos and sin of the rotary angles, shared by all layers.
+        fused_rotary: rotate queries and keys of all heads in one compiled function (``ops.rotary``).
     """
 
     def __init__(
@@ -40,6 +45,8 @@ class SGTLayer(TransformerLayer):
         balanced: bool,
         recompute: tuple[int, ...],
         fused: bool,
+        tables: RotaryTables,
+        fused_rotary: bool,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -52,7 +59,8 @@ class SGTLayer(TransformerLayer):
         self.kept_weights: KeptWeights | None = None
         self._loop: LoopState | None = None
         self.blocks: HeadBlocks | None = None
-        self._rotary: tuple[Tensor, Rotary] | None = None
+        self.tables = tables
+        self.fused_rotary = fused_rotary
 
     def apply_plan(self, plan: LayerPlan, device: torch.device) -> None:
         """Execute ``plan`` from the next forward on."""
@@ -75,10 +83,17 @@ class SGTLayer(TransformerLayer):
         return blocks_in_place(state, size) if state.kept.heads else None
 
     def rotary_table(self, angles: Tensor) -> Rotary:
-        """cos and sin of the angles that Megatron-Core hands to the layer: the same tensor in every step."""
-        if self._rotary is None or self._rotary[0] is not angles:
-            self._rotary = angles, rotary_table(angles)
-        return self._rotary[1]
+        """cos and sin of the angles that Megatron-Core hands to the layer."""
+        return self.tables.of(angles)
+
+    @contextlib.contextmanager
+    def rotation(self, angles: Tensor) -> Iterator[Tensor | None]:
+        """The ``rotary_pos_emb`` of calls of the attention; None if it is rotated in the core attention instead."""
+        if self.fused_rotary:
+            with self.self_attention.core_attention.rotated(self.rotary_table(angles)):
+                yield None
+        else:
+            yield angles
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Call the layer with its input as a positional argument: the hooks of torch and ZeRO-3 see no others."""
@@ -103,9 +118,13 @@ class SGTLayer(TransformerLayer):
     def _forward_attention(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        hidden, context = super()._forward_attention(hidden_states, attention_mask, *args, **kwargs)
+        angles = kwargs.pop("rotary_pos_emb")
+        with self.rotation(angles) as rotary:
+            hidden, context = super()._forward_attention(
+                hidden_states, attention_mask, *args, rotary_pos_emb=rotary, **kwargs
+            )
         for index in range(1, self.plan.loops + 1):
-            hidden = self._loop_pass(hidden, kwargs["rotary_pos_emb"], index)
+            hidden = self._loop_pass(hidden, angles, index)
         return hidden, context
 
     def _loop_pass(self, x: Tensor, rotary: Tensor, index: int) -> Tensor:

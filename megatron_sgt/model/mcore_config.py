@@ -55,7 +55,7 @@ def transformer_config(config: Config, precision: str, device: torch.device) -> 
             # Recompute is done by the layer and the core attention themselves (layer.py, core_attention.py):
             # Megatron's own would lose the gates of a loop pass, and knows no lists of layers.
             **fusions(config, precision, device),
-            # Megatron's fused rotary needs Transformer Engine or Apex.
+            # Megatron's fused rotary needs Transformer Engine or Apex; ``ops.rotary`` has one that does not.
             apply_rope_fusion=False,
             # Weight-gradient accumulation into main_grad bypasses autograd, on which DeepSpeed relies.
             gradient_accumulation_fusion=False,
@@ -65,14 +65,19 @@ def transformer_config(config: Config, precision: str, device: torch.device) -> 
         raise ConfigError(f"Megatron-Core refuses this model: {error}") from error
 
 
-def fusions(config: Config, precision: str, device: torch.device) -> dict[str, bool]:
-    """Megatron-Core's switches of what ``train.fusions`` turns on.
+def compiles(config: Config, device: torch.device) -> bool:
+    """Whether ``train.fusions`` is on for ``device``.
 
-    They go through torch.compile, which builds code when the run starts: seconds on a GPU, and a C++ compiler on a
-    CPU, so that "auto" leaves a CPU alone.
+    Fusions go through torch.compile, which builds code when the run starts: seconds on a GPU, and a C++ compiler on
+    a CPU, so that "auto" leaves a CPU alone.
     """
-    wanted, model = config.train.fusions, config.model
-    on = wanted == "on" or (wanted == "auto" and device.type != "cpu" and runs_triton(device))
+    wanted = config.train.fusions
+    return wanted == "on" or (wanted == "auto" and device.type != "cpu" and runs_triton(device))
+
+
+def fusions(config: Config, precision: str, device: torch.device) -> dict[str, bool]:
+    """Megatron-Core's switches of what ``train.fusions`` turns on."""
+    model, on = config.model, compiles(config, device)
     # Megatron-Core has a fused GELU only together with a bias. Its fused cross-entropy rounds the gradient of the
     # logits to bf16 whatever their type, which only a bf16 run can bear.
     activation = model.activation == "swiglu" or model.add_bias_linear

@@ -20,6 +20,7 @@ from megatron_sgt.model.entropy_meter import EntropyMeter
 from megatron_sgt.model.layer import SGTLayer
 from megatron_sgt.model.linear import LoopingColumnParallelLinear, LoopingRowParallelLinear
 from megatron_sgt.model.norm import NORMS, HeadNorm
+from megatron_sgt.ops.rotary import RotaryTables
 from megatron_sgt.parallel.head_layout import HeadLayout
 from megatron_sgt.planning.loop_cost import choose_loop_method
 
@@ -66,7 +67,12 @@ def layer_submodules(config: Config, meter: EntropyMeter, fused: bool = False) -
 
 
 def decoder_spec(
-    config: Config, meter: EntropyMeter, layout: HeadLayout, plain: bool = False, fused: bool = False
+    config: Config,
+    meter: EntropyMeter,
+    layout: HeadLayout,
+    plain: bool = False,
+    fused: bool = False,
+    fused_rotary: bool = False,
 ) -> TransformerBlockSubmodules:
     """Spec of the whole decoder.
 
@@ -74,6 +80,7 @@ def decoder_spec(
         plain: use Megatron-Core's own TransformerLayer instead of SGTLayer: the yardstick for the tests that
             vanilla training through this project is Megatron-Core bit for bit.
         fused: loop kept heads through the fused operations (see ``loop_backend``).
+        fused_rotary: put rotary positions on in one compiled function (``ops.rotary``).
     """
     params: dict[str, Any] = {}
     if not plain:
@@ -82,6 +89,8 @@ def decoder_spec(
             "balanced": layout.tp_size > 1 and choose_loop_method(config)[0] == "balanced",
             "recompute": recomputed_layers(config, "full"),
             "fused": fused,
+            "tables": RotaryTables(),
+            "fused_rotary": fused_rotary,
         }
     layer = ModuleSpec(
         module=TransformerLayer if plain else SGTLayer,

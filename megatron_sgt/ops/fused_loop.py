@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_sgt.ops import library
 from megatron_sgt.ops.loop_projection import block_indices, blocks
+from megatron_sgt.ops.rotary import Rotary
 
 
 @dataclass(frozen=True)
@@ -53,21 +54,6 @@ def head_blocks(
         t.to(torch.int32) for t in (qkv_rows[::size].contiguous(), proj_columns[::size].contiguous(), kv_slot)
     )
     return HeadBlocks(rows, columns, slots, torch.ones(len(kv_slot), device=kv_slot.device), size, whole)
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """cos and sin [S, H / 2] fp32 of the rotary angles."""
-
-    cos: Tensor
-    sin: Tensor
-
-
-def rotary_table(angles: Tensor) -> Rotary:
-    """From Megatron's angles [S, 1, 1, H], whose halves are equal."""
-    half = angles[:, 0, 0, : angles.shape[-1] // 2]
-    half = half if half.dtype == torch.float64 else half.float()
-    return Rotary(half.cos().contiguous(), half.sin().contiguous())
 
 
 def project_in(

@@ -298,9 +298,8 @@ def attend_backward(
     parts = triton.cdiv(keys, chunk)
     check_addresses(query, key, value, factor=parts)
     check_addresses(key, factor=parts)
-    sums = (dq, dk, dv)
-    if parts > 1:
-        sums = tuple(lse.new_empty(parts, *t.shape) for t in sums)
+    gradients = (dq, dk, dv)
+    sums = gradients if parts == 1 else tuple(lse.new_empty(parts, *t.shape) for t in gradients)
     attend_backward_kernel[(batch * (groups + heads), tiles, parts)](
         query, key, value, dout, lse, delta, gates, slots, *sums,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
@@ -309,6 +308,6 @@ def attend_backward(
     )  # fmt: skip
     if parts > 1:
         sum_parts_kernel[(batch * max(groups, heads), tiles, 3)](
-            *sums, dq, dk, dv, queries, keys, batch, heads, groups, chunk, H=size, **shape, num_warps=4
+            *sums, *gradients, queries, keys, batch, heads, groups, chunk, H=size, **shape, num_warps=4
         )  # fmt: skip
     return dq, dk, dv

@@ -24,6 +24,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_sgt.ops.rotary import rotate
+
 
 def project_in(
     x: Tensor,
@@ -155,13 +157,6 @@ def block_indices(starts: Tensor, size: int) -> Tensor:
     """All indices [len(starts) · size] int64 of the blocks that begin at ``starts``."""
     steps = torch.arange(size, device=starts.device)
     return (starts.long().unsqueeze(-1) + steps).flatten()
-
-
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary rotation of heads [S, B, *, H] by the angles whose cos and sin are [S, H / 2] (halves, not pairs)."""
-    cos, sin = (t.to(heads)[:, None, None] for t in (cos, sin))
-    first, second = heads.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def _wide(x: Tensor) -> Tensor:

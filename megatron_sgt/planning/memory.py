@@ -43,18 +43,18 @@ class Kernels:
 
     ``norm_copies``: copies of its input's size that RMSNorm keeps beside the input (composite kernels keep the
     normalised one); ``mask_bytes``: of one element's dropout mask (None: as many as an element has);
-    ``fused_swiglu``: SwiGLU keeps its input and output alone, unless ``train.fusions`` is off; ``cuts_keys``:
-    balanced loops keep keys and values as cut and copied for this rank, not as gathered.
+    ``fusions``: unless ``train.fusions`` is off, SwiGLU keeps its input and output alone, and rotary positions keep
+    nothing; ``cuts_keys``: balanced loops keep keys and values as cut and copied for this rank, not as gathered.
     """
 
     norm_copies: int
     mask_bytes: int | None
-    fused_swiglu: bool
+    fusions: bool
     cuts_keys: bool
 
 
-GPU = Kernels(norm_copies=0, mask_bytes=1, fused_swiglu=True, cuts_keys=False)
-CPU = Kernels(norm_copies=1, mask_bytes=None, fused_swiglu=False, cuts_keys=True)
+GPU = Kernels(norm_copies=0, mask_bytes=1, fusions=True, cuts_keys=False)
+CPU = Kernels(norm_copies=1, mask_bytes=None, fusions=False, cuts_keys=True)
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,11 @@ class _Rank:
         self.local_tokens = self.tokens // self.ranks if self.sharded else self.tokens
         self.stream = self.local_tokens * model.hidden_size * element
 
+    @property
+    def fusions(self) -> bool:
+        """Whether ``train.fusions`` is on here."""
+        return self.kernels.fusions and self.config.train.fusions != "off"
+
     def recomputes(self, layer: int, granularity: str) -> bool:
         """Whether ``layer`` is recomputed with ``granularity``."""
         train = self.config.train
@@ -193,8 +198,7 @@ class _Rank:
         attention = self.norm() + self.stream + self.fused_attention(heads, groups)
         width = model.ffn_hidden_size // self.ranks * self.tokens * self.element
         # SwiGLU: both halves and their product, unfused also the activated half and a copy of the other.
-        fused = self.kernels.fused_swiglu and self.config.train.fusions != "off"
-        kept = 2 if model.activation == "gelu" else 3 if fused else 5
+        kept = 2 if model.activation == "gelu" else 3 if self.fusions else 5
         mlp = self.norm() + self.stream + kept * width
         return attention + mlp + 2 * self.dropout()
 
@@ -230,7 +234,8 @@ class _Rank:
         """From the fused projection's output to the output projection's input, all heads of this rank."""
         fused = self._heads(heads + 2 * groups)
         query, key, out = self._heads(heads), self._heads(groups), self._heads(heads)
-        kept = self._rotary(self.model.seq_length) + query + out + self._head_norm(heads + groups)
+        kept = query + out + self._head_norm(heads + groups)
+        kept += 0 if self.fusions else self._rotary(self.model.seq_length)
         if heads != groups and self.model.qk_layernorm:
             kept += query  # grouped queries are copied out of the fused projection for their norm
         if self.selective:

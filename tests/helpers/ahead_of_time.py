@@ -18,7 +18,8 @@ from typing import Any
 from megatron_sgt.ops.tiles import AMD, entry
 
 _FP32 = {"cos_ptr", "sin_ptr", "r_ptr", "coefficient_ptr", "dnorm_ptr", "gates_ptr", "lse_ptr", "entropy_ptr",
-         "part_acc_ptr", "part_sums_ptr", "delta_ptr", "sums_ptr", "part_q_ptr", "part_k_ptr", "part_v_ptr"}  # fmt: skip
+         "part_acc_ptr", "part_sums_ptr", "delta_ptr", "sums_ptr", "part_q_ptr", "part_k_ptr",
+         "part_v_ptr"}  # fmt: skip
 _INT32 = {"rows_ptr", "columns_ptr", "slots_ptr"}
 _SCALAR_FP32 = {"eps", "scale", "unit", "norm"}
 _ODD = {"batch", "heads", "groups", "count", "parts", "repeat"}  # small numbers: nothing is known of them
@@ -191,7 +192,8 @@ def main(pattern: str = "", *chosen: str) -> None:
     ``chosen``: targets, types and head sizes, in any order; by default sm_80 and sm_90, bf16, 64 and 128.
     """
     if pattern == "--table":
-        return table()
+        table()
+        return
     targets = [t for t in TARGETS if t in chosen] or ["sm_80", "sm_90"]
     types = [t for t in ("bf16", "fp16", "fp32") if t in chosen] or ["bf16"]
     sizes = [int(c) for c in chosen if c.isdigit()] or HEAD_SIZES

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_sgt.ops.backend import runs_triton
-from megatron_sgt.ops.fused_loop import HeadBlocks, Rotary, head_blocks, rotary_table
+from megatron_sgt.ops.fused_loop import HeadBlocks, head_blocks
+from megatron_sgt.ops.rotary import Rotary, rotary_table
 from megatron_sgt.parallel.head_layout import HeadLayout
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

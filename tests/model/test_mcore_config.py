@@ -10,7 +10,7 @@ from megatron_sgt.config import Config
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.model import mcore_config
-from megatron_sgt.model.apply_plan import apply_plan
+from megatron_sgt.model.apply_plan import apply_plan, sgt_layers
 from megatron_sgt.model.gpt import build_model
 from megatron_sgt.model.mcore_config import head_layout, transformer_config
 from megatron_sgt.parallel.head_layout import HeadLayout
@@ -150,14 +150,16 @@ def test_fusions(
     assert translated.bias_activation_fusion is activation and not translated.apply_rope_fusion
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-6), ("bf16", 2e-2)])
-def test_fused_functions_compute_the_same(precision: str, tolerance: float) -> None:
-    """Megatron-Core's fused functions, run without being compiled, against its plain ones: loss and gradients."""
-    plan = LoopPlan(4, ((3, LayerPlan(1, (0, 1))),))
+def test_fused_functions_compute_the_same(precision: str, tolerance: float, recompute: str) -> None:
+    """Fused functions, run without being compiled, against Megatron-Core's plain ones: loss and gradients."""
+    plan = LoopPlan(4, ((2, LayerPlan(2, (2,), 0.5)), (3, LayerPlan(1, (0, 1)))))
     results = []
     for wanted in ("off", "on"):
-        config = small_config(train={"fusions": wanted})
-        model = build_model(config, single_groups(config), precision, 2).train()
+        config = small_config(train={"fusions": wanted, "recompute_granularity": recompute})
+        model = build_model(config, single_groups(config), precision, 3).train()
+        assert all(layer.fused_rotary is (wanted == "on") for layer in sgt_layers(model))
         apply_plan(model, plan)
         with torch.compiler.set_stance("force_eager"):
             loss = model(**random_batch(config))

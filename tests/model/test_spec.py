@@ -27,7 +27,11 @@ def test_layers_of_the_decoder(plain: bool) -> None:
     spec = decoder_spec(small_config(), meter(), LAYOUT, plain)
     assert len(spec.layer_specs) == 4
     assert {layer.module for layer in spec.layer_specs} == {TransformerLayer if plain else SGTLayer}
-    params = {} if plain else {"head_layout": LAYOUT, "balanced": False, "recompute": (), "fused": False}
+    params: dict[str, Any] = {}
+    if not plain:
+        params = {"head_layout": LAYOUT, "balanced": False, "recompute": (), "fused": False}
+        # One table of rotary angles for all layers.
+        params |= {"fused_rotary": False, "tables": spec.layer_specs[0].params["tables"]}
     assert all(layer.params == params for layer in spec.layer_specs)
     assert spec.layer_norm is RMSNorm
 

@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from megatron_sgt.ops import fused_loop
 from megatron_sgt.ops.attention import causal_attention_reference
 from megatron_sgt.ops.backend import runs_triton
-from megatron_sgt.ops.loop_projection import block_indices, rotate
+from megatron_sgt.ops.loop_projection import block_indices
 from megatron_sgt.ops.norm import rms_norm_reference
+from megatron_sgt.ops.rotary import rotate
 from tests.helpers.loop_problems import (
     CASES,
     DEVICE,
@@ -181,9 +182,3 @@ def test_compiles_as_one_graph(name: str) -> None:
     pull = random(*found.shape, seed=50)
     assert_near([found], [wanted], 1e-13)
     assert_near(torch.autograd.grad(found, weights, pull), torch.autograd.grad(wanted, weights, pull), 1e-12)
-
-
-def test_rotary_table() -> None:
-    angles = torch.arange(6.0, device=DEVICE).view(3, 1, 1, 2).repeat(1, 1, 1, 2)
-    table = fused_loop.rotary_table(angles)
-    assert table.cos.shape == (3, 2) and torch.equal(table.sin, angles[:, 0, 0, :2].sin())

@@ -168,7 +168,8 @@ def test_weights_gradients_and_optimizer_by_zero_stage() -> None:
 
 
 def test_gpus_keep_less_by_what_their_kernels_fuse() -> None:
-    """No normalised copies; of SwiGLU no activated half and no copy of the other, unless fusions are off."""
+    """No normalised copies; unless fusions are off, of SwiGLU no activated half and no copy of the other, and no
+    cosines and sines."""
     plan = LoopPlan.empty(2)
     fused = memory_config("multi-head", 1, False, "owner", "none")
     plain = fused.model_copy(update={"train": fused.train.model_copy(update={"fusions": "off"})})
@@ -176,9 +177,10 @@ def test_gpus_keep_less_by_what_their_kernels_fuse() -> None:
         activation_memory(config, plan, "fp32", kernels)
         for config, kernels in ((fused, CPU), (fused, GPU), (plain, GPU))
     )
-    tokens, hidden, ffn, element = 2 * 64, 64, 96, 4
+    tokens, length, hidden, head_size, ffn, element = 2 * 64, 64, 64, 8, 96, 4
     assert on_cpu.layers - unfused.layers == 2 * 2 * tokens * hidden * element
-    assert unfused.layers - on_gpu.layers == 2 * 2 * tokens * ffn * element
+    rotary = 2 * 2 * length * head_size
+    assert unfused.layers - on_gpu.layers == 2 * (2 * tokens * ffn + rotary) * element
 
 
 def test_what_is_offloaded_lies_elsewhere() -> None:

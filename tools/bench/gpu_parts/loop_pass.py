@@ -10,7 +10,8 @@ from torch import Tensor
 
 from megatron_sgt.ops import fused_loop
 from megatron_sgt.ops.attention import causal_attention
-from megatron_sgt.ops.fused_loop import HeadBlocks, Rotary, head_blocks, rotary_table
+from megatron_sgt.ops.fused_loop import HeadBlocks, head_blocks
+from megatron_sgt.ops.rotary import Rotary, rotary_table
 from megatron_sgt.parallel.head_layout import HeadLayout
 
 EPS = 1e-6

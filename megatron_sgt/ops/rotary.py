@@ -1,0 +1,72 @@
+"""Rotary position embedding: rotation of the two halves of a head by angles that grow with the position.
+
+    rotate(x)[i, b, n] = (x1 cos_i − x2 sin_i, x2 cos_i + x1 sin_i),   x = (x1, x2)
+
+(arXiv 2104.09864, in the layout of Hugging Face and Megatron-Core: halves, not pairs.) ``rotate`` is the definition;
+``rotate_heads`` is the same for queries and keys of a whole layer, which torch.compile makes one kernel of. Done
+operation by operation it is about six passes over each of them in either direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """cos and sin [S, H / 2] fp32 (fp64 for fp64 angles) of the rotary angles."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotary_table(angles: Tensor) -> Rotary:
+    """From Megatron's angles [S, 1, 1, H], whose halves are equal."""
+    half = angles[:, 0, 0, : angles.shape[-1] // 2]
+    half = half if half.dtype == torch.float64 else half.float()
+    return Rotary(half.cos().contiguous(), half.sin().contiguous())
+
+
+class RotaryTables:
+    """The table of the angles that Megatron-Core hands to every layer: one for all layers, the same in every step."""
+
+    def __init__(self) -> None:
+        self._angles: Tensor | None = None
+        self._table: Rotary | None = None
+
+    def of(self, angles: Tensor) -> Rotary:
+        """The table of ``angles``, computed when they are another tensor than last time."""
+        if self._table is None or self._angles is not angles:
+            self._angles, self._table = angles, rotary_table(angles)
+        return self._table
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate heads [S, B, *, H] by the angles whose cos and sin are [S, H / 2], in the type of ``heads``."""
+    cos, sin = (t.to(heads)[:, None, None] for t in (cos, sin))
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def rotate_heads(query: Tensor, key: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    """Queries [S, B, N, H] and keys [S, B, G, H], rotated in fp32 (fp64) and rounded once, as one compiled function.
+
+    Compiled at the first call; what backward needs is the table alone.
+    """
+    return _compiled()(query, key, rotary.cos, rotary.sin)
+
+
+@cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_rotate_both)
+
+
+def _rotate_both(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    wide = (rotate(t if t.dtype == torch.float64 else t.float(), cos, sin) for t in (query, key))
+    turned_query, turned_key = wide
+    return turned_query.to(query.dtype), turned_key.to(key.dtype)

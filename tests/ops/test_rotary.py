@@ -1,0 +1,100 @@
+"""Rotary positions: the definition, Megatron-Core's and Hugging Face's convention, and the compiled function."""
+
+import shutil
+
+import pytest
+import torch
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from megatron_sgt.ops.rotary import Rotary, RotaryTables, rotary_table, rotate, rotate_heads
+from tests.helpers.loop_problems import DEVICE, random
+
+LENGTH, BATCH, SIZE = 12, 2, 8
+# Of values of order 1; sums of two products, fp32 inside, rounded once.
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 5e-7, torch.bfloat16: 2e-2}
+
+
+def angles(dtype: torch.dtype = torch.float32) -> Tensor:
+    half = torch.arange(LENGTH, dtype=dtype).outer(0.5 ** torch.arange(SIZE // 2, dtype=dtype))
+    return torch.cat([half, half], dim=-1)[:, None, None].to(DEVICE)
+
+
+def heads(dtype: torch.dtype, grouped: bool = True) -> tuple[Tensor, Tensor]:
+    """Queries and keys as views of a fused projection, as Megatron-Core has them."""
+    fused = random(LENGTH, BATCH, 2, 3 * SIZE + 2 * SIZE if grouped else 3 * SIZE, seed=1, dtype=dtype)
+    query = fused[..., : -2 * SIZE].reshape(LENGTH, BATCH, -1, SIZE)
+    return query.detach().requires_grad_(), fused[..., -2 * SIZE : -SIZE].detach().requires_grad_()
+
+
+def test_one_position_by_hand() -> None:
+    """A quarter turn takes (1, 0) to (0, 1), half by half."""
+    quarter = torch.full((1, 1), torch.pi / 2, dtype=torch.float64)
+    turned = rotate(torch.tensor([[[[1.0, 0.0]]]], dtype=torch.float64), quarter.cos(), quarter.sin())
+    torch.testing.assert_close(turned, torch.tensor([[[[0.0, 1.0]]]], dtype=torch.float64))
+
+
+def test_equals_megatron_core() -> None:
+    config = TransformerConfig(
+        num_layers=1, hidden_size=16, num_attention_heads=2, use_cpu_initialization=True
+    )
+    query, key = heads(torch.float64)
+    table = rotary_table(angles(torch.float64))
+    for t in (query, key):
+        wanted = apply_rotary_pos_emb(t, angles(torch.float64), config=config, cp_group=object())
+        torch.testing.assert_close(rotate(t, table.cos, table.sin), wanted, rtol=0, atol=1e-14)
+
+
+def test_products_depend_on_distances_alone() -> None:
+    table = rotary_table(angles(torch.float64))
+    one = random(1, 1, 1, SIZE, seed=2).expand(LENGTH, 1, 1, SIZE)
+    other = random(1, 1, 1, SIZE, seed=3).expand(LENGTH, 1, 1, SIZE)
+    q, k = (rotate(t, table.cos, table.sin)[:, 0, 0] for t in (one, other))
+    products = q @ k.t()
+    for distance in (0, 3):
+        diagonal = products.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
+    assert not torch.allclose(products[0, 0], products[0, 3])
+
+
+compiled = pytest.mark.skipif(
+    DEVICE.type == "cpu" and shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU"
+)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_compiled_function_equals_the_definition(grouped: bool, dtype: torch.dtype) -> None:
+    """Really compiled, forward and backward; and nothing of the size of its inputs is kept."""
+    query, key = heads(dtype, grouped)
+    table = rotary_table(angles(torch.float64 if dtype == torch.float64 else torch.float32))
+    turned = rotate_heads(query, key, table)
+    exact = [t.detach().double().requires_grad_() for t in (query, key)]
+    wanted = [rotate(t, table.cos.double(), table.sin.double()) for t in exact]
+    pull = [random(*t.shape, seed=4 + n, dtype=dtype) for n, t in enumerate(turned)]
+    grads = torch.autograd.grad(turned, [query, key], pull)
+    wanted_grads = torch.autograd.grad(wanted, exact, [t.double() for t in pull])
+    for found, right in zip((*turned, *grads), (*wanted, *wanted_grads), strict=True):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), right, rtol=0, atol=4 * TOLERANCE[dtype])
+
+
+def test_one_table_for_all_layers() -> None:
+    tables, first = RotaryTables(), angles()
+    table = tables.of(first)
+    assert tables.of(first) is table and isinstance(table, Rotary)
+    assert table.cos.shape == (LENGTH, SIZE // 2)
+    torch.testing.assert_close(table.sin, first[:, 0, 0, : SIZE // 2].sin())
+    assert tables.of(first[:5]).cos.shape[0] == 5
+
+
+@compiled
+def test_compiled_backward_keeps_no_heads() -> None:
+    query, key = heads(torch.float32)
+    table = rotary_table(angles())
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        rotate_heads(query, key, table)
+    assert all(shape in (table.cos.shape, ()) for shape in kept), kept
