@@ -116,14 +116,14 @@ class _ProjectIn(torch.autograd.Function):
         )  # fmt: skip
         dx = library.input_gradient(scaled, coefficient, x, dout, norm_weight, weight, at.rows)
         flat = scaled.flatten(0, 1).flatten(1)
-        product = _product(flat, x.flatten(0, 1))
+        product = weight_product(flat, x.flatten(0, 1))
         gain = norm_weight.to(product.dtype)
         dgain = (product * blocks(weight, at.rows, at.size)).sum(0)
-        dweight = _into(weight, product * gain, at.rows, at, 0)
+        dweight = into_parameter(weight, product * gain, at.rows, at, 0)
         dbias = None
         if bias is not None:
             unscaled = flat.to(r.dtype).t() @ r.flatten().reciprocal()
-            dbias = _into(bias, unscaled, at.rows, at, 0)
+            dbias = into_parameter(bias, unscaled, at.rows, at, 0)
         normed = (None, None) if q_norm is None else (dnorm[0].to(q_norm.dtype), dnorm[1].to(k_norm.dtype))
         return dx, _whole(norm_weight, dgain), dweight, dbias, *normed, None, None, None
 
@@ -141,12 +141,12 @@ class _ProjectOut(torch.autograd.Function):
         at = ctx.at
         dout = dout.contiguous()
         dheads = library.output_gradient(dout, weight, at.columns, at.size)
-        product = _product(dout.flatten(0, 1), heads.flatten(0, 1).flatten(1))
-        dweight = _into(weight, product, at.columns, at, 1)
+        product = weight_product(dout.flatten(0, 1), heads.flatten(0, 1).flatten(1))
+        dweight = into_parameter(weight, product, at.columns, at, 1)
         return dheads, (dout if ctx.with_residual else None), dweight, None
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def weight_product(a: Tensor, b: Tensor) -> Tensor:
     """aᵀ b, summed and returned in fp32 at least; a and b [N, *]."""
     if a.dtype in (torch.float32, torch.float64):
         return torch.mm(a.t(), b)
@@ -155,7 +155,9 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a.t().float(), b.float())
 
 
-def _into(parameter: Tensor, part: Tensor, starts: Tensor, at: HeadBlocks, dim: int) -> Tensor | None:
+def into_parameter(
+    parameter: Tensor, part: Tensor, starts: Tensor, at: HeadBlocks, dim: int
+) -> Tensor | None:
     """The gradient of ``parameter`` whose kept blocks along ``dim`` are ``part``."""
     if at.whole:
         return part.to(parameter.dtype)

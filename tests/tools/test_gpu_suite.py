@@ -43,17 +43,22 @@ def test_dry_run(tmp_path: Path) -> None:
     structures = [row["structure"] for row in result["training"] if "structure" in row]
     assert structures == [
         "vanilla",
+        "vanilla, entropies measured",
         "window",
         "fixed, 1 loop",
         "fixed, 3 loops",
         "all heads, 1 loop",
         "all heads, 3 loops",
         "block loop",
+        "vanilla, fusions off",
     ]
-    assert result["training"][-1]["profile"]
-    assert "compiled_us" in result["passes"][0] and "custom_us" in result["attention"][0]
-    rows = [row for name in ("passes", "attention", "entropy", "training") for row in result[name]]
-    rows += result["training"][-1]["profile"]
+    (profile,) = (row["profile"] for row in result["training"] if "profile" in row)
+    assert profile and len(result["operations"]) == 7
+    assert "compiled_us" in result["passes"][0] and "custom_whole_keys_us" in result["attention"][0]
+    rows = [
+        row for name in ("passes", "attention", "operations", "entropy", "training") for row in result[name]
+    ]
+    rows += profile
     assert not [found for row in rows if (found := numbers(row))]
     assert "It measures nothing" in file.with_suffix(".md").read_text(encoding="utf-8")
 
@@ -100,21 +105,67 @@ def test_targets_are_held_against_what_was_measured(monkeypatch: pytest.MonkeyPa
         "flops_overhead_percent": 1.0,
     }
     vanilla = {"model": "1.2B", "structure": "vanilla", "mfu_percent": 44.0}
+    measured = {"model": "1.2B", "structure": "vanilla, entropies measured", "time_overhead_percent": 0.1}
     attention = [
         {"B": 1, "custom_share": 0.1, "library_share": 0.2},
         {"B": 2, "custom_share": 0.6, "library_share": 0.4},
         {"B": 4, "custom_share": 0.3, "library_share": 0.55},
     ]
     found = verdicts(
-        {"training": [vanilla, fixed, {"model": "1.2B", "skipped": "x"}], "attention": attention}
+        {"training": [vanilla, measured, fixed, {"model": "1.2B", "skipped": "x"}], "attention": attention}
     )
     assert [(row["measured"], row["met"]) for row in found] == [
         (1.4, True),
         (1.4, False),
         (0.55, True),
+        (0.1, True),
         (44.0, False),
     ]
     assert {row["met"] for row in verdicts({})} == {None}
+
+
+def test_both_ways_of_an_operation_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else their times would say nothing."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools/bench"))
+    from gpu_parts.loop_pass import pass_inputs
+    from gpu_parts.operations import operations, rotary
+
+    p = pass_inputs(24, 2, 64, 16, torch.device("cpu"), torch.float32)
+    *compared, weights = operations(p)
+    assert len(compared) == 5
+    for operation in compared:
+        found = operation.kernel()
+        found = found[0] if isinstance(found, tuple) else found
+        wanted = operation.eager().flatten(2)
+        torch.testing.assert_close(found.flatten(2), wanted, rtol=1e-4, atol=1e-5, msg=operation.name)
+    assert weights.kernel() is weights.eager() is None
+    assert rotary(p, 64).bytes == 8 * 24 * 2 * 64 * 4
+
+
+def test_the_readme_shows_the_newest_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools/bench"))
+    from gpu_parts import readme
+
+    written = (ROOT / "README.md").read_text(encoding="utf-8")
+    _, _, rest = written.partition(f"{readme.BEGIN}\n")
+    shown, end, _ = rest.partition(readme.END)
+    assert end and shown == readme.section(ROOT / "benchmarks/results")
+
+    about = {"device": "H200", "dry_run": False, "dtype": "bf16", "commit": "abc", "versions": {"torch": "2"}}
+    row = {"model": "1.2B", "structure": "vanilla", "step_ms": 100.0}
+    for name, figure, dry in (
+        ("h200-2026-11-01-120000", 1.0, False),
+        ("a100-2026-11-02-120000", 2.0, False),
+        ("dry-run-2026-11-03-120000", 3.0, True),
+    ):
+        result = {"about": {**about, "dry_run": dry}, "training": [{**row, "step_ms": figure}]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(result), encoding="utf-8")
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n", encoding="utf-8")
+    readme.update(tmp_path, page)
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "a100-2026-11-02-120000.md" in text and "| 1.2B | vanilla | - | 2 |" in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -3,6 +3,7 @@
 
 python tools/bench/gpu_suite.py                    # writes benchmarks/results/<device>-<date>.json and .md
 python tools/bench/gpu_suite.py --dry-run          # every branch on a CPU in tiny shapes; measures nothing
+python tools/bench/gpu_suite.py --readme           # show the newest result in README.md
 python tools/bench/gpu_suite.py --only kernels     # one section: correctness, kernels, training
 """
 
@@ -33,6 +34,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="execute everything on a CPU, report no time")
     parser.add_argument("--only", choices=SECTIONS, help="one section")
     parser.add_argument("--no-golden", action="store_true", help="leave the golden trajectory out")
+    parser.add_argument(
+        "--readme", action="store_true", help="show the newest result in README.md, measure nothing"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument("--minutes", type=positive, default=8, help="time for everything (default 8)")
     return parser.parse_args()
@@ -50,7 +54,7 @@ def measure(args: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) ->
 
     if not args.dry_run and not torch.cuda.is_available():
         raise ConfigError("gpu_suite measures a GPU, and torch sees none; --dry-run executes it on a CPU")
-    from gpu_parts import correctness, kernels, machine, targets, training
+    from gpu_parts import correctness, kernels, machine, operations, targets, training
 
     this = machine.Machine(
         device=torch.device("cpu" if args.dry_run else "cuda"),
@@ -64,6 +68,7 @@ def measure(args: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) ->
         "training": ("training", lambda: training.run(this)),
         "attention": ("kernels", lambda: kernels.attentions(this)),
         "entropy": ("kernels", lambda: kernels.entropies(this)),
+        "operations": ("kernels", lambda: operations.run(this)),
         "passes": ("kernels", lambda: kernels.passes(this)),
     }
     for name, (section, rows) in parts.items():
@@ -84,6 +89,12 @@ def measure(args: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) ->
 def main() -> int:
     """Measure, write, and fail if a check of correctness or a part did."""
     args = parse()
+    if args.readme:
+        from gpu_parts.readme import update
+
+        update(args.out)
+        print("README.md shows the newest result")
+        return 0
     started = time.strftime("%Y-%m-%d-%H%M%S")
 
     def keep(result: dict[str, Any]) -> None:

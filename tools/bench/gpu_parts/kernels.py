@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -41,7 +43,7 @@ def passes(machine: Machine) -> Iterator[dict[str, Any]]:
         p = pass_inputs(length, batch, width, size, machine.device, machine.dtype)
         operations, least_bytes = work(length, batch, width, size)
         row: dict[str, Any] = {"B": batch, "D": width, "d": size, "T": length}
-        for way, forward in _ways(p, machine, batch).items():
+        for way, forward in _ways(p, machine).items():
             try:
                 seconds = machine.seconds(_both_ways(forward, p.leaves()))
             except torch.OutOfMemoryError as error:
@@ -49,22 +51,21 @@ def passes(machine: Machine) -> Iterator[dict[str, Any]]:
                 machine.free()
                 continue
             row[f"{way}_us"] = per(1e6, seconds)
-            if seconds and machine.copy_bytes_per_second and machine.matmul_flops_per_second:
-                ideal = max(
-                    operations / machine.matmul_flops_per_second, least_bytes / machine.copy_bytes_per_second
-                )
+            ideal = machine.ideal_seconds(operations, least_bytes)
+            if seconds and ideal:
                 row[f"{way}_share"] = round(ideal / seconds, 3)
         yield row
         machine.free()
 
 
-def _ways(p: PassInputs, machine: Machine, batch: int) -> dict[str, Forward]:
+def _ways(p: PassInputs, machine: Machine) -> dict[str, Forward]:
     ways: dict[str, Forward] = {
         "fused_custom": lambda: fused_pass(p, library=False),
         "fused_library": lambda: fused_pass(p, library=True),
         "eager": lambda: eager_pass(p),
     }
-    if batch == 2 or machine.dry:  # compiling takes seconds: at one batch size
+    # Compiling takes seconds: at two sequences, and at all batch sizes of the shape of interest.
+    if p.x.shape[1] == 2 or p.x.shape[2] == 2048 or machine.dry:
         torch._dynamo.reset()
         backend = "aot_eager" if machine.dry else "inductor"
         compiled = torch.compile(eager_pass, backend=backend)
@@ -85,13 +86,15 @@ def attentions(machine: Machine) -> Iterator[dict[str, Any]]:
         ways: dict[str, Forward] = {
             "custom": partial(_custom, p.at, False, query, key, value),
             "custom_entropy": partial(_custom, p.at, True, query, key, value),
+            "custom_whole_keys": partial(_custom, p.at, False, query, key, value),
             "library": partial(causal_attention, query, key, value),
         }
         row: dict[str, Any] = {"B": batch, "d": size, "T": length}
         for way, forward in ways.items():
-            with torch.no_grad():
-                ahead = machine.seconds(forward)
-            total = machine.seconds(_both_ways(forward, [query, key, value]))
+            with _whole_keys() if way == "custom_whole_keys" else contextlib.nullcontext():
+                with torch.no_grad():
+                    ahead = machine.seconds(forward)
+                total = machine.seconds(_both_ways(forward, [query, key, value]))
             row[f"{way}_forward_us"], row[f"{way}_us"] = per(1e6, ahead), per(1e6, total)
             if ahead and total and machine.matmul_flops_per_second:
                 ideal = attention_flops(length, batch, size) / machine.matmul_flops_per_second
@@ -102,6 +105,17 @@ def attentions(machine: Machine) -> Iterator[dict[str, Any]]:
 
 def _custom(at: Any, measure_entropy: bool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return fused_loop.attend(query, key, value, at, measure_entropy)[0]
+
+
+@contextlib.contextmanager
+def _whole_keys() -> Iterator[None]:
+    """Never split the keys, in either direction: what splitting gains where it happens."""
+    from megatron_sgt.ops import loop_attention_backward_triton, loop_attention_triton
+
+    with contextlib.ExitStack() as stack:
+        for module in (loop_attention_triton, loop_attention_backward_triton):
+            stack.enter_context(mock.patch.object(module, "split_keys", lambda x, keys, *_: keys))
+        yield
 
 
 def entropies(machine: Machine) -> Iterator[dict[str, Any]]:

@@ -65,19 +65,20 @@ def pass_inputs(
     )
 
 
+def eager_rotate(heads: Tensor, rotary: Rotary) -> Tensor:
+    """Rotary positions as Megatron-Core puts them on, operation by operation."""
+    cos, sin = (torch.cat([t, t], dim=-1).to(heads.dtype)[:, None, None] for t in (rotary.cos, rotary.sin))
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cos + torch.cat([-second, first], dim=-1) * sin
+
+
 def eager_pass(p: PassInputs) -> Tensor:
     """Operation by operation, as ``model.head_loop.sparse_loop``; also what torch.compile is given."""
     heads = p.at.heads
     normed = F.rms_norm(p.x, (p.x.shape[-1],), p.norm_weight, EPS)
     fused = F.linear(normed, p.qkv_weight[p.rows]).unflatten(-1, (3 * heads, p.size))
     query, key, value = fused.split([heads, heads, heads], dim=2)
-    cos, sin = (torch.cat([t, t], dim=-1).to(p.x.dtype)[:, None, None] for t in (p.rotary.cos, p.rotary.sin))
-
-    def rotate(t: Tensor) -> Tensor:
-        first, second = t.chunk(2, dim=-1)
-        return t * cos + torch.cat([-second, first], dim=-1) * sin
-
-    out = causal_attention(rotate(query), rotate(key), value)
+    out = causal_attention(eager_rotate(query, p.rotary), eager_rotate(key, p.rotary), value)
     return p.x + F.linear(out.flatten(2), p.out_weight[:, p.columns])
 
 

@@ -49,6 +49,12 @@ class Machine:
             times.append(start.elapsed_time(end) / 1e3 / calls)
         return statistics.median(times)
 
+    def ideal_seconds(self, flops: float, bytes_moved: float) -> float | None:
+        """The roofline: the least that so much arithmetic and so many bytes take; None before it is measured."""
+        if not self.matmul_flops_per_second or not self.copy_bytes_per_second:
+            return None
+        return max(flops / self.matmul_flops_per_second, bytes_moved / self.copy_bytes_per_second)
+
     @property
     def late(self) -> bool:
         """Whether the time for the whole suite is used up."""

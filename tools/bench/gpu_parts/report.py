@@ -33,7 +33,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [versions, "", f"Ceilings: {result['ceilings']}", ""]
     for section, error in result.get("errors", {}).items():
         lines += [f"**{section} ended early:** {error}", ""]
-    for title in ("targets", "correctness", "passes", "attention", "entropy", "training"):
+    for title in ("targets", "correctness", "training", "passes", "attention", "operations", "entropy"):
         rows = result.get(title) or []
         plain = [row for row in rows if "skipped" not in row and "profile" not in row]
         lines += [f"## {title}", "", table(plain) if plain else "nothing measured", ""]

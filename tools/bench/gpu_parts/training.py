@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from gpu_parts.machine import Machine, first_line, per
+from gpu_parts.targets import ENTROPIES
 from megatron_sgt.config import Config
 from megatron_sgt.engine.build import Runtime, build_runtime, start_processes
 from megatron_sgt.engine.step import train_step
@@ -21,12 +22,15 @@ from megatron_sgt.model.apply_plan import apply_plan
 from megatron_sgt.parallel.device import memory_gb, synchronize
 from megatron_sgt.planning.flops import step_flops
 
-Step = Callable[[LoopPlan], float]
+Step = Callable[[LoopPlan, bool], float]
+"""(structure, whether entropies are measured) -> seconds of one step."""
 # layers, hidden, ffn, heads, sequences per step
 MODELS = {"300M": (24, 1024, 2752, 16, 4), "1.2B": (24, 2048, 5504, 16, 2)}
 
 
-def run_config(machine: Machine, layers: int, hidden: int, ffn: int, heads: int, batch: int) -> Config:
+def run_config(
+    machine: Machine, layers: int, hidden: int, ffn: int, heads: int, batch: int, fusions: str = "auto"
+) -> Config:
     """A run of T = 4096 without data."""
     return Config.model_validate(
         {
@@ -47,6 +51,7 @@ def run_config(machine: Machine, layers: int, hidden: int, ffn: int, heads: int,
                 "precision": "fp32" if machine.dry else "bf16",
                 # By name: the interpreter is never chosen by itself.
                 "loop_backend": "triton",
+                "fusions": fusions,
             },
             "parallel": {"device": machine.device.type, "zero_stage": 1},
         }
@@ -54,7 +59,10 @@ def run_config(machine: Machine, layers: int, hidden: int, ffn: int, heads: int,
 
 
 def structures(layers: int, heads: int) -> dict[str, LoopPlan]:
-    """What is held against vanilla: the deepest layers loop, two heads that share no group."""
+    """What is held against vanilla: the deepest layers loop, two heads that share no group.
+
+    Entropies are measured in the window, and in ENTROPIES, which is vanilla otherwise.
+    """
     deep = range(layers - min(3, layers), layers)
     two = (0, heads // 2)
 
@@ -62,6 +70,7 @@ def structures(layers: int, heads: int) -> dict[str, LoopPlan]:
         return LoopPlan(layers, tuple((n, layer) for n in deep))
 
     return {
+        ENTROPIES: LoopPlan.empty(layers),
         "window": plan(LayerPlan(1, two, 0.5)),
         "fixed, 1 loop": plan(LayerPlan(1, two)),
         "fixed, 3 loops": plan(LayerPlan(3, two)),
@@ -84,9 +93,9 @@ def stepper(config: Config) -> tuple[Step, Runtime]:
         "position_ids": torch.arange(length, device=groups.device).expand(size, -1),
     }
 
-    def step(plan: LoopPlan) -> float:
+    def step(plan: LoopPlan, measure: bool = False) -> float:
         apply_plan(runtime.model, plan)
-        runtime.model.meter.enabled = any(layer.phase == "window" for layer in plan)
+        runtime.model.meter.enabled = measure
         synchronize(groups.device)
         start = time.perf_counter()
         train_step(runtime.engine, [batch], 1e-4, 1.0, groups)
@@ -97,15 +106,19 @@ def stepper(config: Config) -> tuple[Step, Runtime]:
 
 
 def compare(
-    machine: Machine, step: Step, vanilla: LoopPlan, grown: LoopPlan
+    machine: Machine, step: Step, vanilla: LoopPlan, grown: LoopPlan, measure: bool
 ) -> tuple[list[float], list[float]]:
-    """Seconds of both in alternation, each first in half of the pairs, so that a drifting clock favours neither."""
-    for plan in (vanilla, grown) if machine.dry else (vanilla, grown, vanilla, grown):
-        step(plan)
+    """Seconds of both in alternation, each first in half of the pairs, so that a drifting clock favours neither.
+
+    ``measure``: entropies are measured in the grown step.
+    """
+    both = ((vanilla, False), (grown, measure))
+    for arguments in both if machine.dry else both * 2:
+        step(*arguments)
     times: tuple[list[float], list[float]] = ([], [])
     for pair in range(1 if machine.dry else 10):
         for which in (0, 1) if pair % 2 == 0 else (1, 0):
-            times[which].append(step((vanilla, grown)[which]))
+            times[which].append(step(*both[which]))
     return times
 
 
@@ -135,9 +148,9 @@ def one_model(machine: Machine, name: str, shape: tuple[int, int, int, int, int]
     vanilla = LoopPlan.empty(config.model.num_layers)
     base = step_flops(config.model, vanilla, 1).executed
     step, runtime = stepper(config)
-    step(vanilla)  # makes the optimizer's state
+    step(vanilla, False)  # makes the optimizer's state
     machine.free()
-    step(vanilla)
+    step(vanilla, False)
     vanilla_gb = memory_gb(machine.device)[0]
     first = {"model": name, "structure": "vanilla", "batch": shape[4]}
     for structure, plan in structures(shape[0], shape[3]).items():
@@ -145,7 +158,7 @@ def one_model(machine: Machine, name: str, shape: tuple[int, int, int, int, int]
             yield {"model": name, "skipped": f"{structure}: the time is used up"}
             continue
         machine.free()
-        plain, grown = compare(machine, step, vanilla, plan)
+        plain, grown = compare(machine, step, vanilla, plan, structure in (ENTROPIES, "window"))
         ratios = [b / a for a, b in zip(plain, grown, strict=True)]
         row: dict[str, Any] = {"model": name, "structure": structure, "batch": shape[4]}
         row |= _row(machine, config, plan, grown, memory_gb(machine.device)[0])
@@ -170,7 +183,7 @@ def profile(machine: Machine, step: Step, plans: dict[str, LoopPlan]) -> list[di
 
     activities = [ProfilerActivity.CPU] if machine.dry else [ProfilerActivity.CUDA]
     with record(activities=activities) as recorded:
-        step(plans["fixed, 1 loop"])
+        step(plans["fixed, 1 loop"], False)
     events = sorted(recorded.key_averages(), key=lambda e: -getattr(e, "self_device_time_total", 0.0))
     return [
         {
@@ -182,13 +195,32 @@ def profile(machine: Machine, step: Step, plans: dict[str, LoopPlan]) -> list[di
     ]
 
 
+def without_fusions(
+    machine: Machine, name: str, shape: tuple[int, int, int, int, int]
+) -> Iterator[dict[str, Any]]:
+    """The vanilla step without ``train.fusions``: what they gain, in the same process."""
+    if machine.late:
+        yield {"model": name, "skipped": "vanilla, fusions off: the time is used up"}
+        return
+    config = run_config(machine, *shape, fusions="off")
+    vanilla = LoopPlan.empty(config.model.num_layers)
+    step, runtime = stepper(config)
+    warm = 1 if machine.dry else 3
+    seconds = [step(vanilla, False) for _ in range(warm + (1 if machine.dry else 10))][warm:]
+    row = {"model": name, "structure": "vanilla, fusions off", "batch": shape[4]}
+    yield row | _row(machine, config, vanilla, seconds, memory_gb(machine.device)[0])
+    runtime.engine.destroy()
+
+
 def run(machine: Machine) -> Iterator[dict[str, Any]]:
-    """Every model that fits; what does not is reported, not fatal."""
+    """Every model that fits, at half of the batch if it must be; what does not is reported, not fatal."""
     models = {"tiny": (2, 128, 128, 2, 1)} if machine.dry else MODELS
-    for name, shape in models.items():
+    parts = [(one_model, name) for name in models] + [(without_fusions, list(models)[-1])]
+    for part, name in parts:
+        shape = models[name]
         for batch in itertools.takewhile(bool, (shape[4], shape[4] // 2)):
             try:
-                yield from one_model(machine, name, (*shape[:4], batch))
+                yield from part(machine, name, (*shape[:4], batch))
                 break
             except torch.OutOfMemoryError as error:
                 yield {"model": name, "skipped": f"batch {batch}: {first_line(error)}"}
