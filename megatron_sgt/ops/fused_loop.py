@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from megatron_sgt.ops import library
-from megatron_sgt.ops.loop_projection import block_indices, blocks
 from megatron_sgt.ops.rotary import Rotary
 
 
@@ -29,12 +28,15 @@ class HeadBlocks:
     """Where kept heads stand in the fused weights of one rank.
 
     ``rows`` [h + 2g] and ``columns`` [h] int32: first row (column) of each block, see ``loop_projection``;
-    ``slots`` [h] int32: key/value group of each head; ``gates`` [h] fp32; ``size``: H. ``whole``: the weight
-    handed over consists of the kept rows (columns) alone, in order.
+    ``row_index`` [(h + 2g) H] and ``column_index`` [h H] int64: all rows (columns) of the blocks. ``slots`` [h]
+    int32: key/value group of each head; ``gates`` [h] fp32; ``size``: H. ``whole``: the weight handed over consists
+    of the kept rows (columns) alone, in order.
     """
 
     rows: Tensor
     columns: Tensor
+    row_index: Tensor
+    column_index: Tensor
     slots: Tensor
     gates: Tensor
     size: int
@@ -53,7 +55,8 @@ def head_blocks(
     rows, columns, slots = (
         t.to(torch.int32) for t in (qkv_rows[::size].contiguous(), proj_columns[::size].contiguous(), kv_slot)
     )
-    return HeadBlocks(rows, columns, slots, torch.ones(len(kv_slot), device=kv_slot.device), size, whole)
+    gates = torch.ones(len(kv_slot), device=kv_slot.device)
+    return HeadBlocks(rows, columns, qkv_rows.long(), proj_columns.long(), slots, gates, size, whole)
 
 
 def project_in(
@@ -116,14 +119,12 @@ class _ProjectIn(torch.autograd.Function):
         )  # fmt: skip
         dx = library.input_gradient(scaled, coefficient, x, dout, norm_weight, weight, at.rows)
         flat = scaled.flatten(0, 1).flatten(1)
-        product = weight_product(flat, x.flatten(0, 1))
-        gain = norm_weight.to(product.dtype)
-        dgain = (product * blocks(weight, at.rows, at.size)).sum(0)
-        dweight = into_parameter(weight, product * gain, at.rows, at, 0)
+        product = weight_product(flat, x.flatten(0, 1), r.dtype)
+        dweight, dgain = qkv_gradient(product, norm_weight, weight, at)
         dbias = None
         if bias is not None:
             unscaled = flat.to(r.dtype).t() @ r.flatten().reciprocal()
-            dbias = into_parameter(bias, unscaled, at.rows, at, 0)
+            dbias = into_parameter(bias, unscaled, at.row_index, at, 0)
         normed = (None, None) if q_norm is None else (dnorm[0].to(q_norm.dtype), dnorm[1].to(k_norm.dtype))
         return dx, _whole(norm_weight, dgain), dweight, dbias, *normed, None, None, None
 
@@ -141,27 +142,38 @@ class _ProjectOut(torch.autograd.Function):
         at = ctx.at
         dout = dout.contiguous()
         dheads = library.output_gradient(dout, weight, at.columns, at.size)
-        product = weight_product(dout.flatten(0, 1), heads.flatten(0, 1).flatten(1))
-        dweight = into_parameter(weight, product, at.columns, at, 1)
+        wide = weight.dtype if getattr(weight, "main_grad", None) is None else weight.main_grad.dtype
+        product = weight_product(dout.flatten(0, 1), heads.flatten(0, 1).flatten(1), wide)
+        dweight = into_parameter(weight, product, at.column_index, at, 1)
         return dheads, (dout if ctx.with_residual else None), dweight, None
 
 
-def weight_product(a: Tensor, b: Tensor) -> Tensor:
-    """aᵀ b, summed and returned in fp32 at least; a and b [N, *]."""
-    if a.dtype in (torch.float32, torch.float64):
-        return torch.mm(a.t(), b)
-    if a.device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype"):
-        return torch.mm(a.t(), b, out_dtype=torch.float32)
-    return torch.mm(a.t().float(), b.float())
+def weight_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """aᵀ b in ``dtype``, summed in fp32 at least and rounded once; a and b [N, *]."""
+    if a.dtype == dtype:
+        # Half types on a CPU sum in their own precision.
+        half_on_cpu = a.device.type == "cpu" and dtype.itemsize == 2
+        return torch.mm(a.t().float(), b.float()).to(dtype) if half_on_cpu else torch.mm(a.t(), b)
+    if a.device.type == "cuda" and dtype == torch.float32 and hasattr(torch.ops.aten.mm, "dtype"):
+        return torch.mm(a.t(), b, out_dtype=dtype)
+    return torch.mm(a.t().to(dtype), b.to(dtype))
 
 
-def into_parameter(
-    parameter: Tensor, part: Tensor, starts: Tensor, at: HeadBlocks, dim: int
-) -> Tensor | None:
-    """The gradient of ``parameter`` whose kept blocks along ``dim`` are ``part``."""
+def qkv_gradient(
+    product: Tensor, norm_weight: Tensor, weight: Tensor, at: HeadBlocks
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients of the fused projection (None: it went into ``main_grad``) and of the norm's weight, fp32."""
+    main = getattr(weight, "main_grad", None)
+    if main is not None:
+        return None, library.norm_weight_gradient(product, norm_weight, weight, at.rows, main, True)
+    target = torch.empty_like(weight) if at.whole else torch.zeros_like(weight)
+    return target, library.norm_weight_gradient(product, norm_weight, weight, at.rows, target, False)
+
+
+def into_parameter(parameter: Tensor, part: Tensor, index: Tensor, at: HeadBlocks, dim: int) -> Tensor | None:
+    """The gradient of ``parameter`` that is ``part`` at ``index`` along ``dim`` (None: it went into ``main_grad``)."""
     if at.whole:
         return part.to(parameter.dtype)
-    index = block_indices(starts, at.size)
     main = getattr(parameter, "main_grad", None)
     if main is not None:
         main.index_add_(dim, index, part.to(main.dtype))

@@ -37,16 +37,23 @@ def _contiguous(arguments: tuple[Any, ...], views: bool) -> tuple[Any, ...]:
 
 
 def _operator(
-    definition: Callable[..., Any], module: str, schema: str, views: bool = False
+    definition: Callable[..., Any],
+    module: str,
+    schema: str,
+    views: bool = False,
+    changes: tuple[str, ...] = (),
 ) -> Callable[..., Any]:
-    """Register ``definition`` as sgt::<its name>, with its Triton version in ``module``."""
+    """Register ``definition`` as sgt::<its name>, with its Triton version in ``module``.
+
+    ``changes``: names of arguments that are written to. They are contiguous; a copy would take the result along.
+    """
 
     def run(*args: Any) -> Any:
         args = _contiguous(args, views)
         return _implementation(definition, module, args[0])(*args)
 
     name = f"sgt::{definition.__name__}"
-    return torch.library.custom_op(name, run, mutates_args=(), schema=schema)
+    return torch.library.custom_op(name, run, mutates_args=changes, schema=schema)
 
 
 project_in: Any = _operator(
@@ -76,6 +83,12 @@ input_gradient: Any = _operator(
     "loop_projection_backward_triton",
     "(Tensor scaled, Tensor coefficient, Tensor x, Tensor? dout, Tensor norm_weight, Tensor weight, Tensor rows)"
     " -> Tensor",
+)
+norm_weight_gradient: Any = _operator(
+    loop_projection.norm_weight_gradient,
+    "loop_projection_backward_triton",
+    "(Tensor product, Tensor norm_weight, Tensor weight, Tensor rows, Tensor(a!) target, bool add) -> Tensor",
+    changes=("target",),
 )
 attend: Any = _operator(
     loop_attention.attend,
@@ -122,7 +135,13 @@ def _(dout: Tensor, weight: Tensor, columns: Tensor, size: int) -> Tensor:
 def _(
     dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, before: Tensor, r: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return qkv.new_empty(qkv.shape), r.new_empty(r.shape), r.new_empty(2, dq.shape[-1])
+    normed = before.numel() > 0
+    return qkv.new_empty(qkv.shape), r.new_empty(r.shape), r.new_empty((2, dq.shape[-1]) if normed else 0)
+
+
+@norm_weight_gradient.register_fake
+def _(product: Tensor, *rest: Any) -> Tensor:
+    return product.new_empty(product.shape[1])
 
 
 @input_gradient.register_fake
@@ -148,10 +167,15 @@ def _save_attend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     query, key, value, gates, slots, _ = inputs
     out, lse, rows = output
     ctx.mark_non_differentiable(lse, rows)
+    ctx.set_materialize_grads(
+        False
+    )  # else every backward pass would fill gradients of lse and rows with zeros
     ctx.save_for_backward(query, key, value, out, lse, gates, slots)
 
 
-def _differentiate_attend(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _differentiate_attend(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 6
     query, key, value, out, lse, gates, slots = ctx.saved_tensors
     return *attend_backward(dout.contiguous(), query, key, value, out, lse, gates, slots), None, None, None
 

@@ -90,16 +90,18 @@ def head_gradients(
         dq: [S, B, h, H]. dk, dv: [S, B, g, H]. qkv, before, r: what ``project_in`` returned. width: D.
 
     Returns:
-        r · du [S, B, h + 2g, H]; r² c / D [S, B] fp32; gradients of both norm weights [2, H] fp32 (0 without).
+        r · du [S, B, h + 2g, H]; r² c / D [S, B] fp32; gradients of both norm weights [2, H] fp32, or an empty
+        tensor without q/k norm.
     """
     heads, groups, size = dq.shape[2], dk.shape[2], dq.shape[3]
     dq, dk, dv, u = _wide(dq), _wide(dk), _wide(dv), _wide(qkv)
     dq, dk = rotate(dq, cos, -sin), rotate(dk, cos, -sin)
-    dnorm = dq.new_zeros(2, size)
+    dnorm = dq.new_empty(0)
     if q_norm is not None and k_norm is not None:
         raw_q, raw_k = _wide(before).split([heads, groups], dim=2)
-        dq, dnorm[0] = _norm_backward(dq, raw_q, q_norm, eps)
-        dk, dnorm[1] = _norm_backward(dk, raw_k, k_norm, eps)
+        dq, dq_norm = _norm_backward(dq, raw_q, q_norm, eps)
+        dk, dk_norm = _norm_backward(dk, raw_k, k_norm, eps)
+        dnorm = torch.stack([dq_norm, dk_norm])
         query, key = raw_q, raw_k
     else:
         query, key = (rotate(t, cos, -sin) for t in u.split([heads, groups, groups], dim=2)[:2])
@@ -126,6 +128,28 @@ def input_gradient(
     dx = _wide(scaled).flatten(2) @ blocks(weight, rows, scaled.shape[-1]).to(wide)
     dx = dx * norm_weight.to(wide) - wide * coefficient.unsqueeze(-1)
     return (dx if dout is None else dx + dout.to(wide)).to(x.dtype)
+
+
+def norm_weight_gradient(
+    product: Tensor, norm_weight: Tensor, weight: Tensor, rows: Tensor, target: Tensor, add: bool
+) -> Tensor:
+    """What becomes of ``product`` = (r du)ᵀ x: the gradient of W's kept rows, in place, and that of the norm's weight.
+
+    Args:
+        product: [(h + 2g) · H, D] fp32. norm_weight: [D]. weight: [*, D]. rows: [h + 2g] int32.
+        target: [*, D] contiguous. Its kept rows become dW = product ∘ w, or with ``add`` grow by it.
+
+    Returns:
+        dw = Σ_rows product ∘ W, [D] fp32.
+    """
+    size = product.shape[0] // len(rows)
+    index = block_indices(rows, size)
+    part = product * norm_weight.to(product)
+    if add:
+        target.index_add_(0, index, part.to(target.dtype))
+    else:
+        target.index_copy_(0, index, part.to(target.dtype))
+    return (product * weight[index].to(product)).sum(0)
 
 
 def project_out(heads: Tensor, residual: Tensor | None, weight: Tensor, columns: Tensor) -> Tensor:

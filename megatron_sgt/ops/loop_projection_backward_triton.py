@@ -1,9 +1,9 @@
 """Backward of the projections of a loop pass in Triton; definitions and formulas in ``loop_projection.py``.
 
-Three kernels: the product of dout with W_o's kept columns; a pass over the heads' gradients (inverse rotation, q/k
-norm, c, scaling by r); and the product with the kept rows of W_qkv, whose epilogue is the norm's backward and the
-residual. Weight gradients are two library products, made where the functions are differentiated
-(``fused_loop.py``).
+Four kernels: the product of dout with W_o's kept columns; a pass over the heads' gradients (inverse rotation, q/k
+norm, c, scaling by r); the product with the kept rows of W_qkv, whose epilogue is the norm's backward and the
+residual; and what turns the product of a weight gradient into the gradients of W_qkv's rows and of the norm's weight.
+The products of weight gradients are the library's, made where the functions are differentiated (``fused_loop.py``).
 """
 
 from __future__ import annotations
@@ -157,6 +157,45 @@ def input_gradient_kernel(
     tl.store(dx_ptr + corner + place, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def norm_weight_gradient_kernel(
+    product_ptr, norm_ptr, weight_ptr, rows_ptr, target_ptr, dnorm_ptr, width, count, ADD: tl.constexpr,
+    H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """BN inputs (axis 0) of all kept rows, so that the sum over the rows needs no second kernel."""
+    across, local = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BM)
+    inside = across < width
+    mask = inside[None, :]
+    gain = tl.load(norm_ptr + across, mask=inside, other=0.0).to(tl.float32)[None, :]
+    total = tl.zeros([BN], tl.float32)
+    for block in range(count):
+        start = tl.load(rows_ptr + block).to(tl.int64)
+        for k in range(0, H, BM):
+            tile = local[:, None] * width + across[None, :]
+            part = tl.load(product_ptr + (block * H + k) * width + tile, mask=mask, other=0.0)
+            place = (start + k) * width + tile
+            w = tl.load(weight_ptr + place, mask=mask, other=0.0).to(tl.float32)
+            total += tl.sum(part * w, 0)
+            value = part * gain
+            if ADD:
+                value += tl.load(target_ptr + place, mask=mask, other=0.0).to(tl.float32)
+            tl.store(target_ptr + place, value.to(target_ptr.dtype.element_ty), mask=mask)
+    tl.store(dnorm_ptr + across, total, mask=inside)
+
+
+def norm_weight_gradient(
+    product: Tensor, norm_weight: Tensor, weight: Tensor, rows: Tensor, target: Tensor, add: bool
+) -> Tensor:
+    """As ``loop_projection.norm_weight_gradient``; all tensors are contiguous."""
+    size, width = product.shape[0] // len(rows), product.shape[1]
+    dnorm = product.new_empty(width)
+    norm_weight_gradient_kernel[(triton.cdiv(width, 32),)](
+        product, norm_weight, weight, rows, target, dnorm, width, len(rows), ADD=add, H=size,
+        BM=min(size, 32), BN=32, num_warps=4
+    )  # fmt: skip
+    return dnorm
+
+
 def output_gradient(dout: Tensor, weight: Tensor, columns: Tensor, size: int) -> Tensor:
     """As ``loop_projection.output_gradient``; dout and the rows of weight are contiguous."""
     length, batch, width = dout.shape
@@ -193,13 +232,13 @@ def head_gradients(
     shape, launch = tile("head_gradients", dq, size)
     programs = triton.cdiv(tokens, shape["BM"])
     normed = q_norm is not None
-    partial = r.new_empty(programs, 2, size) if normed else r.new_zeros(1, 2, size)
+    partial = r.new_empty((programs, 2, size) if normed else 0)
     head_gradients_kernel[(programs,)](
         dq, dk, dv, qkv, before, r, dq if bias is None else bias, rows, cos, sin, dq if q_norm is None else
         q_norm, dq if k_norm is None else k_norm, scaled, coefficient, partial, tokens, batch, width, heads,
         groups, eps, HAS_BIAS=bias is not None, HAS_NORM=normed, H=size, **shape, **launch
     )  # fmt: skip
-    return scaled, coefficient, partial.sum(0)
+    return scaled, coefficient, partial.sum(0) if normed else partial
 
 
 def input_gradient(

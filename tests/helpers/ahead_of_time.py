@@ -19,7 +19,7 @@ from megatron_sgt.ops.tiles import AMD, entry
 
 _FP32 = {"cos_ptr", "sin_ptr", "r_ptr", "coefficient_ptr", "dnorm_ptr", "gates_ptr", "lse_ptr", "entropy_ptr",
          "part_acc_ptr", "part_sums_ptr", "delta_ptr", "sums_ptr", "part_q_ptr", "part_k_ptr",
-         "part_v_ptr"}  # fmt: skip
+         "part_v_ptr", "product_ptr"}  # fmt: skip
 _INT32 = {"rows_ptr", "columns_ptr", "slots_ptr"}
 _SCALAR_FP32 = {"eps", "scale", "unit", "norm"}
 _ODD = {"batch", "heads", "groups", "count", "parts", "repeat"}  # small numbers: nothing is known of them
@@ -75,6 +75,12 @@ KERNELS = {
     "output_gradient, uneven": Kernel(_BACK, "output_gradient_kernel", "output_gradient", {"EVEN": False}),
     "head_gradients": Kernel(_BACK, "head_gradients_kernel", "head_gradients", _PLAIN, False),
     "head_gradients, all": Kernel(_BACK, "head_gradients_kernel", "head_gradients", _FULL, False),
+    "norm_weight_gradient": Kernel(
+        _BACK, "norm_weight_gradient_kernel", "", {"ADD": False, "BM": 32, "BN": 32}, False
+    ),
+    "norm_weight_gradient, added": Kernel(
+        _BACK, "norm_weight_gradient_kernel", "", {"ADD": True, "BM": 32, "BN": 32}, False
+    ),
     "input_gradient": Kernel(_BACK, "input_gradient_kernel", "input_gradient", _RESIDUAL),
     "input_gradient, alone": Kernel(
         _BACK, "input_gradient_kernel", "input_gradient", {"HAS_RESIDUAL": False}
@@ -116,8 +122,7 @@ def compile_kernel(name: str, target: str, size: int, dtype: str = "bf16") -> di
     known = {**kernel.switches, **shape, "H": size, "BH": size, "PRECISION": precision}
     names = function.arg_names
     constants = {name: known[name] for name in names if name in known}
-    sums = kernel.switches.get("SPLIT", False)
-    types = {name: _type_of(name, dtype, sums) for name in names}
+    types = {name: _type_of(name, dtype, kernel.switches) for name in names}
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     round_numbers = [n for n in names if n not in constants and n not in _SCALAR_FP32 and n not in _ODD]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in round_numbers}
@@ -159,11 +164,12 @@ def _amd_usage(code: str) -> dict[str, Any]:
     return {"registers": found["vgpr_count"], "stack": found["private_segment_fixed_size"], "code": code}
 
 
-def _type_of(name: str, dtype: str, sums: bool) -> str:
-    """``sums``: the gradients of the attention are parts, in fp32."""
+def _type_of(name: str, dtype: str, switches: dict[str, Any]) -> str:
+    """Parts of the attention's gradients are fp32, and so is the buffer that weight gradients are added to."""
     if name.endswith("_ptr"):
-        wide = name in _FP32 or (sums and name in ("dq_ptr", "dk_ptr", "dv_ptr"))
-        return "*fp32" if wide else "*i32" if name in _INT32 else f"*{dtype}"
+        wide = _FP32 | ({"dq_ptr", "dk_ptr", "dv_ptr"} if switches.get("SPLIT") else set())
+        wide |= {"target_ptr"} if switches.get("ADD") else set()
+        return "*fp32" if name in wide else "*i32" if name in _INT32 else f"*{dtype}"
     return "fp32" if name in _SCALAR_FP32 else "i32"
 
 

@@ -1,12 +1,15 @@
 """The fused loop's algebra: one to three loops in fp64 against plain autograd, and where gradients go."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from megatron_sgt.ops import fused_loop
@@ -150,6 +153,58 @@ def test_kept_rows_alone() -> None:
     found, wanted = gradients(kept, fused_pass, 1), list(gradients(p, fused_pass, 1))
     wanted[3], wanted[4] = wanted[3][rows], wanted[4][:, columns]
     assert_near(found, wanted, 1e-13)
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations that do something: on a GPU each is a launch at least, those of ``sgt`` one to three."""
+
+    NOTHING = (
+        "view",
+        "detach",
+        "t",
+        "transpose",
+        "split",
+        "split_with_sizes",
+        "unsqueeze",
+        "_unsafe_view",
+        "permute",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if name not in self.NOTHING and not name.startswith(("empty", "new_empty")):
+            self.counts[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_pass_is_few_operations() -> None:
+    """In fp32, where products need no conversion of their operands on a CPU either."""
+    p = problem(CASES["two heads"], torch.float32)
+    leaves, rotary = [t.requires_grad_() for t in p.parameters()], p.rotary
+    with Operations() as forward:
+        query, key, value, residual = fused_loop.project_in(
+            p.x, p.norm_weight, p.weight, p.bias, p.head_norms, p.at, rotary, p.eps
+        )
+        out, _ = fused_loop.attend(query, key, value, p.at, False)
+        out = fused_loop.project_out(out, residual, p.out_weight, p.at)
+    with Operations() as backward:
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+    assert forward.counts == Counter(["project_in", "attend", "project_out"])
+    kernels = [
+        "output_gradient",
+        "attend_backward",
+        "head_gradients",
+        "input_gradient",
+        "norm_weight_gradient",
+    ]
+    # Weight gradients: two products into dense gradients, of which the kernel above writes one.
+    products = ["mm", "mm", "zeros_like", "zeros_like", "index_copy_"]
+    counts = backward.counts - Counter(["ones_like"])
+    assert counts == Counter(kernels + products)
 
 
 def test_recompute_gives_the_same_bits() -> None:

@@ -41,6 +41,9 @@ def arguments(p: Problem, operator: str) -> tuple[Any, ...]:
             out, key, value, qkv, before, r, p.bias, at.rows, rotary.cos, rotary.sin, p.q_norm, p.k_norm, p.eps, 96
         ),
         "input_gradient": (qkv, coefficient, p.x, dout, p.norm_weight, p.weight, at.rows),
+        "norm_weight_gradient": (
+            torch.ones(len(at.row_index), 96), p.norm_weight, p.weight, at.rows, torch.zeros_like(p.weight), True
+        ),
         "last_row_entropy": (query, query),
     }[operator]  # fmt: skip
 
@@ -50,7 +53,7 @@ def arguments(p: Problem, operator: str) -> tuple[Any, ...]:
     "operator",
     [
         "project_in", "attend", "attend_backward", "project_out", "output_gradient", "head_gradients",
-        "input_gradient", "last_row_entropy",
+        "input_gradient", "norm_weight_gradient", "last_row_entropy",
     ],
 )  # fmt: skip
 def test_opcheck(operator: str, name: str) -> None:

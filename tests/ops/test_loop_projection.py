@@ -94,6 +94,26 @@ def test_the_other_products(name: str, residual: bool, dtype: torch.dtype, which
     check(which, definitions.output_gradient, BACKWARD, arguments, TOLERANCE[dtype])
 
 
+@every_implementation
+@every_dtype
+@every_case
+@pytest.mark.parametrize("add", [False, True], ids=["dense", "main_grad"])
+def test_norm_weight_gradient(add: bool, name: str, dtype: torch.dtype, which: str) -> None:
+    """Into a dense gradient in the weights' type, or onto what a main_grad buffer holds; other rows are left alone."""
+    p = problem(CASES[name], dtype)
+    product = random(len(p.at.row_index), p.case.width, seed=60, dtype=torch.float32)
+    start = random(*p.weight.shape, seed=61, dtype=torch.float32 if add else dtype)
+    run = implementation(which, definitions.norm_weight_gradient, BACKWARD)
+    found, wanted = start.clone(), start.double()
+    found_sum = run(product, p.norm_weight, p.weight, p.at.rows, found, add)
+    exactly = exact(product, p.norm_weight, p.weight, p.at.rows)
+    wanted_sum = definitions.norm_weight_gradient(*exactly, wanted, add)
+    assert_near([found, found_sum], [wanted, wanted_sum], TOLERANCE[dtype], "norm_weight_gradient")
+    others = torch.ones(len(start), dtype=torch.bool)
+    others[p.at.row_index] = False
+    assert torch.equal(found[others], start[others])
+
+
 def test_rows_by_hand() -> None:
     """Two heads of one group, of which the second is kept: its query block, then the key's and the value's."""
     starts = torch.tensor([2, 4, 6], dtype=torch.int32)

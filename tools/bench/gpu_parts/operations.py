@@ -103,16 +103,16 @@ def _backward(
 
 def _weight_gradients(p: PassInputs, dout: Tensor, heads: Tensor, scaled: Tensor) -> Operation:
     """Products, and what a dense gradient of the whole weights costs on top (``kernel``: into main_grad's rows)."""
-    x, _, weight, out_weight = (t.detach() for t in p.leaves())
+    x, norm, weight, out_weight = (t.detach() for t in p.leaves())
     buffered, out_buffered = (t.clone() for t in (weight, out_weight))
     for parameter in (buffered, out_buffered):
         parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # type: ignore[attr-defined]
 
     def both(first: Tensor, second: Tensor) -> None:
-        product = fused_loop.weight_product(scaled.flatten(0, 1).flatten(1), x.flatten(0, 1))
-        fused_loop.into_parameter(first, product, p.at.rows, p.at, 0)
-        product = fused_loop.weight_product(dout.flatten(0, 1), heads.flatten(0, 1).flatten(1))
-        fused_loop.into_parameter(second, product, p.at.columns, p.at, 1)
+        product = fused_loop.weight_product(scaled.flatten(0, 1).flatten(1), x.flatten(0, 1), torch.float32)
+        fused_loop.qkv_gradient(product, norm, first, p.at)
+        product = fused_loop.weight_product(dout.flatten(0, 1), heads.flatten(0, 1).flatten(1), second.dtype)
+        fused_loop.into_parameter(second, product, p.at.column_index, p.at, 1)
 
     tokens, width, rows = x.shape[0] * x.shape[1], x.shape[-1], len(p.rows)
     flops = 2.0 * tokens * width * (rows + len(p.columns))
