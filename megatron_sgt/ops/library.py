@@ -18,6 +18,20 @@ from megatron_sgt.ops import loop_attention, loop_projection
 from megatron_sgt.ops.backend import runs_triton
 
 _PACKAGE = "megatron_sgt.ops"
+# Defined by hand: calls of torch.library.custom_op pass through several microseconds of Python more, on every launch.
+_LIBRARY = torch.library.Library("sgt", "DEF")
+
+
+def _register(name: str, schema: str, function: Callable[..., Any]) -> Any:
+    """Make ``function`` the implementation of sgt::``name`` on every device."""
+    _LIBRARY.define(name + schema)
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    return getattr(torch.ops.sgt, name).default
+
+
+def _fake(operator: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register what is decorated as ``operator`` on tensors without data: shapes and types of its results."""
+    return torch.library.register_fake(operator.name(), lib=_LIBRARY)
 
 
 def _implementation(definition: Callable[..., Any], module: str, x: Tensor) -> Callable[..., Any]:
@@ -41,19 +55,17 @@ def _operator(
     module: str,
     schema: str,
     views: bool = False,
-    changes: tuple[str, ...] = (),
 ) -> Callable[..., Any]:
     """Register ``definition`` as sgt::<its name>, with its Triton version in ``module``.
 
-    ``changes``: names of arguments that are written to. They are contiguous; a copy would take the result along.
+    An argument that the schema marks as written to must be contiguous: the result would stay in the copy.
     """
 
     def run(*args: Any) -> Any:
         args = _contiguous(args, views)
         return _implementation(definition, module, args[0])(*args)
 
-    name = f"sgt::{definition.__name__}"
-    return torch.library.custom_op(name, run, mutates_args=changes, schema=schema)
+    return _register(definition.__name__, schema, run)
 
 
 project_in: Any = _operator(
@@ -88,7 +100,6 @@ norm_weight_gradient: Any = _operator(
     loop_projection.norm_weight_gradient,
     "loop_projection_backward_triton",
     "(Tensor product, Tensor norm_weight, Tensor weight, Tensor rows, Tensor(a!) target, bool add) -> Tensor",
-    changes=("target",),
 )
 attend: Any = _operator(
     loop_attention.attend,
@@ -109,7 +120,7 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-@project_in.register_fake
+@_fake(project_in)
 def _(
     x: Tensor, norm: Tensor, weight: Tensor, bias: Any, rows: Tensor, cos: Tensor, sin: Tensor,
     q_norm: Any, k_norm: Any, eps: float, heads: int
@@ -121,17 +132,17 @@ def _(
     return x.new_empty(length, batch, count, size), x.new_empty(length, batch, dtype=_wide(x)), before
 
 
-@project_out.register_fake
+@_fake(project_out)
 def _(heads: Tensor, residual: Any, weight: Tensor, columns: Tensor) -> Tensor:
     return heads.new_empty(*heads.shape[:2], weight.shape[0])
 
 
-@output_gradient.register_fake
+@_fake(output_gradient)
 def _(dout: Tensor, weight: Tensor, columns: Tensor, size: int) -> Tensor:
     return dout.new_empty(*dout.shape[:2], columns.shape[0], size)
 
 
-@head_gradients.register_fake
+@_fake(head_gradients)
 def _(
     dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, before: Tensor, r: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,17 +150,17 @@ def _(
     return qkv.new_empty(qkv.shape), r.new_empty(r.shape), r.new_empty((2, dq.shape[-1]) if normed else 0)
 
 
-@norm_weight_gradient.register_fake
+@_fake(norm_weight_gradient)
 def _(product: Tensor, *rest: Any) -> Tensor:
     return product.new_empty(product.shape[1])
 
 
-@input_gradient.register_fake
+@_fake(input_gradient)
 def _(scaled: Tensor, coefficient: Tensor, x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@attend.register_fake
+@_fake(attend)
 def _(
     query: Tensor, key: Tensor, value: Tensor, gates: Tensor, slots: Tensor, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,7 +169,7 @@ def _(
     return query.new_empty(query.shape), lse, lse.new_empty(lse.shape if entropy else 0)
 
 
-@attend_backward.register_fake
+@_fake(attend_backward)
 def _(dout: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
@@ -180,7 +191,9 @@ def _differentiate_attend(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tenso
     return *attend_backward(dout.contiguous(), query, key, value, out, lse, gates, slots), None, None, None
 
 
-attend.register_autograd(_differentiate_attend, setup_context=_save_attend)
+torch.library.register_autograd(
+    attend.name(), _differentiate_attend, setup_context=_save_attend, lib=_LIBRARY
+)
 
 
 def _entropy(query: Tensor, key: Tensor) -> Tensor:
@@ -189,11 +202,9 @@ def _entropy(query: Tensor, key: Tensor) -> Tensor:
     return entropy_definition.last_row_entropy(query, key)
 
 
-last_row_entropy: Any = torch.library.custom_op(
-    "sgt::last_row_entropy", _entropy, mutates_args=(), schema="(Tensor query, Tensor key) -> Tensor"
-)
+last_row_entropy: Any = _register("last_row_entropy", "(Tensor query, Tensor key) -> Tensor", _entropy)
 
 
-@last_row_entropy.register_fake
+@_fake(last_row_entropy)
 def _(query: Tensor, key: Tensor) -> Tensor:
     return query.new_empty(query.shape[2], dtype=torch.float32)
