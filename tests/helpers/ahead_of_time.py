@@ -101,11 +101,11 @@ KERNELS = {
 }
 
 
-def compile_kernel(name: str, target: str, size: int, dtype: str = "bf16") -> dict[str, int]:
+def compile_kernel(name: str, target: str, size: int, dtype: str = "bf16", **values: int) -> dict[str, int]:
     """registers of a thread, stack and shared memory in bytes, and the number of matrix instructions.
 
     ``other_products``: products of matrices that the compiler left to an older instruction than the target's (on
-    sm_90 and sm_100: not wgmma, not tcgen05).
+    sm_90 and sm_100: not wgmma, not tcgen05). ``values``: arguments that are constants of the program.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -119,7 +119,7 @@ def compile_kernel(name: str, target: str, size: int, dtype: str = "bf16") -> di
         else ({}, {"num_warps": kernel.warps})
     )
     precision = "ieee" if dtype == "fp32" else "tf32"
-    known = {**kernel.switches, **shape, "H": size, "BH": size, "PRECISION": precision}
+    known = {**kernel.switches, **values, **shape, "H": size, "BH": size, "PRECISION": precision}
     names = function.arg_names
     constants = {name: known[name] for name in names if name in known}
     types = {name: _type_of(name, dtype, kernel.switches) for name in names}
