@@ -23,7 +23,8 @@ from megatron_sgt.cli import positive, run_main
 from megatron_sgt.errors import ConfigError
 
 SECTIONS = ("correctness", "kernels", "training")
-RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS, DRY_RESULTS = ROOT / "benchmarks/results", ROOT / "runs/gpu_suite"
 
 
 def parse() -> argparse.Namespace:
@@ -37,9 +38,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--readme", action="store_true", help="show the newest result in README.md, measure nothing"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    parser.add_argument("--out", type=Path, help="folder of the result (a dry run's: runs/gpu_suite)")
     parser.add_argument("--minutes", type=positive, default=8, help="time for everything (default 8)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.out = args.out or (DRY_RESULTS if args.dry_run else RESULTS)
+    return args
 
 
 def measure(args: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
