@@ -72,7 +72,7 @@ def test_fits_the_machine(name: str, target: str, size: int, dtype: str) -> None
 @pytest.mark.parametrize("name", KERNELS)
 def test_arguments_of_one(name: str) -> None:
     """Triton makes constants of integers that are 1: another program, which must be valid as well."""
-    ones = {name: 1 for name in ("batch", "heads", "groups", "count", "repeat", "parts", "queries")}
+    ones = dict.fromkeys(("batch", "heads", "groups", "count", "repeat", "parts", "queries"), 1)
     assert compile_kernel(name, "sm_90", 64, **ones)["registers"] > 0
 
 
