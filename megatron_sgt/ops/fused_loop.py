@@ -142,19 +142,22 @@ class _ProjectOut(torch.autograd.Function):
         at = ctx.at
         dout = dout.contiguous()
         dheads = library.output_gradient(dout, weight, at.columns, at.size)
-        wide = weight.dtype if getattr(weight, "main_grad", None) is None else weight.main_grad.dtype
+        main = getattr(weight, "main_grad", None)
+        wide = (weight if main is None else main).dtype
         product = weight_product(dout.flatten(0, 1), heads.flatten(0, 1).flatten(1), wide)
         dweight = into_parameter(weight, product, at.column_index, at, 1)
         return dheads, (dout if ctx.with_residual else None), dweight, None
 
 
 def weight_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """aᵀ b in ``dtype``, summed in fp32 at least and rounded once; a and b [N, *]."""
+    """aᵀ b in ``dtype``; a and b [N, *]. Summed as every weight gradient of a linear layer, in fp32 on a CPU."""
     if a.dtype == dtype:
-        # Half types on a CPU sum in their own precision.
+        # Half types on a CPU would sum in their own precision.
         half_on_cpu = a.device.type == "cpu" and dtype.itemsize == 2
         return torch.mm(a.t().float(), b.float()).to(dtype) if half_on_cpu else torch.mm(a.t(), b)
-    if a.device.type == "cuda" and dtype == torch.float32 and hasattr(torch.ops.aten.mm, "dtype"):
+    # torch 2.8 and later, on Nvidia's GPUs alone: operands of a half type, products in fp32.
+    cublas = a.device.type == "cuda" and torch.version.hip is None
+    if cublas and dtype == torch.float32 and hasattr(torch.ops.aten.mm, "dtype"):
         return torch.mm(a.t(), b, out_dtype=dtype)
     return torch.mm(a.t().to(dtype), b.to(dtype))
 
@@ -162,11 +165,20 @@ def weight_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 def qkv_gradient(
     product: Tensor, norm_weight: Tensor, weight: Tensor, at: HeadBlocks
 ) -> tuple[Tensor | None, Tensor]:
-    """Gradients of the fused projection (None: it went into ``main_grad``) and of the norm's weight, fp32."""
+    """Gradients of the fused projection (None: it went into ``main_grad``) and of the norm's weight, fp32.
+
+    Raises:
+        ValueError: ``main_grad`` is not contiguous; the kernel would write into a copy.
+    """
     main = getattr(weight, "main_grad", None)
     if main is not None:
+        if not main.is_contiguous():
+            raise ValueError(
+                f"main_grad of a looped projection must be contiguous, has strides {main.stride()}"
+            )
         return None, library.norm_weight_gradient(product, norm_weight, weight, at.rows, main, True)
-    target = torch.empty_like(weight) if at.whole else torch.zeros_like(weight)
+    fill = torch.empty_like if at.whole else torch.zeros_like
+    target = fill(weight, memory_format=torch.contiguous_format)
     return target, library.norm_weight_gradient(product, norm_weight, weight, at.rows, target, False)
 
 

@@ -25,7 +25,7 @@ def suite() -> object:
     )
 
 
-@pytest.mark.parametrize("way", ["custom", "library"])
+@pytest.mark.parametrize("way", ["custom", "split", "library"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_tolerance(dtype: torch.dtype, way: str, suite: tuple) -> None:
     row = suite[0].tolerance(suite[1], dtype, way)

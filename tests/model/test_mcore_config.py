@@ -1,5 +1,6 @@
 """The translation to Megatron-Core's configuration, field by field."""
 
+import shutil
 from typing import Any
 
 import pytest
@@ -148,6 +149,25 @@ def test_fusions(
     assert translated.bias_dropout_fusion is translated.cross_entropy_loss_fusion is on
     assert not transformer_config(config, "fp32", device).cross_entropy_loss_fusion
     assert translated.bias_activation_fusion is activation and not translated.apply_rope_fusion
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_model_with_compiled_functions() -> None:
+    """Really compiled, recomputed in the backward pass, and called with other lengths afterwards."""
+    plan = LoopPlan(4, ((2, LayerPlan(1, (2,), 0.5)), (3, LayerPlan(1, (0, 1)))))
+    results = []
+    for wanted in ("off", "on"):
+        config = small_config(train={"fusions": wanted, "recompute_granularity": "full"})
+        model = build_model(config, single_groups(config), "fp32", 3).train()
+        apply_plan(model, plan)
+        batch = random_batch(config)
+        model(**batch).backward()
+        logits = [model.logits(batch["tokens"][:, :length]) for length in (7, 12)]
+        results.append(([p.grad for p in model.parameters()], logits))
+    for one, other in zip(*results, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert a is not None and b is not None
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])

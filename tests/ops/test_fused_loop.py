@@ -143,6 +143,20 @@ def test_main_grad_gets_what_autograd_would() -> None:
         assert_near([parameter.main_grad - 0.5 * n], [grad], 1e-12)
 
 
+def test_a_main_grad_that_would_be_written_in_vain() -> None:
+    p = problem(CASES["two heads"], torch.float64)
+    p.weight.main_grad = torch.zeros_like(p.weight.t().contiguous()).t()
+    out = fused_pass(p, p.x.requires_grad_())
+    with pytest.raises(ValueError, match="main_grad of a looped projection must be contiguous"):
+        out.sum().backward()
+
+
+def test_weights_of_any_strides() -> None:
+    p = problem(CASES["two heads"], torch.float64)
+    turned = replace(p, weight=p.weight.t().contiguous().t(), out_weight=p.out_weight.t().contiguous().t())
+    assert_near(gradients(turned, fused_pass, 1), gradients(p, fused_pass, 1), 1e-13)
+
+
 def test_kept_rows_alone() -> None:
     """A weight that consists of the kept rows gives the same, with a gradient of its own shape."""
     p = problem(CASES["shared group"], torch.float64)

@@ -42,7 +42,8 @@ def arguments(p: Problem, operator: str) -> tuple[Any, ...]:
         ),
         "input_gradient": (qkv, coefficient, p.x, dout, p.norm_weight, p.weight, at.rows),
         "norm_weight_gradient": (
-            torch.ones(len(at.row_index), 96), p.norm_weight, p.weight, at.rows, torch.zeros_like(p.weight), True
+            torch.ones(len(at.row_index), 96, device=p.x.device), p.norm_weight, p.weight, at.rows,
+            torch.zeros_like(p.weight), True
         ),
         "last_row_entropy": (query, query),
     }[operator]  # fmt: skip

@@ -109,7 +109,7 @@ def test_norm_weight_gradient(add: bool, name: str, dtype: torch.dtype, which: s
     exactly = exact(product, p.norm_weight, p.weight, p.at.rows)
     wanted_sum = definitions.norm_weight_gradient(*exactly, wanted, add)
     assert_near([found, found_sum], [wanted, wanted_sum], TOLERANCE[dtype], "norm_weight_gradient")
-    others = torch.ones(len(start), dtype=torch.bool)
+    others = torch.ones(len(start), dtype=torch.bool, device=start.device)
     others[p.at.row_index] = False
     assert torch.equal(found[others], start[others])
 

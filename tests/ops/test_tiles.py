@@ -1,5 +1,6 @@
 """The table of tiles: complete, and chosen by architecture and head size."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,15 @@ def test_every_kernel_has_a_tile(kernel: str, arch: int, size: int) -> None:
     assert all(value & (value - 1) == 0 for value in shape.values())  # powers of two
     if kernel in ("project_out", "input_gradient"):
         assert size % shape["BK"] == 0  # these step along a head
+
+
+def test_parts_are_made_of_whole_tiles() -> None:
+    """Else the kernels that add parts up would read what nobody stored."""
+    for kernel in ("attend", "attend_backward"):
+        for arch, size in itertools.product((tiles.AMD, 80, 90, 100, 120), tiles.SIZES):
+            shape = tiles.entry(kernel, arch, size)[0]
+            for part in (tiles.FORWARD_PART, tiles.BACKWARD_PART, tiles.split_keys(torch.empty(1), 10**6, 1)):
+                assert not any(part % edge for edge in shape.values())
 
 
 def test_the_last_entry_that_fits_counts() -> None:

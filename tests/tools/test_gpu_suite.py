@@ -38,7 +38,7 @@ def test_dry_run(tmp_path: Path) -> None:
     result = json.loads(file.read_text(encoding="utf-8"))
     assert result["about"]["dry_run"] and set(result["ceilings"].values()) == {None}
     checks = {row["check"]: row["passed"] for row in result["correctness"]}
-    assert len(checks) == 7 and checks.pop("CUDA graph") is None and all(checks.values())
+    assert len(checks) == 9 and checks.pop("CUDA graph") is None and all(checks.values())
     assert "errors" not in result and {row["met"] for row in result["targets"]} == {None}
     structures = [row["structure"] for row in result["training"] if "structure" in row]
     assert structures == [

@@ -19,6 +19,10 @@ from megatron_sgt.parallel.device import device_name
 ROOT = Path(__file__).resolve().parents[3]
 
 
+CLOCK_HERTZ = 2e9
+"""No GPU of this kind ticks faster: ``torch.cuda._sleep`` counts ticks."""
+
+
 @dataclass
 class Machine:
     """``dry``: everything runs once, on a CPU, in tiny shapes, and no time is reported. ``deadline``: time.monotonic()
@@ -33,14 +37,22 @@ class Machine:
     peak_flops_per_second: float | None = None
 
     def seconds(self, function: Callable[[], Any], repeats: int = 5, calls: int = 10) -> float | None:
-        """Seconds of one call on the GPU: the median over ``repeats`` batches of ``calls``. None in a dry run."""
+        """Seconds of one call on the GPU: the median over ``repeats`` batches of ``calls``. None in a dry run.
+
+        The GPU waits until a batch is in its queue, so that what is measured is not how fast Python launches it.
+        """
         function()
         if self.dry:
             return None
-        function()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(calls):
+            function()
+        launching = time.perf_counter() - began
         times = []
         for _ in range(repeats):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(int(2 * launching * CLOCK_HERTZ))
             start.record()
             for _ in range(calls):
                 function()

@@ -111,7 +111,8 @@ def _weight_gradients(p: PassInputs, dout: Tensor, heads: Tensor, scaled: Tensor
     def both(first: Tensor, second: Tensor) -> None:
         product = fused_loop.weight_product(scaled.flatten(0, 1).flatten(1), x.flatten(0, 1), torch.float32)
         fused_loop.qkv_gradient(product, norm, first, p.at)
-        product = fused_loop.weight_product(dout.flatten(0, 1), heads.flatten(0, 1).flatten(1), second.dtype)
+        wide = getattr(second, "main_grad", second).dtype
+        product = fused_loop.weight_product(dout.flatten(0, 1), heads.flatten(0, 1).flatten(1), wide)
         fused_loop.into_parameter(second, product, p.at.column_index, p.at, 1)
 
     tokens, width, rows = x.shape[0] * x.shape[1], x.shape[-1], len(p.rows)
@@ -152,6 +153,7 @@ def run(machine: Machine) -> Iterator[dict[str, Any]]:
             yield {"skipped": f"operations, B {batch}, D {width}: the time is used up"}
             continue
         p = pass_inputs(40 if machine.dry else 4096, batch, width, size, machine.device, machine.dtype)
+        torch._dynamo.reset()  # code for this shape, not for any
         for operation in (*operations(p), rotary(p, width)):
             row: dict[str, Any] = {"operation": operation.name, "B": batch, "D": width, "d": size}
             kernel, eager = machine.seconds(operation.kernel), machine.seconds(operation.eager)

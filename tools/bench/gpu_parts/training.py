@@ -82,6 +82,8 @@ def structures(layers: int, heads: int) -> dict[str, LoopPlan]:
 
 def stepper(config: Config) -> tuple[Step, Runtime]:
     """A function that runs one step under a plan and gives its seconds."""
+    # A second model would get code for any shape from torch.compile, which a run with one model never has.
+    torch._dynamo.reset()
     groups = start_processes(config, discover({}))
     runtime = build_runtime(config, groups)
     size, length = config.train.micro_batch_size, config.model.seq_length
@@ -198,15 +200,17 @@ def profile(machine: Machine, step: Step, plans: dict[str, LoopPlan]) -> list[di
 def without_fusions(
     machine: Machine, name: str, shape: tuple[int, int, int, int, int]
 ) -> Iterator[dict[str, Any]]:
-    """The vanilla step without ``train.fusions``: what they gain, in the same process."""
+    """The vanilla step without ``train.fusions``: what they gain, in the same process but not in alternation."""
     if machine.late:
         yield {"model": name, "skipped": "vanilla, fusions off: the time is used up"}
         return
     config = run_config(machine, *shape, fusions="off")
     vanilla = LoopPlan.empty(config.model.num_layers)
     step, runtime = stepper(config)
-    warm = 1 if machine.dry else 3
-    seconds = [step(vanilla, False) for _ in range(warm + (1 if machine.dry else 10))][warm:]
+    for _ in range(1 if machine.dry else 3):
+        step(vanilla, False)
+    machine.free()
+    seconds = [step(vanilla, False) for _ in range(1 if machine.dry else 10)]
     row = {"model": name, "structure": "vanilla, fusions off", "batch": shape[4]}
     yield row | _row(machine, config, vanilla, seconds, memory_gb(machine.device)[0])
     runtime.engine.destroy()
