@@ -51,10 +51,7 @@ def _contiguous(arguments: tuple[Any, ...], views: bool) -> tuple[Any, ...]:
 
 
 def _operator(
-    definition: Callable[..., Any],
-    module: str,
-    schema: str,
-    views: bool = False,
+    definition: Callable[..., Any], module: str, schema: str, views: bool = False
 ) -> Callable[..., Any]:
     """Register ``definition`` as sgt::<its name>, with its Triton version in ``module``.
 
@@ -178,9 +175,8 @@ def _save_attend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     query, key, value, gates, slots, _ = inputs
     out, lse, rows = output
     ctx.mark_non_differentiable(lse, rows)
-    ctx.set_materialize_grads(
-        False
-    )  # else every backward pass would fill gradients of lse and rows with zeros
+    # Else every backward pass would fill gradients of lse and rows with zeros.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, key, value, out, lse, gates, slots)
 
 

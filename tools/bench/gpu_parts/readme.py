@@ -38,7 +38,7 @@ def section(results: Path) -> str:
     rows = [{name: row.get(name) for name in SHOWN} for row in result.get("training", []) if "step_ms" in row]
     lines = [
         f"`{COMMAND}` on one {about['device']} ({about['dtype']}, {versions}, commit {about['commit']}), vanilla and",
-        f"grown steps in alternation. All of it: `benchmarks/results/{file.with_suffix('.md').name}`.",
+        f"grown steps in alternation, without fusions alone. All of it: `benchmarks/results/{file.stem}.md`.",
         "",
         table(rows) if rows else "No training step was measured.",
     ]

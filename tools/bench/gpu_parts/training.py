@@ -95,7 +95,7 @@ def stepper(config: Config) -> tuple[Step, Runtime]:
         "position_ids": torch.arange(length, device=groups.device).expand(size, -1),
     }
 
-    def step(plan: LoopPlan, measure: bool = False) -> float:
+    def step(plan: LoopPlan, measure: bool) -> float:
         apply_plan(runtime.model, plan)
         runtime.model.meter.enabled = measure
         synchronize(groups.device)
