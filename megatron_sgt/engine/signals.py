@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from megatron_sgt.engine.stop import SIGNALS, StopRequests, named
+from megatron_sgt.engine.stop import SIGNALS, Reason, StopRequests, named
 from megatron_sgt.errors import ExitCode
 
 REPEAT_S = 3.0
@@ -66,7 +66,7 @@ class _Watch:
         self._reader = reader
         self._came: dict[int, float] = {}
         self._deadline: float | None = None
-        self._reason = 0
+        self._reason: int = Reason.NONE
 
     def begin(self, reason: int, wake: socket.socket | None = None) -> None:
         """Let the grace time for ``reason`` begin now."""
@@ -100,10 +100,10 @@ class _Watch:
         if signum not in self._came:
             self._came[signum] = now
             if self._deadline is None:
-                self.begin(signum)
+                self.begin(Reason.of(signum))
             self._stop.receive(signum)
         elif now - self._came[signum] > REPEAT_S:
-            _force(f"{named(signum)} came again")
+            _force(f"{Reason.of(signum).name} came again")
 
 
 def _force(cause: str) -> None:

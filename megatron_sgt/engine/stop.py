@@ -6,28 +6,47 @@ step and lets all ranks agree, so that all stop after the same step (engine/loop
 
 from __future__ import annotations
 
+import enum
 import signal
 import time
 from collections.abc import Callable
 
 from megatron_sgt.config import TrainConfig
 
-NONE = 0
-DURATION = 1001
-JOB_END = 1002
-_LIMITS = {DURATION: "train.exit_duration_minutes", JOB_END: "the end of the Slurm job is near"}
-
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Ask to save and stop: a scheduler's or launcher's SIGTERM, Slurm's warning, the keyboard."""
 
 
+class Reason(enum.IntEnum):
+    """Why a run stops. Of several, on one rank or on many, the largest counts.
+
+    Launchers answer the keyboard or a warning with a SIGTERM of their own, so that it says least of the signals.
+    Which of two came first is not known: the kernel delivers two that wait together in reverse.
+    """
+
+    NONE = 0
+    JOB_END = 1
+    DURATION = 2
+    SIGTERM = 3
+    SIGUSR1 = 4
+    SIGINT = 5
+
+    @classmethod
+    def of(cls, signum: int) -> Reason:
+        """The reason that one of ``SIGNALS`` is."""
+        return cls[signal.Signals(signum).name]
+
+
+_LIMITS = {Reason.DURATION: "train.exit_duration_minutes", Reason.JOB_END: "the end of the Slurm job is near"}
+
+
 def named(reason: int) -> str:
     """What a reason is called in messages: the name of its signal, or of the limit that was passed."""
-    return _LIMITS.get(reason) or signal.Signals(reason).name
+    return _LIMITS.get(Reason(reason)) or Reason(reason).name
 
 
 class StopRequests:
-    """The requests that this rank has received, as numbers: a signal's own, DURATION or JOB_END.
+    """The requests that this rank has received.
 
     Args:
         job_end: seconds since the epoch at which the scheduler will end the job, None if nobody said.
@@ -38,7 +57,7 @@ class StopRequests:
         self, train: TrainConfig, job_end: float | None = None, now: Callable[[], float] = time.time
     ) -> None:
         self._now = now
-        self._signal = NONE
+        self._signal = Reason.NONE
         minutes = train.exit_duration_minutes
         self._duration_end = None if minutes is None else now() + 60 * minutes
         self._job_end = None if job_end is None else job_end - 60 * train.exit_before_job_end_minutes
@@ -49,19 +68,19 @@ class StopRequests:
         """Told when all ranks have agreed to stop."""
 
     def receive(self, signum: int) -> None:
-        """Note a signal; the first one counts."""
-        self._signal = self._signal or signum
+        """Note one of ``SIGNALS``."""
+        self._signal = max(self._signal, Reason.of(signum))
 
     def note_save(self, seconds: float) -> None:
         """A save took so long: near the end of the job as much time is left for the last one."""
         self._longest_save = max(self._longest_save, seconds)
 
-    def pending(self) -> int:
-        """The reason for which this rank wants to stop, NONE for none."""
+    def pending(self) -> Reason:
+        """The reason for which this rank wants to stop."""
         if self._signal:
             return self._signal
         if self._duration_end is not None and self._now() >= self._duration_end:
-            return DURATION
+            return Reason.DURATION
         if self._job_end is not None and self._now() >= self._job_end - self._longest_save:
-            return JOB_END
-        return NONE
+            return Reason.JOB_END
+        return Reason.NONE

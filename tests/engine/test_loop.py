@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from megatron_sgt.engine.hooks import StatelessHook
 from megatron_sgt.engine.loop import DivergedError, Trainer
 from megatron_sgt.engine.state import TrainState
 from megatron_sgt.engine.step import Batch, StepResult
-from megatron_sgt.engine.stop import SIGNALS, StopRequests
+from megatron_sgt.engine.stop import Reason, StopRequests
 from megatron_sgt.optim.schedule import learning_rate
 from tests.helpers.fake_groups import fake_groups
 from tests.helpers.single import small_config
@@ -61,7 +62,7 @@ class StopAfter(StatelessHook):
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         if state.step == self.step:
-            self.stop.receive(SIGNALS[0])
+            self.stop.receive(signal.SIGTERM)
 
 
 class Scripted:
@@ -123,8 +124,8 @@ def test_a_request_stops_before_the_next_step(monkeypatch: pytest.MonkeyPatch) -
     told: list[int] = []
     run.stop.on_agreed = told.append
     run.hooks = [*run.hooks, StopAfter(run.stop, 2)]
-    assert run.run(numbered(), 9) == SIGNALS[0]
-    assert calls[-1] == ("d", "stop", 2, SIGNALS[0]) and told == [SIGNALS[0]]
+    assert run.run(numbered(), 9) == Reason.SIGTERM
+    assert calls[-1] == ("d", "stop", 2, Reason.SIGTERM) and told == [Reason.SIGTERM]
     assert not [call for call in calls if call[1] == "after"], "after_run would validate first"
 
 

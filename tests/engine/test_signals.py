@@ -15,7 +15,7 @@ import pytest
 from megatron_sgt.config import TrainConfig
 from megatron_sgt.engine import signals
 from megatron_sgt.engine.signals import listening
-from megatron_sgt.engine.stop import StopRequests
+from megatron_sgt.engine.stop import Reason, StopRequests
 from megatron_sgt.errors import ExitCode
 from tests.helpers.ranks import start_server
 
@@ -86,12 +86,18 @@ class Run:
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_is_a_request(signum: int, tmp_path: Path) -> None:
-    assert Run(tmp_path, steps).send(signum).end() == (signum, "")
+    assert Run(tmp_path, steps).send(signum).end() == (Reason.of(signum), "")
 
 
 def test_what_a_launcher_passes_on_at_once_is_no_second_request(tmp_path: Path) -> None:
     several = (signal.SIGINT, signal.SIGTERM, signal.SIGTERM, signal.SIGINT)
-    assert Run(tmp_path, steps).send(*several, pause=0.02).end() == (signal.SIGINT, "")
+    assert Run(tmp_path, steps).send(*several, pause=0.02).end() == (Reason.SIGINT, "")
+
+
+def test_two_that_wait_together_are_told_in_either_order(tmp_path: Path) -> None:
+    """The kernel runs the handlers of signals that wait together in reverse; stopping the process makes them."""
+    run = Run(tmp_path, steps).send(signal.SIGSTOP)
+    assert run.send(signal.SIGINT, signal.SIGTERM, signal.SIGCONT).end() == (Reason.SIGINT, "")
 
 
 def test_a_second_request_forces_the_exit_also_of_a_stuck_process(tmp_path: Path) -> None:
@@ -118,7 +124,7 @@ def test_the_keyboard_interrupts_a_start(tmp_path: Path) -> None:
 
 
 def test_a_scheduler_that_warns_during_the_start_is_heard(tmp_path: Path) -> None:
-    assert Run(tmp_path, steps, training=False).send(signal.SIGUSR1).end() == (signal.SIGUSR1, "")
+    assert Run(tmp_path, steps, training=False).send(signal.SIGUSR1).end() == (Reason.SIGUSR1, "")
 
 
 def test_everything_is_as_before_afterwards() -> None:

@@ -23,19 +23,27 @@ def requests(clock: Callable[[], float], job_end: float | None = None, **train: 
     return StopRequests(TrainConfig(**TRAIN, **train), job_end, clock)
 
 
-def test_the_first_signal_counts() -> None:
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_launchers_answer_does_not_hide_what_it_answers(signum: int, order: int) -> None:
     asked = requests(Clock())
-    assert asked.pending() == stop.NONE
-    asked.receive(signal.SIGUSR1)
+    assert not asked.pending()
+    for one in (signum, signal.SIGTERM)[::order]:
+        asked.receive(one)
+    assert stop.named(asked.pending()) == signal.Signals(signum).name
+
+
+def test_a_signal_says_more_than_a_limit() -> None:
+    asked = requests(Clock(), job_end=0.0)
     asked.receive(signal.SIGTERM)
-    assert stop.named(asked.pending()) == "SIGUSR1"
+    assert stop.named(asked.pending()) == "SIGTERM"
 
 
 def test_the_duration_is_that_of_this_process() -> None:
     clock = Clock()
     asked = requests(clock, exit_duration_minutes=1.5)
     clock.now += 89
-    assert asked.pending() == stop.NONE
+    assert not asked.pending()
     clock.now += 1
     assert stop.named(asked.pending()) == "train.exit_duration_minutes"
 
@@ -47,6 +55,6 @@ def test_the_end_of_the_job_leaves_time_for_a_save(longest_save: float, margin: 
     for seconds in (longest_save, longest_save / 2):
         asked.note_save(seconds)
     clock.now += 600 - margin - 1
-    assert asked.pending() == stop.NONE
+    assert not asked.pending()
     clock.now += 1
     assert "Slurm" in stop.named(asked.pending())
