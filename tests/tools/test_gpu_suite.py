@@ -13,7 +13,10 @@ from tests.helpers.commands import ROOT, Finished, run_process
 
 pytest.importorskip("triton")
 
-NOT_TIMES = {"flops_overhead_percent"}
+MEASURED = re.compile(r"_(us|ms|share|percent|tflops|second|gb)$|^(ms|share|share_of_matmul_ceiling)$")
+"""Columns that hold a time, a rate or a share."""
+NOT_KNOWN = {"datasheet_tflops", "mfu_percent", "memory_gb"}
+"""Of a CPU."""
 
 
 def suite(*arguments: str) -> Finished:
@@ -21,14 +24,14 @@ def suite(*arguments: str) -> Finished:
     return run_process([sys.executable, "tools/bench/gpu_suite.py", *arguments], ROOT, timeout=600)
 
 
-def numbers(row: dict[str, Any]) -> list[str]:
-    """Columns of a row that hold a time, a rate or a share."""
-    units = re.compile(r"_(us|ms|share|percent|tflops|second|gb)$|^(ms|memory_gb)$")
-    return [
-        name
+def measured(rows: list[dict[str, Any]]) -> set[Any]:
+    """What stands where a measurement does."""
+    return {
+        value
+        for row in rows
         for name, value in row.items()
-        if units.search(name) and name not in NOT_TIMES and value is not None
-    ]
+        if MEASURED.search(name) and name not in NOT_KNOWN
+    }
 
 
 def test_dry_run(tmp_path: Path) -> None:
@@ -36,10 +39,11 @@ def test_dry_run(tmp_path: Path) -> None:
     assert done.code == 0, done.out + done.err
     (file,) = tmp_path.glob("*.json")
     result = json.loads(file.read_text(encoding="utf-8"))
-    assert result["about"]["dry_run"] and set(result["ceilings"].values()) == {None}
+    assert result["about"]["dry_run"] and measured([result["ceilings"]]) == {"dry"}
     checks = {row["check"]: row["passed"] for row in result["correctness"]}
     assert len(checks) == 9 and checks.pop("CUDA graph") is None and all(checks.values())
     assert "errors" not in result and {row["met"] for row in result["targets"]} == {None}
+    assert [row["measured"] for row in result["targets"]] == [None, None, "dry", None, None]
     structures = [row["structure"] for row in result["training"] if "structure" in row]
     assert structures == [
         "vanilla",
@@ -55,11 +59,13 @@ def test_dry_run(tmp_path: Path) -> None:
     (profile,) = (row["profile"] for row in result["training"] if "profile" in row)
     assert profile and len(result["operations"]) == 7
     assert "compiled_us" in result["passes"][0] and "custom_whole_keys_us" in result["attention"][0]
-    rows = [
-        row for name in ("passes", "attention", "operations", "entropy", "training") for row in result[name]
-    ]
-    rows += profile
-    assert not [found for row in rows if (found := numbers(row))]
+    for name in ("passes", "attention", "operations", "entropy"):
+        assert measured(result[name]) == {"dry"}, name
+    steps = [row for row in result["training"] if "structure" in row]
+    assert measured(steps) == measured(profile) == {"dry"}
+    assert not re.search(
+        r"\d\.\d", json.dumps({**result, "about": None, "correctness": None, "targets": None})
+    )
     assert "It measures nothing" in file.with_suffix(".md").read_text(encoding="utf-8")
 
 

@@ -32,7 +32,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dry-run", action="store_true", help="execute everything on a CPU, report no time")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="execute everything on a CPU, report no figure"
+    )
     parser.add_argument("--only", choices=SECTIONS, help="one section")
     parser.add_argument("--no-golden", action="store_true", help="leave the golden trajectory out")
     parser.add_argument(
@@ -74,6 +76,7 @@ def measure(args: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) ->
         "operations": ("kernels", lambda: operations.run(this)),
         "passes": ("kernels", lambda: kernels.passes(this)),
     }
+    shown = machine.without_figures if this.dry else lambda measured: measured
     for name, (section, rows) in parts.items():
         if args.only not in (None, section):
             continue
@@ -85,8 +88,8 @@ def measure(args: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) ->
             traceback.print_exc()
             result.setdefault("errors", {})[name] = machine.first_line(error)
         result["targets"] = targets.verdicts(result)
-        keep(result)
-    return result
+        keep(shown(result))
+    return shown(result)
 
 
 def main() -> int:

@@ -24,7 +24,7 @@ Forward = Callable[[], Tensor]
 def shapes(machine: Machine) -> list[tuple[int, int, int, int]]:
     """(T, B, D, d), the shapes of interest first in case time runs out."""
     if machine.dry:
-        return [(40, 1, 64, 16)]
+        return [(40, 2, 64, 16)]
     sizes = [(2048, 128), (1024, 64), (4096, 128), (2048, 64), (1024, 128), (4096, 64)]
     return [(4096, batch, width, size) for (width, size), batch in itertools.product(sizes, (1, 2, 4, 8))]
 
@@ -51,9 +51,7 @@ def passes(machine: Machine) -> Iterator[dict[str, Any]]:
                 machine.free()
                 continue
             row[f"{way}_us"] = per(1e6, seconds)
-            ideal = machine.ideal_seconds(operations, least_bytes)
-            if seconds and ideal:
-                row[f"{way}_share"] = round(ideal / seconds, 3)
+            row[f"{way}_share"] = round(machine.ideal_seconds(operations, least_bytes) / seconds, 3)
         yield row
         machine.free()
 
@@ -96,10 +94,9 @@ def attentions(machine: Machine) -> Iterator[dict[str, Any]]:
                     ahead = machine.seconds(forward)
                 total = machine.seconds(_both_ways(forward, [query, key, value]))
             row[f"{way}_forward_us"], row[f"{way}_us"] = per(1e6, ahead), per(1e6, total)
-            if ahead and total and machine.matmul_flops_per_second:
-                ideal = attention_flops(length, batch, size) / machine.matmul_flops_per_second
-                row[f"{way}_forward_share"] = round(ideal / ahead, 3)
-                row[f"{way}_share"] = round(3.5 * ideal / total, 3)
+            ideal = attention_flops(length, batch, size) / machine.matmul_flops_per_second
+            row[f"{way}_forward_share"] = round(ideal / ahead, 3)
+            row[f"{way}_share"] = round(3.5 * ideal / total, 3)
         yield row
 
 

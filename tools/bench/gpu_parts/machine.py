@@ -1,4 +1,8 @@
-"""The machine that is measured: its clock, its identity and its ceilings. A dry run has no clock."""
+"""The machine that is measured: its clock, its identity and its ceilings.
+
+A dry run measures as any other, with the host's clock, so that it executes what a GPU will; ``without_figures`` then
+leaves nothing of it that could be taken for a measurement.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from typing import Any
 import torch
 
 from megatron_sgt.metrics.throughput import peak_flops
-from megatron_sgt.parallel.device import device_name
+from megatron_sgt.parallel.device import device_name, synchronize
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -25,46 +29,32 @@ CLOCK_HERTZ = 2e9
 
 @dataclass
 class Machine:
-    """``dry``: everything runs once, on a CPU, in tiny shapes, and no time is reported. ``deadline``: time.monotonic()
-    after which sections skip what is left."""
+    """``dry``: on a CPU, in tiny shapes, each call once. ``deadline``: time.monotonic() after which sections skip what
+    is left. The ceilings are set by ``measure_ceilings``; the peak of a device without a data sheet is None."""
 
     device: torch.device
     dtype: torch.dtype
     dry: bool
     deadline: float
-    copy_bytes_per_second: float | None = None
-    matmul_flops_per_second: float | None = None
+    copy_bytes_per_second: float = 1.0
+    matmul_flops_per_second: float = 1.0
     peak_flops_per_second: float | None = None
 
-    def seconds(self, function: Callable[[], Any], repeats: int = 5, calls: int = 10) -> float | None:
-        """Seconds of one call on the GPU: the median over ``repeats`` batches of ``calls``. None in a dry run.
-
-        The GPU waits until a batch is in its queue, so that what is measured is not how fast Python launches it.
-        """
+    def seconds(self, function: Callable[[], Any], repeats: int = 5, calls: int = 10) -> float:
+        """Seconds of one call on the device: the median over ``repeats`` batches of ``calls``."""
         function()
         if self.dry:
-            return None
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(calls):
-            function()
-        launching = time.perf_counter() - began
-        times = []
-        for _ in range(repeats):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(int(2 * launching * CLOCK_HERTZ))
-            start.record()
-            for _ in range(calls):
-                function()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3 / calls)
-        return statistics.median(times)
+            repeats = calls = 1
+        synchronize(self.device)
+        launching = _host_seconds(function, calls)
+        if self.device.type == "cuda":
+            batches = [_gpu_seconds(function, calls, launching) for _ in range(repeats)]
+        else:
+            batches = [_host_seconds(function, calls) for _ in range(repeats)]
+        return statistics.median(batches) / calls
 
-    def ideal_seconds(self, flops: float, bytes_moved: float) -> float | None:
-        """The roofline: the least that so much arithmetic and so many bytes take; None before it is measured."""
-        if not self.matmul_flops_per_second or not self.copy_bytes_per_second:
-            return None
+    def ideal_seconds(self, flops: float, bytes_moved: float) -> float:
+        """The roofline: the least that so much arithmetic and so many bytes take."""
         return max(flops / self.matmul_flops_per_second, bytes_moved / self.copy_bytes_per_second)
 
     @property
@@ -74,9 +64,29 @@ class Machine:
 
     def free(self) -> None:
         """Give unused device memory back."""
-        if not self.dry:
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+
+
+def _host_seconds(function: Callable[[], Any], calls: int) -> float:
+    began = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return time.perf_counter() - began
+
+
+def _gpu_seconds(function: Callable[[], Any], calls: int, launching: float) -> float:
+    """The GPU waits until the batch, which takes ``launching`` seconds to launch, is in its queue: what is measured
+    is not how fast Python launches it."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(int(2 * launching * CLOCK_HERTZ))
+    start.record()
+    for _ in range(calls):
+        function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def measure_ceilings(machine: Machine) -> dict[str, Any]:
@@ -87,11 +97,9 @@ def measure_ceilings(machine: Machine) -> dict[str, Any]:
     copy = machine.seconds(lambda: target.copy_(source))
     a = torch.randn(width, width, device=machine.device).to(machine.dtype)
     product = machine.seconds(lambda: a @ a)
-    if copy and product:
-        machine.copy_bytes_per_second = 2 * source.numel() * source.element_size() / copy
-        machine.matmul_flops_per_second = 2 * width**3 / product
-    if not machine.dry:
-        machine.peak_flops_per_second = peak_flops(device_name(machine.device), "bf16")
+    machine.copy_bytes_per_second = 2 * source.numel() * source.element_size() / copy
+    machine.matmul_flops_per_second = 2 * width**3 / product
+    machine.peak_flops_per_second = peak_flops(device_name(machine.device), "bf16")
     return {
         "copy_gb_per_second": per(1e-9, machine.copy_bytes_per_second),
         "matmul_tflops": per(1e-12, machine.matmul_flops_per_second),
@@ -102,6 +110,18 @@ def measure_ceilings(machine: Machine) -> dict[str, Any]:
 def per(factor: float, value: float | None) -> float | None:
     """``value`` in other units, or None."""
     return None if value is None else round(value * factor, 3)
+
+
+DRY_FIGURE = "dry"
+
+
+def without_figures(value: Any) -> Any:
+    """A copy of a result in which every figure that was measured (a float) is the word "dry", and no target is met."""
+    if isinstance(value, dict):
+        return {name: None if name == "met" else without_figures(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [without_figures(inner) for inner in value]
+    return DRY_FIGURE if isinstance(value, float) else value
 
 
 def first_line(error: BaseException) -> str:

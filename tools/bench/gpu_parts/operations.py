@@ -158,7 +158,6 @@ def run(machine: Machine) -> Iterator[dict[str, Any]]:
             row: dict[str, Any] = {"operation": operation.name, "B": batch, "D": width, "d": size}
             kernel, eager = machine.seconds(operation.kernel), machine.seconds(operation.eager)
             row |= {"kernel_us": per(1e6, kernel), "eager_us": per(1e6, eager)}
-            ideal = machine.ideal_seconds(operation.flops, operation.bytes)
-            row["share"] = round(ideal / kernel, 3) if kernel and ideal else None
+            row["share"] = round(machine.ideal_seconds(operation.flops, operation.bytes) / kernel, 3)
             yield row
         machine.free()

@@ -27,6 +27,8 @@ Step = Callable[[LoopPlan, bool], float]
 # layers, hidden, ffn, heads, sequences per step
 MODELS = {"300M": (24, 1024, 2752, 16, 4), "1.2B": (24, 2048, 5504, 16, 2)}
 
+KERNELS_SHOWN = 25
+
 
 def run_config(
     machine: Machine, layers: int, hidden: int, ffn: int, heads: int, batch: int, fusions: str = "auto"
@@ -118,7 +120,7 @@ def compare(
     for arguments in both if machine.dry else both * 2:
         step(*arguments)
     times: tuple[list[float], list[float]] = ([], [])
-    for pair in range(1 if machine.dry else 10):
+    for pair in range(2 if machine.dry else 10):
         for which in (0, 1) if pair % 2 == 0 else (1, 0):
             times[which].append(step(*both[which]))
     return times
@@ -128,19 +130,16 @@ def _row(
     machine: Machine, config: Config, plan: LoopPlan, seconds: list[float], peak_gb: float | None
 ) -> dict[str, Any]:
     flops = step_flops(config.model, plan, config.train.micro_batch_size)
-    row: dict[str, Any] = {"memory_gb": per(1.0, peak_gb)}
-    if machine.dry:
-        return row
     median = statistics.median(seconds)
     rate = flops.model / median
-    ceiling, peak = machine.matmul_flops_per_second, machine.peak_flops_per_second
+    peak = machine.peak_flops_per_second
     return {
-        **row,
+        "memory_gb": per(1.0, peak_gb),
         "step_ms": per(1e3, median),
-        "tokens_per_second": round(config.train.micro_batch_size * config.model.seq_length / median),
+        "tokens_per_second": per(1.0, config.train.micro_batch_size * config.model.seq_length / median),
         "model_tflops": per(1e-12, rate),
         "mfu_percent": None if peak is None else round(100 * rate / peak, 1),
-        "share_of_matmul_ceiling": None if ceiling is None else round(rate / ceiling, 3),
+        "share_of_matmul_ceiling": round(rate / machine.matmul_flops_per_second, 3),
     }
 
 
@@ -166,9 +165,7 @@ def one_model(machine: Machine, name: str, shape: tuple[int, int, int, int, int]
         row |= _row(machine, config, plan, grown, memory_gb(machine.device)[0])
         more = step_flops(config.model, plan, 1).executed / base - 1
         row["flops_overhead_percent"] = round(100 * more, 2)
-        row["time_overhead_percent"] = (
-            None if machine.dry else round(100 * (statistics.median(ratios) - 1), 2)
-        )
+        row["time_overhead_percent"] = round(100 * (statistics.median(ratios) - 1), 2)
         if first:
             yield {**first, **_row(machine, config, vanilla, plain, vanilla_gb)}
             first = {}
@@ -179,21 +176,21 @@ def one_model(machine: Machine, name: str, shape: tuple[int, int, int, int, int]
 
 
 def profile(machine: Machine, step: Step, plans: dict[str, LoopPlan]) -> list[dict[str, Any]]:
-    """The kernels that a fixed step with one loop spends most time in (on a CPU: names alone)."""
+    """The kernels that a fixed step with one loop spends most time in."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
-    activities = [ProfilerActivity.CPU] if machine.dry else [ProfilerActivity.CUDA]
-    with record(activities=activities) as recorded:
+    activity = ProfilerActivity.CUDA if machine.device.type == "cuda" else ProfilerActivity.CPU
+    with record(activities=[activity]) as recorded:
         step(plans["fixed, 1 loop"], False)
-    events = sorted(recorded.key_averages(), key=lambda e: -getattr(e, "self_device_time_total", 0.0))
+
+    def microseconds(event: Any) -> float:
+        return float(getattr(event, f"self_{'device' if activity.name == 'CUDA' else 'cpu'}_time_total"))
+
+    events = sorted(recorded.key_averages(), key=microseconds, reverse=True)
     return [
-        {
-            "kernel": e.key[:90],
-            "calls": e.count,
-            "ms": None if machine.dry else per(1e-3, e.self_device_time_total),
-        }
-        for e in events[: 5 if machine.dry else 25]
+        {"kernel": e.key[:90], "calls": e.count, "ms": per(1e-3, microseconds(e))}
+        for e in events[:KERNELS_SHOWN]
     ]
 
 
