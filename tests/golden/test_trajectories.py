@@ -52,8 +52,10 @@ def test_micro_batches_do_not_change_the_run() -> None:
     whole, metadata = make_trajectory({**settings, "micro_batch": 4}, seed=0)
     split, split_metadata = make_trajectory({**settings, "micro_batch": 1}, seed=0)
     assert split_metadata["events"] == metadata["events"]
-    for key in ("loss", "ema_entropy", "grad_norm"):
-        assert (whole[key] - split[key]).abs().max() < 1e-5, key
+    # The order of sums differs in fp32, by how much depends on the processor: 1.5e-5 was seen at the worst step. A
+    # micro-batch that is weighted or counted wrongly moves the norm by tenths.
+    for key, tolerance in (("loss", 1e-5), ("ema_entropy", 1e-5), ("grad_norm", 1e-4)):
+        assert (whole[key] - split[key]).abs().max() < tolerance, key
 
 
 def test_events_of_the_variants_differ_where_they_should() -> None:
