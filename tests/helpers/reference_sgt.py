@@ -254,7 +254,9 @@ def run_trajectory(init: Params, tokens: Tensor, settings: Settings, probe_token
             f"learning-rate schedule {settings['optim']['schedule']!r}: the reference knows constant"
         )
     model, optim = settings["model"], settings["optim"]
-    params = {name: w.detach().float().clone().requires_grad_() for name, w in init.items()}
+    params = {
+        name: w.detach().to(torch.get_default_dtype()).clone().requires_grad_() for name, w in init.items()
+    }
     optimizer = torch.optim.AdamW(
         params.values(),
         lr=optim["lr"],

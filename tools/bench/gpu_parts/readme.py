@@ -14,7 +14,7 @@ COMMAND = "python tools/bench/gpu_suite.py"
 SHOWN = ("model", "structure", "batch", "step_ms", "tokens_per_second", "mfu_percent", "memory_gb",
          "time_overhead_percent", "flops_overhead_percent")  # fmt: skip
 NONE_YET = f"""Figures on GPUs are outstanding: nothing has been measured there yet. `{COMMAND}` (one GPU, at most
-eight minutes) measures them into `benchmarks/results/`; `--dry-run` executes it on a CPU and reports no time.
+eight minutes) measures them into `benchmarks/results/`; `--dry-run` executes it on a CPU and reports no figure.
 """
 
 
