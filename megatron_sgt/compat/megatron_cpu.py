@@ -33,6 +33,8 @@ def check_megatron_version() -> None:
 class CpuRNGStatesTracker(megatron_random.CudaRNGStatesTracker):
     """Megatron's named random streams, kept in the CPU generator. Same interface as the CUDA tracker."""
 
+    _current_state_name: str
+
     def add(self, name: str, seed: int) -> None:
         """Start the stream ``name`` from ``seed``; the generator's own state is left as it was."""
         if name in self.states_:
@@ -45,14 +47,22 @@ class CpuRNGStatesTracker(megatron_random.CudaRNGStatesTracker):
 
     @contextlib.contextmanager
     def fork(self, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
-        """Run the body on the stream ``name``, then go back to the generator's own state."""
-        outer = torch.get_rng_state()
+        """Run the body on the stream ``name``, then go back to where the generator was.
+
+        As in Megatron: inside a body a further fork, of the same stream or of another one, first puts the running
+        stream away, so that each number of a stream is drawn once.
+        """
+        outer, outer_name = torch.get_rng_state(), self._current_state_name
+        if outer_name in self.states_:
+            self.states_[outer_name] = outer
         torch.set_rng_state(self.states_[name])
+        self._current_state_name = name
         try:
             yield
         finally:
             self.states_[name] = torch.get_rng_state()
-            torch.set_rng_state(outer)
+            torch.set_rng_state(self.states_.get(outer_name, outer))
+            self._current_state_name = outer_name
 
 
 def _get_cpu_state(*args: object, **kwargs: object) -> torch.Tensor:

@@ -67,8 +67,8 @@ class ModelConfig(Section):
     hidden_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on every residual branch.")
     use_cpu_initialization: bool | None = Field(
         default=None,
-        description="Draw the initial weights on the CPU, the same for every tensor-parallel size; "
-        "null: if the model trains on the CPU.",
+        description="Draw the initial weights on the CPU instead of the GPU: slower, and the same numbers on every "
+        "kind of GPU. They are the same for every parallel layout either way. null: if the model trains on the CPU.",
     )
 
     # `info.data` holds only the earlier fields that were valid; where one is missing the section is refused

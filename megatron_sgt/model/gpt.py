@@ -9,12 +9,13 @@ from torch import Tensor
 from megatron_sgt.config import Config
 from megatron_sgt.model.apply_plan import begin_step
 from megatron_sgt.model.entropy_meter import EntropyMeter
+from megatron_sgt.model.initial_weights import draw_weights
 from megatron_sgt.model.loop_backend import loop_backend
 from megatron_sgt.model.mcore_config import compiles, head_layout, transformer_config
 from megatron_sgt.model.spec import decoder_spec
 from megatron_sgt.ops.attention import newer_flash_attention
 from megatron_sgt.parallel.groups import ParallelGroups
-from megatron_sgt.parallel.rng import seed_for_initialization, seed_for_training
+from megatron_sgt.parallel.rng import seed_for_training
 
 
 class LanguageModel(torch.nn.Module):
@@ -59,7 +60,9 @@ def build_model(
     meter = EntropyMeter(config.model.num_layers, num_passes, layout, groups.device)
     fused = loop_backend(config, precision, groups.device)[0] == "triton"
     newer_flash_attention(groups.device)
-    seed_for_initialization(config.train.seed)
+    seed_for_training(
+        config.train.seed, groups
+    )  # Megatron-Core enters a stream for each weight that it makes
     gpt = GPTModel(
         config=transformer_config(config, precision, groups.device),
         transformer_layer_spec=decoder_spec(
@@ -73,7 +76,7 @@ def build_model(
     )
     _drop_empty_extra_state(gpt)
     model = LanguageModel(gpt, meter).to(groups.device)
-    seed_for_training(config.train.seed, groups)
+    draw_weights(gpt, config, groups)
     return model
 
 

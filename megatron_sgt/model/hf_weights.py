@@ -106,9 +106,24 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]], model: ModelConfig) -> 
 
 def _check_shape(name: str, found: tuple[int, ...], model: ModelConfig, vocab_rows: int) -> None:
     """Raises CheckpointError. The vocabulary may be padded already, up to ``vocab_rows``."""
+    shape = hf_shape(name, model)
+    if _is_vocabulary(name):
+        least = model.vocab_size or 1
+        fits = len(found) == 2 and least <= found[0] <= vocab_rows and found[1] == shape[1]
+        wanted = f"[{least} to {vocab_rows}, {shape[1]}]"
+    else:
+        fits, wanted = found == shape, str(list(shape))
+    if not fits:
+        raise CheckpointError(f"{name} has the shape {list(found)}, this model's has {wanted}")
+
+
+def hf_shape(name: str, model: ModelConfig) -> tuple[int, ...]:
+    """Shape of a whole Hugging Face tensor of ``model``, the vocabulary with its padding."""
     hidden, ffn, size = model.hidden_size, model.ffn_hidden_size, model.kv_channels
     queries, keys = model.num_attention_heads * size, model.num_query_groups * size
     module, kind = name.split(".")[-2:]
+    if _is_vocabulary(name):
+        return (model.padded_vocab_size(), hidden)
     matrices = {
         "q_proj": (queries, hidden),
         "k_proj": (keys, hidden),
@@ -118,17 +133,12 @@ def _check_shape(name: str, found: tuple[int, ...], model: ModelConfig, vocab_ro
         "up_proj": (ffn, hidden),
         "down_proj": (hidden, ffn),
     }
-    if module in ("embed_tokens", "lm_head"):
-        least = model.vocab_size or 1
-        fits = len(found) == 2 and least <= found[0] <= vocab_rows and found[1] == hidden
-        wanted = f"[{least} to {vocab_rows}, {hidden}]"
-    else:
-        norm = (size,) if module in ("q_norm", "k_norm") else (hidden,)
-        shape = matrices.get(module, norm)
-        shape = shape[:1] if kind == "bias" else shape
-        fits, wanted = found == shape, str(list(shape))
-    if not fits:
-        raise CheckpointError(f"{name} has the shape {list(found)}, this model's has {wanted}")
+    shape = matrices.get(module, (size,) if module in ("q_norm", "k_norm") else (hidden,))
+    return shape[:1] if kind == "bias" else shape
+
+
+def _is_vocabulary(name: str) -> bool:
+    return name.split(".")[-2] in ("embed_tokens", "lm_head")
 
 
 def shard_entry(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
+from torch import Tensor
 
 from megatron_sgt.config import Config
 from megatron_sgt.errors import ConfigError
@@ -26,8 +27,6 @@ def transformer_config(config: Config, precision: str, device: torch.device) -> 
         ConfigError: Megatron-Core refuses the combination; its message is passed on.
     """
     model, parallel = config.model, config.parallel
-    on_cpu = device.type == "cpu"
-    cpu_init = on_cpu if model.use_cpu_initialization is None else model.use_cpu_initialization
     try:
         return TransformerConfig(
             num_layers=model.num_layers,
@@ -46,7 +45,11 @@ def transformer_config(config: Config, precision: str, device: torch.device) -> 
             attention_dropout=model.attention_dropout,
             hidden_dropout=model.hidden_dropout,
             init_method_std=model.init_method_std,
-            use_cpu_initialization=cpu_init,
+            # Megatron's streams make initial weights that depend on the layout: see ``initial_weights``.
+            init_method=_leave,
+            output_layer_init_method=_leave,
+            embedding_init_method=_leave,
+            use_cpu_initialization=draws_on_cpu(config, device),
             params_dtype=DTYPES[precision],
             bf16=precision == "bf16",
             fp16=precision == "fp16",
@@ -63,6 +66,16 @@ def transformer_config(config: Config, precision: str, device: torch.device) -> 
         )
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"Megatron-Core refuses this model: {error}") from error
+
+
+def draws_on_cpu(config: Config, device: torch.device) -> bool:
+    """Whether the initial weights of a model on ``device`` are made on the CPU."""
+    wanted = config.model.use_cpu_initialization
+    return device.type == "cpu" if wanted is None else wanted
+
+
+def _leave(weight: Tensor) -> Tensor:
+    return weight
 
 
 def compiles(config: Config, device: torch.device) -> bool:

@@ -1,13 +1,14 @@
 """Random streams: which ranks draw the same numbers, and how to save and restore them exactly.
 
-Weights are initialised from one stream that is equal on all ranks (so that the initial model does not depend
-on the layout); afterwards every data-parallel rank has its own streams, and within it the tensor-parallel
-ranks share one (dropout on replicated activations) and have one each (dropout on sharded activations).
+Every initial weight has a stream of its own, ``named_generator``, which no layout enters. Training draws from other
+streams: every data-parallel rank has its own, and within it the tensor-parallel ranks share one (dropout on
+replicated activations) and have one each (dropout on sharded activations).
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import random
 from contextlib import AbstractContextManager
 from typing import Any
@@ -22,16 +23,14 @@ _TENSOR_PARALLEL_OFFSET = 2718
 _DATA_PARALLEL_STRIDE = 1_000_003
 
 
-def seed_for_initialization(seed: int) -> None:
-    """Give all ranks the same streams while the model is built."""
-    _seed_generators(seed)
-    tracker = megatron_random.get_cuda_rng_tracker()
-    tracker.reset()
-    tracker.add(megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME, seed + 1)
+def named_generator(seed: int, name: str, device: torch.device) -> torch.Generator:
+    """A generator on ``device`` that depends on ``seed`` and ``name`` alone, and touches no other stream."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def seed_for_training(seed: int, groups: ParallelGroups) -> None:
-    """Separate the streams of the ranks, after the model was built."""
+    """Start the streams of this rank."""
     base = seed + _DATA_PARALLEL_STRIDE * groups.dp_rank
     _seed_generators(base)
     tracker = megatron_random.get_cuda_rng_tracker()
@@ -75,17 +74,30 @@ def recompute_contexts() -> tuple[AbstractContextManager[None], AbstractContextM
 class _SameStreams:
     """Context of a recomputation: Megatron's random streams stand where they stood when this was made.
 
-    Dropout then draws the masks of the forward pass again (torch's checkpoint restores the default generator
-    only). Afterwards the streams go on from where they were.
+    Dropout then draws the masks of the forward pass again. torch's checkpoint restores the generator; this restores
+    the streams that are not in it, and the name of the one that is: under sequence parallelism Megatron runs all
+    layers inside a ``fork``, whose stream lives in the generator, and a ``fork`` within it must find it there.
+    Afterwards the streams go on from where they were.
     """
 
     def __init__(self) -> None:
-        self.at_forward = megatron_random.get_cuda_rng_tracker().get_states()
+        self.at_forward = _streams()
 
     def __enter__(self) -> None:
-        tracker = megatron_random.get_cuda_rng_tracker()
-        self.interrupted = tracker.get_states()
-        tracker.set_states(dict(self.at_forward))
+        self.interrupted = _streams()
+        _set_streams(self.at_forward)
 
     def __exit__(self, *_: object) -> None:
-        megatron_random.get_cuda_rng_tracker().set_states(self.interrupted)
+        _set_streams(self.interrupted)
+
+
+def _streams() -> tuple[dict[str, Any], str]:
+    """States of Megatron's streams by name, and the name of the one whose state is in the generator."""
+    tracker = megatron_random.get_cuda_rng_tracker()
+    return tracker.get_states(), tracker._current_state_name
+
+
+def _set_streams(streams: tuple[dict[str, Any], str]) -> None:
+    tracker = megatron_random.get_cuda_rng_tracker()
+    tracker.set_states(dict(streams[0]))
+    tracker._current_state_name = streams[1]

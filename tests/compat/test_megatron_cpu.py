@@ -13,6 +13,8 @@ from megatron_sgt.compat.megatron_cpu import (
     check_megatron_version,
     prepare_megatron,
 )
+from tests.helpers.cuda_tracker import TRACKERS
+from tests.helpers.cuda_tracker import tracker as named_tracker
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -39,6 +41,27 @@ def test_a_stream_does_not_depend_on_the_others(tracker: CpuRNGStatesTracker) ->
     with tracker.fork("a"):
         third = torch.rand(3)
     assert torch.equal(torch.cat([first, second, third]), wanted)
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_a_stream_inside_itself_goes_on(name: str) -> None:
+    """Under sequence parallelism attention forks the stream that all layers run in: no number may come twice."""
+    with named_tracker(name):
+        tracker = megatron_random.get_cuda_rng_tracker()
+        tracker.reset()
+        tracker.add("a", 1)
+        with tracker.fork("a"):
+            wanted = torch.rand(5)
+        tracker.reset()
+        tracker.add("a", 1)
+        with tracker.fork("a"):
+            found = [torch.rand(1)]
+            with tracker.fork("a"):
+                found.append(torch.rand(2))
+            found.append(torch.rand(1))
+        with tracker.fork("a"):
+            found.append(torch.rand(1))
+        assert torch.equal(torch.cat(found), wanted)
 
 
 def test_the_generator_itself_is_left_alone(tracker: CpuRNGStatesTracker) -> None:

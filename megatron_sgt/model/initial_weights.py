@@ -1,0 +1,48 @@
+"""Initial weights: each a function of (seed, name) alone, the same model under every parallel layout.
+
+Megatron-Core draws each rank's share from a stream of that rank, so that the initial model depends on the layout;
+with streams that are equal on all ranks, the shares of a matrix would even be equal, and stay so: equal weights
+have equal gradients. Here every *whole* tensor is drawn, from a generator of its own, and the rank keeps its share.
+One tensor is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megatron_sgt.config import Config
+from megatron_sgt.config.model import ModelConfig
+from megatron_sgt.model.hf_weights import Entry, hf_shape, name_map, shard_entry
+from megatron_sgt.model.mcore_config import draws_on_cpu
+from megatron_sgt.parallel.groups import ParallelGroups
+from megatron_sgt.parallel.rng import named_generator
+
+
+@torch.no_grad()
+def draw_weights(gpt: torch.nn.Module, config: Config, groups: ParallelGroups) -> None:
+    """Give this rank's parameters of ``gpt`` their initial values. Parameters on the meta device are left alone.
+
+    Matrices are normal with mean 0 and standard deviation ``init_method_std``, those back into the residual stream
+    with that over sqrt(2 · layers) (GPT-2, section 2.3; Megatron's ``scaled_init_method_normal``). They are drawn in
+    fp32 and rounded to the parameter's type. Weights of norms are 1, biases 0.
+    """
+    model, parameters = config.model, dict(gpt.named_parameters())
+    where = torch.device("cpu") if draws_on_cpu(config, groups.device) else groups.device
+    for entry in name_map(model):
+        parameter = parameters.pop(entry.megatron)
+        if not parameter.is_meta:
+            whole = [_whole(entry, name, model, config.train.seed, where) for name in entry.hf]
+            parameter.copy_(shard_entry(entry, whole, model, groups.tp_size, groups.tp_rank))
+    assert not parameters, f"no initial values for {list(parameters)}"
+
+
+def _whole(entry: Entry, name: str, model: ModelConfig, seed: int, where: torch.device) -> Tensor:
+    """The whole tensor ``name`` of ``entry`` in fp32, on ``where``."""
+    value = torch.empty(hf_shape(name, model), dtype=torch.float32, device=where)
+    if value.dim() == 1:
+        return value.fill_(0.0 if name.endswith("bias") else 1.0)
+    std = model.init_method_std / (math.sqrt(2 * model.num_layers) if entry.kind == "columns" else 1.0)
+    return value.normal_(0.0, std, generator=named_generator(seed, name, where))
