@@ -87,3 +87,30 @@ def test_a_fork_leaves_the_outer_stream_alone() -> None:
     with get_cuda_rng_tracker().fork():
         torch.rand(5)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_devices_generator_is_saved_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the state of its generator is a part of the streams; the GPU is pretended."""
+
+    class Module:
+        state = torch.tensor([1, 2, 3], dtype=torch.uint8)
+
+        def get_rng_state(self, device: torch.device) -> torch.Tensor:
+            return self.state.clone()
+
+        def set_rng_state(self, state: torch.Tensor, device: torch.device) -> None:
+            self.state = state
+
+    module = Module()
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    gpu = torch.device("cuda", 0)
+    seed_for_training(7, fake_groups())
+    saved = rng_state(gpu)
+    wanted = draw()
+    module.state = torch.zeros(3, dtype=torch.uint8)
+    load_rng_state(saved, gpu)
+    assert module.state.tolist() == [1, 2, 3] and draw() == wanted
+    del saved["device"]  # of a run on a CPU
+    module.state = torch.zeros(3, dtype=torch.uint8)
+    load_rng_state(saved, gpu)
+    assert module.state.tolist() == [0, 0, 0]
