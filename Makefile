@@ -1,6 +1,6 @@
 # make quickstart | test | check | study | bench | env | clean      (make without a target lists them)
 #
-# Variables:  PYTHON=python3.12   the interpreter that makes .venv (3.10 or newer)
+# Variables:  PYTHON=python3.12   the interpreter that makes .venv (3.10 to 3.13)
 #             PIP_FLAGS="..."     more flags for every pip install, e.g. --index-url of CPU-only torch wheels
 #             PYTEST_FLAGS="..."  more flags for pytest, e.g. "-k growth -x"
 #             JOBS=2              test files that run at once; a test may start four ranks, each on one thread
@@ -17,7 +17,6 @@ LOG := $(VENV)/install.log
 STAMP := $(VENV)/.complete
 PIP_BARE := $(PY) -m pip install --disable-pip-version-check --no-input $(PIP_FLAGS)
 PIP := $(PIP_BARE) -c constraints.txt
-TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 SCRIPTS := $(wildcard pretrain_sgt.py tools/*.py tools/bench/*.py)
 # One thread per process: the ranks of a test share the machine's cores.
 THREADS := OMP_NUM_THREADS=1
@@ -29,12 +28,13 @@ define stage
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test check format study bench clean distclean
+.PHONY: help env quickstart test test-transformers-4 test-newest check format study bench clean distclean
 
 help:
 	@echo "make quickstart   from nothing to a small grown, saved and resumed SGT model (CPU, a few minutes)"
 	@echo "make test         the test suite"
 	@echo "make test-transformers-4   the code of exported models under the last transformers 4"
+	@echo "make test-newest           what rests on Megatron-Core, under its newest version (needs Python 3.12 or newer)"
 	@echo "make check        formatting, lint, types, architecture"
 	@echo "make study        the paper's comparison at a size for two cores, in one table (15 minutes)"
 	@echo "make bench        step time and FLOPs of SGT beside vanilla"
@@ -53,7 +53,7 @@ $(STAMP): setup.py constraints.txt
 	@$(PY) -c 'import pip' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV) || { \
 	  echo "Cannot make a virtual environment: on Debian and Ubuntu run 'apt-get install python3-venv'."; exit 2; }
 	@: > $(LOG)
-	$(call stage,[2/4] torch $(TORCH_VERSION) (the largest download; progress in $(LOG)),$(PIP) setuptools wheel "torch==$(TORCH_VERSION)")
+	$(call stage,[2/4] torch (the largest download; progress in $(LOG)),$(PIP) setuptools wheel torch)
 # DeepSpeed comes as source and looks for torch while it is built: no isolation, and no operator compiled.
 	$(call stage,[3/4] DeepSpeed (pure Python build),DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed)
 	$(call stage,[4/4] megatron-sgt and its other dependencies,DS_BUILD_OPS=0 $(PIP) --no-build-isolation -e ".[dev]")
@@ -79,6 +79,18 @@ test-transformers-4: $(OLD_VENV)/.complete
 	@$(OLD) -c 'import transformers as t; assert t.__version__.startswith("4."), t.__version__'
 	@$(OLD) -m pytest -q $(PYTEST_FLAGS) tests/export/hf
 
+# constraints.txt has the newest Megatron-Core for the Pythons that it supports. The folders that rest on it run there.
+NEWEST_PYTHON ?= python3.12
+NEWEST_VENV := $(VENV)-newest
+NEWEST_TESTS := $(addprefix tests/,compat model parallel golden checkpoint engine)
+
+test-newest:
+	@$(NEWEST_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || { \
+	  echo "The newest Megatron-Core needs Python 3.12 or newer, which '$(NEWEST_PYTHON)' is not."; \
+	  echo "Name another one: make test-newest NEWEST_PYTHON=/path/to/python3.12"; exit 2; }
+	@$(MAKE) --no-print-directory env VENV=$(NEWEST_VENV) PYTHON=$(NEWEST_PYTHON)
+	@$(THREADS) $(NEWEST_VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile -m "not slow" $(PYTEST_FLAGS) $(NEWEST_TESTS)
+
 check: $(STAMP)
 	@echo "== ruff format" && $(PY) -m ruff format --check --output-format concise . || { echo "run 'make format'"; exit 1; }
 	@echo "== ruff check" && $(PY) -m ruff check --output-format concise .
@@ -96,7 +108,7 @@ bench: $(STAMP)
 
 clean:
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
-	@find . -path ./$(VENV) -prune -o -path ./runs -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	@find . -path './.venv*' -prune -o -path ./runs -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean
-	@rm -rf $(VENV) $(OLD_VENV)
+	@rm -rf $(VENV) $(OLD_VENV) $(NEWEST_VENV)

@@ -8,12 +8,14 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).resolve().parent
 README = ROOT / "README.md"
 
+# megatron-core from 0.17 on needs Python 3.12; an older Python gets 0.16.
+# deepspeed before 0.19.8 adds a leaked gradient to the sum of a half-precision run.
 # transformers is imported only by export, evaluation and the Hugging Face tokenizer, but exporting
 # what was trained is part of the main job, so it is not an extra.
 INSTALL_REQUIRES = [
     "torch>=2.6",
-    "megatron-core>=0.16,<0.17",
-    "deepspeed>=0.16",
+    "megatron-core>=0.16,<0.20",
+    "deepspeed>=0.19.8",
     "numpy",
     "pydantic>=2",
     "pyyaml",
@@ -73,6 +75,7 @@ setup(
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3 :: Only",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     python_requires=">=3.10",

@@ -1,6 +1,6 @@
 """Lets Megatron-Core's tensor-parallel modules run without a GPU.
 
-Megatron-Core 0.16 asks ``torch.cuda`` for the current device when it allocates gathered or scattered
+Megatron-Core asks ``torch.cuda`` for the current device when it allocates gathered or scattered
 tensors and keeps its random-number streams in CUDA generators. On a machine without a GPU those calls
 fail before any arithmetic. The adaptation is small, guarded (it never acts where CUDA is used) and idempotent:
 
@@ -17,15 +17,19 @@ from collections.abc import Iterator
 import torch
 from megatron.core import __version__ as megatron_version
 from megatron.core.tensor_parallel import random as megatron_random
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
-SUPPORTED_MEGATRON = "0.16"
+SUPPORTED_MEGATRON = ">=0.16,<0.20"
+"""The series whose seams this project was tested on (docs/design.md); setup.py requires the same."""
 
 
 def check_megatron_version() -> None:
-    """Warn when Megatron-Core is not of the series whose seams this project was tested on."""
-    if not megatron_version.startswith(SUPPORTED_MEGATRON):
+    """Warn when Megatron-Core is not of a series whose seams this project was tested on."""
+    series = Version(megatron_version).base_version  # a release candidate is of its series
+    if series not in SpecifierSet(SUPPORTED_MEGATRON):
         warnings.warn(
-            f"megatron-core {megatron_version} is installed; megatron_sgt is tested on {SUPPORTED_MEGATRON}.x",
+            f"megatron-core {megatron_version} is installed; megatron_sgt is tested on {SUPPORTED_MEGATRON}",
             stacklevel=2,
         )
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 
 import torch
+
+NO_NEWS = {
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",  # the way from it is in docs/design.md
+    "megatron.core.transformer.transformer_layer": "Rewrapping ModuleSpec",
+    "torch.utils.cpp_extension": "No CUDA runtime is found",  # a compiler on a machine without a GPU
+}
+"""Logger -> beginning of the message of it that tells a user nothing."""
 
 
 def quiet_imports() -> None:
@@ -20,5 +28,12 @@ def quiet_imports() -> None:
     warnings.filterwarnings(
         "ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning
     )
+    for name in NO_NEWS:
+        logging.getLogger(name).addFilter(is_news)  # a filter that is there already is not added again
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # looking for others ends in a warning per rank
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Whether a library's log line is for the user."""
+    return not str(record.msg).startswith(NO_NEWS[record.name])

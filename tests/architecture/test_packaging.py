@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import setuptools
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from megatron_sgt.compat.megatron_cpu import SUPPORTED_MEGATRON
 from tests.architecture.source_tree import PACKAGE, ROOT, python_sources
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
@@ -63,6 +65,24 @@ def test_every_requirement_is_pinned_within_its_range(metadata: dict[str, Any], 
             continue
         assert requirement.name in pinned, f"{requirement} has no line in constraints.txt for Python {python}"
         assert pinned[requirement.name] in requirement.specifier
+
+
+def test_the_metadata_ask_for_the_megatron_that_is_supported(metadata: dict[str, Any]) -> None:
+    (required,) = [r for r in requirements(metadata) if r.name == "megatron-core"]
+    assert required.specifier == SpecifierSet(SUPPORTED_MEGATRON)
+
+
+def test_both_ends_of_the_supported_megatron_are_pinned() -> None:
+    series = {python: pins(python)["megatron-core"].release[:2] for python in PYTHONS}
+    assert series["3.10"] == series["3.11"] == (0, 16)
+    assert series["3.12"] == series["3.13"] == (0, 19)
+    assert not SpecifierSet(SUPPORTED_MEGATRON).contains("0.15.99")
+    assert not SpecifierSet(SUPPORTED_MEGATRON).contains("0.20.0")
+
+
+def test_classifiers_name_the_pythons_with_pins(metadata: dict[str, Any]) -> None:
+    named = {line.rpartition(" :: ")[2] for line in metadata["classifiers"] if " 3." in line}
+    assert named == set(PYTHONS)
 
 
 def test_pins_name_no_local_build() -> None:

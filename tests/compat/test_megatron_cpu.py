@@ -9,6 +9,7 @@ from megatron.core.tensor_parallel import random as megatron_random
 
 from megatron_sgt.compat import megatron_cpu
 from megatron_sgt.compat.megatron_cpu import (
+    SUPPORTED_MEGATRON,
     CpuRNGStatesTracker,
     check_megatron_version,
     prepare_megatron,
@@ -133,7 +134,17 @@ def test_a_cpu_run_beside_a_gpu_is_noticed(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    ("version", "warned"), [("0.16.1", False), ("0.16.0rc0", False), ("0.15.3", True), ("0.17.0", True)]
+    ("version", "warned"),
+    [
+        ("0.16.1", False),
+        ("0.16.0rc0", False),
+        ("0.18.2+local", False),
+        ("0.19.2", False),
+        ("0.15.3", True),
+        ("0.20.0rc0", True),
+        ("0.20.0", True),
+        ("1.0.0", True),
+    ],
 )
 def test_versions(version: str, warned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(megatron_cpu, "megatron_version", version)
@@ -141,7 +152,9 @@ def test_versions(version: str, warned: bool, monkeypatch: pytest.MonkeyPatch) -
         warnings.simplefilter("always")
         check_megatron_version()
     assert [str(w.message) for w in caught] == (
-        [f"megatron-core {version} is installed; megatron_sgt is tested on 0.16.x"] if warned else []
+        [f"megatron-core {version} is installed; megatron_sgt is tested on {SUPPORTED_MEGATRON}"]
+        if warned
+        else []
     )
 
 

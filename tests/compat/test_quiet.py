@@ -40,10 +40,13 @@ def test_importing_building_and_stepping_prints_nothing() -> None:
 
 
 QUIET = """
-import os, warnings
-from megatron_sgt.compat.quiet import quiet_imports
+import logging, os, warnings
+from megatron_sgt.compat.quiet import NO_NEWS, quiet_imports
 quiet_imports()
 warnings.warn("the user's own")
+for name, beginning in NO_NEWS.items():
+    logging.getLogger(name).warning(beginning + " %s", "as always")
+    logging.getLogger(name).warning("this is news")
 print(os.environ.get("DS_ACCELERATOR"))
 """
 
@@ -51,6 +54,7 @@ print(os.environ.get("DS_ACCELERATOR"))
 def test_other_warnings_are_still_shown_and_the_accelerator_is_chosen() -> None:
     done = run(QUIET)
     assert "UserWarning: the user's own" in done.stderr
+    assert done.stderr.count("this is news") == 3 and "as always" not in done.stderr
     assert done.stdout.strip() == ("None" if torch.cuda.is_available() else "cpu")
 
 
