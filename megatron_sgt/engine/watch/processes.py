@@ -15,7 +15,7 @@ from types import FrameType
 SHM_FULL = 0.95
 """Share of /dev/shm from which it counts as full."""
 _MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
-_COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/")
+_COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/", "/megatron_sgt/parallel/together")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def whereabouts(thread: int, package: str = "/megatron_sgt/") -> str:
         file = frame.f_code.co_filename
         if any(part in file for part in _COLLECTIVES):
             collective = frame.f_code.co_name
-        if package in file:
+        elif package in file:
             ours = _shown(frame)
         frame = frame.f_back
     called = f", called from {ours}" if ours and ours != innermost else ""

@@ -99,6 +99,7 @@ _CONSEQUENCES = (
     "nccl communicator was aborted",
     "failed to recv",
     "heartbeat",
+    "otherrankfailederror",
     "socket closed",
 )
 _TIMEOUTS = ("timed out waiting", "wait timeout", "watchdog caught collective operation timeout")
