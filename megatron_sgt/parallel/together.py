@@ -47,9 +47,9 @@ def on_rank_zero(work: Callable[[], T]) -> T:
         return work()
     own = _attempt(work) if dist.get_rank() == 0 else None
     _wait_at_store(for_all=False)
-    told = [own and _portable(own, 0)]
+    told: list[Any] = [None if own is None else _portable(own, 0)]
     dist.broadcast_object_list(told, src=0)
-    return _result(own or told[0])
+    return _result(told[0] if own is None else own)
 
 
 def agreed(action: Callable[[], T], groups: ParallelGroups) -> list[T]:
