@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sgt.checkpoint import layout, manifest
-from megatron_sgt.checkpoint.agreement import agreed
 from megatron_sgt.checkpoint.reshard.engine_state import load_into_engine
 from megatron_sgt.checkpoint.reshard.layout_free import (
     IMPORTED_FROM,
@@ -24,6 +23,7 @@ from megatron_sgt.config import Config
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.parallel.rng import load_rng_state, seed_for_training
+from megatron_sgt.parallel.together import agreed
 
 if TYPE_CHECKING:
     import deepspeed

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_sgt import __version__
 from megatron_sgt.checkpoint import layout, manifest
-from megatron_sgt.checkpoint.agreement import agreed
 from megatron_sgt.checkpoint.host_copy import Arena
 from megatron_sgt.checkpoint.reshard.deepspeed_info import UNIVERSAL_INFO, universal_info
 from megatron_sgt.checkpoint.reshard.sibling import remove_sibling
@@ -36,6 +35,7 @@ from megatron_sgt.parallel.collectives import largest
 from megatron_sgt.parallel.device import resolve_precision, synchronize
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.parallel.rng import rng_state
+from megatron_sgt.parallel.together import agreed, on_rank_zero
 
 if TYPE_CHECKING:
     import deepspeed
@@ -196,8 +196,7 @@ class Saver:
             return agreed(action, self._groups)
         except CheckpointError as error:
             self._finish()
-            if self._groups.is_main:
-                shutil.rmtree(self._temporary(step), ignore_errors=True)
+            on_rank_zero(lambda: shutil.rmtree(self._temporary(step), ignore_errors=True))
             raise CheckpointError(
                 f"cannot write checkpoint {self._root / layout.tag_for(step)}: {error}; earlier checkpoints are "
                 "untouched. Make room, or set checkpoint.save to another place, and start again: the run goes on "

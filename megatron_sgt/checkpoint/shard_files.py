@@ -15,6 +15,7 @@ from megatron_sgt.checkpoint.host_copy import Arena, host_copy
 from megatron_sgt.checkpoint.manifest import Files, describe_file
 from megatron_sgt.checkpoint.trusted import read_trusted
 from megatron_sgt.errors import CheckpointError
+from megatron_sgt.parallel.together import wait_for_all
 
 if TYPE_CHECKING:
     import deepspeed
@@ -89,7 +90,8 @@ class ShardFiles:
         """Nothing: the folder is made and committed by checkpoint/save.py."""
 
     def commit(self, info: Any) -> bool:
-        """Nothing: see ``create``."""
+        """Wait for the ranks that have more to write: a barrier of DeepSpeed's follows, which would time out."""
+        wait_for_all()
         return True
 
     def is_decoupled(self) -> bool:

@@ -36,8 +36,8 @@ class TrainConfig(Section):
     slow_phase_timeout_seconds: float = Field(
         default=1800.0,
         gt=0,
-        description="The same for the start, the first step, validation and saving. (A collective gives up after "
-        "parallel.distributed_timeout_minutes in any case.)",
+        description="The same for the start, the first step, validation and saving, and for waiting until rank 0 has "
+        "built indices or converted a checkpoint. (A collective gives up after parallel.distributed_timeout_minutes.)",
     )
     exit_interval: int | None = Field(
         default=None,

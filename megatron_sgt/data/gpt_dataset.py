@@ -15,12 +15,13 @@ from torch.utils.data import Dataset
 
 from megatron_sgt.config.root import Config
 from megatron_sgt.data.blend import Blend
-from megatron_sgt.data.index_cache import build_index_cache, on_rank_zero, open_split, wait_for_folder
+from megatron_sgt.data.index_cache import build_index_cache, open_split, wait_for_folder
 from megatron_sgt.data.permutation import RandomPermutation
 from megatron_sgt.data.sources import Source, find_sources
 from megatron_sgt.data.splits import SPLIT_NAMES
 from megatron_sgt.data.tokenizer import Tokenizer, resolve_vocab_size
 from megatron_sgt.errors import DataError
+from megatron_sgt.parallel.together import on_rank_zero
 
 logger = logging.getLogger(__name__)
 

@@ -9,23 +9,18 @@ import contextlib
 import hashlib
 import json
 import os
-import pickle
 import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
 
 from megatron_sgt.data.splits import SplitPart
 from megatron_sgt.errors import DataError
-
-T = TypeVar("T")
 
 EVAL_SEED = 0
 """Validation and test ignore the seed of the run: runs that differ in it are measured on the same samples."""
@@ -53,28 +48,6 @@ def megatron_datasets() -> ModuleType:
                 f"run: make -C {folder}"
             ) from error
     return gpt_dataset
-
-
-def on_rank_zero(work: Callable[[], T]) -> T:
-    """The result of ``work``, done by rank 0 alone (or without a process group) and given to every rank.
-
-    An SGTError of rank 0 is raised on every rank, so that none is left waiting. The result must be picklable.
-    """
-    if not torch.distributed.is_initialized():
-        return work()
-    outcome: list[Any] = [None]
-    failure: Exception | None = None
-    if torch.distributed.get_rank() == 0:
-        try:
-            outcome = [("done", work())]
-        except Exception as error:
-            failure = error
-            outcome = [("failed", _portable(error))]
-    torch.distributed.broadcast_object_list(outcome, src=0)
-    kind, value = outcome[0]
-    if kind == "failed":
-        raise failure or value
-    return value
 
 
 def build_index_cache(
@@ -166,11 +139,3 @@ class _NoTokenizer:
     vocab_size = None
     eod = None
     unique_identifiers: dict[str, str] = {}  # noqa: RUF012 (read only)
-
-
-def _portable(error: Exception) -> Exception:
-    try:
-        pickle.dumps(error)
-    except Exception:
-        return RuntimeError(f"rank 0 failed: {type(error).__name__}: {error}")
-    return error

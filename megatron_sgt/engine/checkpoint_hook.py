@@ -30,6 +30,7 @@ class CheckpointHook(StatelessHook):
     """
 
     name = "checkpoint"
+    pauses = True
 
     def __init__(
         self,

@@ -42,6 +42,8 @@ def deepspeed_config(config: Config, world_size: int, precision: str) -> dict[st
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": _NEVER,
         "wall_clock_breakdown": False,
+        # It waits for the device twice per micro-batch; throughput is measured by engine/loop.py, once per step.
+        "timers": {"throughput": {"enabled": False}},
     }
     return _merge(derived, config.deepspeed)
 

@@ -24,6 +24,7 @@ class EvalHook(StatelessHook):
     """
 
     name = "eval"
+    pauses = True
 
     def __init__(
         self,

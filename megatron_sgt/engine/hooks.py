@@ -9,9 +9,14 @@ from megatron_sgt.engine.step import StepResult
 
 
 class Hook(Protocol):
-    """Called by the loop. ``name`` is its key in the checkpoint; the state is JSON-able."""
+    """Called by the loop. ``name`` is its key in the checkpoint; the state is JSON-able.
+
+    ``pauses``: after a step it holds training up for work of its own (validation, saving), and reports how long:
+    that time is no step's.
+    """
 
     name: str
+    pauses: bool
 
     def before_run(self, state: TrainState) -> None:
         """Once, after a checkpoint was loaded and before the first step."""
@@ -36,6 +41,7 @@ class StatelessHook:
     """Base of hooks that keep nothing over a restart; every method does nothing."""
 
     name = "hook"
+    pauses = False
 
     def before_run(self, state: TrainState) -> None:
         """See Hook."""

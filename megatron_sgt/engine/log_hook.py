@@ -45,21 +45,20 @@ class LogHook(StatelessHook):
         self._losses: list[torch.Tensor] = []
         self._last: StepResult | None = None
         self._skipped = 0
-        self._seconds = 0.0
-        self._flops = 0
+        self._timed: list[tuple[float, int]] = []  # (seconds, FLOPs) by step
+        self._first_is_told = False
 
     def before_run(self, state: TrainState) -> None:
         """The first step executes the schedule's present plan; what was added up before a rollback is void."""
         self._executed = self.schedule.plan
-        self._losses, self._skipped, self._seconds, self._flops = [], 0, 0.0, 0
+        self._losses, self._skipped, self._timed = [], 0, []
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         """Add up; report at the end of the interval, and after a skipped step."""
         self._last = result
         self._losses.append(result.loss)
         self._skipped += not result.applied
-        self._seconds += result.seconds
-        self._flops += self._model_flops(self._executed)
+        self._timed.append((result.seconds, self._model_flops(self._executed)))
         self._executed = self.schedule.plan  # growth has acted: this is what the next step executes
         self.hub.advance(state.step)
         interval = self.config.logging.log_interval
@@ -87,11 +86,15 @@ class LogHook(StatelessHook):
 
     def _report(self, state: TrainState, result: StepResult) -> None:
         loss = float(mean_over_data_parallel(torch.stack(self._losses).mean(), self.groups))
-        steps, train = len(self._losses), self.config.train
+        # What is compiled and allocated in the first step is no other step's: it is told apart from them.
+        first = {} if self._first_is_told else {"first_step_s": self._timed[0][0]}
+        timed = (self._timed[1:] if first else []) or self._timed
+        steps, train = len(timed), self.config.train
+        seconds, flops = sum(s for s, _ in timed), sum(f for _, f in timed)
         tokens = steps * train.global_batch_size * self.config.model.seq_length
-        self.eta.update(self._seconds, steps)
+        self.eta.update(seconds, steps)
         used, total = memory_gb(self.groups.device)
-        speed = throughput_record(tokens, self._flops, self._seconds, self.groups.world_size, self.peak)
+        speed = throughput_record(tokens, flops, seconds, self.groups.world_size, self.peak)
         self.first_loss = loss if self.first_loss is None else self.first_loss
         self.last_loss = loss
         self.tokens_per_second = speed["tokens_per_second"]
@@ -104,8 +107,9 @@ class LogHook(StatelessHook):
             "loss": loss,
             "grad_norm": result.grad_norm,
             "lr": result.lr,
-            "step_time_s": self._seconds / steps,
-            "model_flops_per_step": self._flops / steps,
+            "step_time_s": seconds / steps,
+            **first,
+            "model_flops_per_step": flops / steps,
             **speed,
             "device": "cpu" if self.groups.device.type == "cpu" else "gpu",
             "memory_gb": used,
@@ -118,7 +122,7 @@ class LogHook(StatelessHook):
             **self._structure(),
         }
         self.hub.log("train", record)
-        self._losses, self._skipped, self._seconds, self._flops = [], 0, 0.0, 0
+        self._losses, self._skipped, self._timed, self._first_is_told = [], 0, [], True
 
     def _structure(self) -> dict[str, Any]:
         structure: dict[str, Any] = {

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import deepspeed
 
 from megatron_sgt.config import Config
 from megatron_sgt.engine.hooks import Hook
 from megatron_sgt.engine.state import TrainState
-from megatron_sgt.engine.step import Batch, train_step
+from megatron_sgt.engine.step import Batch, StepResult, train_step
 from megatron_sgt.engine.stop import StopRequests
 from megatron_sgt.errors import SGTError
 from megatron_sgt.optim.schedule import learning_rate
@@ -53,6 +54,7 @@ class Trainer:
             hook.before_run(self.state)
         self.engine.train()
         self.stop.training = True
+        ended = time.perf_counter()
         while self.state.step < last_step:
             if reason := self._agreed_reason():
                 for hook in self.hooks:
@@ -61,10 +63,11 @@ class Trainer:
             lr = learning_rate(self.state.step + 1, self.config.optim, train.train_iters)
             batches = (next(micro_batches) for _ in range(accumulation))
             result = train_step(self.engine, batches, lr, self.config.optim.clip_grad, self.groups)
+            now = time.perf_counter()
+            result, ended = replace(result, seconds=now - ended), now
             self.state.consumed_samples += train.global_batch_size
             self._count(result.applied)
-            for hook in self.hooks:
-                hook.after_step(self.state, result)
+            ended += self._after_step(result)
             if self.state.consecutive_skipped >= train.max_consecutive_skipped_steps:
                 raise DivergedError(
                     f"{self.state.consecutive_skipped} steps in a row after step {self.state.step} had no finite "
@@ -74,6 +77,16 @@ class Trainer:
         for hook in self.hooks:
             hook.after_run(self.state)
         return 0
+
+    def _after_step(self, result: StepResult) -> float:
+        """Let the hooks act; returns the seconds for which they have held training up."""
+        paused = 0.0
+        for hook in self.hooks:
+            begun = time.perf_counter()
+            hook.after_step(self.state, result)
+            if hook.pauses:
+                paused += time.perf_counter() - begun
+        return paused
 
     def _agreed_reason(self) -> int:
         """The reason for which all ranks stop now, 0 if they go on; collective.

@@ -13,7 +13,6 @@ from megatron_sgt.checkpoint.load import verify_together
 from megatron_sgt.checkpoint.size import check_disk
 from megatron_sgt.config import Config
 from megatron_sgt.data.gpt_dataset import build_datasets
-from megatron_sgt.data.index_cache import on_rank_zero
 from megatron_sgt.data.loader import EvalLoader, TrainLoader
 from megatron_sgt.data.tokenizer import build_tokenizer
 from megatron_sgt.engine.build import Runtime, build_runtime, start_processes
@@ -47,6 +46,7 @@ from megatron_sgt.ops.attention import describe_attention
 from megatron_sgt.parallel.collectives import barrier
 from megatron_sgt.parallel.device import resolve_precision
 from megatron_sgt.parallel.groups import ParallelGroups
+from megatron_sgt.parallel.together import on_rank_zero
 from megatron_sgt.planning.loop_cost import choose_loop_method
 
 

@@ -29,7 +29,8 @@ class StepResult:
     ``grad_norm``: L2 norm over all parameters before clipping; inf or NaN when the update was skipped.
     ``applied``: whether the optimizer took the step (False: a loss, an entropy or a gradient was not finite
     on some rank).
-    ``seconds``: wall time of the step, waiting for data included.
+    ``seconds``: wall time of the step, waiting for data included. The loop counts from the end of the step before,
+    when the host had read its norm: forward and backward are queued, so that nothing else tells a step from the next.
     """
 
     loss: Tensor

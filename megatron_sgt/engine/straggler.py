@@ -2,7 +2,8 @@
 
 Collectives make the step times of all ranks equal: the fast ones wait inside them for the slow one. So each
 rank measures what it does alone: the core attention of a few layers, which communicates nothing (host time on
-a CPU, between stream events on a GPU), and its waiting for data. One small gather per report compares them.
+a CPU, between stream events on a GPU), and its waiting for data (the host's: on a GPU the queue of work may hide
+some of it). One small gather per report compares them.
 """
 
 from __future__ import annotations

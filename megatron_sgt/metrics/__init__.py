@@ -4,10 +4,12 @@ A report is a kind and a record, a dict of host numbers. Only rank 0 has writers
 rank is empty. Every field but `step` may be absent or None: it is then not shown. Units are in the names.
 
 train    step, train_iters, consumed_samples, consumed_tokens, global_batch_size, loss, grad_norm, lr,
-         loss_scale, step_time_s, tokens_per_second, tokens_per_second_per_device, tflops_per_device, mfu
-         (fraction of the peak; None where the peak is unknown), memory_gb, memory_total_gb, device ("gpu" or
-         "cpu": names the per-device figures), eta_s, skipped_steps and nan_steps (since the last train
-         record), loops (sum of K_l), other_gate
+         loss_scale, step_time_s (from the end of a step to that of the next, without validation and saving, which
+         tell their own; without the first step of a process, unless it is alone), first_step_s (in the first record
+         of a process: with what is compiled and allocated in that step), tokens_per_second,
+         tokens_per_second_per_device, tflops_per_device, mfu (fraction of the peak; None where the peak is
+         unknown), memory_gb, memory_total_gb, device ("gpu" or "cpu": names the per-device figures), eta_s,
+         skipped_steps and nan_steps (since the last train record), loops (sum of K_l), other_gate
 valid    step, loss, perplexity, batches, seconds
 growth   GrowthEvent.to_dict() and flops_overhead (fraction of vanilla's), layer_rank and num_candidates (of
          the selected layer among the selectable ones), fade_until_step, max_selected_layers, ema_entropy

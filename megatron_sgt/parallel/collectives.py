@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sgt.parallel.groups import ParallelGroups
+from megatron_sgt.parallel.together import wait_for_all
 
 
 def mean_over_data_parallel(values: torch.Tensor, groups: ParallelGroups) -> torch.Tensor:
@@ -42,6 +43,7 @@ def broadcast_object(value: Any, groups: ParallelGroups) -> Any:
 
 
 def barrier(groups: ParallelGroups) -> None:
-    """Wait until every rank has come here."""
+    """Wait until every rank has come here, however long one takes."""
     if groups.world_size > 1:
+        wait_for_all()
         dist.barrier(device_ids=[groups.device.index] if groups.device.index is not None else None)

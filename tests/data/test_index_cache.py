@@ -7,7 +7,6 @@ import pytest
 from megatron_sgt.data.index_cache import (
     build_index_cache,
     megatron_datasets,
-    on_rank_zero,
     open_split,
     wait_for_folder,
 )
@@ -104,13 +103,3 @@ def test_index_builder_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         DataError, match=r"without its compiled index builder .*make -C .*megatron/core/datasets"
     ):
         megatron_datasets()
-
-
-def test_without_a_process_group_work_is_just_done() -> None:
-    assert on_rank_zero(lambda: 7) == 7
-    with pytest.raises(DataError, match="no"):
-        on_rank_zero(fail)
-
-
-def fail() -> None:
-    raise DataError("no")

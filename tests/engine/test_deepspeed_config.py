@@ -67,6 +67,7 @@ def test_what_is_always_so() -> None:
     found = translated()
     assert found["zero_allow_untested_optimizer"] is True
     assert found["wall_clock_breakdown"] is False
+    assert found["timers"]["throughput"]["enabled"] is False
     assert found["steps_per_print"] > 10**9
     assert not {"optimizer", "scheduler"} & set(found)
 

@@ -54,7 +54,7 @@ class Bench:
         self.table = np.random.default_rng(0).uniform(0.2, 0.9, (LAYERS, 2, HEADS))
         self.hook.before_run(self.state)
 
-    def step(self, loss: float, applied: bool = True) -> None:
+    def step(self, loss: float, applied: bool = True, seconds: float = 0.5) -> None:
         if applied:
             self.state.step += 1
             self.schedule.fold_entropy(self.table)
@@ -64,7 +64,7 @@ class Bench:
             self.state.skipped_steps += 1
         self.state.consumed_samples += BATCH
         norm = 1.0 if applied else math.inf
-        self.hook.after_step(self.state, StepResult(torch.tensor(loss), norm, applied, 1e-3, 0.5))
+        self.hook.after_step(self.state, StepResult(torch.tensor(loss), norm, applied, 1e-3, seconds))
 
     def trained(self) -> list[dict[str, Any]]:
         return [record for record in self.writer.records if record["kind"] == "train"]
@@ -156,3 +156,23 @@ def test_entropies_are_reported_only_while_they_are_measured() -> None:
     assert np.shape(first["ema_entropy"]) == (LAYERS, HEADS)
     assert "ema_entropy" not in last and last["phase"] == "fixed"
     assert last["loops"] == 1 and sum(last["loop_depth"]) == 1
+
+
+def test_the_first_step_of_a_process_slows_no_others_figure() -> None:
+    """A run that goes on at step 4 compiles in its step 5, far from the step 1 that is reported alone."""
+    bench = Bench()
+    bench.state.step = 4
+    bench.step(2.0, seconds=60.0)
+    for _ in range(7):
+        bench.step(2.0)
+    first, second = bench.trained()
+    assert first["step"] == 8 and first["step_time_s"] == 0.5 and first["first_step_s"] == 60.0
+    assert first["tokens_per_second"] == BATCH * CONFIG.model.seq_length / 0.5
+    assert second["step_time_s"] == 0.5 and "first_step_s" not in second
+
+
+def test_a_first_step_that_is_alone_tells_its_own() -> None:
+    bench = Bench()
+    bench.step(2.0, seconds=60.0)
+    (only,) = bench.trained()
+    assert only["step_time_s"] == only["first_step_s"] == 60.0

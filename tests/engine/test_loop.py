@@ -178,3 +178,56 @@ def test_the_message_shows_a_finite_loss_as_a_number(monkeypatch: pytest.MonkeyP
     engine: Any = SimpleNamespace(train=lambda: None)
     with pytest.raises(DivergedError, match=r"last loss 2\.3457"):
         trainer(engine, TrainState(), []).run(numbered(), 9)
+
+
+class Clock:
+    """Time passes as the parts of a step say; it stands for the module ``time``."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class Takes(StatelessHook):
+    """Takes ``seconds`` after every step; notes what each step was said to have taken."""
+
+    def __init__(self, clock: Clock, seconds: float, pauses: bool) -> None:
+        self.clock, self.seconds, self.pauses = clock, seconds, pauses
+        self.told: list[float] = []
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        self.clock.now += self.seconds
+        self.told.append(result.seconds)
+
+
+def test_a_step_lasts_from_the_end_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the host waits for between two steps is the device's work on them; validation and saving are not."""
+    clock = Clock()
+    scripted = Scripted("+++")
+
+    def step(*arguments: Any) -> StepResult:
+        clock.now += 2.0
+        return scripted(*arguments)
+
+    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(loop, "train_step", step)
+    log, validation = Takes(clock, 0.5, pauses=False), Takes(clock, 30.0, pauses=True)
+    run = trainer(SimpleNamespace(train=lambda: None), TrainState(), [])
+    run.hooks = [log, validation]
+    monkeypatch.setattr(run.stop, "pending", lambda: setattr(clock, "now", clock.now + 0.25) or 0)
+    run.run(numbered(), 3)
+    assert log.told == validation.told == pytest.approx([2.25, 2.75, 2.75])
+
+
+def test_who_pauses_training() -> None:
+    from megatron_sgt.engine.checkpoint_hook import CheckpointHook
+    from megatron_sgt.engine.eval_hook import EvalHook
+    from megatron_sgt.engine.growth_hook import GrowthHook
+    from megatron_sgt.engine.log_hook import LogHook
+    from megatron_sgt.engine.watch import Progress, watched_hooks
+
+    assert EvalHook.pauses and CheckpointHook.pauses and not GrowthHook.pauses and not LogHook.pauses
+    hooks = [Takes(Clock(), 0.0, pauses=value) for value in (True, False)]
+    assert [hook.pauses for hook in watched_hooks(hooks, Progress())] == [True, False]

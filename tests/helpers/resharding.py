@@ -9,7 +9,6 @@ import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-from megatron_sgt.checkpoint.agreement import agreed
 from megatron_sgt.checkpoint.layout import STATE_FILE, read_json
 from megatron_sgt.checkpoint.load import load_checkpoint
 from megatron_sgt.checkpoint.reshard.engine_state import load_into_engine
@@ -22,6 +21,7 @@ from megatron_sgt.engine.step import train_step
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.parallel.groups import ParallelGroups
+from megatron_sgt.parallel.together import agreed
 from tests.helpers.single import random_batch
 
 

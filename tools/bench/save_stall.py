@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 import megatron_sgt.engine  # noqa: F401  quiets the libraries that the next lines import
-from megatron_sgt.checkpoint.agreement import agreed
 from megatron_sgt.checkpoint.save import Saver
 from megatron_sgt.cli import positive, run_main
 from megatron_sgt.config import Config, parse_config
@@ -29,6 +28,7 @@ from megatron_sgt.engine.step import train_step
 from megatron_sgt.launch.environment import discover
 from megatron_sgt.metrics.units import file_size, si
 from megatron_sgt.parallel.groups import ParallelGroups, destroy_groups
+from megatron_sgt.parallel.together import agreed
 from megatron_sgt.planning.parameters import parameter_count
 
 

@@ -24,6 +24,7 @@ from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.model.hf_weights import name_map
 from megatron_sgt.parallel.groups import ParallelGroups
+from megatron_sgt.parallel.together import agreed
 
 if TYPE_CHECKING:
     import deepspeed
@@ -78,14 +79,8 @@ def load_into_engine(
     masters = _masters(optimizer, stage, names, groups)
     _check_names(model, masters)
     values = _prepare_states(optimizer, masters.tensors, step)
-    for entry in name_map(model):
-        stretches = masters.stretches[PREFIX + entry.megatron]
-        for quantity in reader.quantities if stretches else ():
-            shard = reader.shard(entry, quantity, model, groups.tp_size, groups.tp_rank).flatten()
-            for s in stretches:
-                values[quantity][s.master][s.start : s.start + s.length] = shard[
-                    s.source : s.source + s.length
-                ]
+    # Together: what follows are collectives, and one rank may read for longer than another.
+    agreed(lambda: _read(reader, model, masters, values, groups), groups)
     if loss_scale is not None and getattr(optimizer, "dynamic_loss_scale", False):
         optimizer.loss_scaler.cur_scale = loss_scale
     _refresh_model(optimizer, stage)
@@ -166,6 +161,24 @@ def _prepare_states(optimizer: Any, tensors: list[Tensor], step: int) -> dict[st
             group["step"] = step
     values = {moment: [optimizer.state[t][moment].view(-1) for t in tensors] for moment in MOMENTS}
     return {WEIGHTS: [t.data.view(-1) for t in tensors], **values}
+
+
+def _read(
+    reader: LayoutFreeReader,
+    model: ModelConfig,
+    masters: Masters,
+    values: dict[str, list[Tensor]],
+    groups: ParallelGroups,
+) -> None:
+    """Copy this rank's stretches of every quantity into ``values``."""
+    for entry in name_map(model):
+        stretches = masters.stretches[PREFIX + entry.megatron]
+        for quantity in reader.quantities if stretches else ():
+            shard = reader.shard(entry, quantity, model, groups.tp_size, groups.tp_rank).flatten()
+            for s in stretches:
+                values[quantity][s.master][s.start : s.start + s.length] = shard[
+                    s.source : s.source + s.length
+                ]
 
 
 def _counts_in_group(group: dict[str, Any]) -> bool:

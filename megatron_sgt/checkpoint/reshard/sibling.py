@@ -7,12 +7,11 @@ import time
 from pathlib import Path
 
 from megatron_sgt.checkpoint import layout, manifest
-from megatron_sgt.checkpoint.agreement import agreed
 from megatron_sgt.checkpoint.reshard.convert import commit, fresh_folder, write_part
 from megatron_sgt.checkpoint.reshard.source import open_source
 from megatron_sgt.errors import CheckpointError
-from megatron_sgt.parallel.collectives import broadcast_object
 from megatron_sgt.parallel.groups import ParallelGroups
+from megatron_sgt.parallel.together import agreed, on_rank_zero
 
 
 def sibling_of(folder: Path) -> Path:
@@ -37,7 +36,7 @@ def layout_free_copy(folder: Path, groups: ParallelGroups) -> tuple[Path, str]:
         CheckpointError: on every rank, when one of them could not write its part.
     """
     copy = sibling_of(folder)
-    if broadcast_object(groups.is_main and _is_whole(copy), groups):
+    if on_rank_zero(lambda: _is_whole(copy)):
         return copy, f"read from {copy}"
     start = time.perf_counter()
     temporary = copy.with_name(copy.name + ".tmp")

@@ -6,6 +6,7 @@ post       the store that the ranks share, for short texts
 beat       what ranks tell each other every second
 report     the one block that a person reads: pure text
 way_out    how a rank leaves: the first failure is claimed, told once, and ends all
+flight_recorder  which collective a rank was in
 roll_call  who is there and what each rank does, asked when a run is failing
 watch      the threads that see to all this
 hooks      marks progress around the loop's hooks and data

@@ -18,6 +18,7 @@ class _WatchedHook:
 
     def __init__(self, hook: Hook, progress: Progress) -> None:
         self.name = hook.name
+        self.pauses = hook.pauses
         self._hook = hook
         self._progress = progress
 

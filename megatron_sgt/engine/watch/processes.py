@@ -16,6 +16,9 @@ SHM_FULL = 0.95
 """Share of /dev/shm from which it counts as full."""
 _MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
 _COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/")
+_MEETING = "/megatron_sgt/parallel/together"
+AT_STORE = "waiting at the store"
+"""Where a rank is that waits for another's work, on any device."""
 
 
 @dataclass(frozen=True)
@@ -93,17 +96,19 @@ def whereabouts(thread: int, package: str = "/megatron_sgt/") -> str:
     frame: FrameType | None = sys._current_frames().get(thread)
     if frame is None:
         return "no Python code"
-    collective = ours = ""
+    waiting = ours = ""
     innermost = _shown(frame)
     while frame is not None and not ours:
         file = frame.f_code.co_filename
         if any(part in file for part in _COLLECTIVES):
-            collective = frame.f_code.co_name
-        if package in file:
+            waiting = f"waiting in {frame.f_code.co_name}"
+        elif _MEETING in file:
+            waiting = waiting or AT_STORE
+        elif package in file:
             ours = _shown(frame)
         frame = frame.f_back
     called = f", called from {ours}" if ours and ours != innermost else ""
-    return f"waiting in {collective}{called}" if collective else f"at {innermost}{called}"
+    return f"{waiting or f'at {innermost}'}{called}"
 
 
 def _shown(frame: FrameType) -> str:

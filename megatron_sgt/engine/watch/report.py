@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from megatron_sgt.engine.watch.beat import Beat
 from megatron_sgt.engine.watch.processes import SHM_FULL
@@ -19,15 +19,18 @@ _STATES = {
 @dataclass(frozen=True)
 class Failure:
     """What came first: ``kind`` error (an exception), lost (a process that is gone), hang, or mistake (the
-    user's, told by that rank itself). ``code``: the exit code that every rank leaves with.
+    user's, told by that rank itself). ``rank`` None (and no ``host``): a hang that is no single rank's.
+    ``code``: the exit code that every rank leaves with. ``told_by``: the rank that has claimed it; several may find
+    the same.
     """
 
     kind: str
-    rank: int
+    rank: int | None
     host: str
     place: str
     cause: str
     code: int = 1
+    told_by: int | None = field(default=None, compare=False)
 
     def text(self) -> str:
         """One line of JSON."""
@@ -38,10 +41,16 @@ class Failure:
         """Read ``text``."""
         return cls(**json.loads(text))
 
+    @property
+    def who(self) -> str:
+        """Words for whom it names."""
+        return "every rank" if self.rank is None else f"rank {self.rank}"
+
     def block(self, world_size: int, advice: str, details: Sequence[str] = ()) -> str:
         """The block, ready to print: one line per fact, ``details`` below."""
         verb = {"error": "FAILED", "lost": "LOST", "hang": "HANG"}[self.kind]
-        head = f"{verb}  rank {self.rank} of {world_size} on {self.host}, in {self.place}"
+        who = f"all {world_size} ranks" if self.rank is None else f"{self.who} of {world_size} on {self.host}"
+        head = f"{verb}  {who}, in {self.place}"
         return "\n".join([head, f"  cause  {self.cause}", f"  next   {advice}", *(f"  {d}" for d in details)])
 
 
@@ -99,6 +108,7 @@ _CONSEQUENCES = (
     "nccl communicator was aborted",
     "failed to recv",
     "heartbeat",
+    "otherrankfailederror",
     "socket closed",
 )
 _TIMEOUTS = ("timed out waiting", "wait timeout", "watchdog caught collective operation timeout")

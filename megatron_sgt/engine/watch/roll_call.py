@@ -24,12 +24,14 @@ MAX_LINES = 16
 @dataclass(frozen=True)
 class RollCall:
     """Asks for the rank of ``out``. ``identities``: every rank's process; ``keeper``: whether rank 0's process
-    keeps the store (under torchrun its agent does).
+    keeps the store (under torchrun its agent does); ``queued``: collectives run on a device, and a host that is
+    not in one may wait for one all the same: only the store is waited for by hosts alone.
     """
 
     out: WayOut
     identities: list[processes.Identity]
     keeper: bool
+    queued: bool = False
 
     def beats(self) -> dict[int, Beat]:
         """The last beat of every rank; none where the store is gone."""
@@ -87,12 +89,14 @@ class RollCall:
             return True
 
     def hang(self, what: str, place: str) -> tuple[Failure, list[str]]:
-        """The failure that a hang is: the rank that the others wait for; and a line on each rank of note."""
+        """The failure that a hang is: the rank that the others wait for; and a line on each rank of note.
+
+        Ranks at the same mark that wait like each other name nobody.
+        """
         silent, states, heard = self.silent(), self.states(), self.beats()
         words = self._words()
         stopped = [rank for rank, state in states.items() if state and rank != self.out.rank]
-        busy = [rank for rank, text in words.items() if not text.startswith("waiting")]
-        suspects = stopped or silent or behind(heard) or busy
+        suspects = stopped or silent or behind(heard) or self._waited_for(words)
         for rank in suspects[:MAX_LINES]:
             if rank != self.out.rank and rank not in words and rank in states:
                 with contextlib.suppress(OSError):
@@ -103,11 +107,19 @@ class RollCall:
             at = heard[rank].place if rank in heard else "?"
             said = "; ".join(word for word in known if word)
             details.append(f"rank {rank} on {self.identities[rank].host}, {at}: {said}")
-        first = suspects[0] if suspects else self.out.rank
-        names = ", ".join(map(str, suspects[:MAX_LINES])) or "none, all ranks wait"
+        if not suspects:
+            cause = f"{what}; behind: none, all ranks are at the same mark and wait for each other"
+            return Failure("hang", None, "", place, cause), details
+        first, names = suspects[0], ", ".join(map(str, suspects[:MAX_LINES]))
         place = heard[first].place if first in heard else place
         host = self.identities[first].host
         return Failure("hang", first, host, place, f"{what}; behind: rank {names}"), details
+
+    def _waited_for(self, words: dict[int, str]) -> list[int]:
+        """Ranks that are busy while the others wait for them, as far as where the hosts are can tell."""
+        wait = processes.AT_STORE if self.queued else "waiting"
+        busy = [rank for rank, text in words.items() if not text.startswith(wait)]
+        return busy if len(busy) < len(words) else []
 
     def _words(self) -> dict[int, str]:
         """Where each rank says that it is."""

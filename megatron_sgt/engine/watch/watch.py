@@ -7,6 +7,7 @@ they work while the training thread waits for a peer that will never come.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -21,7 +22,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from megatron_sgt.config import Config
-from megatron_sgt.engine.watch import processes
+from megatron_sgt.engine.watch import flight_recorder, processes
 from megatron_sgt.engine.watch.beat import STALE_SECONDS, Beat, Listener, dead_ranks, next_visible
 from megatron_sgt.engine.watch.post import Post, StoreGoneError
 from megatron_sgt.engine.watch.progress import Progress
@@ -76,7 +77,14 @@ class Watch:
         folder = self._failures / told[0][1]
         self._out = WayOut(self._info.rank, self._info.world_size, folder, Post(store))
         identities = [identity for identity, _ in told]
-        self._roll_call = RollCall(self._out, identities, keeper="TORCHELASTIC_RUN_ID" not in os.environ)
+        queued = flight_recorder.queues_collectives()
+        self._roll_call = RollCall(
+            self._out, identities, keeper="TORCHELASTIC_RUN_ID" not in os.environ, queued=queued
+        )
+        if queued:
+            flight_recorder.let_torch_write_to(folder)
+            with contextlib.suppress(OSError):  # torch makes none; a run that ends well takes it away again
+                folder.mkdir(parents=True, exist_ok=True)
         post = Post(store)
         self._start(lambda: self._exchange_beats(post, identities))
 
@@ -84,6 +92,10 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
+        if error is None:
+            for folder in (self._out.folder, self._failures):
+                with contextlib.suppress(OSError):  # not empty: it stays
+                    folder.rmdir()
         if self._roll_call is None or not isinstance(error, Exception):
             return
         if isinstance(error, SGTError):
@@ -94,7 +106,7 @@ class Watch:
             self._hang(f"a collective gave up: {guess_error(error)}")
         else:
             failure = self._own_failure("error", guess_error(error))
-            if self._out.claim(failure) == failure:
+            if self._out.claim(failure).told_by == self._info.rank:
                 self._out.tell(failure, RESUME)
 
     def _own_failure(self, kind: str, cause: str, code: int = 1) -> Failure:
@@ -178,7 +190,8 @@ class Watch:
             idle = idle + min(now - last, MAX_TICK_SECONDS) if mark.count == count else 0.0
             last, count = now, mark.count
             if idle > self._limits[0 if mark.quick else 1]:
-                self._hang(f"no progress for {idle:.0f} s")
+                setting = "hang_timeout_seconds" if mark.quick else "slow_phase_timeout_seconds"
+                self._hang(f"no progress for {idle:.0f} s (train.{setting})")
 
     def _hang(self, what: str) -> NoReturn:
         self._out.take()
@@ -192,7 +205,13 @@ class Watch:
             deadline = time.monotonic() + SEARCH_SECONDS
             while self._out.known_failure() is None and time.monotonic() < deadline:
                 time.sleep(TICK_SECONDS)
+            self._out.dump_collectives()
             time.sleep(LEAVE_SECONDS)
             self._out.leave(1)
         failure, details = self._roll_call.hang(what, place)
-        self._out.fail(failure, f"stacks of all ranks: {self._out.folder}; {ADVICE}", details)
+        folder = self._out.folder
+        compare = f"torchfrtrace -p {flight_recorder.PREFIX} {folder} compares them"
+        advice = RESUME if failure.rank is None else ADVICE
+        self._out.fail(
+            failure, f"stacks and collectives of all ranks: {folder} ({compare}); {advice}", details
+        )

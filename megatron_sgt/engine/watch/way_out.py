@@ -11,9 +11,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+from megatron_sgt.engine.watch import flight_recorder
 from megatron_sgt.engine.watch.post import Post, StoreGoneError, bounded
 from megatron_sgt.engine.watch.report import Failure
 
@@ -23,6 +25,8 @@ STORE_SECONDS = 3.0
 """How long the store has to answer when a run is failing."""
 LEAVE_SECONDS = 1.5
 """How long a rank waits before it follows another's failure, which must be told first."""
+RECORD_SECONDS = 5.0
+"""How long the flight recorder has to answer; after twice as long the process ends, whatever holds it up."""
 FIRST_FILE = "first.json"
 REPORT_FILE = "report.txt"
 
@@ -65,8 +69,8 @@ class WayOut:
         return self._taken.locked()
 
     def claim(self, failure: Failure) -> Failure:
-        """The run's first failure: ``failure``, if no rank was faster."""
-        text = failure.text()
+        """The run's first failure: ``failure``, told by this rank, if no rank was faster."""
+        text = replace(failure, told_by=self.rank).text()
         try:
             return Failure.from_text(self.ask(lambda post: post.claim("failed", text)))
         except StoreGoneError:
@@ -112,16 +116,20 @@ class WayOut:
         """Claim, tell and leave, or follow what was claimed before."""
         self.take()
         first = self.claim(failure)
-        if first != failure:
+        if first.told_by != self.rank:
             self.follow(first)
         self.tell(failure, advice, details)
+        if failure.kind == "hang":
+            self.dump_collectives()
+            time.sleep(LEAVE_SECONDS)  # a launcher ends the others, who write too, when the first has left
         self.leave(failure.code)
 
     def follow(self, failure: Failure) -> NoReturn:
         """Leave because another rank has failed; a hang leaves this rank's stacks behind."""
         self.take()
         if failure.kind == "hang":
-            self.dump_stacks(f"rank {failure.rank} hangs, in {failure.place}")
+            self.dump_stacks(f"{failure.who} hangs, in {failure.place}")
+            self.dump_collectives()
         time.sleep(LEAVE_SECONDS)
         self.leave(failure.code)
 
@@ -133,6 +141,21 @@ class WayOut:
         if self._write(name, f"{why}\n"):
             with (self.folder / name).open("a") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
+
+    def dump_collectives(self) -> None:
+        """What this rank's collectives were doing, into its files of the run directory; after a hang was told.
+
+        Reading it asks the driver about every collective. Where that never returns, this thread goes on without;
+        where it keeps Python's lock as well, a timer that needs none ends the process.
+        """
+        faulthandler.dump_traceback_later(2 * RECORD_SECONDS, exit=True, file=2)
+        try:
+            said = bounded(lambda: flight_recorder.write(self.folder, self.rank), RECORD_SECONDS)
+        except Exception as error:
+            said = f"no record of its collectives: {error}"
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        print(f"[rank {self.rank}] {said}", file=sys.stderr, flush=True)
 
     def _write(self, name: str, text: str) -> bool:
         try:

@@ -74,6 +74,7 @@ def test_whereabouts() -> None:
     stuck = "def busy():\n    all_reduce()\n"
     for file, expected in (
         ("/x/torch/distributed/distributed_c10d.py", "waiting in all_reduce, called from busy (step.py:2)"),
+        ("/x/megatron_sgt/parallel/together.py", "waiting at the store, called from busy (step.py:2)"),
         ("/x/numpy/core.py", "at wait (threading.py:"),
     ):
         ready, go = threading.Event(), threading.Event()

@@ -30,6 +30,12 @@ def test_the_block() -> None:
     assert Failure.from_text(failure.text()) == failure
 
 
+def test_the_block_of_a_hang_that_is_nobodys() -> None:
+    failure = Failure("hang", None, "", "step 7 (train)", "no progress for 300 s")
+    assert failure.block(16, "start again").splitlines()[0] == "HANG  all 16 ranks, in step 7 (train)"
+    assert failure.who == "every rank" and Failure.from_text(failure.text()) == failure
+
+
 @pytest.mark.parametrize(
     ("beats", "all_of_host", "words"),
     [

@@ -85,9 +85,18 @@ def test_whom_a_hang_names(what: Callable[[Scene], None], rank: int, said: str, 
     assert [pid for pid, _ in scene.killed] == ([101] if what is stopped else []), "asked for its stacks"
 
 
-def test_a_rank_that_is_marks_behind(scene: Scene) -> None:
+@pytest.mark.parametrize("queued", [False, True])
+def test_who_keeps_others_at_the_store_is_named(queued: bool, scene: Scene) -> None:
+    waiting = "waiting at the store, called from build_datasets (gpt_dataset.py:105)"
+    scene.say(rank0="at build_index (index_cache.py:90)", rank1=waiting, rank2=waiting, rank3=waiting)
+    call = dataclasses.replace(scene.call, queued=queued)
+    assert call.hang("no progress", "opening the data")[0].rank == 0
+
+
+@pytest.mark.parametrize("queued", [False, True])
+def test_a_rank_that_is_marks_behind(queued: bool, scene: Scene) -> None:
     scene.behind = 2
-    failure, _ = scene.call.hang("no progress", "step 7 (train)")
+    failure, _ = dataclasses.replace(scene.call, queued=queued).hang("no progress", "step 7 (train)")
     assert failure.rank == 2 and failure.cause.endswith("behind: rank 2")
 
 
@@ -95,7 +104,26 @@ def test_all_wait(scene: Scene) -> None:
     waiting = "waiting in all_reduce"
     scene.say(rank0=waiting, rank1=waiting, rank2=waiting, rank3=waiting)
     failure, _ = scene.call.hang("no progress", "step 7 (train)")
-    assert failure.cause.endswith("behind: rank none, all ranks wait")
+    assert failure.rank is None and failure.host == "", "nobody is to blame"
+    assert failure.cause.endswith("behind: none, all ranks are at the same mark and wait for each other")
+
+
+READING = "at train_step (step.py:70)"
+IN_GATHER = "waiting in all_gather_object, called from _compare (straggler.py:150)"
+
+
+@pytest.mark.parametrize(
+    ("queued", "last"),
+    [(True, READING), (True, IN_GATHER), (False, READING)],
+    ids=["gpu", "gpu, mixed", "cpu"],
+)
+def test_hosts_that_read_a_device_are_not_to_blame(queued: bool, last: str, scene: Scene) -> None:
+    """What waits is the device: on GPUs all hosts stand where they next read it, the missing one's too."""
+    scene.say(rank0=READING, rank1=READING, rank2=READING, rank3=last)
+    call = dataclasses.replace(scene.call, queued=queued)
+    failure, details = call.hang("no progress", "step 7 (train)")
+    assert failure.rank is None and failure.place == "step 7 (train)", failure
+    assert len(details) == 4 and not scene.killed
 
 
 def test_without_the_store_its_keeper_is_silent(scene: Scene) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import time
@@ -82,6 +83,37 @@ def test_a_stopped_rank_is_named_after_the_timeout(victim: int, data: str, tmp_p
         stacks = (folder / f"rank_{rank:05d}.stacks.txt").read_text()
         assert "train_step" in stacks and "_watch_progress" in stacks, "all threads of the rank"
         assert "in step " in stacks.splitlines()[0] and "train_step" in done[rank].err
+        entries = json.loads((folder / f"rank_{rank:05d}.collectives.json").read_text())["entries"]
+        assert any("all" in entry["profiling_name"] for entry in entries), "its last collectives"
+        assert (folder / f"nccl_trace_rank_{rank}").stat().st_size > 0
+
+
+def work_alone(flag: Path, rank: int) -> None:
+    """Let rank 0 build its indices for a minute."""
+    from megatron_sgt.data import gpt_dataset
+
+    def slowly(*arguments: Any) -> None:
+        flag.touch()
+        time.sleep(60)
+
+    if rank == 0:
+        gpt_dataset._prepare = slowly
+
+
+def test_rank_zero_dies_while_the_others_wait_at_the_store(data: str, tmp_path: Path) -> None:
+    config, _ = endless(tmp_path, data)
+    flag = tmp_path / "at work"
+    with attempt(tmp_path / "ranks", config, 2, partial(work_alone, flag)) as run:
+        deadline = time.monotonic() + 60
+        while not flag.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        start = run.signal(0, signal.SIGKILL)
+        (code,) = run.wait([1], timeout=30)
+        seconds = time.monotonic() - start
+        done = run.finished()
+    assert code == 1 and seconds < 10, (code, seconds, done)
+    (head,) = told([done[1].err])
+    assert head.startswith("LOST  rank 0 of 2 on ") and head.endswith(", in opening the data"), head
 
 
 def fail_in_step(step: int, error: Exception, rank: int) -> None:

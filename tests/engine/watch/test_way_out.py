@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import threading
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +26,12 @@ class Left(Exception):
     """Stands for the end of the process."""
 
 
+def record(folder: Path, rank: int) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "collectives").write_text(f"of rank {rank}")
+    return "recorded"
+
+
 @pytest.fixture
 def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[WayOut]:
     """Ranks 0 and 1 of 4 with one store; leaving raises Left(code), nobody sleeps."""
@@ -31,6 +41,7 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[WayOut]:
 
     monkeypatch.setattr(WayOut, "leave", leave)
     monkeypatch.setattr(way_out.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(way_out.flight_recorder, "write", record)
     store = dist.HashStore()
     return [WayOut(rank, 4, tmp_path / "failures", Post(store)) for rank in (0, 1)]
 
@@ -55,6 +66,17 @@ def test_one_tells_and_the_others_follow(
     assert [path.name for path in one.folder.glob("first.*")] == ([] if store else ["first.json"])
 
 
+@pytest.mark.parametrize("store", [True, False])
+def test_two_ranks_that_find_the_same_tell_it_once(
+    store: bool, ranks: list[WayOut], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank in ranks:
+        rank.store_gone = not store
+        with pytest.raises(Left):
+            rank.fail(LOST, "start again")
+    assert capsys.readouterr().err.count("LOST") == 1
+
+
 def test_a_mistake_is_followed_silently_with_its_code(
     ranks: list[WayOut], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,6 +90,7 @@ def test_a_hang_leaves_every_ranks_stacks(ranks: list[WayOut]) -> None:
     with pytest.raises(Left):
         ranks[1].follow(HANG)
     text = (ranks[1].folder / "rank_00001.stacks.txt").read_text()
+    assert (ranks[1].folder / "collectives").read_text() == "of rank 1"
     assert text.startswith("rank 1 hangs, in step 7 (train)\n")
     assert "test_a_hang_leaves_every_ranks_stacks" in text
 
@@ -100,3 +123,50 @@ def test_only_one_thread_ends_the_process(ranks: list[WayOut]) -> None:
     ranks[0].take()
     ranks[0].take()  # the same thread may go on
     assert ranks[0].is_taken and not ranks[0]._taken.acquire(blocking=False)
+
+
+def test_who_tells_of_a_hang_records_too(ranks: list[WayOut], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(Left):
+        ranks[0].fail(HANG, "start again")
+    errors = capsys.readouterr().err
+    assert errors.index("HANG  rank 1") < errors.index("[rank 0] recorded"), (
+        "told first, whatever the record does"
+    )
+    with pytest.raises(Left):
+        ranks[1].follow(LOST)
+    assert (ranks[0].folder / "collectives").read_text() == "of rank 0", "only of a hang"
+
+
+def test_a_record_that_never_comes_or_fails_holds_up_nobody(
+    ranks: list[WayOut], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(folder: Path, rank: int) -> str:
+        raise RuntimeError("no driver")
+
+    never = threading.Event()
+    monkeypatch.setattr(way_out, "RECORD_SECONDS", 0.2)
+    for write in (lambda folder, rank: never.wait(60), fails):
+        monkeypatch.setattr(way_out.flight_recorder, "write", write)
+        begun = time.monotonic()
+        ranks[0].dump_collectives()
+        assert time.monotonic() - begun < 10
+    never.set()
+    errors = capsys.readouterr().err
+    assert "no record of its collectives: no answer in 0.2 s" in errors
+    assert "no record of its collectives: no driver" in errors
+
+
+def test_a_record_that_keeps_the_interpreter_ends_the_process(
+    ranks: list[WayOut], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call into a driver that never returns and holds Python's lock: no Python thread can end the process."""
+    sleep = ctypes.PyDLL(None).sleep  # called with the lock held
+    monkeypatch.setattr(way_out, "RECORD_SECONDS", 0.3)
+    monkeypatch.setattr(way_out.flight_recorder, "write", lambda folder, rank: sleep(60))
+    begun = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        ranks[0].dump_collectives()
+        os._exit(7)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 1 and time.monotonic() - begun < 30
