@@ -42,6 +42,7 @@ from megatron_sgt.growth import Schedule, build_schedule
 from megatron_sgt.launch.environment import RankInfo
 from megatron_sgt.metrics import METRICS_FILE, MetricsHub, build_hub
 from megatron_sgt.model.loop_backend import loop_backend
+from megatron_sgt.model.warm_up import warm_up_loops
 from megatron_sgt.ops.attention import describe_attention
 from megatron_sgt.parallel.collectives import barrier
 from megatron_sgt.parallel.device import resolve_precision
@@ -75,6 +76,8 @@ class PretrainingRun:
         datasets = self._open_data()
         self.progress.enter("building the model")
         self.runtime: Runtime = build_runtime(self.config, self.groups)
+        self.progress.enter("compiling the kernels of the loops")
+        warm_up_loops(self.config, self.groups, self.runtime.precision)
         self.schedule: Schedule = build_schedule(
             self.config.growth, self.config.model.num_layers, self.config.model.num_attention_heads
         )
@@ -147,6 +150,7 @@ class PretrainingRun:
                 groups.dp_rank,
                 groups.dp_size,
                 config.train.eval_iters,
+                pin_memory=groups.device.type != "cpu",
             )
             interval = config.train.eval_interval
             self.eval = EvalHook(runtime.engine, loader, interval, self.schedule, self.hub, groups)

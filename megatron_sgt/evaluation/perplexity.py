@@ -22,7 +22,10 @@ def mean_loss(model: torch.nn.Module, batches: Iterable[dict[str, Tensor]], grou
     was_training = model.training
     begin_step(model)
     model.eval()
-    losses = [model(**{k: v.to(groups.device) for k, v in batch.items()}).float() for batch in batches]
+    losses = [
+        model(**{k: v.to(groups.device, non_blocking=True) for k, v in batch.items()}).float()
+        for batch in batches
+    ]
     model.train(was_training)
     if not losses:
         return math.nan

@@ -8,6 +8,7 @@ import torch
 
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.model.layer import SGTLayer
+from megatron_sgt.parallel.packed_copy import on_device
 
 # Layers are built once. Walking all modules of a deep model takes milliseconds, and training asks several times
 # a step.
@@ -23,9 +24,17 @@ def sgt_layers(model: torch.nn.Module) -> list[SGTLayer]:
 
 
 def apply_plan(model: torch.nn.Module, plan: LoopPlan) -> None:
-    """Make every layer of ``model`` execute its part of ``plan`` from the next forward on."""
-    for layer in sgt_layers(model):
-        layer.apply_plan(plan[layer.layer_id], layer.self_attention.linear_proj.weight.device)
+    """Make every layer of ``model`` execute its part of ``plan`` from the next forward on.
+
+    What has changed reaches the device in one copy for all layers: in a decay window every step has new gates.
+    """
+    changed = [layer for layer in sgt_layers(model) if layer.plan != plan[layer.layer_id]]
+    if not changed:
+        return
+    device = changed[0].self_attention.linear_proj.weight.device
+    prepared = on_device([layer.prepare(plan[layer.layer_id]) for layer in changed], device)
+    for layer, execution in zip(changed, prepared, strict=True):
+        layer.execute(execution)
 
 
 def executed_plan(model: torch.nn.Module) -> LoopPlan:

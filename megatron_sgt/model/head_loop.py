@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -72,20 +72,28 @@ class LoopState:
     proj_columns: Tensor
 
 
-def loop_state(plan: LayerPlan, layout: HeadLayout, device: torch.device) -> LoopState | None:
-    """Prepare ``plan`` for the rank that ``layout`` describes; None if the layer has no head loops."""
+def loop_state(plan: LayerPlan, layout: HeadLayout, before: LoopState | None = None) -> LoopState | None:
+    """Prepare ``plan`` for the rank that ``layout`` describes; None if the layer has no head loops.
+
+    Args:
+        before: what the layer executed so far. Of the same kept heads its indices are taken over: in a window only
+            the gates are new. What is new lies on the host.
+    """
     if plan.loops == 0:
         return None
+    values = [1.0 if head in plan.kept_heads else plan.other_gate for head in layout.owned_heads]
+    gates = torch.tensor(values, dtype=torch.float32)
+    if before is not None and before.plan.kept_heads == plan.kept_heads:
+        return replace(before, plan=plan, gates=gates)
     kept = layout.local(plan.kept_heads)
-    gates = [1.0 if head in plan.kept_heads else plan.other_gate for head in layout.owned_heads]
 
     def index(values: Iterable[int]) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.long, device=device)
+        return torch.tensor(list(values), dtype=torch.long)
 
     return LoopState(
         plan=plan,
         kept=kept,
-        gates=torch.tensor(gates, dtype=torch.float32, device=device),
+        gates=gates,
         heads=index(head + layout.owned_heads.start for head in kept.heads),
         kv_slot=index(kept.kv_slot),
         qkv_rows=index(kept.qkv_rows),

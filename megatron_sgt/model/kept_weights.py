@@ -11,7 +11,7 @@ MB, of which it owns some, all or none. A ``KeptSlice`` gives them as differenti
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_sgt.parallel.head_layout import HeadLayout
 
 
+@dataclass(eq=False)
 class KeptSlice:
     """The kept part of one parameter: ``count`` indices along ``dim``, this rank's among them.
 
@@ -30,23 +31,16 @@ class KeptSlice:
             parallelism) or whole already (replicated activations).
     """
 
-    def __init__(
-        self,
-        dim: int,
-        count: int,
-        own: Tensor,
-        among: Tensor,
-        group: dist.ProcessGroup,
-        partial_gradients: bool,
-    ) -> None:
-        self.dim, self.count = dim, count
-        self.own, self.among = own, among
-        self.group = group
-        self.partial_gradients = partial_gradients
-        self.last_micro_batch = True
-        self._fetched: Tensor | None = None
-        self._in_graph: Tensor | None = None
-        self._gradient: Tensor | None = None
+    dim: int
+    count: int
+    own: Tensor
+    among: Tensor
+    group: dist.ProcessGroup
+    partial_gradients: bool
+    last_micro_batch: bool = field(default=True, init=False)
+    _fetched: Tensor | None = field(default=None, init=False)
+    _in_graph: Tensor | None = field(default=None, init=False)
+    _gradient: Tensor | None = field(default=None, init=False)
 
     def begin_step(self) -> None:
         """Forget what was fetched (the optimizer has changed it) and unfinished gradients."""
@@ -140,9 +134,8 @@ def kept_weights(
     layout: HeadLayout,
     group: dist.ProcessGroup,
     partial_gradients: bool,
-    device: torch.device,
 ) -> KeptWeights:
-    """Work out the slices of ``kept_heads`` (global ids) for the rank that ``layout`` describes."""
+    """Work out the slices of ``kept_heads`` (global ids) for the rank that ``layout`` describes, on the host."""
     kept, mine = (
         HeadLayout(layout.num_heads, layout.num_groups, layout.head_dim).local(kept_heads),
         layout.local(kept_heads),
@@ -154,7 +147,7 @@ def kept_weights(
     blocks = [*own_heads, *(heads + g for g in own_groups), *(heads + groups + g for g in own_groups)]
 
     def index(values: Iterable[int]) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.long, device=device)
+        return torch.tensor(list(values), dtype=torch.long)
 
     def part(dim: int, count: int, own: Iterable[int], among: Iterable[int]) -> KeptSlice:
         spread = index(b * layout.head_dim + i for b in among for i in range(layout.head_dim))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,16 @@ from megatron_sgt.ops.fused_loop import HeadBlocks
 from megatron_sgt.ops.rotary import Rotary, RotaryTables
 from megatron_sgt.parallel.head_layout import HeadLayout
 from megatron_sgt.parallel.rng import recompute_contexts
+
+
+@dataclass(frozen=True)
+class Execution:
+    """A plan of one layer with the indices and gates that it takes."""
+
+    plan: LayerPlan
+    loop: LoopState | None
+    kept_weights: KeptWeights | None
+    blocks: HeadBlocks | None
 
 
 class SGTLayer(TransformerLayer):
@@ -62,22 +73,23 @@ class SGTLayer(TransformerLayer):
         self.tables = tables
         self.fused_rotary = fused_rotary
 
-    def apply_plan(self, plan: LayerPlan, device: torch.device) -> None:
-        """Execute ``plan`` from the next forward on."""
-        if plan == self.plan:
-            return
-        self.plan = plan
-        self._loop = loop_state(plan, self.head_layout, device)
-        self.kept_weights = self.blocks = None
+    def prepare(self, plan: LayerPlan) -> Execution:
+        """What ``execute`` needs for ``plan``; what is new of it lies on the host."""
+        loop, kept, blocks = loop_state(plan, self.head_layout, self._loop), None, None
         if self.balanced and plan.phase == "sparse":
             partial = self.config.sequence_parallel
-            group = self.pg_collection.tp
-            self.kept_weights = kept_weights(plan.kept_heads, self.head_layout, group, partial, device)
-        if self.fused and plan.phase == "sparse" and self._loop is not None:
-            self.blocks = self._kept_blocks(self._loop)
+            kept = kept_weights(plan.kept_heads, self.head_layout, self.pg_collection.tp, partial)
+        if self.fused and plan.phase == "sparse" and loop is not None:
+            blocks = self._kept_blocks(loop, kept)
+        return Execution(plan, loop, kept, blocks)
 
-    def _kept_blocks(self, state: LoopState) -> HeadBlocks | None:
-        size, kept = self.head_layout.head_dim, self.kept_weights
+    def execute(self, execution: Execution) -> None:
+        """Execute a plan, prepared and on the layer's device, from the next forward on."""
+        self.plan, self._loop = execution.plan, execution.loop
+        self.kept_weights, self.blocks = execution.kept_weights, execution.blocks
+
+    def _kept_blocks(self, state: LoopState, kept: KeptWeights | None) -> HeadBlocks | None:
+        size = self.head_layout.head_dim
         if kept is not None:
             return blocks_alone(kept.heads, kept.groups, kept.kv_slot, size)
         return blocks_in_place(state, size) if state.kept.heads else None

@@ -75,6 +75,21 @@ def kernel_order(device: torch.device, dropout_p: float = 0.0) -> list[SDPBacken
     return [*first, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
+def reads_groups(device: torch.device, dtype: torch.dtype, head_size: int, dropout_p: float = 0.0) -> bool:
+    """Whether a kernel that keeps no scores reads grouped keys and values as they are.
+
+    FlashAttention does: 16-bit numbers, heads of at most 256, from compute capability 8.0 on. cuDNN does where
+    FlashAttention does, but not with every dropout. The memory-efficient kernel, the only one for fp32, and the CPU's
+    want as many keys as queries (``can_use_mem_efficient_attention`` in torch's sdp_utils.cpp, up to 2.13 at least):
+    asked for groups, torch passes over them to the kernel that materialises the scores.
+    """
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_size > 256:
+        return False
+    if SDPBackend.FLASH_ATTENTION not in kernel_order(device, dropout_p):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 @contextlib.contextmanager
 def fastest_kernel(device: torch.device, dropout_p: float = 0.0) -> Iterator[None]:
     """Let attention on a GPU try the kernels of ``kernel_order``. On a CPU nothing changes."""
@@ -99,9 +114,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float
     heads, groups = query.shape[2], key.shape[2]
     q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
     grouped = heads != groups
-    if grouped and query.device.type == "cpu":
-        # Repeating is a copy of k and v, never of scores: the CPU kernel has no grouped form, and torch
-        # falls back to materialised scores when asked for one.
+    if grouped and not reads_groups(query.device, query.dtype, query.shape[3], dropout_p):
+        # A copy of k and v, never of scores, which torch materialises when no other kernel has a grouped form.
         k, v = (t.repeat_interleave(heads // groups, dim=1) for t in (k, v))
         grouped = False
     with fastest_kernel(query.device, dropout_p):

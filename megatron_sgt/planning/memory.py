@@ -44,17 +44,19 @@ class Kernels:
     ``norm_copies``: copies of its input's size that RMSNorm keeps beside the input (composite kernels keep the
     normalised one); ``mask_bytes``: of one element's dropout mask (None: as many as an element has);
     ``fusions``: unless ``train.fusions`` is off, SwiGLU keeps its input and output alone, and rotary positions keep
-    nothing; ``cuts_keys``: balanced loops keep keys and values as cut and copied for this rank, not as gathered.
+    nothing; ``cuts_keys``: balanced loops keep keys and values as cut and copied for this rank, not as gathered;
+    ``groups``: attention in 16 bits reads grouped keys and values, which are repeated otherwise.
     """
 
     norm_copies: int
     mask_bytes: int | None
     fusions: bool
     cuts_keys: bool
+    groups: bool
 
 
-GPU = Kernels(norm_copies=0, mask_bytes=1, fusions=True, cuts_keys=False)
-CPU = Kernels(norm_copies=1, mask_bytes=None, fusions=False, cuts_keys=True)
+GPU = Kernels(norm_copies=0, mask_bytes=1, fusions=True, cuts_keys=False, groups=True)
+CPU = Kernels(norm_copies=1, mask_bytes=None, fusions=False, cuts_keys=True, groups=False)
 
 
 @dataclass(frozen=True)
@@ -241,7 +243,7 @@ class _Rank:
         if self.selective:
             return kept + key + fused  # values are a view of the fused projection
         kept += self._statistics(heads, self.tokens)
-        if heads == groups:
+        if heads == groups or (self.kernels.groups and self.element < _FP32):
             return kept + key + fused
         # Grouped keys and values are repeated; the norm of the keys still holds the fused projection.
         return kept + 2 * self._heads(heads) + (fused if self.model.qk_layernorm else 0)

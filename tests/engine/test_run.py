@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
-from megatron_sgt.config import load_config
+from megatron_sgt.config import Config, load_config
+from megatron_sgt.engine import run as run_module
 from megatron_sgt.engine.loop import DivergedError
 from megatron_sgt.engine.run import PretrainingRun
+from megatron_sgt.engine.watch import Progress
 from megatron_sgt.errors import CheckpointError, ConfigError, DataError
 from megatron_sgt.launch.rank_info import LOOPBACK, RankInfo
 from megatron_sgt.metrics import METRICS_FILE
@@ -127,3 +133,30 @@ def catch(info: RankInfo, config: object) -> tuple[str, str]:
     except Exception as error:
         return type(error).__name__, str(error)
     return "nothing", ""
+
+
+def look_inside(info: RankInfo, config: Config) -> tuple[Any, ...]:
+    """The phase in which the loops' kernels are compiled, and whether batches of (training, validation) lie in
+    pinned memory, here and where the device is another."""
+    watch = mock.Mock(progress=Progress())
+    found: list[Any] = []
+    with mock.patch.object(run_module, "warm_up_loops") as warm_up:
+        warm_up.side_effect = lambda *_: found.append(watch.progress.mark)
+        run = PretrainingRun(config, info, watch=watch)
+    found = [found[0].phase, found[0].quick]
+    for device in (torch.device("cpu"), torch.device("meta")):
+        run.groups = replace(run.groups, device=device)
+        with (
+            mock.patch.object(run_module, "TrainLoader") as train,
+            mock.patch.object(run_module, "EvalLoader") as valid,
+            mock.patch.object(run_module, "StragglerHook"),  # asks the device for its events
+        ):
+            run._wire(run.train_data)
+            run._open_loader(0)
+        found += [call.kwargs["pin_memory"] for call in (train.call_args, valid.call_args)]
+    return tuple(found)
+
+
+def test_kernels_are_compiled_at_the_start_and_batches_pinned_for_gpus(data: str, tmp_path: Path) -> None:
+    [found] = run_on_ranks(1, look_inside, tiny_config(tmp_path, data))
+    assert found == ("compiling the kernels of the loops", False, False, False, True, True)

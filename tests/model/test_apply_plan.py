@@ -1,5 +1,9 @@
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.model.apply_plan import apply_plan, sgt_layers
@@ -42,3 +46,53 @@ def test_layers_are_found_inside_any_wrapper_and_in_order() -> None:
 def test_a_plan_of_another_depth_is_refused() -> None:
     with pytest.raises(IndexError, match="layer 2 of a plan with 2 layers"):
         apply_plan(single_model(small_config()), LoopPlan.empty(2))
+
+
+class CopiesToDevice(TorchDispatchMode):
+    """Counts copies of host tensors to another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and args[0].device != out.device:
+            assert kwargs["non_blocking"]
+            self.count += 1
+        return out
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> CopiesToDevice:
+    """A counter that sees torch.tensor too, which copies without a dispatch."""
+    counter, tensor = CopiesToDevice(), torch.tensor
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        counter.count += kwargs.get("device", "cpu") != "cpu"
+        return tensor(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "tensor", counted)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
+    return counter
+
+
+def window(gate: float, *layers: int) -> LoopPlan:
+    return LoopPlan(4, tuple((layer, LayerPlan(1, (0, 3), gate)) for layer in layers))
+
+
+def test_the_gates_of_a_window_reach_the_device_in_one_copy(copies: CopiesToDevice) -> None:
+    """Two layers enter a window, their gates change, and one of them leaves it."""
+    model = single_model(small_config()).to("meta")
+    plans = [window(0.75, 1, 3), window(0.5, 1, 3), window(0.0, 1, 3), window(0.0, 1, 3), LoopPlan.empty(4)]
+    counts = []
+    for plan in plans:
+        with copies:
+            apply_plan(model, plan)
+        counts.append(copies.count)
+        for layer in sgt_layers(model):
+            assert (
+                layer._loop is None
+                or layer._loop.gates.device.type == layer._loop.qkv_rows.device.type == "meta"
+            )
+    assert counts == [1, 2, 3, 3, 3]

@@ -136,7 +136,7 @@ def test_a_rank_without_kept_heads_still_takes_part(variant: str) -> None:
     """Its part of the sum is zero, yet connected to all that its peers reduce in the backward pass."""
     _, model = built(variant, 1)
     layer = sgt_layers(model)[2]
-    state = loop_state(LayerPlan(1, (0, 1)), HeadLayout(4, 4, 16, tp_size=2, tp_rank=1), torch.device("cpu"))
+    state = loop_state(LayerPlan(1, (0, 1)), HeadLayout(4, 4, 16, tp_size=2, tp_rank=1))
     assert state is not None and state.kept.heads == () and state.gates.tolist() == [0.0, 0.0]
     x = torch.randn(8, 2, 64, requires_grad=True)
     out = sparse_loop(layer, x, torch.zeros(8, 1, 1, 16), state, 1)
@@ -154,10 +154,9 @@ def test_a_rank_without_kept_heads_still_takes_part(variant: str) -> None:
 
 def test_loop_state() -> None:
     layout = HeadLayout(8, 4, 2, tp_size=2, tp_rank=1)
-    cpu = torch.device("cpu")
-    assert loop_state(LayerPlan(), layout, cpu) is None
-    assert loop_state(LayerPlan(block_loops=2), layout, cpu) is None
-    state = loop_state(LayerPlan(2, (1, 4, 7), 0.25), layout, cpu)
+    assert loop_state(LayerPlan(), layout) is None
+    assert loop_state(LayerPlan(block_loops=2), layout) is None
+    state = loop_state(LayerPlan(2, (1, 4, 7), 0.25), layout)
     assert state is not None
     assert state.gates.tolist() == [1.0, 0.25, 0.25, 1.0]
     assert state.heads.tolist() == [4, 7]  # global ids
@@ -165,6 +164,11 @@ def test_loop_state() -> None:
     assert state.heads.dtype == state.qkv_rows.dtype == torch.int64
     assert state.qkv_rows.tolist() == list(state.kept.qkv_rows)
     assert state.proj_columns.tolist() == [0, 1, 6, 7]
+    later = loop_state(LayerPlan(2, (1, 4, 7), 0.125), layout, state)
+    assert later is not None and later.gates.tolist() == [1.0, 0.125, 0.125, 1.0]
+    assert later.qkv_rows is state.qkv_rows and later.plan.other_gate == 0.125
+    other = loop_state(LayerPlan(2, (1, 5, 7), 0.125), layout, later)
+    assert other is not None and other.heads.tolist() == [5, 7]
 
 
 def test_loops_change_the_model() -> None:

@@ -162,13 +162,13 @@ def test_layers_count_from_0() -> None:
 
 def test_an_equal_plan_costs_nothing() -> None:
     """Index tensors are made when the plan changes, not at every step."""
-    layer = sgt_layers(single_model(small_config()))[1]
-    cpu = torch.device("cpu")
-    layer.apply_plan(LayerPlan(1, (0, 1)), cpu)
+    model = single_model(small_config())
+    layer = sgt_layers(model)[1]
+    apply_plan(model, LoopPlan(4, ((1, LayerPlan(1, (0, 1))),)))
     state = layer._loop
-    layer.apply_plan(LayerPlan(1, (0, 1)), cpu)
+    apply_plan(model, LoopPlan(4, ((1, LayerPlan(1, (0, 1))),)))
     assert state is not None and layer._loop is state
-    layer.apply_plan(LayerPlan(1, (0, 2)), cpu)
+    apply_plan(model, LoopPlan(4, ((1, LayerPlan(1, (0, 2))),)))
     assert layer._loop is not None and layer._loop.kept.heads == (0, 2)
-    layer.apply_plan(LayerPlan(), cpu)
+    apply_plan(model, LoopPlan.empty(4))
     assert layer._loop is None

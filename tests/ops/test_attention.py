@@ -2,19 +2,24 @@
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, _registry
 
+from megatron_sgt.ops import attention as attention_module
 from megatron_sgt.ops.attention import (
     causal_attention,
     causal_attention_reference,
     describe_attention,
     fastest_kernel,
     newer_flash_attention,
+    reads_groups,
 )
 from tests.helpers.tensor_shapes import ShapeRecorder
 
@@ -188,6 +193,71 @@ def test_a_cpu_keeps_torch_s_order() -> None:
     before = torch._C._get_sdp_priority_order()
     with fastest_kernel(torch.device("cpu")):
         assert torch._C._get_sdp_priority_order() == before
+
+
+@pytest.mark.parametrize(
+    ("generation", "dtype", "head_size", "dropout_p", "installed", "wanted"),
+    [
+        (9, torch.bfloat16, 128, 0.0, (), True),
+        (8, torch.float16, 64, 0.1, (), True),
+        (8, torch.bfloat16, 320, 0.0, (), False),
+        (7, torch.float16, 64, 0.0, (), False),  # FlashAttention begins with 8.0
+        (9, torch.float32, 128, 0.0, (), False),  # only the memory-efficient kernel takes fp32
+        (9, torch.bfloat16, 128, 0.0, ("flash_attn_interface",), True),
+        (
+            9,
+            torch.bfloat16,
+            128,
+            0.1,
+            ("flash_attn_interface",),
+            False,
+        ),  # no flash, and cuDNN takes n/16 only
+    ],
+)
+def test_groups_are_repeated_where_only_the_kernel_with_scores_would_read_them(
+    generation: int,
+    dtype: torch.dtype,
+    head_size: int,
+    dropout_p: float,
+    installed: tuple[str, ...],
+    wanted: bool,
+    gpu: Callable[..., list[str]],
+) -> None:
+    gpu(generation, installed, dropout_p)
+    assert reads_groups(GPU, dtype, head_size, dropout_p) == wanted
+    assert not reads_groups(torch.device("cpu"), dtype, head_size, dropout_p)
+
+
+class OnGPU(Tensor):
+    """A CPU tensor that says it lies on a GPU."""
+
+    device = GPU  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu_grouped_queries_in_fp32_reach_the_kernel_ungrouped(
+    dtype: torch.dtype, gpu: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu(9)
+    monkeypatch.setattr(attention_module, "fastest_kernel", lambda device, dropout_p: nullcontext())
+    seen: list[tuple[int, int, bool]] = []
+    kernel = F.scaled_dot_product_attention
+
+    def record(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        seen.append((q.shape[1], k.shape[1], options["enable_gqa"]))
+        return kernel(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    qkv = random_qkv((33, 2, 6, 2, 16), dtype)
+    out = causal_attention(*(t.as_subclass(OnGPU) for t in qkv)).as_subclass(Tensor)
+    assert seen == [(6, 6, False) if dtype == torch.float32 else (6, 2, True)]
+    wanted = causal_attention_reference(*(t.double() for t in qkv))
+    torch.testing.assert_close(out.double(), wanted, rtol=0, atol=TOLERANCE[dtype])
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grads = torch.autograd.grad((out.double() * weights).sum(), qkv)
+    wanted_grads = torch.autograd.grad((wanted * weights).sum(), qkv)
+    for grad, wanted_grad in zip(grads, wanted_grads, strict=True):
+        torch.testing.assert_close(grad, wanted_grad, rtol=0, atol=10 * TOLERANCE[dtype])
 
 
 def test_no_scores_are_kept_for_any_grouping() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -181,6 +182,17 @@ def test_gpus_keep_less_by_what_their_kernels_fuse() -> None:
     assert on_cpu.layers - unfused.layers == 2 * 2 * tokens * hidden * element
     rotary = 2 * 2 * length * head_size
     assert unfused.layers - on_gpu.layers == 2 * (2 * tokens * ffn + rotary) * element
+
+
+def test_on_gpus_attention_in_16_bits_repeats_no_keys() -> None:
+    """It keeps keys and values as they are, the values inside the fused projection."""
+    config, plan = memory_config("grouped query", 1, False, "owner", "none"), LoopPlan.empty(2)
+    repeating = replace(GPU, groups=False)
+    tokens, heads, groups, head_size = 2 * 64, 8, 4, 8
+    for precision, element, differs in (("bf16", 2, True), ("fp32", 4, False)):
+        kept, copied = (activation_memory(config, plan, precision, k).layers for k in (GPU, repeating))
+        less = ((heads + 3 * groups) - 2 * heads) * tokens * head_size * element
+        assert kept - copied == (2 * less if differs else 0)
 
 
 def test_what_is_offloaded_lies_elsewhere() -> None:

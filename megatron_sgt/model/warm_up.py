@@ -1,0 +1,163 @@
+"""Compiles the kernels of the loops before the first step.
+
+Triton compiles a program when it is launched first. Left to the first growth, and to the end of its window, that would
+be in the middle of a run, with all ranks waiting and the watch counting. So every kind of loop pass that the
+schedule can bring is executed once, forward and backward, on zeros of the run's own shapes: what Triton tells apart
+(types, numbers that are 1 or divisible by 16, splits of the keys) is then as in training. Nothing of the model is
+touched, no random number drawn, no rank waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from megatron_sgt.config import Config
+from megatron_sgt.growth import LayerPlan
+from megatron_sgt.model.fused_pass import blocks_alone, blocks_in_place
+from megatron_sgt.model.head_loop import loop_state
+from megatron_sgt.model.loop_backend import loop_backend
+from megatron_sgt.model.mcore_config import DTYPES, head_layout
+from megatron_sgt.ops import fused_loop, library
+from megatron_sgt.ops.attention import causal_attention
+from megatron_sgt.ops.backend import choose_attention
+from megatron_sgt.ops.fused_loop import HeadBlocks
+from megatron_sgt.ops.rotary import Rotary
+from megatron_sgt.ops.shard_attention import shard_attention
+from megatron_sgt.ops.tiles import arch_of
+from megatron_sgt.parallel.device import synchronize
+from megatron_sgt.parallel.groups import ParallelGroups
+from megatron_sgt.parallel.head_layout import HeadLayout
+from megatron_sgt.parallel.packed_copy import on_device
+from megatron_sgt.planning.loop_cost import choose_loop_method
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Kept heads that one rank loops together: how many, and in how many key/value groups."""
+
+    heads: int
+    groups: int
+
+    def specialised(self) -> tuple[int, ...]:
+        """Equal for kinds that run the same programs."""
+        counts = (self.groups, self.heads + self.groups, self.heads + 2 * self.groups)
+        return self.heads, *(n if n == 1 else n % 16 == 0 for n in counts)
+
+    def example(self, layout: HeadLayout) -> tuple[int, ...]:
+        """Global ids of such heads of the rank that ``layout`` describes: spread over its first groups."""
+        first, each = layout.owned_heads.start, layout.heads_per_group
+        spread = [first + g * each + member for member in range(each) for g in range(self.groups)]
+        return tuple(sorted(spread[: self.heads]))
+
+
+def warm_up_loops(config: Config, groups: ParallelGroups, precision: str) -> int:
+    """Compile what loops of ``config`` will launch on this rank, if they go through Triton.
+
+    Returns:
+        How many kinds of loop passes were executed.
+    """
+    sparse, _ = loop_backend(config, precision, groups.device)
+    if sparse != "triton" or config.growth.method != "sgt":
+        return 0
+    passes = _Passes(config, head_layout(config, groups), DTYPES[precision], groups.device)
+    kinds = {kind.specialised(): kind for kind in passes.kinds()}
+    for kind in kinds.values():
+        passes.execute(kind)
+    passes.ordinary_entropy()
+    synchronize(groups.device)
+    return len(kinds)
+
+
+class _Passes:
+    """Loop passes on zeros, by the way that the layers of a configuration take (``SGTLayer._loop_pass``)."""
+
+    def __init__(self, config: Config, layout: HeadLayout, dtype: torch.dtype, device: torch.device) -> None:
+        self.config, self.model, self.device, self.dtype = config, config.model, device, dtype
+        self.balanced = layout.tp_size > 1 and choose_loop_method(config)[0] == "balanced"
+        self.sharded = config.parallel.sequence_parallel
+        self.layout = layout
+        # Balanced, every rank loops all kept heads for its share of the tokens.
+        self.held = (
+            HeadLayout(layout.num_heads, layout.num_groups, layout.head_dim) if self.balanced else layout
+        )
+        self.batch = config.train.micro_batch_size
+        self.queries = self.model.seq_length // (layout.tp_size if self.balanced else 1)
+        self.zeros = partial(torch.zeros, dtype=dtype, device=device, requires_grad=True)
+
+    def kinds(self) -> Iterator[_Kind]:
+        """All that kept heads can amount to here. Where each rank loops its own they may be fewer on some."""
+        growth, held = self.config.growth, self.held
+        kept = self.model.num_attention_heads if growth.head_choice == "all" else growth.num_keep_heads
+        most = min(kept, held.heads_per_rank)
+        for heads in range(1, most + 1) if held.tp_size > 1 else (most,):
+            fewest = -(-heads // held.heads_per_group)
+            yield from (_Kind(heads, g) for g in range(fewest, min(heads, held.groups_per_rank) + 1))
+
+    def execute(self, kind: _Kind) -> None:
+        """One pass that measures entropies and one that does not, both ways."""
+        at = self._blocks(kind)
+        size, width = self.layout.head_dim, self.model.hidden_size
+        if self.layout.tp_size > 1 and not (self.balanced and self.sharded):
+            counts = [kind.heads, kind.groups, kind.groups]
+            fused = self.zeros(self.queries, self.batch, sum(counts), size)
+            query, key, value = fused.split(counts, dim=2)
+            query, key = query.contiguous(), key.contiguous()  # as the rotation leaves them
+            out = self._attend(query, key, value, at, kind)
+            out.backward(torch.zeros_like(out))
+            return
+        rows = len(at.row_index) if at.whole else self._local_rows()
+        columns = len(at.column_index) if at.whole else self.layout.heads_per_rank * size
+        x = self.zeros(self.queries, self.batch, width)
+        bias = self.zeros(rows) if self.model.add_bias_linear or self.model.add_qkv_bias else None
+        norms = (self.zeros(size), self.zeros(size)) if self.model.qk_layernorm else None
+        angles = torch.zeros(self.queries, size // 2, device=self.device)
+        query, key, value, residual = fused_loop.project_in(
+            x, self.zeros(width), self.zeros(rows, width), bias, norms, at,
+            Rotary(angles, angles), self.model.layernorm_epsilon,
+        )  # fmt: skip
+        out = self._attend(query, key, value, at, kind)
+        out = fused_loop.project_out(out, residual, self.zeros(width, columns), at)
+        out.backward(torch.zeros_like(out))
+
+    def _blocks(self, kind: _Kind) -> HeadBlocks:
+        state = loop_state(LayerPlan(1, kind.example(self.held)), self.held)
+        assert state is not None
+        size = self.layout.head_dim
+        at = (
+            blocks_alone(kind.heads, kind.groups, state.kv_slot, size)
+            if self.balanced
+            else blocks_in_place(state, size)
+        )
+        return on_device(at, self.device)
+
+    def _local_rows(self) -> int:
+        heads, groups = self.layout.heads_per_rank, self.layout.groups_per_rank
+        return (heads + 2 * groups) * self.layout.head_dim
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, at: HeadBlocks, kind: _Kind) -> Tensor:
+        """As ``attend_kept``."""
+        if self.balanced:
+            everyone = torch.cat([key, value], dim=2).repeat(self.layout.tp_size, 1, 1, 1)
+            seen = everyone[: (self.layout.tp_rank + 1) * self.queries]
+            key, value = seen.split([kind.groups, kind.groups], dim=2)
+        pairs, size, length = self.batch * kind.heads, self.layout.head_dim, key.shape[0]
+        wanted = self.config.train.loop_attention
+        if choose_attention(pairs, length, size, arch_of(query), wanted) == "custom":
+            measured, _ = fused_loop.attend(query, key, value, at, True)
+            return measured + fused_loop.attend(query, key, value, at, False)[0]
+        if kind.groups != kind.heads:
+            key, value = key[:, :, at.slots.long()], value[:, :, at.slots.long()]
+        library.last_row_entropy(query.detach(), key.detach())
+        return (shard_attention if self.balanced else causal_attention)(query, key, value)
+
+    def ordinary_entropy(self) -> None:
+        """Entropies of the ordinary attention and of a window's passes: all heads of this rank."""
+        shape = (self.model.seq_length, self.batch)
+        query = self.zeros(*shape, self.layout.heads_per_rank, self.layout.head_dim)
+        key = self.zeros(*shape, self.layout.groups_per_rank, self.layout.head_dim)
+        library.last_row_entropy(query.detach(), key.detach())
