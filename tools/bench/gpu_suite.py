@@ -1,28 +1,34 @@
 #!/usr/bin/env python
-"""Checks and measures the whole system on one GPU, in at most eight minutes, without network or data.
+"""Checks and measures the whole system on one GPU within some minutes, without network, data or git.
 
-python tools/bench/gpu_suite.py                    # writes benchmarks/results/<device>-<date>.json and .md
-python tools/bench/gpu_suite.py --dry-run          # every branch on a CPU in tiny shapes; measures nothing
-python tools/bench/gpu_suite.py --readme           # show the newest result in README.md
-python tools/bench/gpu_suite.py --only kernels     # one section: correctness, kernels, training
+python tools/bench/gpu_suite.py --minutes 7           # writes benchmarks/results/<device>-<date>.json and .md
+python tools/bench/gpu_suite.py --dry-run             # every row on a CPU in tiny shapes; measures nothing
+python tools/bench/gpu_suite.py --part attention --part passes     # rows of these parts alone, and the ceilings
+python tools/bench/gpu_suite.py --list                # the rows in order of worth, with their parts
+python tools/bench/gpu_suite.py --readme              # show the newest result in README.md
+
+Both files are written anew after every row, so that whatever ends the suite loses no row that was measured.
+exit codes: 0 every row ran and every check passed; 1 one did not; 2 usage, or no GPU
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import re
+import signal
+import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_sgt.cli import positive, run_main
-from megatron_sgt.errors import ConfigError
+from gpu_parts.drive import Drive
+from gpu_parts.figures import without_figures, write
+from gpu_parts.report import markdown
+from gpu_parts.rows import PARTS, table
+from gpu_parts.targets import verdicts
 
-SECTIONS = ("correctness", "kernels", "training")
+from megatron_sgt.cli import positive, run_main
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, DRY_RESULTS = ROOT / "benchmarks/results", ROOT / "runs/gpu_suite"
 
@@ -35,91 +41,58 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="execute everything on a CPU, report no figure"
     )
-    parser.add_argument("--only", choices=SECTIONS, help="one section")
-    parser.add_argument("--no-golden", action="store_true", help="leave the golden trajectory out")
+    parser.add_argument("--part", choices=PARTS, action="append", help="these rows alone; repeatable")
+    parser.add_argument("--list", action="store_true", help="name the rows, measure nothing")
     parser.add_argument(
         "--readme", action="store_true", help="show the newest result in README.md, measure nothing"
     )
     parser.add_argument("--out", type=Path, help="folder of the result (a dry run's: runs/gpu_suite)")
-    parser.add_argument("--minutes", type=positive, default=8, help="time for everything (default 8)")
+    parser.add_argument("--minutes", type=positive, default=7, help="time for everything [%(default)s]")
     args = parser.parse_args()
     args.out = args.out or (DRY_RESULTS if args.dry_run else RESULTS)
     return args
 
 
-def measure(args: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Run the sections; ``keep`` is called with the result so far after each part, so that little can be lost.
+def measure(args: argparse.Namespace) -> int:
+    """Run the rows, write the result after each, and fail if a row or a check did."""
+    started = time.strftime("%Y-%m-%d-%H%M%S")
+    deadline = time.monotonic() + 60 * args.minutes
+    rows = [row for row in table() if args.part is None or row.part in (*args.part, "ceilings")]
 
-    A part that raises is named under "errors", with the rows that it had given; the others run.
-    """
-    # Triton reads this when it is imported, which the libraries below do.
-    if args.dry_run:
-        os.environ["TRITON_INTERPRET"] = "1"
-    import torch
+    def shown(result: dict[str, Any]) -> dict[str, Any]:
+        whole = {**result, "targets": verdicts(result)}
+        return without_figures(whole) if args.dry_run else whole
 
-    if not args.dry_run and not torch.cuda.is_available():
-        raise ConfigError("gpu_suite measures a GPU, and torch sees none; --dry-run executes it on a CPU")
-    from gpu_parts import correctness, kernels, machine, operations, targets, training
+    def keep(result: dict[str, Any]) -> None:
+        name = "dry-run" if args.dry_run else re.sub(r"\W+", "-", str(result["about"].get("device"))).lower()
+        write(shown(result), args.out / f"{name}-{started}.json")
 
-    this = machine.Machine(
-        device=torch.device("cpu" if args.dry_run else "cuda"),
-        dtype=torch.float32 if args.dry_run else torch.bfloat16,
-        dry=args.dry_run,
-        deadline=time.monotonic() + 60 * args.minutes,
-    )
-    result: dict[str, Any] = {"about": machine.identity(this), "ceilings": machine.measure_ceilings(this)}
-    parts: dict[str, tuple[str, Callable[[], Iterator[dict[str, Any]]]]] = {
-        "correctness": ("correctness", lambda: correctness.run(this, with_golden=not args.no_golden)),
-        "training": ("training", lambda: training.run(this)),
-        "attention": ("kernels", lambda: kernels.attentions(this)),
-        "entropy": ("kernels", lambda: kernels.entropies(this)),
-        "operations": ("kernels", lambda: operations.run(this)),
-        "passes": ("kernels", lambda: kernels.passes(this)),
-    }
-    shown = machine.without_figures if this.dry else lambda measured: measured
-    for name, (section, rows) in parts.items():
-        if args.only not in (None, section):
-            continue
-        result[name] = []
-        try:
-            for row in rows():
-                result[name].append(row)
-        except Exception as error:
-            traceback.print_exc()
-            result.setdefault("errors", {})[name] = machine.first_line(error)
-        result["targets"] = targets.verdicts(result)
-        keep(shown(result))
-    return shown(result)
+    # Asked to stop: what runs is killed on the way out; what was measured is written already.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    result = Drive(rows, args.dry_run, deadline, keep).run()
+    print(markdown(shown(result)))
+    print(f"written: {args.out}/*-{started}.json and .md")
+    failed = [row["check"] for row in result["correctness"] if row["passed"] is False]
+    failed += [row["row"] for row in result["rows"] if row["error"]]
+    failed += ["a run, killed and resumed" for row in result["runs"] if not row["passed"]]
+    if failed:
+        print(f"FAILED: {', '.join(dict.fromkeys(failed))}")
+    return 1 if failed else 0
 
 
 def main() -> int:
-    """Measure, write, and fail if a check of correctness or a part did."""
+    """Do what was asked for."""
     args = parse()
+    if args.list:
+        print("\n".join(f"{row.part:12} {row.name}" for row in table()))
+        return 0
     if args.readme:
         from gpu_parts.readme import update
 
         update(args.out)
         print("README.md shows the newest result")
         return 0
-    started = time.strftime("%Y-%m-%d-%H%M%S")
-
-    def keep(result: dict[str, Any]) -> None:
-        device = "dry-run" if args.dry_run else re.sub(r"\W+", "-", result["about"]["device"]).lower()
-        args.out.mkdir(parents=True, exist_ok=True)
-        file = args.out / f"{device}-{started}.json"
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        file.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
-
-    from gpu_parts.report import markdown
-
-    result = measure(args, keep)
-    print(markdown(result))
-    print(f"written: {args.out}/*-{started}.json and .md")
-    failed = [row["check"] for row in result.get("correctness", []) if row["passed"] is False]
-    failed += result.get("errors", {})
-    if failed:
-        print(f"FAILED: {', '.join(failed)}")
-    return 1 if failed else 0
+    return measure(args)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpu_parts.kernels import length_of, shape_of
 from gpu_parts.loop_pass import EPS, PassInputs, eager_rotate, pass_inputs
 from gpu_parts.machine import Machine, per
 from megatron_sgt.ops import fused_loop, library
@@ -145,19 +146,21 @@ def rotary(p: PassInputs, width: int) -> Operation:
     )
 
 
-def run(machine: Machine) -> Iterator[dict[str, Any]]:
-    """Rows for two sequences of every width, and for other batch sizes at one width."""
-    shapes = [(2048, 128, 2), (2048, 128, 1), (2048, 128, 4), (2048, 128, 8), (1024, 64, 2), (4096, 128, 2)]
-    for width, size, batch in [(64, 16, 1)] if machine.dry else shapes:
-        if machine.late:
-            yield {"skipped": f"operations, B {batch}, D {width}: the time is used up"}
-            continue
-        p = pass_inputs(40 if machine.dry else 4096, batch, width, size, machine.device, machine.dtype)
-        torch._dynamo.reset()  # code for this shape, not for any
-        for operation in (*operations(p), rotary(p, width)):
-            row: dict[str, Any] = {"operation": operation.name, "B": batch, "D": width, "d": size}
-            kernel, eager = machine.seconds(operation.kernel), machine.seconds(operation.eager)
-            row |= {"kernel_us": per(1e6, kernel), "eager_us": per(1e6, eager)}
-            row["share"] = round(machine.ideal_seconds(operation.flops, operation.bytes) / kernel, 3)
-            yield row
-        machine.free()
+def rows(machine: Machine, wanted: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """Every operation at one shape, on inputs that are not in the level-2 cache: copies that are used in turn."""
+    length, shape = length_of(machine), shape_of(machine, wanted)
+    batch, width, size = shape["batch"], shape["width"], shape["size"]
+    count = machine.copies(length * batch * width * machine.dtype.itemsize)
+    torch._dynamo.reset()  # code for this shape, not for any
+    buffers = []
+    for _ in range(count):
+        p = pass_inputs(length, batch, width, size, machine.device, machine.dtype)
+        # A warm machine has no numbers to rotate and nothing of Triton's to compile for it.
+        buffers.append([*operations(p), *(() if machine.warm else [rotary(p, width)])])
+    for turns in zip(*buffers, strict=True):
+        row: dict[str, Any] = {"operation": turns[0].name, "B": batch, "D": width, "d": size}
+        kernel = machine.seconds([o.kernel for o in turns])
+        eager = 1.0 if machine.warm else machine.seconds([o.eager for o in turns])
+        row |= {"kernel_us": per(1e6, kernel), "eager_us": per(1e6, eager)}
+        row["share"] = round(machine.ideal_seconds(turns[0].flops, turns[0].bytes) / kernel, 3)
+        yield row

@@ -13,8 +13,8 @@ BEGIN, END = "<!-- GPU figures: written by gpu_suite.py --readme -->", "<!-- GPU
 COMMAND = "python tools/bench/gpu_suite.py"
 SHOWN = ("model", "structure", "batch", "step_ms", "tokens_per_second", "mfu_percent", "memory_gb",
          "time_overhead_percent", "flops_overhead_percent")  # fmt: skip
-NONE_YET = f"""Figures on GPUs are outstanding: nothing has been measured there yet. `{COMMAND}` (one GPU, at most
-eight minutes) measures them into `benchmarks/results/`; `--dry-run` executes it on a CPU and reports no figure.
+NONE_YET = f"""Figures on GPUs are outstanding: nothing has been measured there yet. `{COMMAND}` (one GPU, seven
+minutes) measures them into `benchmarks/results/`; `--dry-run` executes it on a CPU and reports no figure.
 """
 
 
@@ -34,10 +34,11 @@ def section(results: Path) -> str:
         return NONE_YET
     file, result = found
     about = result["about"]
+    commit = about["commit"] or f"unknown, sources {about['sources']}"
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     rows = [{name: row.get(name) for name in SHOWN} for row in result.get("training", []) if "step_ms" in row]
     lines = [
-        f"`{COMMAND}` on one {about['device']} ({about['dtype']}, {versions}, commit {about['commit']}), vanilla and",
+        f"`{COMMAND}` on one {about['device']} ({about['dtype']}, {versions}, commit {commit}), vanilla and",
         f"grown steps in alternation, without fusions alone. All of it: `benchmarks/results/{file.stem}.md`.",
         "",
         table(rows) if rows else "No training step was measured.",

@@ -23,17 +23,31 @@ def _cell(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+TITLES = (
+    "targets",
+    "ceilings",
+    "correctness",
+    "training",
+    "attention",
+    "entropy",
+    "operations",
+    "passes",
+    "runs",
+)
+
+
 def markdown(result: dict[str, Any]) -> str:
-    """The whole result."""
+    """The whole result, as far as it goes."""
     about = result["about"]
-    lines = [f"# {about['device']}, {about['dtype']}, commit {about['commit']}", ""]
-    if about["dry_run"]:
+    sources = f"commit {about.get('commit')}, sources {about.get('sources')}"
+    lines = [f"# {about.get('device')}, {about.get('dtype')}, {sources}", ""]
+    if about.get("dry_run"):
         lines += ["A dry run: every branch was executed on a CPU, in tiny shapes. It measures nothing.", ""]
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    lines += [versions, "", f"Ceilings: {result['ceilings']}", ""]
-    for section, error in result.get("errors", {}).items():
-        lines += [f"**{section} ended early:** {error}", ""]
-    for title in ("targets", "correctness", "training", "passes", "attention", "operations", "entropy"):
+    lines += [", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items()), ""]
+    for note in result.get("rows", []):
+        if note["error"]:
+            lines += [f"**{note['row']}:** {note['error']}", ""]
+    for title in TITLES:
         rows = result.get(title) or []
         plain = [row for row in rows if "skipped" not in row and "profile" not in row]
         lines += [f"## {title}", "", table(plain) if plain else "nothing measured", ""]

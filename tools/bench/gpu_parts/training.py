@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import gc
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -24,9 +24,11 @@ from megatron_sgt.planning.flops import step_flops
 
 Step = Callable[[LoopPlan, bool], float]
 """(structure, whether entropies are measured) -> seconds of one step."""
+Rows = Callable[..., Iterator[dict[str, Any]]]
 # layers, hidden, ffn, heads, sequences per step
 MODELS = {"300M": (24, 1024, 2752, 16, 4), "1.2B": (24, 2048, 5504, 16, 2)}
-
+TINY = (2, 64, 64, 2, 1)
+"""In place of every model in a dry run."""
 KERNELS_SHOWN = 25
 
 
@@ -52,7 +54,8 @@ def run_config(
                 "global_batch_size": batch,
                 "precision": "fp32" if machine.dry else "bf16",
                 # By name: the interpreter is never chosen by itself.
-                "loop_backend": "triton",
+                "loop_backend": machine.backend,
+                "loop_attention": machine.attention,
                 "fusions": fusions,
             },
             "parallel": {"device": machine.device.type, "zero_stage": 1},
@@ -109,6 +112,11 @@ def stepper(config: Config) -> tuple[Step, Runtime]:
     return step, runtime
 
 
+def steps(machine: Machine) -> int:
+    """Timed steps of each structure."""
+    return 2 if machine.dry else 10
+
+
 def compare(
     machine: Machine, step: Step, vanilla: LoopPlan, grown: LoopPlan, measure: bool
 ) -> tuple[list[float], list[float]]:
@@ -120,7 +128,7 @@ def compare(
     for arguments in both if machine.dry else both * 2:
         step(*arguments)
     times: tuple[list[float], list[float]] = ([], [])
-    for pair in range(2 if machine.dry else 10):
+    for pair in range(steps(machine)):
         for which in (0, 1) if pair % 2 == 0 else (1, 0):
             times[which].append(step(*both[which]))
     return times
@@ -143,36 +151,112 @@ def _row(
     }
 
 
-def one_model(machine: Machine, name: str, shape: tuple[int, int, int, int, int]) -> Iterator[dict[str, Any]]:
-    """Rows of every structure; vanilla's time is the one measured beside that structure."""
-    config = run_config(machine, *shape)
-    vanilla = LoopPlan.empty(config.model.num_layers)
-    base = step_flops(config.model, vanilla, 1).executed
-    step, runtime = stepper(config)
-    step(vanilla, False)  # makes the optimizer's state
-    machine.free()
-    step(vanilla, False)
-    vanilla_gb = memory_gb(machine.device)[0]
-    first = {"model": name, "structure": "vanilla", "batch": shape[4]}
-    for structure, plan in structures(shape[0], shape[3]).items():
-        if machine.late:
-            yield {"model": name, "skipped": f"{structure}: the time is used up"}
-            continue
+class Model:
+    """A model that is built and has made a step; ``key``: what it was built from."""
+
+    def __init__(self, machine: Machine, name: str, batch: int, fusions: str) -> None:
+        shape = TINY if machine.dry else MODELS[name]
+        self.shape, self.batch, self.name = shape, max(1, min(shape[4], batch)), name
+        self.config = run_config(machine, *shape[:4], self.batch, fusions=fusions)
+        self.vanilla = LoopPlan.empty(shape[0])
+        self.step, self.runtime = stepper(self.config)
+        self.step(self.vanilla, False)  # makes the optimizer's state
+
+    def row(self, machine: Machine, structure: str, plan: LoopPlan, seconds: list[float]) -> dict[str, Any]:
+        """What is said of a structure whose steps took so long; the peak of memory is of what ran since free()."""
+        row = {"model": self.name, "structure": structure, "batch": self.batch, "loop": machine.backend}
+        return row | _row(machine, self.config, plan, seconds, memory_gb(machine.device)[0])
+
+
+_BUILT: dict[tuple[Any, ...], Model] = {}
+"""The one model of this process, under what it was built from."""
+_BATCHES: dict[str, int] = {}
+"""Sequences per step of models whose first choice did not fit."""
+
+
+def model(machine: Machine, name: str, fusions: str = "auto") -> Model:
+    """The model of that name, built if another one (or one with other kernels) stands in its place."""
+    batch = _BATCHES.get(name, MODELS[name][4])
+    key = (name, batch, fusions, machine.backend, machine.attention)
+    if key not in _BUILT:
+        release()
+        _BUILT[key] = Model(machine, name, batch, fusions)
+    return _BUILT[key]
+
+
+def release() -> None:
+    """Destroy the model."""
+    for built in _BUILT.values():
+        built.runtime.engine.destroy()
+    _BUILT.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def halving(rows: Rows) -> Rows:
+    """Rows that are made again with half of the sequences where memory does not suffice."""
+
+    @functools.wraps(rows)
+    def made(machine: Machine, name: str, *rest: str) -> Iterator[dict[str, Any]]:
+        while True:
+            batch = _BATCHES.get(name, MODELS[name][4])
+            try:
+                yield from rows(machine, name, *rest)
+                return
+            except torch.OutOfMemoryError as error:
+                yield {"model": name, "skipped": f"{' '.join(rest)} at batch {batch}: {first_line(error)}"}
+                if batch == 1:
+                    return
+                _BATCHES[name] = batch // 2
+            release()
+
+    return made
+
+
+@halving
+def prepare(machine: Machine, name: str) -> Iterator[dict[str, Any]]:
+    """Build the model and compile what its step needs; says nothing."""
+    model(machine, name)
+    yield from ()
+
+
+@halving
+def step_row(machine: Machine, name: str, structure: str) -> Iterator[dict[str, Any]]:
+    """Steps of one structure: vanilla by itself, any other in alternation with it."""
+    m = model(machine, name)
+    if structure == "vanilla":
+        m.step(m.vanilla, False)
         machine.free()
-        plain, grown = compare(machine, step, vanilla, plan, structure in (ENTROPIES, "window"))
-        ratios = [b / a for a, b in zip(plain, grown, strict=True)]
-        row: dict[str, Any] = {"model": name, "structure": structure, "batch": shape[4]}
-        row |= _row(machine, config, plan, grown, memory_gb(machine.device)[0])
-        more = step_flops(config.model, plan, 1).executed / base - 1
-        row["flops_overhead_percent"] = round(100 * more, 2)
-        row["time_overhead_percent"] = round(100 * (statistics.median(ratios) - 1), 2)
-        if first:
-            yield {**first, **_row(machine, config, vanilla, plain, vanilla_gb)}
-            first = {}
-        yield row
-    if not machine.late:
-        yield {"model": name, "profile": profile(machine, step, structures(shape[0], shape[3]))}
-    runtime.engine.destroy()
+        yield m.row(machine, structure, m.vanilla, [m.step(m.vanilla, False) for _ in range(steps(machine))])
+        return
+    plan = structures(m.shape[0], m.shape[3])[structure]
+    machine.free()
+    plain, grown = compare(machine, m.step, m.vanilla, plan, structure in (ENTROPIES, "window"))
+    base = step_flops(m.config.model, m.vanilla, 1).executed
+    more = step_flops(m.config.model, plan, 1).executed / base - 1
+    ratios = [b / a for a, b in zip(plain, grown, strict=True)]
+    row = m.row(machine, structure, plan, grown)
+    row["flops_overhead_percent"] = round(100 * more, 2)
+    row["time_overhead_percent"] = round(100 * (statistics.median(ratios) - 1), 2)
+    yield row
+
+
+@halving
+def profile_row(machine: Machine, name: str) -> Iterator[dict[str, Any]]:
+    """The profile of a fixed step."""
+    m = model(machine, name)
+    yield {"model": name, "profile": profile(machine, m.step, structures(m.shape[0], m.shape[3]))}
+
+
+@halving
+def without_fusions(machine: Machine, name: str) -> Iterator[dict[str, Any]]:
+    """The vanilla step without ``train.fusions``: what they gain, not in alternation."""
+    m = model(machine, name, fusions="off")
+    m.step(m.vanilla, False)
+    machine.free()
+    seconds = [m.step(m.vanilla, False) for _ in range(steps(machine))]
+    yield m.row(machine, "vanilla, fusions off", m.vanilla, seconds)
 
 
 def profile(machine: Machine, step: Step, plans: dict[str, LoopPlan]) -> list[dict[str, Any]]:
@@ -192,39 +276,3 @@ def profile(machine: Machine, step: Step, plans: dict[str, LoopPlan]) -> list[di
         {"kernel": e.key[:90], "calls": e.count, "ms": per(1e-3, microseconds(e))}
         for e in events[:KERNELS_SHOWN]
     ]
-
-
-def without_fusions(
-    machine: Machine, name: str, shape: tuple[int, int, int, int, int]
-) -> Iterator[dict[str, Any]]:
-    """The vanilla step without ``train.fusions``: what they gain, in the same process but not in alternation."""
-    if machine.late:
-        yield {"model": name, "skipped": "vanilla, fusions off: the time is used up"}
-        return
-    config = run_config(machine, *shape, fusions="off")
-    vanilla = LoopPlan.empty(config.model.num_layers)
-    step, runtime = stepper(config)
-    for _ in range(1 if machine.dry else 3):
-        step(vanilla, False)
-    machine.free()
-    seconds = [step(vanilla, False) for _ in range(1 if machine.dry else 10)]
-    row = {"model": name, "structure": "vanilla, fusions off", "batch": shape[4]}
-    yield row | _row(machine, config, vanilla, seconds, memory_gb(machine.device)[0])
-    runtime.engine.destroy()
-
-
-def run(machine: Machine) -> Iterator[dict[str, Any]]:
-    """Every model that fits, at half of the batch if it must be; what does not is reported, not fatal."""
-    models = {"tiny": (2, 128, 128, 2, 1)} if machine.dry else MODELS
-    parts = [(one_model, name) for name in models] + [(without_fusions, list(models)[-1])]
-    for part, name in parts:
-        shape = models[name]
-        for batch in itertools.takewhile(bool, (shape[4], shape[4] // 2)):
-            try:
-                yield from part(machine, name, (*shape[:4], batch))
-                break
-            except torch.OutOfMemoryError as error:
-                yield {"model": name, "skipped": f"batch {batch}: {first_line(error)}"}
-            finally:
-                gc.collect()
-                machine.free()
