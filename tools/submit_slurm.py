@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megatron_sgt.cli import positive, run_main
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.config.presets import PRESETS
-from megatron_sgt.launch.job_environment import job_environment
+from megatron_sgt.launch.job_environment import script_environment
 from megatron_sgt.launch.sbatch import SlurmJob, fit_runtime, sbatch_script
 from megatron_sgt.submit.job import job_folder, job_name, latest_file, outside_folders, submit, write_job
 from megatron_sgt.submit.preflight import preflight
@@ -33,21 +35,7 @@ def parse() -> argparse.Namespace:
     add("--config", type=Path, required=True, metavar="FILE.yaml", help="the run; see examples/configs")
     add("overrides", nargs="*", metavar="section.key=value", help="values over those of the file")
     add("--preset", metavar="NAME", help=f"the file's run as a baseline or ablation: {', '.join(PRESETS)}")
-    add("--nodes", type=positive, required=True, metavar="N")
-    add("--gpus-per-node", type=positive, default=8, metavar="N", help="one rank each [%(default)s]")
-    add("--tasks-per-node", type=positive, default=1, metavar="N", help="ranks, with parallel.device=cpu [1]")
-    add("--cpus-per-task", type=positive, default=8, metavar="N", help="[%(default)s]")
-    add("--time", metavar="D-HH:MM:SS", help="time limit of one start of the job")
-    add("--partition")
-    add("--account")
-    add("--qos")
-    add(
-        "--sbatch",
-        action="append",
-        default=[],
-        metavar="=--OPTION",
-        help="any other option of sbatch; repeatable",
-    )
+    _resources(add)
     add("--name", help="of the job; one job of a name runs at a time [the run directory]")
     add(
         "--warn",
@@ -83,11 +71,36 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def _resources(add: Callable[..., Any]) -> None:
+    """What is asked of Slurm, beside the job's own rules."""
+    add("--nodes", type=positive, required=True, metavar="N")
+    add("--gpus-per-node", type=positive, default=8, metavar="N", help="one rank each [%(default)s]")
+    add("--tasks-per-node", type=positive, default=1, metavar="N", help="ranks, with parallel.device=cpu [1]")
+    add("--cpus-per-task", type=positive, default=8, metavar="N", help="[%(default)s]")
+    add(
+        "--mem",
+        metavar="SIZE",
+        help="memory of each node, as 480G; 0 is all of it [what the partition gives]",
+    )
+    add("--exclusive", action="store_true", help="no other jobs on the nodes")
+    add("--time", metavar="D-HH:MM:SS", help="time limit of one start of the job")
+    add("--partition")
+    add("--account")
+    add("--qos")
+    add(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="=--OPTION",
+        help="any other option of sbatch; repeatable",
+    )
+
+
 def describe(args: argparse.Namespace, config: Config) -> SlurmJob:
     """The job that the arguments ask for."""
     gpus = 0 if config.parallel.device == "cpu" else args.gpus_per_node
-    environment = job_environment(config, gpus > 0) | dict(entry.split("=", 1) for entry in args.env)
-    named = {"time": args.time, "partition": args.partition, "account": args.account, "qos": args.qos}
+    named = {name: getattr(args, name) for name in ("time", "partition", "account", "qos", "mem")}
+    options = [f"--{name}={value}" for name, value in named.items() if value]
     container = args.container
     return SlurmJob(
         name=args.name or job_name(config),
@@ -96,8 +109,8 @@ def describe(args: argparse.Namespace, config: Config) -> SlurmJob:
         nodes=args.nodes,
         tasks_per_node=gpus or args.tasks_per_node,
         gpus_per_node=gpus,
-        environment={name: value for name, value in environment.items() if value},
-        options=[f"--{name}={value}" for name, value in named.items() if value] + args.sbatch,
+        environment=script_environment(config, gpus > 0, dict(entry.split("=", 1) for entry in args.env)),
+        options=[*options, *(["--exclusive"] if args.exclusive else []), *args.sbatch],
         cpus_per_task=args.cpus_per_task,
         warn_seconds=args.warn,
         retries=args.retries,

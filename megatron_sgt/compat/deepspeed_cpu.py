@@ -1,28 +1,90 @@
-"""Keeps DeepSpeed from compiling C++ when a run starts, and from marking ranges for a profiler that a CPU lacks.
+"""Makes DeepSpeed use the device that the run was given, and nothing that this device lacks.
 
-On a CPU DeepSpeed builds a shared-memory communication extension with ninja inside the first
-``init_distributed`` (tens of seconds, and a failure where no compiler is installed). gloo does the same work.
-Under ZeRO-3 it also enters and leaves thousands of named ranges per step, which only NVIDIA's profiler reads.
+DeepSpeed chooses its accelerator for itself when it is imported, and asks ``LOCAL_RANK`` for the number of its GPU.
+On a CPU it builds a shared-memory communication extension with ninja inside the first ``init_distributed`` (tens of
+seconds, and a failure where no compiler is installed); gloo does the same work. On every device it enters and leaves
+thousands of named ranges per step under ZeRO-3, which only NVIDIA's profiler reads.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import sys
+from typing import Any
 
 import torch
 
+LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
+"""DeepSpeed takes the first for the index of its GPU, and refuses to start where the second differs from it."""
+
+
+def choose_accelerator(kind: str) -> str | None:
+    """Have DeepSpeed use the accelerator ``kind``, "cpu" or "cuda", whatever it has found or was told.
+
+    Best called before DeepSpeed is imported: it takes the builders of its extensions from the accelerator then.
+
+    Returns:
+        The value of DS_ACCELERATOR in the environment that this overrules, None without one.
+    """
+    told = os.environ.get("DS_ACCELERATOR")
+    os.environ["DS_ACCELERATOR"] = kind
+    if "deepspeed" in sys.modules:
+        from deepspeed.accelerator import get_accelerator, set_accelerator
+
+        wanted = _accelerator(kind)
+        if get_accelerator() is not wanted:
+            set_accelerator(wanted)
+    return told if told not in (None, kind) else None
+
+
+@functools.cache
+def _accelerator(kind: str) -> Any:
+    if kind == "cpu":
+        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+        return CPU_Accelerator()
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+
+    class Accelerator(CUDA_Accelerator):
+        """DeepSpeed's own, but for the free memory.
+
+        It looks that up through pynvml, by the numbers that it takes CUDA_VISIBLE_DEVICES to consist of. They
+        may be UUIDs (``GPU-...``, ``MIG-...``).
+        """
+
+        def available_memory(self, device_index: int | None = None) -> int:
+            """Free memory of the device, in bytes."""
+            return torch.cuda.mem_get_info(device_index)[0]
+
+    return Accelerator()
+
 
 def prepare_deepspeed(device: torch.device) -> None:
-    """Select the accelerator of ``device``, prevent the build, quieten DeepSpeed's ranges and per-rank log lines.
+    """Select the accelerator of ``device`` and its index, prevent the build, quieten ranges and per-rank log lines.
 
-    Call before the first use of DeepSpeed; values that the user set in the environment win.
+    Call before the first use of DeepSpeed. Its log level is the user's where DS_LOG_LEVEL is set.
     """
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed.ops
     from deepspeed.utils import logger, nvtx
 
+    choose_accelerator(device.type)
+    if device.index is not None:
+        for name in LOCAL_RANKS:
+            if name == "LOCAL_RANK" or name in os.environ:
+                os.environ[name] = str(device.index)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    nvtx.enable_nvtx = device.type != "cpu"
+    nvtx.enable_nvtx = device.type != "cpu" and profiled()
     if "DS_LOG_LEVEL" not in os.environ:
         logger.setLevel(logging.ERROR)
+
+
+def profiled() -> bool:
+    """Whether named ranges are wanted: under Nsight Systems, or as NVTE_NVTX_ENABLED says.
+
+    The first variable is what Nsight Systems sets for the programs that it starts, the second is Transformer
+    Engine's switch for its own ranges.
+    """
+    asked = os.environ.get("NVTE_NVTX_ENABLED")
+    return asked == "1" if asked else "NSYS_PROFILING_SESSION_ID" in os.environ

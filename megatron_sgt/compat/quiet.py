@@ -19,7 +19,7 @@ NO_NEWS = {
 def quiet_imports() -> None:
     """Silence notes about optional packages; choose DeepSpeed's CPU accelerator where there is no GPU.
 
-    Call before the first import of either library. What the user set in the environment wins.
+    Call before the first import of either library.
     """
     # Apex and Transformer Engine are optional here, and their absence is no news.
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
@@ -30,6 +30,11 @@ def quiet_imports() -> None:
     )
     for name in NO_NEWS:
         logging.getLogger(name).addFilter(is_news)  # a filter that is there already is not added again
+    # torch shall ask the driver's library whether there is a GPU: the runtime would start CUDA for it, too early for
+    # the environment that the run sets (launch/job_environment.py).
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    if os.environ.get("DS_ACCELERATOR") not in (None, "cpu", "cuda"):
+        warnings.warn(f"DS_ACCELERATOR={os.environ.pop('DS_ACCELERATOR')} is ignored", stacklevel=2)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # looking for others ends in a warning per rank
 

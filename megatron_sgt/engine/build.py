@@ -15,6 +15,7 @@ from megatron_sgt.compat.megatron_cpu import prepare_megatron
 from megatron_sgt.compat.mpu import DeepSpeedMPU
 from megatron_sgt.config import Config
 from megatron_sgt.engine.deepspeed_config import deepspeed_config, offloads_optimizer
+from megatron_sgt.engine.prepare import prepare_process
 from megatron_sgt.launch.environment import RankInfo, to_environ
 from megatron_sgt.model.gpt import LanguageModel, build_model
 from megatron_sgt.model.hf_weights import megatron_shard
@@ -22,6 +23,7 @@ from megatron_sgt.optim.optimizer import build_optimizer
 from megatron_sgt.optim.param_groups import parameter_groups
 from megatron_sgt.parallel.device import resolve_precision, select_device
 from megatron_sgt.parallel.groups import ParallelGroups, initialize_groups
+from megatron_sgt.parallel.placement import check_placement
 
 
 @dataclass(frozen=True)
@@ -37,18 +39,22 @@ class Runtime:
 def start_processes(config: Config, info: RankInfo) -> ParallelGroups:
     """Choose the device, adapt the libraries to it and start the process groups.
 
-    Raises ConfigError, before they start: a device or a precision that is not there, ranks that do not divide.
+    Raises ConfigError: before they start, a device or a precision that is not there, ranks that do not divide;
+    after that, on all ranks, one GPU that two of them were given.
     """
     config.data_parallel_size(info.world_size)
+    prepare_process(config, info)
     for name, value in to_environ(info).items():
         os.environ.setdefault(name, value)  # DeepSpeed insists on LOCAL_RANK, whoever started us
-    device = select_device(config.parallel.device, info.local_rank)
+    device = select_device(config.parallel.device, info.local_rank, info.local_world_size)
     config.precision_on(device.type)  # refuses what "auto" turns out to be here
     if device.type == "cpu" and config.train.threads_per_rank is not None:
         torch.set_num_threads(config.train.threads_per_rank)
     prepare_megatron(device)
     prepare_deepspeed(device)
-    return initialize_groups(config.parallel, info, device)
+    groups = initialize_groups(config.parallel, info, device)
+    check_placement(groups)
+    return groups
 
 
 def build_runtime(

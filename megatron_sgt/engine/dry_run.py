@@ -17,7 +17,7 @@ from megatron_sgt.engine.preflight import (
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.metrics.units import file_size
-from megatron_sgt.parallel.device import select_device
+from megatron_sgt.parallel.device import device_type
 from megatron_sgt.planning.describe import batch_line, count, growth_line, layout_line, model_line
 from megatron_sgt.planning.flops import step_flops
 from megatron_sgt.planning.loop_cost import choose_loop_method
@@ -95,10 +95,10 @@ def _batch_rows(config: Config, world_size: int) -> list[tuple[str, str]]:
 def precision_of(config: Config) -> str:
     """The precision on this machine, or what is known of it when the run's device is not here."""
     try:
-        device = select_device(config.parallel.device, 0)
+        kind = device_type(config.parallel.device)
     except ConfigError:
         return "bf16" if config.train.precision == "auto" else config.train.precision
-    return config.precision_on(device.type)
+    return config.precision_on(kind)
 
 
 def _shown_precision(config: Config) -> str:

@@ -12,6 +12,7 @@ from megatron_sgt.config import Config, load_config
 from megatron_sgt.config.hints import unknown_key
 from megatron_sgt.config.presets import PRESETS
 from megatron_sgt.engine.ending import place, run_rank
+from megatron_sgt.engine.prepare import prepare_process
 from megatron_sgt.engine.signals import listening
 from megatron_sgt.engine.stop import StopRequests
 from megatron_sgt.errors import ConfigError, ExitCode
@@ -114,6 +115,7 @@ def _train(config: Config, info: RankInfo, stop: StopRequests) -> int:
         ranks = "1 rank" if info.world_size == 1 else f"{info.world_size} ranks"
         launcher = "alone" if info.launcher == "single" else f"started by {info.launcher}"
         print(f"megatron_sgt {__version__}: {ranks}, {launcher}", flush=True)
+    prepare_process(config, info)  # before the imports, which read the environment
     from megatron_sgt.engine.run import PretrainingRun
     from megatron_sgt.engine.watch import Watch
     from megatron_sgt.parallel.groups import destroy_groups

@@ -30,7 +30,7 @@ class SlurmJob:
     gpus_per_node: int
     """0: no GPUs are asked for."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Variables of every task; values are shell words."""
+    """Variables of every task; values are shell words. An empty one tells the ranks to leave theirs out."""
     options: Sequence[str] = ()
     """More options of sbatch, as "--partition=gpu"."""
     cpus_per_task: int = 1
@@ -59,6 +59,7 @@ def _header(job: SlurmJob) -> list[str]:
         f"--ntasks-per-node={job.tasks_per_node}",
         f"--cpus-per-task={job.cpus_per_task}",
         *([f"--gpus-per-node={job.gpus_per_node}"] if job.gpus_per_node else []),
+        "--distribution=block:block",
         *job.options,
         f"--output={job.folder}/%j.log",
         "--open-mode=append",
@@ -79,7 +80,8 @@ def _variables(job: SlurmJob) -> list[str]:
         f"latest={shlex.quote(job.latest)}",
         f"retries={job.retries}",
         "",
-        "# The environment of every task. What was set when the job was submitted stays.",
+        "# What must be set before Python starts; the rest of their environment the ranks set (docs/multi-node.md).",
+        "# What was set when the job was submitted stays.",
         *[f"export {name}=${{{name}:-{value}}}" for name, value in job.environment.items()],
     ]
 

@@ -7,27 +7,60 @@ import torch
 from megatron_sgt.errors import ConfigError
 
 
-def select_device(wanted: str, local_rank: int) -> torch.device:
-    """Return this rank's device.
+def device_type(wanted: str) -> str:
+    """Return the type of device that ``wanted`` (see ``select_device``) means here; does not start CUDA.
+
+    Raises:
+        ConfigError: CUDA was asked for and is absent.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise ConfigError("parallel.device is cuda but torch sees no GPU; use parallel.device=cpu or auto")
+    return "cuda"
+
+
+def select_device(wanted: str, local_rank: int, local_ranks: int = 1) -> torch.device:
+    """Return this rank's device, and make it the current one.
+
+    A rank that sees one GPU was given it (``--gpus-per-task=1``, ``CUDA_VISIBLE_DEVICES`` of its own), whatever
+    its local rank; ``parallel.placement`` finds out whether others were given the same.
 
     Args:
         wanted: "auto" (CUDA when present), "cpu" or "cuda".
         local_rank: rank among the processes of this host.
+        local_ranks: processes of this host.
 
     Raises:
-        ConfigError: CUDA was asked for and is absent, or this host has fewer GPUs than ranks.
+        ConfigError: CUDA was asked for and is absent or does not start, or ranks see several GPUs but not one each.
     """
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+    if device_type(wanted) == "cpu":
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError("parallel.device is cuda but torch sees no GPU; use parallel.device=cpu or auto")
-    if local_rank >= torch.cuda.device_count():
+    try:
+        torch.cuda.init()  # only now the count is CUDA's own: before, torch asks the driver, which knows no MIG
+        visible = torch.cuda.device_count()
+        if visible == 0:
+            raise RuntimeError("CUDA finds no device")
+    except RuntimeError as error:
         raise ConfigError(
-            f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}; "
-            "start at most that many ranks per node"
+            f"torch cannot start the GPU ({str(error).splitlines()[0]}); compare its CUDA version with the driver's "
+            "(nvidia-smi), or use parallel.device=cpu"
+        ) from error
+    if 1 < visible < max(local_ranks, local_rank + 1):
+        raise ConfigError(
+            f"{local_ranks} ranks on this host, but local rank {local_rank} sees {visible} GPUs: "
+            "start at most one rank per GPU, and let every rank see all of the host's GPUs or one of its own"
         )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    index = 0 if visible == 1 else local_rank
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def identity(device: torch.device) -> str | None:
+    """What no other device has: the UUID of a GPU; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def backend_for(device: torch.device) -> str:

@@ -28,7 +28,7 @@ JOB = SlurmJob(
 SRUN = """\
 #!/bin/bash
 echo "$@" >srun.arguments
-echo "$NCCL_DEBUG" >srun.environment
+[ -n "$NCCL_DEBUG" ] && echo "$NCCL_DEBUG" >srun.environment || echo "${NCCL_DEBUG+set to []}" >srun.environment
 if [ -e next ]; then mkdir -p runs/a/checkpoints; mv next runs/a/checkpoints/latest; fi
 while [ "$1" != bash ]; do shift; done
 "$1" "$2" "$3" "$4" sh -c "exit $(cat task.code)"
@@ -80,6 +80,7 @@ def test_what_slurm_is_asked_for() -> None:
         "--ntasks-per-node=8",
         "--cpus-per-task=4",
         "--gpus-per-node=8",
+        "--distribution=block:block",
         "--partition=gpu",
         "'--comment=two words'",
         "--output=runs/a/slurm/%j.log",
@@ -133,6 +134,8 @@ def test_ranks_get_the_environment_and_logs_of_their_own(start: Start, tmp_path:
     assert arguments.endswith("task python -m megatron_sgt --config runs/a/slurm/config.yaml\n")
     start(0, 0, NCCL_DEBUG="INFO")
     assert (tmp_path / "srun.environment").read_text() == "INFO\n", "what the user set stays"
+    start(0, 0, replace(JOB, environment={"NCCL_DEBUG": ""}))
+    assert (tmp_path / "srun.environment").read_text() == "set to []\n", "the ranks are told to leave it out"
 
 
 @pytest.mark.parametrize("image", ["image.sif", "image.sqsh", "docker://nvcr.io#nvidia/pytorch:25.01-py3"])

@@ -1,6 +1,7 @@
 """The choice of device, on machines that are only pretended."""
 
 import types
+import uuid
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from megatron_sgt.errors import ConfigError
 from megatron_sgt.parallel.device import (
     backend_for,
     device_name,
+    device_type,
+    identity,
     memory_gb,
     resolve_precision,
     select_device,
@@ -25,10 +28,13 @@ class Machine:
         self.calls: list[tuple[str, object]] = []
         fakes = {
             "is_available": lambda: gpus > 0,
+            "init": lambda: self.calls.append(("init", None)),
             "device_count": lambda: gpus,
             "set_device": lambda device: self.calls.append(("set_device", device)),
             "synchronize": lambda device: self.calls.append(("synchronize", device)),
-            "get_device_properties": lambda device: types.SimpleNamespace(total_memory=80_000_000_000),
+            "get_device_properties": lambda device: types.SimpleNamespace(
+                total_memory=80_000_000_000, uuid=uuid.UUID(int=device.index)
+            ),
             "max_memory_allocated": lambda device: 1_500_000_000,
             "get_device_name": lambda device: "NVIDIA H200",
         }
@@ -37,36 +43,58 @@ class Machine:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "gpus", "local_rank", "device"),
+    ("wanted", "gpus", "local_rank", "local_ranks", "device"),
     [
-        ("auto", 0, 0, "cpu"),
-        ("auto", 0, 7, "cpu"),
-        ("cpu", 0, 3, "cpu"),
-        ("cpu", 4, 3, "cpu"),
-        ("auto", 4, 3, "cuda:3"),
-        ("cuda", 1, 0, "cuda:0"),
+        ("auto", 0, 0, 1, "cpu"),
+        ("auto", 0, 7, 8, "cpu"),
+        ("cpu", 0, 3, 4, "cpu"),
+        ("cpu", 4, 3, 4, "cpu"),
+        ("auto", 4, 3, 4, "cuda:3"),
+        ("auto", 8, 3, 4, "cuda:3"),
+        ("cuda", 1, 0, 1, "cuda:0"),
+        ("cuda", 1, 3, 4, "cuda:0"),  # bound: each rank sees its own GPU alone
     ],
 )
 def test_select_device(
-    wanted: str, gpus: int, local_rank: int, device: str, monkeypatch: pytest.MonkeyPatch
+    wanted: str, gpus: int, local_rank: int, local_ranks: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = Machine(monkeypatch, gpus)
-    assert select_device(wanted, local_rank) == torch.device(device)
-    assert machine.calls == ([("set_device", local_rank)] if device.startswith("cuda") else [])
+    chosen = select_device(wanted, local_rank, local_ranks)
+    assert chosen == torch.device(device) and device_type(wanted) == chosen.type
+    used = [("init", None), ("set_device", chosen.index)] if device != "cpu" else []
+    assert machine.calls == used
 
 
 @pytest.mark.parametrize(
-    ("wanted", "gpus", "message"),
+    ("wanted", "gpus", "local_rank", "message"),
     [
-        ("cuda", 0, "parallel.device is cuda but torch sees no GPU; use parallel.device=cpu or auto"),
-        ("cuda", 2, "local rank 2 has no GPU: this host has 2"),
-        ("auto", 1, "local rank 2 has no GPU: this host has 1"),
+        ("cuda", 0, 2, "parallel.device is cuda but torch sees no GPU; use parallel.device=cpu or auto"),
+        ("cuda", 2, 2, "3 ranks on this host, but local rank 2 sees 2 GPUs"),
+        ("auto", 2, 0, "3 ranks on this host, but local rank 0 sees 2 GPUs"),  # every rank refuses
     ],
 )
-def test_missing_gpus(wanted: str, gpus: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_gpus(
+    wanted: str, gpus: int, local_rank: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Machine(monkeypatch, gpus)
     with pytest.raises(ConfigError, match=message):
-        select_device(wanted, local_rank=2)
+        select_device(wanted, local_rank, local_ranks=3)
+
+
+def test_a_gpu_that_does_not_start_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's library sees it, CUDA does not."""
+
+    def fail() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old\nand more")
+
+    Machine(monkeypatch, 1)
+    monkeypatch.setattr(torch.cuda, "init", fail)
+    with pytest.raises(ConfigError, match=r"cannot start the GPU \(The NVIDIA driver .* too old\); compare"):
+        select_device("auto", 0)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match="CUDA finds no device"):
+        select_device("cuda", 0)
 
 
 def test_backend() -> None:
@@ -85,6 +113,8 @@ def test_facts_about_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch, 2)
     assert memory_gb(CPU) == (None, None)
     assert memory_gb(GPU) == (1.5, 80.0)
+    assert identity(CPU) is None
+    assert identity(GPU) == "00000000-0000-0000-0000-000000000001"
     assert (device_name(CPU), device_name(GPU)) == ("cpu", "NVIDIA H200")
     synchronize(CPU)
     assert machine.calls == []

@@ -99,5 +99,27 @@ def test_examples_are_what_the_tool_writes(example: Path, monkeypatch: pytest.Mo
     subprocess.run(["bash", "-n", str(example)], check=True)
 
 
+def test_memory_nodes_and_the_order_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_sgt.launch.sbatch import sbatch_script
+    from tests.helpers.single import small_config
+    from tools.submit_slurm import describe, parse
+
+    def asked(*arguments: str) -> list[str]:
+        monkeypatch.setattr(
+            sys, "argv", ["submit_slurm.py", "--config", "x.yaml", "--nodes", "2", *arguments]
+        )
+        lines = sbatch_script(describe(parse(), small_config())).splitlines()
+        return [line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH --")]
+
+    plain = asked()
+    assert "distribution=block:block" in plain and "exclusive" not in plain
+    assert not any(line.startswith("mem") for line in plain)
+    assert {"mem=0", "exclusive"} < set(asked("--mem", "0", "--exclusive"))
+    changed = asked("--sbatch=--distribution=cyclic")
+    assert changed.index("distribution=cyclic") > changed.index("distribution=block:block"), (
+        "the last one counts"
+    )
+
+
 def test_there_are_examples() -> None:
     assert len(EXAMPLES) == 5
