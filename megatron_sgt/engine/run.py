@@ -204,12 +204,14 @@ class PretrainingRun:
             code = ExitCode.SAVED if stopped else ExitCode.DONE
             self._summarize(reason, code, time.perf_counter() - start)
             self.progress.enter("the end")
-            barrier(self.groups)  # nobody takes another's leaving for a loss
         except DivergedError:  # of all ranks, after the same step
             self.saver.settle(self.state)
             raise
         finally:
             self.hub.close()
+        barrier(
+            self.groups
+        )  # nobody takes another's leaving for a loss, however long rank 0 sends what it has told
         return code
 
     def _train_to(self, last_step: int) -> int:

@@ -18,10 +18,8 @@ from megatron_sgt.checkpoint.save import Saver
 from megatron_sgt.config import Config
 from megatron_sgt.engine.build import build_runtime, start_processes
 from megatron_sgt.engine.step import train_step
-from megatron_sgt.errors import CheckpointError
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.parallel.groups import ParallelGroups
-from megatron_sgt.parallel.together import agreed
 from tests.helpers.single import random_batch
 
 
@@ -95,19 +93,3 @@ def load_and_save(info: RankInfo, config: Config, folder: Path, root: Path) -> s
     saver.start(saved["trainer"]["step"], state)
     saver.poll(wait=True)
     return note
-
-
-def fail_on_rank_one(info: RankInfo, config: Config) -> str:
-    """What every rank is told when one of them cannot write."""
-    groups = start_processes(config, info)
-
-    def act() -> int:
-        if groups.rank == 1:
-            raise CheckpointError("rank 1 has no room")
-        return groups.rank
-
-    try:
-        agreed(act, groups)
-    except CheckpointError as error:
-        return str(error)
-    return "no error"

@@ -21,7 +21,7 @@ from tests.helpers.fake_groups import fake_groups
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.single import small_config
 
-TIMEOUT, LONGER = 1.0, 2.5
+TIMEOUT, LONGER = 2.0, 3.0
 """Seconds: of a collective, and of the work."""
 
 

@@ -12,6 +12,9 @@ from megatron_sgt.engine.watch.progress import Mark
 STALE_SECONDS = 60.0
 """A rank of another node that has been silent for so long in an ordinary step is lost, with its node."""
 
+SLOW_STALE_SECONDS = 600.0
+"""The same elsewhere, where compiled code (an index builder) may keep a rank's threads from running for a while."""
+
 
 @dataclass(frozen=True)
 class Beat:
@@ -66,6 +69,12 @@ class Listener:
     def silent_seconds(self, rank: int, now: float) -> float:
         """Seconds since the last new beat of ``rank``; 0 if it was never heard."""
         return now - self._changed.get(rank, now)
+
+    def is_lost(self, rank: int, now: float) -> bool:
+        """Whether a rank that was heard has been silent for too long."""
+        heard = self.beats.get(rank)
+        limit = STALE_SECONDS if heard is not None and heard.quick else SLOW_STALE_SECONDS
+        return self.silent_seconds(rank, now) > limit
 
 
 def next_visible(rank: int, identities: Sequence[Identity]) -> int | None:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from megatron_sgt.config import Config
 from megatron_sgt.engine.watch import flight_recorder, processes
-from megatron_sgt.engine.watch.beat import STALE_SECONDS, Beat, Listener, dead_ranks, next_visible
+from megatron_sgt.engine.watch.beat import Beat, Listener, dead_ranks, next_visible
 from megatron_sgt.engine.watch.post import Post, StoreGoneError
 from megatron_sgt.engine.watch.progress import Progress
 from megatron_sgt.engine.watch.report import Failure, guess_error, is_consequence, is_timeout
@@ -144,17 +144,10 @@ class Watch:
             gone: list[int] = []
             if neighbour is not None and processes.process_state(identities[neighbour]) is None:
                 gone = [neighbour]
-            elif neighbour != ahead and self._is_lost(ahead, listener):
+            elif neighbour != ahead and listener.is_lost(ahead, time.monotonic()):
                 gone = [ahead]
             if gone and not self._stop.wait(BEAT_SECONDS):  # not the end of a finished run
                 self._lose(gone)
-
-    def _is_lost(self, ahead: int, listener: Listener) -> bool:
-        """Whether a rank that cannot be seen from here has been silent for too long."""
-        heard = listener.beats.get(ahead)
-        if heard is None or not heard.quick:
-            return False
-        return listener.silent_seconds(ahead, time.monotonic()) > STALE_SECONDS
 
     def _beat(self, number: int) -> Beat:
         kills = processes.oom_kills() - self._kills_before

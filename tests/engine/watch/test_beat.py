@@ -26,6 +26,17 @@ def test_silence_counts_from_the_last_new_beat() -> None:
     assert listener.silent_seconds(5, 72.0) == 1
 
 
+def test_an_ordinary_step_bears_less_silence_than_a_slow_phase() -> None:
+    """Waiting at the store ends by itself for no collective's sake: a lost node has to be noticed there too."""
+    listener = Listener()
+    assert not listener.is_lost(5, 1e6), "never heard"
+    for rank, quick in ((5, True), (6, False)):
+        listener.hear(rank, dataclasses.replace(BEAT, quick=quick), 0.0)
+    assert [listener.is_lost(rank, 59.0) for rank in (5, 6)] == [False, False]
+    assert [listener.is_lost(rank, 61.0) for rank in (5, 6)] == [True, False]
+    assert [listener.is_lost(rank, 601.0) for rank in (5, 6)] == [True, True]
+
+
 def test_everyone_on_a_host_is_kept_an_eye_on() -> None:
     hosts = [Identity(host, host, 100 + n, 1) for n, host in enumerate("aabbcaa")]
     assert [next_visible(rank, hosts) for rank in range(7)] == [1, 5, 3, 2, None, 6, 0]

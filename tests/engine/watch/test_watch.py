@@ -116,6 +116,30 @@ def test_rank_zero_dies_while_the_others_wait_at_the_store(data: str, tmp_path: 
     assert head.startswith("LOST  rank 0 of 2 on ") and head.endswith(", in opening the data"), head
 
 
+def close_slowly(rank: int) -> None:
+    """Let rank 0 take its time to send what it has reported."""
+    from megatron_sgt.metrics import MetricsHub
+
+    close = MetricsHub.close
+
+    def slowly(self: MetricsHub) -> None:
+        time.sleep(4)
+        close(self)
+
+    if rank == 0:
+        MetricsHub.close = slowly  # type: ignore[method-assign]
+
+
+def test_nobody_leaves_while_rank_zero_closes_its_reports(data: str, tmp_path: Path) -> None:
+    config, run_dir = endless(tmp_path, data)
+    config.write_text(config.read_text().replace("train_iters: 1000000", "train_iters: 2"))
+    with attempt(tmp_path / "ranks", config, 2, close_slowly) as run:
+        codes = run.wait([0, 1], timeout=60)
+        done = run.finished()
+    assert codes == [0, 0] and told([one.err for one in done]) == [], done
+    assert not (run_dir / "failures").exists(), "nothing is left of a run that ended well"
+
+
 def fail_in_step(step: int, error: Exception, rank: int) -> None:
     """Let rank 1 fail with ``error`` when it fetches the data of ``step``."""
     from megatron_sgt.data.loader import TrainLoader
