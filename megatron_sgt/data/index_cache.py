@@ -36,12 +36,11 @@ def megatron_datasets() -> ModuleType:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core.datasets import gpt_dataset
-        from megatron.core.datasets.indexed_dataset import __file__ as location
 
         try:
             from megatron.core.datasets import helpers_cpp  # noqa: F401
         except ImportError as error:
-            folder = os.path.dirname(location)
+            folder = os.path.dirname(str(gpt_dataset.__file__))
             raise DataError(
                 f"megatron-core was installed without its compiled index builder (helpers_cpp in {folder}): "
                 f"{error}; install a wheel of it (pip install --only-binary megatron-core megatron-core), or "
@@ -127,10 +126,10 @@ def wait_for_folder(folder: str, patience_seconds: float = VISIBLE_AFTER_SECONDS
 
 
 def megatron_version() -> str:
-    """Version of megatron-core: its index builder decides what lies in the cache."""
-    import importlib.metadata
+    """Version of megatron-core, installed or a checkout: its index builder decides what lies in the cache."""
+    from megatron.core import __version__
 
-    return importlib.metadata.version("megatron-core")
+    return __version__
 
 
 class _NoTokenizer:

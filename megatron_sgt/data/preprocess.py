@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_sgt.config.data import TokenizerConfig
 from megatron_sgt.data.encoding import EncodedKey, encode_chunks
 from megatron_sgt.data.progress import Progress
@@ -196,8 +198,8 @@ def _lock(path: str) -> int:
 def _make_builder(path: str, dtype: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron.core reports every optional package that is absent
-        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-    builder = IndexedDatasetBuilder(path, DType.dtype_from_code(DType[dtype].value))
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+    builder = IndexedDatasetBuilder(path, np.dtype(dtype).type)
     # Lists of Python integers cost 36 bytes a document and there are hundreds of millions of them.
     builder.sequence_lengths = array("i")
     builder.document_indices = array("q", [0])
