@@ -9,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 DEVICES = {"cpu", "cuda", "gpu", "nccl"}
 """Strings that a device, or what goes with it, is compared with."""
-ASKING = {"runs_triton", "triton_installed", "interpreted", "nccl_flight_record"}
-"""Functions whose answer depends on the device or on what is installed for it."""
+ASKING = {"runs_triton", "triton_installed", "interpreted", "pin_memory"}
+"""Functions whose answer, or whose work, depends on the device or on what is installed for it."""
 
 
 def places() -> list[str]:

@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from megatron_sgt.ops.attention import causal_attention_reference
-from megatron_sgt.ops.shard_attention import shard_attention, shard_attention_reference
+from megatron_sgt.ops.shard_attention import (
+    aligned_at_the_last_key,
+    shard_attention,
+    shard_attention_reference,
+)
 
 SHAPES = [(8, 8), (8, 24), (5, 15), (1, 7), (16, 17), (64, 256)]
 
@@ -30,6 +34,18 @@ def test_equals_the_definition(queries: int, keys: int, dtype: torch.dtype, tole
     )
     for a, b in zip(fast, slow, strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=10 * tolerance, rtol=10 * tolerance)
+
+
+@pytest.mark.parametrize(("queries", "keys"), SHAPES)
+def test_the_way_of_gpus_equals_the_definition(queries: int, keys: int) -> None:
+    fast, slow = _inputs(queries, keys, torch.float64), _inputs(queries, keys, torch.float64)
+    found = aligned_at_the_last_key(*(t.permute(1, 2, 0, 3) for t in fast)).permute(2, 0, 1, 3)
+    wanted = shard_attention_reference(*slow)
+    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
+    for out in (found, wanted):
+        out.square().sum().backward()
+    for a, b in zip(fast, slow, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-11, rtol=0)
 
 
 def test_shards_make_up_the_whole() -> None:
