@@ -30,7 +30,7 @@ Written by `python -m tests.gpu.status`; a test holds it to the sources: every f
 on, and every file of Triton kernels, stands here with the test that executes its GPU branch on a CPU. The last column
 is filled by the results of `tools/bench/gpu_suite.py` in `benchmarks/results/`.
 
-{counts} **{ran}**
+**{summary}** On a CPU: {counts}
 
 | how | |
 | --- | --- |
@@ -57,15 +57,23 @@ def ran(results: Path = RESULTS) -> dict[str, str]:
     return parts
 
 
+def summary(results: Path = RESULTS) -> str:
+    """One sentence, which the README shows too."""
+    on_gpu, rows = ran(results), table().values()
+    reached = sum(row.get("part") in on_gpu for row in rows)
+    if not reached:
+        return "Nothing here has run on a GPU yet."
+    return f"Of {len(rows)} branches that only a GPU executes, {reached} have run on one."
+
+
 def page(results: Path = RESULTS) -> str:
     """The text of docs/gpu-status.md."""
     rows, on_gpu = table(), ran(results)
     counts = Counter(row["how"] for row in rows.values())
-    told = "Of {} places, {}.".format(len(rows), ", ".join(f"{counts[how]} {how}" for how in HOW))
-    reached = sum(row.get("part") in on_gpu for row in rows.values())
+    told = ", ".join(f"{counts[how]} {how}" for how in HOW)
     text = HEAD.format(
-        counts=told,
-        ran=f"{reached} have run on a GPU." if reached else "None has run on a GPU yet.",
+        counts=f"{told}.",
+        summary=summary(results),
         how="\n".join(f"| {how} | {meaning} |" for how, meaning in HOW.items()),
     )
     for place in places():

@@ -5,11 +5,15 @@ import re
 from pathlib import Path
 
 from tests.gpu.branches import ROOT, places
-from tests.gpu.status import HOW, PAGE, page, ran, table
+from tests.gpu.status import HOW, PAGE, page, ran, summary, table
 
 
 def test_the_page_is_up_to_date() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m tests.gpu.status"
+
+
+def test_the_first_screen_of_the_readme_says_it() -> None:
+    assert summary() in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())[:1500]
 
 
 def test_every_place_is_in_the_table_and_nothing_else() -> None:
@@ -38,4 +42,4 @@ def test_results_of_the_suite_count(tmp_path: Path) -> None:
         (tmp_path / f"nvidia-h100-{day}.json").write_text(json.dumps(result))
     assert ran(tmp_path) == {"training": "NVIDIA H100, 2026-01-02", "library": "NVIDIA H100, 2026-02-03"}
     assert "NVIDIA H100, 2026-02-03" in page(tmp_path)
-    assert "None has run on a GPU yet" in page(tmp_path / "none")
+    assert "Nothing here has run on a GPU yet" in page(tmp_path / "none")
