@@ -203,8 +203,7 @@ class Watch:
             self._out.leave(1)
         failure, details = self._roll_call.hang(what, place)
         folder = self._out.folder
-        compare = f"torchfrtrace -p {flight_recorder.PREFIX} {folder} compares them"
-        advice = RESUME if failure.rank is None else ADVICE
-        self._out.fail(
-            failure, f"stacks and collectives of all ranks: {folder} ({compare}); {advice}", details
-        )
+        # Torch's tool knows NCCL's process groups, not gloo's.
+        compare = f" (torchfrtrace -p {flight_recorder.PREFIX} {folder} compares them)"
+        records = f"stacks and collectives of all ranks: {folder}{compare if self._roll_call.queued else ''}"
+        self._out.fail(failure, f"{records}; {RESUME if failure.rank is None else ADVICE}", details)
