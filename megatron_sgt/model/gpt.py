@@ -61,7 +61,7 @@ def build_model(
     newer_flash_attention(groups.device)
     seed_for_initialization(config.train.seed)
     gpt = GPTModel(
-        config=transformer_config(config, precision, groups.device),
+        config=transformer_config(config, precision, groups.device, plain),
         transformer_layer_spec=decoder_spec(
             config, meter, layout, plain, fused, compiles(config, groups.device)
         ),
