@@ -54,11 +54,12 @@ _SHARD_OPTIONS = {
 
 def layout_of(config: Config, groups: ParallelGroups) -> dict[str, Any]:
     """All that DeepSpeed's files of a checkpoint depend on: they are read as they are under the same only."""
+    precision = resolve_precision(config.train.precision, groups.device)
     shape = {
         "tensor_model_parallel_size": groups.tp_size,
         "data_parallel_size": groups.dp_size,
-        "zero_stage": config.parallel.zero_stage,
-        "precision": resolve_precision(config.train.precision, groups.device),
+        "zero_stage": config.zero_stage_on(groups.world_size, precision),
+        "precision": precision,
         "weight_decay_on": config.optim.weight_decay_on,
     }
     options = {

@@ -23,7 +23,8 @@ class ParallelConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(
         default=1,
         description="DeepSpeed ZeRO: 0 nothing is sharded over data-parallel ranks, 1 the optimizer state, "
-        "2 also the gradients, 3 also the weights.",
+        "2 also the gradients, 3 also the weights. An fp32 run on one data-parallel rank goes without (stage 0) "
+        "unless deepspeed.zero_optimization is set: there is nothing to shard.",
     )
     loop_method: Literal["auto", "owner", "balanced"] = Field(
         default="auto",

@@ -84,6 +84,16 @@ class Config(Section):
             )
         return world_size // tensor_parallel
 
+    def zero_stage_on(self, world_size: int, precision: str) -> int:
+        """Return the ZeRO stage that a run really has. Raises ConfigError.
+
+        Among one data-parallel rank there is nothing to shard. ZeRO would copy every weight and every gradient
+        into its buffers and back all the same, so an fp32 run goes without: the same numbers with less memory
+        and time. (Half precision needs ZeRO's fp32 weights; who sets deepspeed.zero_optimization gets it.)
+        """
+        alone = self.data_parallel_size(world_size) == 1 and precision == "fp32"
+        return 0 if alone and not self.deepspeed.get("zero_optimization") else self.parallel.zero_stage
+
     def num_micro_batches(self, world_size: int) -> int:
         """Return the micro-batches that one rank accumulates per optimizer step. Raises ConfigError."""
         data_parallel = self.data_parallel_size(world_size)

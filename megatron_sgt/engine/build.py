@@ -97,7 +97,7 @@ def _start_engine(
             mpu=DeepSpeedMPU(),
             dist_init_required=False,
         )
-    if precision == "fp32" and config.parallel.zero_stage in (1, 2):
+    if precision == "fp32" and engine.zero_optimization_stage() in (1, 2):
         # In fp32 DeepSpeed looks at the norm alone, which counts replicated parameters on one
         # tensor-parallel rank: another rank's copy of their gradients may be the one that is not finite.
         engine.optimizer.check_grad_overflow = True

@@ -27,7 +27,7 @@ def deepspeed_config(config: Config, world_size: int, precision: str) -> dict[st
     The ``deepspeed:`` section of the configuration is merged on top; values that contradict a typed section
     were refused when the configuration was validated, and "auto" stands for the value derived here.
     """
-    stage = config.parallel.zero_stage
+    stage = config.zero_stage_on(world_size, precision)
     derived: dict[str, Any] = {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,

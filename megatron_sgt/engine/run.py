@@ -156,7 +156,9 @@ class PretrainingRun:
             self.eval = EvalHook(runtime.engine, loader, interval, self.schedule, self.hub, groups)
             self.hooks.append(self.eval)
         intervals = (config.train.replica_check_interval, config.checkpoint.save_interval)
-        self.hooks.append(ReplicaCheckHook(runtime.model, intervals, config.parallel.zero_stage, groups))
+        self.hooks.append(
+            ReplicaCheckHook(runtime.model, intervals, runtime.engine.zero_optimization_stage(), groups)
+        )
         # Saving comes last, so that a checkpoint holds what the other hooks made of the step.
         about = {"tokenizer": tokenizer_fingerprint(config) if groups.is_main else None}
         self.saver = CheckpointHook(

@@ -88,7 +88,8 @@ def _clip_stage0(engine: Any, clip_grad: float, groups: ParallelGroups) -> float
     makes torch's optimizers leave weights and moments as they are.
     """
     parameters = [p for p in engine.module.parameters() if p.grad is not None]
-    squares = torch.stack([p.grad.float().square().sum() for p in parameters])
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters]
+    squares = torch.stack(norms).square()
     owned = [n for n, p in enumerate(parameters) if param_is_not_tensor_parallel_duplicate(p)]
     # The norm counts replicated parameters once; the second sum sees every copy, for one may be not finite.
     totals = torch.stack([squares[owned].sum(), squares.sum()])

@@ -27,10 +27,10 @@ from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
 from megatron_sgt.model import fused_pass
-from megatron_sgt.model.head_loop import LoopingLayer, attend_kept, rotate, split_heads
+from megatron_sgt.model.head_loop import LoopingLayer, attend_kept, split_heads
 from megatron_sgt.model.kept_weights import KeptWeights
 from megatron_sgt.ops.fused_loop import HeadBlocks
-from megatron_sgt.ops.rotary import Rotary
+from megatron_sgt.ops.rotary import Rotary, rotate_halves
 from megatron_sgt.ops.shard_attention import shard_attention
 
 
@@ -58,11 +58,10 @@ def balanced_loop(layer: LoopingLayer, x: Tensor, rotary: Tensor, kept: KeptWeig
     def project_out(heads: Tensor, weight: Tensor, _: Tensor | None) -> Tensor:
         return F.linear(heads, kept.proj.get(weight, index))
 
-    share = len(rotary) // size
-    own = rotary[rank * share : (rank + 1) * share]
+    own = _own_positions(layer.rotary_table(rotary), rank, size)
     fused = attention.linear_qkv(layer.input_layernorm(x), use=project_in)
     query, key, value = split_heads(fused, kept.heads, kept.groups, layer)
-    query, key = rotate(query, own, attention), rotate(key, own, attention)
+    query, key = rotate_halves(query, own), rotate_halves(key, own)
     out = _attend(layer, query, key, value, kept, index).flatten(2)
     if not sharded:
         out = mappings.gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False)
@@ -88,13 +87,11 @@ def fused_balanced_loop(
     layer: LoopingLayer, x: Tensor, rotary: Rotary, kept: KeptWeights, at: HeadBlocks, index: int
 ) -> Tensor:
     """``balanced_loop`` under sequence parallelism, x [S/tp, B, D], with fused projections."""
-    rank, share = layer.head_layout.tp_rank, len(x)
-    own = slice(rank * share, (rank + 1) * share)
     query, key, value, residual = fused_pass.project_in(
         layer,
         x,
         at,
-        Rotary(rotary.cos[own], rotary.sin[own]),
+        _own_positions(rotary, layer.head_layout.tp_rank, layer.head_layout.tp_size),
         lambda weight, bias: (
             kept.qkv.get(weight, index),
             None if bias is None else kept.qkv_bias.get(bias, index),
@@ -102,6 +99,13 @@ def fused_balanced_loop(
     )
     out = _attend(layer, query, key, value, kept, index)
     return fused_pass.project_out(layer, out, residual, at, lambda weight: kept.proj.get(weight, index))
+
+
+def _own_positions(rotary: Rotary, rank: int, size: int) -> Rotary:
+    """The table of the tokens of one of ``size`` ranks."""
+    share = len(rotary.cos) // size
+    own = slice(rank * share, (rank + 1) * share)
+    return Rotary(rotary.cos[own], rotary.sin[own])
 
 
 class _ShareOfTokens(torch.autograd.Function):

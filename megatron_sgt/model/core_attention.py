@@ -16,7 +16,7 @@ from megatron_sgt.model.entropy_meter import EntropyMeter
 from megatron_sgt.ops.attention import causal_attention
 from megatron_sgt.ops.entropy import last_row_entropy
 from megatron_sgt.ops.library import last_row_entropy as fused_entropy
-from megatron_sgt.ops.rotary import Rotary, rotate_heads
+from megatron_sgt.ops.rotary import Rotary, rotate_halves, rotate_heads
 from megatron_sgt.parallel.rng import recompute_contexts
 
 
@@ -25,7 +25,7 @@ class SGTCoreAttention(torch.nn.Module):
 
     ``loop_pass(p, gates)`` marks a call as pass p (1..K) of a loop and multiplies each head's output by its gate;
     outside of it a call is pass 0, the ordinary attention, to which gates do not apply. ``rotated(rotary)``: rotary
-    positions are put on in here, in one compiled function.
+    positions are put on in here, if ``compiled`` in one compiled function.
 
     Args (beyond Megatron-Core's):
         fused: measure entropies in one kernel that copies no keys.
@@ -52,11 +52,12 @@ class SGTCoreAttention(torch.nn.Module):
         self._pass = 0
         self._gates: Tensor | None = None
         self._rotary: Rotary | None = None
+        self._compiled = False
 
     @contextlib.contextmanager
-    def rotated(self, rotary: Rotary) -> Iterator[None]:
+    def rotated(self, rotary: Rotary, compiled: bool) -> Iterator[None]:
         """Rotate queries and keys of the calls in the body, which Megatron-Core then leaves alone."""
-        self._rotary = rotary
+        self._rotary, self._compiled = rotary, compiled
         try:
             yield
         finally:
@@ -85,8 +86,12 @@ class SGTCoreAttention(torch.nn.Module):
         """query [S, B, N, H], key and value [S, B, G, H] -> [S, B, N * H]. The mask is always causal."""
         if packed_seq_params is not None:
             raise ValueError("packed sequences are not supported: the last query row would span documents")
-        if self._rotary is not None:
-            query, key = rotate_heads(query, key, self._rotary)
+        if (rotary := self._rotary) is not None:
+            query, key = (
+                rotate_heads(query, key, rotary)
+                if self._compiled
+                else (rotate_halves(query, rotary), rotate_halves(key, rotary))
+            )
         if self.training and self.meter.enabled:
             self.meter.store(self.layer_id, self._pass, self.entropy(query.detach(), key.detach()))
         out = self.attend(query, key, value)

@@ -64,7 +64,7 @@ def build_model(
         config.train.seed, groups
     )  # Megatron-Core enters a stream for each weight that it makes
     gpt = GPTModel(
-        config=transformer_config(config, precision, groups.device),
+        config=transformer_config(config, precision, groups.device, plain),
         transformer_layer_spec=decoder_spec(
             config, meter, layout, plain, fused, compiles(config, groups.device)
         ),

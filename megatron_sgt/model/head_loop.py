@@ -21,7 +21,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
@@ -29,7 +28,7 @@ from megatron_sgt.growth import LayerPlan
 from megatron_sgt.ops import fused_loop
 from megatron_sgt.ops.backend import choose_attention
 from megatron_sgt.ops.fused_loop import HeadBlocks
-from megatron_sgt.ops.rotary import Rotary
+from megatron_sgt.ops.rotary import Rotary, rotate_halves
 from megatron_sgt.ops.tiles import arch_of
 from megatron_sgt.parallel.head_layout import HeadLayout, KeptHeads
 
@@ -45,10 +44,10 @@ class LoopingLayer(Protocol):
     blocks: HeadBlocks | None
 
     def rotary_table(self, angles: Tensor) -> Rotary:
-        """cos and sin for the fused operations, which run where ``blocks`` is given."""
+        """cos and sin of the angles [S, 1, 1, H] that Megatron-Core hands to a layer."""
 
-    def rotation(self, angles: Tensor) -> AbstractContextManager[Tensor | None]:
-        """What calls of the attention are to be given as ``rotary_pos_emb``."""
+    def rotation(self, angles: Tensor) -> AbstractContextManager[None]:
+        """In the body the attention rotates by itself, and is called without ``rotary_pos_emb``."""
 
     def add_residual(self, out_with_bias: tuple[Tensor, Tensor | None], residual: Tensor) -> Tensor:
         """residual + dropout(out + bias), as after the ordinary attention."""
@@ -104,8 +103,8 @@ def loop_state(plan: LayerPlan, layout: HeadLayout, before: LoopState | None = N
 def dense_loop(layer: LoopingLayer, x: Tensor, rotary: Tensor, state: LoopState, index: int) -> Tensor:
     """One pass over all heads, each multiplied by its gate."""
     attention = layer.self_attention
-    with attention.core_attention.loop_pass(index, state.gates), layer.rotation(rotary) as angles:
-        out = attention(layer.input_layernorm(x), attention_mask=None, rotary_pos_emb=angles)
+    with attention.core_attention.loop_pass(index, state.gates), layer.rotation(rotary):
+        out = attention(layer.input_layernorm(x), attention_mask=None)
     return layer.add_residual(out, x)
 
 
@@ -131,7 +130,8 @@ def sparse_loop(layer: LoopingLayer, x: Tensor, rotary: Tensor, state: LoopState
     tokens = _enter_tensor_parallel(layer.input_layernorm(x), layer)
     fused = attention.linear_qkv(tokens, use=project_in)
     query, key, value = split_heads(fused, heads, groups, layer)
-    query, key = (rotate(t, rotary, attention) for t in (query, key))
+    table = layer.rotary_table(rotary)
+    query, key = (rotate_halves(t, table) for t in (query, key))
     if heads:
         attend = attention.core_attention.attend
         out = attend_kept(layer, query, key, value, state.kv_slot, index, state.heads, attend)
@@ -194,11 +194,6 @@ def split_heads(fused: Tensor, heads: int, groups: int, layer: LoopingLayer) -> 
     if attention.q_layernorm is not None:
         query, key = attention.q_layernorm(query), attention.k_layernorm(key)
     return query, key, value
-
-
-def rotate(heads: Tensor, rotary: Tensor, attention: Any) -> Tensor:
-    """Rotary positions on heads [S, B, *, H]; rotary [S, 1, 1, H] as Megatron-Core hands it to a layer."""
-    return apply_rotary_pos_emb(heads, rotary, config=attention.config, cp_group=attention.pg_collection.cp)
 
 
 def _enter_tensor_parallel(x: Tensor, layer: LoopingLayer) -> Tensor:

@@ -99,13 +99,10 @@ class SGTLayer(TransformerLayer):
         return self.tables.of(angles)
 
     @contextlib.contextmanager
-    def rotation(self, angles: Tensor) -> Iterator[Tensor | None]:
-        """The ``rotary_pos_emb`` of calls of the attention; None if it is rotated in the core attention instead."""
-        if self.fused_rotary:
-            with self.self_attention.core_attention.rotated(self.rotary_table(angles)):
-                yield None
-        else:
-            yield angles
+    def rotation(self, angles: Tensor) -> Iterator[None]:
+        """In the body the core attention rotates, and the attention is called without ``rotary_pos_emb``."""
+        with self.self_attention.core_attention.rotated(self.rotary_table(angles), self.fused_rotary):
+            yield
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Call the layer with its input as a positional argument: the hooks of torch and ZeRO-3 see no others."""
@@ -131,9 +128,9 @@ class SGTLayer(TransformerLayer):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         angles = kwargs.pop("rotary_pos_emb")
-        with self.rotation(angles) as rotary:
+        with self.rotation(angles):
             hidden, context = super()._forward_attention(
-                hidden_states, attention_mask, *args, rotary_pos_emb=rotary, **kwargs
+                hidden_states, attention_mask, *args, rotary_pos_emb=None, **kwargs
             )
         for index in range(1, self.plan.loops + 1):
             hidden = self._loop_pass(hidden, angles, index)

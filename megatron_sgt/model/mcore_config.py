@@ -16,10 +16,13 @@ from megatron_sgt.parallel.head_layout import HeadLayout
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def transformer_config(config: Config, precision: str, device: torch.device) -> TransformerConfig:
+def transformer_config(
+    config: Config, precision: str, device: torch.device, plain: bool = False
+) -> TransformerConfig:
     """Translate.
 
     Args:
+        plain: use Megatron-Core's own activation (see ``spec.decoder_spec``).
         precision: "fp32", "bf16" or "fp16", already resolved for the device.
         device: where the model will run; fused kernels and CPU initialisation depend on it.
 
@@ -57,7 +60,7 @@ def transformer_config(config: Config, precision: str, device: torch.device) -> 
             sequence_parallel=parallel.sequence_parallel,
             # Recompute is done by the layer and the core attention themselves (layer.py, core_attention.py):
             # Megatron's own would lose the gates of a loop pass, and knows no lists of layers.
-            **fusions(config, precision, device),
+            **fusions(config, precision, device, plain),
             # Megatron's fused rotary needs Transformer Engine or Apex; ``ops.rotary`` has one that does not.
             apply_rope_fusion=False,
             # Weight-gradient accumulation into main_grad bypasses autograd, on which DeepSpeed relies.
@@ -88,14 +91,16 @@ def compiles(config: Config, device: torch.device) -> bool:
     return wanted == "on" or (wanted == "auto" and device.type != "cpu" and runs_triton(device))
 
 
-def fusions(config: Config, precision: str, device: torch.device) -> dict[str, bool]:
-    """Megatron-Core's switches of what ``train.fusions`` turns on."""
+def fusions(config: Config, precision: str, device: torch.device, plain: bool = False) -> dict[str, bool]:
+    """Megatron-Core's switches of what ``train.fusions`` turns on, and of what takes its place where it is off."""
     model, on = config.model, compiles(config, device)
     # Megatron-Core has a fused GELU only together with a bias. Its fused cross-entropy rounds the gradient of the
     # logits to bf16 whatever their type, which only a bf16 run can bear.
     activation = model.activation == "swiglu" or model.add_bias_linear
     return {
         "bias_activation_fusion": on and activation,
+        # The name is of Transformer Engine; it means that the spec's activation module is used, here ``mlp.SwiGLU``.
+        "use_te_activation_func": model.activation == "swiglu" and not on and not plain,
         "bias_dropout_fusion": on,
         "cross_entropy_loss_fusion": on and precision == "bf16",
     }

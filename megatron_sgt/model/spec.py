@@ -19,6 +19,7 @@ from megatron_sgt.model.core_attention import SGTCoreAttention
 from megatron_sgt.model.entropy_meter import EntropyMeter
 from megatron_sgt.model.layer import SGTLayer
 from megatron_sgt.model.linear import LoopingColumnParallelLinear, LoopingRowParallelLinear
+from megatron_sgt.model.mlp import SwiGLU
 from megatron_sgt.model.norm import NORMS, HeadNorm
 from megatron_sgt.ops.rotary import RotaryTables
 from megatron_sgt.parallel.head_layout import HeadLayout
@@ -60,7 +61,11 @@ def layer_submodules(config: Config, meter: EntropyMeter, fused: bool = False) -
         pre_mlp_layernorm=norm,
         mlp=ModuleSpec(
             module=MLP,
-            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=LoopingRowParallelLinear),
+            submodules=MLPSubmodules(
+                linear_fc1=ColumnParallelLinear,
+                activation_func=SwiGLU,  # taken under ``use_te_activation_func`` (see ``mcore_config.fusions``)
+                linear_fc2=LoopingRowParallelLinear,
+            ),
         ),
         mlp_bda=get_bias_dropout_add,
     )

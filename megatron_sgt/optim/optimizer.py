@@ -15,9 +15,9 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Build AdamW over ``groups`` (see ``parameter_groups``).
 
-    On a GPU NVIDIA Apex's FusedAdam is taken when Apex is installed, else torch's own fused AdamW; both apply
-    the whole update in one kernel. (The name ``apex`` on PyPI is an unrelated package without
-    ``apex.optimizers``.) On a CPU it is torch's AdamW.
+    On a GPU NVIDIA Apex's FusedAdam is taken when Apex is installed, else, and on a CPU, torch's own fused AdamW;
+    both apply the whole update in one pass over memory. (The name ``apex`` on PyPI is an unrelated package without
+    ``apex.optimizers``.)
 
     Args:
         offloaded: DeepSpeed will keep the state on the CPU and update there, which Apex's kernels cannot.
@@ -27,9 +27,7 @@ def build_optimizer(
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": config.adam_eps,
     }
-    if device.type == "cpu":
-        return torch.optim.AdamW(groups, **options)
-    fused_adam = None if offloaded else _apex_fused_adam()
+    fused_adam = None if offloaded or device.type == "cpu" else _apex_fused_adam()
     if fused_adam is not None:
         return fused_adam(groups, adam_w_mode=True, **options)
     return torch.optim.AdamW(groups, fused=True, **options)

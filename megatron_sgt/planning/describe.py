@@ -45,9 +45,10 @@ def growth_line(config: Config) -> str:
 def layout_line(config: Config, world_size: int, precision: str) -> str:
     """How the ranks share the model."""
     parallel = config.parallel
+    stage = config.zero_stage_on(world_size, precision)
     return (
         f"{count(world_size, 'rank')} = tensor parallel {parallel.tensor_model_parallel_size} x data parallel "
-        f"{config.data_parallel_size(world_size)} · ZeRO-{parallel.zero_stage} · {precision}"
+        f"{config.data_parallel_size(world_size)} · ZeRO-{stage} · {precision}"
     )
 
 

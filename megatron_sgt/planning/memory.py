@@ -1,7 +1,7 @@
 """Bytes that one rank holds: state (weights, gradients, optimizer) by ZeRO stage, and activations of one micro-batch.
 
 State, n elements per tensor-parallel rank, dp data-parallel ranks, e bytes an element (2 in bf16), as DeepSpeed
-keeps it with AdamW (arXiv 1910.02054):
+keeps it with AdamW (arXiv 1910.02054), at the stage of ``Config.zero_stage_on``:
 
     stage      weights              gradients       master copy, moments (fp32)
     0          n·e                  n·e             8n
@@ -42,21 +42,19 @@ class Kernels:
     """What differs between devices in what operations keep for the backward pass.
 
     ``norm_copies``: copies of its input's size that RMSNorm keeps beside the input (composite kernels keep the
-    normalised one); ``mask_bytes``: of one element's dropout mask (None: as many as an element has);
-    ``fusions``: unless ``train.fusions`` is off, SwiGLU keeps its input and output alone, and rotary positions keep
-    nothing; ``cuts_keys``: balanced loops keep keys and values as cut and copied for this rank, not as gathered;
-    ``groups``: attention in 16 bits reads grouped keys and values, which are repeated otherwise.
+    normalised one); ``mask_bytes``: of one element's dropout mask (None: as many as an element has); ``cuts_keys``:
+    balanced loops keep keys and values as cut and copied for this rank, not as gathered; ``groups``: attention in 16
+    bits reads grouped keys and values, which are repeated otherwise.
     """
 
     norm_copies: int
     mask_bytes: int | None
-    fusions: bool
     cuts_keys: bool
     groups: bool
 
 
-GPU = Kernels(norm_copies=0, mask_bytes=1, fusions=True, cuts_keys=False, groups=True)
-CPU = Kernels(norm_copies=1, mask_bytes=None, fusions=False, cuts_keys=True, groups=False)
+GPU = Kernels(norm_copies=0, mask_bytes=1, cuts_keys=False, groups=True)
+CPU = Kernels(norm_copies=1, mask_bytes=None, cuts_keys=True, groups=False)
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class Activations:
 def state_memory(config: Config, world_size: int, precision: str) -> State:
     """Bytes of weights, gradients, optimizer state and communication buffers on one rank."""
     parallel, element = config.parallel, ELEMENT_BYTES[precision]
-    ranks, stage = config.data_parallel_size(world_size), parallel.zero_stage
+    ranks, stage = config.data_parallel_size(world_size), config.zero_stage_on(world_size, precision)
     count = parameter_count(config.model, parallel.tensor_model_parallel_size)
     share = -(-count // ranks)
     zero = config.deepspeed.get("zero_optimization", {})
@@ -182,11 +180,6 @@ class _Rank:
         self.local_tokens = self.tokens // self.ranks if self.sharded else self.tokens
         self.stream = self.local_tokens * model.hidden_size * element
 
-    @property
-    def fusions(self) -> bool:
-        """Whether ``train.fusions`` is on here."""
-        return self.kernels.fusions and self.config.train.fusions != "off"
-
     def recomputes(self, layer: int, granularity: str) -> bool:
         """Whether ``layer`` is recomputed with ``granularity``."""
         train = self.config.train
@@ -199,8 +192,7 @@ class _Rank:
         heads, groups = model.num_attention_heads // self.ranks, model.num_query_groups // self.ranks
         attention = self.norm() + self.stream + self.fused_attention(heads, groups)
         width = model.ffn_hidden_size // self.ranks * self.tokens * self.element
-        # SwiGLU: both halves and their product, unfused also the activated half and a copy of the other.
-        kept = 2 if model.activation == "gelu" else 3 if self.fusions else 5
+        kept = 2 if model.activation == "gelu" else 3  # SwiGLU: both halves and their product
         mlp = self.norm() + self.stream + kept * width
         return attention + mlp + 2 * self.dropout()
 
@@ -237,7 +229,6 @@ class _Rank:
         fused = self._heads(heads + 2 * groups)
         query, key, out = self._heads(heads), self._heads(groups), self._heads(heads)
         kept = query + out + self._head_norm(heads + groups)
-        kept += 0 if self.fusions else self._rotary(self.model.seq_length)
         if heads != groups and self.model.qk_layernorm:
             kept += query  # grouped queries are copied out of the fused projection for their norm
         if self.selective:
@@ -257,14 +248,14 @@ class _Rank:
         heads, groups = len(mine.heads), len(mine.groups)
         tokens_in = self.tokens * model.hidden_size * self.element  # gathered under sequence parallelism
         if not heads:  # empty tensors, which q/k norms keep as views of their input
-            return self.norm() + self._rotary(model.seq_length) + (tokens_in if model.qk_layernorm else 0)
+            return self.norm() + (tokens_in if model.qk_layernorm else 0)
         rows = (2 * heads + 2 * groups) * model.kv_channels * model.hidden_size * self.element
         return self.norm() + tokens_in + rows + self.kept_attention(heads, groups)
 
     def kept_attention(self, heads: int, groups: int) -> int:
         """As ``fused_attention``; shared groups are indexed into copies before the attention."""
         fused, query, key, out = (self._heads(n) for n in (heads + 2 * groups, heads, groups, heads))
-        kept = self._rotary(self.model.seq_length) + query + out + self._head_norm(heads + groups)
+        kept = query + out + self._head_norm(heads + groups)
         kept += 0 if self.selective else self._statistics(heads, self.tokens)
         if heads == groups:
             return kept + key + fused
@@ -280,7 +271,7 @@ class _Rank:
             keys = 2 * self._heads(heads, visible)
         else:
             keys = 2 * self._heads(groups)
-        kept = self.norm() + self.stream + self._rotary(model.seq_length // self.ranks) + 2 * own + keys
+        kept = self.norm() + self.stream + 2 * own + keys
         kept += 0 if self.selective else self._statistics(heads, share)
         if model.qk_layernorm:
             norms = self._head_norm(heads + groups, share)
@@ -311,10 +302,6 @@ class _Rank:
 
     def _statistics(self, heads: int, tokens: int) -> int:
         return _FP32 * heads * tokens
-
-    def _rotary(self, positions: int) -> int:
-        """Cosines and sines, once for queries and once for keys."""
-        return 4 * positions * self.model.kv_channels * self.element
 
     def _head_norm(self, heads: int, tokens: int | None = None) -> int:
         """Statistics of q/k norms, and their normalised copies; their input is the fused projection."""

@@ -50,7 +50,7 @@ def make_plan(
             "gpu": machine.gpu.driver_name,
             "tensor_parallel": config.parallel.tensor_model_parallel_size,
             "data_parallel": config.data_parallel_size(world_size),
-            "zero_stage": config.parallel.zero_stage,
+            "zero_stage": config.zero_stage_on(world_size, precision),
             "precision": precision,
             "loop_method": choose_loop_method(config)[0],
         },

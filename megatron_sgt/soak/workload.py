@@ -28,6 +28,8 @@ def small_config(run_dir: Path, data: str, parallel: dict[str, Any], checkpoint:
             "growth": {"first_selection_step": 8, "window_size": 12, "num_keep_heads": 2, "max_selected_layers": 2},
             "optim": {"lr": 3e-3, "min_lr": 3e-4, "lr_warmup_iters": 5},
             "parallel": parallel,
+            # Keeps ZeRO where there is one data-parallel rank (Config.zero_stage_on).
+            "deepspeed": {"zero_optimization": {"stage": parallel["zero_stage"]}},
             "train": {"train_iters": STEPS, "micro_batch_size": 2, "global_batch_size": 4},
             "data": {"data_path": [data], "data_cache_path": f"{data}_cache", "split": "1,0,0"},
             "checkpoint": checkpoint,

@@ -38,7 +38,7 @@ def preflight(config: Config, world_size: int, device: str) -> list[tuple[str, s
     data_parallel = config.data_parallel_size(world_size)
     shape = (
         f"{world_size} ranks = tensor parallel {parallel.tensor_model_parallel_size} x data parallel {data_parallel}"
-        f" · ZeRO-{parallel.zero_stage} · {precision}"
+        f" · ZeRO-{config.zero_stage_on(world_size, precision)} · {precision}"
     )
     batch = (
         f"{train.global_batch_size} = micro {train.micro_batch_size} x accumulation {accumulation} x "

@@ -13,6 +13,7 @@ from megatron_sgt.checkpoint import layout
 from megatron_sgt.checkpoint.find import check_checkpoint
 from megatron_sgt.checkpoint.load import load_checkpoint
 from megatron_sgt.errors import CheckpointError
+from tests.helpers.checkpoints import ZERO_1
 from tests.helpers.checkpoints import write_plain_checkpoint as make
 from tests.helpers.fake_groups import fake_groups
 from tests.helpers.single import small_config
@@ -38,7 +39,7 @@ class Engine:
 
 
 def load(folder: Path, outcome: Any) -> Engine:
-    config, engine = small_config(), Engine(outcome)
+    config, engine = small_config(deepspeed=ZERO_1), Engine(outcome)
     stand_in: Any = engine
     assert load_checkpoint(folder, check_checkpoint(folder, config), config, stand_in, fake_groups()) is None
     return engine
@@ -68,9 +69,9 @@ def test_what_deepspeed_cannot_load_is_an_error(outcome: Any, tmp_path: Path) ->
 @pytest.mark.parametrize("name", [layout.rng_file(0), "zero_pp_rank_0_mp_rank_00_optim_states.pt"])
 def test_files_that_cannot_be_read_are_an_error(name: str, tmp_path: Path) -> None:
     folder = make(tmp_path / "global_step7")
-    state = check_checkpoint(folder, small_config())
+    state = check_checkpoint(folder, small_config(deepspeed=ZERO_1))
     (folder / name).write_bytes(b"not a torch file")
     engine: Any = Engine("found")
     with pytest.raises(CheckpointError, match=rf"{name} cannot be read"):
-        load_checkpoint(folder, state, small_config(), engine, fake_groups())
+        load_checkpoint(folder, state, small_config(deepspeed=ZERO_1), engine, fake_groups())
     assert engine.read == [], "no weight is touched before all is read"

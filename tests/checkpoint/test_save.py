@@ -18,6 +18,7 @@ from megatron_sgt.checkpoint.save import Saved, Saver, growth_fingerprint, layou
 from megatron_sgt.checkpoint.trusted import read_trusted
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.errors import CheckpointError
+from tests.helpers.checkpoints import ZERO_1
 from tests.helpers.fake_groups import fake_groups
 from tests.helpers.single import small_config
 
@@ -52,7 +53,8 @@ class Engine:
 def saver_at(root: Path, engine: Engine | None = None, **sections: dict[str, Any]) -> Saver:
     checkpoint = {"save": str(root), **sections.pop("checkpoint", {})}
     stand_in: Any = engine or Engine()
-    return Saver(small_config(checkpoint=checkpoint, **sections), stand_in, fake_groups(), {"tokenizer": "t"})
+    config = small_config(**{"deepspeed": ZERO_1, "checkpoint": checkpoint, **sections})
+    return Saver(config, stand_in, fake_groups(), {"tokenizer": "t"})
 
 
 def save_at(root: Path, step: int, engine: Engine | None = None, **sections: dict[str, Any]) -> Saved:
@@ -68,7 +70,7 @@ def test_what_a_checkpoint_holds(tmp_path: Path) -> None:
     folder = saved.folder
     assert folder == tmp_path / "new/root/global_step2" and saved.step == 2
     files = {path.name for path in folder.iterdir()}
-    where = layout_of(small_config(), fake_groups())
+    where = layout_of(small_config(deepspeed=ZERO_1), fake_groups())
     assert files == {*manifest.expected_files(where), layout.MANIFEST_FILE}
     about = manifest.read_manifest(folder)
     assert set(about["files"]) == files - {layout.MANIFEST_FILE}

@@ -255,6 +255,27 @@ def test_precision_on_a_device_without_zero() -> None:
         cfg.precision_on("cuda")
 
 
+@pytest.mark.parametrize(
+    ("tensor_parallel", "world_size", "precision", "zero", "expected"),
+    [
+        (1, 1, "fp32", {}, 0),
+        (2, 2, "fp32", {}, 0),
+        (1, 2, "fp32", {}, 3),
+        (1, 1, "bf16", {}, 3),
+        (1, 1, "fp16", {}, 3),
+        (1, 1, "fp32", {"offload_optimizer": {"device": "cpu"}}, 3),
+        (1, 1, "fp32", {"stage": "auto"}, 3),
+    ],
+)
+def test_zero_needs_ranks_to_shard_over(
+    tensor_parallel: int, world_size: int, precision: str, zero: dict[str, Any], expected: int
+) -> None:
+    layout = {"tensor_model_parallel_size": tensor_parallel, "zero_stage": 3}
+    cfg = make(parallel=layout, deepspeed={"zero_optimization": zero})
+    assert cfg.zero_stage_on(world_size, precision) == expected
+    assert make(parallel={**layout, "zero_stage": 0}).zero_stage_on(world_size, "fp32") == 0
+
+
 def test_no_fp16_on_a_cpu() -> None:
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
         make(train={"precision": "fp16"}).precision_on("cpu")

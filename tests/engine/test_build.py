@@ -66,7 +66,11 @@ def test_fp16_is_refused_on_a_cpu_in_words(world_size: int) -> None:
 
 def from_weights(info: RankInfo, zero: int, precision: str, spoil: str) -> dict[str, Any]:
     """Build from the weights of another model, take a step with learning rate 0, and look at what is there."""
-    config = small_config(parallel={"zero_stage": zero}, train={"precision": precision, "seed": 1})
+    config = small_config(
+        parallel={"zero_stage": zero},
+        train={"precision": precision, "seed": 1},
+        deepspeed={"zero_optimization": {"stage": zero}},
+    )
     groups = start_processes(config, info)
     other = small_config(train={"seed": 2})
     names = donor_weights(build_runtime(other, groups))

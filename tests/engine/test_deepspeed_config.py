@@ -50,17 +50,26 @@ def test_precision(precision: str, bf16: bool, fp16: bool) -> None:
 
 @pytest.mark.parametrize(("stage", "clipping"), [(0, 0.0), (1, 0.7), (2, 0.7), (3, 0.7)])
 def test_stage_0_is_clipped_by_the_step(stage: int, clipping: float) -> None:
-    found = translated(parallel={"zero_stage": stage}, optim={"clip_grad": 0.7})
+    found = translated(
+        2, train={"global_batch_size": 4}, parallel={"zero_stage": stage}, optim={"clip_grad": 0.7}
+    )
     assert found["zero_optimization"]["stage"] == stage
     assert found["gradient_clipping"] == clipping
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_stage_3_takes_whole_layers(stage: int) -> None:
-    found = translated(parallel={"zero_stage": stage})["zero_optimization"]
+    found = translated(2, train={"global_batch_size": 4}, parallel={"zero_stage": stage})["zero_optimization"]
     # DeepSpeed passes over a class name that it does not meet.
     layer = f"{SGTLayer.__module__}.{SGTLayer.__qualname__}"
     assert found.get("leaf_module") == ({"classes": [layer]} if stage == 3 else None)
+
+
+def test_a_rank_alone_in_fp32_goes_without_zero() -> None:
+    found = translated(parallel={"zero_stage": 2}, optim={"clip_grad": 0.7})
+    assert (found["zero_optimization"], found["gradient_clipping"]) == ({"stage": 0}, 0.0)
+    asked = translated(parallel={"zero_stage": 2}, deepspeed={"zero_optimization": {"stage": 2}})
+    assert asked["zero_optimization"]["stage"] == 2
 
 
 def test_what_is_always_so() -> None:

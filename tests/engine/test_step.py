@@ -32,6 +32,7 @@ class Steps:
         self.config: Config = small_config(
             optim={"adam_eps": eps, "weight_decay": 0.0, "clip_grad": clip},
             parallel={"tensor_model_parallel_size": tensor, "zero_stage": zero},
+            deepspeed={"zero_optimization": {"stage": zero}},  # ZeRO on one data-parallel rank, too
             train={"global_batch_size": 2 * MICRO_BATCHES * replicas, "precision": precision},
         )
         self.clip = clip

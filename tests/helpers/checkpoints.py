@@ -16,6 +16,8 @@ from tests.helpers.fake_groups import fake_groups
 from tests.helpers.single import small_config
 
 GROWN_STEP = STEP
+ZERO_1: dict[str, Any] = {"zero_optimization": {"stage": 1}}
+"""A ``deepspeed`` section that keeps ZeRO on a rank alone (see ``Config.zero_stage_on``)."""
 
 
 def grown_config() -> Config:
@@ -62,7 +64,7 @@ def write_grown_checkpoint(root: Path, where: tuple[int, int, int] = (2, 1, 1)) 
 def write_plain_checkpoint(folder: Path, tokenizer: str | None = None, **sections: dict[str, Any]) -> Path:
     """A whole checkpoint of one rank at ZeRO 1 as far as its checks go: of weights it holds none."""
     folder.mkdir(parents=True)
-    config, step = small_config(**sections), layout.step_of(folder.name)
+    config, step = small_config(**{"deepspeed": ZERO_1, **sections}), layout.step_of(folder.name)
     where = layout_of(config, fake_groups())
     layout.write_json(folder / layout.STATE_FILE, {"trainer": {"step": step}, "layout": where})
     (folder / layout.CONFIG_FILE).write_text(config.to_yaml())

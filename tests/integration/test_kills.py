@@ -34,12 +34,14 @@ TIMEOUT_S = 120.0
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "tp2_zero1_async": {
         "parallel": {"tensor_model_parallel_size": 2, "zero_stage": 1},
+        "deepspeed": {"zero_optimization": {"stage": 1}},  # else one data-parallel rank goes without
         "checkpoint": {"async_save": True},
     },
     "dp2_zero3": {"parallel": {"zero_stage": 3}},
     "dp2_zero1": {"parallel": {"zero_stage": 1}},
     "tp2_zero3_async": {
         "parallel": {"tensor_model_parallel_size": 2, "zero_stage": 3},
+        "deepspeed": {"zero_optimization": {"stage": 3}},
         "checkpoint": {"async_save": True},
     },
 }

@@ -35,7 +35,7 @@ def half_write(folder: Path) -> None:
 
 
 def lose_file(folder: Path) -> None:
-    next((folder / "run" / "global_step18").glob("*optim_states.pt")).unlink()
+    next((folder / "run" / "global_step18").glob("*model_states.pt")).unlink()
 
 
 def give_wrong_tokenizer(folder: Path) -> None:
@@ -91,14 +91,14 @@ MISTAKES = (
     Mistake("generate", "llama --prompt the", 4, ("model-00002-of", "is missing"), lose_shard),
     Mistake("generate", "hf --prompt the", 4, ("1 missing keys", "model.norm.weight"), drop_tensor),
     Mistake("generate", "run --prompt the", 4, ("global_step18", "not a whole checkpoint"), half_write),
-    Mistake("generate", "run --prompt the", 4, ("optim_states.pt is missing",), lose_file),
+    Mistake("generate", "run --prompt the", 4, ("model_states.pt is missing",), lose_file),
     Mistake("evaluate", "hf", 2, ("names no data set to measure on", "--data PREFIX")),
     Mistake("evaluate", "hf --data no", 3, ("no indexed data set at no",)),
     Mistake("evaluate", "hf --data words --part test --split 90,10,0", 3, ("the test split", "no whole sample")),
     Mistake("evaluate", "run --data words --tokenizer other.model", 3, ("310 ids",)),
     Mistake("evaluate", "hf --data words --tokenizer sp.model", 3, ("give a folder with a tokenizer.json",)),
     Mistake("evaluate", "llama --data words", 3, ("token id", "96 ids")),
-    Mistake("evaluate", "run", 4, ("optim_states.pt is missing",), lose_file),
+    Mistake("evaluate", "run", 4, ("model_states.pt is missing",), lose_file),
     Mistake("evaluate", "llama --tasks anything", 3, ("no tokenizer",)),
     Mistake("inspect_checkpoint", "nowhere", 4, ("no checkpoint at nowhere",)),
     Mistake("inspect_checkpoint", "llama", 4, ("no whole checkpoint at llama",)),

@@ -182,7 +182,7 @@ def cut_all(folder: Path) -> None:
 
 
 def drop_shard(folder: Path) -> None:
-    next((folder / "saved/checkpoints/global_step4").glob("*optim_states.pt")).unlink()
+    next((folder / "saved/checkpoints/global_step4").glob("*model_states.pt")).unlink()
 
 
 STATE = "saved/checkpoints/global_step4/sgt_state.json"

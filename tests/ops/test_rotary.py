@@ -1,4 +1,4 @@
-"""Rotary positions: the definition, Megatron-Core's and Hugging Face's convention, and the compiled function."""
+"""Rotary positions: the definition, Megatron-Core's and Hugging Face's convention, and the two quick functions."""
 
 import shutil
 
@@ -8,7 +8,7 @@ from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_e
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from megatron_sgt.ops.rotary import Rotary, RotaryTables, rotary_table, rotate, rotate_heads
+from megatron_sgt.ops.rotary import Rotary, RotaryTables, rotary_table, rotate, rotate_halves, rotate_heads
 from tests.helpers.loop_problems import DEVICE, random
 
 LENGTH, BATCH, SIZE = 12, 2, 8
@@ -98,3 +98,35 @@ def test_compiled_backward_keeps_no_heads() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         rotate_heads(query, key, table)
     assert kept and all(shape in (table.cos.shape, ()) for shape in kept), kept
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_halves_equal_megatron_core_bit_for_bit(grouped: bool, dtype: torch.dtype) -> None:
+    config = TransformerConfig(
+        num_layers=1, hidden_size=16, num_attention_heads=2, use_cpu_initialization=True
+    )
+    turns = angles(torch.float64 if dtype == torch.float64 else torch.float32)
+    table = rotary_table(turns)
+    for t in heads(dtype, grouped):
+        wanted = apply_rotary_pos_emb(t, turns, config=config, cp_group=object())
+        found = rotate_halves(t, table)
+        assert found.dtype == dtype and torch.equal(found, wanted)
+        pull = random(*t.shape, seed=4, dtype=dtype)
+        assert torch.equal(*(torch.autograd.grad(turned, t, pull)[0] for turned in (found, wanted)))
+
+
+def test_backward_of_halves_keeps_the_table_alone() -> None:
+    query, _ = heads(torch.float32)
+    table = rotary_table(angles())
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        rotate_halves(query, table)
+    assert kept == [table.cos.data_ptr(), table.sin.data_ptr()]
+
+
+def test_no_heads_turn_into_none() -> None:
+    """A tensor-parallel rank that owns no kept head goes the same way as its peers."""
+    none = torch.empty(LENGTH, BATCH, 0, SIZE, requires_grad=True)
+    rotate_halves(none, rotary_table(angles())).sum().backward()
+    assert none.grad is not None and none.grad.shape == none.shape

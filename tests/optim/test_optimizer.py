@@ -51,7 +51,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def torch_adamw(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The options that torch's AdamW was called with (its fused form wants a GPU)."""
+    """The options that torch's AdamW was called with (where it is asked for a GPU)."""
     calls: list[dict[str, Any]] = []
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **options: calls.append(options))
     return calls
@@ -67,6 +67,7 @@ def test_cpu() -> None:
     groups = parameters()
     optimizer = build_optimizer(groups, CONFIG, CPU)
     assert type(optimizer) is torch.optim.AdamW
+    assert all(group["fused"] for group in optimizer.param_groups)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]
     for group in optimizer.param_groups:
         assert {name: group[name] for name in OPTIONS} == OPTIONS

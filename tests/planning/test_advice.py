@@ -62,12 +62,12 @@ def test_each_warning_names_its_numbers_and_the_way_out(
 
 
 def test_what_does_not_fit_is_told_with_changes_that_fit() -> None:
-    config = example("sgt_1.2b", "train.micro_batch_size=8", "train.fusions=off")
+    config = example("sgt_1.2b", "train.micro_batch_size=10", "train.global_batch_size=640")
     (said,) = warnings(config, 8, H100, "bf16")
     assert said.startswith("does not fit: ") and "from the start" in said
-    assert "train.micro_batch_size=4 (" in said and "train.recompute_granularity=full (" in said
+    assert "train.micro_batch_size=5 (" in said and "train.recompute_granularity=full (" in said
     plans = [stretch.plan for stretch in timeline(config)]
-    for change in ({"train.micro_batch_size": 4}, {"train.recompute_granularity": "full"}):
+    for change in ({"train.micro_batch_size": 5}, {"train.recompute_granularity": "full"}):
         assert peak_memory(changed(config, change), plans, 8, "bf16") <= USABLE * 80e9
 
 

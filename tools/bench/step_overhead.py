@@ -4,6 +4,10 @@
 python tools/bench/step_overhead.py                      # 3 layers x 2 heads of an 8-layer model
 python tools/bench/step_overhead.py --state window       # all heads of those layers loop
 python tools/bench/step_overhead.py --profile            # where the extra time goes
+python tools/bench/step_overhead.py --peer transformers  # the vanilla step against transformers' Llama instead
+
+The peer is ``LlamaForCausalLM`` of the same shape in fp32, with torch's attention (sdpa), its gradient norm clipped
+at 1 and torch's fused AdamW: what a plain training loop would do. Both live in one process.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -20,11 +25,22 @@ from megatron_sgt.cli import positive, run_main
 from megatron_sgt.config import Config, parse_config
 from megatron_sgt.engine.build import build_runtime, start_processes
 from megatron_sgt.engine.step import train_step
+from megatron_sgt.errors import SGTError
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.launch.environment import discover
 from megatron_sgt.model.apply_plan import apply_plan
 from megatron_sgt.parallel.device import synchronize
 from megatron_sgt.planning.flops import step_flops
+from megatron_sgt.planning.parameters import parameter_count
+
+LEARNING_RATE, CLIP_GRAD = 1e-4, 1.0
+
+
+class Seconds(NamedTuple):
+    """Of one step: by the clock, and of this process on all its CPUs, which other processes disturb less."""
+
+    clock: float
+    cpu: float
 
 
 def parse() -> argparse.Namespace:
@@ -51,6 +67,9 @@ def parse() -> argparse.Namespace:
         )
     parser.add_argument("--state", choices=("fixed", "window"), default="fixed", help="structure to measure")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--peer", choices=("transformers",), help="compare the vanilla step with this library's, in fp32"
+    )
     parser.add_argument("--profile", action="store_true", help="print the operations whose time grew most")
     args = parser.parse_args()
     for part, whole in (("loop-layers", "layers"), ("loop-heads", "heads")):
@@ -72,12 +91,13 @@ def run_config(args: argparse.Namespace) -> Config:
                 "seq_length": args.seq,
                 "vocab_size": args.vocab,
             },
-            "optim": {"lr": 1e-4},
+            "optim": {"lr": LEARNING_RATE, "clip_grad": CLIP_GRAD},
             "train": {
                 "train_iters": 1000,
                 "micro_batch_size": args.batch,
                 "global_batch_size": args.batch,
                 "threads_per_rank": args.threads,
+                "precision": "fp32" if args.peer else "auto",
             },
             "parallel": {"device": args.device},
         }
@@ -94,67 +114,125 @@ def grown_plan(args: argparse.Namespace) -> LoopPlan:
     )
 
 
-def step_timer(config: Config) -> Callable[[LoopPlan], float]:
-    """Build model and engine; the function returned runs one training step and gives its seconds."""
+def step_timer(config: Config) -> tuple[Callable[[LoopPlan], Seconds], torch.device]:
+    """Build model and engine; the function returned runs one training step and times it."""
     groups = start_processes(config, discover({}))
     runtime = build_runtime(config, groups)
+    batch = random_batch(config)
+
+    def run(plan: LoopPlan) -> Seconds:
+        apply_plan(runtime.model, plan)
+        return timed(
+            lambda: train_step(runtime.engine, [batch], LEARNING_RATE, CLIP_GRAD, groups), groups.device
+        )
+
+    return run, groups.device
+
+
+def peer_timer(config: Config, device: torch.device) -> Callable[[], Seconds]:
+    """The same for transformers' Llama. Raises SGTError if it has not as many weights as ours."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = config.model
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.ffn_hidden_size,
+            num_hidden_layers=shape.num_layers,
+            num_attention_heads=shape.num_attention_heads,
+            vocab_size=shape.padded_vocab_size(),
+            max_position_embeddings=shape.seq_length,
+            tie_word_embeddings=False,
+            use_cache=False,
+            attn_implementation="sdpa",
+        )
+    ).to(device)
+    if llama.num_parameters() != parameter_count(shape):
+        raise SGTError(f"{llama.num_parameters()} weights, not {parameter_count(shape)}: another model")
+    optimizer = torch.optim.AdamW(
+        llama.parameters(), lr=LEARNING_RATE, weight_decay=config.optim.weight_decay, fused=True
+    )
+    batch = random_batch(config)
+    tokens, labels = batch["tokens"].to(device), batch["labels"].to(device)
+
+    def step() -> None:
+        llama(input_ids=tokens, labels=labels, shift_labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(llama.parameters(), CLIP_GRAD)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    llama.train()
+    return lambda: timed(step, device)
+
+
+def random_batch(config: Config) -> dict[str, torch.Tensor]:
+    """One micro-batch of random tokens."""
     size, length = config.train.micro_batch_size, config.model.seq_length
     tokens = torch.randint(config.model.padded_vocab_size(), (size, length + 1))
-    batch = {
-        "tokens": tokens[:, :-1],
-        "labels": tokens[:, 1:],
+    return {
+        "tokens": tokens[:, :-1].contiguous(),
+        "labels": tokens[:, 1:].contiguous(),
         "loss_mask": torch.ones(size, length),
         "position_ids": torch.arange(length).expand(size, -1),
     }
 
-    def run(plan: LoopPlan) -> float:
-        apply_plan(runtime.model, plan)
-        synchronize(groups.device)
-        start = time.perf_counter()
-        train_step(runtime.engine, [batch], 1e-4, 1.0, groups)
-        synchronize(groups.device)
-        return time.perf_counter() - start
 
-    return run
+def timed(step: Callable[[], object], device: torch.device) -> Seconds:
+    """Time of ``step``, the device's work included."""
+    synchronize(device)
+    start, used = time.perf_counter(), time.process_time()
+    step()
+    synchronize(device)
+    return Seconds(time.perf_counter() - start, time.process_time() - used)
 
 
 def main() -> None:
-    """Build one engine, alternate its plan, print both overheads."""
+    """Build one engine, alternate its plan (or it and the peer), print both overheads."""
     args = parse()
     config = run_config(args)
     vanilla, grown = LoopPlan.empty(args.layers), grown_plan(args)
+    if args.peer:
+        run, device = step_timer(config)
+        report_times({args.peer: peer_timer(config, device), "vanilla": lambda: run(vanilla)}, args.pairs)
+        return
     base, more = (step_flops(config.model, plan, args.batch) for plan in (vanilla, grown))
     print(
         f"{args.state}: {args.loop_layers} of {args.layers} layers, {args.loop_heads} of {args.heads} heads"
     )
     print(f"FLOPs overhead, linear layers only      {100 * (more.linear / base.linear - 1):6.2f} %")
     print(f"FLOPs overhead, attention included      {100 * (more.executed / base.executed - 1):6.2f} %")
-    run = step_timer(config)
-    report_times(run, vanilla, grown, args.pairs)
+    run, _ = step_timer(config)
+    report_times({"vanilla": lambda: run(vanilla), "grown": lambda: run(grown)}, args.pairs)
     if args.profile:
         report_profile(run, vanilla, grown)
 
 
-def report_times(run: Callable[[LoopPlan], float], vanilla: LoopPlan, grown: LoopPlan, pairs: int) -> None:
+def report_times(runs: dict[str, Callable[[], Seconds]], pairs: int) -> None:
     """Alternate the two (in both orders, so that a drifting machine favours neither) and print the ratio."""
-    for plan in (vanilla, grown, vanilla, grown):
-        run(plan)
-    times: list[tuple[float, float]] = []
+    for _ in range(2):
+        for run in runs.values():
+            run()
+    (first, base), (second, other) = runs.items()
+    found: list[tuple[Seconds, Seconds]] = []
     for index in range(pairs):
-        order = (vanilla, grown) if index % 2 == 0 else (grown, vanilla)
-        seconds = {plan: run(plan) for plan in order}
-        times.append((seconds[vanilla], seconds[grown]))
-    ratios = sorted(b / a for a, b in times)
-    low, high = ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]
-    base, more = (statistics.median(column) for column in zip(*times, strict=True))
-    print(f"step time, median                       {1e3 * base:8.1f} ms vanilla  {1e3 * more:8.1f} ms grown")
-    print(
-        f"step time ratio, median of {pairs} pairs      {statistics.median(ratios):6.3f}"
-        f"   (middle half {low:.3f} to {high:.3f})"
-    )
+        if index % 2 == 0:
+            denominator, numerator = base(), other()
+        else:
+            numerator, denominator = other(), base()
+        found.append((denominator, numerator))
+    for index, name in enumerate(("step time", "CPU time")):
+        times = [(a[index], b[index]) for a, b in found]
+        ratios = sorted(b / a for a, b in times)
+        low, high = ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]
+        less, more = (1e3 * statistics.median(column) for column in zip(*times, strict=True))
+        print(f"{name}, median                       {less:8.1f} ms {first}  {more:8.1f} ms {second}")
+        print(
+            f"{name} ratio, median of {pairs} pairs      {statistics.median(ratios):6.3f}"
+            f"   (middle half {low:.3f} to {high:.3f})"
+        )
 
 
-def report_profile(run: Callable[[LoopPlan], float], vanilla: LoopPlan, grown: LoopPlan) -> None:
+def report_profile(run: Callable[[LoopPlan], Seconds], vanilla: LoopPlan, grown: LoopPlan) -> None:
     """Print the operations whose own time grew most between the two structures."""
     from torch.profiler import profile
 
