@@ -11,9 +11,9 @@ from megatron_sgt.config import Config
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.model.apply_plan import apply_plan
 from megatron_sgt.model.gpt import LanguageModel
+from megatron_sgt.model.initial_weights import draw_weights
 from megatron_sgt.model.mcore_config import head_layout, transformer_config
 from megatron_sgt.model.spec import decoder_spec
-from megatron_sgt.parallel.rng import seed_for_initialization
 from tests.helpers.single import random_batch, single_groups, single_model, small_config
 
 block = pytest.importorskip("megatron.core.models.hybrid.hybrid_block")  # from 0.18 on
@@ -37,7 +37,6 @@ def hybrid_of(config: Config, like: LanguageModel) -> LanguageModel:
     groups = single_groups(config)
     spec = decoder_spec(config, like.meter, head_layout(config, groups))
     stack = block.HybridStackSubmodules(attention_layer=spec.layer_specs[0])
-    seed_for_initialization(config.train.seed)
     hybrid = model.HybridModel(
         config=transformer_config(config, "fp32", groups.device),
         hybrid_stack_spec=ModuleSpec(module=Stack, params={"norm": spec.layer_norm}, submodules=stack),
@@ -48,6 +47,7 @@ def hybrid_of(config: Config, like: LanguageModel) -> LanguageModel:
         rotary_base=config.model.rotary_base,
         share_embeddings_and_output_weights=not config.model.untie_embeddings_and_output_weights,
     )
+    draw_weights(hybrid, config, groups)
     return LanguageModel(hybrid, like.meter)
 
 
