@@ -51,7 +51,6 @@ def _key_side(
         q = tl.load(q_ptr + query[:, None] * q_stride + across[None, :], mask=live[:, None], other=0.0)
         do = tl.load(do_ptr + query[:, None] * do_stride + across[None, :], mask=live[:, None], other=0.0)
         lse = tl.load(lse_ptr + query, mask=live, other=0.0)
-        delta = tl.load(delta_ptr + query, mask=live, other=0.0)
         # Transposed, [keys, queries]: p and ds then feed the next products from registers.
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
         p = tl.exp2(s - lse[None, :])
@@ -59,6 +58,7 @@ def _key_side(
             p = tl.where(column[:, None] <= (offset + query)[None, :], p, 0.0)
         dv = tl.dot((p * gate).to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION) * gate
+        delta = tl.load(delta_ptr + query, mask=live, other=0.0)
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
@@ -110,7 +110,7 @@ def _keys_program(
             q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gates_ptr, slots_ptr, dk_ptr, dv_ptr,
             q_stride_t, q_stride_b, q_stride_h, k_stride_t, k_stride_b, k_stride_h,
             v_stride_t, v_stride_b, v_stride_h, queries, keys, batch, heads, groups, scale, unit, b, slot, first,
-            part, start, full, stop, H, BM, BN, PRECISION
+            start, full, stop, H, BM, BN, PRECISION
         )  # fmt: skip
 
 
@@ -119,9 +119,11 @@ def _keys_tile(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gates_ptr, slots_ptr, dk_ptr, dv_ptr,
     q_stride_t, q_stride_b, q_stride_h, k_stride_t, k_stride_b, k_stride_h,
     v_stride_t, v_stride_b, v_stride_h, queries, keys, batch, heads, groups, scale, unit, b, slot, first,
-    part, start, full, stop, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+    start, full, stop, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """dk and dv of one tile of keys from queries start..stop, which see all of them from ``full`` on."""
+    """dk and dv of one tile of keys from queries start..stop, which see all of them from ``full`` on.
+
+    Axis 0 is the group of one sequence, axis 2 the part, see ``attend_backward_kernel``."""
     column, across = first + tl.arange(0, BN), tl.arange(0, H)
     inside = (column < keys)[:, None]
     k_base = k_ptr + b * k_stride_b + slot * k_stride_h
@@ -142,8 +144,11 @@ def _keys_tile(
             k, v, q_base, do_base, lse_base, delta_base, q_stride_t, stride, gate, column, start,
             tl.where(mine, stop, start), offset, queries, full, dk, dv, scale, H, BM, PRECISION
         )  # fmt: skip
-    place = (part * keys * batch * groups + b * groups + slot) * H
-    place += column[:, None] * (batch * groups * H) + across[None, :]
+    # The program's numbers are asked for again, not kept: registers are all in use in the loop.
+    corner = (tl.program_id(2) * keys * batch * groups + tl.program_id(0)) * H
+    dk_ptr += corner
+    dv_ptr += corner
+    place = column[:, None] * (batch * groups * H) + across[None, :]
     tl.store(dk_ptr + place, (dk * unit).to(dk_ptr.dtype.element_ty), mask=inside)
     tl.store(dv_ptr + place, dv.to(dv_ptr.dtype.element_ty), mask=inside)
 

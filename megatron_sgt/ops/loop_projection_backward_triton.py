@@ -159,41 +159,37 @@ def input_gradient_kernel(
 
 @triton.jit
 def norm_weight_gradient_kernel(
-    product_ptr, norm_ptr, weight_ptr, rows_ptr, target_ptr, dnorm_ptr, width, count, ADD: tl.constexpr,
-    H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+    product_ptr, norm_ptr, weight_ptr, rows_ptr, target_ptr, part_ptr, width, ADD: tl.constexpr,
+    H: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
-    """BN inputs (axis 0) of all kept rows, so that the sum over the rows needs no second kernel."""
-    across, local = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BM)
+    """BN inputs (axis 0) of the H rows of one block (axis 1), whose share of the norm's gradient is a row of parts."""
+    across, local = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, H)
+    block = tl.program_id(1)
     inside = across < width
     mask = inside[None, :]
     gain = tl.load(norm_ptr + across, mask=inside, other=0.0).to(tl.float32)[None, :]
-    total = tl.zeros([BN], tl.float32)
-    for block in range(count):
-        start = tl.load(rows_ptr + block).to(tl.int64)
-        for k in range(0, H, BM):
-            tile = local[:, None] * width + across[None, :]
-            part = tl.load(product_ptr + (block * H + k) * width + tile, mask=mask, other=0.0)
-            place = (start + k) * width + tile
-            w = tl.load(weight_ptr + place, mask=mask, other=0.0).to(tl.float32)
-            total += tl.sum(part * w, 0)
-            value = part * gain
-            if ADD:
-                value += tl.load(target_ptr + place, mask=mask, other=0.0).to(tl.float32)
-            tl.store(target_ptr + place, value.to(target_ptr.dtype.element_ty), mask=mask)
-    tl.store(dnorm_ptr + across, total, mask=inside)
+    tile = local[:, None] * width + across[None, :]
+    place = tl.load(rows_ptr + block).to(tl.int64) * width + tile
+    product = tl.load(product_ptr + block * H * width + tile, mask=mask, other=0.0)
+    w = tl.load(weight_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    value = product * gain
+    if ADD:
+        value += tl.load(target_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target_ptr + place, value.to(target_ptr.dtype.element_ty), mask=mask)
+    tl.store(part_ptr + block * width + across, tl.sum(product * w, 0), mask=inside)
 
 
 def norm_weight_gradient(
     product: Tensor, norm_weight: Tensor, weight: Tensor, rows: Tensor, target: Tensor, add: bool
 ) -> Tensor:
     """As ``loop_projection.norm_weight_gradient``; all tensors are contiguous."""
-    size, width = product.shape[0] // len(rows), product.shape[1]
-    dnorm = product.new_empty(width)
-    norm_weight_gradient_kernel[(triton.cdiv(width, 32),)](
-        product, norm_weight, weight, rows, target, dnorm, width, len(rows), ADD=add, H=size,
-        BM=min(size, 32), BN=32, num_warps=4
+    blocks, width = len(rows), product.shape[1]
+    parts = product.new_empty(blocks, width)
+    norm_weight_gradient_kernel[(triton.cdiv(width, 32), blocks)](
+        product, norm_weight, weight, rows, target, parts, width, ADD=add, H=product.shape[0] // blocks, BN=32,
+        num_warps=4
     )  # fmt: skip
-    return dnorm
+    return parts.sum(0)
 
 
 def output_gradient(dout: Tensor, weight: Tensor, columns: Tensor, size: int) -> Tensor:

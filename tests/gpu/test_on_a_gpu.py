@@ -1,7 +1,7 @@
 """What only a GPU can show: the suite's checks of correctness, one test each."""
 
+import importlib
 import sys
-import time
 
 import pytest
 import torch
@@ -16,23 +16,33 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def suite() -> object:
-    """(module of checks, machine) of tools/bench."""
+    """The machine of tools/bench."""
     sys.path.insert(0, str(ROOT / "tools/bench"))
-    from gpu_parts import correctness, machine
+    from gpu_parts.machine import Machine
 
-    return correctness, machine.Machine(
-        torch.device("cuda"), torch.bfloat16, dry=False, deadline=time.monotonic() + 600
-    )
+    return Machine.make(dry=False)
 
 
 @pytest.mark.parametrize("way", ["custom", "split", "library"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_tolerance(dtype: torch.dtype, way: str, suite: tuple) -> None:
-    row = suite[0].tolerance(suite[1], dtype, way)
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_tolerance(dtype: str, way: str, suite: object) -> None:
+    from gpu_parts.correctness import tolerance
+
+    (row,) = tolerance(suite, dtype, way)
     assert row["passed"], row
 
 
-@pytest.mark.parametrize("check", ["determinism", "graph_capture", "golden"])
-def test_check(check: str, suite: tuple) -> None:
-    row = getattr(suite[0], check)(suite[1])
+@pytest.mark.parametrize(
+    ("module", "check", "arguments"),
+    [
+        ("correctness", "determinism", ()),
+        ("correctness", "graph_capture", ()),
+        ("library_attention", "check", ("MHA",)),
+        ("library_attention", "check", ("GQA",)),
+        ("runs", "golden", ()),
+        ("runs", "killed_and_resumed", ()),
+    ],
+)
+def test_check(module: str, check: str, arguments: tuple, suite: object) -> None:
+    (row,) = getattr(importlib.import_module(f"gpu_parts.{module}"), check)(suite, *arguments)
     assert row["passed"], row

@@ -19,7 +19,7 @@ from megatron_sgt.ops.tiles import AMD, entry
 
 _FP32 = {"cos_ptr", "sin_ptr", "r_ptr", "coefficient_ptr", "dnorm_ptr", "gates_ptr", "lse_ptr", "entropy_ptr",
          "part_acc_ptr", "part_sums_ptr", "delta_ptr", "sums_ptr", "part_q_ptr", "part_k_ptr",
-         "part_v_ptr", "product_ptr"}  # fmt: skip
+         "part_v_ptr", "product_ptr", "part_ptr"}  # fmt: skip
 _INT32 = {"rows_ptr", "columns_ptr", "slots_ptr"}
 _SCALAR_FP32 = {"eps", "scale", "unit", "norm"}
 _ODD = {"batch", "heads", "groups", "count", "parts", "repeat"}  # small numbers: nothing is known of them
@@ -75,11 +75,9 @@ KERNELS = {
     "output_gradient, uneven": Kernel(_BACK, "output_gradient_kernel", "output_gradient", {"EVEN": False}),
     "head_gradients": Kernel(_BACK, "head_gradients_kernel", "head_gradients", _PLAIN, False),
     "head_gradients, all": Kernel(_BACK, "head_gradients_kernel", "head_gradients", _FULL, False),
-    "norm_weight_gradient": Kernel(
-        _BACK, "norm_weight_gradient_kernel", "", {"ADD": False, "BM": 32, "BN": 32}, False
-    ),
+    "norm_weight_gradient": Kernel(_BACK, "norm_weight_gradient_kernel", "", {"ADD": False, "BN": 32}, False),
     "norm_weight_gradient, added": Kernel(
-        _BACK, "norm_weight_gradient_kernel", "", {"ADD": True, "BM": 32, "BN": 32}, False
+        _BACK, "norm_weight_gradient_kernel", "", {"ADD": True, "BN": 32}, False
     ),
     "input_gradient": Kernel(_BACK, "input_gradient_kernel", "input_gradient", _RESIDUAL),
     "input_gradient, alone": Kernel(

@@ -13,8 +13,8 @@ BEGIN, END = "<!-- GPU figures: written by gpu_suite.py --readme -->", "<!-- GPU
 COMMAND = "python tools/bench/gpu_suite.py"
 SHOWN = ("model", "structure", "batch", "step_ms", "tokens_per_second", "mfu_percent", "memory_gb",
          "time_overhead_percent", "flops_overhead_percent")  # fmt: skip
-NONE_YET = f"""Figures on GPUs are outstanding: nothing has been measured there yet. `{COMMAND}` (one GPU, seven
-minutes) measures them into `benchmarks/results/`; `--dry-run` executes it on a CPU and reports no figure.
+NONE_YET = f"""Figures on GPUs are outstanding: nothing has been measured there yet. `{COMMAND} --minutes 7` (one
+GPU) measures them into `benchmarks/results/`; `--dry-run` executes it on a CPU and reports no figure.
 """
 
 

@@ -56,13 +56,10 @@ def killed_and_resumed(machine: Machine) -> Iterator[dict[str, Any]]:
         began = time.perf_counter()
         killed, tail = _start(config, folder, kill=True)
         until_killed = time.perf_counter() - began
-        code = 1
+        before, began, code = _records(folder), time.perf_counter(), 1
         if killed:
-            began = time.perf_counter()
             code, tail = _start(config, folder, kill=False)
-        metrics = folder / "run" / METRICS_FILE
-        records = read_metrics(metrics) if metrics.exists() else []
-    row = judge(records)
+        row = judge(before, _records(folder))
     row |= {
         "until_killed_second": round(until_killed, 1),
         "resumed_second": round(time.perf_counter() - began, 1),
@@ -135,20 +132,24 @@ def _losses(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
     return [(r["step"], r["loss"]) for r in records if r["kind"] == "train"]
 
 
-def judge(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the records of a run that was killed and resumed say; ``passed``: every step once, and it grew."""
-    counted = that_count(records)
-    final, every = dict(_losses(counted)), _losses(records)
-    resumed = [r["step"] for r in records if r["kind"] == "resume" and r.get("step")]
-    first = dict(reversed(every))
-    repeated = [step for step in final if sum(s == step for s, _ in every) > 1]
-    grown = max((sum(r["loop_depth"]) for r in counted if r["kind"] == "train"), default=0)
-    passed = sorted(final) == list(range(1, STEPS + 1)) and bool(resumed) and bool(repeated) and grown > 0
+def _records(folder: Path) -> list[dict[str, Any]]:
+    file = folder / "run" / METRICS_FILE
+    return read_metrics(file) if file.exists() else []
+
+
+def judge(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the records of a run say at its death and at its end; ``passed``: it grew, went on from a checkpoint and
+    has every step once."""
+    counted = that_count(after)
+    first, final = dict(_losses(before)), dict(_losses(counted))
+    resumed = next((r["step"] for r in counted if r["kind"] == "resume" and r.get("step")), None)
+    repeated = [step for step in first if resumed is not None and step > resumed and step in final]
+    loops = max((sum(r["loop_depth"]) for r in counted if r["kind"] == "train"), default=0)
     return {
         "steps": len(final),
-        "resumed_at": resumed[0] if resumed else None,
+        "resumed_at": resumed,
         "repeated": len(repeated),
-        "loops": grown,
-        "largest_difference": max((abs(first[s] - final[s]) for s in repeated), default=None),
-        "passed": passed,
+        "loops": loops,
+        "largest_difference": max((abs(first[step] - final[step]) for step in repeated), default=None),
+        "passed": sorted(final) == list(range(1, STEPS + 1)) and bool(repeated) and loops > 0,
     }
