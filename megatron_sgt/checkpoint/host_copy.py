@@ -8,13 +8,54 @@ if it were written from the state. The memory is kept for the next copy: its pag
 from __future__ import annotations
 
 import copy
+import mmap
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_sgt.errors import CheckpointError
+from megatron_sgt.parallel.device import lock_pages
+
 _ALIGNMENT = 64
 _LEAST_CHUNK = 1 << 20
+
+
+class _Chunk:
+    """Host memory of one mapping, its pages there; what is handed out of it is a prefix of ``used`` bytes.
+
+    Page-locked memory is a mapping of its own and not torch's: torch's allocator takes the next power of two, 32 GiB
+    for 20.5 GB. A forked process (a data loader's) does not get it: else the next write to a page would move this
+    process to a copy, while the GPU goes on writing to the page as it was.
+    """
+
+    def __init__(self, num_bytes: int, pinned: bool) -> None:
+        mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        mapping.madvise(mmap.MADV_DONTFORK)
+        self.used = 0
+        self.bytes = torch.frombuffer(mapping, dtype=torch.uint8).zero_()
+        if pinned:
+            _lock(self.bytes)
+
+    def take(self, num_bytes: int) -> torch.UntypedStorage | None:
+        """A storage of exactly so many bytes; None if there is no room."""
+        start = self.used
+        if start + num_bytes > len(self.bytes):
+            return None
+        self.used += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        # A tensor's own slice would share the chunk's storage, which torch.save would write whole.
+        piece = torch.frombuffer(self.bytes.numpy(), dtype=torch.uint8, count=num_bytes, offset=start)
+        return piece.untyped_storage()
+
+
+def _lock(memory: Tensor) -> None:
+    try:
+        lock_pages(memory)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"asynchronous saves: {memory.nbytes / 1e9:.1f} GB of host memory of this rank cannot be page-locked "
+            f"({error}); give the job more memory, or set checkpoint.async_save: false"
+        ) from error
 
 
 class Arena:
@@ -26,46 +67,41 @@ class Arena:
 
     def __init__(self, pinned: bool) -> None:
         self._pinned = pinned
-        self._chunks: list[Tensor] = []
-        self._current = 0
-        self._used = 0
+        self._chunks: list[_Chunk] = []
 
     @property
     def num_bytes(self) -> int:
         """Bytes held."""
-        return sum(chunk.numel() for chunk in self._chunks)
+        return sum(len(chunk.bytes) for chunk in self._chunks)
 
     def reserve(self, num_bytes: int) -> None:
-        """Hold at least so many bytes, their pages touched: the first copy is as fast as the others."""
+        """Hold at least so many bytes, their pages touched: the first copy is as fast as the others.
+
+        Raises CheckpointError when memory cannot be page-locked.
+        """
         missing = num_bytes - self.num_bytes
         if missing > 0:
-            self._chunks.append(self._allocate(missing))
+            self._grow(missing)
 
-    def _allocate(self, num_bytes: int) -> Tensor:
-        chunk = torch.empty(max(num_bytes, _LEAST_CHUNK), dtype=torch.uint8, pin_memory=self._pinned)
-        return chunk.zero_()
+    def _grow(self, num_bytes: int) -> _Chunk:
+        self._chunks.append(_Chunk(max(num_bytes, _LEAST_CHUNK), self._pinned))
+        return self._chunks[-1]
 
     def take(self, num_bytes: int) -> torch.UntypedStorage:
         """A storage of exactly so many bytes, until ``reset``."""
         if num_bytes == 0:
             return torch.UntypedStorage(0)
-        while self._current < len(self._chunks):
-            chunk = self._chunks[self._current]
-            if self._used + num_bytes <= chunk.numel():
-                break
-            self._current, self._used = self._current + 1, 0
-        else:
-            self._chunks.append(self._allocate(num_bytes))
-            chunk = self._chunks[-1]
-        start = self._used
-        self._used += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
-        # A tensor's own slice would share the chunk's storage, which torch.save would write whole.
-        piece = torch.frombuffer(chunk.numpy(), dtype=torch.uint8, count=num_bytes, offset=start)
-        return piece.untyped_storage()
+        for chunk in self._chunks:
+            if (storage := chunk.take(num_bytes)) is not None:
+                return storage
+        storage = self._grow(num_bytes).take(num_bytes)
+        assert storage is not None
+        return storage
 
     def reset(self) -> None:
         """Take everything back: what was copied into it is void."""
-        self._current = self._used = 0
+        for chunk in self._chunks:
+            chunk.used = 0
 
 
 def host_copy(value: Any, arena: Arena) -> Any:

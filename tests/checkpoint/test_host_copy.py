@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import os
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from megatron_sgt.checkpoint.host_copy import Arena, host_copy
+from megatron_sgt.errors import CheckpointError
+from megatron_sgt.parallel.device import lock_pages
 
 
 def state() -> dict[str, Any]:
@@ -78,3 +84,91 @@ def test_pieces_are_aligned() -> None:
     for size in (1, 3, 65, 0, 7):
         assert arena.take(size).nbytes() == size
     assert arena.take(8).data_ptr() % 8 == 0
+
+
+class Locked:
+    """Counts page-locked bytes as a GPU's driver would hold them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sizes: list[int] = []
+        self.pages: dict[int, int] = {}
+        plain = torch.empty
+
+        def pinning(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+            """torch's pinned allocator takes the next power of two."""
+            made = plain(*args, **kwargs)
+            if pin_memory:
+                self.sizes.append(1 << (made.nbytes - 1).bit_length())
+            return made
+
+        monkeypatch.setattr(torch, "empty", pinning)
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
+
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:
+        assert flags == 1 and address % os.sysconf("SC_PAGE_SIZE") == 0
+        self.sizes.append(num_bytes)
+        self.pages[address] = num_bytes
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.pages[address]
+        return 0
+
+
+def test_no_more_memory_is_page_locked_than_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state of 20.5 MB, most of it in one buffer, in memory that was reserved for it and in memory that was not."""
+    locked = Locked(monkeypatch)
+    state = {"flat": torch.arange(20 * 2**18), "rest": [torch.full((2**14,), float(n)) for n in range(8)]}
+    needed = sum(t.nbytes for t in (state["flat"], *state["rest"]))
+    for reserved in (needed, 0):
+        locked.sizes.clear()
+        arena = Arena(pinned=True)
+        arena.reserve(reserved)
+        for _ in range(2):
+            assert saved(host_copy(state, arena)) == saved(state)
+            arena.reset()
+        assert needed <= sum(locked.sizes) <= needed + (1 << 20)
+        assert arena.num_bytes == sum(locked.sizes) == sum(locked.pages.values())
+        del arena
+        gc.collect()
+        assert not locked.pages, "memory is given back unlocked"
+
+
+def test_memory_that_cannot_be_locked_is_an_error_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    locked = Locked(monkeypatch)
+    monkeypatch.setattr(locked, "cudaHostRegister", lambda *_: 2)
+    with pytest.raises(CheckpointError, match=r"cannot be page-locked .*error 2.*async_save: false"):
+        Arena(pinned=True).reserve(1 << 20)
+    with pytest.raises(RuntimeError, match="cudaHostRegister: error 2"):
+        lock_pages(torch.ones(1))
+
+
+def test_gaps_are_filled() -> None:
+    """What does not fit into the rest of a chunk leaves it to what does."""
+    arena = Arena(pinned=False)
+    arena.reserve(1 << 20)
+    arena.take(1 << 19)
+    arena.take(1 << 20)
+    held = arena.num_bytes
+    arena.take(1 << 19)
+    assert arena.num_bytes == held == 2 << 20
+
+
+def is_mapped(address: int) -> bool:
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    ranges = (line.split()[0].split("-") for line in lines)
+    return any(int(low, 16) <= address < int(high, 16) for low, high in ranges)
+
+
+def test_a_forked_process_does_not_get_the_memory() -> None:
+    """Pages that it shared would be copied at the next write, while a GPU writes to the old ones."""
+    arena = Arena(pinned=False)
+    arena.reserve(1 << 20)
+    address = arena.take(1 << 20).data_ptr()
+    assert is_mapped(address)
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        os.write(writer, b"mapped" if is_mapped(address) else b"absent")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reader, 6) == b"absent"
