@@ -40,16 +40,8 @@ from megatron_sgt.parallel.together import agreed, on_rank_zero
 if TYPE_CHECKING:
     import deepspeed
 
-# DeepSpeed options on which the order or the grouping of the numbers in its files depends.
-_SHARD_OPTIONS = {
-    "zero_optimization": (
-        "sub_group_size",
-        "round_robin_gradients",
-        "parameter_alignment",
-        "elastic_checkpoint",
-    ),
-    "data_types": ("grad_accum_dtype",),
-}
+# DeepSpeed's ZeRO options on which the order or the grouping of the numbers in its files depends.
+_SHARD_OPTIONS = ("sub_group_size", "round_robin_gradients", "parameter_alignment", "elastic_checkpoint")
 
 
 def layout_of(config: Config, groups: ParallelGroups) -> dict[str, Any]:
@@ -62,13 +54,12 @@ def layout_of(config: Config, groups: ParallelGroups) -> dict[str, Any]:
         "precision": precision,
         "weight_decay_on": config.optim.weight_decay_on,
     }
-    options = {
-        f"deepspeed.{section}.{name}": config.deepspeed[section][name]
-        for section, names in _SHARD_OPTIONS.items()
-        for name in names
-        if name in config.deepspeed.get(section, {})
+    if config.has_bf16_optimizer(precision):
+        shape["optimizer"] = "BF16_Optimizer"
+    zero = config.deepspeed.get("zero_optimization", {})
+    return shape | {
+        f"deepspeed.zero_optimization.{name}": zero[name] for name in _SHARD_OPTIONS if name in zero
     }
-    return shape | options
 
 
 @dataclass(frozen=True)

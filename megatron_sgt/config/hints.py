@@ -22,11 +22,13 @@ FOREIGN_NAMES = {
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
     "zero_optimization": "parallel.zero_stage",
     # Megatron-LM
+    "accumulate_allreduce_grads_in_fp32": "optim.grad_accum_dtype",
     "bf16": "train.precision",
     "data_parallel_size": "parallel.tensor_model_parallel_size (data parallelism is the rest of the ranks)",
     "exit_duration_in_mins": "train.exit_duration_minutes",
     "distributed_timeout": "parallel.distributed_timeout_minutes",
     "fp16": "train.precision",
+    "grad_reduce_in_fp32": "optim.grad_reduce_dtype",
     "group_query_attention": "model.num_query_groups",
     "norm_epsilon": "model.layernorm_epsilon",
     "save_retain_interval": "checkpoint.keep_every",

@@ -41,6 +41,16 @@ class OptimConfig(Section):
         ge=0,
         description="Largest norm of the gradient over all parameters; a larger one is scaled down. 0: off.",
     )
+    grad_accum_dtype: Literal["fp32", "model"] = Field(
+        default="fp32",
+        description="Type that the gradients of micro-batches are summed in; model: that of train.precision, which "
+        "saves memory and loses digits of the sum (docs/layouts.md).",
+    )
+    grad_reduce_dtype: Literal["fp32", "model"] = Field(
+        default="fp32",
+        description="Type in which gradients travel between data-parallel ranks and are summed over them; model: that "
+        "of train.precision, half the traffic under bf16 and fp16.",
+    )
 
     def problems(self) -> Iterator[str]:
         if self.min_lr > self.lr:

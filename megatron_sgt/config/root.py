@@ -73,6 +73,29 @@ class Config(Section):
             raise ConfigError("train.precision: fp16 needs a GPU, this run is on a CPU; use fp32 or bf16")
         return resolved
 
+    def grad_dtypes(self, precision: str) -> tuple[str, str]:
+        """Return the types that gradients are summed in: over micro-batches, and over data-parallel ranks."""
+        optim = self.optim
+        return (
+            precision if optim.grad_accum_dtype == "model" else "fp32",
+            precision if optim.grad_reduce_dtype == "model" else "fp32",
+        )
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether the optimizer's state and update are on the CPU (or NVMe) instead of the ranks' devices."""
+        section = self.deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
+        return bool(section.get("device", "none") != "none")
+
+    def has_bf16_optimizer(self, precision: str) -> bool:
+        """Whether DeepSpeed takes its BF16_Optimizer, which keeps whole fp32 gradients and files of its own."""
+        summed, _ = self.grad_dtypes(precision)
+        return (
+            self.parallel.zero_stage == 1
+            and (precision, summed) == ("bf16", "fp32")
+            and not self.offloads_optimizer
+        )
+
     def data_parallel_size(self, world_size: int) -> int:
         """Return the number of model replicas among `world_size` processes. Raises ConfigError."""
         tensor_parallel = self.parallel.tensor_model_parallel_size
@@ -253,6 +276,13 @@ def _derived_deepspeed_values(cfg: Config) -> Iterator[tuple[str, str, Any]]:
         ("zero_optimization.stage", "parallel.zero_stage", cfg.parallel.zero_stage),
     ):
         yield path, f"{owner} {expected}", expected
+    for path, setting in (
+        ("data_types.grad_accum_dtype", "grad_accum_dtype"),
+        ("communication_data_type", "grad_reduce_dtype"),
+    ):
+        chosen = getattr(cfg.optim, setting)
+        of_model = None if precision == "auto" else precision
+        yield path, f"optim.{setting} '{chosen}'", of_model if chosen == "model" else "fp32"
     # While the precision depends on the device, no fixed switch can be right, so none equals None.
     for key, kind in (("bf16", "bf16"), ("bfloat16", "bf16"), ("fp16", "fp16")):
         yield (

@@ -25,7 +25,8 @@ class TrainConfig(Section):
     max_consecutive_skipped_steps: int = Field(
         default=3,
         gt=0,
-        description="The run stops after this many steps in a row without a finite loss and gradient.",
+        description="The run stops after this many steps in a row without a finite loss and gradient; those are not "
+        "counted in which fp16 searches for its loss scale.",
     )
     hang_timeout_seconds: float = Field(
         default=300.0,

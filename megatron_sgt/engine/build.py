@@ -11,10 +11,11 @@ import deepspeed
 import torch
 
 from megatron_sgt.compat.deepspeed_cpu import prepare_deepspeed
+from megatron_sgt.compat.deepspeed_finite import notice_every_copy
 from megatron_sgt.compat.megatron_cpu import prepare_megatron
 from megatron_sgt.compat.mpu import DeepSpeedMPU
 from megatron_sgt.config import Config
-from megatron_sgt.engine.deepspeed_config import deepspeed_config, offloads_optimizer
+from megatron_sgt.engine.deepspeed_config import deepspeed_config
 from megatron_sgt.engine.prepare import prepare_process
 from megatron_sgt.launch.environment import RankInfo, to_environ
 from megatron_sgt.model.gpt import LanguageModel, build_model
@@ -87,7 +88,7 @@ def _start_engine(
 ) -> deepspeed.DeepSpeedEngine:
     """Hand model and optimizer to DeepSpeed."""
     parameters = parameter_groups(model, config.optim)
-    optimizer = build_optimizer(parameters, config.optim, groups.device, offloads_optimizer(config))
+    optimizer = build_optimizer(parameters, config.optim, groups.device, config.offloads_optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # notes on optional kernels that this project does not use
         engine, *_ = deepspeed.initialize(
@@ -101,4 +102,5 @@ def _start_engine(
         # In fp32 DeepSpeed looks at the norm alone, which counts replicated parameters on one
         # tensor-parallel rank: another rank's copy of their gradients may be the one that is not finite.
         engine.optimizer.check_grad_overflow = True
+    notice_every_copy(engine.optimizer, groups.tp_size, groups.tp_rank)
     return engine

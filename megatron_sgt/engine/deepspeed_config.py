@@ -28,15 +28,19 @@ def deepspeed_config(config: Config, world_size: int, precision: str) -> dict[st
     were refused when the configuration was validated, and "auto" stands for the value derived here.
     """
     stage = config.zero_stage_on(world_size, precision)
+    summed, reduced = config.grad_dtypes(precision)
     derived: dict[str, Any] = {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.num_micro_batches(world_size),
         # Stage 0 is clipped in engine/step.py, where a non-finite gradient can be caught as well.
         "gradient_clipping": 0.0 if stage == 0 else config.optim.clip_grad,
-        "bf16": {"enabled": precision == "bf16"},
+        # Each gradient joins its sum and is freed as soon as it is there, where DeepSpeed offers the choice (ZeRO-1).
+        "bf16": {"enabled": precision == "bf16", "immediate_grad_update": True},
         "fp16": {"enabled": precision == "fp16"},
-        "zero_optimization": {"stage": stage, **(_WHOLE_LAYERS if stage == 3 else {})},
+        "data_types": {"grad_accum_dtype": summed},
+        "communication_data_type": reduced,
+        "zero_optimization": {"stage": stage, **_zero_options(stage, reduced != precision)},
         "zero_allow_untested_optimizer": True,
         # Else DeepSpeed takes no optimizer but its own, which it compiles when the run starts, for offload.
         "zero_force_ds_cpu_optimizer": False,
@@ -48,10 +52,15 @@ def deepspeed_config(config: Config, world_size: int, precision: str) -> dict[st
     return _merge(derived, config.deepspeed)
 
 
-def offloads_optimizer(config: Config) -> bool:
-    """Whether the optimizer's state and update are on the CPU (or NVMe) instead of ``groups.device``."""
-    section = config.deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
-    return section.get("device", "none") != "none"
+def _zero_options(stage: int, widened: bool) -> dict[str, Any]:
+    """What this project adds. ``widened``: gradients are reduced in a wider type than they are computed in.
+
+    Stage 2 then takes the mean after the sum, in that type. Its other way, no reduce-scatter either in spite of the
+    option's name, divides first, in the model's type: one more rounding, unless the ranks are a power of two.
+    """
+    if stage == 2 and widened:
+        return {"reduce_scatter": False}
+    return _WHOLE_LAYERS if stage == 3 else {}
 
 
 def _merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,17 +11,18 @@ import deepspeed
 
 from megatron_sgt.config import Config
 from megatron_sgt.engine.hooks import Hook
+from megatron_sgt.engine.loss_scale import SkipRule
 from megatron_sgt.engine.state import TrainState
 from megatron_sgt.engine.step import Batch, StepResult, train_step
 from megatron_sgt.engine.stop import StopRequests
 from megatron_sgt.errors import SGTError
 from megatron_sgt.optim.schedule import learning_rate
-from megatron_sgt.parallel.collectives import largest
+from megatron_sgt.parallel.collectives import any_rank, largest
 from megatron_sgt.parallel.groups import ParallelGroups
 
 
 class DivergedError(SGTError):
-    """Too many steps in a row without a finite gradient."""
+    """Too many steps in a row without a finite gradient, at any loss scale."""
 
 
 @dataclass
@@ -45,14 +46,15 @@ class Trainer:
             0 at ``last_step``; the reason for which all ranks have stopped before (see engine/stop.py).
 
         Raises:
-            DivergedError: train.max_consecutive_skipped_steps steps in a row were skipped. Nothing was saved
-                since the last good step.
+            DivergedError: train.max_consecutive_skipped_steps steps in a row were skipped, those apart that fp16's
+                search for its loss scale explains. Nothing was saved since the last good step.
         """
         train = self.config.train
         accumulation = self.config.num_micro_batches(self.groups.world_size)
         for hook in self.hooks:
             hook.before_run(self.state)
         self.engine.train()
+        skips = SkipRule(self.engine)
         self.stop.training = True
         ended = time.perf_counter()
         while self.state.step < last_step:
@@ -62,13 +64,15 @@ class Trainer:
                 return reason
             lr = learning_rate(self.state.step + 1, self.config.optim, train.train_iters)
             batches = (next(micro_batches) for _ in range(accumulation))
+            skips.before_step()
             result = train_step(self.engine, batches, lr, self.config.optim.clip_grad, self.groups)
             now = time.perf_counter()
             result, ended = replace(result, seconds=now - ended), now
             self.state.consumed_samples += train.global_batch_size
             self._count(result.applied)
+            skips.after_step(result.applied, not self._lost(result, skips))
             ended += self._after_step(result)
-            if self.state.consecutive_skipped >= train.max_consecutive_skipped_steps:
+            if skips.unexplained >= train.max_consecutive_skipped_steps:
                 raise DivergedError(
                     f"{self.state.consecutive_skipped} steps in a row after step {self.state.step} had no finite "
                     f"gradient (last loss {_shown(result.loss.item())}); the newest checkpoint is older than "
@@ -98,6 +102,12 @@ class Trainer:
         if reason:
             self.stop.on_agreed(reason)
         return reason
+
+    def _lost(self, result: StepResult, skips: SkipRule) -> bool:
+        """Whether a skipped step's loss was not finite on some rank; collective, where anybody asks."""
+        if result.applied or not skips.needs_loss:
+            return False
+        return any_rank(not math.isfinite(result.loss.item()), self.groups)
 
     def _count(self, applied: bool) -> None:
         if applied:

@@ -84,7 +84,7 @@ def verify_replicas(model: torch.nn.Module, step: int, zero_stage: int, groups: 
     """
     if groups.world_size == 1:
         return
-    names, sharded, sums = _checksums(model)
+    names, sharded, sums = _checksums(model, groups.device)
     shared = sums[~sharded]
     totals = torch.stack([_fold(shared), _fold(sums[sharded])])
     gathered = [torch.empty_like(totals) for _ in range(groups.world_size)]
@@ -110,12 +110,16 @@ def verify_replicas(model: torch.nn.Module, step: int, zero_stage: int, groups: 
     )
 
 
-def _checksums(model: torch.nn.Module) -> tuple[list[str], Tensor, Tensor]:
-    """Names, whether each is sharded over tensor-parallel ranks, and checksums of the parameters."""
+def _checksums(model: torch.nn.Module, device: torch.device) -> tuple[list[str], Tensor, Tensor]:
+    """Names, whether each is sharded over tensor-parallel ranks, and checksums of the parameters, on ``device``.
+
+    With ``offload_param`` the parts of large parameters lie in host memory, those of small ones do not; each is
+    summed where it is.
+    """
     named = list(model.named_parameters())
-    sums = torch.stack([checksum(getattr(p, "ds_tensor", p)) for _, p in named])
+    sums = torch.stack([checksum(getattr(p, "ds_tensor", p)).to(device) for _, p in named])
     sharded = torch.tensor(
-        [bool(getattr(p, "tensor_model_parallel", False)) for _, p in named], device=sums.device
+        [bool(getattr(p, "tensor_model_parallel", False)) for _, p in named], device=device
     )
     return [name for name, _ in named], sharded, sums
 

@@ -1,19 +1,4 @@
-"""Bytes that one rank holds: state (weights, gradients, optimizer) by ZeRO stage, and activations of one micro-batch.
-
-State, n elements per tensor-parallel rank, dp data-parallel ranks, e bytes an element (2 in bf16), as DeepSpeed
-keeps it with AdamW (arXiv 1910.02054), at the stage of ``Config.zero_stage_on``:
-
-    stage      weights              gradients       master copy, moments (fp32)
-    0          n·e                  n·e             8n
-    1          n·e                  n·e             12n/dp
-    2          n·e                  n·e/dp          12n/dp
-    3          n·e/dp + gathered    n·e/dp          12n/dp
-
-Buffers: the reduce bucket (stages 1 to 3: 5e8 elements unless deepspeed.zero_optimization says otherwise, twice
-with overlap_comm in stages 1 and 2), weights gathered by stage 3 (at most stage3_max_live_parameters), kept weights
-of balanced loops, and Megatron's gather buffer of sequence parallelism.
-
-With offload_optimizer the last column lies on the host.
+"""Bytes of one micro-batch's activations on one rank, and the most that a rank holds at once.
 
 Activations are what autograd keeps from forward to backward, listed operation by operation below for this project's
 layers; what the backward pass adds on top for a moment is in ``Activations.transient``.
@@ -28,12 +13,10 @@ from megatron_sgt.config import Config
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.parallel.head_layout import HeadLayout
 from megatron_sgt.planning.loop_cost import LoopMethod, choose_loop_method
-from megatron_sgt.planning.parameters import ELEMENT_BYTES, parameter_count
+from megatron_sgt.planning.parameters import ELEMENT_BYTES
+from megatron_sgt.planning.state_memory import state_memory
 from megatron_sgt.planning.traffic import kept_counts
 
-BUCKET_ELEMENTS = 5 * 10**8
-LIVE_ELEMENTS = 10**9
-"""DeepSpeed's defaults of reduce_bucket_size and stage3_max_live_parameters."""
 _FP32 = 4
 
 
@@ -55,21 +38,6 @@ class Kernels:
 
 GPU = Kernels(norm_copies=0, mask_bytes=1, cuts_keys=False, groups=True)
 CPU = Kernels(norm_copies=1, mask_bytes=None, cuts_keys=True, groups=False)
-
-
-@dataclass(frozen=True)
-class State:
-    """Bytes that live from step to step (``gradients``: from backward to update)."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    buffers: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.buffers
 
 
 @dataclass(frozen=True)
@@ -96,29 +64,6 @@ class Activations:
     def total(self) -> int:
         """The most that is there at once."""
         return self.saved + self.transient
-
-
-def state_memory(config: Config, world_size: int, precision: str) -> State:
-    """Bytes of weights, gradients, optimizer state and communication buffers on one rank."""
-    parallel, element = config.parallel, ELEMENT_BYTES[precision]
-    ranks, stage = config.data_parallel_size(world_size), config.zero_stage_on(world_size, precision)
-    count = parameter_count(config.model, parallel.tensor_model_parallel_size)
-    share = -(-count // ranks)
-    zero = config.deepspeed.get("zero_optimization", {})
-    gathered = min(count, int(zero.get("stage3_max_live_parameters", LIVE_ELEMENTS))) * element
-    buckets = 2 if stage in (1, 2) and zero.get("overlap_comm", False) else 1
-    bucket = buckets * int(zero.get("reduce_bucket_size", BUCKET_ELEMENTS)) * element
-    # Stages 1 and 2 only use the bucket when there is something to reduce to other ranks, stage 0 has none.
-    stream = config.train.micro_batch_size * config.model.seq_length * config.model.hidden_size * element
-    offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
-    return State(
-        weights=element * (share if stage == 3 else count),
-        gradients=element * (share if stage >= 2 else count),
-        optimizer=0 if offloaded else 2 * _FP32 * count if stage == 0 else 3 * _FP32 * share,
-        buffers=(bucket if stage else 0)
-        + (gathered if stage == 3 else 0)
-        + (stream if parallel.sequence_parallel else 0),
-    )
 
 
 def activation_memory(

@@ -11,8 +11,9 @@ from megatron_sgt.planning.advice import other_layouts, warnings
 from megatron_sgt.planning.flops import overhead, step_flops
 from megatron_sgt.planning.hardware import USABLE
 from megatron_sgt.planning.loop_cost import choose_loop_method
-from megatron_sgt.planning.memory import activation_memory, state_memory
+from megatron_sgt.planning.memory import activation_memory
 from megatron_sgt.planning.parameters import checkpoint_bytes, parameter_count, parameters_by_part
+from megatron_sgt.planning.state_memory import state_memory
 from megatron_sgt.planning.step_time import Machine, step_time
 from megatron_sgt.planning.structure import Stretch, final_plan, timeline
 from megatron_sgt.planning.traffic import LoopMethod, loop_pass_traffic, step_traffic

@@ -23,8 +23,9 @@ With T = S·B·D elements, tp tensor-parallel ranks, h kept heads on g groups of
 Full recompute sends a layer's forward collectives again, except the last one, whose result nobody needs (with
 dropout after it, all). DeepSpeed's ZeRO, n elements per rank: stage 0 and 1 all-reduce n once per step, stage 2 once
 per micro-batch (it reduces by all-reduce, not reduce-scatter, as installed); 1 and 2 all-gather n once per step;
-stage 3 reduce-scatters n per micro-batch and gathers weights when modules run. Control messages of a few bytes
-(overflow flags, norms) are not counted.
+stage 3 reduce-scatters n per micro-batch and gathers weights when modules run. Gradients travel in
+optim.grad_reduce_dtype (4 bytes an element unless that is model), weights in the model's type. Control messages of a
+few bytes (overflow flags, norms) are not counted.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def step_traffic(
         per_micro_batch = [*step.ends(), *(t for n, layer in enumerate(plan) for t in step.layer(n, layer))]
         transfers += [item.times(micro_batches) for item in per_micro_batch]
         transfers += [item for layer in plan for item in step.kept_weights(layer)]
-    transfers += _data_parallel(config, config.data_parallel_size(world_size), micro_batches, step)
+    transfers += _data_parallel(config, config.data_parallel_size(world_size), micro_batches, step, precision)
     if entropy and world_size > 1:
         model, growth = config.model, config.growth
         table = model.num_layers * (1 + growth.max_loop_depth) * model.num_attention_heads
@@ -251,22 +252,26 @@ def kept_counts(config: Config, kept_heads: tuple[int, ...]) -> tuple[int, int]:
     return len(kept.heads), len(kept.groups)
 
 
-def _data_parallel(config: Config, ranks: int, micro_batches: int, step: _Step) -> Iterator[Transfer]:
+def _data_parallel(
+    config: Config, ranks: int, micro_batches: int, step: _Step, precision: str
+) -> Iterator[Transfer]:
     if ranks == 1:
         return
-    stage = config.parallel.zero_stage
+    stage, zero = config.parallel.zero_stage, config.deepspeed.get("zero_optimization", {})
     elements = parameter_count(config.model, step.ranks)
-    payload, zero = elements * step.bytes, config.deepspeed.get("zero_optimization", {})
+    gradients = elements * ELEMENT_BYTES[config.grad_dtypes(precision)[1]]
     buckets = -(-elements // zero.get("reduce_bucket_size", _BUCKET))
     if stage == 3:
-        yield Transfer("gradients", "data", "reduce_scatter", payload, buckets).times(micro_batches)
+        yield Transfer("gradients", "data", "reduce_scatter", gradients, buckets).times(micro_batches)
         yield from _gathered_weights(config, micro_batches, step)
         return
-    reduced = Transfer("gradients", "data", "all_reduce", payload, buckets)
+    if config.has_bf16_optimizer(precision):
+        buckets = 1  # it reduces the gradients where they are, as one vector
+    reduced = Transfer("gradients", "data", "all_reduce", gradients, buckets)
     yield reduced.times(micro_batches if stage == 2 else 1)
     if stage > 0:
         calls = -(-elements // zero.get("allgather_bucket_size", _BUCKET))
-        yield Transfer("weights", "data", "all_gather", payload, calls)
+        yield Transfer("weights", "data", "all_gather", elements * step.bytes, calls)
 
 
 def _gathered_weights(config: Config, micro_batches: int, step: _Step) -> Iterator[Transfer]:

@@ -128,22 +128,25 @@ def test_training_goes_on_between_the_phases(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("sections", "field"),
+    ("sections", "fields"),
     [
-        ({"parallel": {"zero_stage": 2}}, "zero_stage"),
-        ({"train": {"precision": "bf16"}}, "precision"),
-        ({"optim": {"weight_decay_on": "matrices"}}, "weight_decay_on"),
-        ({"deepspeed": {"zero_optimization": {"round_robin_gradients": True}}}, None),
+        ({"parallel": {"zero_stage": 2}}, {"zero_stage"}),
+        ({"train": {"precision": "bf16"}, "optim": {"grad_accum_dtype": "model"}}, {"precision"}),
+        ({"train": {"precision": "bf16"}, "parallel": {"zero_stage": 2}}, {"precision", "zero_stage"}),
+        ({"train": {"precision": "bf16"}}, {"precision", "optimizer"}),
+        ({"optim": {"weight_decay_on": "matrices"}}, {"weight_decay_on"}),
+        (
+            {"deepspeed": {"zero_optimization": {"round_robin_gradients": True}}},
+            {"deepspeed.zero_optimization.round_robin_gradients"},
+        ),
     ],
 )
-def test_the_layout_names_what_the_shards_depend_on(sections: dict[str, Any], field: str | None) -> None:
+def test_the_layout_names_what_the_shards_depend_on(sections: dict[str, Any], fields: set[str]) -> None:
     groups = fake_groups(tp_size=2, dp_size=3)
     plain = layout_of(small_config(parallel={"tensor_model_parallel_size": 2}), groups)
     assert (plain["tensor_model_parallel_size"], plain["data_parallel_size"]) == (2, 3)
     other = layout_of(small_config(**sections), groups)
-    assert {name for name in {**plain, **other} if plain.get(name) != other.get(name)} == {
-        field or "deepspeed.zero_optimization.round_robin_gradients"
-    }
+    assert {name for name in {**plain, **other} if plain.get(name) != other.get(name)} == fields
 
 
 def test_old_checkpoints_go_and_the_newest_stay(tmp_path: Path) -> None:

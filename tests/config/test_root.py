@@ -315,3 +315,71 @@ def test_resolved_yaml_keeps_folders_relative_to_the_run(tmp_path: Path) -> None
     path = tmp_path / "config.yaml"
     path.write_text(make().to_yaml())
     assert load_config(path, ["logging.run_dir=runs/other"]).save_dir == Path("runs/other/checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("precision", "settings", "types"),
+    [
+        ("fp32", {}, ("fp32", "fp32")),
+        ("bf16", {}, ("fp32", "fp32")),
+        ("fp16", {"grad_accum_dtype": "model"}, ("fp16", "fp32")),
+        ("bf16", {"grad_reduce_dtype": "model"}, ("fp32", "bf16")),
+    ],
+)
+def test_types_of_gradients(precision: str, settings: dict[str, Any], types: tuple[str, str]) -> None:
+    assert make(optim={"lr": 1e-3, **settings}).grad_dtypes(precision) == types
+
+
+@pytest.mark.parametrize(
+    ("precision", "settings", "keys"),
+    [
+        ("bf16", {}, {"data_types": {"grad_accum_dtype": "bf16"}}),
+        ("auto", {}, {"data_types": {"grad_accum_dtype": "bf16"}}),
+        ("bf16", {"grad_accum_dtype": "model"}, {"data_types": {"grad_accum_dtype": "fp32"}}),
+        ("auto", {"grad_accum_dtype": "model"}, {"data_types": {"grad_accum_dtype": "bf16"}}),
+        ("bf16", {}, {"communication_data_type": "bf16"}),
+    ],
+)
+def test_types_of_gradients_given_twice(
+    precision: str, settings: dict[str, Any], keys: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=r"contradicts optim\.grad_(accum|reduce)_dtype '(fp32|model)'"):
+        make(train={"precision": precision}, optim={"lr": 1e-3, **settings}, deepspeed=keys)
+    agreeing = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "auto"}
+    assert make(train={"precision": "bf16"}, deepspeed=agreeing).deepspeed == agreeing
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "settings", "offload", "has"),
+    [
+        (1, "bf16", {}, {}, True),
+        (1, "bf16", {"grad_accum_dtype": "model"}, {}, False),
+        (1, "bf16", {}, {"offload_optimizer": {"device": "cpu"}}, False),
+        (1, "fp16", {}, {}, False),
+        (2, "bf16", {}, {}, False),
+    ],
+)
+def test_who_has_the_bf16_optimizer(
+    stage: int, precision: str, settings: dict[str, Any], offload: dict[str, Any], has: bool
+) -> None:
+    cfg = make(
+        parallel={"zero_stage": stage},
+        optim={"lr": 1e-3, **settings},
+        deepspeed={"zero_optimization": offload} if offload else {},
+    )
+    assert cfg.has_bf16_optimizer(precision) is has
+
+
+@pytest.mark.parametrize(
+    ("zero", "offloads"),
+    [
+        ({}, False),
+        ({"offload_optimizer": {"device": "none"}}, False),
+        ({"offload_optimizer": None}, False),
+        ({"offload_param": {"device": "cpu"}}, False),
+        ({"offload_optimizer": {"device": "cpu"}}, True),
+        ({"offload_optimizer": {"device": "nvme"}}, True),
+    ],
+)
+def test_offload_of_the_optimizer_is_seen(zero: dict[str, Any], offloads: bool) -> None:
+    assert make(deepspeed={"zero_optimization": zero}).offloads_optimizer is offloads

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sgt.engine.deepspeed_config import deepspeed_config, offloads_optimizer
+from megatron_sgt.engine.deepspeed_config import deepspeed_config
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.model.layer import SGTLayer
 from tests.helpers.single import small_config
@@ -45,7 +45,30 @@ def test_batch_sizes_that_do_not_multiply() -> None:
 )
 def test_precision(precision: str, bf16: bool, fp16: bool) -> None:
     found = translated(precision=precision)
-    assert (found["bf16"], found["fp16"]) == ({"enabled": bf16}, {"enabled": fp16})
+    assert (found["bf16"]["enabled"], found["fp16"]) == (bf16, {"enabled": fp16})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("summed", ["fp32", "model"])
+@pytest.mark.parametrize("reduced", ["fp32", "model"])
+def test_types_of_gradients(precision: str, summed: str, reduced: str) -> None:
+    found = translated(
+        precision=precision,
+        optim={"grad_accum_dtype": summed, "grad_reduce_dtype": reduced},
+        parallel={"zero_stage": 2},
+    )
+    names = {"fp32": "fp32", "model": precision}
+    assert found["data_types"] == {"grad_accum_dtype": names[summed]}
+    assert found["communication_data_type"] == names[reduced]
+    widened = precision != "fp32" and reduced == "fp32"
+    assert found["zero_optimization"].get("reduce_scatter", True) is not widened
+    assert found["bf16"]["immediate_grad_update"] is True
+
+
+def test_reduce_scatter_can_be_had_back() -> None:
+    raw = {"zero_optimization": {"reduce_scatter": True}}
+    found = translated(precision="bf16", parallel={"zero_stage": 2}, deepspeed=raw)
+    assert found["zero_optimization"]["reduce_scatter"] is True
 
 
 @pytest.mark.parametrize(("stage", "clipping"), [(0, 0.0), (1, 0.7), (2, 0.7), (3, 0.7)])
@@ -109,18 +132,3 @@ def test_the_result_shares_nothing_with_the_configuration() -> None:
     found["comms_logger"]["enabled"] = False
     assert config.deepspeed == before
     assert deepspeed_config(config, 1, "fp32")["comms_logger"] == {"enabled": True}
-
-
-@pytest.mark.parametrize(
-    ("zero", "offloads"),
-    [
-        ({}, False),
-        ({"offload_optimizer": {"device": "none"}}, False),
-        ({"offload_optimizer": None}, False),
-        ({"offload_param": {"device": "cpu"}}, False),
-        ({"offload_optimizer": {"device": "cpu"}}, True),
-        ({"offload_optimizer": {"device": "nvme"}}, True),
-    ],
-)
-def test_offload_of_the_optimizer_is_seen(zero: dict[str, Any], offloads: bool) -> None:
-    assert offloads_optimizer(small_config(deepspeed={"zero_optimization": zero})) is offloads

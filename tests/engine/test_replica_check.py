@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from megatron_sgt.launch.rank_info import RankInfo
 from tests.engine.test_step import Steps
 from tests.helpers.fake_groups import fake_groups
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.two_devices import GPU, TwoDevices, device_of, on_gpu
 
 NORM = "gpt.decoder.final_layernorm.weight"
 QKV = "gpt.decoder.layers.1.self_attention.linear_qkv.weight"
@@ -93,6 +95,37 @@ def test_one_unit_in_the_last_place_is_seen(
     told = run_on_ranks(world_size, change_one_weight, tensor, zero, name, rank)
     assert len(set(told)) == 1, "every rank raises the same"
     assert named in told[0] and name in told[0] and "after step 2" in told[0], told[0]
+
+
+class Part(torch.nn.Parameter):
+    """A parameter of which this rank holds a part, as under ZeRO-3."""
+
+    ds_tensor: torch.Tensor
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_weights_in_host_memory_are_compared_by_the_gpus(
+    monkeypatch: pytest.MonkeyPatch, wrong: bool
+) -> None:
+    """Parts of large weights on the host, of small ones not (``offload_param``); NCCL takes a GPU's tensors only."""
+    model = torch.nn.ParameterDict({name: Part(torch.empty(0)) for name in ("host", "device")})
+    model["host"].ds_tensor, model["device"].ds_tensor = torch.ones(5), on_gpu(torch.ones(3))
+
+    def gather(outputs: list[torch.Tensor], mine: torch.Tensor) -> None:
+        assert {device_of(t) for t in (*outputs, mine)} == {GPU}, (
+            "No backend type associated with device type cpu"
+        )
+        for rank, output in enumerate(outputs):
+            output.copy_(mine + (rank if wrong else 0))
+
+    monkeypatch.setattr("megatron_sgt.engine.replica_check.dist.all_gather", gather)
+    groups = replace(fake_groups(tp_size=2), device=GPU)
+    with TwoDevices():
+        if wrong:
+            with pytest.raises(CorruptionError, match="rank 0, 1 from the others, in device, host"):
+                verify_replicas(model, 1, 3, groups)
+        else:
+            verify_replicas(model, 1, 3, groups)
 
 
 def test_when_it_compares(monkeypatch: pytest.MonkeyPatch) -> None:

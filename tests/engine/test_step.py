@@ -163,6 +163,11 @@ def spoil_one_rank(info: RankInfo, tensor: int, zero: int, where: str, precision
         (2, 2, 0, "sharded", "fp32"),
         (2, 2, 1, "replicated", "fp32"),
         (4, 2, 2, "sharded", "fp32"),
+        (2, 2, 1, "replicated", "bf16"),
+        (4, 2, 1, "sharded", "bf16"),
+        (2, 2, 2, "replicated", "bf16"),
+        (2, 2, 3, "replicated", "bf16"),
+        (2, 2, 3, "replicated", "fp32"),
     ],
 )
 def test_one_ranks_nan_skips_the_step_on_all(

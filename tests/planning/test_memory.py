@@ -1,4 +1,4 @@
-"""The memory formulas against the tensors that are alive: autograd's, DeepSpeed's, the optimizer's."""
+"""The formula of saved activations against the tensors that are alive between forward and backward pass."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_sgt.config import Config
-from megatron_sgt.engine.build import build_runtime, start_processes
-from megatron_sgt.engine.step import train_step
+from megatron_sgt.engine.build import start_processes
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.model.apply_plan import apply_plan, begin_step
 from megatron_sgt.model.gpt import build_model
-from megatron_sgt.planning.memory import CPU, GPU, activation_memory, state_memory
+from megatron_sgt.planning.memory import CPU, GPU, activation_memory
 from tests.helpers.live_memory import LiveMemory
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.single import random_batch, small_config
@@ -98,76 +96,6 @@ def test_saved_activations(ranks: int) -> None:
         assert not wrong, f"rank {rank}:\n" + "\n".join(wrong)
 
 
-ZERO: list[tuple[int, str, dict[str, Any]]] = [
-    (0, "fp32", {}),
-    (1, "fp32", {}),
-    (1, "bf16", {}),
-    (2, "bf16", {}),
-    (3, "bf16", {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}),
-]
-
-
-def live_state(info: RankInfo) -> list[str]:
-    """Weights and optimizer state after a step, gradients before it, on two data-parallel ranks."""
-    wrong = []
-    for stage, precision, zero in ZERO:
-        zero = {**zero, "reduce_bucket_size": 1000, "stage3_max_reuse_distance": 0} if stage else {}
-        config = small_config(
-            growth={"top_k_layers": 1},
-            model={"num_layers": 2, "hidden_size": 256, "num_attention_heads": 8, "seq_length": 16},
-            deepspeed={"zero_optimization": zero} if zero else {},
-            parallel={"zero_stage": stage},
-            train={"precision": precision, "global_batch_size": 4 * info.world_size},
-        )
-        groups = start_processes(config, info)
-        before = {id(t): t for t in _tensors()}
-        runtime = build_runtime(config, groups)
-        held: dict[str, int] = {}
-        real = runtime.engine.step
-
-        def step(real: Any = real, held: dict[str, int] = held, before: Any = before) -> None:
-            if not held:
-                held["first micro-batch"] = _bytes(before)
-            real()
-
-        batches = [random_batch(config, seed) for seed in (0, 1)]
-        train_step(runtime.engine, batches, 1e-3, 1.0, groups)  # makes the optimizer's moments
-        runtime.engine.step = step
-        train_step(runtime.engine, batches, 1e-3, 1.0, groups)
-        held["after"] = _bytes(before)
-        state = state_memory(config, info.world_size, precision)
-        for moment, formula in (
-            ("after", state.weights + state.optimizer + (state.gradients if stage == 3 else 0)),
-            ("first micro-batch", state.weights + state.optimizer + state.gradients),
-        ):
-            if abs(formula / held[moment] - 1) > TOLERANCE:
-                wrong.append(f"ZeRO-{stage} {precision} {moment}: {formula:,} of {held[moment]:,}")
-        del runtime, real, step
-        gc.collect()
-    return wrong
-
-
-def _tensors() -> list[torch.Tensor]:
-    gc.collect()
-    found = [o for o in gc.get_objects() if isinstance(o, torch.Tensor)]
-    return found + [t.grad for t in found if t.is_leaf and t.grad is not None]
-
-
-def _bytes(before: dict[int, torch.Tensor]) -> int:
-    """Of the tensors that Python can reach and that are not in ``before``, each storage once."""
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for t in _tensors()
-        if id(t) not in before
-    }
-    return sum(storages.values())
-
-
-def test_weights_gradients_and_optimizer_by_zero_stage() -> None:
-    for rank, wrong in enumerate(run_on_ranks(2, live_state, timeout=300)):
-        assert not wrong, f"rank {rank}:\n" + "\n".join(wrong)
-
-
 def test_gpus_keep_less_by_what_their_kernels_fuse() -> None:
     """No normalised copies."""
     config = memory_config("multi-head", 1, False, "owner", "none")
@@ -185,9 +113,3 @@ def test_on_gpus_attention_in_16_bits_repeats_no_keys() -> None:
         kept, copied = (activation_memory(config, plan, precision, k).layers for k in (GPU, repeating))
         less = ((heads + 3 * groups) - 2 * heads) * tokens * head_size * element
         assert kept - copied == (2 * less if differs else 0)
-
-
-def test_what_is_offloaded_lies_elsewhere() -> None:
-    section = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-    here, there = (small_config(deepspeed=values) for values in ({}, section))
-    assert state_memory(there, 2, "bf16").optimizer == 0 < state_memory(here, 2, "bf16").optimizer

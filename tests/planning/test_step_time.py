@@ -12,8 +12,9 @@ from megatron_sgt.config import Config
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.planning.flops import step_flops
 from megatron_sgt.planning.hardware import find_gpu
-from megatron_sgt.planning.memory import activation_memory, state_memory
+from megatron_sgt.planning.memory import activation_memory
 from megatron_sgt.planning.parameters import parameter_count
+from megatron_sgt.planning.state_memory import state_memory
 from megatron_sgt.planning.step_time import OPTIMIZER_BYTES, Machine, step_time
 from tests.helpers.single import small_config
 

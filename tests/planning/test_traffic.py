@@ -102,24 +102,29 @@ def test_tensor_parallel_collectives_to_the_byte_and_to_the_call() -> None:
 
 RELEASED = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
 EVERYTHING = {"stage3_param_persistence_threshold": 0}
-DATA_PARALLEL: list[tuple[int, str, str, dict[str, int]]] = [
-    (0, "fp32", "none", {}),
-    (1, "fp32", "none", {}),
-    (2, "bf16", "none", {}),
-    (3, "bf16", "none", {}),
-    (3, "bf16", "none", EVERYTHING),
-    (3, "bf16", "full", {**EVERYTHING, **RELEASED}),
+DATA_PARALLEL: list[tuple[int, str, str, dict[str, int], str]] = [
+    (0, "fp32", "none", {}, "fp32"),
+    (1, "fp32", "none", {}, "fp32"),
+    (1, "bf16", "none", {}, "fp32"),
+    (1, "bf16", "none", {}, "model"),
+    (2, "bf16", "none", {}, "fp32"),
+    (2, "bf16", "none", {}, "model"),
+    (3, "bf16", "none", {}, "fp32"),
+    (3, "bf16", "none", EVERYTHING, "model"),
+    (3, "bf16", "full", {**EVERYTHING, **RELEASED}, "fp32"),
 ]
+"""(ZeRO stage, precision, recompute, zero_optimization, optim.grad_reduce_dtype)"""
 
 
 def data_parallel_steps(info: RankInfo) -> list[str]:
     """The same for ZeRO, in the second step (the first one of stage 3 records the order of the modules)."""
     wrong = []
-    for stage, precision, recompute, zero in DATA_PARALLEL:
+    for stage, precision, recompute, zero, reduced in DATA_PARALLEL:
         config = small_config(
             growth={"top_k_layers": 1},
             model={"num_layers": 2},
             deepspeed={"zero_optimization": zero} if zero else {},
+            optim={"grad_reduce_dtype": reduced},
             parallel={"zero_stage": stage},
             train={
                 "precision": precision,
@@ -137,9 +142,8 @@ def data_parallel_steps(info: RankInfo) -> list[str]:
             counted = counter.bytes[kind, RANKS] - counter.control[kind, RANKS]
             messages = counter.calls[kind, RANKS] - counter.control_calls[kind, RANKS]
             if counted != payload[kind, RANKS] or (stage < 3 and messages != calls[kind, RANKS]):
-                wrong.append(
-                    f"ZeRO-{stage} {kind} {zero}: {messages} calls, {counted} bytes, not {payload} {calls}"
-                )
+                case = f"ZeRO-{stage} {precision} {reduced} {kind} {zero}"
+                wrong.append(f"{case}: {messages} calls, {counted} bytes, not {payload} {calls}")
     return wrong
 
 

@@ -116,7 +116,7 @@ def _masters(optimizer: Any, stage: int, names: dict[int, str], groups: Parallel
 
 def _flat_groups(optimizer: Any) -> Iterable[tuple[Tensor, list[tuple[Tensor, int]]]]:
     """(this rank's part, [(parameter, offset in the whole vector)]) of every group at stage 1 or 2."""
-    if not hasattr(optimizer, "round_robin_bit16_groups"):  # bf16 with fp32 gradients has an optimizer apart
+    if not hasattr(optimizer, "round_robin_bit16_groups"):  # DeepSpeed's BF16_Optimizer
         for master, members in zip(optimizer.fp32_groups_flat_partition, optimizer.bf16_groups, strict=True):
             offsets = [0]
             for parameter in members:

@@ -18,9 +18,9 @@ from tests.helpers.resharding import load_and_look
 OPTIONS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {"train": {"precision": "bf16"}},
-    "bf16_with_fp32_gradients": {
+    "bf16_with_bf16_gradients": {
         "train": {"precision": "bf16"},
-        "deepspeed": {"data_types": {"grad_accum_dtype": "fp32"}},
+        "optim": {"grad_accum_dtype": "model"},
     },
     "two_groups": {"optim": {"weight_decay_on": "matrices"}},
     "aligned": {"deepspeed": {"zero_optimization": {"parameter_alignment": True}}},
@@ -38,7 +38,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         ((1, 1, 0), "fp32", 2),
         ((2, 2, 1), "two_groups", 0),
         ((1, 3, 1), "bf16", 2),
-        ((1, 2, 1), "bf16_with_fp32_gradients", 0),
+        ((1, 2, 1), "bf16", 0),
+        ((1, 2, 1), "bf16_with_bf16_gradients", 0),
         ((1, 3, 2), "aligned", 2),
         ((1, 3, 3), "fp32", 0),
         ((2, 2, 3), "small_sub_groups", 2),

@@ -1,0 +1,97 @@
+"""Bytes that live on one rank from step to step, by ZeRO stage: weights, gradients, optimizer state.
+
+State, n elements per tensor-parallel rank, dp data-parallel ranks, e bytes an element of a weight (2 in bf16), g of a
+summed gradient (4 unless optim.grad_accum_dtype is model), as DeepSpeed keeps it with AdamW (arXiv 1910.02054), at the
+stage of ``Config.zero_stage_on``:
+
+    stage      weights              gradients       master copy, moments (fp32)
+    0          n·e                  n·g             8n
+    1          n·e                  n·g             12n/dp
+    2          n·e                  n·g/dp          12n/dp
+    3          n·e/dp + gathered    n·g/dp          12n/dp
+
+Buffers: the reduce bucket (stages 1 to 3: 5e8 elements unless deepspeed.zero_optimization says otherwise, twice
+with overlap_comm in stages 1 and 2) and its copy in the type that it travels in (optim.grad_reduce_dtype) where it has
+another. Stage 1 in bf16 with gradients in fp32 has DeepSpeed's BF16_Optimizer (unless with offload_optimizer): it
+reduces the gradients where they are, and has such a copy of all of them, but no bucket. Where stage 1 sums in another
+type than e without it, a rank's part of the sum lies beside the sum when it is reduced: n·g/dp. Weights gathered by
+stage 3 (at most stage3_max_live_parameters), kept weights of balanced loops, and Megatron's gather buffer of sequence
+parallelism.
+
+With offload_optimizer the last column lies on the host, with stage 3 the gradients too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_sgt.config import Config
+from megatron_sgt.planning.parameters import ELEMENT_BYTES, parameter_count
+
+BUCKET_ELEMENTS = 5 * 10**8
+LIVE_ELEMENTS = 10**9
+"""DeepSpeed's defaults of reduce_bucket_size and stage3_max_live_parameters."""
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes that live from step to step (``gradients``: from backward to update)."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.buffers
+
+
+def state_memory(config: Config, world_size: int, precision: str) -> State:
+    """Bytes of weights, gradients, optimizer state and communication buffers on one rank."""
+    parallel, element = config.parallel, ELEMENT_BYTES[precision]
+    ranks, stage = config.data_parallel_size(world_size), config.zero_stage_on(world_size, precision)
+    count = parameter_count(config.model, parallel.tensor_model_parallel_size)
+    share = -(-count // ranks)
+    zero = config.deepspeed.get("zero_optimization", {})
+    gathered = min(count, int(zero.get("stage3_max_live_parameters", LIVE_ELEMENTS))) * element
+    stream = config.train.micro_batch_size * config.model.seq_length * config.model.hidden_size * element
+    optimizer = 2 * _FP32 * count if stage == 0 else 3 * _FP32 * share
+    return State(
+        weights=element * (share if stage == 3 else count),
+        gradients=_gradients(config, stage, precision, count, share),
+        optimizer=0 if config.offloads_optimizer else optimizer,
+        buffers=_reduce_buffers(config, stage, precision, count, share)
+        + (gathered if stage == 3 else 0)
+        + (stream if parallel.sequence_parallel else 0),
+    )
+
+
+def _gradients(config: Config, stage: int, precision: str, count: int, share: int) -> int:
+    """Bytes of the sums of gradients of ``count`` parameters on one rank, whose part of them is ``share``."""
+    if stage == 3 and config.offloads_optimizer:
+        return 0
+    return ELEMENT_BYTES[config.grad_dtypes(precision)[0]] * (share if stage >= 2 else count)
+
+
+def _reduce_buffers(config: Config, stage: int, precision: str, count: int, share: int) -> int:
+    """Bytes that the reduction over data-parallel ranks needs beside those sums.
+
+    Stages 1 and 2 only use them when there is something to reduce to other ranks, stage 0 has none.
+    """
+    zero = config.deepspeed.get("zero_optimization", {})
+    element = ELEMENT_BYTES[precision]
+    summed, reduced = (ELEMENT_BYTES[dtype] for dtype in config.grad_dtypes(precision))
+    if stage == 0:
+        return 0
+    if config.has_bf16_optimizer(precision):
+        return reduced * count if reduced != summed else 0
+    bucket = int(zero.get("reduce_bucket_size", BUCKET_ELEMENTS))
+    if stage == 3:
+        return bucket * reduced
+    held = summed if stage == 1 else element
+    copied = reduced if reduced != held else 0
+    beside = summed * share if stage == 1 and summed != element else 0
+    return bucket * (held * (2 if zero.get("overlap_comm", False) else 1) + copied) + beside

@@ -1,0 +1,130 @@
+"""The formula of weights, gradients and optimizer state against the tensors that are alive around a step."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+
+from megatron_sgt.engine.build import build_runtime, start_processes
+from megatron_sgt.engine.step import train_step
+from megatron_sgt.launch.rank_info import RankInfo
+from megatron_sgt.planning.parameters import parameter_count
+from megatron_sgt.planning.state_memory import state_memory
+from tests.helpers.fp16_on_cpu import allow_fp16
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.single import random_batch, small_config
+
+TOLERANCE = 0.05
+SPREAD = {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}
+ZERO: list[tuple[int, str, str]] = [
+    (0, "fp32", "fp32"),
+    (1, "fp32", "fp32"),
+    *((stage, "bf16", summed) for stage in (1, 2, 3) for summed in ("fp32", "model")),
+    (1, "fp16", "fp32"),
+]
+"""(ZeRO stage, precision, optim.grad_accum_dtype)"""
+
+
+def live_state(info: RankInfo) -> list[str]:
+    """Weights and optimizer state after a step, gradients before it, on two data-parallel ranks."""
+    wrong = []
+    allow_fp16()
+    for stage, precision, summed in ZERO:
+        zero = {"reduce_bucket_size": 1000, "stage3_max_reuse_distance": 0} if stage else {}
+        zero |= SPREAD if stage == 3 else {}
+        config = small_config(
+            growth={"top_k_layers": 1},
+            model={"num_layers": 2, "hidden_size": 256, "num_attention_heads": 8, "seq_length": 16},
+            deepspeed={"zero_optimization": zero, "fp16": {"initial_scale_power": 4}} if zero else {},
+            optim={"grad_accum_dtype": summed},
+            parallel={"zero_stage": stage},
+            train={"precision": precision, "global_batch_size": 4 * info.world_size},
+        )
+        groups = start_processes(config, info)
+        before = {id(t): t for t in _tensors()}
+        runtime = build_runtime(config, groups)
+        held: dict[str, int] = {}
+        real = runtime.engine.step
+
+        def step(real: Any = real, held: dict[str, int] = held, before: Any = before) -> None:
+            if not held:
+                held["first micro-batch"] = _bytes(before)
+            real()
+
+        batches = [random_batch(config, seed) for seed in (0, 1)]
+        train_step(runtime.engine, batches, 1e-3, 1.0, groups)  # makes the optimizer's moments
+        runtime.engine.step = step
+        train_step(runtime.engine, batches, 1e-3, 1.0, groups)
+        held["after"] = _bytes(before)
+        state = state_memory(config, info.world_size, precision)
+        stay = stage == 3 or config.has_bf16_optimizer(precision)
+        for moment, formula in (
+            ("after", state.weights + state.optimizer + (state.gradients if stay else 0)),
+            ("first micro-batch", state.weights + state.optimizer + state.gradients),
+        ):
+            if abs(formula / held[moment] - 1) > TOLERANCE:
+                wrong.append(f"ZeRO-{stage} {precision} {summed} {moment}: {formula:,} of {held[moment]:,}")
+        del runtime, real, step
+        gc.collect()
+    return wrong
+
+
+def _tensors() -> list[torch.Tensor]:
+    gc.collect()
+    found = [o for o in gc.get_objects() if isinstance(o, torch.Tensor)]
+    return found + [t.grad for t in found if t.is_leaf and t.grad is not None]
+
+
+def _bytes(before: dict[int, torch.Tensor]) -> int:
+    """Of the tensors that Python can reach and that are not in ``before``, each storage once."""
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in _tensors()
+        if id(t) not in before
+    }
+    return sum(storages.values())
+
+
+def test_weights_gradients_and_optimizer_by_zero_stage() -> None:
+    for rank, wrong in enumerate(run_on_ranks(2, live_state, timeout=300)):
+        assert not wrong, f"rank {rank}:\n" + "\n".join(wrong)
+
+
+def test_what_is_offloaded_lies_elsewhere() -> None:
+    section = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    here, there = (small_config(deepspeed=values) for values in ({}, section))
+    assert state_memory(there, 2, "bf16").optimizer == 0 < state_memory(here, 2, "bf16").optimizer
+
+
+def buffers(precision: str, stage: int, optim: dict[str, str], zero: dict[str, object]) -> int:
+    """On two ranks with nothing else than a bucket of 1000 elements."""
+    config = small_config(
+        parallel={"zero_stage": stage},
+        optim=optim,
+        deepspeed={
+            "zero_optimization": {"reduce_bucket_size": 1000, "stage3_max_live_parameters": 0, **zero}
+        },
+    )
+    return state_memory(config, 2, precision).buffers
+
+
+def test_what_the_reduction_needs() -> None:
+    travel = {"grad_reduce_dtype": "model"}
+    count = parameter_count(small_config().model, 1)
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    for case, expected in (
+        (("fp32", 1, {}, {}), 4000),
+        (("bf16", 1, {}, {}), 0),
+        (("bf16", 1, travel, {}), 2 * count),
+        (("bf16", 1, {"grad_accum_dtype": "model", **travel}, {}), 2000),
+        (("fp16", 1, {}, {}), 4000 + 4 * count // 2),
+        (("bf16", 1, {}, offload), 4000 + 4 * count // 2),
+        (("bf16", 2, {}, {}), 2000 + 4000),
+        (("bf16", 2, {}, {"overlap_comm": True}), 2 * 2000 + 4000),
+        (("bf16", 2, travel, {}), 2000),
+        (("bf16", 3, {}, {}), 4000),
+        (("bf16", 3, travel, {}), 2000),
+    ):
+        assert buffers(*case) == expected, case
