@@ -81,8 +81,8 @@ def test_a_stopped_rank_is_named_after_the_timeout(victim: int, data: str, tmp_p
     (folder,) = (run_dir / "failures").glob("*-*")
     for rank in others:
         stacks = (folder / f"rank_{rank:05d}.stacks.txt").read_text()
-        assert "train_step" in stacks and "_watch_progress" in stacks, "all threads of the rank"
-        assert "in step " in stacks.splitlines()[0] and "train_step" in done[rank].err
+        assert "_train_to" in stacks and "_watch_progress" in stacks, "all threads of the rank"
+        assert "in step " in stacks.splitlines()[0] and "_train_to" in done[rank].err
         entries = json.loads((folder / f"rank_{rank:05d}.collectives.json").read_text())["entries"]
         assert any("all" in entry["profiling_name"] for entry in entries), "its last collectives"
         assert (folder / f"nccl_trace_rank_{rank}").stat().st_size > 0
@@ -132,7 +132,7 @@ def close_slowly(rank: int) -> None:
 
 def test_nobody_leaves_while_rank_zero_closes_its_reports(data: str, tmp_path: Path) -> None:
     config, run_dir = endless(tmp_path, data)
-    config.write_text(config.read_text().replace("train_iters: 1000000", "train_iters: 2"))
+    config.write_text(config.read_text().replace("train_iters: 1000000", "train_iters: 4"))
     with attempt(tmp_path / "ranks", config, 2, close_slowly) as run:
         codes = run.wait([0, 1], timeout=60)
         done = run.finished()
