@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import mmap
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class Arena:
     """
 
     def __init__(self, pinned: bool) -> None:
-        self._pinned = pinned
+        self.pinned = pinned
         self._chunks: list[_Chunk] = []
 
     @property
@@ -84,7 +85,7 @@ class Arena:
             self._grow(missing)
 
     def _grow(self, num_bytes: int) -> _Chunk:
-        self._chunks.append(_Chunk(max(num_bytes, _LEAST_CHUNK), self._pinned))
+        self._chunks.append(_Chunk(max(num_bytes, _LEAST_CHUNK), self.pinned))
         return self._chunks[-1]
 
     def take(self, num_bytes: int) -> torch.UntypedStorage:
@@ -102,6 +103,20 @@ class Arena:
         """Take everything back: what was copied into it is void."""
         for chunk in self._chunks:
             chunk.used = 0
+
+
+def compact_copy(tensors: Mapping[str, Tensor], arena: Arena) -> dict[str, Tensor]:
+    """Copies of ``tensors`` in ``arena``'s memory, each in a storage of its own, as ``host_copy``'s are not.
+
+    For a few views of a large storage, of which a file would hold the whole. Synchronize as for ``host_copy`` if the
+    arena is pinned.
+    """
+    copies = {}
+    for name, tensor in tensors.items():
+        source = tensor.detach()
+        held = torch.empty(0, dtype=source.dtype).set_(arena.take(source.nbytes)).view(source.shape)
+        copies[name] = held.copy_(source, non_blocking=arena.pinned)
+    return copies
 
 
 def host_copy(value: Any, arena: Arena) -> Any:

@@ -138,7 +138,7 @@ class Saver:
         begun = time.perf_counter()
         temporary = self._temporary(step)
         self._together(step, lambda: _fresh(temporary) if self._groups.is_main else None)
-        files = ShardFiles(self._arena)
+        files = ShardFiles(self._arena, self._groups.dp_rank, self._groups.dp_size)
         _hand_over(files, temporary, self._config, self._engine, self._groups)
         self._flight = _InFlight(step, state, begun, self._run(files.finish))
         self._flight.stall_s = time.perf_counter() - begun
@@ -273,6 +273,10 @@ def _hand_over(
             )
     finally:
         logging.disable(logging.NOTSET)
+    if groups.dp_rank and engine.zero_optimization_stage() < 3:
+        files.save_share(
+            engine.module.state_dict(), temporary / f"mp_rank_{groups.tp_rank:02d}_model_states.pt"
+        )
     files.save(rng_state(groups.device), temporary / layout.rng_file(groups.rank))
     synchronize(groups.device)
 
@@ -292,8 +296,10 @@ def _estimated_bytes(engine: deepspeed.DeepSpeedEngine, groups: ParallelGroups) 
     parameters = list(engine.module.parameters())
     count = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
     stage = engine.zero_optimization_stage()
-    writes_model = stage < 3 and groups.dp_rank == 0
-    weights = count * parameters[0].element_size() if writes_model else 0
+    weights = 0
+    if stage < 3:  # shares of whole tensors differ by the largest of them
+        largest_one = max(p.numel() for p in parameters) if groups.dp_size > 1 else 0
+        weights = (count // groups.dp_size + largest_one) * parameters[0].element_size()
     optimizer = 8 * count if stage == 0 else 12 * -(-count // groups.dp_size)
     if stage == 0 and groups.dp_rank:
         optimizer = 0

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from megatron_sgt.checkpoint import layout
-from megatron_sgt.checkpoint.host_copy import Arena, host_copy
+from megatron_sgt.checkpoint import layout, weight_parts
+from megatron_sgt.checkpoint.host_copy import Arena, compact_copy, host_copy
 from megatron_sgt.checkpoint.manifest import Files, describe_file
 from megatron_sgt.checkpoint.trusted import read_trusted
 from megatron_sgt.errors import CheckpointError
@@ -29,10 +31,12 @@ class ShardFiles:
 
     Args:
         arena: keep copies of what is to be written, for ``finish`` to write; None: write at once.
+        dp_rank, dp_size: this rank's share of the weights that all data-parallel ranks have (``weight_parts``).
     """
 
-    def __init__(self, arena: Arena | None = None) -> None:
+    def __init__(self, arena: Arena | None = None, dp_rank: int = 0, dp_size: int = 1) -> None:
         self._arena = arena
+        self._dp_rank, self._dp_size = dp_rank, dp_size
         self._kept: list[tuple[Any, Path]] = []
         self._problem: OSError | None = None
         self._files: Files = {}
@@ -40,13 +44,33 @@ class ShardFiles:
 
     def save(self, state_dict: Any, path: str | Path) -> None:
         """Write ``state_dict`` into the file ``path``, or keep it for ``finish``."""
+        own = None
+        if self._dp_size > 1 and weight_parts.is_shared(Path(path)):
+            own = self._share(state_dict[weight_parts.MODULE])
+            state_dict = weight_parts.without_weights(state_dict, self._dp_size)
         if self._arena is not None:
-            self._kept.append((host_copy(state_dict, self._arena), Path(path)))
+            state_dict = host_copy(state_dict, self._arena)
+        if own is not None:
+            state_dict[weight_parts.MODULE] = own
+        self._put(state_dict, Path(path))
+
+    def _put(self, content: Any, path: Path) -> None:
+        if self._arena is not None:
+            self._kept.append((content, path))
             return
         try:
-            self._write(state_dict, Path(path))
+            self._write(content, path)
         except OSError as error:
             self._problem = self._problem or error
+
+    def save_share(self, module: Mapping[str, Tensor], model_file: Path) -> None:
+        """Write this rank's share of ``module``, of which the first data-parallel rank writes ``model_file``."""
+        part = model_file.with_name(weight_parts.part_file(model_file.name, self._dp_rank))
+        self._put(self._share(module), part)
+
+    def _share(self, module: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        own = weight_parts.share(module, self._dp_rank, self._dp_size)
+        return compact_copy(own, self._arena or Arena(pinned=False))
 
     def _write(self, content: Any, path: Path) -> None:
         if self._problem is not None:
@@ -72,7 +96,11 @@ class ShardFiles:
 
     def read(self, paths: Iterable[Path]) -> None:
         """Read files before DeepSpeed asks for them. Raises CheckpointError; see ``read_trusted``."""
-        self._read |= {path: read_trusted(path, mapped=False) for path in paths}
+        for path in paths:
+            content = read_trusted(path, mapped=False)
+            if weight_parts.is_shared(path):
+                content = weight_parts.merged(content, path, partial(read_trusted, mapped=False))
+            self._read[path] = content
 
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
         """The content of a file, on the CPU.
