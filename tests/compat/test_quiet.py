@@ -63,3 +63,17 @@ def test_an_accelerator_that_is_not_supported_is_ignored() -> None:
     done = run(QUIET, DS_ACCELERATOR="hpu")
     assert done.stdout.strip() == ("None" if torch.cuda.is_available() else "cpu")
     assert "DS_ACCELERATOR=hpu is ignored" in done.stderr
+
+
+ASKED = """
+import torch
+torch.cuda._is_compiled = lambda: True
+torch.cuda._device_count_nvml = lambda: 1
+torch._C._cuda_getDeviceCount = lambda: print("CUDA has started") or 1
+"""
+
+
+def test_asking_for_a_gpu_does_not_start_it() -> None:
+    """The environment of the run comes after that, and must come before CUDA."""
+    done = run(ASKED + QUIET)
+    assert done.stdout.strip() == "None", "a GPU, which DeepSpeed finds for itself"
