@@ -31,7 +31,7 @@ def apply_plan(model: torch.nn.Module, plan: LoopPlan) -> None:
     changed = [layer for layer in sgt_layers(model) if layer.plan != plan[layer.layer_id]]
     if not changed:
         return
-    device = changed[0].self_attention.linear_proj.weight.device
+    device = changed[0].self_attention.core_attention.meter.device  # offloaded weights may lie on the host
     prepared = on_device([layer.prepare(plan[layer.layer_id]) for layer in changed], device)
     for layer, execution in zip(changed, prepared, strict=True):
         layer.execute(execution)

@@ -31,6 +31,11 @@ class EntropyMeter:
         self._sum = torch.zeros_like(self._current)
         self._micro_batches = 0
 
+    @property
+    def device(self) -> torch.device:
+        """Where attention runs."""
+        return self._current.device
+
     def store(self, layer: int, attention_pass: int, entropy: Tensor, heads: Tensor | None = None) -> None:
         """Keep the entropies of one pass of one layer for the running micro-batch.
 

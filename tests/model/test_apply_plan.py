@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.model.apply_plan import apply_plan, sgt_layers
+from megatron_sgt.model.entropy_meter import EntropyMeter
 from tests.helpers.single import random_batch, single_model, small_config
 
 PLAN = LoopPlan(4, ((1, LayerPlan(2, (0, 3), 0.5)), (3, LayerPlan(block_loops=1))))
@@ -82,8 +83,11 @@ def window(gate: float, *layers: int) -> LoopPlan:
 
 
 def test_the_gates_of_a_window_reach_the_device_in_one_copy(copies: CopiesToDevice) -> None:
-    """Two layers enter a window, their gates change, and one of them leaves it."""
-    model = single_model(small_config()).to("meta")
+    """Two layers enter a window, their gates change, and one of them leaves it; the weights are offloaded."""
+    model = single_model(small_config())
+    for layer in sgt_layers(model):
+        core = layer.self_attention.core_attention
+        core.meter = EntropyMeter(4, 3, core.meter.layout, torch.device("meta"))
     plans = [window(0.75, 1, 3), window(0.5, 1, 3), window(0.0, 1, 3), window(0.0, 1, 3), LoopPlan.empty(4)]
     counts = []
     for plan in plans:
