@@ -41,7 +41,9 @@ def on_device(parts: _Parts, device: torch.device) -> _Parts:
 
 
 def _send(memory: Tensor, device: torch.device) -> Tensor:
-    return memory.pin_memory().to(device, non_blocking=True)
+    if device.type != "meta":  # there nothing is copied, and there may be no driver that could lock pages
+        memory = memory.pin_memory()
+    return memory.to(device, non_blocking=True)
 
 
 def _view(memory: Tensor, start: int, like: Tensor) -> Tensor:

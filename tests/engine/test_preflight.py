@@ -36,7 +36,7 @@ def test_a_fresh_start(tmp_path: Path) -> None:
         ({"zero_optimization": {"reduce_bucket_size": 1000}}, None),
         ({"zero_optimization": {"bucket": 7}}, "bucket: Extra inputs are not permitted, got 7"),
         ({"zero_optimization": {"reduce_bucket_size": "many"}}, "got 'many'"),
-        ({"data_types": 3}, "refused by DeepSpeed"),
+        ({"flops_profiler": 3}, "refused by DeepSpeed"),
     ],
 )
 def test_deepspeed_section(section: dict[str, Any], refused: str | None) -> None:

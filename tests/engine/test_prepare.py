@@ -22,6 +22,8 @@ touched = []
 torch.cuda.is_available = lambda: True
 torch.cuda.device_count = lambda: 1
 torch.cuda._lazy_init = lambda: touched.append("init")
+# Asks the driver, past torch.cuda, whether a graph is being captured.
+torch.optim.Optimizer._accelerator_graph_capture_health_check = lambda self: None
 """
 
 TRAIN = (

@@ -5,12 +5,12 @@ What is executed is what a GPU executes above torch's operators: DeepSpeed's opt
 
 from __future__ import annotations
 
-from deepspeed.accelerator import get_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
 from megatron_sgt.config import Config
 
 
 def allow_fp16() -> None:
     """For the rest of this process (``run_on_ranks`` gives every case new ones)."""
-    get_accelerator().is_fp16_supported = lambda: True
+    CPU_Accelerator.is_fp16_supported = lambda self: True
     Config.precision_on = lambda self, device: self.train.precision  # type: ignore[assignment,return-value]

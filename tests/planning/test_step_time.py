@@ -55,9 +55,12 @@ def test_gradients_over_two_nodes_pass_the_network() -> None:
     inside, outside = (
         step_time(config(tp=tp), VANILLA, 16, MACHINE, "bf16", "owner").data_parallel for tp in (1, 8)
     )
-    payload = 3 * 2 * parameter_count(cfg.model, 8)  # all-reduce counts twice, and the all-gather
+    element = (
+        2 * 4 + 2
+    )  # bytes: the all-reduce of fp32 gradients counts twice, and the all-gather of bf16 weights
+    payload = element * parameter_count(cfg.model, 8)
     assert outside == pytest.approx(payload * (1 / 2) / (0.5 * 50e9))
-    assert inside == pytest.approx(3 * 2 * parameter_count(cfg.model) * (15 / 16) / (0.5 * 400e9))
+    assert inside == pytest.approx(element * parameter_count(cfg.model) * (15 / 16) / (0.5 * 400e9))
 
 
 def test_latency_counts_per_call() -> None:

@@ -104,7 +104,7 @@ class Machine:
 
     def free(self, quietly: bool = False) -> None:
         """Give unused device memory back; ``quietly``: unless the device no longer answers."""
-        if self.device.type == "cuda" and not quietly:
+        if self.device.type == "cuda" and torch.cuda.is_available() and not quietly:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
