@@ -19,10 +19,9 @@ def prepare_process(config: Config, info: RankInfo) -> None:
     """
     kind = device_type(config.parallel.device)
     set_environment(config, info, gpus=kind != "cpu")
+    # InfiniBand locks the memory that it sends from.
     most = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
-    resource.setrlimit(
-        resource.RLIMIT_MEMLOCK, (most, most)
-    )  # InfiniBand locks the memory that it sends from
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (most, most))
     overruled = choose_accelerator(kind)
     if overruled is not None and info.rank == 0:
         print(

@@ -211,9 +211,8 @@ class PretrainingRun:
             raise
         finally:
             self.hub.close()
-        barrier(
-            self.groups
-        )  # nobody takes another's leaving for a loss, however long rank 0 sends what it has told
+        # Nobody takes another's leaving for a loss, however long rank 0 takes to close its reports.
+        barrier(self.groups)
         return code
 
     def _train_to(self, last_step: int) -> int:
