@@ -60,9 +60,8 @@ def build_model(
     meter = EntropyMeter(config.model.num_layers, num_passes, layout, groups.device)
     fused = loop_backend(config, precision, groups.device)[0] == "triton"
     newer_flash_attention(groups.device)
-    seed_for_training(
-        config.train.seed, groups
-    )  # Megatron-Core enters a stream for each weight that it makes
+    # Before: Megatron-Core enters a stream for each weight that it makes.
+    seed_for_training(config.train.seed, groups)
     gpt = GPTModel(
         config=transformer_config(config, precision, groups.device, plain),
         transformer_layer_spec=decoder_spec(

@@ -204,14 +204,8 @@ def test_a_cpu_keeps_torch_s_order() -> None:
         (7, torch.float16, 64, 0.0, (), False),  # FlashAttention begins with 8.0
         (9, torch.float32, 128, 0.0, (), False),  # only the memory-efficient kernel takes fp32
         (9, torch.bfloat16, 128, 0.0, ("flash_attn_interface",), True),
-        (
-            9,
-            torch.bfloat16,
-            128,
-            0.1,
-            ("flash_attn_interface",),
-            False,
-        ),  # no flash, and cuDNN takes n/16 only
+        # No flash, and cuDNN takes a dropout of n/16 only.
+        (9, torch.bfloat16, 128, 0.1, ("flash_attn_interface",), False),
     ],
 )
 def test_groups_are_repeated_where_only_the_kernel_with_scores_would_read_them(
