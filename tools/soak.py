@@ -17,11 +17,12 @@ import json
 from functools import partial
 from pathlib import Path
 
+from soak_parts.ranks import start_server
+from soak_parts.run import soak
+from soak_parts.tally import Tally, table
+from soak_parts.workload import LAYOUTS
+
 from megatron_sgt.cli import positive, run_main
-from megatron_sgt.soak.ranks import start_server
-from megatron_sgt.soak.run import soak
-from megatron_sgt.soak.tally import Tally, table
-from megatron_sgt.soak.workload import LAYOUTS
 
 
 def main() -> None:

@@ -9,12 +9,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from study_parts.results import markdown, outcome_of, times_markdown
+from study_parts.runner import Job, run_jobs
+
 from megatron_sgt.cli import positive, run_main
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.config.presets import PRESETS
 from megatron_sgt.errors import ConfigError
-from megatron_sgt.study.results import markdown, outcome_of, times_markdown
-from megatron_sgt.study.runner import Job, run_jobs
 
 SCRIPT = Path(__file__).resolve().parents[1] / "pretrain_sgt.py"
 

@@ -16,14 +16,14 @@ from megatron_sgt.checkpoint.reshard.layout_free import (
     is_layout_free,
 )
 from megatron_sgt.checkpoint.reshard.sibling import layout_free_copy
+from megatron_sgt.checkpoint.restricted import load_restricted
 from megatron_sgt.checkpoint.save import layout_of
-from megatron_sgt.checkpoint.shard_files import ShardFiles, through
-from megatron_sgt.checkpoint.trusted import read_trusted
+from megatron_sgt.checkpoint.shard_files import ShardFiles, redirected_to
 from megatron_sgt.config import Config
 from megatron_sgt.errors import CheckpointError
+from megatron_sgt.parallel.collectives import gather_or_raise
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.parallel.rng import load_rng_state, seed_for_training
-from megatron_sgt.parallel.together import agreed
 
 if TYPE_CHECKING:
     import deepspeed
@@ -36,7 +36,9 @@ def verify_together(folder: Path, config: Config, groups: ParallelGroups) -> str
     """
     if config.checkpoint.verify == "sizes":
         return None
-    found = agreed(lambda: manifest.checksum_problems(folder, groups.rank, groups.world_size), groups)
+    found = gather_or_raise(
+        lambda: manifest.checksum_problems(folder, groups.rank, groups.world_size), groups
+    )
     try:
         manifest.refuse(folder, list(dict.fromkeys(problem for part in found for problem in part)))
     except CheckpointError as error:
@@ -44,7 +46,7 @@ def verify_together(folder: Path, config: Config, groups: ParallelGroups) -> str
     return None
 
 
-def begins_anew(saved: dict[str, Any], hook: str) -> bool:
+def starts_fresh(saved: dict[str, Any], hook: str) -> bool:
     """Whether a hook has no saved state because no run has trained this checkpoint yet: an imported model."""
     return hook not in saved["hooks"] and saved["trainer"]["step"] == 0
 
@@ -102,12 +104,12 @@ def _load_shards(
     ]
     files = ShardFiles()
     paths = [folder / name for name in manifest.files_of_rank(where, groups.tp_rank, groups.dp_rank)]
-    agreed(lambda: files.read(paths), groups)
+    gather_or_raise(lambda: files.read(paths), groups)
     streams: dict[str, Any] = {}
-    agreed(lambda: streams.update(_read_streams(folder, groups)), groups)
+    gather_or_raise(lambda: streams.update(_read_streams(folder, groups)), groups)
     logging.disable(logging.WARNING)
     try:
-        with through(files, engine):
+        with redirected_to(files, engine):
             path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     except (OSError, RuntimeError, AssertionError, KeyError, ValueError) as error:
         raise CheckpointError(f"checkpoint {folder} cannot be loaded: {error}") from error
@@ -141,7 +143,7 @@ def _continue_streams(
 
 
 def _read_streams(folder: Path, groups: ParallelGroups) -> dict[str, Any]:
-    return read_trusted(folder / layout.rng_file(groups.rank), mapped=False)
+    return load_restricted(folder / layout.rng_file(groups.rank), mapped=False)
 
 
 def _changes(there: dict[str, Any], here: dict[str, Any]) -> str:

@@ -28,14 +28,13 @@ from megatron_sgt.checkpoint.host_copy import Arena
 from megatron_sgt.checkpoint.reshard.deepspeed_info import UNIVERSAL_INFO, universal_info
 from megatron_sgt.checkpoint.reshard.sibling import remove_sibling
 from megatron_sgt.checkpoint.reshard.stage0 import PARAMETER_NAMES
-from megatron_sgt.checkpoint.shard_files import ShardFiles, explained, through
+from megatron_sgt.checkpoint.shard_files import ShardFiles, as_checkpoint_error, redirected_to
 from megatron_sgt.config import Config
 from megatron_sgt.errors import CheckpointError
-from megatron_sgt.parallel.collectives import largest
+from megatron_sgt.parallel.collectives import gather_or_raise, largest, on_rank_zero
 from megatron_sgt.parallel.device import resolve_precision, synchronize
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.parallel.rng import rng_state
-from megatron_sgt.parallel.together import agreed, on_rank_zero
 
 if TYPE_CHECKING:
     import deepspeed
@@ -183,9 +182,9 @@ class Saver:
         return future
 
     def _together(self, step: int, action: Callable[[], Any]) -> list[Any]:
-        """``agreed``; a failure ends the save on every rank, and frees the disk from what it has written."""
+        """``gather_or_raise``; a failure ends the save on every rank, and frees the disk from what it has written."""
         try:
-            return agreed(action, self._groups)
+            return gather_or_raise(action, self._groups)
         except CheckpointError as error:
             self._finish()
             on_rank_zero(lambda: shutil.rmtree(self._temporary(step), ignore_errors=True))
@@ -216,7 +215,7 @@ class Saver:
         }
         temporary, final = self._temporary(flight.step), self._root / layout.tag_for(flight.step)
         assert flight.files is not None
-        with explained():
+        with as_checkpoint_error():
             layout.write_json(temporary / layout.STATE_FILE, {**flight.state, "layout": where})
             (temporary / layout.CONFIG_FILE).write_text(self._config.to_yaml())
             # Ours, and what optimizer offload to NVMe has copied there beside the ranks' files.
@@ -248,7 +247,7 @@ def growth_fingerprint(state: dict[str, Any]) -> str | None:
 
 def _fresh(temporary: Path) -> None:
     """An empty folder, over what a killed save has left, perhaps of more ranks than this run has."""
-    with explained():
+    with as_checkpoint_error():
         if temporary.exists():
             shutil.rmtree(temporary)
         temporary.mkdir(parents=True)
@@ -264,7 +263,7 @@ def _hand_over(
     """Let this rank's state be written, or copied."""
     logging.disable(logging.WARNING)  # DeepSpeed reports every file on every rank
     try:
-        with through(files, engine):
+        with redirected_to(files, engine):
             engine.save_checkpoint(
                 str(temporary.parent),
                 tag=temporary.name,

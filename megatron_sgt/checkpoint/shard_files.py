@@ -15,9 +15,9 @@ from torch import Tensor
 from megatron_sgt.checkpoint import layout, weight_parts
 from megatron_sgt.checkpoint.host_copy import Arena, compact_copy, host_copy
 from megatron_sgt.checkpoint.manifest import Files, describe_file
-from megatron_sgt.checkpoint.trusted import read_trusted
+from megatron_sgt.checkpoint.restricted import load_restricted
 from megatron_sgt.errors import CheckpointError
-from megatron_sgt.parallel.together import wait_for_all
+from megatron_sgt.parallel.collectives import wait_for_all
 
 if TYPE_CHECKING:
     import deepspeed
@@ -87,7 +87,7 @@ class ShardFiles:
 
         Raises CheckpointError when one could not be written (disk full, quota, permissions).
         """
-        with explained():
+        with as_checkpoint_error():
             while self._kept:
                 self._write(*self._kept.pop(0))
             if self._problem is not None:
@@ -95,11 +95,11 @@ class ShardFiles:
         return self._files
 
     def read(self, paths: Iterable[Path]) -> None:
-        """Read files before DeepSpeed asks for them. Raises CheckpointError; see ``read_trusted``."""
+        """Read files before DeepSpeed asks for them. Raises CheckpointError; see ``load_restricted``."""
         for path in paths:
-            content = read_trusted(path, mapped=False)
+            content = load_restricted(path, mapped=False)
             if weight_parts.is_shared(path):
-                content = weight_parts.merged(content, path, partial(read_trusted, mapped=False))
+                content = weight_parts.merged(content, path, partial(load_restricted, mapped=False))
             self._read[path] = content
 
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class ShardFiles:
         Of a file that was not read before (rank 0's weights, whose settings every rank compares) nothing is read
         but what is used.
         """
-        return self._read.get(Path(path)) or read_trusted(Path(path))
+        return self._read.get(Path(path)) or load_restricted(Path(path))
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Make a folder."""
@@ -132,7 +132,7 @@ class ShardFiles:
 
 
 @contextmanager
-def through(files: ShardFiles, engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
+def redirected_to(files: ShardFiles, engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
     """Let ``engine`` write and read its files through ``files`` inside the context."""
     own, engine.checkpoint_engine = engine.checkpoint_engine, files
     try:
@@ -142,7 +142,7 @@ def through(files: ShardFiles, engine: deepspeed.DeepSpeedEngine) -> Iterator[No
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def as_checkpoint_error() -> Iterator[None]:
     """Turn a failure of the disk into a CheckpointError that says what the system says."""
     try:
         yield

@@ -21,7 +21,7 @@ from megatron_sgt.data.sources import Source, find_sources
 from megatron_sgt.data.splits import SPLIT_NAMES
 from megatron_sgt.data.tokenizer import Tokenizer, resolve_vocab_size
 from megatron_sgt.errors import DataError
-from megatron_sgt.parallel.together import on_rank_zero
+from megatron_sgt.parallel.collectives import on_rank_zero
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 import deepspeed
 
 from megatron_sgt.config import Config
-from megatron_sgt.engine.hooks import Hook
+from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.loss_scale import SkipRule
 from megatron_sgt.engine.state import TrainState
 from megatron_sgt.engine.step import Batch, StepResult, train_step
-from megatron_sgt.engine.stop import StopRequests
 from megatron_sgt.errors import SGTError
+from megatron_sgt.guard.stop import StopRequests
 from megatron_sgt.optim.schedule import learning_rate
 from megatron_sgt.parallel.collectives import any_rank, largest
 from megatron_sgt.parallel.groups import ParallelGroups
@@ -43,7 +43,7 @@ class Trainer:
             micro_batches: this rank's micro-batches in data order, starting at ``state.consumed_samples``.
 
         Returns:
-            0 at ``last_step``; the reason for which all ranks have stopped before (see engine/stop.py).
+            0 at ``last_step``; the reason for which all ranks have stopped before (see guard/stop.py).
 
         Raises:
             DivergedError: train.max_consecutive_skipped_steps steps in a row were skipped, those apart that fp16's

@@ -11,11 +11,11 @@ from megatron_sgt import __version__
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.config.hints import unknown_key
 from megatron_sgt.config.presets import PRESETS
-from megatron_sgt.engine.ending import place, run_rank
 from megatron_sgt.engine.prepare import prepare_process
-from megatron_sgt.engine.signals import listening
-from megatron_sgt.engine.stop import StopRequests
 from megatron_sgt.errors import ConfigError, ExitCode
+from megatron_sgt.guard.ending import place, run_rank
+from megatron_sgt.guard.signals import listening
+from megatron_sgt.guard.stop import StopRequests
 from megatron_sgt.launch.environment import RankInfo
 from megatron_sgt.launch.slurm import job_end
 
@@ -117,7 +117,7 @@ def _train(config: Config, info: RankInfo, stop: StopRequests) -> int:
         print(f"megatron_sgt {__version__}: {ranks}, {launcher}", flush=True)
     prepare_process(config, info)  # before the imports, which read the environment
     from megatron_sgt.engine.run import PretrainingRun
-    from megatron_sgt.engine.watch import Watch
+    from megatron_sgt.guard import Watch
     from megatron_sgt.parallel.groups import destroy_groups
 
     with Watch(config, info) as watch:

@@ -12,12 +12,12 @@ from pydantic import ValidationError
 
 from megatron_sgt.checkpoint.find import check_checkpoint, find_checkpoint
 from megatron_sgt.checkpoint.layout import CONFIG_FILE
-from megatron_sgt.checkpoint.load import begins_anew
+from megatron_sgt.checkpoint.load import starts_fresh
 from megatron_sgt.cli import unwritable
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.data.tokenizer import build_tokenizer, resolve_vocab_size
 from megatron_sgt.engine.deepspeed_config import deepspeed_config
-from megatron_sgt.engine.growth_hook import GrowthHook
+from megatron_sgt.engine.hooks.growth import GrowthHook
 from megatron_sgt.errors import CheckpointError, ConfigError
 from megatron_sgt.growth import build_schedule
 from megatron_sgt.metrics.writers import check_packages
@@ -113,7 +113,7 @@ def tokenizer_fingerprint(config: Config) -> str | None:
 
 
 def _check_growth(folder: Path, saved: dict[str, Any], config: Config) -> None:
-    if begins_anew(saved, GrowthHook.name):
+    if starts_fresh(saved, GrowthHook.name):
         return
     schedule = build_schedule(config.growth, config.model.num_layers, config.model.num_attention_heads)
     try:

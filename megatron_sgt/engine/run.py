@@ -16,13 +16,16 @@ from megatron_sgt.data.gpt_dataset import build_datasets
 from megatron_sgt.data.loader import EvalLoader, TrainLoader
 from megatron_sgt.data.tokenizer import build_tokenizer
 from megatron_sgt.engine.build import Runtime, build_runtime, start_processes
-from megatron_sgt.engine.checkpoint_hook import CheckpointHook
-from megatron_sgt.engine.eval_hook import EvalHook
-from megatron_sgt.engine.growth_hook import GrowthHook
-from megatron_sgt.engine.hooks import Hook
-from megatron_sgt.engine.log_hook import LogHook
+from megatron_sgt.engine.hooks.base import Hook
+from megatron_sgt.engine.hooks.checkpoint import CheckpointHook
+from megatron_sgt.engine.hooks.growth import GrowthHook
+from megatron_sgt.engine.hooks.log import LogHook
+from megatron_sgt.engine.hooks.replicas import ReplicaCheckHook
+from megatron_sgt.engine.hooks.spike import LossSpike, SpikeHook
+from megatron_sgt.engine.hooks.straggler import StragglerHook
+from megatron_sgt.engine.hooks.validation import EvalHook
+from megatron_sgt.engine.hooks.watched import watched_batches, watched_hooks
 from megatron_sgt.engine.loop import DivergedError, Trainer
-from megatron_sgt.engine.passed_data import PassedData, batches_past
 from megatron_sgt.engine.preflight import (
     Start,
     check_deepspeed,
@@ -31,23 +34,20 @@ from megatron_sgt.engine.preflight import (
     tokenizer_fingerprint,
     with_vocabulary,
 )
-from megatron_sgt.engine.replica_check import ReplicaCheckHook
-from megatron_sgt.engine.spike import LossSpike, SpikeHook
+from megatron_sgt.engine.skipped_ranges import PassedData, batches_past
 from megatron_sgt.engine.state import TrainState
-from megatron_sgt.engine.stop import StopRequests, named
-from megatron_sgt.engine.straggler import StragglerHook
-from megatron_sgt.engine.watch import Progress, Watch, watched_batches, watched_hooks
 from megatron_sgt.errors import CheckpointError, ExitCode
 from megatron_sgt.growth import Schedule, build_schedule
+from megatron_sgt.guard import Progress, Watch
+from megatron_sgt.guard.stop import StopRequests, named
 from megatron_sgt.launch.environment import RankInfo
 from megatron_sgt.metrics import METRICS_FILE, MetricsHub, build_hub
 from megatron_sgt.model.loop_backend import loop_backend
 from megatron_sgt.model.warm_up import warm_up_loops
 from megatron_sgt.ops.attention import describe_attention
-from megatron_sgt.parallel.collectives import barrier
+from megatron_sgt.parallel.collectives import barrier, on_rank_zero
 from megatron_sgt.parallel.device import resolve_precision
 from megatron_sgt.parallel.groups import ParallelGroups
-from megatron_sgt.parallel.together import on_rank_zero
 from megatron_sgt.planning.loop_cost import choose_loop_method
 
 

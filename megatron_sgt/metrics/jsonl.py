@@ -132,7 +132,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     if damaged:
         line = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")[damaged[0] - 1]
         raise DataError(f"{path}, line {damaged[0]} is no metrics record: {line[:80]!r}")
-    return that_count(records)
+    return without_void_records(records)
 
 
 def read_all(path: str | Path, damaged: list[int]) -> list[dict[str, Any]]:
@@ -157,7 +157,7 @@ def read_all(path: str | Path, damaged: list[int]) -> list[dict[str, Any]]:
     return records
 
 
-def that_count(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def without_void_records(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """``records`` without those that a later resume declared void."""
     kept: list[dict[str, Any]] = []
     for record in records:

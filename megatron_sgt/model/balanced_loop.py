@@ -84,13 +84,13 @@ def _attend(
 
 
 def fused_balanced_loop(
-    layer: LoopingLayer, x: Tensor, rotary: Rotary, kept: KeptWeights, at: HeadBlocks, index: int
+    layer: LoopingLayer, x: Tensor, rotary: Rotary, kept: KeptWeights, blocks: HeadBlocks, index: int
 ) -> Tensor:
     """``balanced_loop`` under sequence parallelism, x [S/tp, B, D], with fused projections."""
     query, key, value, residual = fused_pass.project_in(
         layer,
         x,
-        at,
+        blocks,
         _own_positions(rotary, layer.head_layout.tp_rank, layer.head_layout.tp_size),
         lambda weight, bias: (
             kept.qkv.get(weight, index),
@@ -98,7 +98,7 @@ def fused_balanced_loop(
         ),
     )
     out = _attend(layer, query, key, value, kept, index)
-    return fused_pass.project_out(layer, out, residual, at, lambda weight: kept.proj.get(weight, index))
+    return fused_pass.project_out(layer, out, residual, blocks, lambda weight: kept.proj.get(weight, index))
 
 
 def _own_positions(rotary: Rotary, rank: int, size: int) -> Rotary:

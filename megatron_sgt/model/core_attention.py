@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_sgt.model.entropy_meter import EntropyMeter
 from megatron_sgt.ops.attention import causal_attention
 from megatron_sgt.ops.entropy import last_row_entropy
-from megatron_sgt.ops.library import last_row_entropy as fused_entropy
+from megatron_sgt.ops.operators import last_row_entropy as fused_entropy
 from megatron_sgt.ops.rotary import Rotary, rotate_halves, rotate_heads
 from megatron_sgt.parallel.rng import recompute_contexts
 

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.parallel.groups import ParallelGroups
-from megatron_sgt.parallel.head_layout import HeadLayout
 
 
 class EntropyMeter:

@@ -29,26 +29,26 @@ def blocks_alone(heads: int, groups: int, kv_slot: Tensor, size: int) -> HeadBlo
 
 
 def fused_sparse_loop(
-    layer: LoopingLayer, x: Tensor, rotary: Rotary, state: LoopState, at: HeadBlocks, index: int
+    layer: LoopingLayer, x: Tensor, rotary: Rotary, state: LoopState, blocks: HeadBlocks, index: int
 ) -> Tensor:
     """One pass over the kept heads, as ``sparse_loop`` on one tensor-parallel rank; x [S, B, D]."""
-    query, key, value, residual = project_in(layer, x, at, rotary)
+    query, key, value, residual = project_in(layer, x, blocks, rotary)
     attend = layer.self_attention.core_attention.attend
     out = attend_kept(layer, query, key, value, state.kv_slot, index, state.heads, attend)
-    return project_out(layer, out, residual, at)
+    return project_out(layer, out, residual, blocks)
 
 
 def project_in(
     layer: LoopingLayer,
     x: Tensor,
-    at: HeadBlocks,
+    blocks: HeadBlocks,
     rotary: Rotary,
     select: Any = lambda weight, bias: (weight, bias),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Query [S, B, h, H], key and value [S, B, g, H], residual [S, B, D] (see ``fused_loop.project_in``).
 
     Args:
-        select: (W_qkv, bias) -> what of them ``at`` refers to.
+        select: (W_qkv, bias) -> what of them ``blocks`` refers to.
     """
     attention = layer.self_attention
 
@@ -57,7 +57,7 @@ def project_in(
             def with_head_norms(x: Tensor, head_norms: tuple[Tensor, Tensor] | None) -> Any:
                 kept, kept_bias = select(weight, bias)
                 eps = layer.input_layernorm.eps
-                return fused_loop.project_in(x, norm_weight, kept, kept_bias, head_norms, at, rotary, eps)
+                return fused_loop.project_in(x, norm_weight, kept, kept_bias, head_norms, blocks, rotary, eps)
 
             if attention.q_layernorm is None:
                 return with_head_norms(x, None)
@@ -71,10 +71,14 @@ def project_in(
 
 
 def project_out(
-    layer: LoopingLayer, heads: Tensor, residual: Tensor, at: HeadBlocks, select: Any = lambda weight: weight
+    layer: LoopingLayer,
+    heads: Tensor,
+    residual: Tensor,
+    blocks: HeadBlocks,
+    select: Any = lambda weight: weight,
 ) -> Tensor:
     """residual + kept heads [S, B, h, H] through their columns of W_o (+ its bias): [S, B, D]."""
     out, bias = layer.self_attention.linear_proj(
-        heads, use=lambda heads, weight, _: fused_loop.project_out(heads, residual, select(weight), at)
+        heads, use=lambda heads, weight, _: fused_loop.project_out(heads, residual, select(weight), blocks)
     )
     return out if bias is None else out + bias

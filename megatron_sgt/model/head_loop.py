@@ -24,13 +24,13 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
+from megatron_sgt.arch.head_layout import HeadLayout, KeptHeads
 from megatron_sgt.growth import LayerPlan
 from megatron_sgt.ops import fused_loop
 from megatron_sgt.ops.backend import choose_attention
 from megatron_sgt.ops.fused_loop import HeadBlocks
 from megatron_sgt.ops.rotary import Rotary, rotate_halves
 from megatron_sgt.ops.tiles import arch_of
-from megatron_sgt.parallel.head_layout import HeadLayout, KeptHeads
 
 
 class LoopingLayer(Protocol):

@@ -18,9 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError
-from megatron_sgt.parallel.head_layout import HeadLayout
 
 Kind = Literal["replicated", "rows", "columns", "qkv", "glu", "vocab"]
 

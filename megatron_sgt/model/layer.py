@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.growth import LayerPlan
 from megatron_sgt.model.balanced_loop import balanced_loop, fused_balanced_loop
 from megatron_sgt.model.fused_pass import blocks_alone, blocks_in_place, fused_sparse_loop
@@ -23,7 +24,6 @@ from megatron_sgt.model.head_loop import LoopState, dense_loop, loop_state, spar
 from megatron_sgt.model.kept_weights import KeptWeights, kept_weights
 from megatron_sgt.ops.fused_loop import HeadBlocks
 from megatron_sgt.ops.rotary import Rotary, RotaryTables
-from megatron_sgt.parallel.head_layout import HeadLayout
 from megatron_sgt.parallel.rng import recompute_contexts
 
 

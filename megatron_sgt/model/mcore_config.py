@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.config import Config
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.ops.backend import runs_triton
 from megatron_sgt.parallel.groups import ParallelGroups
-from megatron_sgt.parallel.head_layout import HeadLayout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -14,6 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.config import Config
 from megatron_sgt.model.core_attention import SGTCoreAttention
 from megatron_sgt.model.entropy_meter import EntropyMeter
@@ -22,7 +23,6 @@ from megatron_sgt.model.linear import LoopingColumnParallelLinear, LoopingRowPar
 from megatron_sgt.model.mlp import SwiGLU
 from megatron_sgt.model.norm import NORMS, HeadNorm
 from megatron_sgt.ops.rotary import RotaryTables
-from megatron_sgt.parallel.head_layout import HeadLayout
 from megatron_sgt.planning.loop_cost import choose_loop_method
 
 

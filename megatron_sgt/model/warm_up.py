@@ -16,13 +16,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.config import Config
 from megatron_sgt.growth import LayerPlan
 from megatron_sgt.model.fused_pass import blocks_alone, blocks_in_place
 from megatron_sgt.model.head_loop import loop_state
 from megatron_sgt.model.loop_backend import loop_backend
 from megatron_sgt.model.mcore_config import DTYPES, head_layout
-from megatron_sgt.ops import fused_loop, library
+from megatron_sgt.ops import fused_loop, operators
 from megatron_sgt.ops.attention import causal_attention
 from megatron_sgt.ops.backend import choose_attention
 from megatron_sgt.ops.fused_loop import HeadBlocks
@@ -31,7 +32,6 @@ from megatron_sgt.ops.shard_attention import shard_attention
 from megatron_sgt.ops.tiles import arch_of
 from megatron_sgt.parallel.device import synchronize
 from megatron_sgt.parallel.groups import ParallelGroups
-from megatron_sgt.parallel.head_layout import HeadLayout
 from megatron_sgt.parallel.packed_copy import on_device
 from megatron_sgt.planning.loop_cost import choose_loop_method
 
@@ -100,46 +100,46 @@ class _Passes:
 
     def execute(self, kind: _Kind) -> None:
         """One pass that measures entropies and one that does not, both ways."""
-        at = self._blocks(kind)
+        blocks = self._blocks(kind)
         size, width = self.layout.head_dim, self.model.hidden_size
         if self.layout.tp_size > 1 and not (self.balanced and self.sharded):
             counts = [kind.heads, kind.groups, kind.groups]
             fused = self.zeros(self.queries, self.batch, sum(counts), size)
             query, key, value = fused.split(counts, dim=2)
             query, key = query.contiguous(), key.contiguous()  # as the rotation leaves them
-            out = self._attend(query, key, value, at, kind)
+            out = self._attend(query, key, value, blocks, kind)
             out.backward(torch.zeros_like(out))
             return
-        rows = len(at.row_index) if at.whole else self._local_rows()
-        columns = len(at.column_index) if at.whole else self.layout.heads_per_rank * size
+        rows = len(blocks.row_index) if blocks.whole else self._local_rows()
+        columns = len(blocks.column_index) if blocks.whole else self.layout.heads_per_rank * size
         x = self.zeros(self.queries, self.batch, width)
         bias = self.zeros(rows) if self.model.add_bias_linear or self.model.add_qkv_bias else None
         norms = (self.zeros(size), self.zeros(size)) if self.model.qk_layernorm else None
         angles = torch.zeros(self.queries, size // 2, device=self.device)
         query, key, value, residual = fused_loop.project_in(
-            x, self.zeros(width), self.zeros(rows, width), bias, norms, at,
+            x, self.zeros(width), self.zeros(rows, width), bias, norms, blocks,
             Rotary(angles, angles), self.model.layernorm_epsilon,
         )  # fmt: skip
-        out = self._attend(query, key, value, at, kind)
-        out = fused_loop.project_out(out, residual, self.zeros(width, columns), at)
+        out = self._attend(query, key, value, blocks, kind)
+        out = fused_loop.project_out(out, residual, self.zeros(width, columns), blocks)
         out.backward(torch.zeros_like(out))
 
     def _blocks(self, kind: _Kind) -> HeadBlocks:
         state = loop_state(LayerPlan(1, kind.example(self.held)), self.held)
         assert state is not None
         size = self.layout.head_dim
-        at = (
+        blocks = (
             blocks_alone(kind.heads, kind.groups, state.kv_slot, size)
             if self.balanced
             else blocks_in_place(state, size)
         )
-        return on_device(at, self.device)
+        return on_device(blocks, self.device)
 
     def _local_rows(self) -> int:
         heads, groups = self.layout.heads_per_rank, self.layout.groups_per_rank
         return (heads + 2 * groups) * self.layout.head_dim
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, at: HeadBlocks, kind: _Kind) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, blocks: HeadBlocks, kind: _Kind) -> Tensor:
         """As ``attend_kept``."""
         if self.balanced:
             everyone = torch.cat([key, value], dim=2).repeat(self.layout.tp_size, 1, 1, 1)
@@ -148,11 +148,11 @@ class _Passes:
         pairs, size, length = self.batch * kind.heads, self.layout.head_dim, key.shape[0]
         wanted = self.config.train.loop_attention
         if choose_attention(pairs, length, size, arch_of(query), wanted) == "custom":
-            measured, _ = fused_loop.attend(query, key, value, at, True)
-            return measured + fused_loop.attend(query, key, value, at, False)[0]
+            measured, _ = fused_loop.attend(query, key, value, blocks, True)
+            return measured + fused_loop.attend(query, key, value, blocks, False)[0]
         if kind.groups != kind.heads:
-            key, value = key[:, :, at.slots.long()], value[:, :, at.slots.long()]
-        library.last_row_entropy(query.detach(), key.detach())
+            key, value = key[:, :, blocks.slots.long()], value[:, :, blocks.slots.long()]
+        operators.last_row_entropy(query.detach(), key.detach())
         return (shard_attention if self.balanced else causal_attention)(query, key, value)
 
     def ordinary_entropy(self) -> None:
@@ -160,4 +160,4 @@ class _Passes:
         shape = (self.model.seq_length, self.batch)
         query = self.zeros(*shape, self.layout.heads_per_rank, self.layout.head_dim)
         key = self.zeros(*shape, self.layout.groups_per_rank, self.layout.head_dim)
-        library.last_row_entropy(query.detach(), key.detach())
+        operators.last_row_entropy(query.detach(), key.detach())

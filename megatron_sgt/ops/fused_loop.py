@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sgt.ops import library
+from megatron_sgt.ops import operators
 from megatron_sgt.ops.rotary import Rotary
 
 
@@ -65,7 +65,7 @@ def project_in(
     weight: Tensor,
     bias: Tensor | None,
     head_norms: tuple[Tensor, Tensor] | None,
-    at: HeadBlocks,
+    blocks: HeadBlocks,
     rotary: Rotary,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -79,73 +79,87 @@ def project_in(
         residual.
     """
     q_norm, k_norm = (None, None) if head_norms is None else head_norms
-    return _ProjectIn.apply(x, norm_weight, weight, bias, q_norm, k_norm, at, rotary, eps)
+    return _ProjectIn.apply(x, norm_weight, weight, bias, q_norm, k_norm, blocks, rotary, eps)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, at: HeadBlocks, entropy: bool) -> tuple[Tensor, Tensor]:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, blocks: HeadBlocks, entropy: bool
+) -> tuple[Tensor, Tensor]:
     """Gated causal attention from the last positions: (out [Q, B, h, H], row entropies [B, h, Q] or empty)."""
-    out, _, rows = library.attend(query, key, value, at.gates, at.slots, entropy)
+    out, _, rows = operators.attend(query, key, value, blocks.gates, blocks.slots, entropy)
     return out, rows
 
 
-def project_out(heads: Tensor, residual: Tensor | None, weight: Tensor, at: HeadBlocks) -> Tensor:
+def project_out(heads: Tensor, residual: Tensor | None, weight: Tensor, blocks: HeadBlocks) -> Tensor:
     """residual + kept heads [S, B, h, H] through their columns of weight [D, *] -> [S, B, D]."""
-    return _ProjectOut.apply(heads, residual, weight, at)
+    return _ProjectOut.apply(heads, residual, weight, blocks)
 
 
 class _ProjectIn(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None,
-        q_norm: Tensor | None, k_norm: Tensor | None, at: HeadBlocks, rotary: Rotary, eps: float,
+        q_norm: Tensor | None, k_norm: Tensor | None, blocks: HeadBlocks, rotary: Rotary, eps: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        qkv, r, before = library.project_in(
-            x, norm_weight, weight, bias, at.rows, rotary.cos, rotary.sin, q_norm, k_norm, eps, at.heads
+        qkv, r, before = operators.project_in(
+            x,
+            norm_weight,
+            weight,
+            bias,
+            blocks.rows,
+            rotary.cos,
+            rotary.sin,
+            q_norm,
+            k_norm,
+            eps,
+            blocks.heads,
         )
         ctx.save_for_backward(x, norm_weight, weight, bias, q_norm, k_norm, qkv, r, before)
-        ctx.at, ctx.rotary, ctx.eps = at, rotary, eps
+        ctx.blocks, ctx.rotary, ctx.eps = blocks, rotary, eps
         ctx.set_materialize_grads(False)  # without a residual there is no dout
-        groups = (len(at.rows) - at.heads) // 2
-        query, key, value = qkv.split([at.heads, groups, groups], dim=2)
+        groups = (len(blocks.rows) - blocks.heads) // 2
+        query, key, value = qkv.split([blocks.heads, groups, groups], dim=2)
         return query, key, value, x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor | None) -> tuple[Any, ...]:
         x, norm_weight, weight, bias, q_norm, k_norm, qkv, r, before = ctx.saved_tensors
-        at, rotary = ctx.at, ctx.rotary
-        scaled, coefficient, dnorm = library.head_gradients(
-            dq, dk, dv, qkv, before, r, bias, at.rows, rotary.cos, rotary.sin, q_norm, k_norm,
+        blocks, rotary = ctx.blocks, ctx.rotary
+        scaled, coefficient, dnorm = operators.head_gradients(
+            dq, dk, dv, qkv, before, r, bias, blocks.rows, rotary.cos, rotary.sin, q_norm, k_norm,
             ctx.eps, x.shape[-1],
         )  # fmt: skip
-        dx = library.input_gradient(scaled, coefficient, x, dout, norm_weight, weight, at.rows)
+        dx = operators.input_gradient(scaled, coefficient, x, dout, norm_weight, weight, blocks.rows)
         flat = scaled.flatten(0, 1).flatten(1)
         product = weight_product(flat, x.flatten(0, 1), r.dtype)
-        dweight, dgain = qkv_gradient(product, norm_weight, weight, at)
+        dweight, dgain = qkv_gradient(product, norm_weight, weight, blocks)
         dbias = None
         if bias is not None:
             unscaled = flat.to(r.dtype).t() @ r.flatten().reciprocal()
-            dbias = into_parameter(bias, unscaled, at.row_index, at, 0)
+            dbias = into_parameter(bias, unscaled, blocks.row_index, blocks, 0)
         normed = (None, None) if q_norm is None else (dnorm[0].to(q_norm.dtype), dnorm[1].to(k_norm.dtype))
         return dx, _whole(norm_weight, dgain), dweight, dbias, *normed, None, None, None
 
 
 class _ProjectOut(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, heads: Tensor, residual: Tensor | None, weight: Tensor, at: HeadBlocks) -> Tensor:
+    def forward(
+        ctx: Any, heads: Tensor, residual: Tensor | None, weight: Tensor, blocks: HeadBlocks
+    ) -> Tensor:
         ctx.save_for_backward(heads, weight)
-        ctx.at, ctx.with_residual = at, residual is not None
-        return library.project_out(heads, residual, weight, at.columns)
+        ctx.blocks, ctx.with_residual = blocks, residual is not None
+        return operators.project_out(heads, residual, weight, blocks.columns)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         heads, weight = ctx.saved_tensors
-        at = ctx.at
+        blocks = ctx.blocks
         dout = dout.contiguous()
-        dheads = library.output_gradient(dout, weight, at.columns, at.size)
+        dheads = operators.output_gradient(dout, weight, blocks.columns, blocks.size)
         main = getattr(weight, "main_grad", None)
         wide = (weight if main is None else main).dtype
         product = weight_product(dout.flatten(0, 1), heads.flatten(0, 1).flatten(1), wide)
-        dweight = into_parameter(weight, product, at.column_index, at, 1)
+        dweight = into_parameter(weight, product, blocks.column_index, blocks, 1)
         return dheads, (dout if ctx.with_residual else None), dweight, None
 
 
@@ -163,7 +177,7 @@ def weight_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def qkv_gradient(
-    product: Tensor, norm_weight: Tensor, weight: Tensor, at: HeadBlocks
+    product: Tensor, norm_weight: Tensor, weight: Tensor, blocks: HeadBlocks
 ) -> tuple[Tensor | None, Tensor]:
     """Gradients of the fused projection (None: it went into ``main_grad``) and of the norm's weight, fp32.
 
@@ -176,15 +190,17 @@ def qkv_gradient(
             raise ValueError(
                 f"main_grad of a looped projection must be contiguous, has strides {main.stride()}"
             )
-        return None, library.norm_weight_gradient(product, norm_weight, weight, at.rows, main, True)
-    fill = torch.empty_like if at.whole else torch.zeros_like
+        return None, operators.norm_weight_gradient(product, norm_weight, weight, blocks.rows, main, True)
+    fill = torch.empty_like if blocks.whole else torch.zeros_like
     target = fill(weight, memory_format=torch.contiguous_format)
-    return target, library.norm_weight_gradient(product, norm_weight, weight, at.rows, target, False)
+    return target, operators.norm_weight_gradient(product, norm_weight, weight, blocks.rows, target, False)
 
 
-def into_parameter(parameter: Tensor, part: Tensor, index: Tensor, at: HeadBlocks, dim: int) -> Tensor | None:
+def into_parameter(
+    parameter: Tensor, part: Tensor, index: Tensor, blocks: HeadBlocks, dim: int
+) -> Tensor | None:
     """The gradient of ``parameter`` that is ``part`` at ``index`` along ``dim`` (None: it went into ``main_grad``)."""
-    if at.whole:
+    if blocks.whole:
         return part.to(parameter.dtype)
     main = getattr(parameter, "main_grad", None)
     if main is not None:

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.growth import LayerPlan, LoopPlan
-from megatron_sgt.parallel.head_layout import HeadLayout
 
 
 @dataclass(frozen=True)

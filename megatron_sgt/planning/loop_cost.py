@@ -20,9 +20,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.config import Config
 from megatron_sgt.growth import LayerPlan
-from megatron_sgt.parallel.head_layout import HeadLayout
 from megatron_sgt.planning.traffic import LoopMethod, Transfer, kept_counts, loop_pass_traffic
 
 # The ratio decides, not the values: dense bf16 arithmetic that attention reaches on an H100-class GPU, and the

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.config import Config
 from megatron_sgt.growth import LayerPlan, LoopPlan
-from megatron_sgt.parallel.head_layout import HeadLayout
 from megatron_sgt.planning.loop_cost import LoopMethod, choose_loop_method
 from megatron_sgt.planning.parameters import ELEMENT_BYTES
 from megatron_sgt.planning.state_memory import state_memory

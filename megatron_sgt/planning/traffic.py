@@ -34,9 +34,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.config import Config
 from megatron_sgt.growth import LayerPlan, LoopPlan
-from megatron_sgt.parallel.head_layout import HeadLayout
 from megatron_sgt.planning.parameters import ELEMENT_BYTES, parameter_count, weights
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]

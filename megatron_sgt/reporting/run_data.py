@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from megatron_sgt.errors import DataError
 from megatron_sgt.metrics import METRICS_FILE
-from megatron_sgt.metrics.jsonl import read_all, that_count
+from megatron_sgt.metrics.jsonl import read_all, without_void_records
 
 Record = Mapping[str, Any]
 Floats = NDArray[np.float64]
@@ -118,7 +118,7 @@ def load_run(run_dir: Path, name: str | None = None) -> RunData:
     if damaged:
         some = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
         notes.append(f"{len(damaged)} line(s) of {METRICS_FILE} cannot be read and are left out: {some}")
-    records = [record for record in that_count(everything) if isinstance(record.get("step"), int)]
+    records = [record for record in without_void_records(everything) if isinstance(record.get("step"), int)]
     if not any(record["kind"] == "train" for record in records):
         notes.append("no training step has been reported yet")
     if not any(record["kind"] == "summary" for record in records):

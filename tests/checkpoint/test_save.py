@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from megatron_sgt.checkpoint import layout, manifest, save, shard_files
+from megatron_sgt.checkpoint.restricted import load_restricted
 from megatron_sgt.checkpoint.save import Saved, Saver, growth_fingerprint, layout_of
-from megatron_sgt.checkpoint.trusted import read_trusted
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.errors import CheckpointError
 from tests.helpers.checkpoints import ZERO_1
@@ -81,7 +81,7 @@ def test_what_a_checkpoint_holds(tmp_path: Path) -> None:
     manifest.verify_checksums(folder)
     assert layout.read_json(folder / layout.STATE_FILE) == {**STATE, "layout": where}
     assert isinstance(load_config(folder / layout.CONFIG_FILE), Config)
-    assert torch.equal(read_trusted(folder / layout.rng_file(0))["torch"], torch.get_rng_state())
+    assert torch.equal(load_restricted(folder / layout.rng_file(0))["torch"], torch.get_rng_state())
     assert layout.latest_tag(folder.parent) == "global_step2"
 
 

@@ -12,7 +12,7 @@ import torch
 
 from megatron_sgt.checkpoint.host_copy import Arena
 from megatron_sgt.checkpoint.manifest import describe_file
-from megatron_sgt.checkpoint.shard_files import ShardFiles, through
+from megatron_sgt.checkpoint.shard_files import ShardFiles, redirected_to
 from megatron_sgt.errors import CheckpointError
 
 
@@ -58,7 +58,7 @@ def test_deepspeed_gets_what_was_read_before(tmp_path: Path) -> None:
     files, engine = ShardFiles(), SimpleNamespace(checkpoint_engine="DeepSpeed's own")
     files.read([tmp_path / "a.pt"])
     stand_in: Any = engine
-    with through(files, stand_in):
+    with redirected_to(files, stand_in):
         (tmp_path / "a.pt").unlink()
         for name in ("a.pt", "b.pt"):
             assert engine.checkpoint_engine.load(str(tmp_path / name), map_location="cpu") == {"name": name}

@@ -86,7 +86,7 @@ def from_weights(info: RankInfo, zero: int, precision: str, spoil: str) -> dict[
 
 
 def donor_weights(runtime: Any) -> dict[str, torch.Tensor]:
-    from megatron_sgt.engine.replay import gather_hf_weights
+    from trajectory_parts.run import gather_hf_weights
 
     return gather_hf_weights(runtime, small_config())
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from megatron_sgt.engine import loop
-from megatron_sgt.engine.hooks import StatelessHook
+from megatron_sgt.engine.hooks.base import StatelessHook
 from megatron_sgt.engine.loop import DivergedError, Trainer
 from megatron_sgt.engine.state import TrainState
 from megatron_sgt.engine.step import Batch, StepResult
-from megatron_sgt.engine.stop import Reason, StopRequests
+from megatron_sgt.guard.stop import Reason, StopRequests
 from megatron_sgt.optim.schedule import learning_rate
 from tests.helpers.fake_groups import fake_groups
 from tests.helpers.single import small_config
@@ -222,11 +222,12 @@ def test_a_step_lasts_from_the_end_of_the_one_before(monkeypatch: pytest.MonkeyP
 
 
 def test_who_pauses_training() -> None:
-    from megatron_sgt.engine.checkpoint_hook import CheckpointHook
-    from megatron_sgt.engine.eval_hook import EvalHook
-    from megatron_sgt.engine.growth_hook import GrowthHook
-    from megatron_sgt.engine.log_hook import LogHook
-    from megatron_sgt.engine.watch import Progress, watched_hooks
+    from megatron_sgt.engine.hooks.checkpoint import CheckpointHook
+    from megatron_sgt.engine.hooks.growth import GrowthHook
+    from megatron_sgt.engine.hooks.log import LogHook
+    from megatron_sgt.engine.hooks.validation import EvalHook
+    from megatron_sgt.engine.hooks.watched import watched_hooks
+    from megatron_sgt.guard import Progress
 
     assert EvalHook.pauses and CheckpointHook.pauses and not GrowthHook.pauses and not LogHook.pauses
     hooks = [Takes(Clock(), 0.0, pauses=value) for value in (True, False)]

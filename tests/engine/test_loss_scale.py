@@ -17,7 +17,7 @@ from megatron_sgt.engine.loop import DivergedError, Trainer
 from megatron_sgt.engine.loss_scale import SkipRule, dynamic_scaler
 from megatron_sgt.engine.state import TrainState
 from megatron_sgt.engine.step import StepResult
-from megatron_sgt.engine.stop import StopRequests
+from megatron_sgt.guard.stop import StopRequests
 from megatron_sgt.launch.rank_info import RankInfo
 from tests.helpers.fake_groups import fake_groups
 from tests.helpers.fp16_on_cpu import allow_fp16

@@ -14,8 +14,8 @@ from megatron_sgt.config import Config, load_config
 from megatron_sgt.engine import run as run_module
 from megatron_sgt.engine.loop import DivergedError
 from megatron_sgt.engine.run import PretrainingRun
-from megatron_sgt.engine.watch import Progress
 from megatron_sgt.errors import CheckpointError, ConfigError, DataError
+from megatron_sgt.guard import Progress
 from megatron_sgt.launch.rank_info import LOOPBACK, RankInfo
 from megatron_sgt.metrics import METRICS_FILE
 from megatron_sgt.metrics.jsonl import read_metrics

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from trajectory_parts.run import replay_config
 
 from megatron_sgt.checkpoint import layout
 from megatron_sgt.config import Config
-from megatron_sgt.engine.replay import replay_config
 from megatron_sgt.export.checked import checked_export
 from megatron_sgt.export.hf.loading import load_exported
 from megatron_sgt.export.to_hf import ExportOptions

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trajectory_parts import run as rp
 
-from megatron_sgt.engine import replay as rp
 from megatron_sgt.engine.build import start_processes
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.model.linear import LoopingRowParallelLinear

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.ops.backend import runs_triton
 from megatron_sgt.ops.fused_loop import HeadBlocks, head_blocks
 from megatron_sgt.ops.rotary import Rotary, rotary_table
-from megatron_sgt.parallel.head_layout import HeadLayout
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Where Triton runs (a GPU, or its interpreter in a process of its own) its kernels are tested beside the definitions.
@@ -61,7 +61,7 @@ class Problem:
     q_norm: Tensor | None
     k_norm: Tensor | None
     angles: Tensor
-    at: HeadBlocks
+    blocks: HeadBlocks
     eps: float = 1e-5
 
     @property
@@ -115,7 +115,7 @@ def problem(case: Case, dtype: torch.dtype) -> Problem:
         angles=torch.cat([angles, angles], dim=-1)[:, None, None].to(
             DEVICE, torch.float64 if dtype == torch.float64 else torch.float32
         ),
-        at=head_blocks(*index, case.size),
+        blocks=head_blocks(*index, case.size),
     )
 
 

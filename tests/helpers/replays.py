@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from trajectory_parts import run as rp
 
-from megatron_sgt.engine import replay as rp
 from megatron_sgt.engine.build import start_processes
 from megatron_sgt.launch.rank_info import RankInfo
 from tests.helpers.ranks import SHARED_MEMORY, run_on_ranks

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from trajectory_parts.run import whole_weights
 
 from megatron_sgt.config import Config
-from megatron_sgt.engine.replay import whole_weights
 from megatron_sgt.engine.run import PretrainingRun
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.model.apply_plan import apply_plan, begin_step

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trajectory_parts import run as rp
 
-from megatron_sgt.engine import replay as rp
 from megatron_sgt.engine.build import start_processes
 from megatron_sgt.launch.rank_info import RankInfo
 from tests.helpers.ranks import run_on_ranks

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from megatron_sgt.config import Config
-from megatron_sgt.engine import growth_hook
-from megatron_sgt.engine.hooks import StatelessHook
+from megatron_sgt.engine.hooks import growth as growth_hook
+from megatron_sgt.engine.hooks.base import StatelessHook
 from megatron_sgt.engine.plan_check import PlanMismatchError
 from megatron_sgt.engine.run import PretrainingRun
 from megatron_sgt.engine.state import TrainState

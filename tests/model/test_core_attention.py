@@ -8,12 +8,12 @@ import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
+from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.compat.megatron_cpu import prepare_megatron
 from megatron_sgt.model.core_attention import SGTCoreAttention
 from megatron_sgt.model.entropy_meter import EntropyMeter
 from megatron_sgt.ops.attention import causal_attention_reference
 from megatron_sgt.ops.entropy import last_row_entropy
-from megatron_sgt.parallel.head_layout import HeadLayout
 from megatron_sgt.parallel.rng import seed_for_training
 from tests.helpers.fake_groups import fake_groups
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.model.apply_plan import apply_plan
 from megatron_sgt.model.entropy_meter import EntropyMeter
-from megatron_sgt.parallel.head_layout import HeadLayout
 from tests.helpers.fake_groups import fake_groups
 from tests.helpers.single import random_batch, single_model, small_config
 from tests.helpers.variants import make_weights_uneven

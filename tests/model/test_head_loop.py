@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.config import Config
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.model.apply_plan import apply_plan, sgt_layers
 from megatron_sgt.model.gpt import LanguageModel
 from megatron_sgt.model.head_loop import loop_state, sparse_loop
-from megatron_sgt.parallel.head_layout import HeadLayout
 from tests.helpers.fake_groups import fake_groups
 from tests.helpers.reference_sgt import forward, next_token_loss
 from tests.helpers.single import random_batch, single_model, small_config

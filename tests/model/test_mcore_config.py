@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.config import Config
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth import LayerPlan, LoopPlan
@@ -14,7 +15,6 @@ from megatron_sgt.model import mcore_config
 from megatron_sgt.model.apply_plan import apply_plan, sgt_layers
 from megatron_sgt.model.gpt import build_model
 from megatron_sgt.model.mcore_config import head_layout, transformer_config
-from megatron_sgt.parallel.head_layout import HeadLayout
 from tests.helpers.fake_groups import fake_groups
 from tests.helpers.single import random_batch, single_groups, small_config
 

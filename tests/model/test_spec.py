@@ -6,13 +6,13 @@ import pytest
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.config import Config
 from megatron_sgt.model.core_attention import SGTCoreAttention
 from megatron_sgt.model.entropy_meter import EntropyMeter
 from megatron_sgt.model.layer import SGTLayer
 from megatron_sgt.model.norm import HeadNorm, LayerNorm, RMSNorm
 from megatron_sgt.model.spec import decoder_spec, layer_submodules
-from megatron_sgt.parallel.head_layout import HeadLayout
 from tests.helpers.single import single_model, small_config
 
 LAYOUT = HeadLayout(4, 4, 16)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sgt.ops import library
+from megatron_sgt.ops import operators
 from megatron_sgt.ops.entropy import last_row_entropy
 from tests.helpers.loop_problems import DEVICE, DTYPES, IMPLEMENTATIONS
 from tests.helpers.tensor_shapes import ShapeRecorder
@@ -59,7 +59,7 @@ def test_the_triton_kernel_equals_the_formula(shape: tuple[int, ...], dtype: tor
     heads = shape[2]
     query, key = random_qk(shape, dtype)
     both = torch.cat([query, key], dim=2).to(DEVICE)
-    found = library.last_row_entropy(both[:, :, :heads], both[:, :, heads:])
+    found = operators.last_row_entropy(both[:, :, :heads], both[:, :, heads:])
     assert found.tolist() == pytest.approx(by_hand(query, key), abs=3e-6)
 
 

@@ -36,33 +36,33 @@ Pass = Callable[[Problem, Tensor], Tensor]
 
 def fused_pass(p: Problem, x: Tensor) -> Tensor:
     query, key, value, residual = fused_loop.project_in(
-        x, p.norm_weight, p.weight, p.bias, p.head_norms, p.at, p.rotary, p.eps
+        x, p.norm_weight, p.weight, p.bias, p.head_norms, p.blocks, p.rotary, p.eps
     )
-    out, _ = fused_loop.attend(query, key, value, p.at, False)
-    return fused_loop.project_out(out, residual, p.out_weight, p.at)
+    out, _ = fused_loop.attend(query, key, value, p.blocks, False)
+    return fused_loop.project_out(out, residual, p.out_weight, p.blocks)
 
 
 def plain_pass(p: Problem, x: Tensor) -> Tensor:
     """The same, one step after the other, differentiated by autograd."""
-    at, size = p.at, p.case.size
-    groups = (len(at.rows) - at.heads) // 2
-    rows = block_indices(at.rows, size)
+    blocks, size = p.blocks, p.case.size
+    groups = (len(blocks.rows) - blocks.heads) // 2
+    rows = block_indices(blocks.rows, size)
     bias = None if p.bias is None else p.bias[rows]
     fused = F.linear(rms_norm_reference(x, p.norm_weight, p.eps), p.weight[rows], bias)
-    query, key, value = fused.unflatten(-1, (-1, size)).split([at.heads, groups, groups], dim=2)
+    query, key, value = fused.unflatten(-1, (-1, size)).split([blocks.heads, groups, groups], dim=2)
     if p.head_norms is not None:
         query, key = (
             rms_norm_reference(t, w, p.eps) for t, w in zip((query, key), p.head_norms, strict=True)
         )
     query, key = (rotate(t, p.rotary.cos, p.rotary.sin) for t in (query, key))
-    key, value = (t[:, :, at.slots.long()] for t in (key, value))
-    out = at.gates.to(x)[:, None] * causal_attention_reference(query, key, value)
-    return x + F.linear(out.flatten(2), p.out_weight[:, block_indices(at.columns, size)])
+    key, value = (t[:, :, blocks.slots.long()] for t in (key, value))
+    out = blocks.gates.to(x)[:, None] * causal_attention_reference(query, key, value)
+    return x + F.linear(out.flatten(2), p.out_weight[:, block_indices(blocks.columns, size)])
 
 
 def with_gates(p: Problem, gate: float) -> Problem:
-    gates = torch.full_like(p.at.gates, gate)
-    return replace(p, at=replace(p.at, gates=gates))
+    gates = torch.full_like(p.blocks.gates, gate)
+    return replace(p, blocks=replace(p.blocks, gates=gates))
 
 
 def gradients(p: Problem, one_pass: Pass, loops: int) -> tuple[Tensor, ...]:
@@ -160,10 +160,12 @@ def test_weights_of_any_strides() -> None:
 def test_kept_rows_alone() -> None:
     """A weight that consists of the kept rows gives the same, with a gradient of its own shape."""
     p = problem(CASES["shared group"], torch.float64)
-    rows, columns = block_indices(p.at.rows, p.case.size), block_indices(p.at.columns, p.case.size)
+    rows, columns = block_indices(p.blocks.rows, p.case.size), block_indices(p.blocks.columns, p.case.size)
     counted = (torch.arange(len(t), device=DEVICE) for t in (rows, columns))
-    whole = fused_loop.head_blocks(*counted, p.at.slots, p.case.size, True)
-    kept = replace(p, weight=p.weight[rows].clone(), out_weight=p.out_weight[:, columns].clone(), at=whole)
+    whole = fused_loop.head_blocks(*counted, p.blocks.slots, p.case.size, True)
+    kept = replace(
+        p, weight=p.weight[rows].clone(), out_weight=p.out_weight[:, columns].clone(), blocks=whole
+    )
     found, wanted = gradients(kept, fused_pass, 1), list(gradients(p, fused_pass, 1))
     wanted[3], wanted[4] = wanted[3][rows], wanted[4][:, columns]
     assert_near(found, wanted, 1e-13)
@@ -201,10 +203,10 @@ def test_a_pass_is_few_operations() -> None:
     leaves, rotary = [t.requires_grad_() for t in p.parameters()], p.rotary
     with Operations() as forward:
         query, key, value, residual = fused_loop.project_in(
-            p.x, p.norm_weight, p.weight, p.bias, p.head_norms, p.at, rotary, p.eps
+            p.x, p.norm_weight, p.weight, p.bias, p.head_norms, p.blocks, rotary, p.eps
         )
-        out, _ = fused_loop.attend(query, key, value, p.at, False)
-        out = fused_loop.project_out(out, residual, p.out_weight, p.at)
+        out, _ = fused_loop.attend(query, key, value, p.blocks, False)
+        out = fused_loop.project_out(out, residual, p.out_weight, p.blocks)
     with Operations() as backward:
         torch.autograd.grad(out, leaves, torch.ones_like(out))
     assert forward.counts == Counter(["project_in", "attend", "project_out"])
@@ -239,10 +241,10 @@ def test_compiles_as_one_graph(name: str) -> None:
 
     def one_pass(x: Tensor, norm: Tensor, weight: Tensor, out_weight: Tensor) -> Tensor:
         query, key, value, residual = fused_loop.project_in(
-            x, norm, weight, p.bias, p.head_norms, p.at, rotary, p.eps
+            x, norm, weight, p.bias, p.head_norms, p.blocks, rotary, p.eps
         )
-        out, _ = fused_loop.attend(query, key, value, p.at, False)
-        return fused_loop.project_out(out, residual, out_weight, p.at)
+        out, _ = fused_loop.attend(query, key, value, p.blocks, False)
+        return fused_loop.project_out(out, residual, out_weight, p.blocks)
 
     torch._dynamo.reset()
     compiled = torch.compile(one_pass, backend="aot_eager", fullgraph=True)

@@ -29,29 +29,30 @@ every_implementation = pytest.mark.parametrize("which", IMPLEMENTATIONS)
 def project_in_arguments(p: Problem) -> list[Any]:
     rotary = p.rotary
     return [
-        p.x, p.norm_weight, p.weight, p.bias, p.at.rows, rotary.cos, rotary.sin, p.q_norm, p.k_norm, p.eps, p.at.heads
+        p.x, p.norm_weight, p.weight, p.bias, p.blocks.rows, rotary.cos, rotary.sin,
+        p.q_norm, p.k_norm, p.eps, p.blocks.heads,
     ]  # fmt: skip
 
 
 def head_gradient_arguments(p: Problem) -> list[Any]:
     qkv, r, before = definitions.project_in(*project_in_arguments(p))
-    groups = (len(p.at.rows) - p.at.heads) // 2
+    groups = (len(p.blocks.rows) - p.blocks.heads) // 2
     shape, rotary = (p.case.length, p.case.batch), p.rotary
     grads = [
         random(*shape, n, p.case.size, seed=10 + i, dtype=p.x.dtype)
-        for i, n in enumerate((p.at.heads, groups, groups))
+        for i, n in enumerate((p.blocks.heads, groups, groups))
     ]
     return [
-        *grads, qkv, before, r, p.bias, p.at.rows, rotary.cos, rotary.sin, p.q_norm, p.k_norm, p.eps, p.case.width
+        *grads, qkv, before, r, p.bias, p.blocks.rows, rotary.cos, rotary.sin, p.q_norm, p.k_norm, p.eps, p.case.width
     ]  # fmt: skip
 
 
 def input_gradient_arguments(p: Problem, residual: bool) -> list[Any]:
     shape = (p.case.length, p.case.batch)
-    scaled = random(*shape, len(p.at.rows), p.case.size, seed=20, dtype=p.x.dtype)
+    scaled = random(*shape, len(p.blocks.rows), p.case.size, seed=20, dtype=p.x.dtype)
     coefficient = random(*shape, seed=21, dtype=torch.float32)
     dout = random(*p.x.shape, seed=22, dtype=p.x.dtype) if residual else None
-    return [scaled, coefficient, p.x, dout, p.norm_weight, p.weight, p.at.rows]
+    return [scaled, coefficient, p.x, dout, p.norm_weight, p.weight, p.blocks.rows]
 
 
 def check(which: str, function: Any, module: str, arguments: list[Any], tolerance: float) -> None:
@@ -87,10 +88,10 @@ def test_the_other_products(name: str, residual: bool, dtype: torch.dtype, which
     check(
         which, definitions.input_gradient, BACKWARD, input_gradient_arguments(p, residual), TOLERANCE[dtype]
     )
-    heads = random(p.case.length, p.case.batch, p.at.heads, p.case.size, seed=30, dtype=dtype)
-    arguments = [heads, p.x if residual else None, p.out_weight, p.at.columns]
+    heads = random(p.case.length, p.case.batch, p.blocks.heads, p.case.size, seed=30, dtype=dtype)
+    arguments = [heads, p.x if residual else None, p.out_weight, p.blocks.columns]
     check(which, definitions.project_out, FORWARD, arguments, TOLERANCE[dtype])
-    arguments = [p.x, p.out_weight, p.at.columns, p.case.size]
+    arguments = [p.x, p.out_weight, p.blocks.columns, p.case.size]
     check(which, definitions.output_gradient, BACKWARD, arguments, TOLERANCE[dtype])
 
 
@@ -101,16 +102,16 @@ def test_the_other_products(name: str, residual: bool, dtype: torch.dtype, which
 def test_norm_weight_gradient(add: bool, name: str, dtype: torch.dtype, which: str) -> None:
     """Into a dense gradient in the weights' type, or onto what a main_grad buffer holds; other rows are left alone."""
     p = problem(CASES[name], dtype)
-    product = random(len(p.at.row_index), p.case.width, seed=60, dtype=torch.float32)
+    product = random(len(p.blocks.row_index), p.case.width, seed=60, dtype=torch.float32)
     start = random(*p.weight.shape, seed=61, dtype=torch.float32 if add else dtype)
     run = implementation(which, definitions.norm_weight_gradient, BACKWARD)
     found, wanted = start.clone(), start.double()
-    found_sum = run(product, p.norm_weight, p.weight, p.at.rows, found, add)
-    exactly = exact(product, p.norm_weight, p.weight, p.at.rows)
+    found_sum = run(product, p.norm_weight, p.weight, p.blocks.rows, found, add)
+    exactly = exact(product, p.norm_weight, p.weight, p.blocks.rows)
     wanted_sum = definitions.norm_weight_gradient(*exactly, wanted, add)
     assert_near([found, found_sum], [wanted, wanted_sum], TOLERANCE[dtype], "norm_weight_gradient")
     others = torch.ones(len(start), dtype=torch.bool, device=start.device)
-    others[p.at.row_index] = False
+    others[p.blocks.row_index] = False
     assert torch.equal(found[others], start[others])
 
 

@@ -27,8 +27,8 @@ from megatron_sgt.engine.build import build_runtime, start_processes
 from megatron_sgt.engine.step import train_step
 from megatron_sgt.launch.environment import discover
 from megatron_sgt.metrics.units import file_size, si
+from megatron_sgt.parallel.collectives import gather_or_raise
 from megatron_sgt.parallel.groups import ParallelGroups, destroy_groups
-from megatron_sgt.parallel.together import agreed
 from megatron_sgt.planning.parameters import parameter_count
 
 
@@ -123,7 +123,7 @@ def measure(args: argparse.Namespace, folder: Path, config: Config, groups: Para
 
 def slowest(values: list[float], groups: ParallelGroups) -> list[float]:
     """The largest of all ranks, one by one."""
-    return [max(ranks) for ranks in zip(*agreed(lambda: values, groups), strict=True)]
+    return [max(ranks) for ranks in zip(*gather_or_raise(lambda: values, groups), strict=True)]
 
 
 def random_batch(config: Config) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def main() -> None:
     info = discover()
     groups = start_processes(run_config(args, Path(), info.world_size, async_save=False), info)
     made = tempfile.mkdtemp(prefix="save_stall_", dir=args.dir) if groups.is_main else ""
-    folder = Path(agreed(lambda: made, groups)[0])
+    folder = Path(gather_or_raise(lambda: made, groups)[0])
     config = run_config(args, folder, info.world_size, async_save=False)
     try:
         times = measure(args, folder, config, groups)

@@ -4,7 +4,7 @@ DeepSpeed's own universal checkpoint cannot go between ZeRO 1 and 3 nor start fr
 shares one Adam step between all states and copies group 0's weight decay to every group. This path has its
 own readers and writers, and takes from DeepSpeed only where its shards lie in its files and in its memory.
 
-    trusted.py       one file of DeepSpeed's, without executing what it holds
+    restricted.py    one file of DeepSpeed's, without executing what it holds
     stage0.py, stage12.py, stage3.py
                      one tensor-parallel rank's state from the files of its data-parallel ranks
     convert.py       all ranks merged under Hugging Face names, streamed into safetensors files

@@ -23,8 +23,8 @@ from megatron_sgt.checkpoint.reshard.source import PREFIX
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.model.hf_weights import name_map
+from megatron_sgt.parallel.collectives import gather_or_raise
 from megatron_sgt.parallel.groups import ParallelGroups
-from megatron_sgt.parallel.together import agreed
 
 if TYPE_CHECKING:
     import deepspeed
@@ -80,7 +80,7 @@ def load_into_engine(
     _check_names(model, masters)
     values = _prepare_states(optimizer, masters.tensors, step)
     # Together: what follows are collectives, and one rank may read for longer than another.
-    agreed(lambda: _read(reader, model, masters, values, groups), groups)
+    gather_or_raise(lambda: _read(reader, model, masters, values, groups), groups)
     if loss_scale is not None and getattr(optimizer, "dynamic_loss_scale", False):
         optimizer.loss_scaler.cur_scale = loss_scale
     _refresh_model(optimizer, stage)

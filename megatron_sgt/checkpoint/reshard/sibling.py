@@ -10,8 +10,8 @@ from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.reshard.convert import commit, fresh_folder, write_part
 from megatron_sgt.checkpoint.reshard.source import open_source
 from megatron_sgt.errors import CheckpointError
+from megatron_sgt.parallel.collectives import gather_or_raise, on_rank_zero
 from megatron_sgt.parallel.groups import ParallelGroups
-from megatron_sgt.parallel.together import agreed, on_rank_zero
 
 
 def sibling_of(folder: Path) -> Path:
@@ -40,10 +40,12 @@ def layout_free_copy(folder: Path, groups: ParallelGroups) -> tuple[Path, str]:
         return copy, f"read from {copy}"
     start = time.perf_counter()
     temporary = copy.with_name(copy.name + ".tmp")
-    agreed(lambda: _make_room(folder, temporary) if groups.is_main else None, groups)
+    gather_or_raise(lambda: _make_room(folder, temporary) if groups.is_main else None, groups)
     source = open_source(folder)
-    drift = max(agreed(lambda: write_part(source, temporary, groups.rank, groups.world_size), groups))
-    size = agreed(lambda: commit(source, temporary, copy) if groups.is_main else 0, groups)[0]
+    drift = max(
+        gather_or_raise(lambda: write_part(source, temporary, groups.rank, groups.world_size), groups)
+    )
+    size = gather_or_raise(lambda: commit(source, temporary, copy) if groups.is_main else 0, groups)[0]
     text = f"converted into {copy} ({size / 1e6:,.1f} MB in {time.perf_counter() - start:.1f} s)"
     if drift:
         text += f"; tensor-parallel copies of replicated weights differed by {drift:.1e}, rank 0's were taken"

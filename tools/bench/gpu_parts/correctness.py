@@ -83,7 +83,7 @@ def graph_capture(machine: Machine) -> Iterator[dict[str, Any]]:
         captured = results(p, "custom")
     with torch.no_grad():
         p.x.mul_(0.5)
-        p.at.gates.fill_(0.25)
+        p.blocks.gates.fill_(0.25)
     graph.replay()
     wanted = results(p, "custom")
     same = all(torch.equal(a, b) for a, b in zip(captured, wanted, strict=True))

@@ -75,9 +75,9 @@ def attention(machine: Machine, wanted: dict[str, int]) -> Iterator[dict[str, An
     p = pass_inputs(length, batch, 2 * size, size, machine.device, machine.dtype)
     query, key, value = (torch.randn_like(p.x).unflatten(-1, (2, size)).requires_grad_() for _ in range(3))
     ways: dict[str, Forward] = {
-        "custom": partial(_custom, p.at, False, query, key, value),
-        "custom_entropy": partial(_custom, p.at, True, query, key, value),
-        "custom_whole_keys": partial(_custom, p.at, False, query, key, value),
+        "custom": partial(_custom, p.blocks, False, query, key, value),
+        "custom_entropy": partial(_custom, p.blocks, True, query, key, value),
+        "custom_whole_keys": partial(_custom, p.blocks, False, query, key, value),
         "library": partial(causal_attention, query, key, value),
     }
     row: dict[str, Any] = {"B": batch, "d": size, "T": length}

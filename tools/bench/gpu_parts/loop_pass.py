@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.ops import fused_loop
 from megatron_sgt.ops.attention import causal_attention
 from megatron_sgt.ops.fused_loop import HeadBlocks, head_blocks
 from megatron_sgt.ops.rotary import Rotary, rotary_table
-from megatron_sgt.parallel.head_layout import HeadLayout
 
 EPS = 1e-6
 
@@ -26,7 +26,7 @@ class PassInputs:
     qkv_weight: Tensor
     out_weight: Tensor
     rotary: Rotary
-    at: HeadBlocks
+    blocks: HeadBlocks
     rows: Tensor
     columns: Tensor
     size: int
@@ -58,7 +58,7 @@ def pass_inputs(
         qkv_weight=leaf(3 * width, width, scale=width**-0.5),
         out_weight=leaf(width, width, scale=width**-0.5),
         rotary=rotary_table(torch.cat([angles, angles], dim=-1)[:, None, None]),
-        at=head_blocks(rows, columns, slots, size),
+        blocks=head_blocks(rows, columns, slots, size),
         rows=rows,
         columns=columns,
         size=size,
@@ -74,7 +74,7 @@ def eager_rotate(heads: Tensor, rotary: Rotary) -> Tensor:
 
 def eager_pass(p: PassInputs) -> Tensor:
     """Operation by operation, as ``model.head_loop.sparse_loop``; also what torch.compile is given."""
-    heads = p.at.heads
+    heads = p.blocks.heads
     normed = F.rms_norm(p.x, (p.x.shape[-1],), p.norm_weight, EPS)
     fused = F.linear(normed, p.qkv_weight[p.rows]).unflatten(-1, (3 * heads, p.size))
     query, key, value = fused.split([heads, heads, heads], dim=2)
@@ -85,13 +85,13 @@ def eager_pass(p: PassInputs) -> Tensor:
 def fused_pass(p: PassInputs, library: bool) -> Tensor:
     """The fused projections with the library's attention or the custom one."""
     query, key, value, residual = fused_loop.project_in(
-        p.x, p.norm_weight, p.qkv_weight, None, None, p.at, p.rotary, EPS
+        p.x, p.norm_weight, p.qkv_weight, None, None, p.blocks, p.rotary, EPS
     )
     if library:
         out = causal_attention(query, key, value)
     else:
-        out, _ = fused_loop.attend(query, key, value, p.at, False)
-    return fused_loop.project_out(out, residual, p.out_weight, p.at)
+        out, _ = fused_loop.attend(query, key, value, p.blocks, False)
+    return fused_loop.project_out(out, residual, p.out_weight, p.blocks)
 
 
 def work(

@@ -35,7 +35,7 @@ class Operation:
 def operations(p: PassInputs) -> Iterator[Operation]:
     """Everything that a pass consists of but its attention, on tensors that need no gradients."""
     x, norm, weight, _ = (t.detach() for t in p.leaves())
-    at, cos, sin = p.at, p.rotary.cos, p.rotary.sin
+    at, cos, sin = p.blocks, p.rotary.cos, p.rotary.sin
     arguments = (x, norm, weight, None, at.rows, cos, sin, None, None, EPS, at.heads)
     qkv, r, before = library.project_in(*arguments)
     heads = tuple(t.contiguous() for t in qkv.chunk(3, dim=2))
@@ -50,13 +50,13 @@ def operations(p: PassInputs) -> Iterator[Operation]:
 def _sizes(p: PassInputs) -> tuple[float, float, float]:
     """Operations of a product with one head block per kept head; bytes of [S, B, D] and of all kept q, k and v."""
     tokens, width = p.x.shape[0] * p.x.shape[1], p.x.shape[-1]
-    element, rows = p.x.element_size(), 3 * p.at.heads * p.size
+    element, rows = p.x.element_size(), 3 * p.blocks.heads * p.size
     return 2.0 * tokens * width * rows / 3, tokens * width * element, tokens * rows * element
 
 
 def _forward(p: PassInputs, arguments: tuple[Any, ...], query: Tensor) -> Iterator[Operation]:
     x, norm, weight, out_weight = (t.detach() for t in p.leaves())
-    heads = p.at.heads
+    heads = p.blocks.heads
     product, stream, some = _sizes(p)
 
     def eager_in() -> Tensor:
@@ -70,7 +70,7 @@ def _forward(p: PassInputs, arguments: tuple[Any, ...], query: Tensor) -> Iterat
     yield Operation(
         "project_in", lambda: library.project_in(*arguments), eager_in, 3 * product, stream + some
     )
-    kernel = partial(library.project_out, query, x, out_weight, p.at.columns)
+    kernel = partial(library.project_out, query, x, out_weight, p.blocks.columns)
     yield Operation("project_out", kernel, eager_out, product, 2 * stream + some / 3)
 
 
@@ -78,7 +78,7 @@ def _backward(
     p: PassInputs, arguments: tuple[Any, ...], dout: Tensor, scaled: Tensor, coefficient: Tensor
 ) -> Iterator[Operation]:
     x, norm, weight, out_weight = (t.detach() for t in p.leaves())
-    at, back = p.at, Rotary(p.rotary.cos, -p.rotary.sin)
+    at, back = p.blocks, Rotary(p.rotary.cos, -p.rotary.sin)
     product, stream, some = _sizes(p)
     dq, dk, dv, _, _, r = arguments[:6]
     unscaled = (scaled / r.to(scaled)[..., None, None]).flatten(2)
@@ -111,10 +111,10 @@ def _weight_gradients(p: PassInputs, dout: Tensor, heads: Tensor, scaled: Tensor
 
     def both(first: Tensor, second: Tensor) -> None:
         product = fused_loop.weight_product(scaled.flatten(0, 1).flatten(1), x.flatten(0, 1), torch.float32)
-        fused_loop.qkv_gradient(product, norm, first, p.at)
+        fused_loop.qkv_gradient(product, norm, first, p.blocks)
         wide = getattr(second, "main_grad", second).dtype
         product = fused_loop.weight_product(dout.flatten(0, 1), heads.flatten(0, 1).flatten(1), wide)
-        fused_loop.into_parameter(second, product, p.at.column_index, p.at, 1)
+        fused_loop.into_parameter(second, product, p.blocks.column_index, p.blocks, 1)
 
     tokens, width, rows = x.shape[0] * x.shape[1], x.shape[-1], len(p.rows)
     flops = 2.0 * tokens * width * (rows + len(p.columns))

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from soak_parts.workload import write_data
+
 from gpu_parts.machine import ROOT, Machine
 from megatron_sgt.checkpoint.layout import latest_tag
 from megatron_sgt.metrics import METRICS_FILE
-from megatron_sgt.metrics.jsonl import read_metrics, that_count
-from megatron_sgt.soak.workload import write_data
+from megatron_sgt.metrics.jsonl import read_metrics, without_void_records
 
 STEPS, INTERVAL = 60, 10
 KILLED_AFTER = 2 * INTERVAL
@@ -27,7 +28,7 @@ def golden(machine: Machine) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,
-            "tools/replay_trajectory.py",
+            "tools/trajectory.py",
             "tests/golden/a.safetensors",
             "--out",
             str(Path(folder, "replay.safetensors")),
@@ -140,7 +141,7 @@ def _records(folder: Path) -> list[dict[str, Any]]:
 def judge(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
     """What the records of a run say at its death and at its end; ``passed``: it grew, went on from a checkpoint and
     has every step once."""
-    counted = that_count(after)
+    counted = without_void_records(after)
     first, final = dict(_losses(before)), dict(_losses(counted))
     resumed = next((r["step"] for r in counted if r["kind"] == "resume" and r.get("step")), None)
     repeated = [step for step in first if resumed is not None and step > resumed and step in final]

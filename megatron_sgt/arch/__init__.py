@@ -1,0 +1,1 @@
+"""The one description of an architecture: what a configuration's model consists of. Never imports torch."""

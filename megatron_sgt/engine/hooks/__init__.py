@@ -1,0 +1,1 @@
+"""What can be attached to the training loop; `base.Hook` is the protocol."""

@@ -1,0 +1,134 @@
+"""Saving every so many steps and at the end; loading before the first step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+
+from megatron_sgt.checkpoint.load import load_checkpoint, starts_fresh
+from megatron_sgt.checkpoint.save import Saver
+from megatron_sgt.config import Config
+from megatron_sgt.engine.hooks.base import Hook, StatelessHook
+from megatron_sgt.engine.plan_check import verify_same_plan
+from megatron_sgt.engine.state import TrainState
+from megatron_sgt.engine.step import StepResult
+from megatron_sgt.errors import CheckpointError
+from megatron_sgt.metrics import MetricsHub
+from megatron_sgt.parallel.groups import ParallelGroups
+
+
+class CheckpointHook(StatelessHook):
+    """Saves the engine, the counters and the state of every hook.
+
+    After a skipped step nothing is saved until a step has been applied again: a checkpoint is never written
+    in the middle of a divergence. A save at the interval that fails (a full disk) is told, and tried again at the
+    next one; the last save of a run must succeed.
+    """
+
+    name = "checkpoint"
+    pauses = True
+
+    def __init__(
+        self,
+        config: Config,
+        engine: deepspeed.DeepSpeedEngine,
+        hooks: Sequence[Hook],
+        hub: MetricsHub,
+        groups: ParallelGroups,
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.hooks = hooks
+        self.hub = hub
+        self.groups = groups
+        self.saver = Saver(config, engine, groups, about)
+        self.last_path: Path | None = None
+        self.on_saved: Callable[[float], None] = lambda seconds: None
+        self._saved_at = -1
+
+    def before_run(self, state: TrainState) -> None:
+        """A checkpoint that was just loaded need not be written again."""
+        self._saved_at = state.step if state.step else -1
+        if self.config.checkpoint.save_interval:
+            self.saver.prepare()
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        """Save at the interval; see how far the save in flight is."""
+        interval = self.config.checkpoint.save_interval
+        try:
+            self._poll(wait=False)
+            if result.applied and interval and state.step % interval == 0:
+                self._poll(wait=True)
+                self._start(state)
+                self._poll(wait=not self.config.checkpoint.async_save)
+        except CheckpointError as error:
+            reason = f"{error} (training goes on, the next try is at step {_next(state.step, interval):,})"
+            self.hub.log("save_failed", {"step": state.step, "reason": reason})
+
+    def after_run(self, state: TrainState) -> None:
+        """Save what the run ends with. Raises CheckpointError when that cannot be written."""
+        self.settle(state)
+        if self._saved_at != state.step and state.consecutive_skipped == 0:
+            self._start(state)
+            self._poll(wait=True)
+
+    def settle(self, state: TrainState) -> None:
+        """Wait for the save in flight, if there is one; if it fails, that is told. Collective."""
+        try:
+            self._poll(wait=True)
+        except CheckpointError as error:
+            self.hub.log("save_failed", {"step": state.step, "reason": str(error)})
+
+    def on_stop(self, state: TrainState, reason: int) -> None:
+        """Save what was reached. Before the first step there is nothing that a new start would lack."""
+        if state.step:
+            self.after_run(state)
+
+    def _start(self, state: TrainState) -> None:
+        verify_same_plan(self.engine.module, self.groups)
+        saved = {
+            "trainer": state.state_dict(),
+            "hooks": {hook.name: copy.deepcopy(hook.state_dict()) for hook in self.hooks},
+        }
+        self.saver.start(state.step, saved)
+
+    def _poll(self, wait: bool) -> None:
+        saved = self.saver.poll(wait)
+        if saved is None:
+            return
+        self.last_path, self._saved_at = saved.folder, saved.step
+        self.on_saved(saved.seconds)
+        record = {
+            "step": saved.step,
+            "path": saved.folder,
+            "seconds": saved.seconds,
+            "stall_s": saved.stall_s,
+            "bytes": saved.num_bytes,
+        }
+        self.hub.log("save", record)
+
+    def load(self, folder: Path, saved: dict[str, Any], state: TrainState) -> None:
+        """Continue from the checked checkpoint ``folder`` whose state is ``saved``; collective.
+
+        Raises:
+            CheckpointError: the checkpoint does not fit this run.
+        """
+        note = load_checkpoint(folder, saved, self.config, self.engine, self.groups)
+        if note is not None and self.groups.is_main:
+            print(f"RESHARD  {note}", flush=True)
+        state.load_state_dict(saved["trainer"])
+        for hook in self.hooks:
+            if starts_fresh(saved, hook.name):
+                continue
+            if hook.name not in saved["hooks"] and hook.state_dict():
+                raise CheckpointError(f"checkpoint {folder} holds no state of {hook.name!r}")
+            hook.load_state_dict(saved["hooks"].get(hook.name, {}))
+
+
+def _next(step: int, interval: int) -> int:
+    return (step // interval + 1) * interval if interval else step

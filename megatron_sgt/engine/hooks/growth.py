@@ -1,0 +1,85 @@
+"""The only place where growth meets training.
+
+After every applied step: reduce the measured entropies, fold them into the schedule, let it decide, hand the
+plan to the layers. A skipped step is no step of the schedule, and what was measured in it is forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_sgt.engine.hooks.base import StatelessHook
+from megatron_sgt.engine.plan_check import verify_same_plan
+from megatron_sgt.engine.state import TrainState
+from megatron_sgt.engine.step import StepResult
+from megatron_sgt.errors import CheckpointError
+from megatron_sgt.growth import GrowthEvent, Schedule
+from megatron_sgt.model.apply_plan import apply_plan
+from megatron_sgt.model.entropy_meter import EntropyMeter
+from megatron_sgt.parallel.collectives import broadcast_object
+from megatron_sgt.parallel.groups import ParallelGroups
+
+
+class GrowthHook(StatelessHook):
+    """Drives ``schedule`` from the entropies in ``meter`` and applies its plan to ``model``."""
+
+    name = "growth"
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        model: torch.nn.Module,
+        meter: EntropyMeter,
+        groups: ParallelGroups,
+        on_event: Callable[[GrowthEvent], None] = lambda event: None,
+    ) -> None:
+        self.schedule = schedule
+        self.model = model
+        self.meter = meter
+        self.groups = groups
+        self.on_event = on_event
+        self.events: list[dict[str, Any]] = []
+
+    def before_run(self, state: TrainState) -> None:
+        """Put the schedule's plan (of the start, or of the loaded checkpoint) into force; forget what was measured
+        before, in a step that a rollback undid.
+        """
+        self.meter.reset()
+        self._obey()
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        """Measure, decide, obey."""
+        if not result.applied:
+            self.meter.reset()
+            return
+        if self.schedule.needs_entropy:
+            self.schedule.fold_entropy(self.meter.reduce(self.groups))
+        if self.groups.world_size > 1 and self.schedule.decides_at(state.step):
+            # One decision for all ranks: a last-bit difference between their EMAs could choose differently.
+            self.schedule.load_state_dict(broadcast_object(self.schedule.state_dict(), self.groups))
+        events = self.schedule.after_step(state.step)
+        self._obey()
+        if events:
+            verify_same_plan(self.model, self.groups)
+        for event in events:
+            self.events.append(event.to_dict())
+            self.on_event(event)
+
+    def _obey(self) -> None:
+        apply_plan(self.model, self.schedule.plan)
+        self.meter.enabled = self.schedule.needs_entropy
+
+    def state_dict(self) -> dict[str, Any]:
+        """The schedule's whole state, and every event since the run began."""
+        return {"schedule": self.schedule.state_dict(), "events": self.events}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises CheckpointError when the state belongs to other settings."""
+        try:
+            schedule, self.events = state["schedule"], list(state["events"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"the checkpoint's growth state is damaged: {error!r}") from error
+        self.schedule.load_state_dict(schedule)

@@ -1,0 +1,152 @@
+"""Reports: one record every log interval, one for every growth event."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from megatron_sgt.config import Config
+from megatron_sgt.engine.hooks.base import StatelessHook
+from megatron_sgt.engine.state import TrainState
+from megatron_sgt.engine.step import StepResult
+from megatron_sgt.growth import GrowthEvent, LoopPlan, Schedule, layer_scores
+from megatron_sgt.guard.stop import named
+from megatron_sgt.metrics import EtaEstimator, MetricsHub, peak_flops, throughput_record
+from megatron_sgt.parallel.collectives import mean_over_data_parallel
+from megatron_sgt.parallel.device import device_name, memory_gb
+from megatron_sgt.parallel.groups import ParallelGroups
+from megatron_sgt.planning.flops import overhead, step_flops
+
+
+class LogHook(StatelessHook):
+    """Averages losses over the interval (on the device, so that no step waits for it) and reports them.
+
+    A skipped step is reported at once: a loss that is not finite is never hidden in an average.
+    """
+
+    name = "log"
+
+    def __init__(
+        self, config: Config, schedule: Schedule, hub: MetricsHub, groups: ParallelGroups, precision: str
+    ) -> None:
+        self.config = config
+        self.schedule = schedule
+        self.hub = hub
+        self.groups = groups
+        self.peak = peak_flops(device_name(groups.device), precision)
+        self.eta = EtaEstimator()
+        self.first_loss: float | None = None
+        self.last_loss: float | None = None
+        self.tokens_per_second: float | None = None
+        self._executed: LoopPlan = schedule.plan
+        self._flops_of: dict[LoopPlan, int] = {}
+        self._losses: list[torch.Tensor] = []
+        self._last: StepResult | None = None
+        self._skipped = 0
+        self._timed: list[tuple[float, int]] = []  # (seconds, FLOPs) by step
+        self._first_is_told = False
+
+    def before_run(self, state: TrainState) -> None:
+        """The first step executes the schedule's present plan; what was added up before a rollback is void."""
+        self._executed = self.schedule.plan
+        self._losses, self._skipped, self._timed = [], 0, []
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        """Add up; report at the end of the interval, and after a skipped step."""
+        self._last = result
+        self._losses.append(result.loss)
+        self._skipped += not result.applied
+        self._timed.append((result.seconds, self._model_flops(self._executed)))
+        self._executed = self.schedule.plan  # growth has acted: this is what the next step executes
+        self.hub.advance(state.step)
+        interval = self.config.logging.log_interval
+        if state.step % interval == 0 or state.step == 1 or not result.applied:
+            self._report(state, result)
+
+    def after_run(self, state: TrainState) -> None:
+        """Report the steps since the last report."""
+        if self._last is not None and self._losses:
+            self._report(state, self._last)
+
+    def on_stop(self, state: TrainState, reason: int) -> None:
+        """Say why the run ends here."""
+        self.after_run(state)
+        self.hub.log("stop", {"step": state.step, "reason": named(reason)})
+
+    def _model_flops(self, plan: LoopPlan) -> int:
+        if plan not in self._flops_of:
+            if len(self._flops_of) > 64:  # gates make a new plan every step of a window
+                self._flops_of.clear()
+            self._flops_of[plan] = step_flops(
+                self.config.model, plan, self.config.train.global_batch_size
+            ).model
+        return self._flops_of[plan]
+
+    def _report(self, state: TrainState, result: StepResult) -> None:
+        loss = float(mean_over_data_parallel(torch.stack(self._losses).mean(), self.groups))
+        # What is compiled and allocated in the first step is no other step's: it is told apart from them.
+        first = {} if self._first_is_told else {"first_step_s": self._timed[0][0]}
+        timed = (self._timed[1:] if first else []) or self._timed
+        steps, train = len(timed), self.config.train
+        seconds, flops = sum(s for s, _ in timed), sum(f for _, f in timed)
+        tokens = steps * train.global_batch_size * self.config.model.seq_length
+        self.eta.update(seconds, steps)
+        used, total = memory_gb(self.groups.device)
+        speed = throughput_record(tokens, flops, seconds, self.groups.world_size, self.peak)
+        self.first_loss = loss if self.first_loss is None else self.first_loss
+        self.last_loss = loss
+        self.tokens_per_second = speed["tokens_per_second"]
+        record: dict[str, Any] = {
+            "step": state.step,
+            "train_iters": train.train_iters,
+            "consumed_samples": state.consumed_samples,
+            "consumed_tokens": state.consumed_samples * self.config.model.seq_length,
+            "global_batch_size": train.global_batch_size,
+            "loss": loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "step_time_s": seconds / steps,
+            **first,
+            "model_flops_per_step": flops / steps,
+            **speed,
+            "device": "cpu" if self.groups.device.type == "cpu" else "gpu",
+            "memory_gb": used,
+            "memory_total_gb": total,
+            "eta_s": self.eta.remaining_s(train.train_iters - state.step),
+            "skipped_steps": self._skipped,
+            "nan_steps": int(not math.isfinite(loss)),
+            "total_skipped_steps": state.skipped_steps,
+            "loops": sum(self.schedule.loop_depth()),
+            **self._structure(),
+        }
+        self.hub.log("train", record)
+        self._losses, self._skipped, self._timed, self._first_is_told = [], 0, [], True
+
+    def _structure(self) -> dict[str, Any]:
+        structure: dict[str, Any] = {
+            "phase": self.schedule.phase,
+            "loop_depth": self.schedule.loop_depth(),
+            "other_gates": {str(layer): plan.other_gate for layer, plan in self.schedule.plan.layers},
+        }
+        if self.schedule.needs_entropy:
+            structure["ema_entropy"] = self.schedule.ema.round(6).tolist()
+        return structure
+
+    def on_growth(self, event: GrowthEvent) -> None:
+        """Report one growth event with its cost."""
+        growth = self.config.growth
+        excluded = set(growth.exclude_layers)
+        record: dict[str, Any] = {
+            **event.to_dict(),
+            "max_selected_layers": growth.max_selected_layers,
+            "num_candidates": self.config.model.num_layers - len(excluded),
+            "flops_overhead": overhead(self.config.model, self.schedule.plan.inference()),
+            "ema_entropy": self.schedule.ema.round(6).tolist(),  # what the decision was taken from
+        }
+        if event.layer is not None:
+            scores = layer_scores(self.schedule.ema)
+            above = [n for n, s in enumerate(scores) if n not in excluded and s > scores[event.layer]]
+            record |= {"layer_rank": 1 + len(above), "fade_until_step": event.step + growth.window_size}
+        self.hub.log("growth", record)

@@ -1,0 +1,155 @@
+"""An alarm for silent corruption: weights of which several ranks hold copies must be equal, bit for bit.
+
+Under ZeRO 0 to 2 every data-parallel rank holds all weights of its tensor-parallel share; parameters that are
+not sharded are the same on all tensor-parallel ranks too. Under ZeRO-3 a rank holds a part of each parameter,
+of which the tensor-parallel ranks hold copies where it is not sharded. A flipped bit, or a missing sum of
+gradients, makes copies drift without any error.
+
+Cost: one pass over the weights and a gather of two numbers per rank; the rest only after a difference.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_sgt.engine.hooks.base import StatelessHook
+from megatron_sgt.engine.state import TrainState
+from megatron_sgt.engine.step import StepResult
+from megatron_sgt.errors import SGTError
+from megatron_sgt.parallel.groups import ParallelGroups
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 1 << 22
+"""Elements that are widened to 64 bits at a time: 32 MB, whatever the size of a parameter."""
+
+
+class CorruptionError(SGTError):
+    """Copies of a weight differ: a machine that computes wrongly, or a bug."""
+
+
+class ReplicaCheckHook(StatelessHook):
+    """Compares every ``interval`` steps, and before every save (every ``save_interval`` steps and at the end).
+
+    Comes before the hook that saves: what differs must not become a checkpoint.
+    """
+
+    name = "replicas"
+
+    def __init__(
+        self, model: torch.nn.Module, intervals: Sequence[int], zero_stage: int, groups: ParallelGroups
+    ) -> None:
+        self.model = model
+        self.intervals = [interval for interval in intervals if interval]
+        self.zero_stage = zero_stage
+        self.groups = groups
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        """Compare at the intervals."""
+        if result.applied and any(state.step % interval == 0 for interval in self.intervals):
+            verify_replicas(self.model, state.step, self.zero_stage, self.groups)
+
+    def after_run(self, state: TrainState) -> None:
+        """Compare what the run ends with."""
+        verify_replicas(self.model, state.step, self.zero_stage, self.groups)
+
+    def on_stop(self, state: TrainState, reason: int) -> None:
+        """Compare what will be saved."""
+        self.after_run(state)
+
+
+def checksum(values: Tensor) -> Tensor:
+    """Sum over elements of (bit pattern as an integer) · (2 · index + 1), modulo 2^64: an int64 scalar.
+
+    The factors are odd, so a change of any single element, by any number of bits, changes the sum.
+    """
+    flat = values.detach().reshape(-1).view(_INTEGERS[values.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for start in range(0, flat.numel(), _CHUNK):
+        chunk = flat[start : start + _CHUNK].to(torch.int64)
+        index = torch.arange(start, start + chunk.numel(), dtype=torch.int64, device=flat.device)
+        total += (chunk * (2 * index + 1)).sum()
+    return total
+
+
+def verify_replicas(model: torch.nn.Module, step: int, zero_stage: int, groups: ParallelGroups) -> None:
+    """Compare all copies; collective.
+
+    Raises:
+        CorruptionError: on every rank, naming the ranks whose copies differ from the majority's, and the weights.
+    """
+    if groups.world_size == 1:
+        return
+    names, sharded, sums = _checksums(model, groups.device)
+    shared = sums[~sharded]
+    totals = torch.stack([_fold(shared), _fold(sums[sharded])])
+    gathered = [torch.empty_like(totals) for _ in range(groups.world_size)]
+    dist.all_gather(gathered, totals)
+    everyone = [tuple(row.tolist()) for row in gathered]
+    if not _differing(everyone, zero_stage, groups):
+        return
+    tables = [torch.empty_like(sums) for _ in range(groups.world_size)]
+    dist.all_gather(tables, sums)
+    wrong: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        column = [int(table[index]) for table in tables]
+        pairs = [(0, value) if sharded[index] else (value, 0) for value in column]
+        ranks = _differing(pairs, zero_stage, groups)
+        if ranks:
+            wrong[name] = ranks
+    ranks = sorted({rank for found in wrong.values() for rank in found})
+    shown = ", ".join(list(wrong)[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+    raise CorruptionError(
+        f"after step {step}, weights that must be equal differ: rank {', '.join(map(str, ranks))} from the others, "
+        f"in {shown}. Nothing was saved. Start again from the newest checkpoint; if it happens again, exclude the "
+        "machine of that rank"
+    )
+
+
+def _checksums(model: torch.nn.Module, device: torch.device) -> tuple[list[str], Tensor, Tensor]:
+    """Names, whether each is sharded over tensor-parallel ranks, and checksums of the parameters, on ``device``.
+
+    With ``offload_param`` the parts of large parameters lie in host memory, those of small ones do not; each is
+    summed where it is.
+    """
+    named = list(model.named_parameters())
+    sums = torch.stack([checksum(getattr(p, "ds_tensor", p)).to(device) for _, p in named])
+    sharded = torch.tensor(
+        [bool(getattr(p, "tensor_model_parallel", False)) for _, p in named], device=device
+    )
+    return [name for name, _ in named], sharded, sums
+
+
+def _fold(sums: Tensor) -> Tensor:
+    """One number of several: each counts with an odd factor of its own."""
+    index = torch.arange(sums.numel(), dtype=torch.int64, device=sums.device)
+    return (sums * (2 * index + 1)).sum()
+
+
+def _differing(values: Sequence[tuple[int, ...]], zero_stage: int, groups: ParallelGroups) -> list[int]:
+    """Ranks whose (replicated, sharded) numbers differ from what most of those say that must hold the same.
+
+    Of two copies neither can be told to be the right one: both are named.
+    """
+    wrong: set[int] = set()
+    for kind in (0, 1):
+        for ranks in _copies(kind == 1, zero_stage, groups):
+            votes = Counter(values[rank][kind] for rank in ranks)
+            (most, count), *rest = votes.most_common()
+            tie = bool(rest) and rest[0][1] == count
+            wrong |= {rank for rank in ranks if rest and (tie or values[rank][kind] != most)}
+    return sorted(wrong)
+
+
+def _copies(sharded: bool, zero_stage: int, groups: ParallelGroups) -> list[list[int]]:
+    """Sets of ranks that hold the same values; tensor-parallel ranks are neighbours (Megatron's order)."""
+    tensor, replicas = groups.tp_size, groups.dp_size
+    if zero_stage == 3:
+        return [] if sharded else [[d * tensor + t for t in range(tensor)] for d in range(replicas)]
+    if sharded:
+        return [[d * tensor + t for d in range(replicas)] for t in range(tensor)]
+    return [list(range(groups.world_size))]

@@ -1,0 +1,122 @@
+"""Loss spikes: how one is told from noise, and what follows.
+
+A step whose loss lies more than n standard deviations above the mean of the last accepted losses has done
+harm: its batch, or those before it. The run goes back to its newest checkpoint (weights, optimizer, growth,
+random streams) while the data goes on behind the spike, as was done by hand for PaLM (arXiv 2204.02311,
+section 5.1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from megatron_sgt.config.run import TrainConfig
+from megatron_sgt.engine.hooks.base import StatelessHook
+from megatron_sgt.engine.loop import DivergedError
+from megatron_sgt.engine.skipped_ranges import PassedData
+from megatron_sgt.engine.state import TrainState
+from megatron_sgt.engine.step import StepResult
+from megatron_sgt.metrics import MetricsHub
+from megatron_sgt.parallel.collectives import any_rank, mean_over_data_parallel
+from megatron_sgt.parallel.groups import ParallelGroups
+
+
+class LossSpike(Exception):
+    """Asks the run to go back. ``step``: the step with the spike; ``stop``: where the data goes on behind it."""
+
+    def __init__(self, step: int, loss: float, limit: float, stop: int) -> None:
+        super().__init__(f"loss {loss:.4f} of step {step} is above {limit:.4f}")
+        self.step = step
+        self.loss = loss
+        self.limit = limit
+        self.stop = stop
+
+    def record(self) -> dict[str, Any]:
+        """For the log."""
+        return {"spike_step": self.step, "loss": self.loss, "limit": self.limit}
+
+
+class SpikeRule:
+    """Remembers the last ``window`` accepted losses; judges only when there are that many."""
+
+    def __init__(self, sigma: float, window: int) -> None:
+        self.sigma = sigma
+        self.losses: deque[float] = deque(maxlen=window)
+
+    def limit(self) -> float:
+        """mean + sigma · standard deviation (of the population) of the window; infinite until it is full."""
+        count = len(self.losses)
+        if count < (self.losses.maxlen or 0):
+            return math.inf
+        mean = math.fsum(self.losses) / count
+        variance = math.fsum((loss - mean) ** 2 for loss in self.losses) / count
+        return mean + self.sigma * math.sqrt(variance)
+
+    def accept(self, loss: float) -> None:
+        """Take a loss into the window."""
+        self.losses.append(loss)
+
+
+class SpikeHook(StatelessHook):
+    """Comes before all other hooks: of a step that will be undone they must see nothing.
+
+    It also moves the count of consumed samples past the ranges of ``passed``, as the data itself does.
+    """
+
+    name = "spike"
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        passed: PassedData,
+        can_go_back: Callable[[], bool],
+        hub: MetricsHub,
+        groups: ParallelGroups,
+    ) -> None:
+        self.config = config
+        self.passed = passed
+        self.can_go_back = can_go_back
+        self.hub = hub
+        self.groups = groups
+        self.rule: SpikeRule | None = None
+        if config.spike_sigma is not None:
+            self.rule = SpikeRule(config.spike_sigma, config.spike_window_steps)
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        """Judge the step's loss.
+
+        Raises:
+            LossSpike: on every rank, if it is one and there is a checkpoint to go back to.
+            DivergedError: the run went back train.max_rollbacks times already.
+        """
+        state.consumed_samples = self.passed.after(state.consumed_samples)
+        if self.rule is None or not result.applied:
+            return
+        loss = float(mean_over_data_parallel(result.loss.clone(), self.groups))
+        limit = self.rule.limit()
+        if not any_rank(loss > limit, self.groups):
+            self.rule.accept(loss)
+            return
+        if len(self.passed.ranges) >= self.config.max_rollbacks:
+            raise DivergedError(
+                f"the loss {loss:.4f} of step {state.step} is above {limit:.4f} (mean + train.spike_sigma "
+                f"{self.config.spike_sigma:g} deviations) after {len(self.passed.ranges)} rollbacks; lower optim.lr, "
+                "or raise train.spike_sigma or train.max_rollbacks"
+            )
+        if self.can_go_back():
+            raise LossSpike(state.step, loss, limit, state.consumed_samples)
+        record = LossSpike(state.step, loss, limit, state.consumed_samples).record()
+        self.hub.log("rollback", {"step": state.step, "path": None, **record})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window: after a restart the same losses are judged in the same way."""
+        return {"losses": list(self.rule.losses)} if self.rule is not None and self.rule.losses else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue; a checkpoint without a window (the rule was off) leaves it empty."""
+        if self.rule is not None:
+            self.rule.losses.clear()
+            self.rule.losses.extend(float(loss) for loss in state.get("losses", ()))

@@ -1,0 +1,163 @@
+"""Which rank keeps the others waiting.
+
+Collectives make the step times of all ranks equal: the fast ones wait inside them for the slow one. So each
+rank measures what it does alone: the core attention of a few layers, which communicates nothing (host time on
+a CPU, between stream events on a GPU), and its waiting for data (the host's: on a GPU the queue of work may hide
+some of it). One small gather per report compares them.
+"""
+
+from __future__ import annotations
+
+import socket
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_sgt.engine.hooks.base import StatelessHook
+from megatron_sgt.engine.state import TrainState
+from megatron_sgt.engine.step import StepResult
+from megatron_sgt.metrics import MetricsHub
+from megatron_sgt.model.apply_plan import sgt_layers
+from megatron_sgt.parallel.groups import ParallelGroups
+from megatron_sgt.parallel.stopwatch import Stopwatch
+
+T = TypeVar("T")
+
+TIMED_LAYERS = 4
+"""Layers whose core attention is timed: enough to compare ranks, too few to cost."""
+MIN_STEPS = 10
+"""Steps that a comparison rests on at least."""
+PATIENCE = 3
+"""Comparisons in a row that must agree before a rank is named, or cleared."""
+
+
+@dataclass
+class LagRule:
+    """Names a rank when it is the worst, by more than ``threshold``, PATIENCE times in a row; clears it when it
+    was below half of that as often. ``excess``: how far a rank lies behind the median, as a fraction.
+    """
+
+    threshold: float
+    named: int | None = None
+    _suspect: int | None = None
+    _streak: int = 0
+
+    def judge(self, excess: Sequence[float]) -> int | None:
+        """Take one comparison (a value per rank); returns the rank that is named by it, None if none is newly."""
+        if self.named is not None:
+            self._streak = self._streak + 1 if excess[self.named] < self.threshold / 2 else 0
+            if self._streak >= PATIENCE:
+                self.named, self._streak = None, 0
+            return None
+        worst = max(range(len(excess)), key=excess.__getitem__)
+        if excess[worst] <= self.threshold:
+            self._suspect, self._streak = None, 0
+            return None
+        self._streak = self._streak + 1 if worst == self._suspect else 1
+        self._suspect = worst
+        if self._streak < PATIENCE:
+            return None
+        self.named, self._suspect, self._streak = worst, None, 0
+        return worst
+
+
+def excess_over_median(values: Sequence[float], base: float | None = None) -> list[float]:
+    """How far each value lies above the median (of an even number the lower), as a fraction of ``base`` (None: of
+    the median).
+    """
+    middle = statistics.median_low(values)
+    base = middle if base is None else base
+    return [(value - middle) / base if base > 0 else 0.0 for value in values]
+
+
+class StragglerHook(StatelessHook):
+    """Measures this rank and compares all ranks, every ``interval`` steps (but at least MIN_STEPS).
+
+    ``threshold`` 0, or a single rank: nothing is measured.
+    """
+
+    name = "straggler"
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        interval: int,
+        threshold: float,
+        hub: MetricsHub,
+        groups: ParallelGroups,
+    ) -> None:
+        self.interval = interval
+        self.hub = hub
+        self.groups = groups
+        self.work = Stopwatch(groups.device)
+        self.data = Stopwatch(torch.device("cpu"))
+        self.rules = {"computing": LagRule(threshold), "waiting for data": LagRule(threshold)}
+        self._steps: list[float] = []
+        self.active = threshold > 0 and groups.world_size > 1
+        if not self.active:
+            return
+        layers = sgt_layers(model)
+        for layer in layers[:: max(1, len(layers) // TIMED_LAYERS)]:
+            core = layer.self_attention.core_attention
+            core.register_forward_pre_hook(self._before)
+            core.register_forward_hook(self._after)
+
+    def _before(self, module: torch.nn.Module, inputs: Any) -> None:
+        if module.training:
+            self.work.start()
+
+    def _after(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        self.work.stop()
+
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """The same micro-batches; waiting for them is measured."""
+        iterator = iter(batches)
+        while True:
+            self.data.start()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self.data.stop()
+            yield batch
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        """End the lap; compare at the interval."""
+        if not self.active:
+            return
+        self.work.end_lap()
+        self.data.end_lap()
+        self._steps.append(result.seconds)
+        if state.step % self.interval == 0 and len(self._steps) >= MIN_STEPS:
+            self._compare(state.step)
+
+    def _compare(self, step: int) -> None:
+        # The median of the work: a single disturbed step says nothing. The mean of the waiting: it comes in jerks.
+        own = [statistics.median(self.work.read()), statistics.fmean(self.data.read())]
+        seconds = statistics.fmean(self._steps)
+        self._steps = []
+        mine = torch.tensor([own], dtype=torch.float64, device=self.groups.device)
+        table = [torch.empty_like(mine) for _ in range(self.groups.world_size)]
+        dist.all_gather(table, mine)
+        work, data = torch.cat(table).T.tolist()
+        record: dict[str, Any] = {
+            "step": step,
+            "step_time_s": seconds,
+            "work_s": [round(value, 6) for value in work],
+            "data_wait_s": [round(value, 6) for value in data],
+        }
+        lags = {
+            "computing": excess_over_median(work),
+            "waiting for data": excess_over_median(data, base=seconds),
+        }
+        for what, excess in lags.items():
+            rank = self.rules[what].judge(excess)
+            if rank is not None:
+                hosts: list[str] = [""] * self.groups.world_size
+                dist.all_gather_object(hosts, socket.gethostname())  # all ranks have judged alike
+                record |= {"lagging_rank": rank, "host": hosts[rank], "what": what, "excess": excess[rank]}
+        self.hub.log("ranks", record)

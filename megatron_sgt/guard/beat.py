@@ -1,0 +1,101 @@
+"""What every rank tells the others once a second, and what can be read from it. Pure, but for the two clocks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from megatron_sgt.guard.processes import Identity, process_state, visible
+from megatron_sgt.guard.progress import Mark
+
+STALE_SECONDS = 60.0
+"""A rank of another node that has been silent for so long in an ordinary step is lost, with its node."""
+
+SLOW_STALE_SECONDS = 600.0
+"""The same elsewhere, where compiled code (an index builder) may keep a rank's threads from running for a while."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A sign of life: its running number, the rank's mark, and what its host reports.
+
+    ``oom_kills``: processes killed for want of memory on that host since the run began; ``shm``: used share of
+    its /dev/shm.
+    """
+
+    number: int
+    phase: str
+    step: int
+    count: int
+    quick: bool
+    oom_kills: int
+    shm: float
+
+    @classmethod
+    def of(cls, number: int, mark: Mark, oom_kills: int, shm: float) -> Beat:
+        """The beat of a rank at ``mark``."""
+        return cls(number, mark.phase, mark.step, mark.count, mark.quick, oom_kills, shm)
+
+    @classmethod
+    def from_text(cls, text: str) -> Beat:
+        """Read ``text``."""
+        return cls(**json.loads(text))
+
+    def text(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self))
+
+    @property
+    def place(self) -> str:
+        """As Mark.place."""
+        return Mark(self.phase, self.step, self.count, 0.0, self.quick).place
+
+
+class Listener:
+    """Remembers when each rank's beat last changed, by this process's own clock."""
+
+    def __init__(self) -> None:
+        self.beats: dict[int, Beat] = {}
+        self._changed: dict[int, float] = {}
+
+    def hear(self, rank: int, beat: Beat, now: float) -> None:
+        """Take the beat that the store holds of ``rank``."""
+        known = self.beats.get(rank)
+        if known is None or known.number != beat.number:
+            self._changed[rank] = now
+        self.beats[rank] = beat
+
+    def silent_seconds(self, rank: int, now: float) -> float:
+        """Seconds since the last new beat of ``rank``; 0 if it was never heard."""
+        return now - self._changed.get(rank, now)
+
+    def is_lost(self, rank: int, now: float) -> bool:
+        """Whether a rank that was heard has been silent for too long."""
+        heard = self.beats.get(rank)
+        limit = STALE_SECONDS if heard is not None and heard.quick else SLOW_STALE_SECONDS
+        return self.silent_seconds(rank, now) > limit
+
+
+def next_visible(rank: int, identities: Sequence[Identity]) -> int | None:
+    """The next rank, in a ring, whose process can be seen from ``rank``: the one that it keeps an eye on."""
+    size = len(identities)
+    ring = ((rank + distance) % size for distance in range(1, size))
+    return next((r for r in ring if visible(identities[r], identities[rank])), None)
+
+
+def dead_ranks(identities: Sequence[Identity], own: int) -> list[int]:
+    """Ranks whose processes can be seen from rank ``own`` and are gone."""
+    return [
+        rank
+        for rank, process in enumerate(identities)
+        if rank != own and visible(process, identities[own]) and process_state(process) is None
+    ]
+
+
+def behind(beats: Mapping[int, Beat]) -> list[int]:
+    """Ranks with the fewest marks, if not all have as many."""
+    counts = {rank: beat.count for rank, beat in beats.items()}
+    fewest = min(counts.values(), default=0)
+    late = sorted(rank for rank, count in counts.items() if count == fewest)
+    return late if len(late) < len(counts) else []

@@ -1,0 +1,173 @@
+"""How a rank leaves a failing run: the first failure is claimed by one rank, told once, and ends all.
+
+It is claimed in the store that the ranks share; where that is gone, in a file of the run directory.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+from megatron_sgt.guard import flight_recorder
+from megatron_sgt.guard.report import Failure
+from megatron_sgt.guard.store_channel import StoreChannel, StoreGoneError, bounded
+
+T = TypeVar("T")
+
+STORE_SECONDS = 3.0
+"""How long the store has to answer when a run is failing."""
+LEAVE_SECONDS = 1.5
+"""How long a rank waits before it follows another's failure, which must be told first."""
+RECORD_SECONDS = 5.0
+"""How long the flight recorder has to answer; after twice as long the process ends, whatever holds it up."""
+FIRST_FILE = "first.json"
+REPORT_FILE = "report.txt"
+
+
+class ExitProtocol:
+    """Of ``rank`` among ``world_size``; reports go to ``folder``, which is made only when there is one.
+
+    ``post``: the store; None for a run of one process.
+    """
+
+    def __init__(self, rank: int, world_size: int, folder: Path, post: StoreChannel | None) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.folder = folder
+        self.store_gone = post is None
+        self._post = post
+        self._taken = threading.Lock()
+        self._taker: int | None = None
+
+    def ask(self, question: Callable[[StoreChannel], T]) -> T:
+        """``question`` of the store. Raises StoreGoneError, at once if it has been raised before."""
+        post = self._post
+        if self.store_gone or post is None:
+            raise StoreGoneError("no answer before")
+        try:
+            return bounded(lambda: question(post), STORE_SECONDS)
+        except StoreGoneError:
+            self.store_gone = True
+            raise
+
+    def take(self) -> None:
+        """One thread alone brings this process to its end; any other one that tries waits for that for ever."""
+        if self._taker != threading.get_ident():
+            self._taken.acquire()
+            self._taker = threading.get_ident()
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether a thread is ending this process."""
+        return self._taken.locked()
+
+    def claim(self, failure: Failure) -> Failure:
+        """The run's first failure: ``failure``, told by this rank, if no rank was faster."""
+        text = replace(failure, told_by=self.rank).text()
+        try:
+            return Failure.from_text(self.ask(lambda post: post.claim("failed", text)))
+        except StoreGoneError:
+            return Failure.from_text(self._claim_file(text))
+
+    def _claim_file(self, text: str) -> str:
+        path = self.folder / FIRST_FILE
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            own = path.with_name(f"first.{self.rank}")
+            own.write_text(text)
+            try:
+                os.link(own, path)  # whole or not at all, for one of all ranks
+            except FileExistsError:
+                text = path.read_text()
+            own.unlink()
+        except OSError:  # no file system either: rather told twice than not at all
+            pass
+        return text
+
+    def known_failure(self) -> Failure | None:
+        """What was claimed already."""
+        try:
+            text = self.ask(lambda post: post.get(["failed"]))[0]
+        except StoreGoneError:
+            text = self.claimed_file()
+        return Failure.from_text(text) if text else None
+
+    def claimed_file(self) -> str | None:
+        """What was claimed in the file; None if nothing was."""
+        try:
+            return (self.folder / FIRST_FILE).read_text()
+        except OSError:
+            return None
+
+    def tell(self, failure: Failure, advice: str, details: Sequence[str] = ()) -> None:
+        """Print the block, and leave it in the run directory."""
+        block = failure.block(self.world_size, advice, details)
+        print(block, file=sys.stderr, flush=True)
+        self._write(REPORT_FILE, f"{block}\n")
+
+    def fail(self, failure: Failure, advice: str, details: Sequence[str] = ()) -> NoReturn:
+        """Claim, tell and leave, or follow what was claimed before."""
+        self.take()
+        first = self.claim(failure)
+        if first.told_by != self.rank:
+            self.follow(first)
+        self.tell(failure, advice, details)
+        if failure.kind == "hang":
+            self.dump_collectives()
+            time.sleep(LEAVE_SECONDS)  # a launcher ends the others, who write too, when the first has left
+        self.leave(failure.code)
+
+    def follow(self, failure: Failure) -> NoReturn:
+        """Leave because another rank has failed; a hang leaves this rank's stacks behind."""
+        self.take()
+        if failure.kind == "hang":
+            self.dump_stacks(f"{failure.who} hangs, in {failure.place}")
+            self.dump_collectives()
+        time.sleep(LEAVE_SECONDS)
+        self.leave(failure.code)
+
+    def dump_stacks(self, why: str) -> None:
+        """The Python stacks of all threads, to stderr and into this rank's file of the run directory."""
+        print(f"[rank {self.rank}] {why}; stacks of all threads:", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        name = f"rank_{self.rank:05d}.stacks.txt"
+        if self._write(name, f"{why}\n"):
+            with (self.folder / name).open("a") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+
+    def dump_collectives(self) -> None:
+        """What this rank's collectives were doing, into its files of the run directory; after a hang was told.
+
+        Reading it asks the driver about every collective. Where that never returns, this thread goes on without;
+        where it keeps Python's lock as well, a timer that needs none ends the process.
+        """
+        faulthandler.dump_traceback_later(2 * RECORD_SECONDS, exit=True, file=2)
+        try:
+            said = bounded(lambda: flight_recorder.write(self.folder, self.rank), RECORD_SECONDS)
+        except Exception as error:
+            said = f"no record of its collectives: {error}"
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        print(f"[rank {self.rank}] {said}", file=sys.stderr, flush=True)
+
+    def _write(self, name: str, text: str) -> bool:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / name).write_text(text)
+        except OSError as error:
+            print(f"cannot write {self.folder / name}: {error}", file=sys.stderr)
+            return False
+        return True
+
+    def leave(self, code: int) -> NoReturn:
+        """End this process at once: its training thread may wait in a collective for ever."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -1,0 +1,145 @@
+"""The alarm for silent corruption: one unit in the last place, anywhere, on one rank, is seen and named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sgt.engine.hooks.replicas import (
+    CorruptionError,
+    ReplicaCheckHook,
+    _differing,
+    checksum,
+    verify_replicas,
+)
+from megatron_sgt.engine.state import TrainState
+from megatron_sgt.engine.step import StepResult
+from megatron_sgt.launch.rank_info import RankInfo
+from tests.engine.test_step import Steps
+from tests.helpers.fake_groups import fake_groups
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.two_devices import GPU, TwoDevices, device_of, on_gpu
+
+NORM = "gpt.decoder.final_layernorm.weight"
+QKV = "gpt.decoder.layers.1.self_attention.linear_qkv.weight"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_every_single_bit_counts(dtype: torch.dtype) -> None:
+    values = torch.randn(257, dtype=torch.float64).to(dtype)
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    original = int(checksum(values))
+    for index in (0, 100, 256):
+        for bit in range(8 * values.element_size() - 1):
+            flipped = values.clone()
+            flipped.view(integer)[index] ^= 1 << bit
+            assert int(checksum(flipped)) != original, (index, bit)
+    assert int(checksum(values.flip(0))) != original, "the order counts"
+
+
+def test_chunks_do_not_change_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randn(1000)
+    whole = int(checksum(values))
+    monkeypatch.setattr("megatron_sgt.engine.hooks.replicas._CHUNK", 64)
+    assert int(checksum(values)) == whole
+
+
+@pytest.mark.parametrize(
+    ("values", "zero", "wrong"),
+    [
+        ([(1, 5), (1, 6), (1, 5), (1, 6)], 1, []),
+        ([(1, 5), (1, 6), (2, 5), (1, 6)], 1, [2]),  # the majority of four tells
+        ([(1, 5), (1, 6), (1, 5), (1, 7)], 1, [1, 3]),  # of two copies neither
+        ([(1, 5), (2, 6), (3, 7), (3, 8)], 3, [0, 1]),  # parts: compared within a tensor-parallel group only
+        ([(1, 5), (2, 6), (2, 7), (2, 8)], 2, [0, 2, 1, 3]),
+    ],
+)
+def test_who_differs(values: list[tuple[int, int]], zero: int, wrong: list[int]) -> None:
+    groups = fake_groups(tp_size=2, dp_size=2)
+    assert _differing(values, zero, groups) == sorted(wrong)
+
+
+def change_one_weight(info: RankInfo, tensor: int, zero: int, name: str, rank: int) -> str:
+    """Two steps, then one unit in the last place of one weight on ``rank``; returns the alarm's words."""
+    steps = Steps(info, tensor, zero, clip=1.0)
+    for step in (0, 1):
+        steps.take(step)
+        verify_replicas(steps.runtime.model, step, zero, steps.groups)
+    if info.rank == rank:
+        parameter: Any = dict(steps.runtime.model.named_parameters())[name]
+        with torch.no_grad():
+            flat = getattr(parameter, "ds_tensor", parameter).view(-1)
+            flat[3] = torch.nextafter(flat[3], torch.tensor(torch.inf))
+    try:
+        verify_replicas(steps.runtime.model, 2, zero, steps.groups)
+    except CorruptionError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("world_size", "tensor", "zero", "name", "rank", "named"),
+    [
+        (4, 2, 1, NORM, 3, "rank 3 from"),  # a replicated weight on a tensor-parallel rank
+        (3, 1, 2, QKV, 1, "rank 1 from"),  # a data-parallel replica
+        (2, 1, 0, QKV, 1, "rank 0, 1 from"),
+        (2, 2, 3, NORM, 0, "rank 0, 1 from"),
+    ],
+)
+def test_one_unit_in_the_last_place_is_seen(
+    world_size: int, tensor: int, zero: int, name: str, rank: int, named: str
+) -> None:
+    told = run_on_ranks(world_size, change_one_weight, tensor, zero, name, rank)
+    assert len(set(told)) == 1, "every rank raises the same"
+    assert named in told[0] and name in told[0] and "after step 2" in told[0], told[0]
+
+
+class Part(torch.nn.Parameter):
+    """A parameter of which this rank holds a part, as under ZeRO-3."""
+
+    ds_tensor: torch.Tensor
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_weights_in_host_memory_are_compared_by_the_gpus(
+    monkeypatch: pytest.MonkeyPatch, wrong: bool
+) -> None:
+    """Parts of large weights on the host, of small ones not (``offload_param``); NCCL takes a GPU's tensors only."""
+    model = torch.nn.ParameterDict({name: Part(torch.empty(0)) for name in ("host", "device")})
+    model["host"].ds_tensor, model["device"].ds_tensor = torch.ones(5), on_gpu(torch.ones(3))
+
+    def gather(outputs: list[torch.Tensor], mine: torch.Tensor) -> None:
+        assert {device_of(t) for t in (*outputs, mine)} == {GPU}, (
+            "No backend type associated with device type cpu"
+        )
+        for rank, output in enumerate(outputs):
+            output.copy_(mine + (rank if wrong else 0))
+
+    monkeypatch.setattr("megatron_sgt.engine.hooks.replicas.dist.all_gather", gather)
+    groups = replace(fake_groups(tp_size=2), device=GPU)
+    with TwoDevices():
+        if wrong:
+            with pytest.raises(CorruptionError, match="rank 0, 1 from the others, in device, host"):
+                verify_replicas(model, 1, 3, groups)
+        else:
+            verify_replicas(model, 1, 3, groups)
+
+
+def test_when_it_compares(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(
+        "megatron_sgt.engine.hooks.replicas.verify_replicas", lambda model, step, *rest: seen.append(step)
+    )
+    hook = ReplicaCheckHook(torch.nn.Linear(1, 1), (4, 6, 0), 1, fake_groups())
+    for step in range(1, 13):
+        hook.after_step(TrainState(step=step), StepResult(torch.tensor(1.0), 1.0, step != 8, 0.1, 0.1))
+    assert seen == [4, 6, 12]
+    hook.after_run(TrainState(step=13))
+    hook.on_stop(TrainState(step=14), 1)
+    assert seen == [4, 6, 12, 13, 14]
+    nothing = ReplicaCheckHook(torch.nn.Linear(1, 1), (0, 0), 1, fake_groups())
+    nothing.after_step(TrainState(step=0), StepResult(torch.tensor(1.0), 1.0, True, 0.1, 0.1))
+    assert seen[-1] == 14

@@ -1,0 +1,103 @@
+"""Who holds up the others: the rule on noise and on a slow rank, and a real slow rank."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sgt.config import Config
+from megatron_sgt.engine.hooks.straggler import MIN_STEPS, PATIENCE, LagRule, excess_over_median
+from megatron_sgt.launch.rank_info import RankInfo
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.runs import pretrain, reported, tiny_config, write_tiny_data
+
+RANKS = 64
+
+
+def comparison(rng: random.Random, slow: dict[int, float]) -> list[float]:
+    """Medians over ten steps of 64 ranks' work, each step with 5 % noise and a spike now and then."""
+
+    def work(rank: int) -> float:
+        steps = [
+            (1 + slow.get(rank, 0.0)) * rng.lognormvariate(0, 0.05) * (3 if rng.random() < 0.02 else 1)
+            for _ in range(10)
+        ]
+        return statistics.median(steps)
+
+    return excess_over_median([work(rank) for rank in range(RANKS)])
+
+
+def test_noise_names_nobody() -> None:
+    rng, rule = random.Random(1), LagRule(0.15)
+    assert [rule.judge(comparison(rng, {})) for _ in range(1000)] == [None] * 1000
+
+
+def test_a_rank_slower_by_a_fifth_is_named_within_fifty_steps() -> None:
+    """Comparisons every ten steps."""
+    for seed in range(20):
+        rng, rule = random.Random(seed), LagRule(0.15)
+        named = [rule.judge(comparison(rng, {17: 0.2})) for _ in range(5)]
+        assert [rank for rank in named if rank is not None] == [17], seed
+
+
+def test_it_is_named_once_and_cleared_only_when_it_has_recovered() -> None:
+    rule = LagRule(0.2)
+    slow, half, fine = [0.0, 0.5], [0.0, 0.15], [0.0, 0.05]
+    assert [rule.judge(slow) for _ in range(PATIENCE + 5)].count(1) == 1
+    for _ in range(PATIENCE + 5):
+        rule.judge(half)
+    assert rule.named == 1, "between the two thresholds nothing changes"
+    for _ in range(PATIENCE):
+        rule.judge(fine)
+    assert rule.named is None
+    assert [rule.judge(slow) for _ in range(PATIENCE)][-1] == 1
+
+
+def test_the_same_rank_must_lag_in_a_row() -> None:
+    rule = LagRule(0.2)
+    assert [rule.judge(e) for e in ([0.5, 0.0], [0.0, 0.5]) * 10] == [None] * 20
+
+
+def test_excess() -> None:
+    assert excess_over_median([1.0, 1.0, 1.5]) == [0.0, 0.0, 0.5]
+    assert excess_over_median([0.0, 0.0, 0.1], base=0.5) == pytest.approx([0.0, 0.0, 0.2])
+    assert excess_over_median([0.0, 0.0, 0.0]) == [0.0, 0.0, 0.0]
+
+
+def pretrain_slowed(info: RankInfo, config: Config, rank: int, where: str) -> None:
+    """Train with one rank slow in its attention, or in fetching data."""
+    from megatron_sgt.data.loader import TrainLoader
+    from megatron_sgt.model.core_attention import SGTCoreAttention
+
+    owner: Any = SGTCoreAttention if where == "computing" else TrainLoader
+    name = "attend" if where == "computing" else "__next__"
+    original = getattr(owner, name)
+
+    def slowed(self: Any, *args: Any) -> Any:
+        time.sleep(0.01 if where == "computing" else 0.04)
+        return original(self, *args)
+
+    if info.rank == rank:
+        setattr(owner, name, slowed)
+    pretrain(info, config)
+
+
+@pytest.mark.parametrize("where", ["computing", "waiting for data"])
+def test_a_slow_rank_is_named_although_all_steps_take_the_same_time(where: str, tmp_path: Path) -> None:
+    data = write_tiny_data(tmp_path)
+    steps = PATIENCE * MIN_STEPS
+    config = tiny_config(
+        tmp_path / "run", data, train={"train_iters": steps, "eval_interval": 0, "straggler_threshold": 0.25}
+    )
+    run_on_ranks(2, pretrain_slowed, config, 1, where)
+    records = reported(tmp_path / "run", "ranks")
+    assert [record["step"] for record in records] == [MIN_STEPS * n for n in range(1, PATIENCE + 1)]
+    named = [(r["step"], r["lagging_rank"], r["what"]) for r in records if "lagging_rank" in r]
+    assert named == [(steps, 1, where)]
+    measured = records[-1]["work_s" if where == "computing" else "data_wait_s"]
+    assert measured[1] > 3 * measured[0], "the fast rank's waiting does not hide the slow one"

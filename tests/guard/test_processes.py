@@ -1,0 +1,92 @@
+"""What is read of processes: alive, stopped, ended but not collected, another one with the same number."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_sgt.guard import processes
+from megatron_sgt.guard.processes import Identity, own_identity, process_state, visible
+
+
+def identity_of(process: subprocess.Popen[bytes]) -> Identity:
+    stat = processes._stat(process.pid)
+    assert stat is not None
+    return dataclasses.replace(own_identity(), pid=process.pid, start=stat[1])
+
+
+def test_a_process_through_its_life() -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        identity = identity_of(process)
+        assert process_state(identity) in ("S", "R", "D")
+        process.send_signal(signal.SIGSTOP)
+        deadline = time.monotonic() + 10
+        while process_state(identity) != "T" and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert process_state(identity) == "T"
+        os.kill(process.pid, signal.SIGKILL)
+        while process_state(identity) is not None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert process_state(identity) is None, "ended, though nobody has collected it yet"
+        assert Path(f"/proc/{process.pid}").exists()
+    assert process_state(identity) is None
+
+
+def test_another_process_with_the_same_number_is_not_taken_for_it() -> None:
+    own = own_identity()
+    assert process_state(own) is not None
+    assert process_state(dataclasses.replace(own, start=own.start - 1)) is None
+
+
+def test_who_can_be_seen() -> None:
+    own = own_identity()
+    assert visible(dataclasses.replace(own, pid=1), own)
+    assert not visible(dataclasses.replace(own, space="another host"), own)
+    assert not visible(dataclasses.replace(own, space=""), dataclasses.replace(own, space=""))
+
+
+@pytest.mark.parametrize(
+    ("text", "kills"), [("low 0\noom 3\noom_kill 2\noom_group_kill 0\n", 2), ("low 0\n", 0), (None, 0)]
+)
+def test_oom_kills(text: str | None, kills: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "memory.events"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setattr(processes, "_MEMORY_EVENTS", file)
+    assert processes.oom_kills() == kills
+
+
+def test_shm() -> None:
+    assert 0.0 <= processes.shm_used() <= 1.0
+
+
+def test_whereabouts() -> None:
+    """Busy in a line of its own, or waiting in a collective: told apart by the files on the stack."""
+    source = "def all_reduce():\n    ready.set()\n    go.wait(20)\n"
+    stuck = "def busy():\n    all_reduce()\n"
+    for file, expected in (
+        ("/x/torch/distributed/distributed_c10d.py", "waiting in all_reduce, called from busy (step.py:2)"),
+        ("/x/megatron_sgt/parallel/collectives.py", "waiting at the store, called from busy (step.py:2)"),
+        ("/x/numpy/core.py", "at wait (threading.py:"),
+    ):
+        ready, go = threading.Event(), threading.Event()
+        names = {"ready": ready, "go": go}
+        exec(compile(source, file, "exec"), names)
+        exec(compile(stuck, "/x/megatron_sgt/engine/step.py", "exec"), names)
+        thread = threading.Thread(target=names["busy"])  # type: ignore[arg-type]
+        thread.start()
+        assert ready.wait(10) and thread.ident is not None
+        time.sleep(0.05)
+        said = processes.whereabouts(thread.ident)
+        go.set()
+        thread.join()
+        assert said.startswith(expected) and "busy (step.py:2)" in said, (said, sys.version)
+    assert processes.whereabouts(-1) == "no Python code"

@@ -1,0 +1,70 @@
+"""The processes of one start of a run: forked, so that a start takes a second, not ten."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+
+from megatron_sgt.launch.rank_info import LOOPBACK, RankInfo, free_port, to_environ
+
+RANKS = 2
+
+_context = multiprocessing.get_context("forkserver")
+
+
+def start_server() -> None:
+    """Start the process that ranks are forked from; it imports torch, Megatron-Core and DeepSpeed once."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # the ranks share the cores, and the order of sums must not change
+    _context.set_forkserver_preload(["megatron_sgt.engine.run", "soak_parts.ranks"])
+    forkserver.ensure_running()
+
+
+class Ranks:
+    """The processes of one start of the run, forked from a server that has imported everything."""
+
+    def __init__(self, config: Path, log: Path) -> None:
+        port = free_port()
+        self.processes = [
+            _context.Process(target=_rank_main, args=(rank, port, str(config), str(log)))
+            for rank in range(RANKS)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def alive(self) -> bool:
+        """Whether no rank has left."""
+        return all(process.exitcode is None for process in self.processes)
+
+    def send(self, number: signal.Signals, *ranks: int) -> None:
+        """Send a signal to some ranks, or to all."""
+        for rank in ranks or range(RANKS):
+            if self.processes[rank].exitcode is None:
+                os.kill(self.processes[rank].pid or 0, number)
+
+    def end(self, patience: float) -> list[int]:
+        """Exit codes. What has not left after ``patience`` seconds is killed, as launchers do."""
+        deadline = time.monotonic() + patience
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        self.send(signal.SIGKILL)
+        for process in self.processes:
+            process.join()
+        return [process.exitcode or 0 for process in self.processes]
+
+
+def _rank_main(rank: int, port: int, config: str, log: str) -> None:
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    os.environ.update(to_environ(RankInfo(rank, RANKS, rank, RANKS, LOOPBACK, port, "torchrun")))
+    import torch
+
+    from megatron_sgt.engine.main import main
+
+    torch.set_num_threads(1)
+    code = main(["--config", config])
+    sys.stdout.flush()
+    os._exit(code)

@@ -1,0 +1,97 @@
+#!/usr/bin/env python
+"""Replay a recorded trajectory and compare with it. Alone, or under torchrun for parallel layouts:
+
+python tools/trajectory.py tests/golden/a.safetensors --out replay.safetensors --compare
+torchrun --nproc-per-node 4 tools/trajectory.py tests/golden/a.safetensors \\
+    --out replay.safetensors --tensor-parallel 2 --zero 1 --compare
+
+Inputs are the file's init/*, tokens, probe_tokens and metadata only; --compare reads the rest of it
+afterwards and exits with 1 beyond the tolerances.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_sgt.cli import output, positive
+from megatron_sgt.guard.ending import place, run_rank
+
+
+def parse() -> argparse.Namespace:
+    """Command-line arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path, help="trajectory file (safetensors)")
+    parser.add_argument(
+        "--out", type=output, required=True, metavar="FILE", help="file to write, with the same keys"
+    )
+    parser.add_argument(
+        "--tensor-parallel", type=positive, default=1, metavar="N", help="tensor-parallel size"
+    )
+    parser.add_argument("--zero", type=int, default=1, choices=(0, 1, 2, 3), help="DeepSpeed ZeRO stage")
+    parser.add_argument(
+        "--micro-batch",
+        type=positive,
+        metavar="N",
+        help="sequences per micro-batch (default: the file's, or what fits)",
+    )
+    parser.add_argument(
+        "--sequence-parallel", action="store_true", help="shard activations between the linears"
+    )
+    parser.add_argument(
+        "--loop-method", default="auto", choices=("auto", "owner", "balanced"), help="[%(default)s]"
+    )
+    parser.add_argument(
+        "--recompute", default="none", choices=("none", "selective", "full"), help="[%(default)s]"
+    )
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="[%(default)s]")
+    parser.add_argument(
+        "--compare", action="store_true", help="print differences from the file; exit 1 beyond tolerance"
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Replay, write, compare."""
+    args = parse()
+    from trajectory_parts import run as rp
+
+    from megatron_sgt.engine.build import start_processes
+    from megatron_sgt.parallel.groups import destroy_groups
+
+    tensors, meta = rp.read_trajectory(args.file)
+    info = place()
+    per_rank = meta["global_batch"] // max(1, info.world_size // args.tensor_parallel)
+    micro = args.micro_batch or min(meta["micro_batch"], per_rank)
+    overrides = {
+        "parallel": {
+            "tensor_model_parallel_size": args.tensor_parallel,
+            "zero_stage": args.zero,
+            "sequence_parallel": args.sequence_parallel,
+            "loop_method": args.loop_method,
+            "device": args.device,
+        },
+        "train": {"micro_batch_size": micro, "recompute_granularity": args.recompute},
+    }
+    config = rp.replay_config(tensors, meta, overrides)
+    groups = start_processes(config, info)
+    inputs = {k: v for k, v in tensors.items() if k.startswith("init/") or k in ("tokens", "probe_tokens")}
+    result, result_meta = rp.replay(config, groups, inputs, meta)
+    status = 0
+    if groups.is_main:
+        rp.write_trajectory(Path(args.out), result, result_meta)
+        if args.compare:
+            differences, problems = rp.compare(result, result_meta, tensors, meta)
+            for name, value in differences.items():
+                print(f"{name:14s} max |difference| {value:.2e}")
+            print("\n".join(problems) if problems else "all events equal, everything within tolerance")
+            status = 1 if problems else 0
+    destroy_groups()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(run_rank(main))

@@ -1,0 +1,1 @@
+"""Executing a recorded trajectory of SGT, and comparing with it."""
