@@ -9,11 +9,13 @@ import pytest
 
 from tests.architecture.source_tree import PACKAGE, ROOT, Source, python_sources
 
-# Lower numbers are imported by higher ones. errors, cli which reports them, and extensions are below everything.
+# Lower numbers are imported by higher ones. errors, cli which reports them, extensions and the format of metrics.jsonl
+# are below everything.
 LAYERS = {
     "errors": -3,
     "cli": -2,
     "extensions": -2,
+    "jsonl": -2,
     "config": -1,
     "arch": 0,
     "growth": 1,
@@ -39,6 +41,7 @@ TORCH_FREE = (
     "errors",
     "cli",
     "extensions",
+    "jsonl",
     "config",
     "arch",
     "growth",
