@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from megatron_sgt.checkpoint.size import check_disk, checkpoint_bytes
 from megatron_sgt.config import Config
+from megatron_sgt.config.base import counted
 from megatron_sgt.data.sources import validate_data
 from megatron_sgt.engine.preflight import (
     Start,
@@ -18,9 +19,10 @@ from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.metrics.units import file_size
 from megatron_sgt.parallel.device import device_type
-from megatron_sgt.planning.describe import batch_line, count, growth_line, layout_line, model_line
+from megatron_sgt.planning.describe import batch_line, growth_line, layout_line, model_line
 from megatron_sgt.planning.flops import step_flops
 from megatron_sgt.planning.loop_cost import choose_loop_method
+from megatron_sgt.planning.structure import most_kept_heads
 
 
 def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:
@@ -55,7 +57,7 @@ def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:
     rows.append(("start", start.sentence))
     notes = [*data.notes, *_start_notes(config, start)]
     if assumed:
-        notes.append(f"planned for {count(world_size, 'rank')}; --world-size N plans for another number")
+        notes.append(f"planned for {counted(world_size, 'rank')}; --world-size N plans for another number")
     rows += [("note", note) for note in notes]
     return "\n".join(f"{name:<11} {text}" for name, text in rows)
 
@@ -72,7 +74,7 @@ def _start_notes(config: Config, start: Start) -> Iterator[str]:
 
 
 def _loop_rows(config: Config) -> list[tuple[str, str]]:
-    if config.parallel.tensor_model_parallel_size == 1 or config.growth.method != "sgt":
+    if config.parallel.tensor_model_parallel_size == 1 or not most_kept_heads(config):
         return []
     return [("loops", choose_loop_method(config)[1])]
 

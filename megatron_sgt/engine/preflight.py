@@ -19,8 +19,8 @@ from megatron_sgt.data.tokenizer import build_tokenizer, resolve_vocab_size
 from megatron_sgt.engine.deepspeed_config import deepspeed_config
 from megatron_sgt.engine.hooks.growth import GrowthHook
 from megatron_sgt.errors import CheckpointError, ConfigError
-from megatron_sgt.growth import build_schedule
 from megatron_sgt.metrics.writers import check_packages
+from megatron_sgt.planning.structure import schedule_of
 
 # Settings that decide where and how a run is watched, not what it computes.
 _UNREMARKABLE = (
@@ -115,7 +115,7 @@ def tokenizer_fingerprint(config: Config) -> str | None:
 def _check_growth(folder: Path, saved: dict[str, Any], config: Config) -> None:
     if starts_fresh(saved, GrowthHook.name):
         return
-    schedule = build_schedule(config.growth, config.model.num_layers, config.model.num_attention_heads)
+    schedule = schedule_of(config)
     try:
         schedule.load_state_dict(saved["hooks"][GrowthHook.name]["schedule"])
     except (KeyError, TypeError) as error:

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_sgt.errors import ConfigError
-from megatron_sgt.planning.describe import batch_line, count, growth_line, layout_line, model_line
+from megatron_sgt.planning.describe import batch_line, growth_line, layout_line, model_line
 from megatron_sgt.planning.parameters import parameter_count
 from tests.helpers.single import small_config
 
@@ -32,7 +32,3 @@ def test_model_layout_and_batch() -> None:
 )
 def test_growth(growth: dict, text: str) -> None:
     assert text in growth_line(small_config(growth=growth))
-
-
-def test_count() -> None:
-    assert (count(1, "rank"), count(2, "rank")) == ("1 rank", "2 ranks")
