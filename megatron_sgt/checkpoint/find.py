@@ -25,13 +25,12 @@ _FREE_MODEL_FIELDS = {
 
 @dataclass(frozen=True)
 class Found:
-    """The checkpoint that a run starts from (``folder`` None: none) and one line that says so.
+    """The checkpoint that a run starts from; ``folder`` None: there is none.
 
     ``skipped``: why newer ones were not taken, one line each. ``explicit``: the user named it.
     """
 
     folder: Path | None
-    sentence: str
     skipped: tuple[str, ...] = ()
     explicit: bool = False
 
@@ -55,9 +54,9 @@ def find_checkpoint(config: Config, damaged: Mapping[Path, str] | None = None) -
     if config.checkpoint.load is not None:
         folder = layout.resolve(Path(config.checkpoint.load))
         _refuse_mixture(own, layout.step_of(folder.name))
-        return Found(folder, f"starting from {folder} (checkpoint.load)", explicit=True)
+        return Found(folder, explicit=True)
     _refuse_mixture(own, 0)
-    return Found(None, f"fresh start: no checkpoint in {own}")
+    return Found(None)
 
 
 def _newest_whole(own: Path, damaged: Mapping[Path, str]) -> Found | None:
@@ -71,7 +70,7 @@ def _newest_whole(own: Path, damaged: Mapping[Path, str]) -> Found | None:
         except CheckpointError as error:
             skipped.append(str(error))
             continue
-        return Found(folder, f"resuming from {folder}", tuple(skipped))
+        return Found(folder, tuple(skipped))
     if skipped:
         raise CheckpointError(
             "; ".join([*skipped, f"no other in {own}. To start from scratch, move that folder away"])
@@ -83,11 +82,11 @@ def _verify_quickly(folder: Path) -> dict[str, Any]:
     """Check all sizes, the checksums of the small files and the list of files; returns the manifest."""
     manifest.verify_sizes(folder)
     content = manifest.read_manifest(folder)
-    small = manifest.expected_files(None)
+    small = layout.expected_files(None)
     listed = content["files"]
     now = manifest.describe_files(folder, small & set(listed))
     problems = [f"{name} has changed since it was saved" for name in sorted(now) if now[name] != listed[name]]
-    wanted = manifest.expected_files(content.get("layout"))
+    wanted = layout.expected_files(content.get("layout"))
     problems += [f"{name} is not listed in {layout.MANIFEST_FILE}" for name in sorted(wanted - set(listed))]
     manifest.refuse(folder, problems)
     return content
@@ -102,6 +101,11 @@ def _refuse_mixture(own: Path, step: int) -> None:
             "Choose another logging.run_dir or checkpoint.save, move them away, or set checkpoint.resume: auto "
             "to continue from the newest"
         )
+
+
+def starts_fresh(saved: dict[str, Any], hook: str) -> bool:
+    """Whether a hook has no saved state because no run has trained this checkpoint yet: an imported model."""
+    return hook not in saved["hooks"] and saved["trainer"]["step"] == 0
 
 
 def check_checkpoint(folder: Path, config: Config, tokenizer: str | None = None) -> dict[str, Any]:

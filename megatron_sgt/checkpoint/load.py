@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from megatron_sgt.checkpoint.reshard.sibling import layout_free_copy
 from megatron_sgt.checkpoint.restricted import load_restricted
 from megatron_sgt.checkpoint.save import layout_of
 from megatron_sgt.checkpoint.shard_files import ShardFiles, redirected_to
+from megatron_sgt.compat.quiet import quiet_logs
 from megatron_sgt.config import Config
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.parallel.collectives import gather_or_raise
@@ -44,11 +44,6 @@ def verify_together(folder: Path, config: Config, groups: ParallelGroups) -> str
     except CheckpointError as error:
         return str(error)
     return None
-
-
-def starts_fresh(saved: dict[str, Any], hook: str) -> bool:
-    """Whether a hook has no saved state because no run has trained this checkpoint yet: an imported model."""
-    return hook not in saved["hooks"] and saved["trainer"]["step"] == 0
 
 
 def load_checkpoint(
@@ -103,18 +98,15 @@ def _load_shards(
         for group in engine.optimizer.param_groups
     ]
     files = ShardFiles()
-    paths = [folder / name for name in manifest.files_of_rank(where, groups.tp_rank, groups.dp_rank)]
+    paths = [folder / name for name in layout.files_of_rank(where, groups.tp_rank, groups.dp_rank)]
     gather_or_raise(lambda: files.read(paths), groups)
     streams: dict[str, Any] = {}
     gather_or_raise(lambda: streams.update(_read_streams(folder, groups)), groups)
-    logging.disable(logging.WARNING)
     try:
-        with redirected_to(files, engine):
+        with quiet_logs(), redirected_to(files, engine):
             path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     except (OSError, RuntimeError, AssertionError, KeyError, ValueError) as error:
         raise CheckpointError(f"checkpoint {folder} cannot be loaded: {error}") from error
-    finally:
-        logging.disable(logging.NOTSET)
     if path is None:
         raise CheckpointError(f"DeepSpeed found nothing to load in {folder}")
     for group, ours in zip(engine.optimizer.param_groups, settings, strict=True):

@@ -17,9 +17,9 @@ from typing import Any
 
 from megatron_sgt.checkpoint import layout
 from megatron_sgt.errors import CheckpointError
+from megatron_sgt.files import commit, sha256_of, sync
 
 VERSION = 2
-_CHUNK = 1 << 22
 _THREADS = 8
 
 Files = dict[str, dict[str, Any]]
@@ -28,12 +28,7 @@ Files = dict[str, dict[str, Any]]
 
 def describe_file(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file. Raises OSError."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)  # lets other threads run meanwhile
-            size += len(chunk)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def describe_files(folder: Path, names: Iterable[str]) -> Files:
@@ -55,6 +50,18 @@ def write_manifest(folder: Path, about: Mapping[str, Any], files: Files | None =
     return files
 
 
+def commit_folder(temporary: Path, final: Path, about: Mapping[str, Any]) -> int:
+    """Complete ``temporary`` with a manifest and give it the name ``final``; returns its size in bytes.
+
+    All of it is on disk first. Raises OSError.
+    """
+    for name in layout.file_sizes(temporary):
+        sync(temporary / name)
+    files = write_manifest(temporary, {**about, "tag": final.name})
+    commit(temporary, final)
+    return sum(file["bytes"] for file in files.values())
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of ``folder``. Raises CheckpointError when it is missing or not as it was written."""
     path = folder / layout.MANIFEST_FILE
@@ -69,28 +76,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def digest(content: Mapping[str, Any]) -> str:
     """SHA-256 of JSON-able content, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def expected_files(where: Mapping[str, Any] | None) -> set[str]:
-    """The files that every checkpoint of a layout has; of a layout-free one (None) those of every kind."""
-    names = {layout.STATE_FILE, layout.CONFIG_FILE}
-    if where is None:
-        return names
-    for tp_rank in range(where["tensor_model_parallel_size"]):
-        for dp_rank in range(where["data_parallel_size"]):
-            names |= {*files_of_rank(where, tp_rank, dp_rank)}
-    ranks = where["tensor_model_parallel_size"] * where["data_parallel_size"]
-    return names | {layout.rng_file(rank) for rank in range(ranks)}
-
-
-def files_of_rank(where: Mapping[str, Any], tp_rank: int, dp_rank: int) -> tuple[str, ...]:
-    """DeepSpeed's files that one rank reads: its weights, and its part of the optimizer state."""
-    part, stage = f"mp_rank_{tp_rank:02d}", where["zero_stage"]
-    prefix = "bf16_" if where.get("precision") == "bf16" else ""
-    optimizer = f"{prefix}zero_pp_rank_{dp_rank}_{part}_optim_states.pt"
-    if stage == 3:
-        return f"zero_pp_rank_{dp_rank}_{part}_model_states.pt", optimizer
-    return (f"{part}_model_states.pt", optimizer) if stage else (f"{part}_model_states.pt",)
 
 
 def size_problems(folder: Path) -> list[str]:

@@ -12,7 +12,6 @@ before the other ranks have finished, and syncs nothing; its own is not used.)
 from __future__ import annotations
 
 import hashlib
-import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -29,10 +28,12 @@ from megatron_sgt.checkpoint.reshard.deepspeed_info import UNIVERSAL_INFO, unive
 from megatron_sgt.checkpoint.reshard.sibling import remove_sibling
 from megatron_sgt.checkpoint.reshard.stage0 import PARAMETER_NAMES
 from megatron_sgt.checkpoint.shard_files import ShardFiles, as_checkpoint_error, redirected_to
+from megatron_sgt.compat.quiet import quiet_logs
 from megatron_sgt.config import Config
 from megatron_sgt.errors import CheckpointError
+from megatron_sgt.files import commit, fresh_folder, sync
 from megatron_sgt.parallel.collectives import gather_or_raise, largest, on_rank_zero
-from megatron_sgt.parallel.device import resolve_precision, synchronize
+from megatron_sgt.parallel.device import synchronize
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.parallel.rng import rng_state
 
@@ -45,7 +46,7 @@ _SHARD_OPTIONS = ("sub_group_size", "round_robin_gradients", "parameter_alignmen
 
 def layout_of(config: Config, groups: ParallelGroups) -> dict[str, Any]:
     """All that DeepSpeed's files of a checkpoint depend on: they are read as they are under the same only."""
-    precision = resolve_precision(config.train.precision, groups.device)
+    precision = config.precision_on(groups.device.type)
     shape = {
         "tensor_model_parallel_size": groups.tp_size,
         "data_parallel_size": groups.dp_size,
@@ -136,7 +137,7 @@ class Saver:
         assert self._flight is None, "one save at a time"
         begun = time.perf_counter()
         temporary = self._temporary(step)
-        self._together(step, lambda: _fresh(temporary) if self._groups.is_main else None)
+        self._together(step, partial(_fresh, temporary) if self._groups.is_main else int)
         files = ShardFiles(self._arena, self._groups.dp_rank, self._groups.dp_size)
         _hand_over(files, temporary, self._config, self._engine, self._groups)
         self._flight = _InFlight(step, state, begun, self._run(files.finish))
@@ -221,17 +222,15 @@ class Saver:
             # Ours, and what optimizer offload to NVMe has copied there beside the ranks' files.
             others = [name for name in layout.file_sizes(temporary) if name not in flight.files]
             for name in others:
-                layout.sync(temporary / name)
+                sync(temporary / name)
             files = flight.files | manifest.describe_files(temporary, others)
-            if missing := manifest.expected_files(where) - set(files):
+            if missing := layout.expected_files(where) - set(files):
                 raise CheckpointError(f"files of this layout are missing: {', '.join(sorted(missing)[:5])}")
             manifest.write_manifest(temporary, {**about, "tag": final.name}, files)
-            layout.sync(temporary)
             if final.exists():  # the same step again, after a resume from an older checkpoint
                 remove_sibling(final)
                 layout.remove(final)
-            temporary.rename(final)
-            layout.sync(self._root)
+            commit(temporary, final)
             layout.point_to(self._root, final.name)
         options = self._config.checkpoint
         for pruned in layout.prune(self._root, options.keep_last, options.keep_every):
@@ -241,16 +240,14 @@ class Saver:
 
 def growth_fingerprint(state: dict[str, Any]) -> str | None:
     """A hash of the growth hook's state: two checkpoints with the same have grown the same."""
-    growth = state.get("hooks", {}).get("growth")
+    growth = state.get("hooks", {}).get(layout.GROWTH_STATE)
     return None if growth is None else manifest.digest(growth)
 
 
 def _fresh(temporary: Path) -> None:
     """An empty folder, over what a killed save has left, perhaps of more ranks than this run has."""
     with as_checkpoint_error():
-        if temporary.exists():
-            shutil.rmtree(temporary)
-        temporary.mkdir(parents=True)
+        fresh_folder(temporary)
 
 
 def _hand_over(
@@ -261,21 +258,15 @@ def _hand_over(
     groups: ParallelGroups,
 ) -> None:
     """Let this rank's state be written, or copied."""
-    logging.disable(logging.WARNING)  # DeepSpeed reports every file on every rank
-    try:
-        with redirected_to(files, engine):
-            engine.save_checkpoint(
-                str(temporary.parent),
-                tag=temporary.name,
-                client_state=_client_state(config, engine),
-                save_latest=False,
-            )
-    finally:
-        logging.disable(logging.NOTSET)
-    if groups.dp_rank and engine.zero_optimization_stage() < 3:
-        files.save_share(
-            engine.module.state_dict(), temporary / f"mp_rank_{groups.tp_rank:02d}_model_states.pt"
+    with quiet_logs(), redirected_to(files, engine):  # DeepSpeed reports every file on every rank
+        engine.save_checkpoint(
+            str(temporary.parent),
+            tag=temporary.name,
+            client_state=_client_state(config, engine),
+            save_latest=False,
         )
+    if groups.dp_rank and engine.zero_optimization_stage() < 3:
+        files.save_share(engine.module.state_dict(), temporary / layout.model_file(groups.tp_rank))
     files.save(rng_state(groups.device), temporary / layout.rng_file(groups.rank))
     synchronize(groups.device)
 

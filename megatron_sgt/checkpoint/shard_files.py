@@ -17,6 +17,7 @@ from megatron_sgt.checkpoint.host_copy import Arena, compact_copy, host_copy
 from megatron_sgt.checkpoint.manifest import Files, describe_file
 from megatron_sgt.checkpoint.restricted import load_restricted
 from megatron_sgt.errors import CheckpointError
+from megatron_sgt.files import sync
 from megatron_sgt.parallel.collectives import wait_for_all
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class ShardFiles:
     def save(self, state_dict: Any, path: str | Path) -> None:
         """Write ``state_dict`` into the file ``path``, or keep it for ``finish``."""
         own = None
-        if self._dp_size > 1 and weight_parts.is_shared(Path(path)):
+        if self._dp_size > 1 and layout.is_model_file(Path(path).name):
             own = self._share(state_dict[weight_parts.MODULE])
             state_dict = weight_parts.without_weights(state_dict, self._dp_size)
         if self._arena is not None:
@@ -65,7 +66,7 @@ class ShardFiles:
 
     def save_share(self, module: Mapping[str, Tensor], model_file: Path) -> None:
         """Write this rank's share of ``module``, of which the first data-parallel rank writes ``model_file``."""
-        part = model_file.with_name(weight_parts.part_file(model_file.name, self._dp_rank))
+        part = model_file.with_name(layout.part_file(model_file.name, self._dp_rank))
         self._put(self._share(module), part)
 
     def _share(self, module: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -79,7 +80,7 @@ class ShardFiles:
             torch.save(content, path)
         except RuntimeError as error:  # so torch reports a full disk
             raise OSError(next(iter(str(error).splitlines()), repr(error))) from error
-        layout.sync(path)
+        sync(path)
         self._files[path.name] = describe_file(path)
 
     def finish(self) -> Files:
@@ -98,7 +99,7 @@ class ShardFiles:
         """Read files before DeepSpeed asks for them. Raises CheckpointError; see ``load_restricted``."""
         for path in paths:
             content = load_restricted(path, mapped=False)
-            if weight_parts.is_shared(path):
+            if layout.is_model_file(path.name):
                 content = weight_parts.merged(content, path, partial(load_restricted, mapped=False))
             self._read[path] = content
 
@@ -142,9 +143,9 @@ def redirected_to(files: ShardFiles, engine: deepspeed.DeepSpeedEngine) -> Itera
 
 
 @contextmanager
-def as_checkpoint_error() -> Iterator[None]:
-    """Turn a failure of the disk into a CheckpointError that says what the system says."""
+def as_checkpoint_error(what: str = "") -> Iterator[None]:
+    """Turn a failure of the disk into a CheckpointError: ``what``, and what the system says."""
     try:
         yield
     except OSError as error:
-        raise CheckpointError(error.strerror or str(error)) from error
+        raise CheckpointError(f"{what}{error.strerror or error}") from error

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sgt.errors import DataError
+from megatron_sgt.files import replacing
 
 MIN_BYTES = 5_000_000
 NEVER = frozenset({"site-packages", "dist-packages", "__pycache__", "node_modules"})
@@ -51,11 +52,9 @@ def build_corpus(
             "install the full standard library, or bring a corpus of your own"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="\n") as stream:
+    with replacing(target) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as stream:
         for text in documents:
             stream.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-    partial.replace(target)
     return CorpusReport(output, len(documents), size, with_tests)
 
 

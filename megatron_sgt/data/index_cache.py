@@ -21,6 +21,7 @@ import numpy as np
 
 from megatron_sgt.data.splits import SplitPart
 from megatron_sgt.errors import DataError
+from megatron_sgt.files import commit
 
 EVAL_SEED = 0
 """Validation and test ignore the seed of the run: runs that differ in it are measured on the same samples."""
@@ -82,7 +83,7 @@ def build_index_cache(
                 open_split(prefix, part, seq_length, seed, unfinished)
         os.chmod(unfinished, 0o755)
         with contextlib.suppress(OSError):  # another job was faster: its folder has the same contents
-            os.rename(unfinished, folder)
+            commit(Path(unfinished), folder)
         if not folder.is_dir():
             raise DataError(f"cannot write {folder}; set data.data_cache_path to a writable folder")
     except OSError as error:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-from megatron_sgt.config.data import TokenizerConfig
+from megatron_sgt.config.data import DataConfig, TokenizerConfig
 from megatron_sgt.errors import DataError
 
 EOD_CANDIDATES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>")
@@ -178,6 +178,11 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     if path.is_absolute() and not path.exists():
         raise DataError(f"tokenizer {config.model} does not exist; give a local folder or a tokenizer.json")
     return AutoTokenizerFolder(config.model)
+
+
+def tokenizer_of(data: DataConfig) -> Tokenizer | None:
+    """The tokenizer of a run's section data, None without one. Raises DataError as ``build_tokenizer`` does."""
+    return None if data.tokenizer is None else build_tokenizer(data.tokenizer)
 
 
 def resolve_vocab_size(model_vocab_size: int | None, tokenizer: Tokenizer | None) -> int:

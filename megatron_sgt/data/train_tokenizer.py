@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import sentencepiece
 
 from megatron_sgt.data.readers import InputFile, Kind, find_files, parse, read_chunks
 from megatron_sgt.errors import DataError
+from megatron_sgt.files import replacing
 
 ModelType = Literal["bpe", "unigram"]
 
@@ -65,7 +65,9 @@ def train_tokenizer(
     if not sample:
         raise DataError(f"no text to train a tokenizer on in {', '.join(inputs)}")
     model = _train(sample, vocab_size, model_type)
-    _write(output, model)
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(Path(output)) as temporary:
+        temporary.write_bytes(model)
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     return TokenizerReport(
         path=output,
@@ -147,13 +149,6 @@ def pieces(documents: Sequence[str]) -> Iterator[str]:
 def _unit_hash(seed: int, number: int) -> float:
     digest = hashlib.blake2b(f"{seed},{number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2**64
-
-
-def _write(output: str, content: bytes) -> None:
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    partial = f"{output}.partial"
-    Path(partial).write_bytes(content)
-    os.replace(partial, output)
 
 
 def _bytes_per_token(encode: Callable[[str], list[int]], sample: Sequence[str]) -> float:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_sgt.compat.quiet import quiet_logs
 from megatron_sgt.errors import ConfigError, DataError
 
 
@@ -48,7 +47,7 @@ def run_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with _quiet():
+    with quiet_logs():
         manager = _manager(tasks, include_path)
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         try:
@@ -93,13 +92,3 @@ def _manager(tasks: Sequence[str], include_path: Path | None) -> Any:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the harness's running commentary off the console."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)

@@ -6,7 +6,6 @@ stored type; both models compute in fp32. A further check runs the folder in its
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -22,6 +21,7 @@ from megatron_sgt import __version__
 from megatron_sgt.export.hf.loading import load_exported, quiet
 from megatron_sgt.export.own_model import own_model
 from megatron_sgt.export.to_hf import Export
+from megatron_sgt.files import write_json
 from megatron_sgt.model.gpt import LanguageModel
 from megatron_sgt.model.mcore_config import DTYPES
 
@@ -77,7 +77,7 @@ class Parity:
             "versions": {"megatron_sgt": __version__}
             | {name: version(name) for name in ("torch", "transformers", "megatron-core")},
         }
-        (folder / PARITY_FILE).write_text(json.dumps(values, indent=2) + "\n")
+        write_json(folder / PARITY_FILE, values)
 
 
 def probe_tokens(export: Export, count: int = SEQUENCES, length: int = LENGTH) -> Tensor:

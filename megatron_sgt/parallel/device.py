@@ -73,13 +73,6 @@ def backend_for(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
-def resolve_precision(wanted: str, device: torch.device) -> str:
-    """ "auto" becomes bf16 on a GPU and fp32 on a CPU; anything else is returned as it is."""
-    if wanted != "auto":
-        return wanted
-    return "bf16" if device.type == "cuda" else "fp32"
-
-
 def memory_gb(device: torch.device) -> tuple[float | None, float | None]:
     """Peak allocated and total memory of ``device`` in GB (1e9 bytes); (None, None) on a CPU."""
     if device.type != "cuda":

@@ -9,9 +9,10 @@ import pytest
 
 from tests.architecture.source_tree import PACKAGE, ROOT, Source, python_sources
 
-# Lower numbers are imported by higher ones. errors, cli which reports them, and extensions are below everything.
+# Lower numbers are imported by higher ones.
 LAYERS = {
     "errors": -3,
+    "files": -3,
     "cli": -2,
     "extensions": -2,
     "config": -1,
@@ -30,13 +31,15 @@ LAYERS = {
     "evaluation": 5,
     "guard": 5,
     "reporting": 5,
-    "export": 6,
-    "engine": 6,
-    "submit": 6,
-    "__main__": 7,
+    "preflight": 6,
+    "export": 7,
+    "engine": 7,
+    "submit": 7,
+    "__main__": 8,
 }
 TORCH_FREE = (
     "errors",
+    "files",
     "cli",
     "extensions",
     "config",
@@ -45,6 +48,7 @@ TORCH_FREE = (
     "launch",
     "metrics",
     "planning",
+    "preflight",
     "reporting",
     "submit",
 )

@@ -20,8 +20,10 @@ from megatron_sgt.checkpoint.reshard.layout_free import LAYOUT_FREE, file_name
 from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES
 from megatron_sgt.checkpoint.reshard.source import PREFIX, Source, open_source
 from megatron_sgt.checkpoint.reshard.tensor_file import TensorFileWriter
+from megatron_sgt.checkpoint.shard_files import as_checkpoint_error
 from megatron_sgt.compat.quiet import quiet_imports
 from megatron_sgt.errors import CheckpointError
+from megatron_sgt.files import fresh_folder, temporary_of
 from megatron_sgt.model.hf_weights import Entry, name_map
 
 # What a manifest says of its checkpoint that holds under any layout.
@@ -54,19 +56,16 @@ def write_part(source: Source, destination: Path, part: int = 0, parts: int = 1)
         return 0.0
     shapes = {name: shape for entry in entries for name, shape in source.whole_shapes(entry).items()}
     drift = 0.0
-    try:
-        with ExitStack() as stack:
-            writers = {
-                quantity: stack.enter_context(
-                    TensorFileWriter(destination / file_name(quantity, part, parts), shapes)
-                )
-                for quantity in QUANTITIES
-            }
-            for entry in entries:
-                for quantity, writer in writers.items():
-                    drift = max(drift, _write_entry(source, entry, quantity, writer))
-    except OSError as error:
-        raise CheckpointError(f"{destination} cannot be written: {error}") from error
+    with as_checkpoint_error(f"{destination} cannot be written: "), ExitStack() as stack:
+        writers = {
+            quantity: stack.enter_context(
+                TensorFileWriter(destination / file_name(quantity, part, parts), shapes)
+            )
+            for quantity in QUANTITIES
+        }
+        for entry in entries:
+            for quantity, writer in writers.items():
+                drift = max(drift, _write_entry(source, entry, quantity, writer))
     return drift
 
 
@@ -97,30 +96,13 @@ def commit(source: Source, temporary: Path, final: Path) -> int:
             "loss_scale": source.ranks[0].loss_scale,
         },
     }
-    try:
+    about = {name: value for name, value in manifest.read_manifest(source.folder).items() if name in _KEPT}
+    with as_checkpoint_error(f"{final} cannot be written: "):
         layout.write_json(temporary / layout.STATE_FILE, state)
         # The random streams, for a load that changes the ZeRO stage alone.
         for file in [source.folder / layout.CONFIG_FILE, *sorted(source.folder.glob("rng_rank_*.pt"))]:
             shutil.copyfile(file, temporary / file.name)
-        about = {
-            name: value for name, value in manifest.read_manifest(source.folder).items() if name in _KEPT
-        }
-        files = manifest.write_manifest(temporary, {**about, "tag": final.name, "layout": None})
-        layout.sync(temporary)
-        temporary.rename(final)
-        layout.sync(final.parent)
-    except OSError as error:
-        raise CheckpointError(f"{final} cannot be written: {error}") from error
-    return sum(file["bytes"] for file in files.values())
-
-
-def fresh_folder(folder: Path) -> None:
-    """Make an empty ``folder``, over what an interrupted conversion has left. Raises CheckpointError."""
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be made: {error}") from error
+        return manifest.commit_folder(temporary, final, {**about, "layout": None})
 
 
 def convert(folder: Path, root: Path, processes: int = 1) -> tuple[Path, int, float]:
@@ -138,10 +120,12 @@ def convert(folder: Path, root: Path, processes: int = 1) -> tuple[Path, int, fl
     manifest.verify_checksums(folder)
     source = open_source(folder)
     tag = layout.tag_for(source.saved["trainer"]["step"])
-    temporary, final = root / f"{tag}.tmp", root / tag
+    final = root / tag
     if final.exists():
         raise CheckpointError(f"{final} exists already; choose another folder, or delete it")
-    fresh_folder(temporary)
+    temporary = temporary_of(final)
+    with as_checkpoint_error(f"{temporary} cannot be made: "):
+        fresh_folder(temporary)
     if processes == 1:
         drift = write_part(source, temporary)
     else:

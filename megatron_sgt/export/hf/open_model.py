@@ -5,10 +5,7 @@ Whoever generates or evaluates goes through here, so that a checkpoint answers e
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from megatron_sgt.errors import CheckpointError, DataError, SGTError
 from megatron_sgt.export.architecture import TokenIds, hf_config
 from megatron_sgt.export.hf.configuration_sgt import SGTConfig
 from megatron_sgt.export.hf.families import CONFIG_FILE, read_config
+from megatron_sgt.export.hf.loading import quiet
 from megatron_sgt.export.hf.modeling_sgt import SGTForCausalLM
 from megatron_sgt.export.hf.tokenizer import write_tokenizer
 from megatron_sgt.export.hf_tensors import HFTensors
@@ -98,7 +96,7 @@ def _open_checkpoint(source: ExportSource, dtype: str) -> OpenModel:
     for entry in source.entries():
         tensors, _ = source.read(entry)
         weights |= {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
-    with _quiet():
+    with quiet():
         loaded, report = kind.from_pretrained(
             None, config=config, state_dict=weights, dtype=DTYPES[dtype], output_loading_info=True
         )
@@ -113,7 +111,7 @@ def _open_folder(path: Path, dtype: str, trust_remote_code: bool) -> OpenModel:
     HFTensors(path)  # finds missing and damaged shards, and names them
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "local_files_only": True, "output_loading_info": True}
     try:
-        with _quiet():
+        with quiet():
             if trust_remote_code:
                 loaded, report = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **options)
             else:
@@ -174,26 +172,10 @@ def _load_tokenizer(folder: Path, model_config: Any = None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        with _quiet():
+        with quiet():
             return AutoTokenizer.from_pretrained(
                 folder, config=model_config, local_files_only=True, trust_remote_code=False
             )
     except Exception as error:  # OSError, ValueError, KeyError, or whatever a damaged file provokes
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(f"the tokenizer in {folder} cannot be read: {reason}") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep progress bars and reports of transformers off the console; what matters becomes an error."""
-    from transformers.utils import logging as theirs
-
-    bars = theirs.is_progress_bar_enabled()
-    theirs.disable_progress_bar()
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-        if bars:
-            theirs.enable_progress_bar()
