@@ -19,10 +19,9 @@ from megatron_sgt.data.prefix import resolve_prefix
 from megatron_sgt.data.tokenizer import resolve_vocab_size, tokenizer_of
 from megatron_sgt.errors import CheckpointError, ConfigError, DataError
 from megatron_sgt.files import nearest, unwritable
-from megatron_sgt.growth import build_schedule
 from megatron_sgt.metrics.units import file_size
 from megatron_sgt.metrics.writers import check_packages
-from megatron_sgt.planning.describe import batch_line, layout_line
+from megatron_sgt.planning.layout import batch_line, layout_line
 from megatron_sgt.planning.parameters import checkpoint_bytes
 
 # Settings that decide where and how a run is watched, not what it computes.
@@ -117,7 +116,7 @@ def check_disk(config: Config, precision: str) -> str:
 
 
 def find_start(
-    config: Config, damaged: Mapping[Path, str] | None = None, read_tokenizer: bool = True
+    config: Config, damaged: Mapping[Path, str] | None = None, libraries: bool = True
 ) -> Start:
     """Find the checkpoint that the run continues from, and check that it is whole (by sizes) and fits.
 
@@ -125,7 +124,7 @@ def find_start(
 
     Args:
         damaged: checkpoints that were found to be damaged already, and how.
-        read_tokenizer: compare the tokenizer too; False where it cannot be read.
+        libraries: False leaves out what needs NumPy or the tokenizer's library: growth and the tokenizer.
 
     Raises CheckpointError: nothing at checkpoint.load, a damaged checkpoint, another model, tokenizer or growth.
     """
@@ -135,9 +134,10 @@ def find_start(
     there = load_config(found.folder / CONFIG_FILE)
     if config.model.vocab_size is None and there.model.vocab_size is not None:
         config = config.with_vocab_size(there.model.vocab_size)
-    tokenizer = tokenizer_fingerprint(config) if read_tokenizer else None
+    tokenizer = tokenizer_fingerprint(config) if libraries else None
     saved = check_checkpoint(found.folder, config, tokenizer)
-    _check_growth(found.folder, saved, config)
+    if libraries:
+        _check_growth(found.folder, saved, config)
     return Start(found.folder, saved, tuple(_changes(there, config)), found.skipped, found.explicit)
 
 
@@ -164,7 +164,7 @@ def check_job(config: Config, world_size: int, device: str) -> list[tuple[str, s
     needed = ("numpy", *_READERS[None if tokenizer is None else tokenizer.type])
     absent = [name for name in needed if importlib.util.find_spec(name) is None]
     data, disk = _data_line(config, absent), check_disk(config, precision)
-    start = find_start(config, read_tokenizer=not absent)
+    start = find_start(config, libraries=not absent)
     if problem := start.problem(config):
         raise ConfigError(problem)
     return [
@@ -196,6 +196,8 @@ def _data_line(config: Config, absent: Sequence[str]) -> str:
 def _check_growth(folder: Path, saved: dict[str, Any], config: Config) -> None:
     if starts_fresh(saved, GROWTH_STATE):
         return
+    from megatron_sgt.growth import build_schedule  # needs NumPy
+
     schedule = build_schedule(config.growth, config.model.num_layers, config.model.num_attention_heads)
     try:
         schedule.load_state_dict(saved["hooks"][GROWTH_STATE]["schedule"])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_sgt.errors import CheckpointError
+from megatron_sgt.metrics.units import file_size
 from megatron_sgt.parallel.device import lock_pages
 
 _ALIGNMENT = 64
@@ -54,7 +55,7 @@ def _lock(memory: Tensor) -> None:
         lock_pages(memory)
     except RuntimeError as error:
         raise CheckpointError(
-            f"asynchronous saves: {memory.nbytes / 1e9:.1f} GB of host memory of this rank cannot be page-locked "
+            f"asynchronous saves: {file_size(memory.nbytes)} of host memory of this rank cannot be page-locked "
             f"({error}); give the job more memory, or set checkpoint.async_save: false"
         ) from error
 

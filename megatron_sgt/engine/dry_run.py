@@ -9,9 +9,11 @@ from megatron_sgt.data.sources import validate_data
 from megatron_sgt.engine.deepspeed_config import check_deepspeed
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth import LoopPlan
+from megatron_sgt.metrics.units import count
 from megatron_sgt.parallel.device import device_type
-from megatron_sgt.planning.describe import batch_line, count, growth_line, layout_line, model_line
+from megatron_sgt.planning.describe import growth_line, model_line
 from megatron_sgt.planning.flops import step_flops
+from megatron_sgt.planning.layout import batch_line, layout_line
 from megatron_sgt.planning.loop_cost import choose_loop_method
 from megatron_sgt.preflight import Start, check_disk, check_surroundings, find_start, with_vocabulary
 

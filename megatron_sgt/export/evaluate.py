@@ -91,8 +91,7 @@ def _tokenizer_for(opened: OpenModel, wanted: WhichSamples, chosen: Path | None)
 
 def _candidates(opened: OpenModel, chosen: Path | None) -> list[TokenizerConfig]:
     if chosen is not None and chosen.is_file():
-        kind = "sentencepiece" if chosen.suffix == ".model" else "huggingface"
-        return [TokenizerConfig.model_validate({"type": kind, "model": str(chosen)})]
+        return [TokenizerConfig.at(chosen)]
     if chosen is None and opened.source is not None:
         own = opened.source.config.data.tokenizer
         return [] if own is None else [own]

@@ -1,4 +1,4 @@
-"""A model of the time of one training step, component by component. Assumed efficiencies, nothing measured.
+"""A model of the time of one training step, component by component. Not calibrated: its efficiencies are assumed.
 
     compute     operations that the step needs (causal products at half, recompute included) on the rank that has
                 most, over peak · kernel_efficiency
@@ -29,6 +29,8 @@ from megatron_sgt.planning.traffic import LoopMethod, Transfer, step_traffic
 
 OPTIMIZER_BYTES = 28
 """Read and written per parameter by AdamW in fp32."""
+NOT_CALIBRATED = "not calibrated"
+"""The mark of every figure that comes from here, wherever it is printed."""
 LOOP_PARTS = ("loops", "loops in the window", "kept weights", "block loops")
 
 

@@ -152,9 +152,7 @@ def _tokenizer_of(opened: OpenModel, path: Path, chosen: Path | None) -> Any:
             raise DataError(
                 f"tokenizer {chosen} does not exist; give a .model file, a tokenizer.json or a folder"
             )
-        wanted = TokenizerConfig(
-            type="sentencepiece" if chosen.suffix == ".model" else "huggingface", model=str(chosen)
-        )
+        wanted = TokenizerConfig.at(chosen)
     if opened.source is None:
         if wanted.type == "huggingface" and chosen is not None and chosen.is_dir():
             return _load_tokenizer(chosen)
