@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend, and the exit codes of every command line of the project."""
+"""Errors that the user can fix, and the exit codes of every command line of the project."""
 
 import enum
 
@@ -25,6 +25,11 @@ class ExitCode(enum.IntEnum):
         member._value_ = value
         member.meaning = meaning
         return member
+
+
+def first_line(error: BaseException) -> str:
+    """What ``error`` says, without what a library adds below; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 class SGTError(Exception):

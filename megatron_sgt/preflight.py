@@ -115,9 +115,7 @@ def check_disk(config: Config, precision: str) -> str:
     return f"about {file_size(size)} each, {kept}; {file_size(free)} free for {config.save_dir}"
 
 
-def find_start(
-    config: Config, damaged: Mapping[Path, str] | None = None, libraries: bool = True
-) -> Start:
+def find_start(config: Config, damaged: Mapping[Path, str] | None = None, libraries: bool = True) -> Start:
     """Find the checkpoint that the run continues from, and check that it is whole (by sizes) and fits.
 
     A vocabulary that only the tokenizer knows is taken from the checkpoint.

@@ -1,6 +1,7 @@
-"""What a run starts from, and whether it may: everything is checked before any weight is touched.
+"""Which checkpoint a run starts from, and whether it fits; all checks come before any weight is touched.
 
-No torch: a login node asks too."""
+No torch: a login node uses this too.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ _FREE_MODEL_FIELDS = {
 class Found:
     """The checkpoint that a run starts from; ``folder`` None: there is none.
 
-    ``skipped``: why newer ones were not taken, one line each. ``explicit``: the user named it.
+    ``skipped``: why newer ones were not used, one line each. ``explicit``: the user named it.
     """
 
     folder: Path | None
@@ -38,11 +39,11 @@ class Found:
 def find_checkpoint(config: Config, damaged: Mapping[Path, str] | None = None) -> Found:
     """The checkpoint that this run starts from.
 
-    ``checkpoint.resume: auto`` looks for this run's own checkpoints first, passing over damaged ones; then
-    ``checkpoint.load`` is taken, where finding nothing, or something damaged, is an error.
+    ``checkpoint.resume: auto`` looks for this run's own checkpoints first and skips damaged ones. Otherwise
+    ``checkpoint.load`` is used; there, finding nothing or a damaged checkpoint is an error.
 
     Args:
-        damaged: checkpoints that were found to be damaged already, and how.
+        damaged: checkpoints already known to be damaged, and how.
 
     Raises:
         CheckpointError: checkpoint.load holds no whole checkpoint, all of the run's own are damaged, or the run
@@ -93,7 +94,7 @@ def _verify_quickly(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_mixture(own: Path, step: int) -> None:
-    """Two runs in one folder would delete each other's checkpoints, and resume from the wrong one."""
+    """Two runs in one folder would delete each other's checkpoints and resume from the wrong ones."""
     later = [tag for tag in layout.finished_tags(own) if layout.step_of(tag) > step]
     if later:
         raise CheckpointError(
@@ -134,6 +135,6 @@ def check_checkpoint(folder: Path, config: Config, tokenizer: str | None = None)
     if tokenizer is not None and before is not None and tokenizer != before:
         raise CheckpointError(
             f"checkpoint {folder} belongs to another tokenizer: its fingerprint is {before} there and {tokenizer} "
-            "here, so that the same text would be other tokens; set data.tokenizer to the one it was trained with"
+            "here, so the same text would become different tokens; set data.tokenizer to the one it was trained with"
         )
     return state

@@ -1,4 +1,4 @@
-"""Loading a checkpoint that was found whole and fitting (checkpoint/find.py)."""
+"""Loads a checkpoint that has passed the checks of checkpoint/find.py."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 
 def verify_together(folder: Path, config: Config, groups: ParallelGroups) -> str | None:
-    """What is wrong with the bytes of ``folder``, None if nothing; collective, every rank reads a part of it.
+    """What is wrong with the bytes of ``folder``, None if nothing; collective, each rank reads a part.
 
-    With ``checkpoint.verify: sizes`` nothing is read. Raises CheckpointError when a rank cannot see it.
+    With ``checkpoint.verify: sizes`` nothing is read. Raises CheckpointError when a rank cannot see the folder.
     """
     if config.checkpoint.verify == "sizes":
         return None
@@ -55,8 +55,8 @@ def load_checkpoint(
 ) -> str | None:
     """Load weights, optimizer and random streams of this rank from a checked ``folder``; collective.
 
-    Under the layout that it was written under, DeepSpeed reads its own files and everything continues bit for
-    bit. Under another one a layout-free copy is made beside it, once, and read.
+    Under the same layout DeepSpeed reads its own files and everything continues bit for bit. Under another layout a
+    layout-free copy is made beside it, once, and read.
 
     Args:
         state: what ``check_checkpoint`` returned for ``folder``.
@@ -91,7 +91,7 @@ def _load_shards(
 ) -> dict[str, Any]:
     """Let DeepSpeed read its own files; returns this rank's random streams.
 
-    Learning rate, weight decay and constants stay this run's. All files are read before any weight is touched.
+    Learning rate, weight decay and constants stay this run's. All files are read before any weight is changed.
     """
     settings = [
         {name: value for name, value in group.items() if name not in ("params", "step")}
@@ -115,7 +115,7 @@ def _load_shards(
 
 
 def _restore_counters(engine: deepspeed.DeepSpeedEngine, trainer: dict[str, int]) -> None:
-    """Give DeepSpeed's own counters, which it reports and saves, the values that the run has reached."""
+    """Set DeepSpeed's own counters, which it reports and saves, to where the run stands."""
     engine.global_steps = trainer["step"] + trainer["skipped_steps"]
     engine.global_samples = trainer["consumed_samples"]
     engine.skipped_steps = trainer["skipped_steps"]
@@ -131,7 +131,7 @@ def _continue_streams(
         return "random streams continue"
     digest = hashlib.sha256(f"{config.train.seed}/{step}".encode()).digest()
     seed_for_training(int.from_bytes(digest[:4], "big"), groups)
-    return f"random streams start anew from seed {config.train.seed}, step {step} and rank"
+    return f"random streams restart from seed {config.train.seed}, step {step} and rank"
 
 
 def _read_streams(folder: Path, groups: ParallelGroups) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""The manifest of a checkpoint: every file with its size and SHA-256, and what the whole belongs to.
+"""The manifest of a checkpoint: every file with its size and SHA-256, and what checkpoint they belong to.
 
     {"version": 2, "tag": "global_step1000", "step": 1000, ..., "files": {
         "sgt_state.json": {"bytes": 2113, "sha256": "9f86d0..."}, ...}, "sha256": of all of the above}
 
-It is written last, so that a folder with a manifest was whole once. No torch: a login node reads it too.
+It is written last, so a folder with a manifest was complete once. No torch: a login node reads it too.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def describe_files(folder: Path, names: Iterable[str]) -> Files:
 
 
 def write_manifest(folder: Path, about: Mapping[str, Any], files: Files | None = None) -> Files:
-    """Complete ``folder``. ``files``: as the ranks that wrote them described them; None: describe them now.
+    """Write the manifest of ``folder``. ``files``: described by the ranks that wrote them; None: describe them now.
 
     Raises OSError.
     """
@@ -63,7 +63,7 @@ def commit_folder(temporary: Path, final: Path, about: Mapping[str, Any]) -> int
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of ``folder``. Raises CheckpointError when it is missing or not as it was written."""
+    """The manifest of ``folder``. Raises CheckpointError when it is missing or has changed."""
     path = folder / layout.MANIFEST_FILE
     content = layout.read_json(path)
     if not isinstance(content, dict) or content.get("version") != VERSION:
@@ -74,7 +74,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def digest(content: Mapping[str, Any]) -> str:
-    """SHA-256 of JSON-able content, whatever the order of its keys."""
+    """SHA-256 of JSON-able content, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -94,7 +94,7 @@ def size_problems(folder: Path) -> list[str]:
 
 
 def checksum_problems(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
-    """What ``size_problems`` finds, and the files whose bytes have changed since they were saved.
+    """As ``size_problems``, and the files whose bytes have changed since they were saved.
 
     Args:
         part, parts: read every ``parts``-th file from number ``part`` on, so that ranks can share the work.

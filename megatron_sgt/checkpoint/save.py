@@ -1,12 +1,12 @@
-"""Saving in two phases: every rank writes its part under a temporary name, then one rank commits the whole.
+"""Saving in two phases: every rank writes its part under a temporary name, then rank 0 commits the checkpoint.
 
     start    an empty folder global_stepN.tmp; every rank's state is written into it, or copied to host memory
     write    every rank's files: written, on disk (fsync), described by size and SHA-256
     commit   when all ranks have: the manifest, the folder's name, then ``latest``, each on disk before the next
 
-A run that is killed at any moment resumes from the checkpoint before, or from this one. Between the phases the
-ranks may train on: ``poll`` takes the save forward by what has become possible. (DeepSpeed writes ``latest``
-before the other ranks have finished, and syncs nothing; its own is not used.)
+A run killed at any moment resumes from the previous checkpoint or from this one. Between the phases training may
+continue: ``poll`` advances the save as far as possible. (DeepSpeed's own commit is not used: it writes ``latest``
+before the other ranks have finished, and syncs nothing.)
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _SHARD_OPTIONS = ("sub_group_size", "round_robin_gradients", "parameter_alignmen
 
 
 def layout_of(config: Config, groups: ParallelGroups) -> dict[str, Any]:
-    """All that DeepSpeed's files of a checkpoint depend on: they are read as they are under the same only."""
+    """All that DeepSpeed's files of a checkpoint depend on: DeepSpeed reads them only under an equal layout."""
     precision = config.precision_on(groups.device.type)
     shape = {
         "tensor_model_parallel_size": groups.tp_size,
@@ -64,7 +64,7 @@ def layout_of(config: Config, groups: ParallelGroups) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Saved:
-    """A committed checkpoint. ``stall_s``: seconds that training stood still for it; ``seconds``: in all."""
+    """A committed checkpoint. ``stall_s``: seconds that training waited for it; ``seconds``: in total."""
 
     step: int
     folder: Path
@@ -75,7 +75,7 @@ class Saved:
 
 @dataclass
 class _InFlight:
-    """A save that has begun. ``work``: what runs of it; ``files``: of all ranks, once they have written them."""
+    """A save in progress. ``work``: its running part; ``files``: of all ranks, once written."""
 
     step: int
     state: dict[str, Any]
@@ -86,7 +86,7 @@ class _InFlight:
 
 
 class Saver:
-    """Saves one checkpoint after the other; every method is collective over all ranks.
+    """Saves checkpoints, one at a time; every method is collective over all ranks.
 
     Args:
         about: what the manifest says of the run (JSON-able).
@@ -121,12 +121,12 @@ class Saver:
         return self._flight is not None
 
     def prepare(self) -> None:
-        """Allocate what asynchronous saves copy to, so that the first one is as quick as the others."""
+        """Allocate the memory of asynchronous saves, so that the first save is as fast as the others."""
         if self._arena is not None:
             self._arena.reserve(_estimated_bytes(self._engine, self._groups))
 
     def start(self, step: int, state: dict[str, Any]) -> None:
-        """Begin the save after ``step`` optimizer steps; none may be in flight.
+        """Begin the save after ``step`` optimizer steps; no other save may be in flight.
 
         Args:
             state: JSON-able state of the trainer and its hooks.
@@ -144,14 +144,14 @@ class Saver:
         self._flight.stall_s = time.perf_counter() - begun
 
     def poll(self, wait: bool = False) -> Saved | None:
-        """Take the save in flight forward; returns it when it is committed, None while it is not.
+        """Advance the save in flight; returns it once it is committed, else None.
 
         Args:
             wait: until it is committed.
 
         Raises:
-            CheckpointError: on every rank, when one of them could not write. Nothing of the save is left, and
-                earlier checkpoints are untouched.
+            CheckpointError: on every rank, when one of them could not write. Nothing of the save
+                remains, and earlier checkpoints are untouched.
         """
         entered = time.perf_counter()
         while (flight := self._flight) is not None:
@@ -183,7 +183,7 @@ class Saver:
         return future
 
     def _together(self, step: int, action: Callable[[], Any]) -> list[Any]:
-        """``gather_or_raise``; a failure ends the save on every rank, and frees the disk from what it has written."""
+        """``gather_or_raise``; a failure ends the save on every rank and deletes what it has written."""
         try:
             return gather_or_raise(action, self._groups)
         except CheckpointError as error:
@@ -191,7 +191,7 @@ class Saver:
             on_rank_zero(lambda: shutil.rmtree(self._temporary(step), ignore_errors=True))
             raise CheckpointError(
                 f"cannot write checkpoint {self._root / layout.tag_for(step)}: {error}; earlier checkpoints are "
-                "untouched. Make room, or set checkpoint.save to another place, and start again: the run goes on "
+                "untouched. Make room, or set checkpoint.save to another place, and start again: the run continues "
                 "from the newest one"
             ) from error
 
@@ -239,13 +239,13 @@ class Saver:
 
 
 def growth_fingerprint(state: dict[str, Any]) -> str | None:
-    """A hash of the growth hook's state: two checkpoints with the same have grown the same."""
+    """A hash of the growth hook's state: checkpoints with equal hashes have grown equally."""
     growth = state.get("hooks", {}).get(layout.GROWTH_STATE)
     return None if growth is None else manifest.digest(growth)
 
 
 def _fresh(temporary: Path) -> None:
-    """An empty folder, over what a killed save has left, perhaps of more ranks than this run has."""
+    """An empty folder, in place of what a killed save left, perhaps of more ranks than this run has."""
     with as_checkpoint_error():
         fresh_folder(temporary)
 
@@ -257,7 +257,7 @@ def _hand_over(
     engine: deepspeed.DeepSpeedEngine,
     groups: ParallelGroups,
 ) -> None:
-    """Let this rank's state be written, or copied."""
+    """Write this rank's state, or copy it."""
     with quiet_logs(), redirected_to(files, engine):  # DeepSpeed reports every file on every rank
         engine.save_checkpoint(
             str(temporary.parent),
@@ -272,7 +272,7 @@ def _hand_over(
 
 
 def _client_state(config: Config, engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
-    """What the readers of DeepSpeed's files must know beside their content."""
+    """What readers of DeepSpeed's files need beside their content."""
     state: dict[str, Any] = {UNIVERSAL_INFO: universal_info(config.model)}
     if engine.zero_optimization_stage() == 0:
         names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
@@ -282,7 +282,7 @@ def _client_state(config: Config, engine: deepspeed.DeepSpeedEngine) -> dict[str
 
 
 def _estimated_bytes(engine: deepspeed.DeepSpeedEngine, groups: ParallelGroups) -> int:
-    """Bytes of this rank's state, a little more than it will be: AdamW's moments come with the first step."""
+    """Bytes of this rank's state, slightly overestimated; AdamW's moments appear with the first step."""
     parameters = list(engine.module.parameters())
     count = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
     stage = engine.zero_optimization_stage()

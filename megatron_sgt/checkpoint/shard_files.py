@@ -1,4 +1,4 @@
-"""What DeepSpeed writes and reads its files through, in place of its own torch.save and torch.load."""
+"""Replaces DeepSpeed's own torch.save and torch.load when it writes and reads its files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_sgt.checkpoint import layout, weight_parts
 from megatron_sgt.checkpoint.host_copy import Arena, compact_copy, host_copy
 from megatron_sgt.checkpoint.manifest import Files, describe_file
 from megatron_sgt.checkpoint.restricted import load_restricted
-from megatron_sgt.errors import CheckpointError
+from megatron_sgt.errors import CheckpointError, first_line
 from megatron_sgt.files import sync
 from megatron_sgt.parallel.collectives import wait_for_all
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 class ShardFiles:
     """One rank's files of one checkpoint, with the methods that DeepSpeed calls on a checkpoint engine.
 
-    A file that cannot be written is no error inside DeepSpeed, whose other ranks would wait for this one in a
-    barrier: ``finish`` tells.
+    A file that cannot be written raises no error inside DeepSpeed, whose other ranks would wait for this one in a
+    barrier; ``finish`` reports it.
 
     Args:
-        arena: keep copies of what is to be written, for ``finish`` to write; None: write at once.
+        arena: copy what is to be written, and let ``finish`` write it; None: write at once.
         dp_rank, dp_size: this rank's share of the weights that all data-parallel ranks have (``weight_parts``).
     """
 
@@ -44,7 +44,7 @@ class ShardFiles:
         self._read: dict[Path, Any] = {}
 
     def save(self, state_dict: Any, path: str | Path) -> None:
-        """Write ``state_dict`` into the file ``path``, or keep it for ``finish``."""
+        """Write ``state_dict`` to ``path``, or keep it for ``finish``."""
         own = None
         if self._dp_size > 1 and layout.is_model_file(Path(path).name):
             own = self._share(state_dict[weight_parts.MODULE])
@@ -78,13 +78,13 @@ class ShardFiles:
             return
         try:
             torch.save(content, path)
-        except RuntimeError as error:  # so torch reports a full disk
-            raise OSError(next(iter(str(error).splitlines()), repr(error))) from error
+        except RuntimeError as error:  # torch reports a full disk this way
+            raise OSError(first_line(error)) from error
         sync(path)
         self._files[path.name] = describe_file(path)
 
     def finish(self) -> Files:
-        """Write what was kept; returns this rank's files, all of them on disk.
+        """Write what was kept; returns this rank's files, all on disk.
 
         Raises CheckpointError when one could not be written (disk full, quota, permissions).
         """
@@ -106,8 +106,8 @@ class ShardFiles:
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
         """The content of a file, on the CPU.
 
-        Of a file that was not read before (rank 0's weights, whose settings every rank compares) nothing is read
-        but what is used.
+        A file that was not read before (rank 0's weights, whose settings every rank compares) is mapped: only what is
+        used is read.
         """
         return self._read.get(Path(path)) or load_restricted(Path(path))
 
@@ -116,19 +116,19 @@ class ShardFiles:
         os.makedirs(path, exist_ok=exist_ok)
 
     def create(self, info: Any) -> None:
-        """Nothing: the folder is made and committed by checkpoint/save.py."""
+        """Does nothing: checkpoint/save.py makes and commits the folder."""
 
     def commit(self, info: Any) -> bool:
-        """Wait for the ranks that have more to write: a barrier of DeepSpeed's follows, which would time out."""
+        """Wait for ranks that still write: the barrier of DeepSpeed that follows would time out."""
         wait_for_all()
         return True
 
     def is_decoupled(self) -> bool:
-        """DeepSpeed writes no ``latest`` for us either way."""
+        """Irrelevant: DeepSpeed never writes ``latest`` here."""
         return False
 
     def preserves_storage_sharing(self) -> bool:
-        """DeepSpeed need not copy tensors before it hands them over."""
+        """DeepSpeed need not copy tensors before passing them on."""
         return False
 
 
@@ -144,7 +144,7 @@ def redirected_to(files: ShardFiles, engine: deepspeed.DeepSpeedEngine) -> Itera
 
 @contextmanager
 def as_checkpoint_error(what: str = "") -> Iterator[None]:
-    """Turn a failure of the disk into a CheckpointError: ``what``, and what the system says."""
+    """Turn an OSError into a CheckpointError: ``what``, and the system's reason."""
     try:
         yield
     except OSError as error:

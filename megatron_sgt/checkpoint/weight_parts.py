@@ -1,12 +1,12 @@
 """Weights that all data-parallel ranks hold (ZeRO 0 to 2), each rank writing a share.
 
-DeepSpeed lets the first data-parallel rank write the whole module, so that the first node writes all weights while
-the others wait. Here its file holds that rank's share, and the other ranks' lie beside it:
+DeepSpeed lets the first data-parallel rank write the whole module, so the first node writes all weights while the
+others wait. Here that file holds one rank's share, and the shares of the other ranks lie beside it:
 
     mp_rank_00_model_states.pt     what DeepSpeed writes, with a share of ``module`` and the names of all of it
     weights_0001_mp_rank_00.pt     the share of data-parallel rank 1, ...
 
-A checkpoint without the names (of one rank, or of an older version) is whole as it is.
+A checkpoint without the names (of one rank, or an older version) holds the whole module.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NAMES, _PARTS = "sgt_weight_names", "sgt_weight_parts"
 
 
 def share(module: Mapping[str, Tensor], rank: int, ranks: int) -> dict[str, Tensor]:
-    """The tensors of ``module`` that ``rank`` of ``ranks`` writes: about as many bytes for each, of whole tensors."""
+    """The tensors of ``module`` that ``rank`` of ``ranks`` writes: whole tensors, about as many bytes for each."""
     loads = [0] * ranks
     mine = set()
     for name in sorted(module, key=lambda name: (-module[name].nbytes, name)):
@@ -38,7 +38,7 @@ def share(module: Mapping[str, Tensor], rank: int, ranks: int) -> dict[str, Tens
 
 
 def without_weights(content: dict[str, Any], ranks: int) -> dict[str, Any]:
-    """``content`` with the names of its weights and the number of ``ranks`` that write them in the weights' place."""
+    """``content`` with its weights replaced by their names and the number of ``ranks`` that write them."""
     rest = {name: value for name, value in content.items() if name != MODULE}
     return {**rest, _NAMES: list(content[MODULE]), _PARTS: ranks}
 

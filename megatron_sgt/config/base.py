@@ -2,7 +2,7 @@
 
 import reprlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -48,6 +48,12 @@ class Section(BaseModel):
     def problems(self) -> Iterator[str]:
         """Yield one `field: text` line for each broken rule that concerns more than one field."""
         yield from ()
+
+
+def section_class(annotation: Any) -> type[BaseModel] | None:
+    """Return the section's class in an annotation such as ``Section`` or ``Section | None``; else None."""
+    candidates = (annotation, *get_args(annotation))
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
 def derived(description: str, **constraints: Any) -> Any:

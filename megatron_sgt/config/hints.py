@@ -1,10 +1,10 @@
 """Hints for keys that the configuration does not know: misspelt, misplaced, or another project's name."""
 
 import difflib
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
+
+from megatron_sgt.config.base import section_class
 
 FOREIGN_NAMES = {
     # gpt-neox and Megatron-DeepSpeed
@@ -106,7 +106,7 @@ def section_at(root: type[BaseModel], path: tuple[str, ...]) -> type[BaseModel] 
     section = root
     for name in path:
         field = section.model_fields.get(name)
-        inner = _section_class(field.annotation) if field else None
+        inner = section_class(field.annotation) if field else None
         if inner is None:
             return None
         section = inner
@@ -118,7 +118,7 @@ def all_keys(root: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in root.model_fields.items():
         keys.append(prefix + name)
-        inner = _section_class(field.annotation)
+        inner = section_class(field.annotation)
         if inner is not None:
             keys += all_keys(inner, f"{prefix}{name}.")
     return keys
@@ -148,12 +148,3 @@ def unknown_key(root: type[BaseModel], path: tuple[str, ...]) -> str:
     if close:
         return f"{line}; did you mean '{names[close[0]]}'?"
     return f"{line}; known here: {', '.join(siblings)}"
-
-
-def _section_class(annotation: Any) -> type[BaseModel] | None:
-    """Return the section class of a field's annotation, also if the field may be null."""
-    candidates = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    for candidate in candidates:
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgt.config.data import DataConfig, TokenizerConfig
-from megatron_sgt.errors import DataError
+from megatron_sgt.errors import DataError, first_line
 
 EOD_CANDIDATES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>")
 """Names that the end of a text may have in a bare ``tokenizer.json``, which does not say which it is."""
@@ -128,9 +128,8 @@ class AutoTokenizerFolder(Tokenizer):
                 path, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # OSError, ValueError, KeyError, or whatever a damaged file provokes
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise DataError(
-                f"no Hugging Face tokenizer could be read from {path}: {reason}; nothing is downloaded: "
+                f"no Hugging Face tokenizer could be read from {path}: {first_line(error)}; nothing is downloaded: "
                 "give a local folder with a tokenizer.json, or the name of a model in the local cache"
             ) from error
         tokenizer.model_max_length = 10**12  # documents are longer than the context of the model it came from

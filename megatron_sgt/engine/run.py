@@ -29,6 +29,7 @@ from megatron_sgt.engine.loop import DivergedError, Trainer
 from megatron_sgt.engine.skipped_ranges import PassedData, batches_past
 from megatron_sgt.engine.state import TrainState
 from megatron_sgt.errors import CheckpointError, ExitCode
+from megatron_sgt.files import replace_text
 from megatron_sgt.growth import Schedule, build_schedule
 from megatron_sgt.guard import Progress, Watch
 from megatron_sgt.guard.stop import StopRequests, named
@@ -124,7 +125,7 @@ class PretrainingRun:
             return MetricsHub()
         run_dir = Path(self.config.logging.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(self.config.to_yaml())
+        replace_text(run_dir / "config.yaml", self.config.to_yaml())
         return build_hub(self.config.logging, self.config.train.train_iters, self.config.model_dump())
 
     def _wire(self, valid: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgt.compat.quiet import quiet_logs
-from megatron_sgt.errors import ConfigError, DataError
+from megatron_sgt.errors import ConfigError, DataError, first_line
 
 
 def require_harness() -> None:
@@ -60,9 +60,8 @@ def run_tasks(
                 bootstrap_iters=0,
             )
         except (OSError, ConnectionError, ValueError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise DataError(
-                f"the data of {', '.join(tasks)} cannot be read: {reason}; tasks of the hub need the network"
+                f"the data of {', '.join(tasks)} cannot be read: {first_line(error)}; tasks of the hub need the network"
             ) from error
     return {
         name: {key.removesuffix(",none"): value for key, value in values.items() if _is_number(value)}

@@ -6,7 +6,7 @@ import weakref
 
 import torch
 
-from megatron_sgt.errors import ConfigError
+from megatron_sgt.errors import ConfigError, first_line
 
 _PORTABLE = 1
 """cudaHostRegisterPortable: locked for every GPU of the process."""
@@ -48,7 +48,7 @@ def select_device(wanted: str, local_rank: int, local_ranks: int = 1) -> torch.d
             raise RuntimeError("CUDA finds no device")
     except RuntimeError as error:
         raise ConfigError(
-            f"torch cannot start the GPU ({str(error).splitlines()[0]}); compare its CUDA version with the driver's "
+            f"torch cannot start the GPU ({first_line(error)}); compare its CUDA version with the driver's "
             "(nvidia-smi), or use parallel.device=cpu"
         ) from error
     if 1 < visible < max(local_ranks, local_rank + 1):

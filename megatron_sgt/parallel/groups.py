@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_sgt.config.parallel import ParallelConfig
-from megatron_sgt.errors import ConfigError
+from megatron_sgt.errors import ConfigError, first_line
 from megatron_sgt.launch.rank_info import LOOPBACK, RankInfo
 from megatron_sgt.parallel.device import backend_for
 
@@ -117,12 +117,11 @@ def _meeting(info: RankInfo, timeout: datetime.timedelta) -> Iterator[None]:
                 f"rank 0 cannot listen on port {info.master_port}: another program does; set MASTER_PORT to a free "
                 "port, or leave it to the launcher"
             ) from error
-        reason = next(iter(str(error).strip().splitlines()), repr(error))
         raise ConfigError(
             f"rank {info.rank} of {info.world_size} has not met the others at {info.master_addr}:{info.master_port} "
-            f"within parallel.distributed_timeout_minutes {timeout.total_seconds() / 60:g} ({reason}); check that all "
-            f"ranks were started, that {info.master_addr} is a name or address of rank 0's node that all nodes know, "
-            "and that no firewall closes the port"
+            f"within parallel.distributed_timeout_minutes {timeout.total_seconds() / 60:g} ({first_line(error)}); "
+            f"check that all ranks were started, that {info.master_addr} is a name or address of rank 0's node that "
+            "all nodes know, and that no firewall closes the port"
         ) from error
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_sgt.checkpoint.layout import LATEST_FILE
 from megatron_sgt.config import Config
 from megatron_sgt.errors import ConfigError, SGTError
+from megatron_sgt.files import replace_text
 from megatron_sgt.launch.sbatch import CONFIG, SCRIPT, SlurmJob, sbatch_script
 
 FOLDER = "slurm"
@@ -55,10 +56,10 @@ def write_job(job: SlurmJob, config: Config) -> Path:
     """
     folder = Path(job.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(config.to_yaml())
+    replace_text(folder / CONFIG, config.to_yaml())
     (folder / "starts").unlink(missing_ok=True)
     script = folder / SCRIPT
-    script.write_text(sbatch_script(job))
+    replace_text(script, sbatch_script(job))
     return script
 
 

@@ -1,8 +1,8 @@
 """Writes a checkpoint layout-free: whole tensors under Hugging Face names, one kind of file per quantity.
 
-The parameters are divided into consecutive parts of about equal size, which any number of processes can write
-at the same time. One parameter is in memory at a time: a process needs about four times the largest parameter
-in fp32 (the shards of all tensor-parallel ranks, the merged tensor, one copy of it), whatever the model's size.
+The parameters are divided into consecutive parts of about equal size, which any number of processes can write in
+parallel. One parameter is in memory at a time: a process needs about four times the largest parameter in fp32 (the
+shards of all tensor-parallel ranks, the merged tensor, one copy of it), independent of the model's size.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from megatron_sgt.errors import CheckpointError
 from megatron_sgt.files import fresh_folder, temporary_of
 from megatron_sgt.model.hf_weights import Entry, name_map
 
-# What a manifest says of its checkpoint that holds under any layout.
+# Entries of a manifest that hold under any layout.
 _KEPT = ("step", "tokens", "growth", "config_sha256", "tokenizer", "code")
 
 
 def entries_of(source: Source, part: int, parts: int) -> list[Entry]:
-    """The consecutive entries that are part ``part`` (from 0) of ``parts``; may be none."""
+    """The consecutive entries of part ``part`` (from 0) of ``parts``; may be empty."""
     entries = list(name_map(source.model))
     sizes = [math.prod(source.ranks[0].shapes[PREFIX + entry.megatron]) for entry in entries]
     chosen, before = [], 0
@@ -70,7 +70,7 @@ def write_part(source: Source, destination: Path, part: int = 0, parts: int = 1)
 
 
 def _write_entry(source: Source, entry: Entry, quantity: str, writer: TensorFileWriter) -> float:
-    """Merge and write one parameter's ``quantity``; a function, so that no tensor outlives its turn."""
+    """Merge and write one parameter's ``quantity``; a function, so that its tensors are freed at once."""
     tensors, drift = source.whole(entry, quantity)
     for name, tensor in tensors.items():
         writer.append(name, tensor)
@@ -78,7 +78,7 @@ def _write_entry(source: Source, entry: Entry, quantity: str, writer: TensorFile
 
 
 def commit(source: Source, temporary: Path, final: Path) -> int:
-    """Complete the folder ``temporary``, whose parts are all written, and give it its name.
+    """Complete the folder ``temporary``, all of whose parts are written, and rename it.
 
     Returns:
         Its size in bytes.
@@ -109,7 +109,7 @@ def convert(folder: Path, root: Path, processes: int = 1) -> tuple[Path, int, fl
     """Convert the checkpoint ``folder`` into a checkpoint of the same tag below ``root``.
 
     Args:
-        processes: how many write at the same time, each a part of its own.
+        processes: how many write at the same time, each its own part.
 
     Returns:
         The new checkpoint's folder, its size in bytes, and what ``write_part`` returns.
@@ -129,7 +129,7 @@ def convert(folder: Path, root: Path, processes: int = 1) -> tuple[Path, int, fl
     if processes == 1:
         drift = write_part(source, temporary)
     else:
-        # Not forked: the libraries have threads by now, which a fork would lose.
+        # Not forked: a fork would lose the threads that the libraries have started.
         fresh = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(processes, fresh, quiet_imports) as pool:
             drift = max(pool.map(partial(_convert_part, folder, temporary, processes), range(processes)))

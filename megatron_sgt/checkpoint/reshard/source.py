@@ -27,7 +27,7 @@ PREFIX = "gpt."
 class Source:
     """A checkpoint to convert. ``model`` has no vocabulary size, so that no padding row is cut off.
 
-    The rows of the padding take part in the softmax: without them the loss would not continue.
+    The padding rows take part in the softmax: without them the loss would jump.
     """
 
     folder: Path
@@ -61,7 +61,7 @@ class Source:
 
 
 def open_source(folder: Path) -> Source:
-    """Open the checkpoint ``folder``, whose files were found whole before; needs no process group.
+    """Open the checkpoint ``folder``, whose files were verified before; needs no process group.
 
     Raises:
         CheckpointError: its files are not what DeepSpeed writes for its layout, or not of its model.

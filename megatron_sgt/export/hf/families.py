@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_sgt.errors import CheckpointError
+from megatron_sgt.errors import CheckpointError, first_line
 from megatron_sgt.export.hf.configuration_sgt import SGTConfig
 
 CONFIG_FILE = "config.json"
@@ -85,8 +85,9 @@ def read_config(folder: Path) -> Any:
             return SGTConfig.from_pretrained(folder)
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever odd values provoke in a library class
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CheckpointError(f"{path} cannot be used (model_type {model_type!r}): {reason}") from error
+        raise CheckpointError(
+            f"{path} cannot be used (model_type {model_type!r}): {first_line(error)}"
+        ) from error
 
 
 def _common_problems(config: Any) -> Iterator[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_sgt.config.data import TokenizerConfig
-from megatron_sgt.errors import CheckpointError, DataError, SGTError
+from megatron_sgt.errors import CheckpointError, DataError, SGTError, first_line
 from megatron_sgt.export.architecture import TokenIds, hf_config
 from megatron_sgt.export.hf.configuration_sgt import SGTConfig
 from megatron_sgt.export.hf.families import CONFIG_FILE, read_config
@@ -121,8 +121,9 @@ def _open_folder(path: Path, dtype: str, trust_remote_code: bool) -> OpenModel:
     except SGTError:
         raise
     except Exception as error:  # whatever an odd folder provokes in the library
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CheckpointError(f"{path} cannot be loaded as a causal language model: {reason}") from error
+        raise CheckpointError(
+            f"{path} cannot be loaded as a causal language model: {first_line(error)}"
+        ) from error
     _refuse_differences(str(path), report)
     config = loaded.config
     return OpenModel(str(path), loaded, None, config.vocab_size, config.max_position_embeddings, None)
@@ -175,5 +176,4 @@ def _load_tokenizer(folder: Path, model_config: Any = None) -> Any:
                 folder, config=model_config, local_files_only=True, trust_remote_code=False
             )
     except Exception as error:  # OSError, ValueError, KeyError, or whatever a damaged file provokes
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"the tokenizer in {folder} cannot be read: {reason}") from error
+        raise DataError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
