@@ -4,7 +4,7 @@ import enum
 
 
 class ExitCode(enum.IntEnum):
-    """What a process ends with. Scripts and schedulers rely on these; ``meaning`` is the text for people."""
+    """Exit codes. Scripts and schedulers rely on them; ``meaning`` is the text for people."""
 
     DONE = 0, "done"
     CRASH = 1, "crash or divergence"
@@ -20,7 +20,7 @@ class ExitCode(enum.IntEnum):
     meaning: str
 
     def __new__(cls, value: int, meaning: str) -> "ExitCode":
-        """A number that knows its meaning."""
+        """An integer with its meaning."""
         member = int.__new__(cls, value)
         member._value_ = value
         member.meaning = meaning
@@ -33,7 +33,7 @@ def first_line(error: BaseException) -> str:
 
 
 class SGTError(Exception):
-    """A failure with one clear message: the cause with the user's values, and the fix."""
+    """A failure with one clear message: the cause, with the user's values, and the fix."""
 
     exit_code = ExitCode.CRASH
 
@@ -45,7 +45,7 @@ class ConfigError(SGTError, ValueError):
 
 
 class DataError(SGTError):
-    """A data set, corpus or tokenizer that is missing, damaged or does not fit the model."""
+    """A data set, corpus or tokenizer that is missing, damaged or unfit for the model."""
 
     exit_code = ExitCode.DATA
 

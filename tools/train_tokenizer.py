@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a sentencepiece tokenizer that gives back every text exactly as it was."""
+"""Train a sentencepiece tokenizer that reproduces every text exactly."""
 
 import argparse
 

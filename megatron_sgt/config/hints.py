@@ -1,4 +1,4 @@
-"""Hints for keys that the configuration does not know: misspelt, misplaced, or another project's name."""
+"""Hints for unknown keys: misspelt, misplaced, or another project's name."""
 
 import difflib
 
@@ -76,7 +76,7 @@ FOREIGN_NAMES = {
     "total_steps": "train.train_iters",
     "warmup": "optim.lr_warmup_iters",
 }
-"""Names of the same thing elsewhere -> ours."""
+"""Other projects' names -> ours."""
 
 
 DEEPSPEED_KEYS = (
@@ -90,11 +90,11 @@ DEEPSPEED_KEYS = (
     "train_micro_batch_size_per_gpu", "wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer", "zero_optimization",
 )  # fmt: skip
-"""The usual keys of DeepSpeed's JSON (https://www.deepspeed.ai/docs/config-json), which ignores all others."""
+"""The usual keys of DeepSpeed's JSON (https://www.deepspeed.ai/docs/config-json), which ignores unknown keys."""
 
 
 def misspelt_deepspeed_key(key: str) -> str | None:
-    """Return the DeepSpeed key that `key` was probably meant to be; None if it is one, or resembles none."""
+    """Return the DeepSpeed key that `key` is probably a misspelling of; None if it is one, or resembles none."""
     if key in DEEPSPEED_KEYS:
         return None
     close = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=1, cutoff=0.8)

@@ -1,4 +1,4 @@
-"""The reference of every setting, made from the configuration classes themselves."""
+"""The reference of all settings, generated from the configuration classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole configuration: all sections, and the rules that hold between them."""
+"""The whole configuration: all sections, and the rules between them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,9 +107,9 @@ class Config(Section):
     def zero_stage_on(self, world_size: int, precision: str) -> int:
         """Return the ZeRO stage that a run really has. Raises ConfigError.
 
-        Among one data-parallel rank there is nothing to shard. ZeRO would copy every weight and every gradient
-        into its buffers and back all the same, so an fp32 run goes without: the same numbers with less memory
-        and time. (Half precision needs ZeRO's fp32 weights; who sets deepspeed.zero_optimization gets it.)
+        On a single data-parallel rank there is nothing to shard, but ZeRO would still copy every weight and every
+        gradient into its buffers and back. So an fp32 run goes without it: the same numbers with less memory and time.
+        (Half precision needs ZeRO's fp32 weights; a run that sets deepspeed.zero_optimization gets ZeRO.)
         """
         alone = self.data_parallel_size(world_size) == 1 and precision == "fp32"
         return 0 if alone and not self.deepspeed.get("zero_optimization") else self.parallel.zero_stage

@@ -1,4 +1,4 @@
-"""A corpus of real text that every machine has: the sources of Python's standard library."""
+"""A corpus of real text that exists on every machine: the sources of Python's standard library."""
 
 import json
 import os
@@ -32,10 +32,9 @@ def build_corpus(
 ) -> CorpusReport:
     """Write ``output`` as jsonl ({"text": …}), one document per source file, in sorted order.
 
-    Installed packages are left out, and so is the library's own test suite unless the rest is smaller than
-    ``min_bytes``. Files that cannot be decoded are skipped. ``root``: another folder than the standard
-    library's.
-    Raises DataError if the text is too small even so, or ``output`` exists and may not be overwritten.
+    Installed packages are omitted, and so is the library's own test suite unless the rest is smaller than
+    ``min_bytes``. Files that cannot be decoded are skipped. ``root``: a folder instead of the standard library's.
+    Raises DataError if the text is too small even then, or ``output`` exists and may not be overwritten.
     """
     target = Path(output)
     if target.exists() and not overwrite:

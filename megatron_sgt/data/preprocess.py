@@ -71,8 +71,8 @@ class PreprocessReport:
 def preprocess(options: PreprocessOptions) -> PreprocessReport:
     """Tokenize all documents, one data set per key; the result does not depend on the number of workers.
 
-    The files appear under their names only when they are complete. In memory are some chunks of about a
-    megabyte per worker, and some 50 bytes per document for the index.
+    The files get their names only when they are complete. Memory holds some chunks of about a megabyte per worker, and
+    some 50 bytes per document for the index.
     Raises DataError: unreadable input, a bad line (with file and line), output that exists (without
     ``overwrite``), no document with a token at all.
     """
@@ -116,7 +116,7 @@ def preprocess(options: PreprocessOptions) -> PreprocessReport:
 class DatasetWriter:
     """Writes one .bin/.idx pair (and its .json) under temporary names; :meth:`commit` gives them their own.
 
-    A context manager: leaving it without a commit removes what was written. Raises DataError if the data set
+    A context manager: without a commit, what was written is removed. Raises DataError if the data set
     exists and may not be overwritten, or if another process is writing it.
     """
 
@@ -177,7 +177,7 @@ class DatasetWriter:
 
 
 def _lock(path: str) -> int:
-    """Hold ``path`` as long as this process lives: two jobs must not write one file. Returns a descriptor."""
+    """Lock ``path`` while this process lives: two jobs must not write one file. Returns a descriptor."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -226,12 +226,10 @@ def describe(report: PreprocessReport, options: PreprocessOptions, checksum: boo
             lines.append(f"sha256 {sha256_of(Path(dataset.prefix + '.bin'))}  {dataset.prefix}.bin")
     if report.repaired:
         lines.append(
-            f"{report.repaired:,} texts held characters that are no Unicode text; these were replaced by '?'"
+            f"{report.repaired:,} texts contained invalid Unicode characters, which were replaced by '?'"
         )
     if not options.append_eod:
-        lines.append(
-            "note: nothing separates the documents; --append-eod ends each with the end-of-text token"
-        )
+        lines.append("note: documents are not separated; --append-eod ends each with the end-of-text token")
     lines.append(
         f"{elapsed(report.seconds)}, {report.tokens_per_second:,.0f} tokens/s with {options.num_workers} worker(s)"
     )

@@ -11,7 +11,7 @@ LINE_EVERY_SECONDS = 30.0
 
 
 class Progress:
-    """Shows how much of ``total_bytes`` is done, what came of it, the rate and the time left, on stderr."""
+    """Shows progress through ``total_bytes``, results so far, rate and time left, on stderr."""
 
     def __init__(
         self,

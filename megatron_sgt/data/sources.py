@@ -1,4 +1,4 @@
-"""The data sets that a configuration names, found, checked and cut into splits. Needs no process group."""
+"""Finds, checks and splits the data sets of a configuration. Needs no process group."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ class Source:
     parts: tuple[SplitPart, ...]
     """train, valid, test"""
     note: str | None
-    """What was assumed to find it."""
+    """What had to be assumed to find it."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class DataSummary:
 
     @property
     def epochs(self) -> float:
-        """How often the run sees its training samples, on average over the blend."""
+        """How often the run sees each training sample, on average over the blend."""
         return self.samples_needed / self.train_samples
 
     def line(self) -> str:

@@ -1,4 +1,4 @@
-"""Tokenizers behind one interface: a sentencepiece model, or a Hugging Face tokenizer from the local disk."""
+"""One interface to sentencepiece models and to Hugging Face tokenizers on the local disk."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from megatron_sgt.config.data import DataConfig, TokenizerConfig
 from megatron_sgt.errors import DataError, first_line
 
 EOD_CANDIDATES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>")
-"""Names that the end of a text may have in a bare ``tokenizer.json``, which does not say which it is."""
+"""Possible end-of-text tokens of a bare ``tokenizer.json``, which does not name its own."""
 
 HF_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
@@ -22,7 +22,7 @@ class Tokenizer(ABC):
     def __init__(self, name: str, vocab_size: int, eod: int | None) -> None:
         self.name = name
         self.vocab_size = vocab_size
-        """Smallest number that is above every id: the rows that an embedding needs."""
+        """The largest id plus 1: the rows that an embedding needs."""
         self._eod = eod
 
     @property
@@ -49,7 +49,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """sha256 (hex) of what defines the tokenizer: equal for equal files, wherever they lie."""
+        """SHA-256 (hex) of what defines the tokenizer; independent of where the files are."""
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -123,7 +123,7 @@ class AutoTokenizerFolder(Tokenizer):
 
         logging.set_verbosity_error()  # the variable has no effect once the library is imported
         try:
-            # The model beside it may bring code of its own, of which a tokenizer has no need.
+            # The model beside it may bring its own code, which a tokenizer does not need.
             tokenizer: Any = AutoTokenizer.from_pretrained(
                 path, local_files_only=True, trust_remote_code=False
             )

@@ -1,4 +1,4 @@
-"""Training a sentencepiece tokenizer that gives back every text exactly as it was."""
+"""Trains a sentencepiece tokenizer that reproduces every text exactly."""
 
 import hashlib
 import io
@@ -19,7 +19,7 @@ SAMPLE_BYTES = 100_000_000
 FIXED_IDS = 259
 """Unknown, beginning and end of a text, and the 256 bytes."""
 PIECE_CHARACTERS = 4000
-"""Documents are cut at line ends into pieces of this size: sentencepiece leaves long "sentences" out."""
+"""Documents are cut at line ends into pieces of this size: sentencepiece skips long "sentences"."""
 NUM_THREADS = 8
 """Fixed: the sums of unigram training, and so the model, depend on it."""
 EXPANSION = {"": 1, ".gz": 5, ".zst": 5}
@@ -55,7 +55,7 @@ def train_tokenizer(
 
     Ids: 0 unknown (never produced), 1 ``<s>``, 2 ``</s>`` (the end of a document), 3..258 the bytes, then
     pieces and characters. Nothing is normalised and characters outside the vocabulary become bytes, so
-    decoding gives back the text; the one exception is U+2581 (▁), sentencepiece's sign for a space.
+    decoding reproduces the text; the one exception is U+2581 (▁), sentencepiece's sign for a space.
     Raises DataError: unreadable input, no text, ``output`` exists, a vocabulary size that the text does not
     allow.
     """

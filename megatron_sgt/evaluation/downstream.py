@@ -1,4 +1,4 @@
-"""Benchmarks of lm-evaluation-harness on a model that is in memory."""
+"""Runs lm-evaluation-harness on a model in memory."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _manager(tasks: Sequence[str], include_path: Path | None) -> Any:
 
     unknown, manager = list(tasks) or [""], None
     if include_path is not None:
-        # The harness takes long to look through its own thousands of files; often they are not needed.
+        # Searching the harness's own thousands of files is slow and often not needed.
         manager = TaskManager(include_path=str(include_path), include_defaults=False)
         unknown = [task for task in unknown if task not in manager.all_tasks]
     if unknown:

@@ -1,4 +1,4 @@
-"""From a Hugging Face folder to a checkpoint that a run starts from, under any layout.
+"""Imports a Hugging Face folder as a checkpoint from which a run starts, under any layout.
 
 The result is layout-free: whole fp32 weights under Hugging Face names, no optimizer state, step 0. One tensor is
 in memory at a time, with its fp32 copy.
@@ -168,7 +168,7 @@ def _all_or_nothing(root: Path, final: Path) -> Iterator[Path]:
 
 
 def _drop_derived(source: Path, tensors: HFTensors, model: ModelConfig) -> None:
-    """Leave out what older versions of transformers stored twice, after comparing it.
+    """Drop what older versions of transformers stored redundantly, after checking it.
 
     The head of a tied model is its embedding; the rotary frequencies follow from theta.
     """

@@ -1,4 +1,4 @@
-"""The proof that an exported folder is the same model as the project's own: logits, loss, cache, greedy text.
+"""Proves that an exported folder is the same model as the project's own: logits, loss, cache, greedy text.
 
 The project's model is Megatron-Core's with a tensor-parallel size of 1 and the checkpoint's weights rounded to the
 stored type; both models compute in fp32. A further check runs the folder in its stored type, as its users will.
@@ -81,7 +81,7 @@ class Parity:
 
 
 def probe_tokens(export: Export, count: int = SEQUENCES, length: int = LENGTH) -> Tensor:
-    """[count, length] random token ids that the model knows, the same every time."""
+    """[count, length] random token ids below the vocabulary size, the same every time."""
     model = export.source.config.model
     known = min(model.vocab_size or export.source.vocab_rows, export.source.vocab_rows)
     generator = torch.Generator().manual_seed(0)
@@ -177,8 +177,8 @@ def wrong_tokens(
 ) -> int:
     """Tokens of ``text`` [B, S] after the first ``prompt`` that the project's model would not have chosen.
 
-    One forward of the whole text tells: by induction each token was chosen after the same text. Where two tokens
-    are as likely as each other, up to twice the tolerance of logits, either is right.
+    One forward pass over the whole text suffices: by induction each token was chosen after the same text. Where two
+    tokens are equally likely, up to twice the tolerance of logits, either is right.
     """
     model = export.source.config.model
     known = min(model.vocab_size or export.source.vocab_rows, export.source.vocab_rows)

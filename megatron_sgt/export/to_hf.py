@@ -1,4 +1,4 @@
-"""From a checkpoint of any layout to a Hugging Face folder; on a CPU, without a process group, streaming."""
+"""Writes a checkpoint of any layout as a Hugging Face folder; streaming, on a CPU, without a process group."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def export_checkpoint(
 ) -> Export:
     """Write the checkpoint ``load`` (a folder of checkpoints, or one of them) as the Hugging Face folder ``output``.
 
-    The folder appears under its name when it is whole. Peak memory is a few times the largest parameter.
+    The folder gets its name when it is complete. Peak memory is a few times the largest parameter.
 
     Args:
         step: which checkpoint of a folder of them; None: the latest.
@@ -83,7 +83,7 @@ def export_checkpoint(
 
 @contextmanager
 def _whole_or_nothing(output: Path) -> Iterator[Path]:
-    """A folder to write into, which is renamed to ``output`` at the end; after an error nothing is left."""
+    """A folder to write into, renamed to ``output`` at the end; after an error nothing is left."""
     temporary = temporary_of(output)
     try:
         fresh_folder(temporary)
@@ -106,7 +106,7 @@ def _write(
     tokens = TokenIds()
     wanted = options.tokenizer or source.config.data.tokenizer
     if options.write_tokenizer and wanted is not None:
-        # Before the weights: what is most likely to be missing here takes no time to find out.
+        # Before the weights: it is the part most likely to be missing, and quickly checked.
         tokens = write_tokenizer(wanted, temporary, source.config)
     plain, why = plain_architecture(model, plan)
     drifts = [0.0]

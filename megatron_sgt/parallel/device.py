@@ -1,4 +1,4 @@
-"""The device a rank computes on and the collective backend that goes with it."""
+"""A rank's device and the matching collective backend."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def device_type(wanted: str) -> str:
 def select_device(wanted: str, local_rank: int, local_ranks: int = 1) -> torch.device:
     """Return this rank's device, and make it the current one.
 
-    A rank that sees one GPU was given it (``--gpus-per-task=1``, ``CUDA_VISIBLE_DEVICES`` of its own), whatever
-    its local rank; ``parallel.placement`` finds out whether others were given the same.
+    A rank that sees a single GPU uses it (``--gpus-per-task=1``, its own ``CUDA_VISIBLE_DEVICES``), whatever its local
+    rank; ``parallel.placement`` checks that no other rank has the same one.
 
     Args:
         wanted: "auto" (CUDA when present), "cpu" or "cuda".
@@ -42,7 +42,7 @@ def select_device(wanted: str, local_rank: int, local_ranks: int = 1) -> torch.d
     if device_type(wanted) == "cpu":
         return torch.device("cpu")
     try:
-        torch.cuda.init()  # only now the count is CUDA's own: before, torch asks the driver, which knows no MIG
+        torch.cuda.init()  # afterwards the count is CUDA's own; before, torch asks the driver, which ignores MIG
         visible = torch.cuda.device_count()
         if visible == 0:
             raise RuntimeError("CUDA finds no device")
@@ -62,7 +62,7 @@ def select_device(wanted: str, local_rank: int, local_ranks: int = 1) -> torch.d
 
 
 def identity(device: torch.device) -> str | None:
-    """What no other device has: the UUID of a GPU; None on a CPU."""
+    """A unique name: the UUID of a GPU; None on a CPU."""
     if device.type != "cuda":
         return None
     return str(torch.cuda.get_device_properties(device).uuid)
@@ -93,9 +93,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def lock_pages(memory: torch.Tensor) -> None:
-    """Page-lock host memory as it is, to the byte, so that GPUs copy to it at full speed.
+    """Page-lock existing host memory, so that GPUs copy to it at full speed.
 
-    It may not be given back while it is locked. Raises RuntimeError when the system refuses.
+    It must not be freed while it is locked. Raises RuntimeError when the system refuses.
     """
     error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE))
     if error:

@@ -44,8 +44,8 @@ class ParallelGroups:
 def initialize_groups(config: ParallelConfig, info: RankInfo, device: torch.device) -> ParallelGroups:
     """Start torch.distributed and Megatron-Core's groups.
 
-    The same timeout is given to both: Megatron-Core's groups have one of their own (30 minutes), and a
-    peer of a stopped rank would wait that long.
+    Both get the same timeout: Megatron-Core's groups default to 30 minutes, and the peers of a stopped rank would wait
+    that long.
 
     Raises:
         ConfigError: the ranks cannot meet.
@@ -84,9 +84,9 @@ def initialize_groups(config: ParallelConfig, info: RankInfo, device: torch.devi
 
 
 def loopback_store(info: RankInfo, timeout: datetime.timedelta) -> dist.TCPStore:
-    """Where the ranks of one machine meet: a port that the machine alone can reach.
+    """The meeting point of the ranks of one machine: a port that only this machine can reach.
 
-    torch's own listens on every interface, and answers whoever asks.
+    torch's own store listens on every interface and answers anybody.
     """
     listening = None
     if info.rank == 0:
@@ -126,7 +126,7 @@ def _meeting(info: RankInfo, timeout: datetime.timedelta) -> Iterator[None]:
 
 
 def current_groups(device: torch.device) -> ParallelGroups:
-    """Read the groups that are initialised already."""
+    """The groups that are already initialised."""
     return ParallelGroups(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -141,7 +141,7 @@ def current_groups(device: torch.device) -> ParallelGroups:
 
 
 def destroy_groups() -> None:
-    """Take the groups down again (the end of a run, or between layouts in one test process)."""
+    """Destroy the groups (at the end of a run, or between layouts in one test process)."""
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

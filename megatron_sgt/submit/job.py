@@ -1,4 +1,4 @@
-"""A run as a job: described, written beside the run, handed to sbatch."""
+"""A run as a Slurm job: its files are written beside the run, then it is submitted with sbatch."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ def job_folder(config: Config) -> str:
 
 
 def job_name(config: Config) -> str:
-    """One name for one run directory: Slurm lets one job of a name run at a time (--dependency=singleton)."""
+    """One name per run directory: Slurm runs one job of a name at a time (--dependency=singleton)."""
     return f"sgt:{config.logging.run_dir}"
 
 
@@ -32,7 +32,7 @@ def latest_file(config: Config) -> str:
 
 
 def outside_folders(config: Config) -> list[str]:
-    """Folders outside the current one that the run reads or writes: what a container must be shown."""
+    """Folders outside the current one that the run reads or writes, for a container to mount."""
     here = Path.cwd()
     folders = dict.fromkeys(place.absolute() for place in _places(config))
     outside = [folder for folder in folders if not folder.is_relative_to(here)]
@@ -50,9 +50,9 @@ def _places(config: Config) -> Iterator[Path]:
 
 
 def write_job(job: SlurmJob, config: Config) -> Path:
-    """Write script and resolved configuration; returns the script. Restarts read these, not what they came from.
+    """Write script and resolved configuration; returns the script. Restarts read these, not the originals.
 
-    The count of starts of an earlier submission is forgotten.
+    The count of starts of an earlier submission is reset.
     """
     folder = Path(job.folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def write_job(job: SlurmJob, config: Config) -> Path:
 
 
 def submit(script: Path) -> str:
-    """Hand ``script`` to sbatch; returns the job's id.
+    """Submit ``script`` with sbatch; returns the job's id.
 
     Raises ConfigError: there is no sbatch here. SGTError: Slurm refuses the job.
     """

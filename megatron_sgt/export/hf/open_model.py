@@ -1,6 +1,6 @@
 """A causal language model of transformers, from a checkpoint of this project or from a Hugging Face folder.
 
-Whoever generates or evaluates goes through here, so that a checkpoint answers exactly as its export will.
+Generation and evaluation both go through here, so that a checkpoint behaves exactly like its export.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def open_model(
         step: which checkpoint of a folder of them; None: the latest.
         dtype: "fp32", "bf16" or "fp16", of the weights; rotary frequencies stay fp32.
         tokenizer: file or folder, instead of the one that belongs to the model.
-        keep_padding: leave the rows in that a checkpoint's vocabulary was padded with.
-        trust_remote_code: let a folder bring its own model code; else an SGT folder is read by this package's.
+        keep_padding: keep the rows that pad a checkpoint's vocabulary.
+        trust_remote_code: run a folder's own model code; else an SGT folder is read with this package's.
 
     Raises:
         CheckpointError: there is no model at ``path``, or it is damaged.
@@ -120,7 +120,7 @@ def _open_folder(path: Path, dtype: str, trust_remote_code: bool) -> OpenModel:
                 loaded, report = kind.from_pretrained(path, **options)
     except SGTError:
         raise
-    except Exception as error:  # whatever an odd folder provokes in the library
+    except Exception as error:  # an unusual folder may raise anything in the library
         raise CheckpointError(
             f"{path} cannot be loaded as a causal language model: {first_line(error)}"
         ) from error
@@ -130,7 +130,7 @@ def _open_folder(path: Path, dtype: str, trust_remote_code: bool) -> OpenModel:
 
 
 def _refuse_differences(name: str, report: dict[str, Any]) -> None:
-    """transformers only warns of weights that it does not find or does not know, and draws new ones."""
+    """transformers only warns about missing or unknown weights, and draws new ones."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(map(str, report.get(kind) or ())):
             raise CheckpointError(
@@ -161,7 +161,7 @@ def _tokenizer_of(opened: OpenModel, path: Path, chosen: Path | None) -> Any:
             f"--tokenizer {chosen}: for a Hugging Face folder give a folder with a tokenizer.json"
         )
     with tempfile.TemporaryDirectory() as folder:
-        # As the export would write it: text is cut the same way before and after.
+        # As the export would write it, so that texts are tokenized the same way before and after.
         write_tokenizer(wanted, Path(folder), opened.source.config)
         return _load_tokenizer(Path(folder))
 
