@@ -13,8 +13,8 @@ import yaml
 from numpy.typing import NDArray
 
 from megatron_sgt.errors import DataError
+from megatron_sgt.jsonl import read_all, without_void_records
 from megatron_sgt.metrics import METRICS_FILE
-from megatron_sgt.metrics.jsonl import read_all, without_void_records
 
 Record = Mapping[str, Any]
 Floats = NDArray[np.float64]
