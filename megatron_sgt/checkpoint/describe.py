@@ -1,4 +1,4 @@
-"""The contents of checkpoints as text: one screen."""
+"""Checkpoints described as text, on one screen."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 from megatron_sgt.checkpoint.contents import Contents, Details, GrowthContents, LoopingLayer, RootContents
-from megatron_sgt.config.base import counted
+from megatron_sgt.config.base import count
 from megatron_sgt.metrics.units import duration, file_size, si
 
 _SHOWN_PROBLEMS = 5
@@ -110,7 +110,7 @@ def _growth(growth: GrowthContents) -> str:
     if not growth.layers and growth.phase == growth.method:
         return growth.method
     window = "" if growth.window_end is None else f", its window ends at step {growth.window_end:,}"
-    return f"{growth.method}, phase {growth.phase}{window}, {counted(len(growth.layers), 'layer')} selected"
+    return f"{growth.method}, phase {growth.phase}{window}, {count(len(growth.layers), 'layer')} selected"
 
 
 def _layer(layer: LoopingLayer) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sgt.config.base import counted
+from megatron_sgt.config.base import count
 from megatron_sgt.config.growth import GrowthConfig
 from megatron_sgt.errors import CheckpointError, ConfigError, DataError
 from megatron_sgt.growth.plan import GrowthEvent, LayerPlan, LoopPlan
@@ -90,7 +90,7 @@ class ReplaySchedule(SGTSchedule):
 
     def describe(self, added: str) -> str:
         """See Schedule."""
-        layers = counted(len(self.final_plan().layers), "layer")
+        layers = count(len(self.final_plan().layers), "layer")
         return f"repeats the decisions of {self.config.replay}: {layers}, {added} once fixed"
 
     def _fingerprint(self) -> str:

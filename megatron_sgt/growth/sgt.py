@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megatron_sgt.config.base import counted
+from megatron_sgt.config.base import count
 from megatron_sgt.config.growth import GrowthConfig
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth.gates import window_gate
@@ -231,9 +231,9 @@ class SGTSchedule(Schedule):
     def describe(self, added: str) -> str:
         """See Schedule."""
         cfg = self.config
-        heads = "all heads" if cfg.head_choice == "all" else counted(cfg.num_keep_heads, "head")
+        heads = "all heads" if cfg.head_choice == "all" else count(cfg.num_keep_heads, "head")
         return (
-            f"up to {counted(cfg.max_selected_layers, 'layer')} x {heads} x {counted(cfg.max_loop_depth, 'loop')} "
+            f"up to {count(cfg.max_selected_layers, 'layer')} x {heads} x {count(cfg.max_loop_depth, 'loop')} "
             f"from step {cfg.first_selection_step} on, at most {added} once fixed"
         )
 

@@ -26,25 +26,16 @@ from megatron_sgt.ops.rotary import RotaryTables
 from megatron_sgt.planning.loop_cost import choose_loop_method
 
 
-def recomputed_layers(config: Config, granularity: str) -> tuple[int, ...]:
-    """Ids of the layers that are recomputed with ``granularity``; empty if another one is configured."""
-    train = config.train
-    if train.recompute_granularity != granularity:
-        return ()
-    return tuple(range(config.model.num_layers)) if train.recompute_layers is None else train.recompute_layers
-
-
 def layer_submodules(config: Config, meter: EntropyMeter, fused: bool = False) -> TransformerLayerSubmodules:
     """The parts of one layer, the same for SGT and for a plain Megatron-Core layer."""
     norm = NORMS[config.model.normalization]
     head_norm = HeadNorm if config.model.qk_layernorm else None
-    recompute = recomputed_layers(config, "selective")
     attention = SelfAttentionSubmodules(
         linear_qkv=LoopingColumnParallelLinear,
         core_attention=partial(
             SGTCoreAttention,
             meter=meter,
-            recompute=recompute,
+            recompute=config.recomputed_layers("selective"),
             fused=fused,
             loop_attention=config.train.loop_attention,
         ),
@@ -92,7 +83,7 @@ def decoder_spec(
         params = {
             "head_layout": layout,
             "balanced": layout.tp_size > 1 and choose_loop_method(config)[0] == "balanced",
-            "recompute": recomputed_layers(config, "full"),
+            "recompute": config.recomputed_layers("full"),
             "fused": fused,
             "tables": RotaryTables(),
             "fused_rotary": fused_rotary,

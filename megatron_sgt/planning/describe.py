@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from megatron_sgt.config import Config
-from megatron_sgt.config.base import counted
 from megatron_sgt.planning.flops import overhead
 from megatron_sgt.planning.parameters import parameter_count
 from megatron_sgt.planning.structure import schedule_of
@@ -22,23 +21,3 @@ def growth_line(config: Config) -> str:
     """What grows, when, and what it adds."""
     schedule = schedule_of(config)
     return schedule.describe(f"{100 * overhead(config.model, schedule.final_plan()):+.2f} % FLOPs")
-
-
-def layout_line(config: Config, world_size: int, precision: str) -> str:
-    """How the ranks share the model."""
-    parallel = config.parallel
-    stage = config.zero_stage_on(world_size, precision)
-    return (
-        f"{counted(world_size, 'rank')} = tensor parallel {parallel.tensor_model_parallel_size} x data parallel "
-        f"{config.data_parallel_size(world_size)} · ZeRO-{stage} · {precision}"
-    )
-
-
-def batch_line(config: Config, world_size: int) -> str:
-    """The batch arithmetic. Raises ConfigError where it does not work out."""
-    train = config.train
-    return (
-        f"{train.global_batch_size} sequences = micro {train.micro_batch_size} x accumulation "
-        f"{config.num_micro_batches(world_size)} x data parallel {config.data_parallel_size(world_size)} · "
-        f"{train.global_batch_size * config.model.seq_length:,} tokens per step"
-    )

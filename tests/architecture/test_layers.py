@@ -13,6 +13,7 @@ from tests.architecture.source_tree import PACKAGE, ROOT, Source, python_sources
 # are below everything.
 LAYERS = {
     "errors": -3,
+    "files": -3,
     "cli": -2,
     "extensions": -2,
     "jsonl": -2,
@@ -32,13 +33,15 @@ LAYERS = {
     "evaluation": 5,
     "guard": 5,
     "reporting": 5,
-    "export": 6,
-    "engine": 6,
-    "submit": 6,
-    "__main__": 7,
+    "preflight": 6,
+    "export": 7,
+    "engine": 7,
+    "submit": 7,
+    "__main__": 8,
 }
 TORCH_FREE = (
     "errors",
+    "files",
     "cli",
     "extensions",
     "jsonl",
@@ -48,6 +51,7 @@ TORCH_FREE = (
     "launch",
     "metrics",
     "planning",
+    "preflight",
     "reporting",
     "submit",
 )

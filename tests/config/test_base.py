@@ -6,7 +6,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from megatron_sgt.config import Config, GrowthConfig, OptimConfig
-from megatron_sgt.config.base import SECTION_PROBLEMS, Section, counted, derived, shown
+from megatron_sgt.config.base import SECTION_PROBLEMS, Section, count, derived, shown
 from megatron_sgt.config.hints import section_at
 
 SECTIONS: list[type[BaseModel]] = [
@@ -82,5 +82,5 @@ def test_problems_are_collected_into_one_error() -> None:
     assert Pair(low=1, high=1).high == 1
 
 
-def test_counted() -> None:
-    assert (counted(1, "rank"), counted(2, "rank")) == ("1 rank", "2 ranks")
+def test_count() -> None:
+    assert (count(1, "rank"), count(2, "rank")) == ("1 rank", "2 ranks")
