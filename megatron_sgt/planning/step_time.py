@@ -18,9 +18,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_sgt.arch.flops import Flops
 from megatron_sgt.config import Config
 from megatron_sgt.growth import LayerPlan, LoopPlan
-from megatron_sgt.planning.flops import Flops, pass_flops, step_flops
+from megatron_sgt.planning.flops import pass_flops, step_flops
 from megatron_sgt.planning.hardware import Gpu
 from megatron_sgt.planning.loop_cost import loop_flops
 from megatron_sgt.planning.memory import activation_memory
@@ -120,7 +121,7 @@ def _recomputed(config: Config, layer: int) -> float:
     train, model = config.train, config.model
     if train.recompute_layers is not None and layer not in train.recompute_layers:
         return 0.0
-    one = pass_flops(model, train.global_batch_size)
+    one = pass_flops(model, layer, train.global_batch_size)
     if train.recompute_granularity == "selective":
         return one.attention.attention / 2
     if train.recompute_granularity == "full":
@@ -145,7 +146,7 @@ def _layer_loops(config: Config, layer: LayerPlan, index: int, rank: int, method
         train.recompute_layers is None or index in train.recompute_layers
     )
     total = 0.0
-    one = pass_flops(config.model, train.micro_batch_size)
+    one = pass_flops(config.model, index, train.micro_batch_size)
     if layer.block_loops:
         whole = one.attention + one.mlp
         total += layer.block_loops * (_needed(whole) + full * (whole.linear + whole.attention / 2)) / ranks
