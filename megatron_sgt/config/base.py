@@ -4,8 +4,10 @@ import reprlib
 from collections.abc import Iterator
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError, PydanticKnownError
+
+from megatron_sgt import extensions
 
 SECTION_PROBLEMS = "section_problems"
 """Error type of a section's own rules; its message holds one `field: text` line per broken rule."""
@@ -54,6 +56,18 @@ def section_class(annotation: Any) -> type[BaseModel] | None:
     """Return the section's class in an annotation such as ``Section`` or ``Section | None``; else None."""
     candidates = (annotation, *get_args(annotation))
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def extendable(group: str, *built_in: str) -> AfterValidator:
+    """Annotation of a text field whose values are ``built_in`` and the names in a group of ``extensions``."""
+
+    def check(value: str) -> str:
+        if value not in (known := [*built_in, *extensions.names(group)]):
+            *others, last = map(repr, known)
+            raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}"})
+        return value
+
+    return AfterValidator(check)
 
 
 def derived(description: str, **constraints: Any) -> Any:
