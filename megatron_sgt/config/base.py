@@ -26,6 +26,11 @@ def shown(value: Any) -> str:
     return _repr.repr(list(value) if isinstance(value, tuple) else value)
 
 
+def count(number: int, noun: str) -> str:
+    """Return 1 layer, 2 layers."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
 class Section(BaseModel):
     """One section of the configuration. Values never change after validation.
 

@@ -30,7 +30,8 @@ from megatron_sgt.engine.skipped_ranges import PassedData, batches_past
 from megatron_sgt.engine.state import TrainState
 from megatron_sgt.errors import CheckpointError, ExitCode
 from megatron_sgt.files import replace_text
-from megatron_sgt.growth import Schedule, build_schedule
+from megatron_sgt.growth import Schedule
+from megatron_sgt.growth.methods import with_schedule
 from megatron_sgt.guard import Progress, Watch
 from megatron_sgt.guard.stop import StopRequests, named
 from megatron_sgt.launch.environment import RankInfo
@@ -41,6 +42,7 @@ from megatron_sgt.ops.attention import describe_attention
 from megatron_sgt.parallel.collectives import barrier, on_rank_zero
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.planning.loop_cost import choose_loop_method
+from megatron_sgt.planning.structure import most_kept_heads, schedule_of
 from megatron_sgt.preflight import (
     Start,
     check_disk,
@@ -54,12 +56,23 @@ from megatron_sgt.preflight import (
 class PretrainingRun:
     """The parts of one run, wired together; ``train`` turns them. Collective over all ranks.
 
-    Raises ConfigError, DataError or CheckpointError for what the user can mend, before any training step.
+    Args:
+        schedule: a growth method of the caller's own, instead of the one that ``config`` names.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: what the user can mend, before any training step.
     """
 
     def __init__(
-        self, config: Config, info: RankInfo, stop: StopRequests | None = None, watch: Watch | None = None
+        self,
+        config: Config,
+        info: RankInfo,
+        stop: StopRequests | None = None,
+        watch: Watch | None = None,
+        schedule: type[Schedule] | None = None,
     ) -> None:
+        if schedule is not None:
+            config = with_schedule(config, schedule)
         self.stop = StopRequests(config.train) if stop is None else stop
         self.progress = Progress() if watch is None else watch.progress
         config.num_micro_batches(info.world_size)  # refuse the batch arithmetic before any process group
@@ -78,9 +91,7 @@ class PretrainingRun:
         self.runtime: Runtime = build_runtime(self.config, self.groups)
         self.progress.enter("compiling the kernels of the loops")
         warm_up_loops(self.config, self.groups, self.runtime.precision)
-        self.schedule: Schedule = build_schedule(
-            self.config.growth, self.config.model.num_layers, self.config.model.num_attention_heads
-        )
+        self.schedule = schedule_of(self.config)
         self.hub = self._open_hub()
         self.passed: PassedData = on_rank_zero(
             lambda: PassedData.at_start(self.start.folder, config.save_dir)
@@ -176,7 +187,7 @@ class PretrainingRun:
             "skipped": self.start.skipped,
         }
         self.hub.log("resume", record)
-        if self.groups.is_main and self.groups.tp_size > 1 and self.config.growth.method == "sgt":
+        if self.groups.is_main and self.groups.tp_size > 1 and most_kept_heads(self.config):
             print(f"LOOPS  {choose_loop_method(self.config)[1]}", flush=True)
         line = loop_backend(self.config, self.runtime.precision, self.groups.device)[1]
         if self.groups.is_main and self.groups.device.type != "cpu":

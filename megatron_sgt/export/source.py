@@ -10,13 +10,13 @@ from torch import Tensor
 from megatron_sgt.arch.weight import Weight
 from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint import layout, manifest
-from megatron_sgt.checkpoint.contents import Details, GrowthContents, read_contents
+from megatron_sgt.checkpoint.contents import Details, read_contents
 from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader
 from megatron_sgt.checkpoint.reshard.rank_state import WEIGHTS
 from megatron_sgt.checkpoint.reshard.source import Source, open_source
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.errors import CheckpointError, SGTError
-from megatron_sgt.growth import LayerPlan, LoopPlan
+from megatron_sgt.growth import LoopPlan
 
 
 def find_checkpoint(load: Path, step: int | None = None) -> Path:
@@ -38,20 +38,6 @@ def find_checkpoint(load: Path, step: int | None = None) -> Path:
     return folder
 
 
-def plan_of(growth: GrowthContents, num_layers: int, training_gates: bool = False) -> LoopPlan:
-    """What the model executes: at inference kept heads alone, or with the gates of the step that was saved."""
-    block = growth.method == "block_loop"
-    layers = tuple(
-        (
-            n.layer,
-            LayerPlan(block_loops=n.depth) if block else LayerPlan(n.depth, n.kept_heads, n.other_gate),
-        )
-        for n in growth.layers
-    )
-    plan = LoopPlan(num_layers, layers)
-    return plan if training_gates else plan.inference()
-
-
 @dataclass(frozen=True)
 class ExportSource:
     """An opened checkpoint. ``vocab_rows``: rows of the vocabulary that ``read`` returns.
@@ -65,6 +51,11 @@ class ExportSource:
     vocab_rows: int
     names: dict[str, tuple[int, ...]]
     _weights: Source | LayoutFreeReader
+
+    def plan(self, training_gates: bool = False) -> LoopPlan:
+        """What the model executes: at inference kept heads alone, or with the gates of the step that was saved."""
+        plan = self.details.growth.plan
+        return plan if training_gates else plan.inference()
 
     def weights(self) -> tuple[Weight, ...]:
         """The parameters of the model, embedding first."""
