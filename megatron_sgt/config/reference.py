@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from megatron_sgt.config.base import shown
+from megatron_sgt.config.base import Choice, shown
 from megatron_sgt.config.presets import PRESETS, preset_values
 from megatron_sgt.config.root import Config
 
@@ -70,6 +70,8 @@ def _section_class(annotation: Any) -> type[BaseModel] | None:
 def _type(field: FieldInfo) -> str:
     text = _type_name(field.annotation)
     for bound in field.metadata:
+        if isinstance(bound, Choice):
+            text = ", ".join(f"`{name}`" for name in bound.built_in) + ", or a registered name"
         text += "".join(
             f" {sign} {getattr(bound, name):g}" for name, sign in _BOUNDS.items() if hasattr(bound, name)
         )

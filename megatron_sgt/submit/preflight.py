@@ -62,8 +62,7 @@ def _check_data(config: Config) -> str:
     if not absent:
         from megatron_sgt.data.sources import validate_data
 
-        data = validate_data(config)
-        return f"{data.documents:,} documents · {data.tokens:,} tokens · {data.epochs:.2f} epochs"
+        return validate_data(config).line()
     if not config.data.data_path:
         raise DataError("data.data_path is empty; give the prefix of a .bin/.idx pair")
     prefixes = [resolve_prefix(path)[0] for _, path in config.data.blend()]
