@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from megatron_sgt.checkpoint.size import check_disk, checkpoint_bytes
 from megatron_sgt.config import Config
 from megatron_sgt.data.sources import validate_data
+from megatron_sgt.engine.hooks.base import own_hooks
 from megatron_sgt.engine.preflight import (
     Start,
     check_deepspeed,
@@ -38,19 +39,14 @@ def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:
     """
     config.num_micro_batches(world_size)
     check_surroundings(config)
+    own_hooks(config)
     check_deepspeed(config, world_size, precision_of(config))
     config = with_vocabulary(config)
     data = validate_data(config)
     start = find_start(config)
     rows = [("model", model_line(config)), ("growth", growth_line(config))]
     rows += _batch_rows(config, world_size)
-    rows.append(
-        (
-            "data",
-            f"{data.documents:,} documents · {data.tokens:,} tokens · {data.train_samples:,} training samples "
-            f"· {data.epochs:.2f} epochs · vocabulary {data.vocab_size:,}",
-        )
-    )
+    rows.append(("data", data.line()))
     rows.append(_disk_row(config))
     rows.append(("start", start.sentence))
     notes = [*data.notes, *_start_notes(config, start)]

@@ -33,7 +33,7 @@ class Writer(Protocol):
     """One destination of reports."""
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Take one record (see megatron_sgt.metrics for its fields)."""
+        """Take one record (records.py has the fields of every kind)."""
 
     def advance(self, step: int) -> None:
         """Learn that an optimizer step is done, whether or not it is reported."""
@@ -43,7 +43,9 @@ class Writer(Protocol):
 
 
 def scalars(kind: str, record: Mapping[str, Any]) -> dict[str, float]:
-    """The curves of a record: "train/loss" -> number, for every field that is one."""
+    """The curves of a record: "train/loss" -> number, for every field that is one; of a hook, for its values."""
+    if kind == "hook":
+        kind, record = f"hook/{record['hook']}", record["values"]
     return {
         f"{kind}/{key}": float(value)
         for key, value in record.items()
@@ -145,7 +147,7 @@ class WandbWriter:
             ) from error
         id_file.write_text(f"{self._run.id}\n", encoding="utf-8")
         # W&B's own step may not go back, as ours does on a resume: ours is one more curve, and the x axis.
-        for kind in ("train", "valid", "growth", "save"):
+        for kind in ("train", "valid", "growth", "save", "hook"):
             self._run.define_metric(f"{kind}/*", step_metric="step")
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
