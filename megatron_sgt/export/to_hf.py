@@ -112,8 +112,8 @@ def _write(
     drifts = [0.0]
 
     def stream() -> Iterator[tuple[str, Tensor]]:
-        for entry in source.entries():
-            tensors, drift = source.read(entry)
+        for weight in source.weights():
+            tensors, drift = source.read(weight)
             drifts[0] = max(drifts[0], drift)
             while tensors:
                 name = next(iter(tensors))

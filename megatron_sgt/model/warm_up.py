@@ -22,7 +22,7 @@ from megatron_sgt.growth import LayerPlan
 from megatron_sgt.model.fused_pass import blocks_alone, blocks_in_place
 from megatron_sgt.model.head_loop import loop_state
 from megatron_sgt.model.loop_backend import loop_backend
-from megatron_sgt.model.mcore_config import DTYPES, head_layout
+from megatron_sgt.model.mcore_config import DTYPES
 from megatron_sgt.ops import fused_loop, operators
 from megatron_sgt.ops.attention import causal_attention
 from megatron_sgt.ops.backend import choose_attention
@@ -65,7 +65,8 @@ def warm_up_loops(config: Config, groups: ParallelGroups, precision: str) -> int
     sparse, _ = loop_backend(config, precision, groups.device)
     if sparse != "triton" or not most_kept_heads(config):
         return 0
-    passes = _Passes(config, head_layout(config, groups), DTYPES[precision], groups.device)
+    layout = HeadLayout.of(config.model, groups.tp_size, groups.tp_rank)
+    passes = _Passes(config, layout, DTYPES[precision], groups.device)
     kinds = {kind.specialised(): kind for kind in passes.kinds()}
     for kind in kinds.values():
         passes.execute(kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, get_args
 
+from megatron_sgt.arch.weights import layer_weights
 from megatron_sgt.config import Config, TrainConfig, parse_config
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth import LoopPlan
@@ -12,7 +13,7 @@ from megatron_sgt.metrics.units import file_size
 from megatron_sgt.planning.hardware import USABLE
 from megatron_sgt.planning.loop_cost import choose_loop_method, loop_flops
 from megatron_sgt.planning.memory import peak_memory
-from megatron_sgt.planning.parameters import parameter_count, weights
+from megatron_sgt.planning.parameters import parameter_count
 from megatron_sgt.planning.step_time import Machine
 from megatron_sgt.planning.structure import most_kept_heads, schedule_of, timeline
 
@@ -143,9 +144,7 @@ def _layout(config: Config, world_size: int, machine: Machine) -> Iterator[str]:
             "parallel.zero_stage=1, if its gradients fit"
         )
     if parallel.zero_stage == 3 and replicas > 1:
-        layer = sum(
-            w.on_rank(tensor) for w in weights(config.model) if w.name in ("qkv", "proj", "fc1", "fc2")
-        )
+        layer = sum(w.on_rank(tensor) for w in layer_weights(config.model, 0) if w.decays)
         if layer // replicas < SMALL_SHARE:
             yield (
                 f"ZeRO-3 leaves {layer // replicas:,} elements of a layer on each of {replicas} ranks: messages of "

@@ -31,7 +31,7 @@ def test_reads_whole_tensors_of_every_layout(
     _add_counters(tmp_path)
     source = open_checkpoint(tmp_path, keep_padding=keep_padding)
     rows = 24 if keep_padding else 21
-    found = {name: t for entry in source.entries() for name, t in source.read(entry)[0].items()}
+    found = {name: t for weight in source.weights() for name, t in source.read(weight)[0].items()}
     assert list(found) == list(source.names) and source.vocab_rows == rows
     for name, tensor in found.items():
         expected = state[WEIGHTS][name]
@@ -44,8 +44,8 @@ def test_reads_layout_free_checkpoints(tmp_path: Path) -> None:
     convert(folder, tmp_path / "b")
     one, other = open_checkpoint(tmp_path / "a"), open_checkpoint(tmp_path / "b")
     assert one.names == other.names
-    for entry in one.entries():
-        left, right = one.read(entry)[0], other.read(entry)[0]
+    for weight in one.weights():
+        left, right = one.read(weight)[0], other.read(weight)[0]
         assert all(torch.equal(left[name], right[name]) for name in left)
 
 

@@ -93,8 +93,8 @@ def _open_checkpoint(source: ExportSource, dtype: str) -> OpenModel:
     kind = SGTForCausalLM if name == SGTForCausalLM.__name__ else getattr(transformers, name)
     config = kind.config_class.from_dict({key: v for key, v in values.items() if key != "auto_map"})
     weights: dict[str, Tensor] = {}
-    for entry in source.entries():
-        tensors, _ = source.read(entry)
+    for weight in source.weights():
+        tensors, _ = source.read(weight)
         weights |= {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
     with quiet():
         loaded, report = kind.from_pretrained(
