@@ -51,7 +51,7 @@ def build_model(
     """Build the model on ``groups.device`` with initial weights from ``train.seed``.
 
     Args:
-        num_passes: attention passes that the entropy meter holds, 1 + max_loop_depth.
+        num_passes: attention passes that the entropy meter holds, 1 + ``Schedule.max_loops``.
         plain: Megatron-Core's own layers (see ``decoder_spec``).
 
     Raises:
