@@ -1,4 +1,4 @@
-"""What an export reads of a checkpoint: its model, its structure, its weights one parameter at a time."""
+"""Reads a checkpoint for export: its model, its structure, its weights one parameter at a time."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 from megatron_sgt.arch.weight import Weight
 from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint import layout, manifest
-from megatron_sgt.checkpoint.contents import Details, GrowthContents, read_contents
+from megatron_sgt.checkpoint.contents import Details, read_contents
 from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader
 from megatron_sgt.checkpoint.reshard.rank_state import WEIGHTS
 from megatron_sgt.checkpoint.reshard.source import Source, open_source
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.errors import CheckpointError, SGTError
-from megatron_sgt.growth import LayerPlan, LoopPlan
+from megatron_sgt.growth import LoopPlan
 
 
 def find_checkpoint(load: Path, step: int | None = None) -> Path:
-    """The whole checkpoint that is meant: ``load`` itself, the one after ``step``, or the latest below ``load``.
+    """The verified checkpoint ``load`` itself, the one after ``step``, or the latest below ``load``.
 
     Raises:
         CheckpointError: there is none, or files of it are missing or changed.
@@ -38,20 +38,6 @@ def find_checkpoint(load: Path, step: int | None = None) -> Path:
     return folder
 
 
-def plan_of(growth: GrowthContents, num_layers: int, training_gates: bool = False) -> LoopPlan:
-    """What the model executes: at inference kept heads alone, or with the gates of the step that was saved."""
-    block = growth.method == "block_loop"
-    layers = tuple(
-        (
-            n.layer,
-            LayerPlan(block_loops=n.depth) if block else LayerPlan(n.depth, n.kept_heads, n.other_gate),
-        )
-        for n in growth.layers
-    )
-    plan = LoopPlan(num_layers, layers)
-    return plan if training_gates else plan.inference()
-
-
 @dataclass(frozen=True)
 class ExportSource:
     """An opened checkpoint. ``vocab_rows``: rows of the vocabulary that ``read`` returns.
@@ -65,6 +51,11 @@ class ExportSource:
     vocab_rows: int
     names: dict[str, tuple[int, ...]]
     _weights: Source | LayoutFreeReader
+
+    def plan(self, training_gates: bool = False) -> LoopPlan:
+        """What the model executes: at inference kept heads alone, or with the gates of the step that was saved."""
+        plan = self.details.growth.plan
+        return plan if training_gates else plan.inference()
 
     def weights(self) -> tuple[Weight, ...]:
         """The parameters of the model, embedding first."""
@@ -86,10 +77,10 @@ def open_checkpoint(load: Path, step: int | None = None, keep_padding: bool = Fa
     """Open a checkpoint of any layout; needs no process group and reads no weights yet.
 
     Args:
-        keep_padding: leave the rows in that the vocabulary was padded with.
+        keep_padding: keep the rows that pad the vocabulary.
 
     Raises:
-        CheckpointError: whatever is wrong with it.
+        CheckpointError: the checkpoint is missing, damaged or unreadable.
     """
     folder = find_checkpoint(load, step)
     try:

@@ -25,14 +25,6 @@ from megatron_sgt.ops.rotary import RotaryTables
 from megatron_sgt.planning.loop_cost import choose_loop_method
 
 
-def recomputed_layers(config: Config, granularity: str) -> tuple[int, ...]:
-    """Ids of the layers that are recomputed with ``granularity``; empty if another one is configured."""
-    train = config.train
-    if train.recompute_granularity != granularity:
-        return ()
-    return tuple(range(config.model.num_layers)) if train.recompute_layers is None else train.recompute_layers
-
-
 def causal_attention(config: Config, meter: EntropyMeter, fused: bool) -> ModuleSpec:
     """Megatron-Core's projections around this project's core attention."""
     head_norm = HeadNorm if config.model.qk_layernorm else None
@@ -44,7 +36,7 @@ def causal_attention(config: Config, meter: EntropyMeter, fused: bool) -> Module
             core_attention=partial(
                 SGTCoreAttention,
                 meter=meter,
-                recompute=recomputed_layers(config, "selective"),
+                recompute=config.recomputed_layers("selective"),
                 fused=fused,
                 loop_attention=config.train.loop_attention,
             ),
@@ -93,7 +85,7 @@ def decoder_spec(
         params = {
             "head_layout": layout,
             "balanced": layout.tp_size > 1 and choose_loop_method(config)[0] == "balanced",
-            "recompute": recomputed_layers(config, "full"),
+            "recompute": config.recomputed_layers("full"),
             "fused": fused,
             "tables": RotaryTables(),
             "fused_rotary": fused_rotary,

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.config import Config
 from megatron_sgt.growth import LayerPlan
+from megatron_sgt.metrics.units import file_size, si
+from megatron_sgt.planning.structure import most_kept_heads
 from megatron_sgt.planning.traffic import LoopMethod, Transfer, loop_pass_traffic
 
 # The ratio decides, not the values: dense bf16 arithmetic that attention reaches on an H100-class GPU, and the
@@ -125,7 +127,7 @@ def choose_loop_method(config: Config) -> tuple[LoopMethod, str]:
     ``parallel.loop_method`` other than "auto" is obeyed. The kept heads are not known before growth, so the
     usual case is compared: all of them on one rank.
     """
-    parallel, model, growth = config.parallel, config.model, config.growth
+    parallel, model = config.parallel, config.model
     ranks = parallel.tensor_model_parallel_size
     if parallel.loop_method != "auto":
         return parallel.loop_method, f"{parallel.loop_method} looping (parallel.loop_method)"
@@ -135,12 +137,13 @@ def choose_loop_method(config: Config) -> tuple[LoopMethod, str]:
         return "owner", "owner looping: attention dropout is drawn per head, by its owner"
     if model.seq_length % ranks:
         return "owner", f"owner looping: seq_length {model.seq_length} does not divide over {ranks} ranks"
-    count = model.num_attention_heads if growth.head_choice == "all" else growth.num_keep_heads
-    kept = tuple(range(min(count, model.num_attention_heads)))
+    kept = most_kept_heads(config)
+    if not kept:
+        return "owner", "no head loops"
     owner, balanced = (loop_cost(config, method, kept) for method in ("owner", "balanced"))
     better: LoopMethod = "balanced" if balanced.seconds <= owner.seconds else "owner"
     return better, (
         f"{better} looping over {ranks} tensor-parallel ranks: per pass and micro-batch "
-        f"{balanced.bytes_forward / 1e6:.2f} MB and {balanced.flops.forward / 1e9:.2f} GFLOP balanced, "
-        f"{owner.bytes_forward / 1e6:.2f} MB and {owner.flops.forward / 1e9:.2f} GFLOP at the owner (model)"
+        f"{file_size(balanced.bytes_forward)} and {si(balanced.flops.forward, ' ')}FLOP balanced, "
+        f"{file_size(owner.bytes_forward)} and {si(owner.flops.forward, ' ')}FLOP at the owner (model)"
     )

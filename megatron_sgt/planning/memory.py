@@ -67,15 +67,16 @@ def activation_memory(
         every = (activation_memory(config, plan, precision, kernels, rank, method) for rank in range(size))
         return max(every, key=lambda one: one.total)
     rank = _Rank(config, ELEMENT_BYTES[precision], kernels, tp_rank, method or choose_loop_method(config)[0])
+    fully, selectively = config.recomputed_layers("full"), config.recomputed_layers("selective")
     layers = loops = recomputed = 0
     for index, layer in enumerate(plan):
         once = rank.layer(index) + layer.loops * rank.loop_pass(index, layer)
-        if rank.recomputes(index, "full"):
+        if index in fully:
             recomputed, once = max(recomputed, once), rank.stream
             layers += rank.stream
             loops += layer.block_loops * rank.stream
             continue
-        rank.selective = rank.recomputes(index, "selective")
+        rank.selective = index in selectively
         ordinary = rank.layer(index)
         layers += ordinary
         loops += layer.block_loops * ordinary + layer.loops * rank.loop_pass(index, layer)
@@ -107,12 +108,6 @@ class _Rank:
         self.tokens = train.micro_batch_size * model.seq_length
         self.local_tokens = self.tokens // self.ranks if self.sharded else self.tokens
         self.stream = self.local_tokens * model.hidden_size * element
-
-    def recomputes(self, layer: int, granularity: str) -> bool:
-        """Whether ``layer`` is recomputed with ``granularity``."""
-        train = self.config.train
-        chosen = train.recompute_layers is None or layer in train.recompute_layers
-        return train.recompute_granularity == granularity and chosen
 
     def layer(self, index: int) -> int:
         """One ordinary execution of attention and MLP in layer ``index``."""

@@ -39,6 +39,7 @@ from megatron_sgt.arch.weights import weights
 from megatron_sgt.config import Config
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.planning.parameters import ELEMENT_BYTES, parameter_count
+from megatron_sgt.planning.structure import schedule_of
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]
 Group = Literal["tensor", "data", "world"]
@@ -106,8 +107,8 @@ def step_traffic(
         transfers += [item for layer in plan for item in step.kept_weights(layer)]
     transfers += _data_parallel(config, config.data_parallel_size(world_size), micro_batches, step, precision)
     if entropy and world_size > 1:
-        model, growth = config.model, config.growth
-        table = model.num_layers * (1 + growth.max_loop_depth) * model.num_attention_heads
+        model = config.model
+        table = model.num_layers * (1 + schedule_of(config).max_loops) * model.num_attention_heads
         transfers.append(Transfer("entropy", "world", "all_reduce", 4 * table))
     return merged(transfers)
 
@@ -131,9 +132,7 @@ class _Step:
         self.tokens = train.micro_batch_size * model.seq_length
         self.stream = self.tokens * model.hidden_size * element_bytes
         self.norm_vectors = 2 if model.normalization == "LayerNorm" else 1
-        full = train.recompute_granularity == "full"
-        every = range(model.num_layers) if train.recompute_layers is None else train.recompute_layers
-        self.recomputed = frozenset(every) if full else frozenset()
+        self.recomputed = config.recomputed_layers("full")
 
     def ends(self) -> Iterator[Transfer]:
         """Embedding, last norm, output projection, loss."""

@@ -6,7 +6,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from megatron_sgt.config import Config, GrowthConfig, OptimConfig
-from megatron_sgt.config.base import SECTION_PROBLEMS, Section, derived, shown
+from megatron_sgt.config.base import SECTION_PROBLEMS, Section, count, derived, shown
 from megatron_sgt.config.hints import section_at
 
 SECTIONS: list[type[BaseModel]] = [
@@ -80,3 +80,7 @@ def test_problems_are_collected_into_one_error() -> None:
     (error,) = caught.value.errors()
     assert (error["type"], error["msg"]) == (SECTION_PROBLEMS, "low: is above high\nhigh: is below low")
     assert Pair(low=1, high=1).high == 1
+
+
+def test_count() -> None:
+    assert (count(1, "rank"), count(2, "rank")) == ("1 rank", "2 ranks")

@@ -11,7 +11,7 @@ from megatron_sgt.config import Config
 from megatron_sgt.engine.hooks.base import StatelessHook
 from megatron_sgt.engine.state import TrainState
 from megatron_sgt.engine.step import StepResult
-from megatron_sgt.growth import GrowthEvent, LoopPlan, Schedule, layer_scores
+from megatron_sgt.growth import GrowthEvent, LoopPlan, Schedule
 from megatron_sgt.guard.stop import named
 from megatron_sgt.metrics import EtaEstimator, MetricsHub, peak_flops, throughput_record
 from megatron_sgt.parallel.collectives import mean_over_data_parallel
@@ -118,35 +118,23 @@ class LogHook(StatelessHook):
             "skipped_steps": self._skipped,
             "nan_steps": int(not math.isfinite(loss)),
             "total_skipped_steps": state.skipped_steps,
-            "loops": sum(self.schedule.loop_depth()),
+            "loops": sum(self.schedule.plan.loops),
             **self._structure(),
         }
         self.hub.log("train", record)
         self._losses, self._skipped, self._timed, self._first_is_told = [], 0, [], True
 
     def _structure(self) -> dict[str, Any]:
-        structure: dict[str, Any] = {
+        plan = self.schedule.plan
+        return {
             "phase": self.schedule.phase,
-            "loop_depth": self.schedule.loop_depth(),
-            "other_gates": {str(layer): plan.other_gate for layer, plan in self.schedule.plan.layers},
+            "loop_depth": list(plan.loops),
+            "other_gates": {str(layer): one.other_gate for layer, one in plan.layers},
+            **self.schedule.report(),
         }
-        if self.schedule.needs_entropy:
-            structure["ema_entropy"] = self.schedule.ema.round(6).tolist()
-        return structure
 
     def on_growth(self, event: GrowthEvent) -> None:
         """Report one growth event with its cost."""
-        growth = self.config.growth
-        excluded = set(growth.exclude_layers)
-        record: dict[str, Any] = {
-            **event.to_dict(),
-            "max_selected_layers": growth.max_selected_layers,
-            "num_candidates": self.config.model.num_layers - len(excluded),
-            "flops_overhead": overhead(self.config.model, self.schedule.plan.inference()),
-            "ema_entropy": self.schedule.ema.round(6).tolist(),  # what the decision was taken from
-        }
-        if event.layer is not None:
-            scores = layer_scores(self.schedule.ema)
-            above = [n for n, s in enumerate(scores) if n not in excluded and s > scores[event.layer]]
-            record |= {"layer_rank": 1 + len(above), "fade_until_step": event.step + growth.window_size}
+        cost = overhead(self.config.model, self.schedule.plan.inference())
+        record = {**event.to_dict(), "flops_overhead": cost, **self.schedule.report_event(event)}
         self.hub.log("growth", record)
