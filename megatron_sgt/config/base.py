@@ -2,10 +2,11 @@
 
 import reprlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError, PydanticKnownError
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, field_validator, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
 from megatron_sgt import extensions
 
@@ -63,16 +64,22 @@ def section_class(annotation: Any) -> type[BaseModel] | None:
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
-def extendable(group: str, *built_in: str) -> AfterValidator:
-    """Annotation of a text field whose values are ``built_in`` and the names in a group of ``extensions``."""
+@dataclass(frozen=True)
+class Choice:
+    """Annotates a text setting: one of the ``built_in`` names, or one registered in ``group`` (extensions.py)."""
 
-    def check(value: str) -> str:
-        if value not in (known := [*built_in, *extensions.names(group)]):
-            *others, last = map(repr, known)
-            raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}"})
-        return value
+    group: str
+    built_in: tuple[str, ...]
 
-    return AfterValidator(check)
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, name: str) -> str:
+        if name not in self.built_in and name not in (registered := extensions.names(self.group)):
+            *others, last = (f"'{known}'" for known in (*self.built_in, *registered))
+            expected = f"{', '.join(others)} or {last}" if others else last
+            raise PydanticKnownError("literal_error", {"expected": expected})
+        return name
 
 
 def derived(description: str, **constraints: Any) -> Any:

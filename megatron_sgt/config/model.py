@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from megatron_sgt.config.base import Section, derived, extendable
+from megatron_sgt.config.base import Choice, Section, derived
 from megatron_sgt.errors import ConfigError
 
 SWIGLU_MULTIPLE = 64
@@ -24,7 +24,7 @@ class ModelConfig(Section):
         gt=0,
         description="Entries of the vocabulary before padding; null: taken from the tokenizer.",
     )
-    activation: Annotated[str, extendable("ffn", "swiglu", "gelu")] = Field(
+    activation: Annotated[str, Choice("ffn", ("swiglu", "gelu"))] = Field(
         default="swiglu",
         description="Kind of the feed-forward layers: swiglu, gelu, or one that an installed package registers in the "
         "group megatron_sgt.ffn.",

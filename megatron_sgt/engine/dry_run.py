@@ -8,6 +8,7 @@ from megatron_sgt.config import Config
 from megatron_sgt.config.base import count
 from megatron_sgt.data.sources import validate_data
 from megatron_sgt.engine.deepspeed_config import check_deepspeed
+from megatron_sgt.engine.hooks.base import own_hooks
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.parallel.device import device_type
@@ -34,6 +35,7 @@ def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:
     """
     config.num_micro_batches(world_size)
     check_surroundings(config)
+    own_hooks(config)
     precision = precision_of(config)
     check_deepspeed(config, world_size, precision)
     config = with_vocabulary(config)

@@ -24,11 +24,10 @@ from torch import Tensor
 
 from megatron_sgt.config import Config, parse_config
 from megatron_sgt.engine.build import Runtime, build_runtime
-from megatron_sgt.engine.hooks.base import StatelessHook
+from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.hooks.growth import GrowthHook
 from megatron_sgt.engine.loop import Trainer
-from megatron_sgt.engine.state import TrainState
-from megatron_sgt.engine.step import Batch, StepResult
+from megatron_sgt.engine.step import Batch, StepResult, TrainState
 from megatron_sgt.errors import DataError
 from megatron_sgt.growth import GrowthEvent, Schedule, SGTSchedule, build_schedule
 from megatron_sgt.guard.stop import StopRequests
@@ -133,7 +132,7 @@ def _growth(meta: dict[str, Any]) -> dict[str, Any]:
     return growth
 
 
-class _Recorder(StatelessHook):
+class _Recorder(Hook):
     """Keeps what the golden file keeps, after every applied step."""
 
     name = "recorder"

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from megatron_sgt.checkpoint.layout import GROWTH_STATE
-from megatron_sgt.engine.hooks.base import StatelessHook
-from megatron_sgt.engine.plan_check import verify_same_plan
-from megatron_sgt.engine.state import TrainState
-from megatron_sgt.engine.step import StepResult
+from megatron_sgt.engine.hooks.base import Hook
+from megatron_sgt.engine.hooks.replicas import verify_same_plan
+from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.growth import ENTROPY, GrowthEvent, Schedule
 from megatron_sgt.model.apply_plan import apply_plan
@@ -24,7 +23,7 @@ from megatron_sgt.parallel.collectives import broadcast_object
 from megatron_sgt.parallel.groups import ParallelGroups
 
 
-class GrowthHook(StatelessHook):
+class GrowthHook(Hook):
     """Drives ``schedule`` from the entropies in ``meter`` and applies its plan to ``model``."""
 
     name = GROWTH_STATE

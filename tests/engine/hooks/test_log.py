@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from megatron_sgt.engine.hooks.log import LogHook
-from megatron_sgt.engine.state import TrainState
-from megatron_sgt.engine.step import StepResult
+from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.growth import LoopPlan, Schedule, build_schedule
 from megatron_sgt.metrics import MetricsHub
 from megatron_sgt.planning.flops import overhead, step_flops
