@@ -22,9 +22,10 @@ from megatron_sgt.model.gpt import LanguageModel, build_model
 from megatron_sgt.model.hf_weights import megatron_shard
 from megatron_sgt.optim.optimizer import build_optimizer
 from megatron_sgt.optim.param_groups import parameter_groups
-from megatron_sgt.parallel.device import resolve_precision, select_device
+from megatron_sgt.parallel.device import select_device
 from megatron_sgt.parallel.groups import ParallelGroups, initialize_groups
 from megatron_sgt.parallel.placement import check_placement
+from megatron_sgt.planning.structure import schedule_of
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,8 @@ def build_runtime(
     Raises:
         CheckpointError: ``weights`` does not fit the model.
     """
-    precision = resolve_precision(config.train.precision, groups.device)
-    passes = 1 + (config.growth.max_loop_depth if config.growth.method == "sgt" else 0)
-    model = build_model(config, groups, precision, passes, plain)
+    precision = config.precision_on(groups.device.type)
+    model = build_model(config, groups, precision, 1 + schedule_of(config).max_loops, plain)
     if weights is not None:
         # Before the engine exists: ZeRO keeps a copy of what it is given.
         shard = megatron_shard(weights, config.model, groups.tp_size, groups.tp_rank)

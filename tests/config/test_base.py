@@ -7,7 +7,7 @@ from pydantic import BaseModel, ValidationError
 
 from megatron_sgt import extensions
 from megatron_sgt.config import Config, GrowthConfig, OptimConfig
-from megatron_sgt.config.base import SECTION_PROBLEMS, Section, derived, shown
+from megatron_sgt.config.base import SECTION_PROBLEMS, Section, count, derived, shown
 from megatron_sgt.config.hints import section_at
 
 SECTIONS: list[type[BaseModel]] = [
@@ -81,6 +81,10 @@ def test_problems_are_collected_into_one_error() -> None:
     (error,) = caught.value.errors()
     assert (error["type"], error["msg"]) == (SECTION_PROBLEMS, "low: is above high\nhigh: is below low")
     assert Pair(low=1, high=1).high == 1
+
+
+def test_count() -> None:
+    assert (count(1, "rank"), count(2, "rank")) == ("1 rank", "2 ranks")
 
 
 def test_a_choice_is_a_built_in_or_a_registered_name() -> None:

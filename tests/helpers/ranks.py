@@ -26,7 +26,7 @@ from typing import Any
 from megatron_sgt.launch.rank_info import LOOPBACK, RankInfo, to_environ
 
 ROOT = Path(__file__).parents[2]
-PRELOADED = ["trajectory_parts.run", "megatron_sgt.engine.run"]
+PRELOADED = ["megatron_sgt.engine.run"]
 SHARED_MEMORY = "shared_memory"
 """Name of the tests' own backend."""
 LOG_TAIL = 4000

@@ -93,7 +93,7 @@ def growth(action: str, **extra: Any) -> dict[str, Any]:
         layer=None if action == "fixed" else 19,
         phase="selecting",
         kept_heads={19: (4, 11)},
-        loop_depth=tuple(depth),
+        loops=tuple(depth),
         layer_score=None if action == "fixed" else 0.8123,
     )
     return {**event.to_dict(), **extra}

@@ -58,24 +58,16 @@ def write_checkpoint(folder: Path, config: Any) -> tuple[int, int]:
     """A committed checkpoint of random weights; returns the number of all parameters and of the largest."""
     import torch
 
+    from megatron_sgt.arch.weights import weights
     from megatron_sgt.checkpoint import layout, manifest
     from megatron_sgt.growth import build_schedule
-    from megatron_sgt.model.hf_weights import name_map
 
     model = config.model
-    hidden, ffn, rows = model.hidden_size, model.ffn_hidden_size, model.padded_vocab_size()
-    local = {
-        "vocab": (rows // TP, hidden), "qkv": (3 * hidden // TP, hidden), "glu": (2 * ffn // TP, hidden),
-        "linear_proj": (hidden, hidden // TP), "linear_fc2": (hidden, ffn // TP),
-    }  # fmt: skip
-    shapes = {
-        f"gpt.{e.megatron}": torch.Size(local.get(e.kind, local.get(e.megatron.split(".")[-2], (hidden,))))
-        for e in name_map(model)
-    }
+    shapes = {f"gpt.{w.megatron}": torch.Size(w.shard_shape(TP)) for w in weights(model)}
     folder.mkdir(parents=True)
     size = sum(math.prod(shape) for shape in shapes.values())
     for tp_rank in range(TP):
-        torch.save({"param_shapes": [shapes]}, folder / f"mp_rank_{tp_rank:02d}_model_states.pt")
+        torch.save({"param_shapes": [shapes]}, folder / layout.model_file(tp_rank))
         for dp_rank in range(DP):
             part = torch.rand(-(-size // (2 * DP)) * 2)[: size - dp_rank * (-(-size // (2 * DP)) * 2)]
             moments = {"exp_avg": torch.empty(0), "exp_avg_sq": torch.empty(0)}  # never read
@@ -87,7 +79,7 @@ def write_checkpoint(folder: Path, config: Any) -> tuple[int, int]:
                 },
                 "dynamic_loss_scale": False,
             }
-            name = f"zero_pp_rank_{dp_rank}_mp_rank_{tp_rank:02d}_optim_states.pt"
+            name = layout.files_of_rank({"zero_stage": 1}, tp_rank, dp_rank)[1]
             torch.save({"optimizer_state_dict": content}, folder / name)
     schedule = build_schedule(config.growth, model.num_layers, model.num_attention_heads)
     grown = {"layer": 1, "loops": 1, "kept_heads": [0, 1], "chosen_at": 1}

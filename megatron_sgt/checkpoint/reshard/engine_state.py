@@ -2,10 +2,10 @@
 
 DeepSpeed's own setters are not enough: at stage 3 they fail on a parameter that the data-parallel size does
 not divide, at stages 1 and 2 they use the wrong offsets under ``round_robin_gradients``, and before the first
-step there is no AdamW state to set. What all stages share is a list of flat fp32 tensors that AdamW steps;
-here a stage only says which stretch of which parameter lies where in them.
+step there is no AdamW state to set. All stages share a list of flat fp32 tensors that AdamW steps; each stage only
+defines which stretch of which parameter lies where in them.
 
-Learning rate, weight decay and AdamW's constants stay what this run's configuration made them.
+Learning rate, weight decay and AdamW's constants stay those of this run's configuration.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader
 from megatron_sgt.checkpoint.reshard.rank_state import MOMENTS, WEIGHTS
 from megatron_sgt.checkpoint.reshard.source import PREFIX
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError
-from megatron_sgt.model.hf_weights import name_map
 from megatron_sgt.parallel.collectives import gather_or_raise
 from megatron_sgt.parallel.groups import ParallelGroups
 
@@ -42,13 +42,13 @@ class Stretch:
 
 @dataclass
 class Masters:
-    """The tensors that AdamW steps on this rank, and what of each parameter lies in them."""
+    """The tensors that AdamW steps on this rank, and which part of each parameter lies in them."""
 
     tensors: list[Tensor] = field(default_factory=list)
     stretches: dict[str, list[Stretch]] = field(default_factory=dict)
 
     def add(self, name: str, start: int, source: int, length: int) -> None:
-        """Say that a stretch of ``name`` lies in the newest master; a length below 1 says nothing."""
+        """Record that a stretch of ``name`` lies in the newest master; ignored for a length below 1."""
         stretches = self.stretches.setdefault(name, [])
         if length > 0:
             stretches.append(Stretch(len(self.tensors) - 1, start, source, length))
@@ -79,7 +79,7 @@ def load_into_engine(
     masters = _masters(optimizer, stage, names, groups)
     _check_names(model, masters)
     values = _prepare_states(optimizer, masters.tensors, step)
-    # Together: what follows are collectives, and one rank may read for longer than another.
+    # Together: collectives follow, and one rank may read for longer than another.
     gather_or_raise(lambda: _read(reader, model, masters, values, groups), groups)
     if loss_scale is not None and getattr(optimizer, "dynamic_loss_scale", False):
         optimizer.loss_scaler.cur_scale = loss_scale
@@ -133,7 +133,7 @@ def _flat_groups(optimizer: Any) -> Iterable[tuple[Tensor, list[tuple[Tensor, in
 
 
 def _check_names(model: ModelConfig, masters: Masters) -> None:
-    wanted = {PREFIX + entry.megatron for entry in name_map(model)}
+    wanted = {PREFIX + weight.megatron for weight in weights(model)}
     if differing := wanted ^ set(masters.stretches):
         raise CheckpointError(f"the model's parameters differ from its weight table: {sorted(differing)[:4]}")
 
@@ -171,10 +171,10 @@ def _read(
     groups: ParallelGroups,
 ) -> None:
     """Copy this rank's stretches of every quantity into ``values``."""
-    for entry in name_map(model):
-        stretches = masters.stretches[PREFIX + entry.megatron]
+    for weight in weights(model):
+        stretches = masters.stretches[PREFIX + weight.megatron]
         for quantity in reader.quantities if stretches else ():
-            shard = reader.shard(entry, quantity, model, groups.tp_size, groups.tp_rank).flatten()
+            shard = reader.shard(weight, quantity, model, groups.tp_size, groups.tp_rank).flatten()
             for s in stretches:
                 values[quantity][s.master][s.start : s.start + s.length] = shard[
                     s.source : s.source + s.length

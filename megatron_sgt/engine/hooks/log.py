@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
 from megatron_sgt.config import Config
 from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.step import StepResult, TrainState
-from megatron_sgt.growth import GrowthEvent, LoopPlan, Schedule, layer_scores
+from megatron_sgt.growth import GrowthEvent, LoopPlan, Schedule
 from megatron_sgt.guard.stop import named
 from megatron_sgt.metrics import EtaEstimator, MetricsHub, peak_flops, throughput_record
 from megatron_sgt.metrics.records import TrainRecord
@@ -97,6 +96,7 @@ class LogHook(Hook):
         self.first_loss = loss if self.first_loss is None else self.first_loss
         self.last_loss = loss
         self.tokens_per_second = speed["tokens_per_second"]
+        plan = self.schedule.plan
         record: TrainRecord = {
             "step": state.step,
             "train_iters": train.train_iters,
@@ -116,33 +116,20 @@ class LogHook(Hook):
             "skipped_steps": self._skipped,
             "nan_steps": int(not math.isfinite(loss)),
             "total_skipped_steps": state.skipped_steps,
-            "loops": sum(self.schedule.loop_depth()),
+            "loops": sum(plan.loops),
             "phase": self.schedule.phase,
-            "loop_depth": self.schedule.loop_depth(),
-            "other_gates": {str(layer): plan.other_gate for layer, plan in self.schedule.plan.layers},
+            "loop_depth": list(plan.loops),
+            "other_gates": {str(layer): one.other_gate for layer, one in plan.layers},
         }
         if not self._first_is_reported:
             record["first_step_s"] = self._timed[0][0]
         if result.loss_scale is not None:
             record["loss_scale"] = result.loss_scale
-        if self.schedule.needs_entropy:
-            record["ema_entropy"] = self.schedule.ema.round(6).tolist()
-        self.hub.log("train", record)
+        self.hub.log("train", {**record, **self.schedule.report()})
         self._losses, self._skipped, self._timed, self._first_is_reported = [], 0, [], True
 
     def on_growth(self, event: GrowthEvent) -> None:
         """Report one growth event with its cost."""
-        growth = self.config.growth
-        excluded = set(growth.exclude_layers)
-        record: dict[str, Any] = {
-            **event.to_dict(),
-            "max_selected_layers": growth.max_selected_layers,
-            "num_candidates": self.config.model.num_layers - len(excluded),
-            "flops_overhead": overhead(self.config.model, self.schedule.plan.inference()),
-            "ema_entropy": self.schedule.ema.round(6).tolist(),  # what the decision was taken from
-        }
-        if event.layer is not None:
-            scores = layer_scores(self.schedule.ema)
-            above = [n for n, s in enumerate(scores) if n not in excluded and s > scores[event.layer]]
-            record |= {"layer_rank": 1 + len(above), "fade_until_step": event.step + growth.window_size}
+        cost = overhead(self.config.model, self.schedule.plan.inference())
+        record = {**event.to_dict(), "flops_overhead": cost, **self.schedule.report_event(event)}
         self.hub.log("growth", record)

@@ -56,7 +56,7 @@ class Bench:
     def step(self, loss: float, applied: bool = True, seconds: float = 0.5) -> None:
         if applied:
             self.state.step += 1
-            self.schedule.fold_entropy(self.table)
+            self.schedule.observe("entropy", self.table)
             for event in self.schedule.after_step(self.state.step):
                 self.hook.on_growth(event)
         else:

@@ -26,7 +26,7 @@ class Worker:
     """One process of gpu_parts.worker. ``values``: of its Machine."""
 
     def __init__(self, values: dict[str, Any]) -> None:
-        paths = [str(ROOT / "tools/bench"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+        paths = [str(ROOT / "tools/bench"), str(ROOT / "tools"), str(ROOT), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         if values["dry"]:
             environment["TRITON_INTERPRET"] = "1"  # read when Triton is imported
