@@ -20,10 +20,10 @@ from megatron_sgt.model.core_attention import SGTCoreAttention
 from megatron_sgt.model.entropy_meter import EntropyMeter
 from megatron_sgt.model.layer import SGTLayer
 from megatron_sgt.model.linear import LoopingColumnParallelLinear, LoopingRowParallelLinear
+from megatron_sgt.model.loop_pass import LoopOptions
 from megatron_sgt.model.mlp import SwiGLU
 from megatron_sgt.model.norm import NORMS, HeadNorm
 from megatron_sgt.ops.rotary import RotaryTables
-from megatron_sgt.planning.loop_cost import choose_loop_method
 
 
 def recomputed_layers(config: Config, granularity: str) -> tuple[int, ...]:
@@ -34,7 +34,9 @@ def recomputed_layers(config: Config, granularity: str) -> tuple[int, ...]:
     return tuple(range(config.model.num_layers)) if train.recompute_layers is None else train.recompute_layers
 
 
-def layer_submodules(config: Config, meter: EntropyMeter, fused: bool = False) -> TransformerLayerSubmodules:
+def layer_submodules(
+    config: Config, meter: EntropyMeter, fused: bool = False, fused_rotary: bool = False
+) -> TransformerLayerSubmodules:
     """The parts of one layer, the same for SGT and for a plain Megatron-Core layer."""
     norm = NORMS[config.model.normalization]
     head_norm = HeadNorm if config.model.qk_layernorm else None
@@ -47,6 +49,7 @@ def layer_submodules(config: Config, meter: EntropyMeter, fused: bool = False) -
             recompute=recompute,
             fused=fused,
             loop_attention=config.train.loop_attention,
+            fused_rotary=fused_rotary,
         ),
         linear_proj=LoopingRowParallelLinear,
         q_layernorm=head_norm,
@@ -90,17 +93,14 @@ def decoder_spec(
     params: dict[str, Any] = {}
     if not plain:
         params = {
-            "head_layout": layout,
-            "balanced": layout.tp_size > 1 and choose_loop_method(config)[0] == "balanced",
+            "loop_options": LoopOptions.of(config, layout, fused),
             "recompute": recomputed_layers(config, "full"),
-            "fused": fused,
             "tables": RotaryTables(),
-            "fused_rotary": fused_rotary,
         }
     layer = ModuleSpec(
         module=TransformerLayer if plain else SGTLayer,
         params=params,
-        submodules=layer_submodules(config, meter, fused),
+        submodules=layer_submodules(config, meter, fused, fused_rotary),
     )
     return TransformerBlockSubmodules(
         layer_specs=[layer] * config.model.num_layers, layer_norm=NORMS[config.model.normalization]

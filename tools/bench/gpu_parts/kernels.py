@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpu_parts.loop_pass import PassInputs, attention_flops, eager_pass, fused_pass, pass_inputs, work
 from gpu_parts.machine import Machine, first_line, per
-from megatron_sgt.ops import fused_loop, library
+from megatron_sgt.ops import fused_loop, operators
 from megatron_sgt.ops.attention import causal_attention
 from megatron_sgt.ops.entropy import last_row_entropy
 
@@ -121,6 +121,6 @@ def entropies(machine: Machine) -> Iterator[dict[str, Any]]:
         "B": batch,
         "heads": width // size,
         "d": size,
-        "kernel_us": per(1e6, machine.seconds([partial(library.last_row_entropy, *f[:2]) for f in fused])),
+        "kernel_us": per(1e6, machine.seconds([partial(operators.last_row_entropy, *f[:2]) for f in fused])),
         "torch_us": per(1e6, machine.seconds([partial(last_row_entropy, *f[:2]) for f in fused])),
     }

@@ -17,7 +17,7 @@ from torch import Tensor
 from gpu_parts.kernels import length_of, shape_of
 from gpu_parts.loop_pass import EPS, PassInputs, eager_rotate, pass_inputs
 from gpu_parts.machine import Machine, per
-from megatron_sgt.ops import fused_loop, library
+from megatron_sgt.ops import fused_loop, operators
 from megatron_sgt.ops.rotary import Rotary, rotate_heads
 
 
@@ -37,12 +37,12 @@ def operations(p: PassInputs) -> Iterator[Operation]:
     x, norm, weight, _ = (t.detach() for t in p.leaves())
     at, cos, sin = p.blocks, p.rotary.cos, p.rotary.sin
     arguments = (x, norm, weight, None, at.rows, cos, sin, None, None, EPS, at.heads)
-    qkv, r, before = library.project_in(*arguments)
+    qkv, r, before = operators.project_in(*arguments)
     heads = tuple(t.contiguous() for t in qkv.chunk(3, dim=2))
     yield from _forward(p, arguments, heads[0])
     dout = torch.randn_like(x)
     arguments = (*heads, qkv, before, r, None, at.rows, cos, sin, None, None, EPS, x.shape[-1])
-    scaled, coefficient, _ = library.head_gradients(*arguments)
+    scaled, coefficient, _ = operators.head_gradients(*arguments)
     yield from _backward(p, arguments, dout, scaled, coefficient)
     yield _weight_gradients(p, dout, heads[0], scaled)
 
@@ -60,17 +60,17 @@ def _forward(p: PassInputs, arguments: tuple[Any, ...], query: Tensor) -> Iterat
     product, stream, some = _sizes(p)
 
     def eager_in() -> Tensor:
-        fused = F.linear(F.rms_norm(x, norm.shape, norm, EPS), weight[p.rows])
+        fused = F.linear(F.rms_norm(x, norm.shape, norm, EPS), weight[p.blocks.row_index])
         q, k, v = fused.unflatten(-1, (3 * heads, p.size)).split([heads, heads, heads], dim=2)
         return torch.cat([eager_rotate(q, p.rotary), eager_rotate(k, p.rotary), v], dim=2)
 
     def eager_out() -> Tensor:
-        return x + F.linear(query.flatten(2), out_weight[:, p.columns])
+        return x + F.linear(query.flatten(2), out_weight[:, p.blocks.column_index])
 
     yield Operation(
-        "project_in", lambda: library.project_in(*arguments), eager_in, 3 * product, stream + some
+        "project_in", lambda: operators.project_in(*arguments), eager_in, 3 * product, stream + some
     )
-    kernel = partial(library.project_out, query, x, out_weight, p.blocks.columns)
+    kernel = partial(operators.project_out, query, x, out_weight, p.blocks.columns)
     yield Operation("project_out", kernel, eager_out, product, 2 * stream + some / 3)
 
 
@@ -90,15 +90,21 @@ def _backward(
         return heads * r.to(heads)[..., None, None]
 
     def eager_input() -> Tensor:
-        dnormed = unscaled @ weight[p.rows]
+        dnormed = unscaled @ weight[p.blocks.row_index]
         return torch.autograd.grad(normed, grown, dnormed, retain_graph=True)[0] + dout
 
-    kernel = partial(library.output_gradient, dout, out_weight, at.columns, p.size)
+    kernel = partial(operators.output_gradient, dout, out_weight, at.columns, p.size)
     yield Operation(
-        "output_gradient", kernel, lambda: dout @ out_weight[:, p.columns], product, stream + some / 3
+        "output_gradient",
+        kernel,
+        lambda: dout @ out_weight[:, p.blocks.column_index],
+        product,
+        stream + some / 3,
     )
-    yield Operation("head_gradients", partial(library.head_gradients, *arguments), eager_heads, 0.0, 3 * some)
-    kernel = partial(library.input_gradient, scaled, coefficient, x, dout, norm, weight, at.rows)
+    yield Operation(
+        "head_gradients", partial(operators.head_gradients, *arguments), eager_heads, 0.0, 3 * some
+    )
+    kernel = partial(operators.input_gradient, scaled, coefficient, x, dout, norm, weight, at.rows)
     yield Operation("input_gradient", kernel, eager_input, 3 * product, 3 * stream + some)
 
 
@@ -116,14 +122,14 @@ def _weight_gradients(p: PassInputs, dout: Tensor, heads: Tensor, scaled: Tensor
         product = fused_loop.weight_product(dout.flatten(0, 1), heads.flatten(0, 1).flatten(1), wide)
         fused_loop.into_parameter(second, product, p.blocks.column_index, p.blocks, 1)
 
-    tokens, width, rows = x.shape[0] * x.shape[1], x.shape[-1], len(p.rows)
-    flops = 2.0 * tokens * width * (rows + len(p.columns))
+    tokens, width, rows = x.shape[0] * x.shape[1], x.shape[-1], len(p.blocks.row_index)
+    flops = 2.0 * tokens * width * (rows + len(p.blocks.column_index))
     return Operation(
         "weight gradients: main_grad (kernel), dense (eager)",
         lambda: both(buffered, out_buffered),
         lambda: both(weight, out_weight),
         flops,
-        x.element_size() * tokens * (2 * width + rows + len(p.columns)),
+        x.element_size() * tokens * (2 * width + rows + len(p.blocks.column_index)),
     )
 
 
