@@ -1,4 +1,4 @@
-"""What every command line of the project shares: how it ends, and arguments that are checked before any work."""
+"""What all command lines share: exit codes, and arguments that are checked before any work starts."""
 
 import argparse
 import os
@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_sgt.errors import ExitCode, SGTError
+from megatron_sgt.files import unwritable
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Run ``main`` and leave the process with its exit code.
 
-    0 (or what ``main`` returns): done. An :class:`SGTError` is a user's mistake: its message on stderr
-    without a traceback, and its own exit code. 2: usage (from argparse). 130: interrupted from the keyboard.
-    141: the reader of the output went away (``| head``). Any other exception is a bug: traceback and exit
-    code 1.
+    0 (or what ``main`` returns): done. An :class:`SGTError` is a user's mistake: its message goes to stderr
+    without a traceback, and it has its own exit code. 2: usage (from argparse). 130: Ctrl-C. 141: the reader of the
+    output went away (``| head``). Any other exception is a bug: traceback and exit code 1.
     """
     try:
         code = main() or 0
@@ -46,22 +46,8 @@ def positive(text: str) -> int:
 
 
 def output(text: str) -> str:
-    """Type of an argparse argument: a file or prefix to write. Its folder is made later, if it can be."""
+    """Type of an argparse argument: a file or prefix to write, in a folder that exists or can be made later."""
     reason = unwritable(Path(text).parent)
     if reason is not None:
         raise argparse.ArgumentTypeError(f"cannot write to {text}: {reason}")
     return text
-
-
-def unwritable(folder: Path) -> str | None:
-    """Why ``folder`` can be neither made nor written to; None if it can."""
-    place = nearest(folder)
-    if not place.is_dir():
-        return f"{place} is a file"
-    return None if os.access(place, os.W_OK | os.X_OK) else f"{place} is not writable"
-
-
-def nearest(path: Path) -> Path:
-    """``path``, or the nearest place above it that exists."""
-    path = path.absolute()
-    return next(place for place in (path, *path.parents) if os.path.lexists(place))

@@ -1,10 +1,10 @@
-"""Errors that are the user's to mend, and the exit codes of every command line of the project."""
+"""Errors that the user can fix, and the exit codes of every command line of the project."""
 
 import enum
 
 
 class ExitCode(enum.IntEnum):
-    """What a process ends with. Scripts and schedulers rely on these; ``meaning`` is the text for people."""
+    """Exit codes. Scripts and schedulers rely on them; ``meaning`` is the text for people."""
 
     DONE = 0, "done"
     CRASH = 1, "crash or divergence"
@@ -20,15 +20,20 @@ class ExitCode(enum.IntEnum):
     meaning: str
 
     def __new__(cls, value: int, meaning: str) -> "ExitCode":
-        """A number that knows its meaning."""
+        """An integer with its meaning."""
         member = int.__new__(cls, value)
         member._value_ = value
         member.meaning = meaning
         return member
 
 
+def first_line(error: BaseException) -> str:
+    """What ``error`` says, without what a library adds below; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class SGTError(Exception):
-    """A failure with one clear message: the cause with the user's values, and the fix."""
+    """A failure with one clear message: the cause, with the user's values, and the fix."""
 
     exit_code = ExitCode.CRASH
 
@@ -40,7 +45,7 @@ class ConfigError(SGTError, ValueError):
 
 
 class DataError(SGTError):
-    """A data set, corpus or tokenizer that is missing, damaged or does not fit the model."""
+    """A data set, corpus or tokenizer that is missing, damaged or unfit for the model."""
 
     exit_code = ExitCode.DATA
 

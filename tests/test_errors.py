@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_sgt.errors import CheckpointError, ConfigError, DataError, ExitCode, SGTError
+from megatron_sgt.errors import CheckpointError, ConfigError, DataError, ExitCode, SGTError, first_line
 
 
 @pytest.mark.parametrize(
@@ -22,3 +22,8 @@ def test_a_configuration_error_is_a_value_error_the_others_are_not() -> None:
 def test_every_exit_code_says_what_it_means() -> None:
     assert ExitCode.SAVED == 75 and f"{ExitCode.SAVED:d}" == "75"
     assert all(code.meaning for code in ExitCode)
+
+
+def test_the_first_line_of_what_a_library_says() -> None:
+    assert first_line(RuntimeError("\nno GPU\nstack")) == "no GPU"
+    assert first_line(KeyError()) == "KeyError"

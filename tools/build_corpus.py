@@ -5,6 +5,7 @@ import argparse
 
 from megatron_sgt.cli import output, positive, run_main
 from megatron_sgt.data.corpus import MIN_BYTES, build_corpus
+from megatron_sgt.metrics.units import file_size
 
 
 def main() -> None:
@@ -22,7 +23,7 @@ def main() -> None:
     report = build_corpus(args.output, args.min_bytes, args.overwrite)
     with_tests = ", its test suite included" if report.with_tests else ""
     print(
-        f"{report.path}: {report.documents:,} documents, {report.text_bytes / 1e6:.1f} MB of text{with_tests}"
+        f"{report.path}: {report.documents:,} documents, {file_size(report.text_bytes)} of text{with_tests}"
     )
 
 

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from megatron_sgt.cli import positive, run_main
+from megatron_sgt.metrics.units import elapsed, file_size
 
 
 def parse() -> argparse.Namespace:
@@ -60,7 +61,7 @@ def main() -> None:
     done = import_model(args.input, args.output, args.config, args.seq_length, args.pad_vocabulary_to)
     print(
         f"{done.folder}: {done.model.model_type} with {done.num_parameters:,} parameters "
-        f"({', '.join(done.stored_as)}), {done.num_bytes / 1e6:,.1f} MB in {time.perf_counter() - start:.1f} s"
+        f"({', '.join(done.stored_as)}), {file_size(done.num_bytes)} in {elapsed(time.perf_counter() - start)}"
     )
     if done.padding_rows:
         print(

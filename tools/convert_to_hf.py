@@ -16,9 +16,10 @@ import time
 from pathlib import Path
 
 from megatron_sgt.cli import run_main
+from megatron_sgt.metrics.units import elapsed, file_size
 
 
-def size(text: str) -> int:
+def number_of_bytes(text: str) -> int:
     """Type of an argparse argument: bytes, as 500MB, 5GB or a plain number."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
     number, unit = (text[:-2], units[text[-2:].upper()]) if text[-2:].upper() in units else (text, 1)
@@ -53,7 +54,13 @@ def parse() -> argparse.Namespace:
     add(
         "--keep-padding", action="store_true", help="keep the rows that pad the vocabulary [they are cut off]"
     )
-    add("--max-shard-size", type=size, default="5GB", metavar="SIZE", help="of one weight file [%(default)s]")
+    add(
+        "--max-shard-size",
+        type=number_of_bytes,
+        default="5GB",
+        metavar="SIZE",
+        help="of one weight file [%(default)s]",
+    )
     parity = parser.add_mutually_exclusive_group()
     parity.add_argument("--skip-parity", action="store_true", help="do not compare")
     parity.add_argument("--parity-layers", action="store_true", help="compare with one layer of each model in memory, "
@@ -71,11 +78,7 @@ def main() -> int:
     from megatron_sgt.export.checked import Mode, checked_export, failed_name
     from megatron_sgt.export.to_hf import ExportOptions
 
-    tokenizer = None
-    if args.tokenizer not in (None, "none"):
-        tokenizer = TokenizerConfig(
-            type="sentencepiece" if args.tokenizer.endswith(".model") else "huggingface", model=args.tokenizer
-        )
+    tokenizer = None if args.tokenizer in (None, "none") else TokenizerConfig.at(args.tokenizer)
     options = ExportOptions(
         dtype=args.dtype,
         training_gates=args.training_gates,
@@ -87,15 +90,15 @@ def main() -> int:
     mode: Mode = "skip" if args.skip_parity else "layers" if args.parity_layers else "full"
     start = time.perf_counter()
     export, parity = checked_export(args.load, args.output, step=args.step, options=options, mode=mode)
-    size_mb = export.weight_bytes / 1e6
-    print(f"EXPORT  {export.source.folder} -> {export.folder}: {size_mb:,.1f} MB of {args.dtype} weights")
+    size = file_size(export.weight_bytes)
+    print(f"EXPORT  {export.source.folder} -> {export.folder}: {size} of {args.dtype} weights")
     print(f"MODEL   {export.architecture}: {export.why}")
     if export.drift:
         print(f"NOTE    tensor-parallel copies of replicated weights differed by up to {export.drift:.1e}; rank 0's "
               "were taken")  # fmt: skip
     for check in () if parity is None else parity.checks:
         print(f"PARITY  {check.line()}")
-    seconds = f"{time.perf_counter() - start:.1f} s"
+    seconds = elapsed(time.perf_counter() - start)
     if parity is not None and not parity.passed:
         print(f"FAILED  the folder is not the same model: {failed_name(export.folder)} ({seconds})")
         return 1

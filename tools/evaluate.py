@@ -57,10 +57,11 @@ def main() -> None:
     from megatron_sgt.compat.quiet import quiet_imports
 
     quiet_imports()
+    from megatron_sgt.config.run import resolve_precision
     from megatron_sgt.evaluation.downstream import require_harness, run_tasks
     from megatron_sgt.export.evaluate import evaluate, which_samples
     from megatron_sgt.export.hf.open_model import open_model
-    from megatron_sgt.parallel.device import resolve_precision, select_device
+    from megatron_sgt.parallel.device import select_device
 
     if args.tasks is not None:
         require_harness()
@@ -68,7 +69,7 @@ def main() -> None:
     opened = open_model(
         args.model,
         step=args.step,
-        dtype=resolve_precision(args.dtype, device),
+        dtype=resolve_precision(args.dtype, device.type),
         device=device,
         tokenizer=args.tokenizer,
         keep_padding=args.tasks is None,

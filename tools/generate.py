@@ -63,9 +63,10 @@ def main() -> None:
     from megatron_sgt.compat.quiet import quiet_imports
 
     quiet_imports()
+    from megatron_sgt.config.run import resolve_precision
     from megatron_sgt.export.hf.generate import Sampling, check_prompts, generate
     from megatron_sgt.export.hf.open_model import open_model
-    from megatron_sgt.parallel.device import resolve_precision, select_device
+    from megatron_sgt.parallel.device import select_device
 
     sampling = Sampling(
         max_new_tokens=args.max_new_tokens,
@@ -81,7 +82,7 @@ def main() -> None:
     opened = open_model(
         args.model,
         step=args.step,
-        dtype=resolve_precision(args.dtype, device),
+        dtype=resolve_precision(args.dtype, device.type),
         device=device,
         tokenizer=args.tokenizer,
         trust_remote_code=args.trust_remote_code,

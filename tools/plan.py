@@ -16,6 +16,7 @@ from megatron_sgt.cli import positive, run_main
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.config.presets import PRESETS
 from megatron_sgt.data.tokenizer import build_tokenizer, resolve_vocab_size
+from megatron_sgt.metrics.units import count
 from megatron_sgt.planning.hardware import GPUS, find_gpu
 from megatron_sgt.planning.plan import make_plan
 from megatron_sgt.planning.render import render
@@ -80,7 +81,7 @@ def with_vocabulary(config: Config, given: int | None) -> tuple[Config, list[str
         size = ASSUMED_VOCABULARY
         where = "" if tokenizer is None else f" ({tokenizer.model} is not here)"
         notes.append(f"a vocabulary of {size:,} tokens is assumed{where}; --vocab-size N sets another")
-    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})}), notes
+    return config.with_vocab_size(size), notes
 
 
 def main() -> None:
@@ -95,7 +96,7 @@ def main() -> None:
     if args.json:
         print(json.dumps({"config": str(args.config), **plan}, indent=2))
         return
-    nodes = f"{args.nodes} node{'s' if args.nodes > 1 else ''} of {args.gpus_per_node}"
+    nodes = f"{count(args.nodes, 'node')} of {args.gpus_per_node}"
     print(render(plan, config, f"plan of {args.config} on {nodes} x {machine.gpu.driver_name}"))
 
 

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from megatron_sgt.cli import run_main
+from megatron_sgt.metrics.units import elapsed, file_size
 
 
 def parse() -> argparse.Namespace:
@@ -47,7 +48,7 @@ def main() -> None:
 
     start = time.perf_counter()
     final, size, drift = convert(resolve(args.load), args.output, args.processes)
-    print(f"{final}: {size / 1e6:,.1f} MB in {time.perf_counter() - start:.1f} s; loads under any layout")
+    print(f"{final}: {file_size(size)} in {elapsed(time.perf_counter() - start)}; loads under any layout")
     if drift:
         print(
             f"tensor-parallel copies of replicated weights differed by up to {drift:.1e}; rank 0's were taken"

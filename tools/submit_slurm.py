@@ -22,8 +22,8 @@ from megatron_sgt.config import Config, load_config
 from megatron_sgt.config.presets import PRESETS
 from megatron_sgt.launch.job_environment import script_environment
 from megatron_sgt.launch.sbatch import SlurmJob, fit_runtime, sbatch_script
+from megatron_sgt.preflight import check_job
 from megatron_sgt.submit.job import job_folder, job_name, latest_file, outside_folders, submit, write_job
-from megatron_sgt.submit.preflight import preflight
 
 
 def parse() -> argparse.Namespace:
@@ -126,7 +126,7 @@ def main() -> None:
     args = parse()
     config = load_config(args.config, args.overrides, args.preset)
     job = describe(args, config)
-    found = preflight(config, job.nodes * job.tasks_per_node, "cuda" if job.gpus_per_node else "cpu")
+    found = check_job(config, job.nodes * job.tasks_per_node, "cuda" if job.gpus_per_node else "cpu")
     for subject, finding in found:
         print(f"{subject:<9} {finding}", file=sys.stderr)
     if args.dry_run:

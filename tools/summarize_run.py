@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from megatron_sgt.cli import run_main
-from megatron_sgt.metrics import METRICS_FILE, read_metrics
+from megatron_sgt.jsonl import read_metrics
+from megatron_sgt.metrics import METRICS_FILE
 from megatron_sgt.metrics.console import paint_for
 from megatron_sgt.metrics.summary import run_summary
 

@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Train a sentencepiece tokenizer that gives back every text exactly as it was."""
+"""Train a sentencepiece tokenizer that reproduces every text exactly."""
 
 import argparse
 
 from megatron_sgt.cli import output, positive, run_main
 from megatron_sgt.data.train_tokenizer import FIXED_IDS, SAMPLE_BYTES, train_tokenizer
+from megatron_sgt.metrics.units import file_size
 
 
 def main() -> None:
@@ -57,7 +58,7 @@ def main() -> None:
     )
     print(
         f"{report.path}: {report.vocab_size:,} ids, trained on {report.documents:,} documents "
-        f"({report.text_bytes / 1e6:.1f} MB), {report.bytes_per_token:.2f} bytes per token"
+        f"({file_size(report.text_bytes)}), {report.bytes_per_token:.2f} bytes per token"
     )
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints in DeepSpeed's file names, committed so that a readable one is always whole (L4)."""
+"""Checkpoints in DeepSpeed's file names, committed so that every readable checkpoint is complete."""

@@ -1,4 +1,4 @@
-"""The contents of checkpoints as text: one screen."""
+"""Checkpoints described as text, on one screen."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 from megatron_sgt.checkpoint.contents import Contents, Details, GrowthContents, LoopingLayer, RootContents
-from megatron_sgt.metrics.units import duration, file_size, si
+from megatron_sgt.metrics.units import count, duration, file_size, si
 
 _SHOWN_PROBLEMS = 5
 
@@ -109,8 +109,7 @@ def _growth(growth: GrowthContents) -> str:
     if growth.method != "sgt":
         return growth.method
     window = "" if growth.window_end is None else f", its window ends at step {growth.window_end:,}"
-    count = len(growth.layers)
-    return f"sgt, phase {growth.phase}{window}, {count} layer{'' if count == 1 else 's'} selected"
+    return f"sgt, phase {growth.phase}{window}, {count(len(growth.layers), 'layer')} selected"
 
 
 def _layer(layer: LoopingLayer) -> str:

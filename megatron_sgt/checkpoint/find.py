@@ -1,6 +1,7 @@
-"""What a run starts from, and whether it may: everything is checked before any weight is touched.
+"""Which checkpoint a run starts from, and whether it fits; all checks come before any weight is touched.
 
-No torch: a login node asks too."""
+No torch: a login node uses this too.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +26,12 @@ _FREE_MODEL_FIELDS = {
 
 @dataclass(frozen=True)
 class Found:
-    """The checkpoint that a run starts from (``folder`` None: none) and one line that says so.
+    """The checkpoint that a run starts from; ``folder`` None: there is none.
 
-    ``skipped``: why newer ones were not taken, one line each. ``explicit``: the user named it.
+    ``skipped``: why newer ones were not used, one line each. ``explicit``: the user named it.
     """
 
     folder: Path | None
-    sentence: str
     skipped: tuple[str, ...] = ()
     explicit: bool = False
 
@@ -39,11 +39,11 @@ class Found:
 def find_checkpoint(config: Config, damaged: Mapping[Path, str] | None = None) -> Found:
     """The checkpoint that this run starts from.
 
-    ``checkpoint.resume: auto`` looks for this run's own checkpoints first, passing over damaged ones; then
-    ``checkpoint.load`` is taken, where finding nothing, or something damaged, is an error.
+    ``checkpoint.resume: auto`` looks for this run's own checkpoints first and skips damaged ones. Otherwise
+    ``checkpoint.load`` is used; there, finding nothing or a damaged checkpoint is an error.
 
     Args:
-        damaged: checkpoints that were found to be damaged already, and how.
+        damaged: checkpoints already known to be damaged, and how.
 
     Raises:
         CheckpointError: checkpoint.load holds no whole checkpoint, all of the run's own are damaged, or the run
@@ -55,9 +55,9 @@ def find_checkpoint(config: Config, damaged: Mapping[Path, str] | None = None) -
     if config.checkpoint.load is not None:
         folder = layout.resolve(Path(config.checkpoint.load))
         _refuse_mixture(own, layout.step_of(folder.name))
-        return Found(folder, f"starting from {folder} (checkpoint.load)", explicit=True)
+        return Found(folder, explicit=True)
     _refuse_mixture(own, 0)
-    return Found(None, f"fresh start: no checkpoint in {own}")
+    return Found(None)
 
 
 def _newest_whole(own: Path, damaged: Mapping[Path, str]) -> Found | None:
@@ -71,7 +71,7 @@ def _newest_whole(own: Path, damaged: Mapping[Path, str]) -> Found | None:
         except CheckpointError as error:
             skipped.append(str(error))
             continue
-        return Found(folder, f"resuming from {folder}", tuple(skipped))
+        return Found(folder, tuple(skipped))
     if skipped:
         raise CheckpointError(
             "; ".join([*skipped, f"no other in {own}. To start from scratch, move that folder away"])
@@ -83,18 +83,18 @@ def _verify_quickly(folder: Path) -> dict[str, Any]:
     """Check all sizes, the checksums of the small files and the list of files; returns the manifest."""
     manifest.verify_sizes(folder)
     content = manifest.read_manifest(folder)
-    small = manifest.expected_files(None)
+    small = layout.expected_files(None)
     listed = content["files"]
     now = manifest.describe_files(folder, small & set(listed))
     problems = [f"{name} has changed since it was saved" for name in sorted(now) if now[name] != listed[name]]
-    wanted = manifest.expected_files(content.get("layout"))
+    wanted = layout.expected_files(content.get("layout"))
     problems += [f"{name} is not listed in {layout.MANIFEST_FILE}" for name in sorted(wanted - set(listed))]
     manifest.refuse(folder, problems)
     return content
 
 
 def _refuse_mixture(own: Path, step: int) -> None:
-    """Two runs in one folder would delete each other's checkpoints, and resume from the wrong one."""
+    """Two runs in one folder would delete each other's checkpoints and resume from the wrong ones."""
     later = [tag for tag in layout.finished_tags(own) if layout.step_of(tag) > step]
     if later:
         raise CheckpointError(
@@ -102,6 +102,11 @@ def _refuse_mixture(own: Path, step: int) -> None:
             "Choose another logging.run_dir or checkpoint.save, move them away, or set checkpoint.resume: auto "
             "to continue from the newest"
         )
+
+
+def starts_fresh(saved: dict[str, Any], hook: str) -> bool:
+    """Whether a hook has no saved state because no run has trained this checkpoint yet: an imported model."""
+    return hook not in saved["hooks"] and saved["trainer"]["step"] == 0
 
 
 def check_checkpoint(folder: Path, config: Config, tokenizer: str | None = None) -> dict[str, Any]:
@@ -130,6 +135,6 @@ def check_checkpoint(folder: Path, config: Config, tokenizer: str | None = None)
     if tokenizer is not None and before is not None and tokenizer != before:
         raise CheckpointError(
             f"checkpoint {folder} belongs to another tokenizer: its fingerprint is {before} there and {tokenizer} "
-            "here, so that the same text would be other tokens; set data.tokenizer to the one it was trained with"
+            "here, so the same text would become different tokens; set data.tokenizer to the one it was trained with"
         )
     return state

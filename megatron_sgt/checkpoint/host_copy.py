@@ -1,8 +1,8 @@
-"""Copies of a state in host memory, taken quickly and written while training goes on.
+"""Fast copies of a state in host memory, which are written to disk while training continues.
 
-What is copied are storages, each once, as torch.save would write them: the flat buffers of ZeRO are a few large
-copies, tensors that share memory still do, and a file written from the copy holds the bytes that it would hold
-if it were written from the state. The memory is kept for the next copy: its pages are there, and pinned on GPUs.
+Storages are copied, each once, as torch.save would write them: the flat buffers of ZeRO are a few large copies, tensors
+that share memory still share it, and a file written from the copy has the same bytes as one written from the state. The
+memory is kept for the next copy: its pages are already mapped, and page-locked on GPUs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_sgt.errors import CheckpointError
+from megatron_sgt.metrics.units import file_size
 from megatron_sgt.parallel.device import lock_pages
 
 _ALIGNMENT = 64
@@ -23,11 +24,11 @@ _LEAST_CHUNK = 1 << 20
 
 
 class _Chunk:
-    """Host memory of one mapping, its pages there; what is handed out of it is a prefix of ``used`` bytes.
+    """Host memory of one mapping, its pages touched; the first ``used`` bytes are handed out.
 
     Page-locked memory is a mapping of its own and not torch's: torch's allocator takes the next power of two, 32 GiB
     for 20.5 GB. A forked process (a data loader's) does not get it: else the next write to a page would move this
-    process to a copy, while the GPU goes on writing to the page as it was.
+    process to a copy, while the GPU keeps writing to the original page.
     """
 
     def __init__(self, num_bytes: int, pinned: bool) -> None:
@@ -39,7 +40,7 @@ class _Chunk:
             _lock(self.bytes)
 
     def take(self, num_bytes: int) -> torch.UntypedStorage | None:
-        """A storage of exactly so many bytes; None if there is no room."""
+        """A storage of exactly ``num_bytes`` bytes; None if there is no room."""
         start = self.used
         if start + num_bytes > len(self.bytes):
             return None
@@ -54,7 +55,7 @@ def _lock(memory: Tensor) -> None:
         lock_pages(memory)
     except RuntimeError as error:
         raise CheckpointError(
-            f"asynchronous saves: {memory.nbytes / 1e9:.1f} GB of host memory of this rank cannot be page-locked "
+            f"asynchronous saves: {file_size(memory.nbytes)} of host memory of this rank cannot be page-locked "
             f"({error}); give the job more memory, or set checkpoint.async_save: false"
         ) from error
 
@@ -76,7 +77,7 @@ class Arena:
         return sum(len(chunk.bytes) for chunk in self._chunks)
 
     def reserve(self, num_bytes: int) -> None:
-        """Hold at least so many bytes, their pages touched: the first copy is as fast as the others.
+        """Hold at least ``num_bytes`` bytes, their pages touched, so that the first copy is as fast as the others.
 
         Raises CheckpointError when memory cannot be page-locked.
         """
@@ -89,7 +90,7 @@ class Arena:
         return self._chunks[-1]
 
     def take(self, num_bytes: int) -> torch.UntypedStorage:
-        """A storage of exactly so many bytes, until ``reset``."""
+        """A storage of exactly ``num_bytes`` bytes, valid until ``reset``."""
         if num_bytes == 0:
             return torch.UntypedStorage(0)
         for chunk in self._chunks:
@@ -100,7 +101,7 @@ class Arena:
         return storage
 
     def reset(self) -> None:
-        """Take everything back: what was copied into it is void."""
+        """Take everything back; the copies become invalid."""
         for chunk in self._chunks:
             chunk.used = 0
 
@@ -108,7 +109,7 @@ class Arena:
 def compact_copy(tensors: Mapping[str, Tensor], arena: Arena) -> dict[str, Tensor]:
     """Copies of ``tensors`` in ``arena``'s memory, each in a storage of its own, as ``host_copy``'s are not.
 
-    For a few views of a large storage, of which a file would hold the whole. Synchronize as for ``host_copy`` if the
+    For a few views of a large storage, which torch.save would write whole. Synchronize as for ``host_copy`` if the
     arena is pinned.
     """
     copies = {}
@@ -122,19 +123,19 @@ def compact_copy(tensors: Mapping[str, Tensor], arena: Arena) -> dict[str, Tenso
 def host_copy(value: Any, arena: Arena) -> Any:
     """A copy of ``value`` (tensors in dicts, lists and tuples) in ``arena``'s memory, on the CPU.
 
-    On a GPU the copies are queued: synchronize before they are read.
+    On a GPU the copies are asynchronous: synchronize before reading them.
     """
     return _Copier(arena).copy(value)
 
 
 class _Copier:
-    """Remembers what was copied, so that what was one object or one storage is one again."""
+    """Remembers what was copied, so that shared objects and storages stay shared."""
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._seen: dict[int, Any] = {}
-        self._alive: list[Any] = []  # an id is that of one object only as long as this lives
+        self._alive: list[Any] = []  # keeps the ids valid
 
     def copy(self, value: Any) -> Any:
         if id(value) not in self._seen:

@@ -1,10 +1,11 @@
-"""Where checkpoints lie, and which of them count.
+"""Where checkpoints lie, how their files are called, and which of them count.
 
     <root>/latest                        text: global_step1000, replaced atomically, last of all
     <root>/latest_checkpointed_iteration.txt    the same for Megatron's tools: 1000
-    <root>/global_step1000/              DeepSpeed's shards, and beside them
+    <root>/global_step1000/
         sgt_state.json                   counters, growth state, layout
         config.yaml                      the resolved configuration
+        mp_rank_00_model_states.pt ...   see ``files_of_rank``
         rng_rank_00000.pt                random streams, one file per rank
         manifest.json                    every file with its size and SHA-256; written last
     <root>/global_step1000.tmp/          a save that was not finished; never read
@@ -15,27 +16,32 @@ Pure file-system functions, no process group.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
+from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from megatron_sgt import files
 from megatron_sgt.errors import CheckpointError
+from megatron_sgt.files import TEMPORARY_SUFFIX
 
 STATE_FILE = "sgt_state.json"
 CONFIG_FILE = "config.yaml"
 MANIFEST_FILE = "manifest.json"
 LATEST_FILE = "latest"
 ITERATION_FILE = "latest_checkpointed_iteration.txt"
-TEMPORARY_SUFFIX = ".tmp"
 COPY_SUFFIX = ".universal"
 """Ends the name of the layout-free copy that a run has made of a checkpoint beside it."""
+GROWTH_STATE = "growth"
+"""Where the state of growth lies among those of the hooks in STATE_FILE."""
 _WANTED = (
     f"give a folder that holds global_stepN folders with a {MANIFEST_FILE}, or one such folder; to start from "
     "scratch leave checkpoint.load empty"
 )
 _TAG = re.compile(r"global_step(\d+)")
+_MODEL = "_model_states.pt"
 
 
 def tag_for(step: int) -> str:
@@ -52,6 +58,44 @@ def step_of(tag: str) -> int:
 def rng_file(rank: int) -> str:
     """File name of one rank's random streams."""
     return f"rng_rank_{rank:05d}.pt"
+
+
+def model_file(tp_rank: int) -> str:
+    """DeepSpeed's file of one tensor-parallel rank's weights, which all data-parallel ranks share (not at ZeRO 3)."""
+    return f"mp_rank_{tp_rank:02d}{_MODEL}"
+
+
+def is_model_file(name: str) -> bool:
+    """Whether ``name`` is one of ``model_file``."""
+    return name.startswith("mp_rank_") and name.endswith(_MODEL)
+
+
+def part_file(model_file: str, dp_rank: int) -> str:
+    """Where data-parallel rank ``dp_rank`` > 0 writes its share of what DeepSpeed would put into ``model_file``."""
+    return f"weights_{dp_rank:04d}_{model_file.removesuffix(_MODEL)}.pt"
+
+
+def files_of_rank(where: Mapping[str, Any], tp_rank: int, dp_rank: int) -> tuple[str, ...]:
+    """DeepSpeed's files that one rank reads: its weights, and above ZeRO 0 its part of the optimizer state.
+
+    Args:
+        where: the layout that they were written under, see ``checkpoint.save.layout_of``.
+    """
+    part = f"zero_pp_rank_{dp_rank}_mp_rank_{tp_rank:02d}"
+    model = f"{part}{_MODEL}" if where["zero_stage"] == 3 else model_file(tp_rank)
+    optimizer = f"{'bf16_' if where.get('precision') == 'bf16' else ''}{part}_optim_states.pt"
+    return (model, optimizer) if where["zero_stage"] else (model,)
+
+
+def expected_files(where: Mapping[str, Any] | None) -> set[str]:
+    """The files that every checkpoint of a layout has; of a layout-free one (None) those of every kind."""
+    names = {STATE_FILE, CONFIG_FILE}
+    if where is None:
+        return names
+    tp_size, dp_size = where["tensor_model_parallel_size"], where["data_parallel_size"]
+    for tp_rank, dp_rank in product(range(tp_size), range(dp_size)):
+        names |= {*files_of_rank(where, tp_rank, dp_rank)}
+    return names | {rng_file(rank) for rank in range(tp_size * dp_size)}
 
 
 def finished_tags(root: Path) -> list[str]:
@@ -86,7 +130,7 @@ def latest_tag(root: Path) -> str | None:
 def candidates(root: Path) -> tuple[list[str], str | None]:
     """Committed tags in the order in which a run tries to resume from them, and what is wrong with ``latest``.
 
-    What ``latest`` names, then older ones, then later ones, which are of a past that was given up.
+    First the one that ``latest`` names, then older ones, then later ones, which were abandoned by a rollback.
     """
     tags = finished_tags(root)[::-1]
     try:
@@ -116,11 +160,8 @@ def resolve(path: Path) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` durably: the file is on disk when this returns."""
-    with path.open("w") as stream:
-        json.dump(value, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
+    """Write ``value`` durably: the file is on disk when this returns. Raises OSError."""
+    files.write_text(path, json.dumps(value, indent=1))
 
 
 def read_json(path: Path) -> Any:
@@ -131,30 +172,10 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Give ``path`` the content ``text`` in one atomic step."""
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    with temporary.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Return when a file's content, or the names in a folder, are on disk. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def point_to(root: Path, tag: str) -> None:
     """Make ``tag`` the checkpoint that a run resumes from. Raises OSError."""
-    replace_text(root / LATEST_FILE, tag)
-    replace_text(root / ITERATION_FILE, f"{step_of(tag)}\n")
+    files.replace_text(root / LATEST_FILE, tag)
+    files.replace_text(root / ITERATION_FILE, f"{step_of(tag)}\n")
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
@@ -167,8 +188,8 @@ def prune(root: Path, keep_last: int, keep_every: int = 0) -> list[str]:
     """Delete committed checkpoints that are neither among the newest ``keep_last`` nor at a multiple of
     ``keep_every`` steps; 0 for ``keep_last`` keeps all, 0 for ``keep_every`` keeps none for its step.
 
-    The checkpoint that ``latest`` names is never deleted. Later ones than it are of a past that was given up
-    (damaged, or ahead of where the run was taken back to): they do not count, and stay until they are reached.
+    The checkpoint that ``latest`` names is never deleted. Later ones do not count, and stay until the run reaches
+    their steps again: they are damaged, or were abandoned by a rollback.
     """
     current = latest_tag(root)
     if keep_last <= 0 or current is None:
@@ -185,7 +206,7 @@ def prune(root: Path, keep_last: int, keep_every: int = 0) -> list[str]:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint. It loses its name first: cut short, the rest is a leftover."""
+    """Delete a checkpoint. It loses its name first, so that an interrupted deletion is a leftover, not a checkpoint."""
     doomed = folder.with_name(f"{folder.name}.removed{TEMPORARY_SUFFIX}")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
@@ -193,7 +214,7 @@ def remove(folder: Path) -> None:
 
 
 def clear_leftovers(root: Path) -> list[str]:
-    """Delete what saves, deletions and conversions that were killed have left; returns the names."""
+    """Delete what killed saves, deletions and conversions have left; returns the names."""
     leftovers = sorted(root.glob(f"global_step*{TEMPORARY_SUFFIX}"))
     for folder in leftovers:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,9 +1,8 @@
-"""Loading a checkpoint that was found whole and fitting (checkpoint/find.py)."""
+"""Loads a checkpoint that has passed the checks of checkpoint/find.py."""
 
 from __future__ import annotations
 
 import hashlib
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from megatron_sgt.checkpoint.reshard.sibling import layout_free_copy
 from megatron_sgt.checkpoint.restricted import load_restricted
 from megatron_sgt.checkpoint.save import layout_of
 from megatron_sgt.checkpoint.shard_files import ShardFiles, redirected_to
+from megatron_sgt.compat.quiet import quiet_logs
 from megatron_sgt.config import Config
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.parallel.collectives import gather_or_raise
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 
 def verify_together(folder: Path, config: Config, groups: ParallelGroups) -> str | None:
-    """What is wrong with the bytes of ``folder``, None if nothing; collective, every rank reads a part of it.
+    """What is wrong with the bytes of ``folder``, None if nothing; collective, each rank reads a part.
 
-    With ``checkpoint.verify: sizes`` nothing is read. Raises CheckpointError when a rank cannot see it.
+    With ``checkpoint.verify: sizes`` nothing is read. Raises CheckpointError when a rank cannot see the folder.
     """
     if config.checkpoint.verify == "sizes":
         return None
@@ -46,11 +46,6 @@ def verify_together(folder: Path, config: Config, groups: ParallelGroups) -> str
     return None
 
 
-def starts_fresh(saved: dict[str, Any], hook: str) -> bool:
-    """Whether a hook has no saved state because no run has trained this checkpoint yet: an imported model."""
-    return hook not in saved["hooks"] and saved["trainer"]["step"] == 0
-
-
 def load_checkpoint(
     folder: Path,
     state: dict[str, Any],
@@ -60,8 +55,8 @@ def load_checkpoint(
 ) -> str | None:
     """Load weights, optimizer and random streams of this rank from a checked ``folder``; collective.
 
-    Under the layout that it was written under, DeepSpeed reads its own files and everything continues bit for
-    bit. Under another one a layout-free copy is made beside it, once, and read.
+    Under the same layout DeepSpeed reads its own files and everything continues bit for bit. Under another layout a
+    layout-free copy is made beside it, once, and read.
 
     Args:
         state: what ``check_checkpoint`` returned for ``folder``.
@@ -96,25 +91,22 @@ def _load_shards(
 ) -> dict[str, Any]:
     """Let DeepSpeed read its own files; returns this rank's random streams.
 
-    Learning rate, weight decay and constants stay this run's. All files are read before any weight is touched.
+    Learning rate, weight decay and constants stay this run's. All files are read before any weight is changed.
     """
     settings = [
         {name: value for name, value in group.items() if name not in ("params", "step")}
         for group in engine.optimizer.param_groups
     ]
     files = ShardFiles()
-    paths = [folder / name for name in manifest.files_of_rank(where, groups.tp_rank, groups.dp_rank)]
+    paths = [folder / name for name in layout.files_of_rank(where, groups.tp_rank, groups.dp_rank)]
     gather_or_raise(lambda: files.read(paths), groups)
     streams: dict[str, Any] = {}
     gather_or_raise(lambda: streams.update(_read_streams(folder, groups)), groups)
-    logging.disable(logging.WARNING)
     try:
-        with redirected_to(files, engine):
+        with quiet_logs(), redirected_to(files, engine):
             path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     except (OSError, RuntimeError, AssertionError, KeyError, ValueError) as error:
         raise CheckpointError(f"checkpoint {folder} cannot be loaded: {error}") from error
-    finally:
-        logging.disable(logging.NOTSET)
     if path is None:
         raise CheckpointError(f"DeepSpeed found nothing to load in {folder}")
     for group, ours in zip(engine.optimizer.param_groups, settings, strict=True):
@@ -123,7 +115,7 @@ def _load_shards(
 
 
 def _restore_counters(engine: deepspeed.DeepSpeedEngine, trainer: dict[str, int]) -> None:
-    """Give DeepSpeed's own counters, which it reports and saves, the values that the run has reached."""
+    """Set DeepSpeed's own counters, which it reports and saves, to where the run stands."""
     engine.global_steps = trainer["step"] + trainer["skipped_steps"]
     engine.global_samples = trainer["consumed_samples"]
     engine.skipped_steps = trainer["skipped_steps"]
@@ -139,7 +131,7 @@ def _continue_streams(
         return "random streams continue"
     digest = hashlib.sha256(f"{config.train.seed}/{step}".encode()).digest()
     seed_for_training(int.from_bytes(digest[:4], "big"), groups)
-    return f"random streams start anew from seed {config.train.seed}, step {step} and rank"
+    return f"random streams restart from seed {config.train.seed}, step {step} and rank"
 
 
 def _read_streams(folder: Path, groups: ParallelGroups) -> dict[str, Any]:

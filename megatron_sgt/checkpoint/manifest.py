@@ -1,9 +1,9 @@
-"""The manifest of a checkpoint: every file with its size and SHA-256, and what the whole belongs to.
+"""The manifest of a checkpoint: every file with its size and SHA-256, and what checkpoint they belong to.
 
     {"version": 2, "tag": "global_step1000", "step": 1000, ..., "files": {
         "sgt_state.json": {"bytes": 2113, "sha256": "9f86d0..."}, ...}, "sha256": of all of the above}
 
-It is written last, so that a folder with a manifest was whole once. No torch: a login node reads it too.
+It is written last, so a folder with a manifest was complete once. No torch: a login node reads it too.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 
 from megatron_sgt.checkpoint import layout
 from megatron_sgt.errors import CheckpointError
+from megatron_sgt.files import commit, sha256_of, sync
 
 VERSION = 2
-_CHUNK = 1 << 22
 _THREADS = 8
 
 Files = dict[str, dict[str, Any]]
@@ -28,12 +28,7 @@ Files = dict[str, dict[str, Any]]
 
 def describe_file(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file. Raises OSError."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)  # lets other threads run meanwhile
-            size += len(chunk)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def describe_files(folder: Path, names: Iterable[str]) -> Files:
@@ -44,7 +39,7 @@ def describe_files(folder: Path, names: Iterable[str]) -> Files:
 
 
 def write_manifest(folder: Path, about: Mapping[str, Any], files: Files | None = None) -> Files:
-    """Complete ``folder``. ``files``: as the ranks that wrote them described them; None: describe them now.
+    """Write the manifest of ``folder``. ``files``: described by the ranks that wrote them; None: describe them now.
 
     Raises OSError.
     """
@@ -55,8 +50,20 @@ def write_manifest(folder: Path, about: Mapping[str, Any], files: Files | None =
     return files
 
 
+def commit_folder(temporary: Path, final: Path, about: Mapping[str, Any]) -> int:
+    """Complete ``temporary`` with a manifest and give it the name ``final``; returns its size in bytes.
+
+    All of it is on disk first. Raises OSError.
+    """
+    for name in layout.file_sizes(temporary):
+        sync(temporary / name)
+    files = write_manifest(temporary, {**about, "tag": final.name})
+    commit(temporary, final)
+    return sum(file["bytes"] for file in files.values())
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of ``folder``. Raises CheckpointError when it is missing or not as it was written."""
+    """The manifest of ``folder``. Raises CheckpointError when it is missing or has changed."""
     path = folder / layout.MANIFEST_FILE
     content = layout.read_json(path)
     if not isinstance(content, dict) or content.get("version") != VERSION:
@@ -67,30 +74,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def digest(content: Mapping[str, Any]) -> str:
-    """SHA-256 of JSON-able content, whatever the order of its keys."""
+    """SHA-256 of JSON-able content, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def expected_files(where: Mapping[str, Any] | None) -> set[str]:
-    """The files that every checkpoint of a layout has; of a layout-free one (None) those of every kind."""
-    names = {layout.STATE_FILE, layout.CONFIG_FILE}
-    if where is None:
-        return names
-    for tp_rank in range(where["tensor_model_parallel_size"]):
-        for dp_rank in range(where["data_parallel_size"]):
-            names |= {*files_of_rank(where, tp_rank, dp_rank)}
-    ranks = where["tensor_model_parallel_size"] * where["data_parallel_size"]
-    return names | {layout.rng_file(rank) for rank in range(ranks)}
-
-
-def files_of_rank(where: Mapping[str, Any], tp_rank: int, dp_rank: int) -> tuple[str, ...]:
-    """DeepSpeed's files that one rank reads: its weights, and its part of the optimizer state."""
-    part, stage = f"mp_rank_{tp_rank:02d}", where["zero_stage"]
-    prefix = "bf16_" if where.get("precision") == "bf16" else ""
-    optimizer = f"{prefix}zero_pp_rank_{dp_rank}_{part}_optim_states.pt"
-    if stage == 3:
-        return f"zero_pp_rank_{dp_rank}_{part}_model_states.pt", optimizer
-    return (f"{part}_model_states.pt", optimizer) if stage else (f"{part}_model_states.pt",)
 
 
 def size_problems(folder: Path) -> list[str]:
@@ -109,7 +94,7 @@ def size_problems(folder: Path) -> list[str]:
 
 
 def checksum_problems(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
-    """What ``size_problems`` finds, and the files whose bytes have changed since they were saved.
+    """As ``size_problems``, and the files whose bytes have changed since they were saved.
 
     Args:
         part, parts: read every ``parts``-th file from number ``part`` on, so that ranks can share the work.

@@ -1,18 +1,17 @@
-"""Saving in two phases: every rank writes its part under a temporary name, then one rank commits the whole.
+"""Saving in two phases: every rank writes its part under a temporary name, then rank 0 commits the checkpoint.
 
     start    an empty folder global_stepN.tmp; every rank's state is written into it, or copied to host memory
     write    every rank's files: written, on disk (fsync), described by size and SHA-256
     commit   when all ranks have: the manifest, the folder's name, then ``latest``, each on disk before the next
 
-A run that is killed at any moment resumes from the checkpoint before, or from this one. Between the phases the
-ranks may train on: ``poll`` takes the save forward by what has become possible. (DeepSpeed writes ``latest``
-before the other ranks have finished, and syncs nothing; its own is not used.)
+A run killed at any moment resumes from the previous checkpoint or from this one. Between the phases training may
+continue: ``poll`` advances the save as far as possible. (DeepSpeed's own commit is not used: it writes ``latest``
+before the other ranks have finished, and syncs nothing.)
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -29,10 +28,12 @@ from megatron_sgt.checkpoint.reshard.deepspeed_info import UNIVERSAL_INFO, unive
 from megatron_sgt.checkpoint.reshard.sibling import remove_sibling
 from megatron_sgt.checkpoint.reshard.stage0 import PARAMETER_NAMES
 from megatron_sgt.checkpoint.shard_files import ShardFiles, as_checkpoint_error, redirected_to
+from megatron_sgt.compat.quiet import quiet_logs
 from megatron_sgt.config import Config
 from megatron_sgt.errors import CheckpointError
+from megatron_sgt.files import commit, fresh_folder, sync
 from megatron_sgt.parallel.collectives import gather_or_raise, largest, on_rank_zero
-from megatron_sgt.parallel.device import resolve_precision, synchronize
+from megatron_sgt.parallel.device import synchronize
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.parallel.rng import rng_state
 
@@ -44,8 +45,8 @@ _SHARD_OPTIONS = ("sub_group_size", "round_robin_gradients", "parameter_alignmen
 
 
 def layout_of(config: Config, groups: ParallelGroups) -> dict[str, Any]:
-    """All that DeepSpeed's files of a checkpoint depend on: they are read as they are under the same only."""
-    precision = resolve_precision(config.train.precision, groups.device)
+    """All that DeepSpeed's files of a checkpoint depend on: DeepSpeed reads them only under an equal layout."""
+    precision = config.precision_on(groups.device.type)
     shape = {
         "tensor_model_parallel_size": groups.tp_size,
         "data_parallel_size": groups.dp_size,
@@ -63,7 +64,7 @@ def layout_of(config: Config, groups: ParallelGroups) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Saved:
-    """A committed checkpoint. ``stall_s``: seconds that training stood still for it; ``seconds``: in all."""
+    """A committed checkpoint. ``stall_s``: seconds that training waited for it; ``seconds``: in total."""
 
     step: int
     folder: Path
@@ -74,7 +75,7 @@ class Saved:
 
 @dataclass
 class _InFlight:
-    """A save that has begun. ``work``: what runs of it; ``files``: of all ranks, once they have written them."""
+    """A save in progress. ``work``: its running part; ``files``: of all ranks, once written."""
 
     step: int
     state: dict[str, Any]
@@ -85,7 +86,7 @@ class _InFlight:
 
 
 class Saver:
-    """Saves one checkpoint after the other; every method is collective over all ranks.
+    """Saves checkpoints, one at a time; every method is collective over all ranks.
 
     Args:
         about: what the manifest says of the run (JSON-able).
@@ -120,12 +121,12 @@ class Saver:
         return self._flight is not None
 
     def prepare(self) -> None:
-        """Allocate what asynchronous saves copy to, so that the first one is as quick as the others."""
+        """Allocate the memory of asynchronous saves, so that the first save is as fast as the others."""
         if self._arena is not None:
             self._arena.reserve(_estimated_bytes(self._engine, self._groups))
 
     def start(self, step: int, state: dict[str, Any]) -> None:
-        """Begin the save after ``step`` optimizer steps; none may be in flight.
+        """Begin the save after ``step`` optimizer steps; no other save may be in flight.
 
         Args:
             state: JSON-able state of the trainer and its hooks.
@@ -136,21 +137,21 @@ class Saver:
         assert self._flight is None, "one save at a time"
         begun = time.perf_counter()
         temporary = self._temporary(step)
-        self._together(step, lambda: _fresh(temporary) if self._groups.is_main else None)
+        self._together(step, partial(_fresh, temporary) if self._groups.is_main else int)
         files = ShardFiles(self._arena, self._groups.dp_rank, self._groups.dp_size)
         _hand_over(files, temporary, self._config, self._engine, self._groups)
         self._flight = _InFlight(step, state, begun, self._run(files.finish))
         self._flight.stall_s = time.perf_counter() - begun
 
     def poll(self, wait: bool = False) -> Saved | None:
-        """Take the save in flight forward; returns it when it is committed, None while it is not.
+        """Advance the save in flight; returns it once it is committed, else None.
 
         Args:
             wait: until it is committed.
 
         Raises:
-            CheckpointError: on every rank, when one of them could not write. Nothing of the save is left, and
-                earlier checkpoints are untouched.
+            CheckpointError: on every rank, when one of them could not write. Nothing of the save
+                remains, and earlier checkpoints are untouched.
         """
         entered = time.perf_counter()
         while (flight := self._flight) is not None:
@@ -182,7 +183,7 @@ class Saver:
         return future
 
     def _together(self, step: int, action: Callable[[], Any]) -> list[Any]:
-        """``gather_or_raise``; a failure ends the save on every rank, and frees the disk from what it has written."""
+        """``gather_or_raise``; a failure ends the save on every rank and deletes what it has written."""
         try:
             return gather_or_raise(action, self._groups)
         except CheckpointError as error:
@@ -190,7 +191,7 @@ class Saver:
             on_rank_zero(lambda: shutil.rmtree(self._temporary(step), ignore_errors=True))
             raise CheckpointError(
                 f"cannot write checkpoint {self._root / layout.tag_for(step)}: {error}; earlier checkpoints are "
-                "untouched. Make room, or set checkpoint.save to another place, and start again: the run goes on "
+                "untouched. Make room, or set checkpoint.save to another place, and start again: the run continues "
                 "from the newest one"
             ) from error
 
@@ -221,17 +222,15 @@ class Saver:
             # Ours, and what optimizer offload to NVMe has copied there beside the ranks' files.
             others = [name for name in layout.file_sizes(temporary) if name not in flight.files]
             for name in others:
-                layout.sync(temporary / name)
+                sync(temporary / name)
             files = flight.files | manifest.describe_files(temporary, others)
-            if missing := manifest.expected_files(where) - set(files):
+            if missing := layout.expected_files(where) - set(files):
                 raise CheckpointError(f"files of this layout are missing: {', '.join(sorted(missing)[:5])}")
             manifest.write_manifest(temporary, {**about, "tag": final.name}, files)
-            layout.sync(temporary)
             if final.exists():  # the same step again, after a resume from an older checkpoint
                 remove_sibling(final)
                 layout.remove(final)
-            temporary.rename(final)
-            layout.sync(self._root)
+            commit(temporary, final)
             layout.point_to(self._root, final.name)
         options = self._config.checkpoint
         for pruned in layout.prune(self._root, options.keep_last, options.keep_every):
@@ -240,17 +239,15 @@ class Saver:
 
 
 def growth_fingerprint(state: dict[str, Any]) -> str | None:
-    """A hash of the growth hook's state: two checkpoints with the same have grown the same."""
-    growth = state.get("hooks", {}).get("growth")
+    """A hash of the growth hook's state: checkpoints with equal hashes have grown equally."""
+    growth = state.get("hooks", {}).get(layout.GROWTH_STATE)
     return None if growth is None else manifest.digest(growth)
 
 
 def _fresh(temporary: Path) -> None:
-    """An empty folder, over what a killed save has left, perhaps of more ranks than this run has."""
+    """An empty folder, in place of what a killed save left, perhaps of more ranks than this run has."""
     with as_checkpoint_error():
-        if temporary.exists():
-            shutil.rmtree(temporary)
-        temporary.mkdir(parents=True)
+        fresh_folder(temporary)
 
 
 def _hand_over(
@@ -260,28 +257,22 @@ def _hand_over(
     engine: deepspeed.DeepSpeedEngine,
     groups: ParallelGroups,
 ) -> None:
-    """Let this rank's state be written, or copied."""
-    logging.disable(logging.WARNING)  # DeepSpeed reports every file on every rank
-    try:
-        with redirected_to(files, engine):
-            engine.save_checkpoint(
-                str(temporary.parent),
-                tag=temporary.name,
-                client_state=_client_state(config, engine),
-                save_latest=False,
-            )
-    finally:
-        logging.disable(logging.NOTSET)
-    if groups.dp_rank and engine.zero_optimization_stage() < 3:
-        files.save_share(
-            engine.module.state_dict(), temporary / f"mp_rank_{groups.tp_rank:02d}_model_states.pt"
+    """Write this rank's state, or copy it."""
+    with quiet_logs(), redirected_to(files, engine):  # DeepSpeed reports every file on every rank
+        engine.save_checkpoint(
+            str(temporary.parent),
+            tag=temporary.name,
+            client_state=_client_state(config, engine),
+            save_latest=False,
         )
+    if groups.dp_rank and engine.zero_optimization_stage() < 3:
+        files.save_share(engine.module.state_dict(), temporary / layout.model_file(groups.tp_rank))
     files.save(rng_state(groups.device), temporary / layout.rng_file(groups.rank))
     synchronize(groups.device)
 
 
 def _client_state(config: Config, engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
-    """What the readers of DeepSpeed's files must know beside their content."""
+    """What readers of DeepSpeed's files need beside their content."""
     state: dict[str, Any] = {UNIVERSAL_INFO: universal_info(config.model)}
     if engine.zero_optimization_stage() == 0:
         names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
@@ -291,7 +282,7 @@ def _client_state(config: Config, engine: deepspeed.DeepSpeedEngine) -> dict[str
 
 
 def _estimated_bytes(engine: deepspeed.DeepSpeedEngine, groups: ParallelGroups) -> int:
-    """Bytes of this rank's state, a little more than it will be: AdamW's moments come with the first step."""
+    """Bytes of this rank's state, slightly overestimated; AdamW's moments appear with the first step."""
     parameters = list(engine.module.parameters())
     count = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
     stage = engine.zero_optimization_stage()

@@ -1,4 +1,4 @@
-"""What DeepSpeed writes and reads its files through, in place of its own torch.save and torch.load."""
+"""Replaces DeepSpeed's own torch.save and torch.load when it writes and reads its files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from megatron_sgt.checkpoint import layout, weight_parts
 from megatron_sgt.checkpoint.host_copy import Arena, compact_copy, host_copy
 from megatron_sgt.checkpoint.manifest import Files, describe_file
 from megatron_sgt.checkpoint.restricted import load_restricted
-from megatron_sgt.errors import CheckpointError
+from megatron_sgt.errors import CheckpointError, first_line
+from megatron_sgt.files import sync
 from megatron_sgt.parallel.collectives import wait_for_all
 
 if TYPE_CHECKING:
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 class ShardFiles:
     """One rank's files of one checkpoint, with the methods that DeepSpeed calls on a checkpoint engine.
 
-    A file that cannot be written is no error inside DeepSpeed, whose other ranks would wait for this one in a
-    barrier: ``finish`` tells.
+    A file that cannot be written raises no error inside DeepSpeed, whose other ranks would wait for this one in a
+    barrier; ``finish`` reports it.
 
     Args:
-        arena: keep copies of what is to be written, for ``finish`` to write; None: write at once.
+        arena: copy what is to be written, and let ``finish`` write it; None: write at once.
         dp_rank, dp_size: this rank's share of the weights that all data-parallel ranks have (``weight_parts``).
     """
 
@@ -43,9 +44,9 @@ class ShardFiles:
         self._read: dict[Path, Any] = {}
 
     def save(self, state_dict: Any, path: str | Path) -> None:
-        """Write ``state_dict`` into the file ``path``, or keep it for ``finish``."""
+        """Write ``state_dict`` to ``path``, or keep it for ``finish``."""
         own = None
-        if self._dp_size > 1 and weight_parts.is_shared(Path(path)):
+        if self._dp_size > 1 and layout.is_model_file(Path(path).name):
             own = self._share(state_dict[weight_parts.MODULE])
             state_dict = weight_parts.without_weights(state_dict, self._dp_size)
         if self._arena is not None:
@@ -65,7 +66,7 @@ class ShardFiles:
 
     def save_share(self, module: Mapping[str, Tensor], model_file: Path) -> None:
         """Write this rank's share of ``module``, of which the first data-parallel rank writes ``model_file``."""
-        part = model_file.with_name(weight_parts.part_file(model_file.name, self._dp_rank))
+        part = model_file.with_name(layout.part_file(model_file.name, self._dp_rank))
         self._put(self._share(module), part)
 
     def _share(self, module: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -77,13 +78,13 @@ class ShardFiles:
             return
         try:
             torch.save(content, path)
-        except RuntimeError as error:  # so torch reports a full disk
-            raise OSError(next(iter(str(error).splitlines()), repr(error))) from error
-        layout.sync(path)
+        except RuntimeError as error:  # torch reports a full disk this way
+            raise OSError(first_line(error)) from error
+        sync(path)
         self._files[path.name] = describe_file(path)
 
     def finish(self) -> Files:
-        """Write what was kept; returns this rank's files, all of them on disk.
+        """Write what was kept; returns this rank's files, all on disk.
 
         Raises CheckpointError when one could not be written (disk full, quota, permissions).
         """
@@ -98,15 +99,15 @@ class ShardFiles:
         """Read files before DeepSpeed asks for them. Raises CheckpointError; see ``load_restricted``."""
         for path in paths:
             content = load_restricted(path, mapped=False)
-            if weight_parts.is_shared(path):
+            if layout.is_model_file(path.name):
                 content = weight_parts.merged(content, path, partial(load_restricted, mapped=False))
             self._read[path] = content
 
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
         """The content of a file, on the CPU.
 
-        Of a file that was not read before (rank 0's weights, whose settings every rank compares) nothing is read
-        but what is used.
+        A file that was not read before (rank 0's weights, whose settings every rank compares) is mapped: only what is
+        used is read.
         """
         return self._read.get(Path(path)) or load_restricted(Path(path))
 
@@ -115,19 +116,19 @@ class ShardFiles:
         os.makedirs(path, exist_ok=exist_ok)
 
     def create(self, info: Any) -> None:
-        """Nothing: the folder is made and committed by checkpoint/save.py."""
+        """Does nothing: checkpoint/save.py makes and commits the folder."""
 
     def commit(self, info: Any) -> bool:
-        """Wait for the ranks that have more to write: a barrier of DeepSpeed's follows, which would time out."""
+        """Wait for ranks that still write: the barrier of DeepSpeed that follows would time out."""
         wait_for_all()
         return True
 
     def is_decoupled(self) -> bool:
-        """DeepSpeed writes no ``latest`` for us either way."""
+        """Irrelevant: DeepSpeed never writes ``latest`` here."""
         return False
 
     def preserves_storage_sharing(self) -> bool:
-        """DeepSpeed need not copy tensors before it hands them over."""
+        """DeepSpeed need not copy tensors before passing them on."""
         return False
 
 
@@ -142,9 +143,9 @@ def redirected_to(files: ShardFiles, engine: deepspeed.DeepSpeedEngine) -> Itera
 
 
 @contextmanager
-def as_checkpoint_error() -> Iterator[None]:
-    """Turn a failure of the disk into a CheckpointError that says what the system says."""
+def as_checkpoint_error(what: str = "") -> Iterator[None]:
+    """Turn an OSError into a CheckpointError: ``what``, and the system's reason."""
     try:
         yield
     except OSError as error:
-        raise CheckpointError(error.strerror or str(error)) from error
+        raise CheckpointError(f"{what}{error.strerror or error}") from error

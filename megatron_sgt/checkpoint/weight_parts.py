@@ -1,12 +1,12 @@
-"""Weights that every data-parallel rank has, written by all of them: at ZeRO 0 to 2 each writes a share.
+"""Weights that all data-parallel ranks hold (ZeRO 0 to 2), each rank writing a share.
 
-DeepSpeed lets the first data-parallel rank write the whole module, so that the first node writes all weights while
-the others wait. Here its file holds that rank's share, and the other ranks' lie beside it:
+DeepSpeed lets the first data-parallel rank write the whole module, so the first node writes all weights while the
+others wait. Here that file holds one rank's share, and the shares of the other ranks lie beside it:
 
     mp_rank_00_model_states.pt     what DeepSpeed writes, with a share of ``module`` and the names of all of it
     weights_0001_mp_rank_00.pt     the share of data-parallel rank 1, ...
 
-A checkpoint without the names (of one rank, or of an older version) is whole as it is.
+A checkpoint without the names (of one rank, or an older version) holds the whole module.
 """
 
 from __future__ import annotations
@@ -18,24 +18,15 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_sgt.checkpoint import layout
 from megatron_sgt.errors import CheckpointError
 
 MODULE = "module"
 _NAMES, _PARTS = "sgt_weight_names", "sgt_weight_parts"
 
 
-def part_file(model_file: str, dp_rank: int) -> str:
-    """Where data-parallel rank ``dp_rank`` > 0 writes its share of what DeepSpeed would put into ``model_file``."""
-    return f"weights_{dp_rank:04d}_{model_file.removesuffix('_model_states.pt')}.pt"
-
-
-def is_shared(path: Path) -> bool:
-    """Whether ``path`` is a file of weights that every data-parallel rank has (not one of ZeRO-3)."""
-    return path.name.startswith("mp_rank_") and path.name.endswith("_model_states.pt")
-
-
 def share(module: Mapping[str, Tensor], rank: int, ranks: int) -> dict[str, Tensor]:
-    """The tensors of ``module`` that ``rank`` of ``ranks`` writes: about as many bytes for each, of whole tensors."""
+    """The tensors of ``module`` that ``rank`` of ``ranks`` writes: whole tensors, about as many bytes for each."""
     loads = [0] * ranks
     mine = set()
     for name in sorted(module, key=lambda name: (-module[name].nbytes, name)):
@@ -47,7 +38,7 @@ def share(module: Mapping[str, Tensor], rank: int, ranks: int) -> dict[str, Tens
 
 
 def without_weights(content: dict[str, Any], ranks: int) -> dict[str, Any]:
-    """``content`` with the names of its weights and the number of ``ranks`` that write them in the weights' place."""
+    """``content`` with its weights replaced by their names and the number of ``ranks`` that write them."""
     rest = {name: value for name, value in content.items() if name != MODULE}
     return {**rest, _NAMES: list(content[MODULE]), _PARTS: ranks}
 
@@ -61,7 +52,7 @@ def merged(content: dict[str, Any], path: Path, read: Callable[[Path], Any]) -> 
         return content
     tensors = dict(content[MODULE])
     for dp_rank in range(1, content[_PARTS]):
-        tensors |= read(path.with_name(part_file(path.name, dp_rank)))
+        tensors |= read(path.with_name(layout.part_file(path.name, dp_rank)))
     if missing := [name for name in content[_NAMES] if name not in tensors]:
         raise CheckpointError(f"{path.parent}: weights are missing: {missing[:4]}")
     whole = OrderedDict((name, tensors[name]) for name in content[_NAMES])

@@ -1,1 +1,1 @@
-"""The only places where megatron.core or DeepSpeed internals are adapted (L1)."""
+"""The only places where megatron.core or DeepSpeed internals are adapted."""

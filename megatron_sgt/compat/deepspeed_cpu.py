@@ -1,8 +1,8 @@
-"""Makes DeepSpeed use the device that the run was given, and nothing that this device lacks.
+"""Makes DeepSpeed use the run's device, and nothing that this device lacks.
 
-DeepSpeed chooses its accelerator for itself when it is imported, and asks ``LOCAL_RANK`` for the number of its GPU.
+DeepSpeed chooses its accelerator when it is imported, and takes the index of its GPU from ``LOCAL_RANK``.
 On a CPU it builds a shared-memory communication extension with ninja inside the first ``init_distributed`` (tens of
-seconds, and a failure where no compiler is installed); gloo does the same work. On every device it enters and leaves
+seconds, and a failure where no compiler is installed); gloo does the same work. On every device it enters
 thousands of named ranges per step under ZeRO-3, which only NVIDIA's profiler reads.
 """
 
@@ -17,16 +17,16 @@ from typing import Any
 import torch
 
 LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
-"""DeepSpeed takes the first for the index of its GPU, and refuses to start where the second differs from it."""
+"""DeepSpeed uses the first as the index of its GPU, and refuses to start where the second differs."""
 
 
 def choose_accelerator(kind: str) -> str | None:
-    """Have DeepSpeed use the accelerator ``kind``, "cpu" or "cuda", whatever it has found or was told.
+    """Make DeepSpeed use the accelerator ``kind``, "cpu" or "cuda", whatever it has detected or was told.
 
     Best called before DeepSpeed is imported: it takes the builders of its extensions from the accelerator then.
 
     Returns:
-        The value of DS_ACCELERATOR in the environment that this overrules, None without one.
+        The value of DS_ACCELERATOR in the environment that this overrides, None without one.
     """
     told = os.environ.get("DS_ACCELERATOR")
     os.environ["DS_ACCELERATOR"] = kind
@@ -48,10 +48,10 @@ def _accelerator(kind: str) -> Any:
     from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
     class Accelerator(CUDA_Accelerator):
-        """DeepSpeed's own, but for the free memory.
+        """DeepSpeed's own, except for the free memory.
 
-        It looks that up through pynvml, by the numbers that it takes CUDA_VISIBLE_DEVICES to consist of. They
-        may be UUIDs (``GPU-...``, ``MIG-...``).
+        DeepSpeed asks pynvml for it, and assumes that CUDA_VISIBLE_DEVICES holds numbers; they may be UUIDs
+        (``GPU-...``, ``MIG-...``).
         """
 
         def available_memory(self, device_index: int | None = None) -> int:
@@ -62,9 +62,9 @@ def _accelerator(kind: str) -> Any:
 
 
 def prepare_deepspeed(device: torch.device) -> None:
-    """Select the accelerator of ``device`` and its index, prevent the build, quieten ranges and per-rank log lines.
+    """Select the accelerator of ``device`` and its index, prevent the build, silence ranges and per-rank log lines.
 
-    Call before the first use of DeepSpeed. Its log level is the user's where DS_LOG_LEVEL is set.
+    Call before the first use of DeepSpeed. Where DS_LOG_LEVEL is set, its log level is the user's.
     """
     import deepspeed.ops
     from deepspeed.utils import logger, nvtx

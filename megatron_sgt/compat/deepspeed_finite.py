@@ -1,7 +1,7 @@
-"""Lets DeepSpeed skip a step for a gradient that is not finite on any tensor-parallel rank.
+"""Makes DeepSpeed skip a step when a gradient is not finite on any tensor-parallel rank.
 
-Some of its optimizers look at the norm alone, which counts replicated parameters on the first tensor-parallel rank:
-another rank's copy of their gradients may be the one that is not finite. (At stages 1 and 2 the check of every gradient
+Some of its optimizers check only the norm, which counts replicated parameters on the first tensor-parallel rank: the
+non-finite gradient may be another rank's copy. (At stages 1 and 2 the check of every gradient
 is an attribute, see engine/build.py.)
 """
 
@@ -18,10 +18,10 @@ from torch import Tensor
 def notice_every_copy(optimizer: Any, tp_size: int, tp_rank: int) -> None:
     """Complete the check of BF16_Optimizer (ZeRO-1 with bf16 weights and fp32 gradients) and of ZeRO-3.
 
-    Every rank calls it, right after the optimizer was made; it does nothing to others.
+    Every rank calls it right after the optimizer is made; it leaves other optimizers alone.
     """
     if isinstance(optimizer, bf16_optimizer.BF16_Optimizer):
-        # Hides the builtin from that module, which speaks on every rank when it loads a checkpoint.
+        # Hides the builtin from that module, which prints on every rank when it loads a checkpoint.
         bf16_optimizer.print = lambda *words: None
         if tp_rank > 0:
             _add_to_norm(optimizer)

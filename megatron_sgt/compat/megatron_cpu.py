@@ -51,10 +51,10 @@ class CpuRNGStatesTracker(megatron_random.CudaRNGStatesTracker):
 
     @contextlib.contextmanager
     def fork(self, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
-        """Run the body on the stream ``name``, then go back to where the generator was.
+        """Run the body on the stream ``name``, then restore the generator.
 
-        As in Megatron: inside a body a further fork, of the same stream or of another one, first puts the running
-        stream away, so that each number of a stream is drawn once.
+        As in Megatron: a nested fork, of the same stream or another, first saves the running stream, so that each
+        number of a stream is drawn once.
         """
         outer, outer_name = torch.get_rng_state(), self._current_state_name
         if outer_name in self.states_:
@@ -83,8 +83,8 @@ def prepare_megatron(device: torch.device) -> None:
     if device.type != "cpu":
         return
     if torch.cuda.is_available():
-        # A GPU machine that was asked to train on its CPU: current_device() is still only used for
-        # allocation by Megatron-Core, so naming the CPU is right there too.
+        # Training on the CPU of a GPU machine: Megatron-Core uses current_device() only for allocation, so naming the
+        # CPU is right here too.
         warnings.warn("parallel.device is cpu although a GPU is present", stacklevel=2)
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
     # Activation checkpointing stores and restores the generator through these two names.

@@ -7,48 +7,23 @@ DeepSpeed calls ``get_model_parallel_rank()`` and friends; Megatron-Core has no 
 from __future__ import annotations
 
 from megatron.core import parallel_state
-from torch.distributed import ProcessGroup
 
 
 class DeepSpeedMPU:
-    """Adapter: Megatron-Core's ``parallel_state`` under the names that DeepSpeed's engine uses."""
+    """Megatron-Core's ``parallel_state`` under the names that DeepSpeed's engine uses."""
 
-    def get_model_parallel_rank(self) -> int:
-        """Rank in the tensor-parallel group."""
-        return parallel_state.get_tensor_model_parallel_rank()
-
-    def get_model_parallel_world_size(self) -> int:
-        """Size of the tensor-parallel group."""
-        return parallel_state.get_tensor_model_parallel_world_size()
-
-    def get_model_parallel_group(self) -> ProcessGroup:
-        """The tensor-parallel group."""
-        return parallel_state.get_tensor_model_parallel_group()
-
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_group = get_model_parallel_group
-
-    def get_tensor_model_parallel_src_rank(self) -> int:
-        """Global rank of the first member of this tensor-parallel group."""
-        return parallel_state.get_tensor_model_parallel_src_rank()
-
-    def get_pipeline_model_parallel_rank(self) -> int:
-        """Rank in the pipeline group."""
-        return parallel_state.get_pipeline_model_parallel_rank()
-
-    def get_pipeline_model_parallel_world_size(self) -> int:
-        """Size of the pipeline group (1: pipeline parallelism is refused by the configuration)."""
-        return parallel_state.get_pipeline_model_parallel_world_size()
-
-    def get_data_parallel_rank(self) -> int:
-        """Rank in the data-parallel group."""
-        return parallel_state.get_data_parallel_rank()
-
-    def get_data_parallel_world_size(self) -> int:
-        """Size of the data-parallel group."""
-        return parallel_state.get_data_parallel_world_size()
-
-    def get_data_parallel_group(self) -> ProcessGroup:
-        """The data-parallel group."""
-        return parallel_state.get_data_parallel_group()
+    get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_tensor_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
+    get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_tensor_model_parallel_src_rank = staticmethod(parallel_state.get_tensor_model_parallel_src_rank)
+    get_model_parallel_rank = get_tensor_model_parallel_rank
+    get_model_parallel_world_size = get_tensor_model_parallel_world_size
+    get_model_parallel_group = get_tensor_model_parallel_group
+    # Always 1 of 1: the configuration refuses pipeline parallelism.
+    get_pipeline_model_parallel_rank = staticmethod(parallel_state.get_pipeline_model_parallel_rank)
+    get_pipeline_model_parallel_world_size = staticmethod(
+        parallel_state.get_pipeline_model_parallel_world_size
+    )
+    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
+    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
+    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)

@@ -1,8 +1,8 @@
-"""What every section shares: frozen, strict about types and keys, all problems reported at once."""
+"""The base of all sections: frozen, strict about types and keys, all problems reported at once."""
 
 import reprlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -16,7 +16,7 @@ _repr.maxstring = _repr.maxother = 80
 
 
 def shown(value: Any) -> str:
-    """Return a value as a message shows it: short, and true, false and null as YAML writes them."""
+    """Return a value as shown in messages: short, with true, false and null as in YAML."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -27,8 +27,8 @@ def shown(value: Any) -> str:
 class Section(BaseModel):
     """One section of the configuration. Values never change after validation.
 
-    Types are strict (`"8"`, `8.0` and `true` are not integers), so that a typing slip is refused instead of
-    guessed at. A list is taken for a tuple, which is how YAML writes one.
+    Types are strict (`"8"`, `8.0` and `true` are not integers), so that mistakes are refused, not guessed at. A list is
+    accepted as a tuple, since YAML has no tuples.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -48,6 +48,12 @@ class Section(BaseModel):
     def problems(self) -> Iterator[str]:
         """Yield one `field: text` line for each broken rule that concerns more than one field."""
         yield from ()
+
+
+def section_class(annotation: Any) -> type[BaseModel] | None:
+    """Return the section's class in an annotation such as ``Section`` or ``Section | None``; else None."""
+    candidates = (annotation, *get_args(annotation))
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
 def derived(description: str, **constraints: Any) -> Any:

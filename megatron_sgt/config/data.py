@@ -1,6 +1,7 @@
 """Where the text comes from and how it becomes tokens."""
 
 from collections.abc import Iterator
+from os import PathLike
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -16,6 +17,12 @@ class TokenizerConfig(Section):
         min_length=1,
         description="sentencepiece: the .model file; huggingface: a folder, or the name of a cached model.",
     )
+
+    @classmethod
+    def at(cls, path: str | PathLike[str]) -> "TokenizerConfig":
+        """Return the section that reads the file or folder ``path``: sentencepiece if it ends in .model."""
+        kind: Any = "sentencepiece" if str(path).endswith(".model") else "huggingface"
+        return cls(type=kind, model=str(path))
 
 
 class DataConfig(Section):

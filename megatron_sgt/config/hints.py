@@ -1,10 +1,10 @@
-"""Hints for keys that the configuration does not know: misspelt, misplaced, or another project's name."""
+"""Hints for unknown keys: misspelt, misplaced, or another project's name."""
 
 import difflib
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
+
+from megatron_sgt.config.base import section_class
 
 FOREIGN_NAMES = {
     # gpt-neox and Megatron-DeepSpeed
@@ -76,7 +76,7 @@ FOREIGN_NAMES = {
     "total_steps": "train.train_iters",
     "warmup": "optim.lr_warmup_iters",
 }
-"""Names of the same thing elsewhere -> ours."""
+"""Other projects' names -> ours."""
 
 
 DEEPSPEED_KEYS = (
@@ -90,11 +90,11 @@ DEEPSPEED_KEYS = (
     "train_micro_batch_size_per_gpu", "wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer", "zero_optimization",
 )  # fmt: skip
-"""The usual keys of DeepSpeed's JSON (https://www.deepspeed.ai/docs/config-json), which ignores all others."""
+"""The usual keys of DeepSpeed's JSON (https://www.deepspeed.ai/docs/config-json), which ignores unknown keys."""
 
 
 def misspelt_deepspeed_key(key: str) -> str | None:
-    """Return the DeepSpeed key that `key` was probably meant to be; None if it is one, or resembles none."""
+    """Return the DeepSpeed key that `key` is probably a misspelling of; None if it is one, or resembles none."""
     if key in DEEPSPEED_KEYS:
         return None
     close = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=1, cutoff=0.8)
@@ -106,7 +106,7 @@ def section_at(root: type[BaseModel], path: tuple[str, ...]) -> type[BaseModel] 
     section = root
     for name in path:
         field = section.model_fields.get(name)
-        inner = _section_class(field.annotation) if field else None
+        inner = section_class(field.annotation) if field else None
         if inner is None:
             return None
         section = inner
@@ -118,7 +118,7 @@ def all_keys(root: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in root.model_fields.items():
         keys.append(prefix + name)
-        inner = _section_class(field.annotation)
+        inner = section_class(field.annotation)
         if inner is not None:
             keys += all_keys(inner, f"{prefix}{name}.")
     return keys
@@ -148,12 +148,3 @@ def unknown_key(root: type[BaseModel], path: tuple[str, ...]) -> str:
     if close:
         return f"{line}; did you mean '{names[close[0]]}'?"
     return f"{line}; known here: {', '.join(siblings)}"
-
-
-def _section_class(annotation: Any) -> type[BaseModel] | None:
-    """Return the section class of a field's annotation, also if the field may be null."""
-    candidates = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    for candidate in candidates:
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None

@@ -1,4 +1,4 @@
-"""From YAML files and overrides to a Config, or to one ConfigError that names every problem."""
+"""Reads YAML files and overrides into a Config, or raises one ConfigError that names every problem."""
 
 import copy
 import difflib
@@ -19,16 +19,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), preset: str | N
     """Read a configuration.
 
     path: YAML file. Its key `base:` names another one (relative to it) whose values it overrides key by key.
-    overrides: `section.key=value` each, the value in YAML. preset: a name of presets.py, whose values lie over the
-    file's and under the overrides.
+    overrides: `section.key=value` each, the value in YAML. preset: a name of presets.py, whose values override the
+    file's and are overridden by the overrides.
     Raises ConfigError: file missing or not YAML, a cycle of `base:`, unknown keys, bad values; all at once.
     """
     path = Path(path)
     values = _read_with_bases(path, ())
     if preset is not None:
-        preview = copy.deepcopy(
-            values
-        )  # a preset depends on the number of layers, which an override may give
+        preview = copy.deepcopy(values)  # a preset depends on the number of layers, which may be overridden
         for override in overrides:
             _apply_override(preview, override)
         values = _merge(values, preset_values(preset, preview))
@@ -39,7 +37,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), preset: str | N
 
 def parse_config(values: Mapping[str, Any], source: str = "configuration") -> Config:
     """Validate plain values, as read from YAML. Raises ConfigError with one line per problem."""
-    # A section whose every line is commented out is an empty one, not null.
+    # A section with every line commented out is empty, not null.
     sections = {
         key: {} if value is None and key in Config.model_fields else value for key, value in values.items()
     }

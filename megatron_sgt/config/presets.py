@@ -1,7 +1,7 @@
-"""The paper's method, its baselines and its ablations by name: what ``--preset`` puts over a configuration file.
+"""The paper's method, its baselines and its ablations by name, which ``--preset`` applies to a configuration file.
 
-A preset changes the growth section and nothing else, so that runs from one file see the same data in the same
-order from the same initial weights. Its name is appended to ``logging.run_dir``, so that they do not meet.
+A preset changes only the growth section, so that runs from one file see the same data in the same order and start from
+the same weights. Its name is appended to ``logging.run_dir``, so that they do not share a folder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Values = dict[str, Any]
 
 
 _OFF: Values = {"block_loop_layers": [], "replay": None}
-"""Undoes what a file may have chosen for another method."""
+"""Resets what a file may have set for another method."""
 
 
 def _grow(**choices: Any) -> Callable[[int], Values]:
@@ -51,9 +51,9 @@ PRESETS: dict[str, Callable[[int], Values]] = {
 
 
 def preset_values(name: str, values: Mapping[str, Any]) -> Values:
-    """What preset ``name`` puts over ``values``, the nested values of a configuration file.
+    """The values by which preset ``name`` overrides ``values``, the nested values of a configuration file.
 
-    Raises ConfigError for a name that does not exist, and for a model that is too small for it.
+    Raises ConfigError for an unknown name, and for a model that is too small.
     """
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=1)
@@ -61,6 +61,6 @@ def preset_values(name: str, values: Mapping[str, Any]) -> Values:
         raise ConfigError(f"--preset {name}: choose one of {', '.join(PRESETS)}{hint}")
     model, logging = (values.get(section) or {} for section in ("model", "logging"))
     num_layers = model.get("num_layers")
-    # A model without layers is refused, with all other problems, when the whole is validated.
+    # A model without layers is refused later, together with all other problems.
     growth = PRESETS[name](num_layers if isinstance(num_layers, int) else 1 << 30)
     return {"growth": growth, "logging": {"run_dir": f"{logging.get('run_dir', 'runs/default')}-{name}"}}

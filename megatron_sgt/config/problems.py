@@ -1,4 +1,4 @@
-"""Pydantic's errors as one line each, in the user's words: where, what must hold, what was given."""
+"""Turns each of pydantic's errors into one line in the user's terms: where, what must hold, what was given."""
 
 import difflib
 import re

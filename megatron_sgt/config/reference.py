@@ -1,4 +1,4 @@
-"""The reference of every setting, made from the configuration classes themselves."""
+"""The reference of all settings, generated from the configuration classes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from megatron_sgt.config.base import shown
+from megatron_sgt.config.base import section_class, shown
 from megatron_sgt.config.presets import PRESETS, preset_values
 from megatron_sgt.config.root import Config
 
@@ -34,7 +34,7 @@ def reference() -> str:
 
 def _sections(config: type[BaseModel]) -> Iterator[str]:
     for name, field in config.model_fields.items():
-        section = _section_class(field.annotation)
+        section = section_class(field.annotation)
         yield f"## {name}\n"
         if section is None:
             yield f"{field.description}\n"
@@ -56,15 +56,9 @@ def _leaves(prefix: str, section: type[BaseModel]) -> Iterator[tuple[str, FieldI
     """(dotted key, field) of a section and of the sections inside it."""
     for name, field in section.model_fields.items():
         yield f"{prefix}{name}", field
-        inner = _section_class(field.annotation)
+        inner = section_class(field.annotation)
         if inner is not None:
             yield from _leaves(f"{prefix}{name}.", inner)
-
-
-def _section_class(annotation: Any) -> type[BaseModel] | None:
-    """The section class in an annotation such as ``Section`` or ``Section | None``."""
-    candidates = (annotation, *get_args(annotation))
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
 def _type(field: FieldInfo) -> str:

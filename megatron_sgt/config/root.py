@@ -1,4 +1,4 @@
-"""The whole configuration: all sections, and the rules that hold between them."""
+"""The whole configuration: all sections, and the rules between them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +13,9 @@ from megatron_sgt.config.hints import misspelt_deepspeed_key
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.config.optim import OptimConfig
 from megatron_sgt.config.parallel import ParallelConfig
-from megatron_sgt.config.run import CheckpointConfig, LoggingConfig, TrainConfig
+from megatron_sgt.config.run import CheckpointConfig, LoggingConfig, TrainConfig, resolve_precision
 from megatron_sgt.config.yaml_io import dump_yaml
 from megatron_sgt.errors import ConfigError
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 ZERO_0_HALF = (
     "{} with zero_stage 0 reports wrong gradient norms; use parallel.zero_stage 1, or train.precision fp32"
@@ -60,13 +58,12 @@ class Config(Section):
         """Step at which the learning rate reaches min_lr."""
         return self.optim.lr_decay_iters or self.train.train_iters
 
-    def precision_on(self, device: str) -> Precision:
+    def precision_on(self, device: str) -> str:
         """Return the precision of a run on `device` ("cpu" or "cuda").
 
         Raises ConfigError for bf16 and fp16 without ZeRO, and for fp16 on a CPU.
         """
-        precision = self.train.precision
-        resolved: Precision = ("bf16" if device == "cuda" else "fp32") if precision == "auto" else precision
+        resolved = resolve_precision(self.train.precision, device)
         if resolved != "fp32" and self.parallel.zero_stage == 0:
             raise ConfigError(f"parallel.zero_stage: {ZERO_0_HALF.format(resolved)}")
         if resolved == "fp16" and device == "cpu":
@@ -110,12 +107,25 @@ class Config(Section):
     def zero_stage_on(self, world_size: int, precision: str) -> int:
         """Return the ZeRO stage that a run really has. Raises ConfigError.
 
-        Among one data-parallel rank there is nothing to shard. ZeRO would copy every weight and every gradient
-        into its buffers and back all the same, so an fp32 run goes without: the same numbers with less memory
-        and time. (Half precision needs ZeRO's fp32 weights; who sets deepspeed.zero_optimization gets it.)
+        On a single data-parallel rank there is nothing to shard, but ZeRO would still copy every weight and every
+        gradient into its buffers and back. So an fp32 run goes without it: the same numbers with less memory and time.
+        (Half precision needs ZeRO's fp32 weights; a run that sets deepspeed.zero_optimization gets ZeRO.)
         """
         alone = self.data_parallel_size(world_size) == 1 and precision == "fp32"
         return 0 if alone and not self.deepspeed.get("zero_optimization") else self.parallel.zero_stage
+
+    def recomputed_layers(self, granularity: Literal["selective", "full"]) -> tuple[int, ...]:
+        """Return the layers whose attention core (selective) or whole (full) the backward pass computes again."""
+        train = self.train
+        if train.recompute_granularity != granularity:
+            return ()
+        return (
+            tuple(range(self.model.num_layers)) if train.recompute_layers is None else train.recompute_layers
+        )
+
+    def with_vocab_size(self, size: int) -> "Config":
+        """Return this configuration with another number of token ids."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": size})})
 
     def num_micro_batches(self, world_size: int) -> int:
         """Return the micro-batches that one rank accumulates per optimizer step. Raises ConfigError."""
@@ -294,7 +304,4 @@ def _derived_deepspeed_values(cfg: Config) -> Iterator[tuple[str, str, Any]]:
 
 def _precision(cfg: Config) -> str:
     """Return the precision as far as the configuration alone decides it."""
-    device = cfg.parallel.device
-    if cfg.train.precision != "auto" or device == "auto":
-        return cfg.train.precision
-    return "bf16" if device == "cuda" else "fp32"
+    return resolve_precision(cfg.train.precision, cfg.parallel.device)

@@ -7,6 +7,16 @@ from pydantic import Field
 from megatron_sgt.config.base import Section
 
 
+def resolve_precision(wanted: str, device: str) -> str:
+    """Return the precision meant by ``wanted`` on ``device``: "auto" is bf16 on "cuda", fp32 on "cpu".
+
+    While the device is itself "auto", so is the precision.
+    """
+    if wanted != "auto" or device == "auto":
+        return wanted
+    return "bf16" if device == "cuda" else "fp32"
+
+
 class TrainConfig(Section):
     """Length of the run, batch sizes, numerics. The accumulation follows from the batch sizes."""
 

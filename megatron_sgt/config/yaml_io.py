@@ -1,7 +1,7 @@
-"""YAML as the configuration reads it: numbers and booleans of YAML 1.2, no key twice.
+"""YAML for configurations: numbers and booleans of YAML 1.2, no duplicate keys.
 
-PyYAML follows YAML 1.1, where `6e-4` is text, `on` is true and `010` is 8, and lets the second of two equal
-keys win silently.
+PyYAML follows YAML 1.1, where `6e-4` is text, `on` is true and `010` is 8, and silently uses the last of several equal
+keys.
 """
 
 import re
@@ -52,7 +52,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that either YAML version would take for something else."""
+    """Quotes every text that either YAML version would read as something else."""
 
     yaml_implicit_resolvers: ClassVar = {
         first: list(found) for first, found in yaml.SafeDumper.yaml_implicit_resolvers.items()

@@ -1,11 +1,10 @@
-"""Which data set of a weighted blend the i-th sample comes from: a rule without memory of the samples before.
+"""Which data set of a weighted blend the i-th sample comes from: a rule independent of earlier samples.
 
 The weights are rounded to integers c_d that sum to ``PERIOD``; the first period is laid out once and repeats.
 In the period, the k-th sample of data set d (k = 0 .. c_d - 1) has the ideal place (k + ½) / c_d, and the
-samples stand in the order of their ideal places, equal ones in the order of the data sets. That is Webster's
-method of apportionment: every prefix of the order is as close to the weights as whole samples allow. The
-order depends on the weights alone, so a longer run, or another number of ranks, sees the same samples at the
-same places.
+samples are sorted by their ideal places, ties by data set. That is Webster's method of apportionment: every prefix is
+as close to the weights as whole samples allow. The order depends only on the weights, so a longer run, or one on
+another number of ranks, sees the same samples at the same places.
 """
 
 from collections.abc import Sequence
@@ -50,7 +49,7 @@ def round_to_period(weights: Sequence[float]) -> tuple[int, ...]:
     if min(exact) < 1:
         raise ValueError(
             f"blend weight {min(weights):g} is less than 1/{PERIOD} of their sum {total:g}: its data set "
-            "would hardly be seen; raise it or leave the data set out"
+            "would hardly be seen; raise it or omit the data set"
         )
     counts = [int(value) for value in exact]
     by_remainder = sorted(range(len(exact)), key=lambda d: (counts[d] - exact[d], d))

@@ -1,4 +1,4 @@
-"""A corpus of real text that every machine has: the sources of Python's standard library."""
+"""A corpus of real text that exists on every machine: the sources of Python's standard library."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sgt.errors import DataError
+from megatron_sgt.files import replacing
 
 MIN_BYTES = 5_000_000
 NEVER = frozenset({"site-packages", "dist-packages", "__pycache__", "node_modules"})
@@ -31,10 +32,9 @@ def build_corpus(
 ) -> CorpusReport:
     """Write ``output`` as jsonl ({"text": …}), one document per source file, in sorted order.
 
-    Installed packages are left out, and so is the library's own test suite unless the rest is smaller than
-    ``min_bytes``. Files that cannot be decoded are skipped. ``root``: another folder than the standard
-    library's.
-    Raises DataError if the text is too small even so, or ``output`` exists and may not be overwritten.
+    Installed packages are omitted, and so is the library's own test suite unless the rest is smaller than
+    ``min_bytes``. Files that cannot be decoded are skipped. ``root``: a folder instead of the standard library's.
+    Raises DataError if the text is too small even then, or ``output`` exists and may not be overwritten.
     """
     target = Path(output)
     if target.exists() and not overwrite:
@@ -51,11 +51,9 @@ def build_corpus(
             "install the full standard library, or bring a corpus of your own"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="\n") as stream:
+    with replacing(target) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as stream:
         for text in documents:
             stream.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-    partial.replace(target)
     return CorpusReport(output, len(documents), size, with_tests)
 
 

@@ -1,6 +1,6 @@
-"""Chunks of documents to token arrays, in this process or in several; the results keep their order.
+"""Turns chunks of documents into token arrays, in this process or in several; results keep their order.
 
-Imports no torch, so that a worker process starts in a fraction of a second.
+Imports no torch, so that worker processes start in a fraction of a second.
 """
 
 import os
@@ -35,7 +35,7 @@ class EncodedKey:
 
 @dataclass(frozen=True)
 class EncodedChunk:
-    """What became of a chunk, key by key."""
+    """An encoded chunk, key by key."""
 
     keys: tuple[EncodedKey, ...]
     num_repaired: int
@@ -116,7 +116,7 @@ def encode_chunks(
 
 
 _encoder: Encoder | None = None
-"""Of a worker process: loading a tokenizer once per process is what a pool's initializer is for."""
+"""In a worker process: its tokenizer, loaded once by the pool's initializer."""
 
 
 def _make_encoder(config: TokenizerConfig, keys: tuple[str, ...], append_eod: bool, dtype: str) -> Encoder:
@@ -139,7 +139,7 @@ def _encode_in_worker(chunk: Chunk) -> EncodedChunk:
 
 
 def _exit_with_parent() -> None:
-    """A killed parent cannot end its workers, and they would wait for work for ever."""
+    """Without this, the workers of a killed parent would wait for work forever."""
     parent = parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])

@@ -1,6 +1,6 @@
-"""The samples that a run trains on, in an order that depends on (seed, sample index) and on nothing else.
+"""The samples that a run trains on, in an order that depends only on (seed, sample index).
 
-Megatron shuffles as many epochs as the run has steps, so another ``train_iters`` is another order. Here each
+Megatron shuffles all epochs of a run together, so another ``train_iters`` gives another order. Here each
 data set is a GPTDataset of exactly one epoch; epoch e of data set d is that epoch under a permutation keyed
 by (seed, d, e); and :class:`~megatron_sgt.data.blend.Blend` says which data set sample i is drawn from.
 """
@@ -86,7 +86,7 @@ class BlendedSamples(Dataset[Sample]):
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What rank 0 found out and built, for all ranks to open."""
+    """What rank 0 found and built, for all ranks to open."""
 
     sources: tuple[Source, ...]
     folders: tuple[str, ...]
@@ -97,9 +97,9 @@ def build_datasets(
 ) -> tuple[BlendedSamples, BlendedSamples | None, BlendedSamples | None]:
     """The training, validation and test samples; None where some data set holds no whole sample.
 
-    To be called by every rank: rank 0 checks the files and builds the sample indices under
-    ``data_cache_path``, the others then map them. Training samples are shuffled anew in every epoch;
-    validation and test samples keep one order, which does not depend on the seed.
+    Collective: rank 0 checks the files and builds the sample indices under ``data_cache_path``, then all ranks map
+    them. Training samples are shuffled again in every epoch; validation and test samples keep one order, which does not
+    depend on the seed.
     Raises DataError (on every rank) for whatever :func:`~megatron_sgt.data.sources.find_sources` refuses.
     """
     vocab_size = resolve_vocab_size(cfg.model.vocab_size, tokenizer)

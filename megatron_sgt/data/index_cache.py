@@ -1,8 +1,8 @@
-"""Megatron's sample indices of one data set, built once and shared: by rank 0, whole or not at all.
+"""Megatron's sample indices of one data set, built once by rank 0 and shared, completely or not at all.
 
-Megatron's own cache is keyed by the path of the data and written in place, so a rebuilt corpus or a killed
-job can leave indices that fit no data. Here the key is what the indices depend on, and a folder appears under
-its final name only when it is complete.
+Megatron's own cache is keyed by the path of the data and written in place, so a rebuilt corpus or a killed job can
+leave indices that fit no data. Here the key covers everything that the indices depend on, and a folder gets its final
+name only when it is complete.
 """
 
 import contextlib
@@ -21,11 +21,12 @@ import numpy as np
 
 from megatron_sgt.data.splits import SplitPart
 from megatron_sgt.errors import DataError
+from megatron_sgt.files import commit
 
 EVAL_SEED = 0
 """Validation and test ignore the seed of the run: runs that differ in it are measured on the same samples."""
 VISIBLE_AFTER_SECONDS = 60.0
-"""How long a rank waits for the cache of rank 0 to show up: network file systems list new folders late."""
+"""How long a rank waits for rank 0's cache to appear: network file systems list new folders late."""
 
 
 def megatron_datasets() -> ModuleType:
@@ -81,8 +82,8 @@ def build_index_cache(
             if part.samples:
                 open_split(prefix, part, seq_length, seed, unfinished)
         os.chmod(unfinished, 0o755)
-        with contextlib.suppress(OSError):  # another job was faster: its folder has the same contents
-            os.rename(unfinished, folder)
+        with contextlib.suppress(OSError):  # another job was faster; its folder has the same content
+            commit(Path(unfinished), folder)
         if not folder.is_dir():
             raise DataError(f"cannot write {folder}; set data.data_cache_path to a writable folder")
     except OSError as error:
@@ -114,7 +115,7 @@ def open_split(prefix: str, part: SplitPart, seq_length: int, seed: int, folder:
 
 
 def wait_for_folder(folder: str, patience_seconds: float = VISIBLE_AFTER_SECONDS) -> None:
-    """Return once ``folder`` can be seen from here; DataError if it does not show up in time."""
+    """Return once ``folder`` is visible here; DataError if it does not appear in time."""
     deadline = time.monotonic() + patience_seconds
     while not os.path.isdir(folder):
         if time.monotonic() > deadline:
@@ -133,7 +134,7 @@ def megatron_version() -> str:
 
 
 class _NoTokenizer:
-    """What GPTDataset asks of a tokenizer when masks and positions ignore document ends."""
+    """What GPTDataset needs of a tokenizer when masks and positions ignore document ends."""
 
     vocab_size = None
     eod = None

@@ -22,7 +22,7 @@ HEADER = struct.Struct("<QBQQ")
 DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 
 CHECKED_TOKENS = 1 << 25
-"""Up to so many tokens all ids are checked; of a larger set, an even sample of this size."""
+"""Up to this many tokens all ids are checked; of a larger set, an even sample of this size."""
 _WINDOW = 1 << 20
 
 
@@ -36,7 +36,7 @@ class IndexedInfo:
     tokens: int
     dtype: str
     lengths_digest: str
-    """sha256 of the sequence lengths: all that the order of the samples depends on."""
+    """SHA-256 of the sequence lengths, on which alone the order of the samples depends."""
 
 
 def check_indexed_dataset(
@@ -82,7 +82,7 @@ def sequence_lengths(prefix: str) -> np.ndarray:
 
 
 def read_metadata(prefix: str) -> dict[str, Any]:
-    """The contents of PREFIX.json; empty if the data set has none, as those of Megatron itself."""
+    """The content of PREFIX.json; empty if there is none, as for data sets made by Megatron itself."""
     try:
         return json.loads(Path(prefix + ".json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -121,7 +121,9 @@ def _read_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray]:
     lengths = raw[start : start + 4 * num_sequences].view("<i4")
     boundaries = raw[needed - 8 * num_boundaries : needed].view("<i8")
     if num_boundaries < 1 or boundaries[-1] != num_sequences or (num_sequences and lengths.min() < 0):
-        raise DataError(f"{path} is damaged: its document boundaries or lengths make no sense; copy it again")
+        raise DataError(
+            f"{path} is damaged: its document boundaries or lengths are inconsistent; copy it again"
+        )
     return np.dtype(DTYPES[code]), lengths, boundaries
 
 

@@ -1,6 +1,6 @@
-"""From samples to micro-batches: which rank reads which sample at which step, from a mere count.
+"""From samples to micro-batches: a counter determines which rank reads which sample at which step.
 
-Every rank of a tensor-parallel group reads the same samples itself; nothing is broadcast.
+Each rank of a tensor-parallel group reads the samples itself; nothing is broadcast.
 """
 
 import signal
@@ -31,8 +31,8 @@ def sample_ids(
 class TrainLoader(Iterator[MicroBatch]):
     """Endless micro-batches of one data-parallel rank: dicts of tensors [micro_batch_size, T].
 
-    Starts at any ``consumed_samples``, also one that another batch size or number of ranks has reached. With
-    ``num_workers`` > 0 as many processes read ahead; the micro-batches are the same.
+    Starts at any ``consumed_samples``, even one reached with another batch size or number of ranks. With
+    ``num_workers`` > 0 that many processes read ahead; the micro-batches are the same.
     """
 
     def __init__(
@@ -56,8 +56,8 @@ class TrainLoader(Iterator[MicroBatch]):
         self._start = consumed_samples
         self._dp_size = dp_size
         self._num_handed_out = 0
-        # Nothing below refers back to this object: a cycle would leave the end of the worker processes to the
-        # garbage collector, which takes their queues apart first, and then waits 5 s for each of them.
+        # Nothing below refers back to this object: in a cycle, the garbage collector would end the worker processes;
+        # it destroys their queues first and then waits 5 s for each of them.
         ids = _ids_of_rank(consumed_samples, micro_batch_size, num_micro_batches, dp_rank, dp_size)
         self._batches = _read(dataset, ids, num_workers, pin_memory)
 
@@ -68,7 +68,7 @@ class TrainLoader(Iterator[MicroBatch]):
 
     @property
     def consumed_samples(self) -> int:
-        """Samples of all ranks in the steps whose micro-batches have all been handed out."""
+        """Samples of all ranks in the steps whose micro-batches have all been returned."""
         return self._start + self._num_handed_out // self.num_micro_batches * self.global_batch_size
 
     def __next__(self) -> MicroBatch:
@@ -76,7 +76,7 @@ class TrainLoader(Iterator[MicroBatch]):
         try:
             batch = next(self._batches)
         except DataError as error:
-            # A worker process sends its whole traceback as the message; the user needs the last line.
+            # The message of a worker process is its whole traceback, of which the user needs the last line.
             last_line = str(error).strip().splitlines()[-1]
             failure = last_line.removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")
             error.__traceback__ = None  # in a cycle with the exception, it would keep the workers alive
@@ -137,7 +137,7 @@ def _read(
         worker_init_fn=_leave_signals_to_the_run if num_workers else None,
         pin_memory=pin_memory,
         multiprocessing_context=context,
-        # Without a generator of its own it would draw from, and so shift, the random stream of the training.
+        # Without its own generator it would draw from, and so shift, the random stream of training.
         generator=torch.Generator(),
     )
     return _lazily(loader)
@@ -148,9 +148,9 @@ def _stack(samples: list[MicroBatch]) -> MicroBatch:
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """A terminal or a scheduler signals every process of a run; the step that is to be finished needs its data.
+    """Terminals and schedulers signal every process of a run, but the step being finished still needs its data.
 
-    The loader ends its workers by a message, and a worker whose parent is gone ends by itself.
+    The loader ends its workers by a message, and a worker without a parent ends by itself.
     """
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)

@@ -1,8 +1,8 @@
 """Random permutations of 0..n-1 that need no table: any element in constant time and memory.
 
 An epoch of a large data set has billions of samples; a table of its order would cost gigabytes per process
-and minutes at every start. Here the order is a keyed bijection, and it is defined in this file alone, so that
-a library update cannot change the order of a run that is resumed.
+and minutes at every start. Here the order is a keyed bijection defined in this file alone, so that
+a library update cannot change the order of a resumed run.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Which .bin/.idx pair a user's path means. Reads no file, so that a login node without NumPy can ask, too."""
+"""Which .bin/.idx pair a user's path means. Reads no file and needs no NumPy, so a login node can use it."""
 
 from pathlib import Path
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import time
@@ -21,6 +20,8 @@ from megatron_sgt.data.progress import Progress
 from megatron_sgt.data.readers import Kind, find_files, read_chunks
 from megatron_sgt.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_sgt.errors import DataError
+from megatron_sgt.files import commit, sha256_of, sync, temporary_of
+from megatron_sgt.metrics.units import elapsed
 
 UINT16_BELOW = 65500
 """Megatron's rule (indexed_dataset.DType.optimal_dtype): smaller vocabularies are stored in 16 bits."""
@@ -70,8 +71,8 @@ class PreprocessReport:
 def preprocess(options: PreprocessOptions) -> PreprocessReport:
     """Tokenize all documents, one data set per key; the result does not depend on the number of workers.
 
-    The files appear under their names only when they are complete. In memory are some chunks of about a
-    megabyte per worker, and some 50 bytes per document for the index.
+    The files get their names only when they are complete. Memory holds some chunks of about a megabyte per worker, and
+    some 50 bytes per document for the index.
     Raises DataError: unreadable input, a bad line (with file and line), output that exists (without
     ``overwrite``), no document with a token at all.
     """
@@ -112,19 +113,10 @@ def preprocess(options: PreprocessOptions) -> PreprocessReport:
     return PreprocessReport(datasets, repaired, time.monotonic() - start)
 
 
-def sha256_of(path: str) -> str:
-    """Checksum (hex) of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 class DatasetWriter:
     """Writes one .bin/.idx pair (and its .json) under temporary names; :meth:`commit` gives them their own.
 
-    A context manager: leaving it without a commit removes what was written. Raises DataError if the data set
+    A context manager: without a commit, what was written is removed. Raises DataError if the data set
     exists and may not be overwritten, or if another process is writing it.
     """
 
@@ -138,7 +130,9 @@ class DatasetWriter:
         self.documents = 0
         self.tokens = 0
         self.empty = 0
-        self._partial = {suffix: f"{prefix}{suffix}.partial" for suffix in (".bin", ".json", ".idx")}
+        self._partial = {
+            suffix: str(temporary_of(Path(prefix + suffix))) for suffix in (".bin", ".json", ".idx")
+        }
         try:
             Path(prefix).parent.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self._partial[".bin"])
@@ -166,11 +160,11 @@ class DatasetWriter:
         record = {"documents": self.documents, "tokens": self.tokens, **metadata}
         Path(self._partial[".json"]).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         for path in self._partial.values():
-            _flush_to_disk(path)
+            sync(Path(path))
         # The index goes first and comes last: without it the other files are not a data set.
         Path(self.prefix + ".idx").unlink(missing_ok=True)
         for suffix, path in self._partial.items():
-            os.replace(path, self.prefix + suffix)
+            commit(Path(path), Path(self.prefix + suffix))
 
     def __enter__(self) -> "DatasetWriter":
         return self
@@ -183,7 +177,7 @@ class DatasetWriter:
 
 
 def _lock(path: str) -> int:
-    """Hold ``path`` as long as this process lives: two jobs must not write one file. Returns a descriptor."""
+    """Lock ``path`` while this process lives: two jobs must not write one file. Returns a descriptor."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -204,11 +198,6 @@ def _make_builder(path: str, dtype: str) -> Any:
     builder.sequence_lengths = array("i")
     builder.document_indices = array("q", [0])
     return builder
-
-
-def _flush_to_disk(path: str) -> None:
-    with open(path, "rb") as stream:
-        os.fsync(stream.fileno())
 
 
 def _metadata(tokenizer: Tokenizer, options: PreprocessOptions) -> dict[str, Any]:
@@ -234,17 +223,14 @@ def describe(report: PreprocessReport, options: PreprocessOptions, checksum: boo
             f"{dataset.prefix}.bin/.idx: {dataset.documents:,} documents{skipped}, {dataset.tokens:,} tokens"
         )
         if checksum:
-            lines.append(f"sha256 {sha256_of(dataset.prefix + '.bin')}  {dataset.prefix}.bin")
+            lines.append(f"sha256 {sha256_of(Path(dataset.prefix + '.bin'))}  {dataset.prefix}.bin")
     if report.repaired:
         lines.append(
-            f"{report.repaired:,} texts held characters that are no Unicode text; these were replaced by '?'"
+            f"{report.repaired:,} texts contained invalid Unicode characters, which were replaced by '?'"
         )
     if not options.append_eod:
-        lines.append(
-            "note: nothing separates the documents; --append-eod ends each with the end-of-text token"
-        )
+        lines.append("note: documents are not separated; --append-eod ends each with the end-of-text token")
     lines.append(
-        f"{report.seconds:.1f} s, {report.tokens_per_second:,.0f} tokens/s with {options.num_workers} "
-        "worker(s)"
+        f"{elapsed(report.seconds)}, {report.tokens_per_second:,.0f} tokens/s with {options.num_workers} worker(s)"
     )
     return lines

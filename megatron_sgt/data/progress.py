@@ -5,11 +5,13 @@ import time
 from types import TracebackType
 from typing import TextIO
 
+from megatron_sgt.metrics.units import duration
+
 LINE_EVERY_SECONDS = 30.0
 
 
 class Progress:
-    """Shows how much of ``total_bytes`` is done, what came of it, the rate and the time left, on stderr."""
+    """Shows progress through ``total_bytes``, results so far, rate and time left, on stderr."""
 
     def __init__(
         self,
@@ -41,7 +43,7 @@ class Progress:
             left = elapsed * (self._total - done_bytes) / max(1, done_bytes)
             print(
                 f"{self._label} {100 * done_bytes / self._total:5.1f}%  {documents:,} documents  {tokens:,} "
-                f"tokens  {tokens / elapsed:,.0f} tokens/s  eta {format_seconds(left)}",
+                f"tokens  {tokens / elapsed:,.0f} tokens/s  eta {duration(left)}",
                 file=self._stream,
                 flush=True,
             )
@@ -54,9 +56,3 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-def format_seconds(seconds: float) -> str:
-    """``h:mm:ss``."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

@@ -1,7 +1,7 @@
 """Text files of several kinds as one stream of bounded chunks; documents keep their order.
 
 jsonl: one JSON object per line; text: one document per file; parquet: one document per row. jsonl and text
-may be compressed with gzip or zstd. Lines of jsonl are not parsed here, so that worker processes can do it.
+may be compressed with gzip or zstd. Lines of jsonl are left unparsed for the worker processes.
 """
 
 import gzip
@@ -46,7 +46,7 @@ class InputFile:
 
 @dataclass
 class Chunk:
-    """Some consecutive documents of one file, with what is needed to name them in a message."""
+    """Some consecutive documents of one file, and where they are, for error messages."""
 
     path: str
     first_line: int
@@ -62,9 +62,8 @@ class Chunk:
 def find_files(inputs: Sequence[str], kind: Kind | None = None) -> list[InputFile]:
     """The files named by ``inputs``, folders searched recursively in the order of their sorted paths.
 
-    ``kind`` overrides the suffix. A file named directly with an unknown suffix is plain text; in a folder
-    such files, and hidden ones, are left out. Raises DataError if an input does not exist or holds nothing to
-    read.
+    ``kind`` overrides the suffix. A file named directly with an unknown suffix is plain text; in a folder such files,
+    and hidden ones, are skipped. Raises DataError if an input does not exist or has nothing to read.
     """
     files: list[InputFile] = []
     for name in inputs:
@@ -90,7 +89,7 @@ def find_files(inputs: Sequence[str], kind: Kind | None = None) -> list[InputFil
 def read_chunks(
     files: Sequence[InputFile], keys: Sequence[str] = ("text",), chunk_bytes: int = CHUNK_BYTES
 ) -> Iterator[Chunk]:
-    """Stream all documents in order, about ``chunk_bytes`` of text at a time, never less than one document.
+    """Stream all documents in order, about ``chunk_bytes`` of text at a time, at least one document.
 
     Raises DataError, naming the file, for what cannot be read or decompressed.
     """
@@ -199,7 +198,7 @@ def _check_rows(path: Path, first: int, documents: list[Document], keys: Sequenc
 
 @contextmanager
 def _open(file: InputFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """The decompressed stream, and the file below it, whose position tells the progress."""
+    """The decompressed stream, and the file below it, whose position shows the progress."""
     with file.path.open("rb") as raw:
         if file.compression == ".gz":
             with gzip.open(raw) as stream:
@@ -212,7 +211,7 @@ def _open(file: InputFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
 
 
 class _ZstdReader(io.RawIOBase):
-    """All frames of a zstd file; unlike the library's own reader it notices a last one cut short."""
+    """All frames of a zstd file; unlike the library's own reader it detects a truncated last frame."""
 
     def __init__(self, raw: IO[bytes], path: Path) -> None:
         try:
@@ -237,7 +236,7 @@ class _ZstdReader(io.RawIOBase):
                 self._frame_is_empty = True
             if not block:
                 if not self._frame_is_empty:
-                    raise EOFError("the zstd stream is cut short")
+                    raise EOFError("the zstd stream is truncated")
                 return 0
             self._frame_is_empty = False
             try:

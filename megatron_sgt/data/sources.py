@@ -1,4 +1,4 @@
-"""The data sets that a configuration names, found, checked and cut into splits. Needs no process group."""
+"""Finds, checks and splits the data sets of a configuration. Needs no process group."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from megatron_sgt.data.blend import round_to_period
 from megatron_sgt.data.indexed import IndexedInfo, check_indexed_dataset, sequence_lengths
 from megatron_sgt.data.prefix import resolve_prefix
 from megatron_sgt.data.splits import SplitPart, split_parts
-from megatron_sgt.data.tokenizer import Tokenizer, build_tokenizer, resolve_vocab_size
+from megatron_sgt.data.tokenizer import Tokenizer, resolve_vocab_size, tokenizer_of
 from megatron_sgt.errors import DataError
 
 
@@ -20,7 +20,7 @@ class Source:
     parts: tuple[SplitPart, ...]
     """train, valid, test"""
     note: str | None
-    """What was assumed to find it."""
+    """What had to be assumed to find it."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,15 @@ class DataSummary:
 
     @property
     def epochs(self) -> float:
-        """How often the run sees its training samples, on average over the blend."""
+        """How often the run sees each training sample, on average over the blend."""
         return self.samples_needed / self.train_samples
+
+    def line(self) -> str:
+        """For a person."""
+        return (
+            f"{self.documents:,} documents · {self.tokens:,} tokens · {self.train_samples:,} training samples · "
+            f"{self.epochs:.2f} epochs · vocabulary {self.vocab_size:,}"
+        )
 
 
 def find_sources(cfg: Config, tokenizer: Tokenizer | None) -> tuple[Source, ...]:
@@ -80,7 +87,7 @@ def validate_data(cfg: Config) -> DataSummary:
 
     Raises DataError with the first problem found.
     """
-    tokenizer = build_tokenizer(cfg.data.tokenizer) if cfg.data.tokenizer is not None else None
+    tokenizer = tokenizer_of(cfg.data)
     sources = find_sources(cfg, tokenizer)
     train, valid, test = (sum(source.parts[split].samples for source in sources) for split in range(3))
     notes = [source.note for source in sources if source.note]

@@ -1,4 +1,4 @@
-"""Tokenizers behind one interface: a sentencepiece model, or a Hugging Face tokenizer from the local disk."""
+"""One interface to sentencepiece models and to Hugging Face tokenizers on the local disk."""
 
 import hashlib
 import json
@@ -7,11 +7,11 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-from megatron_sgt.config.data import TokenizerConfig
-from megatron_sgt.errors import DataError
+from megatron_sgt.config.data import DataConfig, TokenizerConfig
+from megatron_sgt.errors import DataError, first_line
 
 EOD_CANDIDATES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>")
-"""Names that the end of a text may have in a bare ``tokenizer.json``, which does not say which it is."""
+"""Possible end-of-text tokens of a bare ``tokenizer.json``, which does not name its own."""
 
 HF_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
@@ -22,7 +22,7 @@ class Tokenizer(ABC):
     def __init__(self, name: str, vocab_size: int, eod: int | None) -> None:
         self.name = name
         self.vocab_size = vocab_size
-        """Smallest number that is above every id: the rows that an embedding needs."""
+        """The largest id plus 1: the rows that an embedding needs."""
         self._eod = eod
 
     @property
@@ -49,7 +49,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """sha256 (hex) of what defines the tokenizer: equal for equal files, wherever they lie."""
+        """SHA-256 (hex) of what defines the tokenizer; independent of where the files are."""
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -123,14 +123,13 @@ class AutoTokenizerFolder(Tokenizer):
 
         logging.set_verbosity_error()  # the variable has no effect once the library is imported
         try:
-            # The model beside it may bring code of its own, of which a tokenizer has no need.
+            # The model beside it may bring its own code, which a tokenizer does not need.
             tokenizer: Any = AutoTokenizer.from_pretrained(
                 path, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # OSError, ValueError, KeyError, or whatever a damaged file provokes
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise DataError(
-                f"no Hugging Face tokenizer could be read from {path}: {reason}; nothing is downloaded: "
+                f"no Hugging Face tokenizer could be read from {path}: {first_line(error)}; nothing is downloaded: "
                 "give a local folder with a tokenizer.json, or the name of a model in the local cache"
             ) from error
         tokenizer.model_max_length = 10**12  # documents are longer than the context of the model it came from
@@ -178,6 +177,11 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     if path.is_absolute() and not path.exists():
         raise DataError(f"tokenizer {config.model} does not exist; give a local folder or a tokenizer.json")
     return AutoTokenizerFolder(config.model)
+
+
+def tokenizer_of(data: DataConfig) -> Tokenizer | None:
+    """The tokenizer of a run's section data, None without one. Raises DataError as ``build_tokenizer`` does."""
+    return None if data.tokenizer is None else build_tokenizer(data.tokenizer)
 
 
 def resolve_vocab_size(model_vocab_size: int | None, tokenizer: Tokenizer | None) -> int:

@@ -1,8 +1,7 @@
-"""Training a sentencepiece tokenizer that gives back every text exactly as it was."""
+"""Trains a sentencepiece tokenizer that reproduces every text exactly."""
 
 import hashlib
 import io
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import sentencepiece
 
 from megatron_sgt.data.readers import InputFile, Kind, find_files, parse, read_chunks
 from megatron_sgt.errors import DataError
+from megatron_sgt.files import replacing
 
 ModelType = Literal["bpe", "unigram"]
 
@@ -19,7 +19,7 @@ SAMPLE_BYTES = 100_000_000
 FIXED_IDS = 259
 """Unknown, beginning and end of a text, and the 256 bytes."""
 PIECE_CHARACTERS = 4000
-"""Documents are cut at line ends into pieces of this size: sentencepiece leaves long "sentences" out."""
+"""Documents are cut at line ends into pieces of this size: sentencepiece skips long "sentences"."""
 NUM_THREADS = 8
 """Fixed: the sums of unigram training, and so the model, depend on it."""
 EXPANSION = {"": 1, ".gz": 5, ".zst": 5}
@@ -55,7 +55,7 @@ def train_tokenizer(
 
     Ids: 0 unknown (never produced), 1 ``<s>``, 2 ``</s>`` (the end of a document), 3..258 the bytes, then
     pieces and characters. Nothing is normalised and characters outside the vocabulary become bytes, so
-    decoding gives back the text; the one exception is U+2581 (▁), sentencepiece's sign for a space.
+    decoding reproduces the text; the one exception is U+2581 (▁), sentencepiece's sign for a space.
     Raises DataError: unreadable input, no text, ``output`` exists, a vocabulary size that the text does not
     allow.
     """
@@ -65,7 +65,9 @@ def train_tokenizer(
     if not sample:
         raise DataError(f"no text to train a tokenizer on in {', '.join(inputs)}")
     model = _train(sample, vocab_size, model_type)
-    _write(output, model)
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(Path(output)) as temporary:
+        temporary.write_bytes(model)
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     return TokenizerReport(
         path=output,
@@ -147,13 +149,6 @@ def pieces(documents: Sequence[str]) -> Iterator[str]:
 def _unit_hash(seed: int, number: int) -> float:
     digest = hashlib.blake2b(f"{seed},{number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2**64
-
-
-def _write(output: str, content: bytes) -> None:
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    partial = f"{output}.partial"
-    Path(partial).write_bytes(content)
-    os.replace(partial, output)
 
 
 def _bytes_per_token(encode: Callable[[str], list[int]], sample: Sequence[str]) -> float:

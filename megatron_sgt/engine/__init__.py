@@ -1,4 +1,4 @@
-"""Training: DeepSpeed engine, step, hooks and the loop (L5)."""
+"""Training: DeepSpeed engine, step, hooks and the loop."""
 
 from megatron_sgt.compat.quiet import quiet_imports
 

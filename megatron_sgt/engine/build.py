@@ -22,7 +22,7 @@ from megatron_sgt.model.gpt import LanguageModel, build_model
 from megatron_sgt.model.hf_weights import megatron_shard
 from megatron_sgt.optim.optimizer import build_optimizer
 from megatron_sgt.optim.param_groups import parameter_groups
-from megatron_sgt.parallel.device import resolve_precision, select_device
+from megatron_sgt.parallel.device import select_device
 from megatron_sgt.parallel.groups import ParallelGroups, initialize_groups
 from megatron_sgt.parallel.placement import check_placement
 
@@ -73,7 +73,7 @@ def build_runtime(
     Raises:
         CheckpointError: ``weights`` does not fit the model.
     """
-    precision = resolve_precision(config.train.precision, groups.device)
+    precision = config.precision_on(groups.device.type)
     passes = 1 + (config.growth.max_loop_depth if config.growth.method == "sgt" else 0)
     model = build_model(config, groups, precision, passes, plain)
     if weights is not None:

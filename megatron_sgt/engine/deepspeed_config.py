@@ -1,4 +1,4 @@
-"""The one translation from this project's configuration to DeepSpeed's JSON. Pure."""
+"""The one translation from this project's configuration to DeepSpeed's JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from deepspeed.runtime.config import DeepSpeedConfig
+from pydantic import ValidationError
+
 from megatron_sgt.config import Config
+from megatron_sgt.errors import ConfigError
 
 _NEVER = 2**31 - 1
 _WHOLE_LAYERS = {"leaf_module": {"classes": ["megatron_sgt.model.layer.SGTLayer"]}}
@@ -73,3 +77,18 @@ def _merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, An
         else:
             merged[key] = copy.deepcopy(value)
     return merged
+
+
+def check_deepspeed(config: Config, world_size: int, precision: str) -> None:
+    """Raises ConfigError when DeepSpeed itself refuses a value of the section deepspeed."""
+    values = deepspeed_config(config, world_size, precision)
+    del values["train_batch_size"]  # DeepSpeed knows no world size yet to compare it with
+    try:
+        DeepSpeedConfig(values)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()]
+        raise ConfigError(
+            f"deepspeed: refused by DeepSpeed: {'; '.join(lines)}; correct it or leave it out"
+        ) from error
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"deepspeed: refused by DeepSpeed: {error}; correct it or leave it out") from error

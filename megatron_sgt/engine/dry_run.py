@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_sgt.checkpoint.size import check_disk, checkpoint_bytes
 from megatron_sgt.config import Config
 from megatron_sgt.data.sources import validate_data
-from megatron_sgt.engine.preflight import (
-    Start,
-    check_deepspeed,
-    check_surroundings,
-    find_start,
-    with_vocabulary,
-)
+from megatron_sgt.engine.deepspeed_config import check_deepspeed
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth import LoopPlan
-from megatron_sgt.metrics.units import file_size
+from megatron_sgt.metrics.units import count
 from megatron_sgt.parallel.device import device_type
-from megatron_sgt.planning.describe import batch_line, count, growth_line, layout_line, model_line
+from megatron_sgt.planning.describe import growth_line, model_line
 from megatron_sgt.planning.flops import step_flops
+from megatron_sgt.planning.layout import batch_line, layout_line
 from megatron_sgt.planning.loop_cost import choose_loop_method
+from megatron_sgt.preflight import Start, check_disk, check_surroundings, find_start, with_vocabulary
 
 
 def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:
@@ -38,21 +33,13 @@ def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:
     """
     config.num_micro_batches(world_size)
     check_surroundings(config)
-    check_deepspeed(config, world_size, precision_of(config))
+    precision = precision_of(config)
+    check_deepspeed(config, world_size, precision)
     config = with_vocabulary(config)
-    data = validate_data(config)
-    start = find_start(config)
+    data, start, disk = validate_data(config), find_start(config), check_disk(config, precision)
     rows = [("model", model_line(config)), ("growth", growth_line(config))]
     rows += _batch_rows(config, world_size)
-    rows.append(
-        (
-            "data",
-            f"{data.documents:,} documents · {data.tokens:,} tokens · {data.train_samples:,} training samples "
-            f"· {data.epochs:.2f} epochs · vocabulary {data.vocab_size:,}",
-        )
-    )
-    rows.append(_disk_row(config))
-    rows.append(("start", start.sentence))
+    rows += [("data", data.line()), ("checkpoint", disk), ("start", start.sentence(config))]
     notes = [*data.notes, *_start_notes(config, start)]
     if assumed:
         notes.append(f"planned for {count(world_size, 'rank')}; --world-size N plans for another number")
@@ -61,12 +48,8 @@ def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:
 
 
 def _start_notes(config: Config, start: Start) -> Iterator[str]:
-    if start.folder is None:
-        return
-    yield from start.skipped
-    step, wanted = start.saved["trainer"]["step"], config.train.train_iters
-    if step >= wanted:
-        yield f"nothing to do: the checkpoint is at step {step:,} of {wanted:,}; raise train.train_iters to go on"
+    if problem := start.problem(config):
+        yield problem
     if start.changed:
         yield f"changed since the checkpoint was saved: {'; '.join(start.changed)}"
 
@@ -97,7 +80,7 @@ def precision_of(config: Config) -> str:
     try:
         kind = device_type(config.parallel.device)
     except ConfigError:
-        return "bf16" if config.train.precision == "auto" else config.train.precision
+        kind = config.parallel.device
     return config.precision_on(kind)
 
 
@@ -105,11 +88,3 @@ def _shown_precision(config: Config) -> str:
     precision = precision_of(config)
     undecided = config.train.precision == "auto" and config.parallel.device == "auto" and precision == "fp32"
     return f"{precision} (on GPUs bf16)" if undecided else precision
-
-
-def _disk_row(config: Config) -> tuple[str, str]:
-    precision, keep = precision_of(config), config.checkpoint.keep_last
-    _, free = check_disk(config, precision)
-    size = file_size(checkpoint_bytes(config, precision))
-    kept = f"{keep} kept" if keep else "all kept"
-    return "checkpoint", f"about {size} each, {kept}; {file_size(free)} free for {config.save_dir}"

@@ -10,12 +10,12 @@ from typing import Any
 
 from megatron_sgt.checkpoint import layout
 from megatron_sgt.checkpoint.load import verify_together
-from megatron_sgt.checkpoint.size import check_disk
 from megatron_sgt.config import Config
 from megatron_sgt.data.gpt_dataset import build_datasets
 from megatron_sgt.data.loader import EvalLoader, TrainLoader
-from megatron_sgt.data.tokenizer import build_tokenizer
+from megatron_sgt.data.tokenizer import tokenizer_of
 from megatron_sgt.engine.build import Runtime, build_runtime, start_processes
+from megatron_sgt.engine.deepspeed_config import check_deepspeed
 from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.hooks.checkpoint import CheckpointHook
 from megatron_sgt.engine.hooks.growth import GrowthHook
@@ -26,17 +26,10 @@ from megatron_sgt.engine.hooks.straggler import StragglerHook
 from megatron_sgt.engine.hooks.validation import EvalHook
 from megatron_sgt.engine.hooks.watched import watched_batches, watched_hooks
 from megatron_sgt.engine.loop import DivergedError, Trainer
-from megatron_sgt.engine.preflight import (
-    Start,
-    check_deepspeed,
-    check_surroundings,
-    find_start,
-    tokenizer_fingerprint,
-    with_vocabulary,
-)
 from megatron_sgt.engine.skipped_ranges import PassedData, batches_past
 from megatron_sgt.engine.state import TrainState
 from megatron_sgt.errors import CheckpointError, ExitCode
+from megatron_sgt.files import replace_text
 from megatron_sgt.growth import Schedule, build_schedule
 from megatron_sgt.guard import Progress, Watch
 from megatron_sgt.guard.stop import StopRequests, named
@@ -46,9 +39,16 @@ from megatron_sgt.model.loop_backend import loop_backend
 from megatron_sgt.model.warm_up import warm_up_loops
 from megatron_sgt.ops.attention import describe_attention
 from megatron_sgt.parallel.collectives import barrier, on_rank_zero
-from megatron_sgt.parallel.device import resolve_precision
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.planning.loop_cost import choose_loop_method
+from megatron_sgt.preflight import (
+    Start,
+    check_disk,
+    check_surroundings,
+    find_start,
+    tokenizer_fingerprint,
+    with_vocabulary,
+)
 
 
 class PretrainingRun:
@@ -112,21 +112,20 @@ class PretrainingRun:
             damaged[start.folder] = problem
 
     def _look_for_start(self, damaged: dict[Path, str]) -> Start:
-        precision = resolve_precision(self.config.train.precision, self.groups.device)
+        precision = self.config.precision_on(self.groups.device.type)
         check_deepspeed(self.config, self.groups.world_size, precision)
         check_disk(self.config, precision)
         return find_start(self.config, damaged)
 
     def _open_data(self) -> Sequence[Any]:
-        tokenizer = self.config.data.tokenizer
-        return build_datasets(self.config, None if tokenizer is None else build_tokenizer(tokenizer))
+        return build_datasets(self.config, tokenizer_of(self.config.data))
 
     def _open_hub(self) -> MetricsHub:
         if not self.groups.is_main:
             return MetricsHub()
         run_dir = Path(self.config.logging.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(self.config.to_yaml())
+        replace_text(run_dir / "config.yaml", self.config.to_yaml())
         return build_hub(self.config.logging, self.config.train.train_iters, self.config.model_dump())
 
     def _wire(self, valid: Any) -> None:

@@ -1,1 +1,1 @@
-"""Measuring a model (L4)."""
+"""Measures a model."""

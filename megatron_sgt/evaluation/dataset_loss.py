@@ -28,8 +28,8 @@ ALL = "all"
 class DatasetLoss:
     """Mean cross-entropy over all tokens of ``samples`` sequences.
 
-    loss: nats per token over the ``vocab_size`` ids that a text can have. padded_loss: the same over all rows of
-    the vocabulary, which training measures; None where there are no other rows. text_bytes: UTF-8 bytes of the
+    loss: nats per token over the ``vocab_size`` ids that a text can contain. padded_loss: the same over all rows of the
+    vocabulary, as training measures it; None where there are no padding rows. text_bytes: UTF-8 bytes of the
     predicted tokens, None without a tokenizer.
     """
 
@@ -56,7 +56,7 @@ class DatasetLoss:
 class WhichSamples:
     """data: as in a run's configuration; part: "train", "valid", "test", or "all" for the data set as one.
 
-    num_samples: the first so many; None: every one once.
+    num_samples: only the first ones; None: all, once.
     """
 
     data: DataConfig
@@ -68,7 +68,7 @@ class WhichSamples:
 def open_samples(
     wanted: WhichSamples, vocab_size: int, tokenizer: Tokenizer | None, cache: str
 ) -> tuple[BlendedSamples, int]:
-    """The samples that are meant, in the order in which a run validates on them, and how many are to be read.
+    """The chosen samples, in the order in which a run validates on them, and how many to read.
 
     Args:
         cache: folder for the sample indices.

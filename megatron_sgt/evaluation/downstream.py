@@ -1,14 +1,13 @@
-"""Benchmarks of lm-evaluation-harness on a model that is in memory."""
+"""Runs lm-evaluation-harness on a model in memory."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sgt.errors import ConfigError, DataError
+from megatron_sgt.compat.quiet import quiet_logs
+from megatron_sgt.errors import ConfigError, DataError, first_line
 
 
 def require_harness() -> None:
@@ -48,7 +47,7 @@ def run_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with _quiet():
+    with quiet_logs():
         manager = _manager(tasks, include_path)
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         try:
@@ -61,9 +60,8 @@ def run_tasks(
                 bootstrap_iters=0,
             )
         except (OSError, ConnectionError, ValueError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise DataError(
-                f"the data of {', '.join(tasks)} cannot be read: {reason}; tasks of the hub need the network"
+                f"the data of {', '.join(tasks)} cannot be read: {first_line(error)}; tasks of the hub need the network"
             ) from error
     return {
         name: {key.removesuffix(",none"): value for key, value in values.items() if _is_number(value)}
@@ -77,7 +75,7 @@ def _manager(tasks: Sequence[str], include_path: Path | None) -> Any:
 
     unknown, manager = list(tasks) or [""], None
     if include_path is not None:
-        # The harness takes long to look through its own thousands of files; often they are not needed.
+        # Searching the harness's own thousands of files is slow and often not needed.
         manager = TaskManager(include_path=str(include_path), include_defaults=False)
         unknown = [task for task in unknown if task not in manager.all_tasks]
     if unknown:
@@ -93,13 +91,3 @@ def _manager(tasks: Sequence[str], include_path: Path | None) -> Any:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the harness's running commentary off the console."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)

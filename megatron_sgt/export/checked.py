@@ -1,4 +1,4 @@
-"""An export that does not keep its name unless it is the same model."""
+"""An export that keeps its name only if it is proved to be the same model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Mode = Literal["full", "layers", "skip"]
 
 
 def failed_name(output: Path) -> Path:
-    """Where an export lies that is another model."""
+    """Where an export goes that turns out to be another model."""
     return output.with_name(output.name + ".failed")
 
 
@@ -28,7 +28,7 @@ def checked_export(
 ) -> tuple[Export, Parity | None]:
     """``export_checkpoint``, then parity, whose result is written into the folder as parity.json.
 
-    Where parity fails, or breaks off, the folder is renamed to ``failed_name(output)``.
+    If parity fails or is interrupted, the folder is renamed to ``failed_name(output)``.
 
     Args:
         mode: compare whole models, layer by layer, or not at all (the result is None).

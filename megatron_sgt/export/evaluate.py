@@ -1,4 +1,4 @@
-"""Measures an opened model on an indexed data set: a checkpoint as its run validates, or anything on anything."""
+"""Measures an opened model on an indexed data set; by default a checkpoint as its run validates."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def which_samples(
     seq_length: int | None,
     num_samples: int | None,
 ) -> WhichSamples:
-    """What to measure on; None and () leave a choice to the model.
+    """What to measure on; None and () leave the choice to the model.
 
-    A checkpoint without ``data`` is measured as its run validates: the same samples, as many. Given data counts as
-    one, unless ``part`` names a split of it.
+    A checkpoint without ``data`` is measured as its run validates: on the same samples. Given data is used whole,
+    unless ``part`` names a split of it.
 
     Raises:
         ConfigError: a Hugging Face folder without ``data``.
@@ -59,7 +59,7 @@ def evaluate(opened: OpenModel, wanted: WhichSamples, tokenizer: Path | None, ba
     text = _tokenizer_for(opened, wanted, tokenizer)
     run = None if opened.source is None else opened.source.config
     own = run is not None and run.data.data_path == wanted.data.data_path and run.data_cache_dir.is_dir()
-    # A run's sample indices are there already; others are gone with this process.
+    # A run's sample indices exist already; others last as long as this process.
     place = nullcontext(str(run.data_cache_dir)) if run is not None and own else tempfile.TemporaryDirectory()
     with place as cache:
         samples, count = open_samples(wanted, opened.vocab_size, text, cache)
@@ -91,8 +91,7 @@ def _tokenizer_for(opened: OpenModel, wanted: WhichSamples, chosen: Path | None)
 
 def _candidates(opened: OpenModel, chosen: Path | None) -> list[TokenizerConfig]:
     if chosen is not None and chosen.is_file():
-        kind = "sentencepiece" if chosen.suffix == ".model" else "huggingface"
-        return [TokenizerConfig.model_validate({"type": kind, "model": str(chosen)})]
+        return [TokenizerConfig.at(chosen)]
     if chosen is None and opened.source is not None:
         own = opened.source.config.data.tokenizer
         return [] if own is None else [own]

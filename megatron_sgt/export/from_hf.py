@@ -1,4 +1,4 @@
-"""From a Hugging Face folder to a checkpoint that a run starts from, under any layout.
+"""Imports a Hugging Face folder as a checkpoint from which a run starts, under any layout.
 
 The result is layout-free: whole fp32 weights under Hugging Face names, no optimizer state, step 0. One tensor is
 in memory at a time, with its fp32 copy.
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from megatron_sgt.checkpoint import layout, manifest
-from megatron_sgt.checkpoint.reshard.convert import fresh_folder
 from megatron_sgt.checkpoint.reshard.layout_free import IMPORTED_FROM, LAYOUT_FREE, file_name
 from megatron_sgt.checkpoint.reshard.rank_state import WEIGHTS
 from megatron_sgt.checkpoint.reshard.tensor_file import TensorFileWriter
@@ -34,6 +33,7 @@ from megatron_sgt.export.tokenizers import (
     tokenizer_at,
     tokenizer_in,
 )
+from megatron_sgt.files import fresh_folder, replace_text, temporary_of
 from megatron_sgt.model.hf_weights import check_tensors, name_map
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -104,7 +104,7 @@ def import_model(
         written = None
         if config_file is None:
             written = root / RUN_FILE
-            layout.replace_text(written, run_yaml(config, source, written, bool(model.loops)))
+            replace_text(written, run_yaml(config, source, written, bool(model.loops)))
         layout.point_to(root, final.name)
     return Imported(
         folder=final,
@@ -141,19 +141,14 @@ def _commit(
     """Complete the folder and give it its name; returns its size in bytes. ``tokenizer``: its fingerprint."""
     layout.write_json(temporary / layout.STATE_FILE, state)
     (temporary / layout.CONFIG_FILE).write_text(config.to_yaml())
-    files = manifest.write_manifest(
-        temporary, {"tag": final.name, "step": 0, "layout": None, "tokenizer": tokenizer}
-    )
-    layout.sync(temporary)
-    temporary.rename(final)
-    layout.sync(final.parent)
-    return sum(file["bytes"] for file in files.values())
+    about = {"step": 0, "layout": None, "tokenizer": tokenizer}
+    return manifest.commit_folder(temporary, final, about)
 
 
 @contextmanager
 def _all_or_nothing(root: Path, final: Path) -> Iterator[Path]:
     """A temporary folder below ``root``; on an error everything that was made is deleted."""
-    temporary = final.with_name(final.name + layout.TEMPORARY_SUFFIX)
+    temporary = temporary_of(final)
     names = (TOKENIZER_FOLDER, RUN_FILE, layout.LATEST_FILE, layout.ITERATION_FILE)
     ours = [temporary, final, *(root / name for name in names)]
     doomed = [path for path in ours if not path.exists()] if root.exists() else [root]
@@ -173,7 +168,7 @@ def _all_or_nothing(root: Path, final: Path) -> Iterator[Path]:
 
 
 def _drop_derived(source: Path, tensors: HFTensors, model: ModelConfig) -> None:
-    """Leave out what older versions of transformers stored twice, after comparing it.
+    """Drop what older versions of transformers stored redundantly, after checking it.
 
     The head of a tied model is its embedding; the rotary frequencies follow from theta.
     """

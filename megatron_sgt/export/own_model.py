@@ -1,4 +1,4 @@
-"""The project's own model with a checkpoint's weights, in this process alone: what an export is compared with."""
+"""The project's own model with a checkpoint's weights, in a single process, to compare an export with."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from megatron_sgt.parallel.groups import ParallelGroups, initialize_groups
 
 
 def alone() -> ParallelGroups:
-    """The process group of this process alone, on the CPU; whatever launcher has started it."""
+    """A process group of this process alone, on the CPU, whatever launcher has started it."""
     device = torch.device("cpu")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a GPU may be present: here the CPU is what is asked for
+        warnings.simplefilter("ignore")  # a GPU may be present, but the CPU is wanted here
         prepare_megatron(device)
     info = RankInfo(0, 1, 0, 1, LOOPBACK, free_port(), "single")
     return initialize_groups(ParallelConfig(device="cpu"), info, device)

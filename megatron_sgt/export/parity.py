@@ -1,4 +1,4 @@
-"""The proof that an exported folder is the same model as the project's own: logits, loss, cache, greedy text.
+"""Proves that an exported folder is the same model as the project's own: logits, loss, cache, greedy text.
 
 The project's model is Megatron-Core's with a tensor-parallel size of 1 and the checkpoint's weights rounded to the
 stored type; both models compute in fp32. A further check runs the folder in its stored type, as its users will.
@@ -6,7 +6,6 @@ stored type; both models compute in fp32. A further check runs the folder in its
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -22,6 +21,7 @@ from megatron_sgt import __version__
 from megatron_sgt.export.hf.loading import load_exported, quiet
 from megatron_sgt.export.own_model import own_model
 from megatron_sgt.export.to_hf import Export
+from megatron_sgt.files import write_json
 from megatron_sgt.model.gpt import LanguageModel
 from megatron_sgt.model.mcore_config import DTYPES
 
@@ -77,11 +77,11 @@ class Parity:
             "versions": {"megatron_sgt": __version__}
             | {name: version(name) for name in ("torch", "transformers", "megatron-core")},
         }
-        (folder / PARITY_FILE).write_text(json.dumps(values, indent=2) + "\n")
+        write_json(folder / PARITY_FILE, values)
 
 
 def probe_tokens(export: Export, count: int = SEQUENCES, length: int = LENGTH) -> Tensor:
-    """[count, length] random token ids that the model knows, the same every time."""
+    """[count, length] random token ids below the vocabulary size, the same every time."""
     model = export.source.config.model
     known = min(model.vocab_size or export.source.vocab_rows, export.source.vocab_rows)
     generator = torch.Generator().manual_seed(0)
@@ -177,8 +177,8 @@ def wrong_tokens(
 ) -> int:
     """Tokens of ``text`` [B, S] after the first ``prompt`` that the project's model would not have chosen.
 
-    One forward of the whole text tells: by induction each token was chosen after the same text. Where two tokens
-    are as likely as each other, up to twice the tolerance of logits, either is right.
+    One forward pass over the whole text suffices: by induction each token was chosen after the same text. Where two
+    tokens are equally likely, up to twice the tolerance of logits, either is right.
     """
     model = export.source.config.model
     known = min(model.vocab_size or export.source.vocab_rows, export.source.vocab_rows)

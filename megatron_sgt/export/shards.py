@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 from megatron_sgt.checkpoint.reshard.tensor_file import TensorFileWriter
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.export.hf_tensors import INDEX_FILE, SINGLE_FILE
+from megatron_sgt.files import write_json
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -36,7 +36,7 @@ def divide(shapes: Shapes, dtype: torch.dtype, max_bytes: int) -> dict[str, dict
 def write_weights(
     folder: Path, shapes: Shapes, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, max_bytes: int
 ) -> int:
-    """Write ``tensors``, which come in the order of ``shapes``, as ``dtype``; an index where files are several.
+    """Write ``tensors``, which come in the order of ``shapes``, as ``dtype``; with an index if there are several files.
 
     Returns:
         Bytes of all tensors.
@@ -54,7 +54,7 @@ def write_weights(
     if len(files) > 1:
         where = {name: file for file, wanted in files.items() for name in wanted}
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+        write_json(folder / INDEX_FILE, index)
     return total
 
 

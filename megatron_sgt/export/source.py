@@ -1,4 +1,4 @@
-"""What an export reads of a checkpoint: its model, its structure, its weights one parameter at a time."""
+"""Reads a checkpoint for export: its model, its structure, its weights one parameter at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_sgt.model.hf_weights import Entry, name_map
 
 
 def find_checkpoint(load: Path, step: int | None = None) -> Path:
-    """The whole checkpoint that is meant: ``load`` itself, the one after ``step``, or the latest below ``load``.
+    """The verified checkpoint ``load`` itself, the one after ``step``, or the latest below ``load``.
 
     Raises:
         CheckpointError: there is none, or files of it are missing or changed.
@@ -86,10 +86,10 @@ def open_checkpoint(load: Path, step: int | None = None, keep_padding: bool = Fa
     """Open a checkpoint of any layout; needs no process group and reads no weights yet.
 
     Args:
-        keep_padding: leave the rows in that the vocabulary was padded with.
+        keep_padding: keep the rows that pad the vocabulary.
 
     Raises:
-        CheckpointError: whatever is wrong with it.
+        CheckpointError: the checkpoint is missing, damaged or unreadable.
     """
     folder = find_checkpoint(load, step)
     try:

@@ -1,8 +1,7 @@
-"""From a checkpoint of any layout to a Hugging Face folder; on a CPU, without a process group, streaming."""
+"""Writes a checkpoint of any layout as a Hugging Face folder; streaming, on a CPU, without a process group."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_sgt.checkpoint.reshard.convert import fresh_folder
 from megatron_sgt.config.data import TokenizerConfig
 from megatron_sgt.errors import CheckpointError, SGTError
 from megatron_sgt.export.architecture import TokenIds, generation_config, hf_config, plain_architecture
@@ -19,6 +17,7 @@ from megatron_sgt.export.card import model_card
 from megatron_sgt.export.hf.tokenizer import write_tokenizer
 from megatron_sgt.export.shards import write_weights
 from megatron_sgt.export.source import ExportSource, open_checkpoint, plan_of
+from megatron_sgt.files import commit, fresh_folder, temporary_of, write_json, write_text
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.model.mcore_config import DTYPES
 
@@ -64,7 +63,7 @@ def export_checkpoint(
 ) -> Export:
     """Write the checkpoint ``load`` (a folder of checkpoints, or one of them) as the Hugging Face folder ``output``.
 
-    The folder appears under its name when it is whole. Peak memory is a few times the largest parameter.
+    The folder gets its name when it is complete. Peak memory is a few times the largest parameter.
 
     Args:
         step: which checkpoint of a folder of them; None: the latest.
@@ -84,12 +83,12 @@ def export_checkpoint(
 
 @contextmanager
 def _whole_or_nothing(output: Path) -> Iterator[Path]:
-    """A folder to write into, which is renamed to ``output`` at the end; after an error nothing is left."""
-    temporary = output.with_name(output.name + ".tmp")
+    """A folder to write into, renamed to ``output`` at the end; after an error nothing is left."""
+    temporary = temporary_of(output)
     try:
         fresh_folder(temporary)
         yield temporary
-        temporary.rename(output)
+        commit(temporary, output)
     except CheckpointError:
         raise
     except SGTError as error:
@@ -107,7 +106,7 @@ def _write(
     tokens = TokenIds()
     wanted = options.tokenizer or source.config.data.tokenizer
     if options.write_tokenizer and wanted is not None:
-        # Before the weights: what is most likely to be missing here takes no time to find out.
+        # Before the weights: it is the part most likely to be missing, and quickly checked.
         tokens = write_tokenizer(wanted, temporary, source.config)
     plain, why = plain_architecture(model, plan)
     drifts = [0.0]
@@ -123,17 +122,13 @@ def _write(
     size = write_weights(temporary, source.names, stream(), DTYPES[options.dtype], options.max_shard_bytes)
     config = hf_config(model, plan, source.vocab_rows, options.dtype, tokens)
     unused = range(model.vocab_size or source.vocab_rows, source.vocab_rows)
-    _write_json(temporary / "config.json", config)
-    _write_json(temporary / "generation_config.json", generation_config(tokens, unused))
+    write_json(temporary / "config.json", config)
+    write_json(temporary / "generation_config.json", generation_config(tokens, unused))
     if plain is None:
         for name in MODEL_CODE:
             shutil.copyfile(Path(__file__).parent / "hf" / name, temporary / name)
     export = Export(
         output, source, plan, options, plain or "SGTForCausalLM", why, weight_bytes=size, drift=drifts[0]
     )
-    (temporary / "README.md").write_text(model_card(source, plan, config, options.training_gates))
+    write_text(temporary / "README.md", model_card(source, plan, config, options.training_gates))
     return export
-
-
-def _write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""The tokenizer that comes with a Hugging Face folder: found, compared, copied."""
+"""Finds, compares and copies the tokenizer of a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def tokenizer_forms(folder: Path) -> list[TokenizerConfig]:
 def tokenizer_in(folder: Path) -> TokenizerConfig | None:
     """The tokenizer of ``folder``; None without one.
 
-    Of two forms the sentencepiece model is taken if both cut alike, as in the folders that this project exports:
-    its data sets know the model. Where they differ, transformers would use the fast form.
+    Of two forms the sentencepiece model is used if both tokenize alike, as in folders exported by this project, whose
+    data sets refer to that model. Where they differ, transformers would use the fast form.
 
     Raises DataError when a form cannot be read.
     """
@@ -53,8 +53,8 @@ def copy_tokenizer(source: Path, folder: Path, found: TokenizerConfig) -> None:
 
     Raises:
         OSError: they cannot be written.
-        DataError: the copy cuts text otherwise: transformers may choose a tokenizer's class by the config.json
-            that lies beside it.
+        DataError: the copy tokenizes differently: transformers may choose a tokenizer's class by the config.json beside
+            it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in COPIED:
@@ -73,12 +73,12 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def first_difference(one: Tokenizer, other: Tokenizer) -> str | None:
-    """The first of PROBES that the two cut into different ids; None if there is none."""
+    """The first of PROBES that the two tokenize differently; None if there is none."""
     return next((text for text in PROBES if one.encode(text) != other.encode(text)), None)
 
 
 def check_same(one: Tokenizer, other: Tokenizer) -> None:
-    """Raises DataError when the two cut texts into different ids."""
+    """Raises DataError when the two tokenize texts differently."""
     if (text := first_difference(one, other)) is not None:
         raise DataError(
             f"tokenizer {other.name} cuts text ({text[:30]!r}) into other ids than {one.name}, which came with the "
@@ -89,7 +89,7 @@ def check_same(one: Tokenizer, other: Tokenizer) -> None:
 def check_tokenizers(
     source: Path, found: TokenizerConfig | None, run: Config | None, vocab_size: int
 ) -> str | None:
-    """Check the tokenizer ``found`` in the imported folder and the one of the ``run`` that will go on with it.
+    """Check the tokenizer ``found`` in the imported folder against the one of the ``run`` that will continue it.
 
     Returns:
         The fingerprint of the one that training will use; None without any.

@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_sgt.config.growth import GrowthConfig
-from megatron_sgt.errors import CheckpointError, ConfigError
+from megatron_sgt.errors import CheckpointError, ConfigError, DataError
 from megatron_sgt.growth.plan import Action, GrowthEvent, LayerPlan, LoopPlan
 from megatron_sgt.growth.schedule import Grown, GrowthSchedule
+from megatron_sgt.jsonl import read_metrics, without_void_records
 
 _FINGERPRINT = "replayed_events"
 
@@ -90,7 +91,7 @@ class ReplaySchedule(GrowthSchedule):
 
 def read_events(path: Path, config: GrowthConfig, num_layers: int, num_heads: int) -> list[RecordedEvent]:
     """The decisions in ``path`` that count, in order. Raises ConfigError naming what does not fit."""
-    records = [r for r in _that_count(_read(path)) if r.get("kind", "growth") == "growth"]
+    records = [r for r in _read(path) if r.get("kind", "growth") == "growth"]
     if not records:
         raise ConfigError(f"growth.replay: {path} holds no growth event")
     events: list[RecordedEvent] = []
@@ -114,29 +115,19 @@ def read_events(path: Path, config: GrowthConfig, num_layers: int, num_heads: in
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """Records of a metrics file, or of a JSON list. A line cut short by a kill ends the file."""
+    """The records that count of a metrics file, or of a JSON list."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"growth.replay: cannot read {path}: {error}") from error
     try:
-        whole = json.loads(text) if text.lstrip().startswith("[") else None
-        lines = [json.loads(line) for line in text.split("\n")[:-1] if line] if whole is None else whole
-    except ValueError as error:
+        if not text.lstrip().startswith("["):
+            return read_metrics(path)
+        return without_void_records(record for record in json.loads(text) if isinstance(record, dict))
+    except (DataError, ValueError) as error:
         raise ConfigError(
             f"growth.replay: {path} is neither a metrics.jsonl nor a JSON list: {error}"
         ) from error
-    return [record for record in lines if isinstance(record, dict)]
-
-
-def _that_count(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without what a resume of the recorded run declared void (see metrics/jsonl.py)."""
-    kept: list[dict[str, Any]] = []
-    for record in records:
-        if record.get("kind") == "resume":
-            kept = [r for r in kept if r.get("step", 0) <= record.get("step", 0)]
-        kept.append(record)
-    return kept
 
 
 def _parse(record: Mapping[str, Any]) -> RecordedEvent:

@@ -1,4 +1,4 @@
-"""How a process finds its place in a run, under every launcher. Never imports torch."""
+"""Finds a process's place in a run, under every launcher. Never imports torch."""
 
 from megatron_sgt.launch.environment import discover
 from megatron_sgt.launch.rank_info import RankInfo, to_environ

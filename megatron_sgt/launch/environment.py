@@ -1,4 +1,4 @@
-"""Who am I among the processes of this run? Read from what the launcher left in the environment."""
+"""This process's rank and the meeting point of the run, read from the launcher's environment variables."""
 
 import os
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ __all__ = ["RankInfo", "discover", "to_environ"]
 def discover(environ: Mapping[str, str] | None = None) -> RankInfo:
     """Return the place of this process, from `environ` (default: os.environ).
 
-    The first that applies: RANK and WORLD_SIZE (torchrun, the deepspeed launcher); mpirun, through mpi4py; a
-    step of srun; else a single process. The explicit comes before the inherited: torchrun and mpirun may be
-    started inside a Slurm job, whose variables their processes still see.
+    The first that applies: RANK and WORLD_SIZE (torchrun, the deepspeed launcher); mpirun, through mpi4py; a step of
+    srun; else a single process. Explicit settings come before inherited ones: torchrun and mpirun may be started inside
+    a Slurm job, whose variables their processes inherit.
     Raises ConfigError: variables half set, not integers, out of range, or of fewer processes than srun or mpirun
     has started; mpirun without mpi4py.
     """
@@ -67,7 +67,7 @@ def _discover_exported(environ: Mapping[str, str]) -> RankInfo:
 
 
 def _refuse_leftovers(world_size: int, environ: Mapping[str, str]) -> None:
-    """Refuse a WORLD_SIZE that the job inherited from the shell: its tasks would be so many runs in one folder."""
+    """Refuse a WORLD_SIZE inherited from the shell: each task would start a run of its own in the same folder."""
     step = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if inside_srun_step(environ) else ()
     tasks = read_int(environ, *step, "OMPI_COMM_WORLD_SIZE") or 1
     if tasks > world_size:

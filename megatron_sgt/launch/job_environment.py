@@ -1,8 +1,8 @@
 """The environment of every process of a run: one table of what is set, to what, and why. Never imports torch.
 
-Most of it a rank sets for itself at its start, under whatever launcher, before CUDA and the compilers read it
-(``set_environment``). What must be there before Python starts stands in the job script (``script_environment``).
-What the user has set stays; a variable that the user has set to nothing is left out.
+A rank sets most of it for itself at its start, under any launcher, before CUDA and the compilers read it
+(``set_environment``). What must exist before Python starts is in the job script (``script_environment``). The user's
+own settings win; a variable that the user has set to an empty value is not set at all.
 """
 
 import ctypes
@@ -48,7 +48,7 @@ class Variable:
     in_script: bool = False
     """Read before the first line of Python, so that a process cannot set it for itself."""
     other_names: tuple[str, ...] = ()
-    """Older or newer names of the same setting. All get the value; one that the user has set decides for all."""
+    """Older or newer names of the setting. All get the value; one that the user has set decides for all."""
     is_folder: bool = False
 
 
@@ -58,7 +58,7 @@ def compiler_processes(cores: int) -> int:
 
 
 def needs_one_queue(config: Config, generation: int | None) -> bool:
-    """Whether Megatron's tensor-parallel layers need one hardware queue to overlap as they are meant to.
+    """Whether Megatron's tensor-parallel layers need a single hardware queue to overlap as intended.
 
     They order a collective before a product by the order of their launches. ZeRO-3 gathers weights beside the
     computation, which one queue would put behind it. An unknown generation counts as one before Blackwell.
@@ -96,7 +96,7 @@ VARIABLES = (
         "TOKENIZERS_PARALLELISM",
         _fixed("false"),
         "false",
-        "threads of tokenizers and forked data workers do not go together",
+        "threads of tokenizers are not compatible with forked data workers",
         gpus_only=False,
     ),
     Variable(
@@ -133,7 +133,7 @@ VARIABLES = (
         "beside them, in a folder that is checked to belong to the user",
         is_folder=True,
     ),
-    Variable("NCCL_DEBUG", _fixed("WARN"), "WARN", "what NCCL objects to stands in the rank's log"),
+    Variable("NCCL_DEBUG", _fixed("WARN"), "WARN", "NCCL's warnings go to the rank's log"),
     Variable(
         "TORCH_NCCL_TRACE_BUFFER_SIZE",
         _fixed(str(RECORDED_COLLECTIVES)),

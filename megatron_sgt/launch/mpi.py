@@ -1,4 +1,4 @@
-"""Ranks under mpirun or mpiexec, asked of MPI itself: its launchers agree on no environment variables."""
+"""Ranks under mpirun or mpiexec, from MPI itself: its launchers do not share environment variables."""
 
 import importlib
 import socket
@@ -14,8 +14,8 @@ MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "MPI_LOCALRANKID")
 def started_by_mpi(environ: Mapping[str, str]) -> bool:
     """Say whether mpirun started this process.
 
-    PMI_SIZE counts too, except where it merely repeats the srun step that the process is a task of: srun
-    speaks PMI to its tasks, MPI programs or not.
+    PMI_SIZE counts too, except where it only repeats the srun step of this task: srun offers PMI to all its tasks, MPI
+    programs or not.
     """
     if any(name in environ for name in MPI_VARIABLES):
         return True

@@ -1,4 +1,4 @@
-"""What one process must know of the run it belongs to, before it may talk to the others."""
+"""What a process must know about its run before it can communicate with the others."""
 
 import socket
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class RankInfo:
-    """One process among all: its rank, and where rank 0 is met. Raises ConfigError if numbers disagree."""
+    """One process's rank, and where rank 0 listens. Raises ConfigError for inconsistent numbers."""
 
     rank: int
     world_size: int
@@ -73,7 +73,7 @@ def require_int(environ: Mapping[str, str], *names: str) -> int:
 
 
 def free_port() -> int:
-    """Return a TCP port that is free at this moment on this machine."""
+    """Return a TCP port that is free on this machine at the moment."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])

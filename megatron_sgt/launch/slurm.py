@@ -11,9 +11,9 @@ from megatron_sgt.errors import ConfigError
 from megatron_sgt.launch.rank_info import LOOPBACK, RankInfo, read_int, require_int
 
 PORTS = range(20000, 32000)
-"""Ports of runs that set none: below Linux's ephemeral ports (from 32768), above most services'."""
+"""Default ports: below Linux's ephemeral ports (from 32768), above most services'."""
 PORT_STRIDE = 37
-"""Distance of the ports of consecutive jobs, so that their first steps do not meet; prime to len(PORTS)."""
+"""Distance between the ports of consecutive jobs, so that their first steps differ; coprime to len(PORTS)."""
 SPECIAL_STEPS = 0xFFFFFFF0
 """Step ids from here on are no srun step: the batch script, the interactive shell of salloc, ..."""
 
@@ -27,7 +27,7 @@ def inside_srun_step(environ: Mapping[str, str]) -> bool:
 def discover_slurm(environ: Mapping[str, str]) -> RankInfo:
     """Return this task's place in its srun step.
 
-    Rank 0 is met on the first node of the step, or on the loopback if there is only one node; MASTER_ADDR and
+    Rank 0 listens on the first node of the step, or on the loopback if there is only one node; MASTER_ADDR and
     MASTER_PORT, if set, take precedence. Raises ConfigError if variables are missing or disagree.
     """
     world_size = require_int(environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
@@ -59,7 +59,7 @@ def job_end(environ: Mapping[str, str]) -> int | None:
 
 
 def step_port(environ: Mapping[str, str]) -> int:
-    """Return the port of this step in PORTS: the same for all its tasks, another one for its neighbours.
+    """Return the port of this step in PORTS: equal for all its tasks, different for neighbouring steps.
 
     20000 + (37 x job id + step id) mod 12000.
     """
@@ -96,7 +96,7 @@ def _split(text: str) -> list[str]:
     for char in text:
         depth += {"[": 1, "]": -1}.get(char, 0)
         if depth < 0:
-            raise ValueError("a bracket is closed that was not opened")
+            raise ValueError("a bracket is closed but not opened")
         if char == "," and depth == 0:
             parts.append("")
         else:

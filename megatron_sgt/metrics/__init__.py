@@ -31,7 +31,6 @@ summary  step, train_iters, reason, exit_code, first_loss, loss, valid_loss, gro
 
 from megatron_sgt.metrics.console import ConsoleWriter
 from megatron_sgt.metrics.hub import KINDS, METRICS_FILE, MetricsHub, build_hub
-from megatron_sgt.metrics.jsonl import JsonlWriter, read_metrics
 from megatron_sgt.metrics.throughput import EtaEstimator, peak_flops, throughput_record
 from megatron_sgt.metrics.writers import TensorBoardWriter, WandbWriter, Writer
 
@@ -40,13 +39,11 @@ __all__ = [
     "METRICS_FILE",
     "ConsoleWriter",
     "EtaEstimator",
-    "JsonlWriter",
     "MetricsHub",
     "TensorBoardWriter",
     "WandbWriter",
     "Writer",
     "build_hub",
     "peak_flops",
-    "read_metrics",
     "throughput_record",
 ]

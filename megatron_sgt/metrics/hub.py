@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgt.config.run import LoggingConfig
+from megatron_sgt.jsonl import JsonlWriter
 from megatron_sgt.metrics.console import ConsoleWriter
-from megatron_sgt.metrics.jsonl import JsonlWriter
 from megatron_sgt.metrics.writers import TensorBoardWriter, WandbWriter, Writer
 
 KINDS = (

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from megatron_sgt.config.run import LoggingConfig
 from megatron_sgt.errors import ConfigError
+from megatron_sgt.files import replace_text
 
 # Constants of a run and the axis itself make no curve.
 _NO_CURVE = (
@@ -143,7 +144,7 @@ class WandbWriter:
                 f"Weights & Biases refused project {project!r}: {error}. Log in with 'wandb login', set "
                 "WANDB_MODE=offline, or remove logging.wandb_project"
             ) from error
-        id_file.write_text(f"{self._run.id}\n", encoding="utf-8")
+        replace_text(id_file, f"{self._run.id}\n")
         # W&B's own step may not go back, as ours does on a resume: ours is one more curve, and the x axis.
         for kind in ("train", "valid", "growth", "save"):
             self._run.define_metric(f"{kind}/*", step_metric="step")

@@ -26,27 +26,18 @@ from megatron_sgt.model.norm import NORMS, HeadNorm
 from megatron_sgt.ops.rotary import RotaryTables
 
 
-def recomputed_layers(config: Config, granularity: str) -> tuple[int, ...]:
-    """Ids of the layers that are recomputed with ``granularity``; empty if another one is configured."""
-    train = config.train
-    if train.recompute_granularity != granularity:
-        return ()
-    return tuple(range(config.model.num_layers)) if train.recompute_layers is None else train.recompute_layers
-
-
 def layer_submodules(
     config: Config, meter: EntropyMeter, fused: bool = False, fused_rotary: bool = False
 ) -> TransformerLayerSubmodules:
     """The parts of one layer, the same for SGT and for a plain Megatron-Core layer."""
     norm = NORMS[config.model.normalization]
     head_norm = HeadNorm if config.model.qk_layernorm else None
-    recompute = recomputed_layers(config, "selective")
     attention = SelfAttentionSubmodules(
         linear_qkv=LoopingColumnParallelLinear,
         core_attention=partial(
             SGTCoreAttention,
             meter=meter,
-            recompute=recompute,
+            recompute=config.recomputed_layers("selective"),
             fused=fused,
             loop_attention=config.train.loop_attention,
             fused_rotary=fused_rotary,
@@ -94,7 +85,7 @@ def decoder_spec(
     if not plain:
         params = {
             "loop_options": LoopOptions.of(config, layout, fused),
-            "recompute": recomputed_layers(config, "full"),
+            "recompute": config.recomputed_layers("full"),
             "tables": RotaryTables(),
         }
     layer = ModuleSpec(

@@ -1,1 +1,1 @@
-"""Operations: each with its definition in plain torch, and a faster equal where one exists (L1)."""
+"""Operations: each with its definition in plain torch, and a faster equal where one exists."""

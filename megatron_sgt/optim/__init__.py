@@ -1,1 +1,1 @@
-"""Parameter groups, the optimizer and learning-rate schedules (L3)."""
+"""Parameter groups, the optimizer and learning-rate schedules."""

@@ -1,1 +1,1 @@
-"""Devices, process groups, random streams and the mapping of heads to ranks (L2)."""
+"""Devices, process groups, random streams and collectives."""

@@ -1,4 +1,4 @@
-"""The device a rank computes on and the collective backend that goes with it."""
+"""A rank's device and the matching collective backend."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import weakref
 
 import torch
 
-from megatron_sgt.errors import ConfigError
+from megatron_sgt.errors import ConfigError, first_line
 
 _PORTABLE = 1
 """cudaHostRegisterPortable: locked for every GPU of the process."""
@@ -28,8 +28,8 @@ def device_type(wanted: str) -> str:
 def select_device(wanted: str, local_rank: int, local_ranks: int = 1) -> torch.device:
     """Return this rank's device, and make it the current one.
 
-    A rank that sees one GPU was given it (``--gpus-per-task=1``, ``CUDA_VISIBLE_DEVICES`` of its own), whatever
-    its local rank; ``parallel.placement`` finds out whether others were given the same.
+    A rank that sees a single GPU uses it (``--gpus-per-task=1``, its own ``CUDA_VISIBLE_DEVICES``), whatever its local
+    rank; ``parallel.placement`` checks that no other rank has the same one.
 
     Args:
         wanted: "auto" (CUDA when present), "cpu" or "cuda".
@@ -42,13 +42,13 @@ def select_device(wanted: str, local_rank: int, local_ranks: int = 1) -> torch.d
     if device_type(wanted) == "cpu":
         return torch.device("cpu")
     try:
-        torch.cuda.init()  # only now the count is CUDA's own: before, torch asks the driver, which knows no MIG
+        torch.cuda.init()  # afterwards the count is CUDA's own; before, torch asks the driver, which ignores MIG
         visible = torch.cuda.device_count()
         if visible == 0:
             raise RuntimeError("CUDA finds no device")
     except RuntimeError as error:
         raise ConfigError(
-            f"torch cannot start the GPU ({str(error).splitlines()[0]}); compare its CUDA version with the driver's "
+            f"torch cannot start the GPU ({first_line(error)}); compare its CUDA version with the driver's "
             "(nvidia-smi), or use parallel.device=cpu"
         ) from error
     if 1 < visible < max(local_ranks, local_rank + 1):
@@ -62,7 +62,7 @@ def select_device(wanted: str, local_rank: int, local_ranks: int = 1) -> torch.d
 
 
 def identity(device: torch.device) -> str | None:
-    """What no other device has: the UUID of a GPU; None on a CPU."""
+    """A unique name: the UUID of a GPU; None on a CPU."""
     if device.type != "cuda":
         return None
     return str(torch.cuda.get_device_properties(device).uuid)
@@ -71,13 +71,6 @@ def identity(device: torch.device) -> str | None:
 def backend_for(device: torch.device) -> str:
     """Name of the torch.distributed backend for ``device``: nccl on GPUs, gloo on CPUs."""
     return "nccl" if device.type == "cuda" else "gloo"
-
-
-def resolve_precision(wanted: str, device: torch.device) -> str:
-    """ "auto" becomes bf16 on a GPU and fp32 on a CPU; anything else is returned as it is."""
-    if wanted != "auto":
-        return wanted
-    return "bf16" if device.type == "cuda" else "fp32"
 
 
 def memory_gb(device: torch.device) -> tuple[float | None, float | None]:
@@ -100,9 +93,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def lock_pages(memory: torch.Tensor) -> None:
-    """Page-lock host memory as it is, to the byte, so that GPUs copy to it at full speed.
+    """Page-lock existing host memory, so that GPUs copy to it at full speed.
 
-    It may not be given back while it is locked. Raises RuntimeError when the system refuses.
+    It must not be freed while it is locked. Raises RuntimeError when the system refuses.
     """
     error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE))
     if error:

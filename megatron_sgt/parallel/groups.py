@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_sgt.config.parallel import ParallelConfig
-from megatron_sgt.errors import ConfigError
+from megatron_sgt.errors import ConfigError, first_line
 from megatron_sgt.launch.rank_info import LOOPBACK, RankInfo
 from megatron_sgt.parallel.device import backend_for
 
@@ -44,8 +44,8 @@ class ParallelGroups:
 def initialize_groups(config: ParallelConfig, info: RankInfo, device: torch.device) -> ParallelGroups:
     """Start torch.distributed and Megatron-Core's groups.
 
-    The same timeout is given to both: Megatron-Core's groups have one of their own (30 minutes), and a
-    peer of a stopped rank would wait that long.
+    Both get the same timeout: Megatron-Core's groups default to 30 minutes, and the peers of a stopped rank would wait
+    that long.
 
     Raises:
         ConfigError: the ranks cannot meet.
@@ -84,9 +84,9 @@ def initialize_groups(config: ParallelConfig, info: RankInfo, device: torch.devi
 
 
 def loopback_store(info: RankInfo, timeout: datetime.timedelta) -> dist.TCPStore:
-    """Where the ranks of one machine meet: a port that the machine alone can reach.
+    """The meeting point of the ranks of one machine: a port that only this machine can reach.
 
-    torch's own listens on every interface, and answers whoever asks.
+    torch's own store listens on every interface and answers anybody.
     """
     listening = None
     if info.rank == 0:
@@ -117,17 +117,16 @@ def _meeting(info: RankInfo, timeout: datetime.timedelta) -> Iterator[None]:
                 f"rank 0 cannot listen on port {info.master_port}: another program does; set MASTER_PORT to a free "
                 "port, or leave it to the launcher"
             ) from error
-        reason = next(iter(str(error).strip().splitlines()), repr(error))
         raise ConfigError(
             f"rank {info.rank} of {info.world_size} has not met the others at {info.master_addr}:{info.master_port} "
-            f"within parallel.distributed_timeout_minutes {timeout.total_seconds() / 60:g} ({reason}); check that all "
-            f"ranks were started, that {info.master_addr} is a name or address of rank 0's node that all nodes know, "
-            "and that no firewall closes the port"
+            f"within parallel.distributed_timeout_minutes {timeout.total_seconds() / 60:g} ({first_line(error)}); "
+            f"check that all ranks were started, that {info.master_addr} is a name or address of rank 0's node that "
+            "all nodes know, and that no firewall closes the port"
         ) from error
 
 
 def current_groups(device: torch.device) -> ParallelGroups:
-    """Read the groups that are initialised already."""
+    """The groups that are already initialised."""
     return ParallelGroups(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -142,7 +141,7 @@ def current_groups(device: torch.device) -> ParallelGroups:
 
 
 def destroy_groups() -> None:
-    """Take the groups down again (the end of a run, or between layouts in one test process)."""
+    """Destroy the groups (at the end of a run, or between layouts in one test process)."""
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,6 +1,6 @@
-"""Where the ranks sit: no two on one GPU, tensor-parallel groups inside one host, limits that a host should not have.
+"""Checks where ranks are placed: no two on one GPU, tensor-parallel groups inside a host, no tight limits of a host.
 
-Every rank tells its seat through the store; rank 0 judges all, in ranks x one short message.
+Every rank publishes its place in the store; rank 0 checks all of them.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from megatron_sgt.parallel.device import identity
 from megatron_sgt.parallel.groups import ParallelGroups
 
 ENOUGH = 2**30
-"""Bytes of /dev/shm that NCCL and the data workers of a host get along with; NCCL's manual asks for as much."""
+"""Bytes of /dev/shm that suffice for NCCL and the data workers of a host, as NCCL's manual recommends."""
 SHOWN = 3
-"""Hosts or groups that a sentence names before it only counts."""
+"""Hosts or groups that a sentence names; it counts the others."""
 
 
 @dataclass(frozen=True)
 class Seat:
-    """Where one rank sits. Sizes are in bytes."""
+    """The place of one rank. Sizes are in bytes."""
 
     host: str
     device: str | None = None
@@ -82,7 +82,7 @@ def spanning_groups(hosts: Sequence[str], tensor_parallel: int) -> list[tuple[in
 
 
 def advice(seats: Sequence[Seat], tensor_parallel: int) -> list[str]:
-    """What is legal but slow, or soon to fail, in a sentence each."""
+    """What is legal but slow, or likely to fail soon, one sentence each."""
     hosts = [seat.host for seat in seats]
     told = []
     if spanning := spanning_groups(hosts, tensor_parallel):

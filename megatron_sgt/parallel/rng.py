@@ -1,8 +1,8 @@
 """Random streams: which ranks draw the same numbers, and how to save and restore them exactly.
 
-Every initial weight has a stream of its own, ``named_generator``, which no layout enters. Training draws from other
-streams: every data-parallel rank has its own, and within it the tensor-parallel ranks share one (dropout on
-replicated activations) and have one each (dropout on sharded activations).
+Every initial weight has its own stream, ``named_generator``, independent of the layout. Training draws from other
+streams: every data-parallel rank has its own, and within it the tensor-parallel ranks share one (dropout on replicated
+activations) and have one each (dropout on sharded activations).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from megatron.core.tensor_parallel import random as megatron_random
 
 from megatron_sgt.parallel.groups import ParallelGroups
 
-# Any positive offsets that keep the streams apart for every realistic number of ranks.
+# Arbitrary positive offsets that keep the streams distinct for every realistic number of ranks.
 _TENSOR_PARALLEL_OFFSET = 2718
 _DATA_PARALLEL_STRIDE = 1_000_003
 
 
 def named_generator(seed: int, name: str, device: torch.device) -> torch.Generator:
-    """A generator on ``device`` that depends on ``seed`` and ``name`` alone, and touches no other stream."""
+    """A generator on ``device`` that depends only on ``seed`` and ``name``, and affects no other stream."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -72,12 +72,12 @@ def recompute_contexts() -> tuple[AbstractContextManager[None], AbstractContextM
 
 
 class _SameStreams:
-    """Context of a recomputation: Megatron's random streams stand where they stood when this was made.
+    """Context of a recomputation: Megatron's random streams are in the state they had when this was made.
 
     Dropout then draws the masks of the forward pass again. torch's checkpoint restores the generator; this restores
     the streams that are not in it, and the name of the one that is: under sequence parallelism Megatron runs all
     layers inside a ``fork``, whose stream lives in the generator, and a ``fork`` within it must find it there.
-    Afterwards the streams go on from where they were.
+    Afterwards the streams continue from where they were.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Time that a rank spends on work of its own, on its device, measured without making anything wait."""
+"""Measures the time of a rank's own work on its device, without synchronizing anything."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 class Stopwatch:
     """Adds up stretches of time per lap (an optimizer step).
 
-    On a CPU stretches are host time. On a GPU they lie between two events on the current stream, so queueing in
-    front of them does not count; they are read when the laps are asked for.
+    On a CPU stretches are host time. On a GPU they lie between two events on the current stream, so earlier queueing
+    does not count; they are read when the laps are requested.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,7 +32,7 @@ class Stopwatch:
             self._started = None
 
     def end_lap(self) -> None:
-        """What follows belongs to the next lap."""
+        """Start the next lap."""
         self._laps.append(self._lap)
         self._lap = []
 

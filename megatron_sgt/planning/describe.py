@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from megatron_sgt.config import Config
+from megatron_sgt.metrics.units import count
 from megatron_sgt.planning.flops import overhead
 from megatron_sgt.planning.parameters import parameter_count
 from megatron_sgt.planning.structure import final_plan
-
-
-def count(number: int, noun: str) -> str:
-    """1 layer, 2 layers."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def model_line(config: Config) -> str:
@@ -39,24 +35,4 @@ def growth_line(config: Config) -> str:
     return (
         f"up to {count(growth.max_selected_layers, 'layer')} x {heads} x {loops} from step "
         f"{growth.first_selection_step} on, at most {added} once fixed"
-    )
-
-
-def layout_line(config: Config, world_size: int, precision: str) -> str:
-    """How the ranks share the model."""
-    parallel = config.parallel
-    stage = config.zero_stage_on(world_size, precision)
-    return (
-        f"{count(world_size, 'rank')} = tensor parallel {parallel.tensor_model_parallel_size} x data parallel "
-        f"{config.data_parallel_size(world_size)} · ZeRO-{stage} · {precision}"
-    )
-
-
-def batch_line(config: Config, world_size: int) -> str:
-    """The batch arithmetic. Raises ConfigError where it does not work out."""
-    train = config.train
-    return (
-        f"{train.global_batch_size} sequences = micro {train.micro_batch_size} x accumulation "
-        f"{config.num_micro_batches(world_size)} x data parallel {config.data_parallel_size(world_size)} · "
-        f"{train.global_batch_size * config.model.seq_length:,} tokens per step"
     )

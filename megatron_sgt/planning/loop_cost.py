@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.config import Config
 from megatron_sgt.growth import LayerPlan
+from megatron_sgt.metrics.units import file_size, si
 from megatron_sgt.planning.traffic import LoopMethod, Transfer, kept_counts, loop_pass_traffic
 
 # The ratio decides, not the values: dense bf16 arithmetic that attention reaches on an H100-class GPU, and the
@@ -143,6 +144,6 @@ def choose_loop_method(config: Config) -> tuple[LoopMethod, str]:
     better: LoopMethod = "balanced" if balanced.seconds <= owner.seconds else "owner"
     return better, (
         f"{better} looping over {ranks} tensor-parallel ranks: per pass and micro-batch "
-        f"{balanced.bytes_forward / 1e6:.2f} MB and {balanced.flops.forward / 1e9:.2f} GFLOP balanced, "
-        f"{owner.bytes_forward / 1e6:.2f} MB and {owner.flops.forward / 1e9:.2f} GFLOP at the owner (model)"
+        f"{file_size(balanced.bytes_forward)} and {si(balanced.flops.forward, ' ')}FLOP balanced, "
+        f"{file_size(owner.bytes_forward)} and {si(owner.flops.forward, ' ')}FLOP at the owner (model)"
     )

@@ -85,15 +85,16 @@ def activation_memory(
         every = (activation_memory(config, plan, precision, kernels, rank, method) for rank in range(size))
         return max(every, key=lambda one: one.total)
     rank = _Rank(config, ELEMENT_BYTES[precision], kernels, tp_rank, method or choose_loop_method(config)[0])
+    fully, selectively = config.recomputed_layers("full"), config.recomputed_layers("selective")
     layers = loops = recomputed = 0
     for index, layer in enumerate(plan):
         once = rank.layer() + sum(rank.loop_pass(layer) for _ in range(layer.loops))
-        if rank.recomputes(index, "full"):
+        if index in fully:
             recomputed, once = max(recomputed, once), rank.stream
             layers += rank.stream
             loops += layer.block_loops * rank.stream
             continue
-        rank.selective = rank.recomputes(index, "selective")
+        rank.selective = index in selectively
         ordinary = rank.layer()
         layers += ordinary
         loops += layer.block_loops * ordinary + layer.loops * rank.loop_pass(layer)
@@ -124,12 +125,6 @@ class _Rank:
         self.tokens = train.micro_batch_size * model.seq_length
         self.local_tokens = self.tokens // self.ranks if self.sharded else self.tokens
         self.stream = self.local_tokens * model.hidden_size * element
-
-    def recomputes(self, layer: int, granularity: str) -> bool:
-        """Whether ``layer`` is recomputed with ``granularity``."""
-        train = self.config.train
-        chosen = train.recompute_layers is None or layer in train.recompute_layers
-        return train.recompute_granularity == granularity and chosen
 
     def layer(self) -> int:
         """One ordinary execution of attention and MLP."""

@@ -14,7 +14,7 @@ from megatron_sgt.planning.loop_cost import choose_loop_method
 from megatron_sgt.planning.memory import activation_memory
 from megatron_sgt.planning.parameters import checkpoint_bytes, parameter_count, parameters_by_part
 from megatron_sgt.planning.state_memory import state_memory
-from megatron_sgt.planning.step_time import Machine, step_time
+from megatron_sgt.planning.step_time import NOT_CALIBRATED, Machine, step_time
 from megatron_sgt.planning.structure import Stretch, final_plan, timeline
 from megatron_sgt.planning.traffic import LoopMethod, loop_pass_traffic, step_traffic
 
@@ -165,7 +165,8 @@ def _step_times(config: Config, world_size: int, machine: Machine, precision: st
     """Modelled seconds of vanilla, and what the final structure adds, looped either way."""
     plan, empty = final_plan(config, together=True), LoopPlan.empty(config.model.num_layers)
     tensor = config.parallel.tensor_model_parallel_size
-    times = {"vanilla": asdict(step_time(config, empty, world_size, machine, precision, "owner"))}
+    times: dict[str, Any] = {"note": NOT_CALIBRATED}
+    times["vanilla"] = asdict(step_time(config, empty, world_size, machine, precision, "owner"))
     times["vanilla"]["total"] = sum(times["vanilla"].values())
     if plan.layers:
         for method in METHODS if tensor > 1 and config.growth.method == "sgt" else METHODS[:1]:

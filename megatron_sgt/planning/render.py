@@ -8,7 +8,8 @@ from typing import Any
 
 from megatron_sgt.config import Config
 from megatron_sgt.metrics.units import duration, file_size, si
-from megatron_sgt.planning.describe import batch_line, growth_line, layout_line, model_line
+from megatron_sgt.planning.describe import growth_line, model_line
+from megatron_sgt.planning.layout import batch_line, layout_line
 
 WIDTH = 100
 _LABEL = 12
@@ -141,7 +142,7 @@ def _time(plan: dict[str, Any], config: Config) -> Iterator[str]:
         f"--mfu) on {layout['world_size']} x {layout['gpu']}",
     )
     model = (
-        f"{vanilla['total']:.3g} s per step (products {vanilla['compute']:.3g}, between them "
+        f"{times['note']}: {vanilla['total']:.3g} s per step (products {vanilla['compute']:.3g}, between them "
         f"{vanilla['elementwise']:.3g}, tensor parallel {vanilla['tensor_parallel']:.3g}, data parallel "
         f"{vanilla['data_parallel']:.3g})"
     )

@@ -1,4 +1,4 @@
-"""A model of the time of one training step, component by component. Assumed efficiencies, nothing measured.
+"""A model of the time of one training step, component by component. Not calibrated: its efficiencies are assumed.
 
     compute     operations that the step needs (causal products at half, recompute included) on the rank that has
                 most, over peak · kernel_efficiency
@@ -29,6 +29,8 @@ from megatron_sgt.planning.traffic import LoopMethod, Transfer, step_traffic
 
 OPTIMIZER_BYTES = 28
 """Read and written per parameter by AdamW in fp32."""
+NOT_CALIBRATED = "not calibrated"
+"""The mark of every figure that comes from here, wherever it is printed."""
 LOOP_PARTS = ("loops", "loops in the window", "kept weights", "block loops")
 
 
@@ -117,13 +119,10 @@ def _needed(flops: Flops) -> float:
 
 def _recomputed(config: Config, layer: int) -> float:
     """Operations of a whole step that recompute adds for one layer, all ranks."""
-    train, model = config.train, config.model
-    if train.recompute_layers is not None and layer not in train.recompute_layers:
-        return 0.0
-    one = pass_flops(model, train.global_batch_size)
-    if train.recompute_granularity == "selective":
+    one = pass_flops(config.model, config.train.global_batch_size)
+    if layer in config.recomputed_layers("selective"):
         return one.attention.attention / 2
-    if train.recompute_granularity == "full":
+    if layer in config.recomputed_layers("full"):
         return one.attention.linear + one.attention.attention / 2 + one.mlp.linear
     return 0.0
 
@@ -141,9 +140,7 @@ def _loop_operations(config: Config, plan: LoopPlan, world_size: int, method: Lo
 
 def _layer_loops(config: Config, layer: LayerPlan, index: int, rank: int, method: LoopMethod) -> float:
     train, ranks = config.train, config.parallel.tensor_model_parallel_size
-    full = train.recompute_granularity == "full" and (
-        train.recompute_layers is None or index in train.recompute_layers
-    )
+    full = index in config.recomputed_layers("full")
     total = 0.0
     one = pass_flops(config.model, train.micro_batch_size)
     if layer.block_loops:

@@ -130,9 +130,7 @@ class _Step:
         self.tokens = train.micro_batch_size * model.seq_length
         self.stream = self.tokens * model.hidden_size * element_bytes
         self.norm_vectors = 2 if model.normalization == "LayerNorm" else 1
-        full = train.recompute_granularity == "full"
-        every = range(model.num_layers) if train.recompute_layers is None else train.recompute_layers
-        self.recomputed = frozenset(every) if full else frozenset()
+        self.recomputed = config.recomputed_layers("full")
 
     def ends(self) -> Iterator[Transfer]:
         """Embedding, last norm, output projection, loss."""

@@ -1,7 +1,7 @@
 """Several runs on one page: at equal steps, at equal FLOPs and at equal time.
 
-Training losses are noisy, so the loss of a run at a point is the mean of its last reports up to there. Losses in
-the table are validation losses where all runs have them, else training losses.
+Training losses are noisy, so the loss of a run at a point is the mean of its last reports up to that point. The tables
+show validation losses where all runs have them, else training losses.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def write_comparison(
         The written files, the page first.
 
     Raises:
-        ConfigError: fewer than two runs, or as many names as there are not runs.
+        ConfigError: fewer than two runs, or not as many names as runs.
         DataError: a folder holds no metrics file.
     """
     if len(run_dirs) < 2:
@@ -86,7 +86,7 @@ def write_comparison(
 
 
 def _distinct(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, with as many of their parents as are needed to tell them apart."""
+    """The folders' names, with as many parents as are needed to distinguish them."""
     parts = [folder.resolve().parts for folder in folders]
     depth = 1
     while len({p[-depth:] for p in parts}) < len({*parts}):
@@ -95,7 +95,7 @@ def _distinct(folders: Sequence[Path]) -> list[str]:
 
 
 def comparison_page(runs: Sequence[RunData]) -> Page:
-    """The page of several runs; the first is the one that the others are compared with."""
+    """The page of several runs; the others are compared with the first."""
     page = Page(" · ".join(run.name for run in runs), f"Compared with {runs[0].name}, the first run.")
     page.notes(f"{run.name}: {note}" for run in runs for note in run.notes)
     kind = common_kind(runs)
@@ -194,7 +194,7 @@ def cost_figure(runs: Sequence[RunData]) -> Figure | None:
 
 
 def summary_table(runs: Sequence[RunData], kind: str) -> Table:
-    """(columns, rows): where every run stands at its own end."""
+    """(columns, rows): every run at its own end."""
     loss = "validation loss" if kind == "valid" else "training loss"
     columns = (
         "run",
@@ -240,7 +240,7 @@ def _median_time(run: RunData) -> float:
 
 
 def _beside(value: float, base: float, show: Callable[[float], str]) -> str:
-    """The value, and how much it is above that of the first run."""
+    """The value, and its excess over that of the first run."""
     if not np.isfinite(value):
         return ""
     text = show(value)
@@ -248,7 +248,7 @@ def _beside(value: float, base: float, show: Callable[[float], str]) -> str:
 
 
 def equal_table(runs: Sequence[RunData], axis: Axis, kind: str) -> Table:
-    """(columns, rows): every run's loss where the run that got least far has ended."""
+    """(columns, rows): every run's loss at the end of the run that ended first."""
     curves = []
     for run in runs:
         steps, values = losses(run, kind)

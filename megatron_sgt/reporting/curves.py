@@ -53,7 +53,7 @@ def loss_figure(run: RunData) -> Figure | None:
 
 
 def _trim_start(axes: Axes, losses: Floats) -> None:
-    """Let the first, highest losses of a long run leave the picture, so that the rest can be told apart."""
+    """Cut off the first, highest losses of a long run, so that the rest is distinguishable."""
     if len(losses) >= 50:
         top = float(np.quantile(losses, 0.98))
         low = float(losses.min())
@@ -132,7 +132,7 @@ def speed_figure(run: RunData) -> Figure | None:
 
 
 def headline(run: RunData) -> list[tuple[str, str]]:
-    """(name, value) of the numbers that a reader wants first; what is unknown is left out."""
+    """(name, value) of the most important numbers; unknown ones are omitted."""
     found: list[tuple[str, str]] = []
     train = run.of_kind("train")
     if train:

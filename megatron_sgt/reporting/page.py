@@ -1,4 +1,4 @@
-"""One self-contained HTML file from pictures, tables and texts: nothing is loaded from anywhere."""
+"""One self-contained HTML file of pictures, tables and texts, without external resources."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Page:
         self._pictures: list[tuple[str, bytes]] = []
 
     def notes(self, texts: Iterable[str]) -> None:
-        """What is missing or damaged, where it cannot be overlooked."""
+        """Conspicuous notes on what is missing or damaged."""
         self._body += [f'<p class="note">{html.escape(text)}</p>' for text in texts]
 
     def cards(self, pairs: Iterable[tuple[str, str]]) -> None:
@@ -47,7 +47,7 @@ class Page:
         self._body.append(f'<div class="cards">{inside}</div>')
 
     def picture(self, name: str, heading: str, caption: str, figure: Figure | None) -> None:
-        """A section with a picture; without a figure, the section says that there is nothing to show.
+        """A section with a picture; without a figure it says that there is nothing to show.
 
         Args:
             name: of the PNG file, without suffix.
@@ -67,7 +67,7 @@ class Page:
         )
 
     def table(self, heading: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """A section with a table; left out when there are no rows."""
+        """A section with a table; omitted if it has no rows."""
         lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
         if lines:
             head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)

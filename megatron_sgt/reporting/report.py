@@ -1,4 +1,4 @@
-"""The report of one run: what happened, at a glance."""
+"""The report of one run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write_report(run_dir: Path, output: Path | None = None) -> list[Path]:
 
 
 def build_page(run: RunData) -> Page:
-    """The page of one run. Parts that the run directory does not hold are named as missing."""
+    """The page of one run. It names the parts that the run directory lacks."""
     page = Page(run.name, f"Report of {run.run_dir}: {_extent(run)}.")
     page.notes(run.notes)
     page.cards(headline(run))

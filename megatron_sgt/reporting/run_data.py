@@ -1,4 +1,4 @@
-"""What a run directory holds, read as far as it can be read."""
+"""Reads a run directory, as far as it is readable."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import yaml
 from numpy.typing import NDArray
 
 from megatron_sgt.errors import DataError
+from megatron_sgt.jsonl import read_all, without_void_records
 from megatron_sgt.metrics import METRICS_FILE
-from megatron_sgt.metrics.jsonl import read_all, without_void_records
 
 Record = Mapping[str, Any]
 Floats = NDArray[np.float64]
@@ -34,7 +34,7 @@ class Restart:
 
 @dataclass(frozen=True)
 class RunData:
-    """One run. ``records``: those that count, in order; ``notes``: what is missing or damaged, for a person."""
+    """One run. ``records``: the valid ones, in order; ``notes``: what is missing or damaged, in words."""
 
     name: str
     run_dir: Path
@@ -60,7 +60,7 @@ class RunData:
 
     @cached_property
     def last_step(self) -> int:
-        """The last step that anything is known of; 0 if none is."""
+        """The last step of any record; 0 if there is none."""
         return max((int(r.get("step") or 0) for r in self.records), default=0)
 
     @cached_property
@@ -80,7 +80,7 @@ class RunData:
     def entropy(self) -> tuple[Floats, Floats]:
         """(steps [N], EMA entropies [N, layers, heads]) where they were reported.
 
-        Step 1 is left out: the EMA starts at 0, and has seen one step then.
+        Step 1 is omitted: the EMA starts at 0 and has seen only one step by then.
         """
         found: dict[int, Any] = {}
         for record in self.records:

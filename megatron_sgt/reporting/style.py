@@ -1,7 +1,7 @@
 """Colours, sizes and the marks that every picture shares.
 
-The colours are those of Okabe and Ito (2008), told apart by colour-blind readers; where several lines share a
-picture they also differ in dash and in lightness, so that a grey print can be read.
+The colours are those of Okabe and Ito (2008), which colour-blind readers can distinguish; lines that share a picture
+also differ in dash and lightness, so that a grey print is readable.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""From a configuration to a job in Slurm's queue. Never imports torch: a login node needs pydantic and PyYAML (L5)."""
+"""Turns a configuration into a job in Slurm's queue. Never imports torch: a login node needs pydantic and PyYAML."""

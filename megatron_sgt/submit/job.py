@@ -1,4 +1,4 @@
-"""A run as a job: described, written beside the run, handed to sbatch."""
+"""A run as a Slurm job: its files are written beside the run, then it is submitted with sbatch."""
 
 import os
 import shutil
@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_sgt.checkpoint.layout import LATEST_FILE
 from megatron_sgt.config import Config
 from megatron_sgt.errors import ConfigError, SGTError
+from megatron_sgt.files import replace_text
 from megatron_sgt.launch.sbatch import CONFIG, SCRIPT, SlurmJob, sbatch_script
 
 FOLDER = "slurm"
@@ -21,7 +22,7 @@ def job_folder(config: Config) -> str:
 
 
 def job_name(config: Config) -> str:
-    """One name for one run directory: Slurm lets one job of a name run at a time (--dependency=singleton)."""
+    """One name per run directory: Slurm runs one job of a name at a time (--dependency=singleton)."""
     return f"sgt:{config.logging.run_dir}"
 
 
@@ -31,7 +32,7 @@ def latest_file(config: Config) -> str:
 
 
 def outside_folders(config: Config) -> list[str]:
-    """Folders outside the current one that the run reads or writes: what a container must be shown."""
+    """Folders outside the current one that the run reads or writes, for a container to mount."""
     here = Path.cwd()
     folders = dict.fromkeys(place.absolute() for place in _places(config))
     outside = [folder for folder in folders if not folder.is_relative_to(here)]
@@ -49,21 +50,21 @@ def _places(config: Config) -> Iterator[Path]:
 
 
 def write_job(job: SlurmJob, config: Config) -> Path:
-    """Write script and resolved configuration; returns the script. Restarts read these, not what they came from.
+    """Write script and resolved configuration; returns the script. Restarts read these, not the originals.
 
-    The count of starts of an earlier submission is forgotten.
+    The count of starts of an earlier submission is reset.
     """
     folder = Path(job.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(config.to_yaml())
+    replace_text(folder / CONFIG, config.to_yaml())
     (folder / "starts").unlink(missing_ok=True)
     script = folder / SCRIPT
-    script.write_text(sbatch_script(job))
+    replace_text(script, sbatch_script(job))
     return script
 
 
 def submit(script: Path) -> str:
-    """Hand ``script`` to sbatch; returns the job's id.
+    """Submit ``script`` with sbatch; returns the job's id.
 
     Raises ConfigError: there is no sbatch here. SGTError: Slurm refuses the job.
     """

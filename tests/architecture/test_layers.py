@@ -9,11 +9,14 @@ import pytest
 
 from tests.architecture.source_tree import PACKAGE, ROOT, Source, python_sources
 
-# Lower numbers are imported by higher ones. errors, cli which reports them, and extensions are below everything.
+# Lower numbers are imported by higher ones. errors, cli which reports them, extensions and the format of metrics.jsonl
+# are below everything.
 LAYERS = {
     "errors": -3,
+    "files": -3,
     "cli": -2,
     "extensions": -2,
+    "jsonl": -2,
     "config": -1,
     "arch": 0,
     "growth": 1,
@@ -30,21 +33,25 @@ LAYERS = {
     "evaluation": 5,
     "guard": 5,
     "reporting": 5,
-    "export": 6,
-    "engine": 6,
-    "submit": 6,
-    "__main__": 7,
+    "preflight": 6,
+    "export": 7,
+    "engine": 7,
+    "submit": 7,
+    "__main__": 8,
 }
 TORCH_FREE = (
     "errors",
+    "files",
     "cli",
     "extensions",
+    "jsonl",
     "config",
     "arch",
     "growth",
     "launch",
     "metrics",
     "planning",
+    "preflight",
     "reporting",
     "submit",
 )

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.errors import CheckpointError
+from megatron_sgt.files import replace_text
 
 
 def make(root: Path, step: int, whole: bool = True) -> Path:
@@ -46,7 +47,7 @@ def test_latest_is_what_the_tracker_names(tmp_path: Path) -> None:
     make(tmp_path, 2)
     make(tmp_path, 4)
     assert layout.latest_tag(tmp_path) == "global_step4", "without a tracker the newest"
-    layout.replace_text(tmp_path / layout.LATEST_FILE, "global_step2\n")
+    replace_text(tmp_path / layout.LATEST_FILE, "global_step2\n")
     assert layout.latest_tag(tmp_path) == "global_step2"
 
 
@@ -101,17 +102,36 @@ def test_json_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     assert layout.read_json(path) == {"a": [1, 2.5]}
 
 
-def test_text_is_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "latest"
-    layout.replace_text(path, "old")
+@pytest.mark.parametrize(
+    ("sizes", "stage", "precision", "some", "count"),
+    [
+        ((2, 1), 0, "fp32", "mp_rank_01_model_states.pt", 6),
+        ((2, 2), 1, "bf16", "bf16_zero_pp_rank_1_mp_rank_01_optim_states.pt", 12),
+        ((1, 2), 2, "fp32", "zero_pp_rank_1_mp_rank_00_optim_states.pt", 7),
+        ((2, 2), 3, "fp32", "zero_pp_rank_1_mp_rank_01_model_states.pt", 14),
+    ],
+)
+def test_what_a_layout_has(sizes: tuple[int, int], stage: int, precision: str, some: str, count: int) -> None:
+    where = {"tensor_model_parallel_size": sizes[0], "data_parallel_size": sizes[1]}
+    names = layout.expected_files({**where, "zero_stage": stage, "precision": precision})
+    assert some in names and len(names) == count
+    assert len(layout.expected_files(None)) == 2
 
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(layout.os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        layout.replace_text(path, "new")
-    assert path.read_text() == "old"
+def test_a_rank_reads_two_files_and_one_without_zero() -> None:
+    where = {"zero_stage": 1, "precision": "fp32"}
+    assert layout.files_of_rank(where, 1, 2) == (
+        layout.model_file(1),
+        "zero_pp_rank_2_mp_rank_01_optim_states.pt",
+    )
+    assert layout.files_of_rank({**where, "zero_stage": 0}, 1, 2) == (layout.model_file(1),)
+
+
+def test_weights_of_zero_3_are_no_shared_ones() -> None:
+    name = layout.model_file(1)
+    assert name == "mp_rank_01_model_states.pt" and layout.is_model_file(name)
+    for other in ("zero_pp_rank_0_mp_rank_01_model_states.pt", layout.part_file(name, 1), "rng_00000.pt"):
+        assert not layout.is_model_file(other)
 
 
 @pytest.mark.parametrize(("keep", "left"), [(0, {1, 2, 3, 4}), (1, {4}), (2, {3, 4}), (9, {1, 2, 3, 4})])

@@ -53,19 +53,3 @@ def test_a_manifest_of_another_version_is_refused(tmp_path: Path) -> None:
         (tmp_path / layout.MANIFEST_FILE).write_text(json.dumps(content))
         with pytest.raises(CheckpointError, match=r"manifest\.json is damaged, or not of this version"):
             manifest.read_manifest(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "stage", "precision", "some", "count"),
-    [
-        ((2, 1), 0, "fp32", "mp_rank_01_model_states.pt", 6),
-        ((2, 2), 1, "bf16", "bf16_zero_pp_rank_1_mp_rank_01_optim_states.pt", 12),
-        ((1, 2), 2, "fp32", "zero_pp_rank_1_mp_rank_00_optim_states.pt", 7),
-        ((2, 2), 3, "fp32", "zero_pp_rank_1_mp_rank_01_model_states.pt", 14),
-    ],
-)
-def test_what_a_layout_has(sizes: tuple[int, int], stage: int, precision: str, some: str, count: int) -> None:
-    where = {"tensor_model_parallel_size": sizes[0], "data_parallel_size": sizes[1]}
-    names = manifest.expected_files({**where, "zero_stage": stage, "precision": precision})
-    assert some in names and len(names) == count
-    assert len(manifest.expected_files(None)) == 2

@@ -18,6 +18,7 @@ from megatron_sgt.checkpoint.restricted import load_restricted
 from megatron_sgt.checkpoint.save import Saved, Saver, growth_fingerprint, layout_of
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.errors import CheckpointError
+from megatron_sgt.files import replace_text
 from tests.helpers.checkpoints import ZERO_1
 from tests.helpers.fake_groups import fake_groups
 from tests.helpers.single import small_config
@@ -71,7 +72,7 @@ def test_what_a_checkpoint_holds(tmp_path: Path) -> None:
     assert folder == tmp_path / "new/root/global_step2" and saved.step == 2
     files = {path.name for path in folder.iterdir()}
     where = layout_of(small_config(deepspeed=ZERO_1), fake_groups())
-    assert files == {*manifest.expected_files(where), layout.MANIFEST_FILE}
+    assert files == {*layout.expected_files(where), layout.MANIFEST_FILE}
     about = manifest.read_manifest(folder)
     assert set(about["files"]) == files - {layout.MANIFEST_FILE}
     assert saved.num_bytes == sum(layout.file_sizes(folder).values())
@@ -180,15 +181,16 @@ def kill_at(name: str, owner: Any, attribute: str, call: int = 1) -> None:
 KILLS["inside DeepSpeed's save"] = lambda monkeypatch: Engine(Killed())
 kill_at("in the first file", shard_files.torch, "save")
 kill_at("in the last file", shard_files.torch, "save", call=3)
-kill_at("before a file is on disk", layout, "sync")
+kill_at("before a file is on disk", os, "fsync")
 kill_at("before the state", layout, "write_json")
 kill_at("before the manifest", manifest, "write_manifest")
 kill_at("in the manifest", layout, "write_json", call=2)
-kill_at("before the folder is on disk", layout, "sync", call=5)
-kill_at("before the folder has its name", Path, "rename")
+kill_at("before the folder is on disk", os, "fsync", call=8)
+kill_at("before the folder has its name", os, "replace")
+kill_at("before the new name is on disk", os, "fsync", call=9)
 kill_at("before latest", layout, "point_to")
-kill_at("while latest is replaced", layout.os, "replace")
-kill_at("before the other tracker", layout.os, "replace", call=2)
+kill_at("while latest is replaced", os, "replace", call=2)
+kill_at("before the other tracker", os, "replace", call=3)
 kill_at("before pruning", layout, "prune")
 kill_at("in a deletion", layout.shutil, "rmtree")
 kill_at("in the second deletion", layout.shutil, "rmtree", call=2)
@@ -203,7 +205,7 @@ def test_killed_at_any_point_a_whole_checkpoint_counts(
     save_at(tmp_path, 2)
     if again:
         save_at(tmp_path, 4)
-        layout.replace_text(tmp_path / layout.LATEST_FILE, "global_step2")
+        replace_text(tmp_path / layout.LATEST_FILE, "global_step2")
     with monkeypatch.context() as patched:
         engine = KILLS[point](patched)
         with pytest.raises(Killed):
@@ -240,7 +242,7 @@ def test_a_write_that_fails_is_explained(
 
     saver = saver_at(tmp_path, checkpoint={"async_save": async_save})
     with monkeypatch.context() as patched:
-        patched.setattr(shard_files.torch if what == "save" else layout, what, full)
+        patched.setattr(shard_files.torch if what == "save" else shard_files, what, full)
         saver.start(4, STATE)
         with pytest.raises(
             CheckpointError, match=r"global_step4: No space left on device; earlier .* untouched"

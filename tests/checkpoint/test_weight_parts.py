@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from megatron_sgt.checkpoint.host_copy import Arena
+from megatron_sgt.checkpoint.layout import part_file
 from megatron_sgt.checkpoint.shard_files import ShardFiles
-from megatron_sgt.checkpoint.weight_parts import is_shared, part_file, share
+from megatron_sgt.checkpoint.weight_parts import share
 from megatron_sgt.errors import CheckpointError
 
 NAME = "mp_rank_01_model_states.pt"
@@ -75,9 +76,3 @@ def test_a_missing_part_is_an_error(tmp_path: Path) -> None:
     part.unlink()
     with pytest.raises(CheckpointError, match=r"weights_0001_mp_rank_01\.pt cannot be read"):
         ShardFiles().read([tmp_path / NAME])
-
-
-def test_weights_of_zero_3_are_no_shared_ones() -> None:
-    assert is_shared(Path("x") / NAME)
-    for name in ("zero_pp_rank_0_mp_rank_01_model_states.pt", part_file(NAME, 1), "rng_00000.pt"):
-        assert not is_shared(Path(name))

@@ -248,6 +248,17 @@ def test_precision_on_a_device(precision: str, device: Any, expected: str) -> No
     assert make(train={"precision": precision}).precision_on(device) == expected
 
 
+def test_layers_that_are_computed_again() -> None:
+    for granularity, layers, selective, full in (
+        ("none", None, (), ()),
+        ("full", None, (), tuple(range(6))),
+        ("full", (1, 3), (), (1, 3)),
+        ("selective", (5,), (5,), ()),
+    ):
+        cfg = make(train={"recompute_granularity": granularity, "recompute_layers": layers})
+        assert (cfg.recomputed_layers("selective"), cfg.recomputed_layers("full")) == (selective, full)
+
+
 def test_precision_on_a_device_without_zero() -> None:
     cfg = make(parallel={"zero_stage": 0})
     assert cfg.precision_on("cpu") == "fp32"

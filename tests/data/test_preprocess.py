@@ -6,9 +6,10 @@ import pytest
 
 from megatron_sgt.config import TokenizerConfig
 from megatron_sgt.data.encoding import EncodedKey
-from megatron_sgt.data.preprocess import DatasetWriter, PreprocessOptions, preprocess, sha256_of
+from megatron_sgt.data.preprocess import DatasetWriter, PreprocessOptions, preprocess
 from megatron_sgt.data.tokenizer import build_tokenizer
 from megatron_sgt.errors import DataError
+from megatron_sgt.files import sha256_of
 
 
 def read_back(prefix: str) -> list[list[int]]:
@@ -49,7 +50,7 @@ def test_workers_do_not_change_the_result(tmp_path: Path, sp_model: str, texts: 
     for num_workers in (1, 3):
         preprocess(options(sp_model, source, tmp_path / f"w{num_workers}", num_workers=num_workers))
         sums.append(
-            [sha256_of(f"{tmp_path}/w{num_workers}_text_document{suffix}") for suffix in (".bin", ".idx")]
+            [sha256_of(tmp_path / f"w{num_workers}_text_document{suffix}") for suffix in (".bin", ".idx")]
         )
     assert sums[0] == sums[1]
 
@@ -83,13 +84,13 @@ def test_bad_line_leaves_nothing_behind(tmp_path: Path, sp_model: str, num_worke
 def test_existing_output_is_kept_unless_asked(tmp_path: Path, sp_model: str) -> None:
     source = write(tmp_path / "a.jsonl", [{"text": "layer"}])
     preprocess(options(sp_model, source, tmp_path / "out"))
-    before = sha256_of(f"{tmp_path}/out_text_document.bin")
+    before = sha256_of(tmp_path / "out_text_document.bin")
     source = write(tmp_path / "a.jsonl", [{"text": "head"}])
     with pytest.raises(DataError, match=r"out_text_document\.bin and .*\.idx exists already.*--overwrite"):
         preprocess(options(sp_model, source, tmp_path / "out"))
-    assert sha256_of(f"{tmp_path}/out_text_document.bin") == before
+    assert sha256_of(tmp_path / "out_text_document.bin") == before
     preprocess(options(sp_model, source, tmp_path / "out", overwrite=True))
-    assert sha256_of(f"{tmp_path}/out_text_document.bin") != before
+    assert sha256_of(tmp_path / "out_text_document.bin") != before
 
 
 def test_nothing_to_write(tmp_path: Path, sp_model: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sgt.engine.deepspeed_config import deepspeed_config
+from megatron_sgt.engine.deepspeed_config import check_deepspeed, deepspeed_config
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.model.layer import SGTLayer
 from tests.helpers.single import small_config
@@ -132,3 +132,22 @@ def test_the_result_shares_nothing_with_the_configuration() -> None:
     found["comms_logger"]["enabled"] = False
     assert config.deepspeed == before
     assert deepspeed_config(config, 1, "fp32")["comms_logger"] == {"enabled": True}
+
+
+@pytest.mark.parametrize(
+    ("section", "refused"),
+    [
+        ({}, None),
+        ({"zero_optimization": {"reduce_bucket_size": 1000}}, None),
+        ({"zero_optimization": {"bucket": 7}}, "bucket: Extra inputs are not permitted, got 7"),
+        ({"zero_optimization": {"reduce_bucket_size": "many"}}, "got 'many'"),
+        ({"flops_profiler": 3}, "refused by DeepSpeed"),
+    ],
+)
+def test_what_deepspeed_refuses(section: dict[str, Any], refused: str | None) -> None:
+    config = small_config(deepspeed=section)
+    if refused is None:
+        check_deepspeed(config, 1, "fp32")
+        return
+    with pytest.raises(ConfigError, match=refused):
+        check_deepspeed(config, 1, "fp32")

@@ -42,7 +42,7 @@ def test_the_shape_of_a_run(data: str, tmp_path: Path) -> None:
     assert f"18 steps · 2,304 tokens · {flops:.3g} FLOPs before growth" in shown["run"]
     assert f"at most {100 * overhead(config.model, final_plan(config)):+.2f} % FLOPs" in shown["growth"]
     assert "120 documents" in shown["data"]
-    assert "fresh start" in shown["start"]
+    assert shown["start"].startswith("FRESH START")
     assert not (tmp_path / "new").exists(), "a dry run leaves nothing behind"
 
 

@@ -16,9 +16,9 @@ from megatron_sgt.engine.loop import DivergedError
 from megatron_sgt.engine.run import PretrainingRun
 from megatron_sgt.errors import CheckpointError, ConfigError, DataError
 from megatron_sgt.guard import Progress
+from megatron_sgt.jsonl import read_metrics
 from megatron_sgt.launch.rank_info import LOOPBACK, RankInfo
 from megatron_sgt.metrics import METRICS_FILE
-from megatron_sgt.metrics.jsonl import read_metrics
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import measured_steps, pretrain, reported, tiny_config, write_tiny_data
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_sgt.checkpoint import layout
 from megatron_sgt.checkpoint.find import check_checkpoint
 from megatron_sgt.checkpoint.load import load_checkpoint
 from megatron_sgt.checkpoint.reshard.layout_free import file_name
@@ -18,6 +17,7 @@ from megatron_sgt.config import Config, load_config
 from megatron_sgt.data.gpt_dataset import build_datasets
 from megatron_sgt.engine.build import build_runtime, start_processes
 from megatron_sgt.errors import CheckpointError
+from megatron_sgt.export import from_hf
 from megatron_sgt.export.from_hf import import_model
 from megatron_sgt.launch.rank_info import RankInfo
 from tests.helpers.commands import snapshot
@@ -188,7 +188,7 @@ def test_nothing_is_left_of_an_import_that_fails(tmp_path: Path, monkeypatch: py
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(layout, "replace_text", full)
+    monkeypatch.setattr(from_hf, "replace_text", full)
     with pytest.raises(CheckpointError, match=r"cannot be written: .*No space left"):
         import_model(tmp_path / "hf", tmp_path / "root")
     assert snapshot(tmp_path) == before

@@ -11,6 +11,7 @@ from megatron_sgt.config.growth import GrowthConfig
 from megatron_sgt.errors import CheckpointError, ConfigError
 from megatron_sgt.growth import GrowthSchedule, LoopPlan, build_schedule
 from megatron_sgt.growth.replay import ReplaySchedule
+from megatron_sgt.jsonl import read_metrics
 
 LAYERS, HEADS, STEPS = 5, 4, 40
 SETTINGS: dict[str, Any] = {
@@ -93,6 +94,18 @@ def test_what_a_resume_declared_void_is_not_repeated(tmp_path: Path) -> None:
     lines = [records[0], wrong, {"kind": "resume", "step": records[0]["step"]}, *records[1:]]
     schedule = replay(write(tmp_path / "m.jsonl", lines))
     assert [e.step for e in schedule._recorded] == [r["step"] for r in records]
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_fresh_start_voids_a_recorded_step_0(as_list: bool, tmp_path: Path) -> None:
+    """As for every other reader of a metrics file: a resume at step 0 voids what stands before it, step 0 too."""
+    records, _ = record()
+    lines = [{**records[0], "step": 0, "fade_until_step": 5}, {"kind": "resume", "step": 0}, *records]
+    path = write(tmp_path / "m.jsonl", lines)
+    assert [r["step"] for r in read_metrics(path) if r["kind"] == "growth"] == [r["step"] for r in records]
+    if as_list:
+        Path(path).write_text(json.dumps(lines))
+    assert [e.step for e in replay(path)._recorded] == [r["step"] for r in records]
 
 
 @pytest.mark.parametrize(

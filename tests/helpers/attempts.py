@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from megatron_sgt.jsonl import read_metrics
 from megatron_sgt.launch.rank_info import LOOPBACK, RankInfo, free_port, to_environ
 from megatron_sgt.metrics import METRICS_FILE
-from megatron_sgt.metrics.jsonl import read_metrics
 from tests.helpers.commands import ROOT, Finished, _script_main
 from tests.helpers.ranks import start_server
 

@@ -68,7 +68,7 @@ def write_plain_checkpoint(folder: Path, tokenizer: str | None = None, **section
     where = layout_of(config, fake_groups())
     layout.write_json(folder / layout.STATE_FILE, {"trainer": {"step": step}, "layout": where})
     (folder / layout.CONFIG_FILE).write_text(config.to_yaml())
-    for name in manifest.files_of_rank(where, 0, 0):
+    for name in layout.files_of_rank(where, 0, 0):
         torch.save({"step": step, "padding": torch.zeros(1000)}, folder / name)
     torch.save(rng_state(torch.device("cpu")), folder / layout.rng_file(0))
     manifest.write_manifest(folder, {"layout": where, "tokenizer": tokenizer})

@@ -17,6 +17,7 @@ from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.reshard.rank_state import MOMENTS, QUANTITIES, WEIGHTS
 from megatron_sgt.checkpoint.reshard.stage0 import PARAMETER_NAMES
 from megatron_sgt.config import Config
+from megatron_sgt.files import replace_text
 from megatron_sgt.model.hf_weights import hf_weights, megatron_shard, name_map
 from tests.helpers.single import small_config
 
@@ -191,30 +192,29 @@ def write_checkpoint(
 ) -> Path:
     """A committed checkpoint of ``state`` at (tensor parallel, data parallel, ZeRO stage); returns its folder."""
     tp_size, dp_size, stage = layout_
+    where = {"tensor_model_parallel_size": tp_size, "data_parallel_size": dp_size, "zero_stage": stage}
     folder = root / layout.tag_for(STEP)
     folder.mkdir(parents=True)
     for tp_rank in range(tp_size):
         shards = rank_state(config, state, tp_size, tp_rank)
         groups = groups_of(list(shards[WEIGHTS]), shards, weight_decay_on)
-        model = folder / f"mp_rank_{tp_rank:02d}_model_states.pt"
-        model3 = folder / f"zero_pp_rank_0_mp_rank_{tp_rank:02d}_model_states.pt"
+        model = folder / layout.files_of_rank(where, tp_rank, 0)[0]
 
         def optimizer_file(dp_rank: int, tp_rank: int = tp_rank) -> Path:
-            return folder / f"zero_pp_rank_{dp_rank}_mp_rank_{tp_rank:02d}_optim_states.pt"
+            return folder / layout.files_of_rank(where, tp_rank, dp_rank)[1]
 
         if stage == 0:
             write_stage0(model, shards, groups)
         elif stage == 3:
-            write_stage3(model3, optimizer_file, shards, groups, dp_size)
+            write_stage3(model, optimizer_file, shards, groups, dp_size)
         else:
             write_stage12(model, optimizer_file, shards, groups, dp_size)
     for rank in range(tp_size * dp_size):
         torch.save({}, folder / layout.rng_file(rank))
-    where = {"tensor_model_parallel_size": tp_size, "data_parallel_size": dp_size, "zero_stage": stage}
     layout.write_json(folder / layout.STATE_FILE, {"layout": where, "trainer": {"step": STEP}, "hooks": {}})
     (folder / layout.CONFIG_FILE).write_text(config.to_yaml())
     write_manifest(folder)
-    layout.replace_text(root / layout.LATEST_FILE, folder.name)
+    replace_text(root / layout.LATEST_FILE, folder.name)
     return folder
 
 

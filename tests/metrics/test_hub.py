@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_sgt.config.run import LoggingConfig
-from megatron_sgt.metrics import METRICS_FILE, MetricsHub, build_hub, read_metrics
+from megatron_sgt.jsonl import read_metrics
+from megatron_sgt.metrics import METRICS_FILE, MetricsHub, build_hub
 
 
 class Recorder:

@@ -13,7 +13,6 @@ from megatron_sgt.parallel.device import (
     device_type,
     identity,
     memory_gb,
-    resolve_precision,
     select_device,
     synchronize,
 )
@@ -99,14 +98,6 @@ def test_a_gpu_that_does_not_start_is_refused_in_words(monkeypatch: pytest.Monke
 
 def test_backend() -> None:
     assert (backend_for(CPU), backend_for(GPU)) == ("gloo", "nccl")
-
-
-@pytest.mark.parametrize(
-    ("wanted", "device", "precision"),
-    [("auto", CPU, "fp32"), ("auto", GPU, "bf16"), ("fp16", GPU, "fp16"), ("bf16", CPU, "bf16")],
-)
-def test_precision(wanted: str, device: torch.device, precision: str) -> None:
-    assert resolve_precision(wanted, device) == precision
 
 
 def test_facts_about_a_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,7 @@ def test_the_rows_of_a_grown_run() -> None:
         "fixed 4,001 .. 32,000 3",
         "naive (at the owner)",
         "at 40 % MFU (assumed; --mfu)",
+        "step model not calibrated: ",
         "warnings none",
         *ERROR_BARS,
     ):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sgt.metrics.jsonl import encode
+from megatron_sgt.jsonl import encode
 
 LAYERS, HEADS, TOKENS = 5, 3, 1000
 

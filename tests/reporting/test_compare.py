@@ -24,7 +24,7 @@ def test_the_page(vanilla: Path, grown: Path, tmp_path: Path) -> None:
 )
 def test_equal_points(axis, point: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Validation losses 4.5 at step 30 and 4.1 at step 70, against a run that ends at step 50."""
-    from megatron_sgt.metrics.jsonl import encode
+    from megatron_sgt.jsonl import encode
 
     def valid(step: int, value: float) -> str:
         return encode("valid", {"step": step, "loss": value, "perplexity": 1.0})
@@ -39,7 +39,7 @@ def test_equal_points(axis, point: str, tmp_path: Path) -> None:  # type: ignore
 
 
 def test_nothing_is_said_of_a_run_before_its_first_measurement(tmp_path: Path) -> None:
-    from megatron_sgt.metrics.jsonl import encode
+    from megatron_sgt.jsonl import encode
 
     def run(name: str, step: int, flops: float) -> Path:
         lines = [train(step, flops=flops), encode("valid", {"step": step, "loss": 4.0, "perplexity": 1.0})]

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
+from megatron_sgt.jsonl import read_metrics
 from megatron_sgt.metrics import METRICS_FILE
-from megatron_sgt.metrics.jsonl import read_metrics
 from tests.helpers.commands import ROOT
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import measured_steps, pretrain, reported, tiny_config, write_tiny_data

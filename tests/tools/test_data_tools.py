@@ -64,7 +64,7 @@ def test_a_killed_job_leaves_nothing_readable_and_no_workers(folder: Path) -> No
                 folder / "sp.model", "--workers", 2),
         env=ENVIRONMENT,
     )  # fmt: skip
-    partial = target / "x_text_document.bin.partial"
+    partial = target / "x_text_document.bin.tmp"
     wait_until(lambda: partial.exists() and partial.stat().st_size > 0)
     workers = children_of(job.pid)
     assert len(workers) >= 2

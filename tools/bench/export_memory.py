@@ -75,7 +75,7 @@ def write_checkpoint(folder: Path, config: Any) -> tuple[int, int]:
     folder.mkdir(parents=True)
     size = sum(math.prod(shape) for shape in shapes.values())
     for tp_rank in range(TP):
-        torch.save({"param_shapes": [shapes]}, folder / f"mp_rank_{tp_rank:02d}_model_states.pt")
+        torch.save({"param_shapes": [shapes]}, folder / layout.model_file(tp_rank))
         for dp_rank in range(DP):
             part = torch.rand(-(-size // (2 * DP)) * 2)[: size - dp_rank * (-(-size // (2 * DP)) * 2)]
             moments = {"exp_avg": torch.empty(0), "exp_avg_sq": torch.empty(0)}  # never read
@@ -87,7 +87,7 @@ def write_checkpoint(folder: Path, config: Any) -> tuple[int, int]:
                 },
                 "dynamic_loss_scale": False,
             }
-            name = f"zero_pp_rank_{dp_rank}_mp_rank_{tp_rank:02d}_optim_states.pt"
+            name = layout.files_of_rank({"zero_stage": 1}, tp_rank, dp_rank)[1]
             torch.save({"optimizer_state_dict": content}, folder / name)
     schedule = build_schedule(config.growth, model.num_layers, model.num_attention_heads)
     grown = {"layer": 1, "loops": 1, "kept_heads": [0, 1], "chosen_at": 1}

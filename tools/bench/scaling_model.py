@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""Time per step by component and memory per rank, for 1.2B to 70B parameters on 8 to 4096 GPUs. A model: nothing is
-measured. Its operations, bytes and calls are tested against the program (docs/planning.md), its speeds are assumed.
+"""Time per step by component and memory per rank, for 1.2B to 70B parameters on 8 to 4096 GPUs. A model that is not
+calibrated: its operations, bytes and calls are tested against the program (docs/planning.md), its speeds are assumed.
 
 python tools/bench/scaling_model.py                        # all sizes on H100s
 python tools/bench/scaling_model.py --gpu a100 --sizes 7b --gpus 32 256
@@ -18,7 +18,7 @@ from megatron_sgt.growth import LoopPlan
 from megatron_sgt.planning.flops import step_flops
 from megatron_sgt.planning.hardware import GPUS, USABLE, find_gpu
 from megatron_sgt.planning.memory import peak_memory
-from megatron_sgt.planning.step_time import Machine, StepTime, step_time
+from megatron_sgt.planning.step_time import NOT_CALIBRATED, Machine, StepTime, step_time
 from megatron_sgt.planning.structure import final_plan
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
@@ -113,7 +113,7 @@ def row(gpus: int, found: tuple[Config, dict[str, StepTime], float], machine: Ma
         f"{gpus:8,} {tensor:3d} {gpus // tensor:5d} {parallel.zero_stage:2d} {train.micro_batch_size:3d} "
         f"{train.recompute_granularity:>4} | {t.total:7.2f} {t.compute:8.2f} {t.elementwise:6.2f} "
         f"{t.tensor_parallel:6.2f} {t.data_parallel:6.2f} | {1e3 * times['naive'].loops:5.0f}ms {naive:+4.1f}% "
-        f"{1e3 * t.loops:5.0f}ms {balanced:+4.1f}% | {100 * mfu:5.1f}% {memory / 1e9:8.1f}"
+        f"{1e3 * t.loops:5.0f}ms {balanced:+4.1f}% | {100 * mfu:5.1f}% {memory / 1e9:8.1f} | {NOT_CALIBRATED}"
     )
 
 
@@ -122,7 +122,7 @@ def assumptions(machine: Machine) -> str:
     gpu = machine.gpu
     return "\n".join(
         (
-            f"A model, not a measurement. Assumed, for nodes of {machine.gpus_per_node}:",
+            f"A model, {NOT_CALIBRATED}. Assumed, for nodes of {machine.gpus_per_node}:",
             f"  {gpu.driver_name}: {gpu.peak(PRECISION) / 1e12:.0f} TFLOP/s dense bf16, {gpu.memory / 1e9:.0f} GB of "
             f"which {100 * USABLE:.0f} % usable",
             f"  matrix products and attention reach {100 * machine.kernel_efficiency:.0f} % of the peak; causal ones "

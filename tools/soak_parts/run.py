@@ -16,8 +16,8 @@ from megatron_sgt.checkpoint import layout
 from megatron_sgt.checkpoint.manifest import checksum_problems
 from megatron_sgt.config import Config
 from megatron_sgt.errors import ExitCode, SGTError
+from megatron_sgt.jsonl import read_all
 from megatron_sgt.metrics import METRICS_FILE
-from megatron_sgt.metrics.jsonl import read_all
 from soak_parts.faults import DAMAGES, FAULTS, damage, small_disk
 from soak_parts.ranks import RANKS, Ranks
 from soak_parts.tally import Tally

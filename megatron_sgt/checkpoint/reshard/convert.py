@@ -1,8 +1,8 @@
 """Writes a checkpoint layout-free: whole tensors under Hugging Face names, one kind of file per quantity.
 
-The parameters are divided into consecutive parts of about equal size, which any number of processes can write
-at the same time. One parameter is in memory at a time: a process needs about four times the largest parameter
-in fp32 (the shards of all tensor-parallel ranks, the merged tensor, one copy of it), whatever the model's size.
+The parameters are divided into consecutive parts of about equal size, which any number of processes can write in
+parallel. One parameter is in memory at a time: a process needs about four times the largest parameter in fp32 (the
+shards of all tensor-parallel ranks, the merged tensor, one copy of it), independent of the model's size.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from megatron_sgt.checkpoint.reshard.layout_free import LAYOUT_FREE, file_name
 from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES
 from megatron_sgt.checkpoint.reshard.source import PREFIX, Source, open_source
 from megatron_sgt.checkpoint.reshard.tensor_file import TensorFileWriter
+from megatron_sgt.checkpoint.shard_files import as_checkpoint_error
 from megatron_sgt.compat.quiet import quiet_imports
 from megatron_sgt.errors import CheckpointError
+from megatron_sgt.files import fresh_folder, temporary_of
 from megatron_sgt.model.hf_weights import Entry, name_map
 
-# What a manifest says of its checkpoint that holds under any layout.
+# Entries of a manifest that hold under any layout.
 _KEPT = ("step", "tokens", "growth", "config_sha256", "tokenizer", "code")
 
 
 def entries_of(source: Source, part: int, parts: int) -> list[Entry]:
-    """The consecutive entries that are part ``part`` (from 0) of ``parts``; may be none."""
+    """The consecutive entries of part ``part`` (from 0) of ``parts``; may be empty."""
     entries = list(name_map(source.model))
     sizes = [math.prod(source.ranks[0].shapes[PREFIX + entry.megatron]) for entry in entries]
     chosen, before = [], 0
@@ -54,24 +56,21 @@ def write_part(source: Source, destination: Path, part: int = 0, parts: int = 1)
         return 0.0
     shapes = {name: shape for entry in entries for name, shape in source.whole_shapes(entry).items()}
     drift = 0.0
-    try:
-        with ExitStack() as stack:
-            writers = {
-                quantity: stack.enter_context(
-                    TensorFileWriter(destination / file_name(quantity, part, parts), shapes)
-                )
-                for quantity in QUANTITIES
-            }
-            for entry in entries:
-                for quantity, writer in writers.items():
-                    drift = max(drift, _write_entry(source, entry, quantity, writer))
-    except OSError as error:
-        raise CheckpointError(f"{destination} cannot be written: {error}") from error
+    with as_checkpoint_error(f"{destination} cannot be written: "), ExitStack() as stack:
+        writers = {
+            quantity: stack.enter_context(
+                TensorFileWriter(destination / file_name(quantity, part, parts), shapes)
+            )
+            for quantity in QUANTITIES
+        }
+        for entry in entries:
+            for quantity, writer in writers.items():
+                drift = max(drift, _write_entry(source, entry, quantity, writer))
     return drift
 
 
 def _write_entry(source: Source, entry: Entry, quantity: str, writer: TensorFileWriter) -> float:
-    """Merge and write one parameter's ``quantity``; a function, so that no tensor outlives its turn."""
+    """Merge and write one parameter's ``quantity``; a function, so that its tensors are freed at once."""
     tensors, drift = source.whole(entry, quantity)
     for name, tensor in tensors.items():
         writer.append(name, tensor)
@@ -79,7 +78,7 @@ def _write_entry(source: Source, entry: Entry, quantity: str, writer: TensorFile
 
 
 def commit(source: Source, temporary: Path, final: Path) -> int:
-    """Complete the folder ``temporary``, whose parts are all written, and give it its name.
+    """Complete the folder ``temporary``, all of whose parts are written, and rename it.
 
     Returns:
         Its size in bytes.
@@ -97,37 +96,20 @@ def commit(source: Source, temporary: Path, final: Path) -> int:
             "loss_scale": source.ranks[0].loss_scale,
         },
     }
-    try:
+    about = {name: value for name, value in manifest.read_manifest(source.folder).items() if name in _KEPT}
+    with as_checkpoint_error(f"{final} cannot be written: "):
         layout.write_json(temporary / layout.STATE_FILE, state)
         # The random streams, for a load that changes the ZeRO stage alone.
         for file in [source.folder / layout.CONFIG_FILE, *sorted(source.folder.glob("rng_rank_*.pt"))]:
             shutil.copyfile(file, temporary / file.name)
-        about = {
-            name: value for name, value in manifest.read_manifest(source.folder).items() if name in _KEPT
-        }
-        files = manifest.write_manifest(temporary, {**about, "tag": final.name, "layout": None})
-        layout.sync(temporary)
-        temporary.rename(final)
-        layout.sync(final.parent)
-    except OSError as error:
-        raise CheckpointError(f"{final} cannot be written: {error}") from error
-    return sum(file["bytes"] for file in files.values())
-
-
-def fresh_folder(folder: Path) -> None:
-    """Make an empty ``folder``, over what an interrupted conversion has left. Raises CheckpointError."""
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be made: {error}") from error
+        return manifest.commit_folder(temporary, final, {**about, "layout": None})
 
 
 def convert(folder: Path, root: Path, processes: int = 1) -> tuple[Path, int, float]:
     """Convert the checkpoint ``folder`` into a checkpoint of the same tag below ``root``.
 
     Args:
-        processes: how many write at the same time, each a part of its own.
+        processes: how many write at the same time, each its own part.
 
     Returns:
         The new checkpoint's folder, its size in bytes, and what ``write_part`` returns.
@@ -138,14 +120,16 @@ def convert(folder: Path, root: Path, processes: int = 1) -> tuple[Path, int, fl
     manifest.verify_checksums(folder)
     source = open_source(folder)
     tag = layout.tag_for(source.saved["trainer"]["step"])
-    temporary, final = root / f"{tag}.tmp", root / tag
+    final = root / tag
     if final.exists():
         raise CheckpointError(f"{final} exists already; choose another folder, or delete it")
-    fresh_folder(temporary)
+    temporary = temporary_of(final)
+    with as_checkpoint_error(f"{temporary} cannot be made: "):
+        fresh_folder(temporary)
     if processes == 1:
         drift = write_part(source, temporary)
     else:
-        # Not forked: the libraries have threads by now, which a fork would lose.
+        # Not forked: a fork would lose the threads that the libraries have started.
         fresh = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(processes, fresh, quiet_imports) as pool:
             drift = max(pool.map(partial(_convert_part, folder, temporary, processes), range(processes)))

@@ -2,10 +2,10 @@
 
 DeepSpeed's own setters are not enough: at stage 3 they fail on a parameter that the data-parallel size does
 not divide, at stages 1 and 2 they use the wrong offsets under ``round_robin_gradients``, and before the first
-step there is no AdamW state to set. What all stages share is a list of flat fp32 tensors that AdamW steps;
-here a stage only says which stretch of which parameter lies where in them.
+step there is no AdamW state to set. All stages share a list of flat fp32 tensors that AdamW steps; each stage only
+defines which stretch of which parameter lies where in them.
 
-Learning rate, weight decay and AdamW's constants stay what this run's configuration made them.
+Learning rate, weight decay and AdamW's constants stay those of this run's configuration.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class Stretch:
 
 @dataclass
 class Masters:
-    """The tensors that AdamW steps on this rank, and what of each parameter lies in them."""
+    """The tensors that AdamW steps on this rank, and which part of each parameter lies in them."""
 
     tensors: list[Tensor] = field(default_factory=list)
     stretches: dict[str, list[Stretch]] = field(default_factory=dict)
 
     def add(self, name: str, start: int, source: int, length: int) -> None:
-        """Say that a stretch of ``name`` lies in the newest master; a length below 1 says nothing."""
+        """Record that a stretch of ``name`` lies in the newest master; ignored for a length below 1."""
         stretches = self.stretches.setdefault(name, [])
         if length > 0:
             stretches.append(Stretch(len(self.tensors) - 1, start, source, length))
@@ -79,7 +79,7 @@ def load_into_engine(
     masters = _masters(optimizer, stage, names, groups)
     _check_names(model, masters)
     values = _prepare_states(optimizer, masters.tensors, step)
-    # Together: what follows are collectives, and one rank may read for longer than another.
+    # Together: collectives follow, and one rank may read for longer than another.
     gather_or_raise(lambda: _read(reader, model, masters, values, groups), groups)
     if loss_scale is not None and getattr(optimizer, "dynamic_loss_scale", False):
         optimizer.loss_scaler.cur_scale = loss_scale

@@ -1,9 +1,9 @@
-"""A layout-free checkpoint: whole tensors, of which every rank reads its shard.
+"""A layout-free checkpoint: whole tensors, from which every rank reads its shard.
 
 Beside the usual files (sgt_state.json with ``layout`` null, config.yaml, manifest.json) there are for each
-quantity (weights, exp_avg, exp_avg_sq; all fp32) one or more safetensors files. The names in them are Hugging
-Face's; the vocabulary has its padding rows, which AdamW moves like the others. An imported model has weights
-alone: its moments are the zeros of a run's first step.
+quantity (weights, exp_avg, exp_avg_sq; all fp32) one or more safetensors files. Their names are Hugging Face's; the
+vocabulary has its padding rows, which AdamW updates like the others. An imported model has only weights: its moments
+are the zeros of a run's first step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_sgt.errors import CheckpointError
 from megatron_sgt.model.hf_weights import Entry, shard_entry
 
 LAYOUT_FREE = "layout_free"
-"""Key in sgt_state.json of what a layout-free checkpoint is made from."""
+"""Key in sgt_state.json: what a layout-free checkpoint was made from."""
 IMPORTED_FROM = "imported_from"
 """Key below it: the folder of an imported model; absent in the checkpoint of a run."""
 
@@ -61,7 +61,7 @@ class LayoutFreeReader:
     def shard(
         self, entry: Entry, quantity: str, model: ModelConfig, tp_size: int = 1, tp_rank: int = 0
     ) -> Tensor:
-        """One rank's shard of a parameter's ``quantity``, fp32; at most three copies of it exist meanwhile."""
+        """One rank's shard of a parameter's ``quantity``, fp32; at most three copies exist in the meantime."""
         return shard_entry(entry, list(self.whole(entry, quantity).values()), model, tp_size, tp_rank)
 
     def whole(self, entry: Entry, quantity: str) -> dict[str, Tensor]:

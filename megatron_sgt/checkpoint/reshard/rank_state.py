@@ -1,4 +1,4 @@
-"""The common form of what the readers of the ZeRO stages return."""
+"""What the readers of all ZeRO stages return."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RankState(ABC):
 
 
 def common_step(steps: Iterable[Any], where: object) -> int:
-    """The one step count that all parameters share. Raises CheckpointError if there is none, or several."""
+    """The one step count that all parameters share. Raises CheckpointError if there is none or several."""
     found = sorted({int(step) for step in steps})
     if not found:
         raise CheckpointError(f"{where} holds no optimizer state: it was saved before the first step")

@@ -7,9 +7,11 @@ import time
 from pathlib import Path
 
 from megatron_sgt.checkpoint import layout, manifest
-from megatron_sgt.checkpoint.reshard.convert import commit, fresh_folder, write_part
+from megatron_sgt.checkpoint.reshard.convert import commit, write_part
 from megatron_sgt.checkpoint.reshard.source import open_source
 from megatron_sgt.errors import CheckpointError
+from megatron_sgt.files import fresh_folder, temporary_of
+from megatron_sgt.metrics.units import elapsed, file_size
 from megatron_sgt.parallel.collectives import gather_or_raise, on_rank_zero
 from megatron_sgt.parallel.groups import ParallelGroups
 
@@ -27,7 +29,7 @@ def remove_sibling(folder: Path) -> None:
 
 
 def layout_free_copy(folder: Path, groups: ParallelGroups) -> tuple[Path, str]:
-    """The layout-free copy of ``folder``, made now if there is none; collective, each rank writes a part.
+    """The layout-free copy of ``folder``, made now if it does not exist; collective, each rank writes a part.
 
     Returns:
         The copy's folder, and a phrase for the log that says where it comes from.
@@ -39,21 +41,21 @@ def layout_free_copy(folder: Path, groups: ParallelGroups) -> tuple[Path, str]:
     if on_rank_zero(lambda: _is_whole(copy)):
         return copy, f"read from {copy}"
     start = time.perf_counter()
-    temporary = copy.with_name(copy.name + ".tmp")
+    temporary = temporary_of(copy)
     gather_or_raise(lambda: _make_room(folder, temporary) if groups.is_main else None, groups)
     source = open_source(folder)
     drift = max(
         gather_or_raise(lambda: write_part(source, temporary, groups.rank, groups.world_size), groups)
     )
     size = gather_or_raise(lambda: commit(source, temporary, copy) if groups.is_main else 0, groups)[0]
-    text = f"converted into {copy} ({size / 1e6:,.1f} MB in {time.perf_counter() - start:.1f} s)"
+    text = f"converted into {copy} ({file_size(size)} in {elapsed(time.perf_counter() - start)})"
     if drift:
         text += f"; tensor-parallel copies of replicated weights differed by {drift:.1e}, rank 0's were taken"
     return copy, text
 
 
 def _is_whole(copy: Path) -> bool:
-    """Whether the copy can be used; a damaged one is cleared away."""
+    """Whether the copy can be used; a damaged one is deleted."""
     if not copy.exists():
         return False
     try:
@@ -67,7 +69,7 @@ def _is_whole(copy: Path) -> bool:
 def _make_room(folder: Path, temporary: Path) -> None:
     try:
         fresh_folder(temporary)
-    except CheckpointError as error:
+    except OSError as error:
         raise CheckpointError(
             f"{folder} was written under another layout and no copy can be made beside it ({error}); run "
             f"tools/reshard_checkpoint.py --load {folder} --output DIR and set checkpoint.load to DIR"

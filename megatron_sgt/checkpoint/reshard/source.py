@@ -27,7 +27,7 @@ PREFIX = "gpt."
 class Source:
     """A checkpoint to convert. ``model`` has no vocabulary size, so that no padding row is cut off.
 
-    The rows of the padding take part in the softmax: without them the loss would not continue.
+    The padding rows take part in the softmax: without them the loss would jump.
     """
 
     folder: Path
@@ -61,7 +61,7 @@ class Source:
 
 
 def open_source(folder: Path) -> Source:
-    """Open the checkpoint ``folder``, whose files were found whole before; needs no process group.
+    """Open the checkpoint ``folder``, whose files were verified before; needs no process group.
 
     Raises:
         CheckpointError: its files are not what DeepSpeed writes for its layout, or not of its model.
@@ -88,17 +88,10 @@ def open_source(folder: Path) -> Source:
     return Source(folder, model.model_copy(update={"vocab_size": None}), saved, ranks)
 
 
-def _open_rank(folder: Path, written_under: dict[str, Any], tp_rank: int) -> RankState:
-    stage, dp_size = written_under["zero_stage"], written_under["data_parallel_size"]
-    if stage == 0:
-        return Stage0State(folder / f"mp_rank_{tp_rank:02d}_model_states.pt")
-    optimizer_files = [_optimizer_file(folder, tp_rank, dp_rank) for dp_rank in range(dp_size)]
-    if stage == 3:
-        return Stage3State(folder / f"zero_pp_rank_0_mp_rank_{tp_rank:02d}_model_states.pt", optimizer_files)
-    return Stage12State(folder / f"mp_rank_{tp_rank:02d}_model_states.pt", optimizer_files)
-
-
-def _optimizer_file(folder: Path, tp_rank: int, dp_rank: int) -> Path:
-    name = f"zero_pp_rank_{dp_rank}_mp_rank_{tp_rank:02d}_optim_states.pt"
-    bf16 = folder / f"bf16_{name}"
-    return bf16 if bf16.is_file() else folder / name
+def _open_rank(folder: Path, where: dict[str, Any], tp_rank: int) -> RankState:
+    ranks = range(where["data_parallel_size"])
+    files = [[folder / name for name in layout.files_of_rank(where, tp_rank, dp_rank)] for dp_rank in ranks]
+    if where["zero_stage"] == 0:
+        return Stage0State(files[0][0])
+    kind = Stage3State if where["zero_stage"] == 3 else Stage12State
+    return kind(files[0][0], [optimizer for _, optimizer in files])

@@ -1,9 +1,8 @@
 """ZeRO 1 and 2: each parameter group is one flat vector, cut into equal parts.
 
-DeepSpeed lays the parameters of a group one after the other in the order of ``param_shapes`` (with
-``parameter_alignment``, padding after each), pads the end to a multiple of twice the data-parallel size, and
-gives every data-parallel rank one equal part. The end padding is left out when weights are saved, but not
-when moments are.
+DeepSpeed concatenates the parameters of a group in the order of ``param_shapes`` (with ``parameter_alignment``,
+padding after each), pads the end to a multiple of twice the data-parallel size, and gives every data-parallel rank an
+equal part. The end padding is omitted when weights are saved, but not when moments are.
 """
 
 from __future__ import annotations

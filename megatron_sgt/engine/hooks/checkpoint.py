@@ -9,7 +9,8 @@ from typing import Any
 
 import deepspeed
 
-from megatron_sgt.checkpoint.load import load_checkpoint, starts_fresh
+from megatron_sgt.checkpoint.find import starts_fresh
+from megatron_sgt.checkpoint.load import load_checkpoint
 from megatron_sgt.checkpoint.save import Saver
 from megatron_sgt.config import Config
 from megatron_sgt.engine.hooks.base import Hook, StatelessHook

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megatron_sgt.checkpoint.layout import GROWTH_STATE
 from megatron_sgt.engine.hooks.base import StatelessHook
 from megatron_sgt.engine.plan_check import verify_same_plan
 from megatron_sgt.engine.state import TrainState
@@ -26,7 +27,7 @@ from megatron_sgt.parallel.groups import ParallelGroups
 class GrowthHook(StatelessHook):
     """Drives ``schedule`` from the entropies in ``meter`` and applies its plan to ``model``."""
 
-    name = "growth"
+    name = GROWTH_STATE
 
     def __init__(
         self,

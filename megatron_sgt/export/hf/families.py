@@ -1,4 +1,4 @@
-"""Reads the config.json of a Hugging Face folder as a model of this project, or says by name what does not fit."""
+"""Reads the config.json of a Hugging Face folder as a model of this project, or names what does not fit."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_sgt.errors import CheckpointError
+from megatron_sgt.errors import CheckpointError, first_line
 from megatron_sgt.export.hf.configuration_sgt import SGTConfig
 
 CONFIG_FILE = "config.json"
 
-# model_type -> why it is none of ours, for those that a reader would expect to be.
+# model_type -> why it is not supported, for those that one would expect.
 _REFUSED = {
     "olmo": "its norms have no weights",
     "olmo2": "it normalises the output of attention and MLP, not their input",
@@ -84,9 +84,10 @@ def read_config(folder: Path) -> Any:
         if model_type == SGTConfig.model_type:
             return SGTConfig.from_pretrained(folder)
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever odd values provoke in a library class
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CheckpointError(f"{path} cannot be used (model_type {model_type!r}): {reason}") from error
+    except Exception as error:  # unusual values may raise anything in the library
+        raise CheckpointError(
+            f"{path} cannot be used (model_type {model_type!r}): {first_line(error)}"
+        ) from error
 
 
 def _common_problems(config: Any) -> Iterator[str]:

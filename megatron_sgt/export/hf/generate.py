@@ -1,4 +1,4 @@
-"""Continues prompts with transformers' own ``generate``."""
+"""Continues prompts with transformers' ``generate``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether no chance is involved."""
+        """Whether sampling is off."""
         return self.temperature == 0.0
 
     def check(self) -> None:
@@ -68,7 +68,7 @@ def check_prompts(prompts: Sequence[str]) -> None:
 def generate(
     opened: OpenModel, prompts: Sequence[str], sampling: Sampling, batch_size: int = 8
 ) -> Iterator[Continuation]:
-    """Continue every prompt ``sampling.num_samples`` times, in their order; prompts of a batch run together.
+    """Continue every prompt ``sampling.num_samples`` times, in order, in batches of prompts.
 
     Raises:
         DataError: a prompt is empty, or as long as the model's context; the model has no tokenizer.
@@ -98,7 +98,7 @@ def generate(
 
 
 def _new_text(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:
-    """What ``tokens`` add to the text: a space before the first of them is lost when they are decoded alone."""
+    """What ``tokens`` add to the text; decoded alone, they would lose a leading space."""
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     known = tokenizer.decode(list(before), **options)
     return tokenizer.decode([*before, *tokens], **options)[len(known) :]

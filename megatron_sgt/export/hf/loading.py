@@ -11,18 +11,20 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from megatron_sgt.compat.quiet import quiet_logs
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and notes of transformers."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
+    """Keep progress bars and notes of transformers off the console; what matters becomes an error."""
+    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with quiet_logs():
+            yield
     finally:
-        transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def load_exported(folder: Path, dtype: torch.dtype | str, trust: bool) -> Any:

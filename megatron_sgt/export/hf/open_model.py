@@ -1,14 +1,11 @@
 """A causal language model of transformers, from a checkpoint of this project or from a Hugging Face folder.
 
-Whoever generates or evaluates goes through here, so that a checkpoint answers exactly as its export will.
+Generation and evaluation both go through here, so that a checkpoint behaves exactly like its export.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +14,11 @@ import torch
 from torch import Tensor
 
 from megatron_sgt.config.data import TokenizerConfig
-from megatron_sgt.errors import CheckpointError, DataError, SGTError
+from megatron_sgt.errors import CheckpointError, DataError, SGTError, first_line
 from megatron_sgt.export.architecture import TokenIds, hf_config
 from megatron_sgt.export.hf.configuration_sgt import SGTConfig
 from megatron_sgt.export.hf.families import CONFIG_FILE, read_config
+from megatron_sgt.export.hf.loading import quiet
 from megatron_sgt.export.hf.modeling_sgt import SGTForCausalLM
 from megatron_sgt.export.hf.tokenizer import write_tokenizer
 from megatron_sgt.export.hf_tensors import HFTensors
@@ -65,8 +63,8 @@ def open_model(
         step: which checkpoint of a folder of them; None: the latest.
         dtype: "fp32", "bf16" or "fp16", of the weights; rotary frequencies stay fp32.
         tokenizer: file or folder, instead of the one that belongs to the model.
-        keep_padding: leave the rows in that a checkpoint's vocabulary was padded with.
-        trust_remote_code: let a folder bring its own model code; else an SGT folder is read by this package's.
+        keep_padding: keep the rows that pad a checkpoint's vocabulary.
+        trust_remote_code: run a folder's own model code; else an SGT folder is read with this package's.
 
     Raises:
         CheckpointError: there is no model at ``path``, or it is damaged.
@@ -98,7 +96,7 @@ def _open_checkpoint(source: ExportSource, dtype: str) -> OpenModel:
     for entry in source.entries():
         tensors, _ = source.read(entry)
         weights |= {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
-    with _quiet():
+    with quiet():
         loaded, report = kind.from_pretrained(
             None, config=config, state_dict=weights, dtype=DTYPES[dtype], output_loading_info=True
         )
@@ -113,7 +111,7 @@ def _open_folder(path: Path, dtype: str, trust_remote_code: bool) -> OpenModel:
     HFTensors(path)  # finds missing and damaged shards, and names them
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "local_files_only": True, "output_loading_info": True}
     try:
-        with _quiet():
+        with quiet():
             if trust_remote_code:
                 loaded, report = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **options)
             else:
@@ -122,16 +120,17 @@ def _open_folder(path: Path, dtype: str, trust_remote_code: bool) -> OpenModel:
                 loaded, report = kind.from_pretrained(path, **options)
     except SGTError:
         raise
-    except Exception as error:  # whatever an odd folder provokes in the library
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CheckpointError(f"{path} cannot be loaded as a causal language model: {reason}") from error
+    except Exception as error:  # an unusual folder may raise anything in the library
+        raise CheckpointError(
+            f"{path} cannot be loaded as a causal language model: {first_line(error)}"
+        ) from error
     _refuse_differences(str(path), report)
     config = loaded.config
     return OpenModel(str(path), loaded, None, config.vocab_size, config.max_position_embeddings, None)
 
 
 def _refuse_differences(name: str, report: dict[str, Any]) -> None:
-    """transformers only warns of weights that it does not find or does not know, and draws new ones."""
+    """transformers only warns about missing or unknown weights, and draws new ones."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(map(str, report.get(kind) or ())):
             raise CheckpointError(
@@ -154,9 +153,7 @@ def _tokenizer_of(opened: OpenModel, path: Path, chosen: Path | None) -> Any:
             raise DataError(
                 f"tokenizer {chosen} does not exist; give a .model file, a tokenizer.json or a folder"
             )
-        wanted = TokenizerConfig(
-            type="sentencepiece" if chosen.suffix == ".model" else "huggingface", model=str(chosen)
-        )
+        wanted = TokenizerConfig.at(chosen)
     if opened.source is None:
         if wanted.type == "huggingface" and chosen is not None and chosen.is_dir():
             return _load_tokenizer(chosen)
@@ -164,7 +161,7 @@ def _tokenizer_of(opened: OpenModel, path: Path, chosen: Path | None) -> Any:
             f"--tokenizer {chosen}: for a Hugging Face folder give a folder with a tokenizer.json"
         )
     with tempfile.TemporaryDirectory() as folder:
-        # As the export would write it: text is cut the same way before and after.
+        # As the export would write it, so that texts are tokenized the same way before and after.
         write_tokenizer(wanted, Path(folder), opened.source.config)
         return _load_tokenizer(Path(folder))
 
@@ -174,26 +171,9 @@ def _load_tokenizer(folder: Path, model_config: Any = None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        with _quiet():
+        with quiet():
             return AutoTokenizer.from_pretrained(
                 folder, config=model_config, local_files_only=True, trust_remote_code=False
             )
     except Exception as error:  # OSError, ValueError, KeyError, or whatever a damaged file provokes
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"the tokenizer in {folder} cannot be read: {reason}") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep progress bars and reports of transformers off the console; what matters becomes an error."""
-    from transformers.utils import logging as theirs
-
-    bars = theirs.is_progress_bar_enabled()
-    theirs.disable_progress_bar()
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-        if bars:
-            theirs.enable_progress_bar()
+        raise DataError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error

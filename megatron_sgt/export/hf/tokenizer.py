@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from megatron_sgt.data.tokenizer import HF_FILES, Tokenizer, build_tokenizer, re
 from megatron_sgt.errors import DataError
 from megatron_sgt.export.architecture import TokenIds
 from megatron_sgt.export.hf.sentencepiece_fast import fast_tokenizer, read_pieces
+from megatron_sgt.files import write_json
 
 COPIED = (*HF_FILES, "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
 PROBES = (
@@ -88,8 +88,8 @@ def _write_sentencepiece(model: Path, tokenizer: Tokenizer, folder: Path, max_le
         "split_special_tokens": True,
         **special,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
+    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "special_tokens_map.json", special)
     return TokenIds(pieces.bos, pieces.eos, pieces.pad_or_stand_in)
 
 
@@ -111,7 +111,7 @@ def _copy_hugging_face(source: Path, tokenizer: Tokenizer, folder: Path) -> Toke
         shutil.copyfile(file, folder / "tokenizer.json")
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         named = {} if end is None else {"eos_token": end, "pad_token": end}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings | named, indent=2) + "\n")
+        write_json(folder / "tokenizer_config.json", settings | named)
     else:
         AutoTokenizer.from_pretrained(str(source), local_files_only=True).save_pretrained(folder)
     loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_sgt.checkpoint import layout, manifest
-from megatron_sgt.checkpoint.reshard.convert import convert, entries_of, fresh_folder
+from megatron_sgt.checkpoint.reshard.convert import convert, entries_of
 from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES
 from megatron_sgt.checkpoint.reshard.source import open_source
 from megatron_sgt.errors import CheckpointError
@@ -145,6 +145,10 @@ def test_an_interrupted_conversion_leaves_no_checkpoint(
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    config = odd_config()
+    folder = write_checkpoint(tmp_path / "from", config, random_state(config), (1, 1, 0))
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="file/x cannot be made"):
-        fresh_folder(tmp_path / "file" / "x")
+    with pytest.raises(
+        CheckpointError, match=rf"file/global_step{STEP}\.tmp cannot be made: Not a directory"
+    ):
+        convert(folder, tmp_path / "file")

@@ -28,6 +28,9 @@ def test_files_of_bf16_have_another_name(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, config, random_state(config), (1, 2, 1))
     for file in folder.glob("zero_*_optim_states.pt"):
         file.rename(file.with_name(f"bf16_{file.name}"))
+    saved = layout.read_json(folder / layout.STATE_FILE)
+    saved["layout"]["precision"] = "bf16"
+    layout.write_json(folder / layout.STATE_FILE, saved)
     assert open_source(folder).step == STEP
 
 

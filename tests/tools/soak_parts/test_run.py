@@ -12,8 +12,8 @@ from soak_parts.workload import LAYOUTS
 
 from megatron_sgt.checkpoint import layout
 from megatron_sgt.checkpoint.manifest import write_manifest
+from megatron_sgt.jsonl import JsonlWriter
 from megatron_sgt.metrics import METRICS_FILE
-from megatron_sgt.metrics.jsonl import JsonlWriter
 from tests.helpers.ranks import start_server
 
 

@@ -16,7 +16,7 @@ from study_parts.results import (
 )
 
 from megatron_sgt.config.presets import PRESETS
-from megatron_sgt.metrics.jsonl import encode
+from megatron_sgt.jsonl import encode
 
 CLAIM = Claim("a is better", "a", "b")
 CHEAP = Claim("a costs at most 3 % more", "a", "b", 0.03)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from gpu_parts.report import markdown
+from megatron_sgt.files import replace_text
 
 DRY_FIGURE = "dry"
 
@@ -19,9 +19,7 @@ def write(result: dict[str, Any], file: Path) -> None:
         (file, json.dumps(result, indent=1) + "\n"),
         (file.with_suffix(".md"), markdown(result)),
     ):
-        temporary = path.with_name(f".{path.name}.part")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        replace_text(path, text)
 
 
 def without_figures(value: Any) -> Any:

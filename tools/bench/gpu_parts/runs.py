@@ -15,8 +15,8 @@ from soak_parts.workload import write_data
 
 from gpu_parts.machine import ROOT, Machine
 from megatron_sgt.checkpoint.layout import latest_tag
+from megatron_sgt.jsonl import read_metrics, without_void_records
 from megatron_sgt.metrics import METRICS_FILE
-from megatron_sgt.metrics.jsonl import read_metrics, without_void_records
 
 STEPS, INTERVAL = 60, 10
 KILLED_AFTER = 2 * INTERVAL

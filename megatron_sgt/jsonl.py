@@ -1,4 +1,4 @@
-"""Metrics as JSON lines: one strict JSON object for each report, and how to read them back.
+"""The format of `metrics.jsonl`: one strict JSON object for each report, and how to read them back.
 
 An object starts with `kind`, `step` and `time` (seconds since the epoch). JSON has no NaN and no infinity:
 such a value is written as null, and the object's `nonfinite` maps its place to its name, so that any parser
@@ -158,10 +158,10 @@ def read_all(path: str | Path, damaged: list[int]) -> list[dict[str, Any]]:
 
 
 def without_void_records(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """``records`` without those that a later resume declared void."""
+    """``records`` without those that a later resume declared void: the later steps, and at step 0 all."""
     kept: list[dict[str, Any]] = []
     for record in records:
-        if record["kind"] == "resume":
+        if record.get("kind") == "resume":
             resumed_at = record.get("step", 0)
             kept = [r for r in kept if resumed_at and r.get("step", 0) <= resumed_at]
         kept.append(record)

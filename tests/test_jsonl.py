@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_sgt.errors import DataError
-from megatron_sgt.metrics.jsonl import JsonlWriter, decode, encode, read_metrics
+from megatron_sgt.jsonl import JsonlWriter, decode, encode, read_metrics
 
 
 def refuse_constant(name: str) -> None:

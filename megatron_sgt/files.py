@@ -1,0 +1,104 @@
+"""Files and folders that are whole and on disk, or not there at all: written aside, synced, then renamed. No torch.
+
+A reader sees the old content or the new one, never a part of it, also after a crash of the machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+TEMPORARY_SUFFIX = ".tmp"
+_CHUNK = 1 << 22
+
+
+def temporary_of(path: Path) -> Path:
+    """Where ``path`` is written before it gets its name: beside it, so that a rename is enough."""
+    return path.with_name(path.name + TEMPORARY_SUFFIX)
+
+
+def sync(path: Path) -> None:
+    """Return when a file's content, or the names in a folder, are on disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def commit(temporary: Path, final: Path) -> None:
+    """Give the file or folder ``temporary`` the name ``final``, in one atomic step. Raises OSError.
+
+    A file takes the place of an older one, a folder only of an empty one. Content that was written into files of a
+    folder must be on disk already.
+    """
+    sync(temporary)
+    os.replace(temporary, final)
+    sync(final.parent)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write inside the block, which takes the place of ``path`` at its end; after an error nothing is left.
+
+    Raises OSError.
+    """
+    temporary = temporary_of(path)
+    try:
+        yield temporary
+        commit(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Give ``path`` the content ``text`` (UTF-8) in one atomic step. Raises OSError."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` (UTF-8) durably: the file is on disk when this returns. Raises OSError."""
+    path.write_text(text, encoding="utf-8")
+    sync(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` durably, for people to read too. Raises OSError."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def fresh_folder(folder: Path) -> None:
+    """Make an empty ``folder``, over whatever an interrupted attempt has left there. Raises OSError."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 (hexadecimal) of a file's content. Raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)  # lets other threads run meanwhile
+    return digest.hexdigest()
+
+
+def nearest(path: Path) -> Path:
+    """``path``, or the nearest place above it that exists."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if os.path.lexists(place))
+
+
+def unwritable(folder: Path) -> str | None:
+    """Why ``folder`` can be neither made nor written to; None if it can."""
+    place = nearest(folder)
+    if not place.is_dir():
+        return f"{place} is a file"
+    return None if os.access(place, os.W_OK | os.X_OK) else f"{place} is not writable"

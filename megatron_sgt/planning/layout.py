@@ -1,0 +1,26 @@
+"""How ranks share a model and a batch, in a line each. No NumPy: a login node prints them too."""
+
+from __future__ import annotations
+
+from megatron_sgt.config import Config
+from megatron_sgt.metrics.units import count
+
+
+def layout_line(config: Config, world_size: int, precision: str) -> str:
+    """How the ranks share the model."""
+    parallel = config.parallel
+    stage = config.zero_stage_on(world_size, precision)
+    return (
+        f"{count(world_size, 'rank')} = tensor parallel {parallel.tensor_model_parallel_size} x data parallel "
+        f"{config.data_parallel_size(world_size)} · ZeRO-{stage} · {precision}"
+    )
+
+
+def batch_line(config: Config, world_size: int) -> str:
+    """The batch arithmetic. Raises ConfigError where it does not work out."""
+    train = config.train
+    return (
+        f"{train.global_batch_size} sequences = micro {train.micro_batch_size} x accumulation "
+        f"{config.num_micro_batches(world_size)} x data parallel {config.data_parallel_size(world_size)} · "
+        f"{train.global_batch_size * config.model.seq_length:,} tokens per step"
+    )

@@ -1,0 +1,220 @@
+"""What would stop a run, found before it starts: by the run, its dry run, and the login node that submits it.
+
+No torch. A login node may lack NumPy and the tokenizer's library, too: ``check_job`` does without them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sgt.checkpoint.find import check_checkpoint, find_checkpoint, starts_fresh
+from megatron_sgt.checkpoint.layout import CONFIG_FILE, GROWTH_STATE
+from megatron_sgt.config import Config, load_config
+from megatron_sgt.data.prefix import resolve_prefix
+from megatron_sgt.data.tokenizer import resolve_vocab_size, tokenizer_of
+from megatron_sgt.errors import CheckpointError, ConfigError, DataError
+from megatron_sgt.files import nearest, unwritable
+from megatron_sgt.metrics.units import file_size
+from megatron_sgt.metrics.writers import check_packages
+from megatron_sgt.planning.layout import batch_line, layout_line
+from megatron_sgt.planning.parameters import checkpoint_bytes
+
+# Settings that decide where and how a run is watched, not what it computes.
+_UNREMARKABLE = (
+    "checkpoint.",
+    "logging.",
+    "train.exit_interval",
+    "train.threads_per_rank",
+    "train.hang_timeout_seconds",
+    "train.slow_phase_timeout_seconds",
+    "train.straggler_threshold",
+    "train.replica_check_interval",
+    "data.num_workers",
+)
+# What reading the data sets and the tokenizer needs.
+_READERS = {None: (), "sentencepiece": ("sentencepiece",), "huggingface": ("transformers",)}
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: at a checkpoint, or from nothing (``folder`` None).
+
+    ``saved``: the checkpoint's JSON state; ``changed``: settings that the checkpoint was saved with otherwise, as
+    "train.train_iters 8 -> 12"; ``skipped``: damaged ones that were passed over; ``explicit``: the user named the
+    checkpoint.
+    """
+
+    folder: Path | None
+    saved: dict[str, Any]
+    changed: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    explicit: bool = False
+
+    def problem(self, config: Config) -> str | None:
+        """Why there is nothing to train, None if there is."""
+        wanted = config.train.train_iters
+        if self.folder is None or self.saved["trainer"]["step"] < wanted:
+            return None
+        return (
+            f"nothing to do: {self.folder} is at step {self.saved['trainer']['step']:,} of {wanted:,}; raise "
+            "train.train_iters to go on"
+        )
+
+    def sentence(self, config: Config) -> str:
+        """Whether the run starts fresh, from checkpoint.load or from its own newest checkpoint."""
+        if self.folder is None:
+            return f"FRESH START: no checkpoint in {config.save_dir}"
+        step, wanted = self.saved["trainer"]["step"], config.train.train_iters
+        passed = f" (passed over: {'; '.join(self.skipped)})" if self.skipped else ""
+        verb = "START" if self.explicit else "RESUME"
+        return f"{verb} at step {step:,} of {wanted:,} from {self.folder}{passed}"
+
+
+def with_vocabulary(config: Config) -> Config:
+    """``config`` with model.vocab_size taken from the tokenizer where it was left null.
+
+    Raises DataError when the tokenizer cannot be read or has more tokens than model.vocab_size.
+    """
+    return config.with_vocab_size(resolve_vocab_size(config.model.vocab_size, tokenizer_of(config.data)))
+
+
+def check_folders(config: Config) -> None:
+    """Raises ConfigError: a folder of the run can be neither made nor written."""
+    for option, folder in (
+        ("logging.run_dir", Path(config.logging.run_dir)),
+        ("checkpoint.save", config.save_dir),
+    ):
+        reason = unwritable(folder)
+        if reason is not None:
+            raise ConfigError(f"{option}: cannot write to {folder}: {reason}; choose another folder")
+
+
+def check_surroundings(config: Config) -> None:
+    """Raises ConfigError: a package that logging asks for is missing, a folder can be neither made nor written."""
+    check_packages(config.logging)
+    check_folders(config)
+
+
+def check_disk(config: Config, precision: str) -> str:
+    """The room for checkpoints and the size of one, in words. Raises CheckpointError if not one fits."""
+    if config.model.vocab_size is None:  # the tokenizer's, which may not be readable here
+        config = config.with_vocab_size(1)
+    size, keep = checkpoint_bytes(config, precision), config.checkpoint.keep_last
+    free = shutil.disk_usage(nearest(config.save_dir)).free
+    if free < size:
+        raise CheckpointError(
+            f"a checkpoint takes about {file_size(size)}, but {config.save_dir} has {file_size(free)} free; "
+            "make room, or set checkpoint.save to another place"
+        )
+    kept = f"{keep} kept" if keep else "all kept"
+    return f"about {file_size(size)} each, {kept}; {file_size(free)} free for {config.save_dir}"
+
+
+def find_start(config: Config, damaged: Mapping[Path, str] | None = None, libraries: bool = True) -> Start:
+    """Find the checkpoint that the run continues from, and check that it is whole (by sizes) and fits.
+
+    A vocabulary that only the tokenizer knows is taken from the checkpoint.
+
+    Args:
+        damaged: checkpoints that were found to be damaged already, and how.
+        libraries: False leaves out what needs NumPy or the tokenizer's library: growth and the tokenizer.
+
+    Raises CheckpointError: nothing at checkpoint.load, a damaged checkpoint, another model, tokenizer or growth.
+    """
+    found = find_checkpoint(config, damaged)
+    if found.folder is None:
+        return Start(None, {})
+    there = load_config(found.folder / CONFIG_FILE)
+    if config.model.vocab_size is None and there.model.vocab_size is not None:
+        config = config.with_vocab_size(there.model.vocab_size)
+    tokenizer = tokenizer_fingerprint(config) if libraries else None
+    saved = check_checkpoint(found.folder, config, tokenizer)
+    if libraries:
+        _check_growth(found.folder, saved, config)
+    return Start(found.folder, saved, tuple(_changes(there, config)), found.skipped, found.explicit)
+
+
+def tokenizer_fingerprint(config: Config) -> str | None:
+    """What a checkpoint remembers of the tokenizer, None without one. Raises DataError."""
+    tokenizer = tokenizer_of(config.data)
+    return None if tokenizer is None else tokenizer.fingerprint()
+
+
+def check_job(config: Config, world_size: int, device: str) -> list[tuple[str, str]]:
+    """Check what can be checked where a job is submitted; returns (subject, finding) rows.
+
+    The start of the run checks more (``pretrain_sgt.py --dry-run`` shows it), but that needs torch.
+
+    Args:
+        device: kind of device that the ranks will train on, as in parallel.device.
+
+    Raises ConfigError, DataError, CheckpointError: the first thing that would stop the run.
+    """
+    precision = config.precision_on(device)
+    shape, batch = layout_line(config, world_size, precision), batch_line(config, world_size)
+    check_folders(config)
+    tokenizer = config.data.tokenizer
+    needed = ("numpy", *_READERS[None if tokenizer is None else tokenizer.type])
+    absent = [name for name in needed if importlib.util.find_spec(name) is None]
+    data, disk = _data_line(config, absent), check_disk(config, precision)
+    start = find_start(config, libraries=not absent)
+    if problem := start.problem(config):
+        raise ConfigError(problem)
+    return [
+        ("layout", shape),
+        ("batch", batch),
+        ("data", data),
+        ("disk", disk),
+        ("start", start.sentence(config)),
+    ]
+
+
+def _data_line(config: Config, absent: Sequence[str]) -> str:
+    """Read the data sets as the run will, or at least find their files where a library for reading is ``absent``."""
+    if not absent:
+        from megatron_sgt.data.sources import validate_data
+
+        return validate_data(config).line()
+    if not config.data.data_path:
+        raise DataError("data.data_path is empty; give the prefix of a .bin/.idx pair")
+    prefixes = [resolve_prefix(path)[0] for _, path in config.data.blend()]
+    tokenizer = config.data.tokenizer
+    if tokenizer is not None and tokenizer.type == "sentencepiece" and not Path(tokenizer.model).is_file():
+        raise DataError(f"data.tokenizer.model: no such file: {tokenizer.model}")
+    return (
+        f"{len(prefixes)} data sets found, not read: no {', no '.join(absent)} here; the job reads them first"
+    )
+
+
+def _check_growth(folder: Path, saved: dict[str, Any], config: Config) -> None:
+    if starts_fresh(saved, GROWTH_STATE):
+        return
+    from megatron_sgt.growth import build_schedule  # needs NumPy
+
+    schedule = build_schedule(config.growth, config.model.num_layers, config.model.num_attention_heads)
+    try:
+        schedule.load_state_dict(saved["hooks"][GROWTH_STATE]["schedule"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {folder} holds no growth state: {error!r}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {folder}: {error}") from error
+
+
+def _changes(there: Config, here: Config) -> Iterator[str]:
+    before, now = dict(_leaves(there.model_dump())), dict(_leaves(here.model_dump()))
+    for name in before | now:
+        if before.get(name) != now.get(name) and not name.startswith(_UNREMARKABLE):
+            yield f"{name} {before.get(name)} -> {now.get(name)}"
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
