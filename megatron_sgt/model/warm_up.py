@@ -20,7 +20,7 @@ from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.config import Config
 from megatron_sgt.model.loop_backend import loop_backend
 from megatron_sgt.model.loop_pass import LoopOptions
-from megatron_sgt.model.mcore_config import DTYPES, head_layout
+from megatron_sgt.model.mcore_config import DTYPES
 from megatron_sgt.ops import fused_loop, operators
 from megatron_sgt.ops.attention import causal_attention
 from megatron_sgt.ops.backend import choose_attention
@@ -31,6 +31,7 @@ from megatron_sgt.ops.tiles import arch_of
 from megatron_sgt.parallel.device import synchronize
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.parallel.packed_copy import on_device
+from megatron_sgt.planning.structure import most_kept_heads
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ def warm_up_loops(config: Config, groups: ParallelGroups, precision: str) -> int
         How many kinds of loop passes were executed.
     """
     sparse, _ = loop_backend(config, precision, groups.device)
-    if sparse != "triton" or config.growth.method != "sgt":
+    if sparse != "triton" or not most_kept_heads(config):
         return 0
-    passes = _Passes(config, head_layout(config, groups), DTYPES[precision], groups.device)
+    layout = HeadLayout.of(config.model, groups.tp_size, groups.tp_rank)
+    passes = _Passes(config, layout, DTYPES[precision], groups.device)
     kinds = {kind.specialised(): kind for kind in passes.kinds()}
     for kind in kinds.values():
         passes.execute(kind)
@@ -85,9 +87,8 @@ class _Passes:
 
     def kinds(self) -> Iterator[_Kind]:
         """All that kept heads can amount to here. Where each rank loops its own they may be fewer on some."""
-        growth, held = self.config.growth, self.held
-        kept = self.model.num_attention_heads if growth.head_choice == "all" else growth.num_keep_heads
-        most = min(kept, held.heads_per_rank)
+        held = self.held
+        most = min(len(most_kept_heads(self.config)), held.heads_per_rank)
         for heads in range(1, most + 1) if held.tp_size > 1 else (most,):
             fewest = -(-heads // held.heads_per_group)
             yield from (_Kind(heads, g) for g in range(fewest, min(heads, held.groups_per_rank) + 1))

@@ -7,15 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.config import Config
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.model import mcore_config
 from megatron_sgt.model.apply_plan import apply_plan, sgt_layers
 from megatron_sgt.model.gpt import build_model
-from megatron_sgt.model.mcore_config import head_layout, transformer_config
-from tests.helpers.fake_groups import fake_groups
+from megatron_sgt.model.mcore_config import transformer_config
 from tests.helpers.single import random_batch, single_groups, small_config
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -116,12 +114,6 @@ def test_megatrons_refusal_is_a_configuration_error() -> None:
     )
     with pytest.raises(ConfigError, match=r"Megatron-Core refuses this model: .*6.*4"):
         transformer_config(unchecked, "fp32", CPU)
-
-
-def test_head_layout() -> None:
-    config = small_config(model={"num_query_groups": 2, "kv_channels": 24})
-    assert head_layout(config, fake_groups(1, 2)) == HeadLayout(4, 2, 24, tp_size=2, tp_rank=1)
-    assert head_layout(config, fake_groups()) == HeadLayout(4, 2, 24)
 
 
 @pytest.mark.parametrize(
