@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 from megatron_sgt import extensions
 from megatron_sgt.arch.flops import Flops
@@ -17,40 +16,15 @@ from megatron_sgt.arch.weight import Weight, linear
 from megatron_sgt.config.model import ModelConfig
 
 
-class FFNKind(Protocol):
-    """What the rest of the project must know of a kind of feed-forward layer. ``layer``: index of the layer.
+@dataclass(frozen=True)
+class FFNKind:
+    """down(act(gate(x)) · up(x)), or without a gate down(act(up(x))). Tensor-parallel ranks share the inner width.
+
+    A kind of another structure is a subclass with methods of its own. ``layer`` is the index of the layer.
 
     ``module``: how it is built, an entry of ``model.mlp.FFN_MODULES`` or ``package.module:name`` of one elsewhere.
     ``gated``, ``hidden_act``: how an exported model computes it (``SGTMLP``); ``hidden_act`` None: not at all.
-    """
-
-    @property
-    def module(self) -> str: ...
-
-    @property
-    def gated(self) -> bool: ...
-
-    @property
-    def hidden_act(self) -> str | None: ...
-
-    def weights(self, model: ModelConfig, layer: int) -> Iterator[Weight]:
-        """Its parameters."""
-        ...
-
-    def flops(self, model: ModelConfig, layer: int, tokens: int) -> Flops:
-        """Operations on ``tokens`` tokens, summed over tensor-parallel ranks."""
-        ...
-
-    def saved_elements(self, model: ModelConfig, layer: int, tokens: int) -> int:
-        """Elements that autograd keeps inside the layer, between its input and its output, on all ranks together."""
-        ...
-
-
-@dataclass(frozen=True)
-class DenseFFN:
-    """down(act(gate(x)) · up(x)), or without a gate down(act(up(x))). Tensor-parallel ranks share the inner width.
-
-    ``saved``: tensors of the inner width that autograd keeps.
+    ``saved``: tensors of the inner width that autograd keeps between the layer's input and its output.
     """
 
     module: str
@@ -59,7 +33,7 @@ class DenseFFN:
     saved: int
 
     def weights(self, model: ModelConfig, layer: int) -> Iterator[Weight]:
-        """linear_fc1 holds [gate; up], linear_fc2 is down."""
+        """Its parameters: linear_fc1 holds [gate; up], linear_fc2 is down."""
         hidden, width, bias = model.hidden_size, model.ffn_hidden_size, model.add_bias_linear
         megatron, hf = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}.mlp"
         inputs = ("gate_proj", "up_proj") if self.gated else ("up_proj",)
@@ -70,19 +44,19 @@ class DenseFFN:
         )
 
     def flops(self, model: ModelConfig, layer: int, tokens: int) -> Flops:
-        """Every token meets every matrix."""
+        """Operations on ``tokens`` tokens, summed over tensor-parallel ranks: every token meets every matrix."""
         matrices = 3 if self.gated else 2
         return Flops(linear=2 * tokens * model.hidden_size * model.ffn_hidden_size * matrices)
 
     def saved_elements(self, model: ModelConfig, layer: int, tokens: int) -> int:
-        """As ``saved`` says."""
+        """Elements that autograd keeps inside the layer, on all tensor-parallel ranks together."""
         return self.saved * model.ffn_hidden_size * tokens
 
 
 KINDS: dict[str, FFNKind] = {
     # Both halves of the product, and the product.
-    "swiglu": DenseFFN("swiglu", gated=True, hidden_act="silu", saved=3),
-    "gelu": DenseFFN("gelu", gated=False, hidden_act="gelu", saved=2),
+    "swiglu": FFNKind("swiglu", gated=True, hidden_act="silu", saved=3),
+    "gelu": FFNKind("gelu", gated=False, hidden_act="gelu", saved=2),
 }
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_sgt import extensions
-from megatron_sgt.arch.ffn import DenseFFN
+from megatron_sgt.arch.ffn import FFNKind
 from megatron_sgt.arch.kernels import CPU
 from megatron_sgt.checkpoint.reshard.convert import convert
 from megatron_sgt.config import Config
@@ -46,7 +46,7 @@ def squared_relu(x: Tensor) -> Tensor:
 
 
 MODULE = FFNModule(mlp_spec(), squared_relu)
-RELU2 = DenseFFN(f"{__name__}:MODULE", gated=False, hidden_act="relu2", saved=2)
+RELU2 = FFNKind(f"{__name__}:MODULE", gated=False, hidden_act="relu2", saved=2)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -152,7 +152,7 @@ def test_names_of_kinds() -> None:
 
 
 def test_a_kind_that_no_exported_model_can_compute_is_refused() -> None:
-    extensions.register("ffn", "private", DenseFFN(RELU2.module, gated=False, hidden_act=None, saved=2))
+    extensions.register("ffn", "private", FFNKind(RELU2.module, gated=False, hidden_act=None, saved=2))
     try:
         model = ModelConfig.model_validate({**SMALL["model"], "activation": "private"})
         with pytest.raises(CheckpointError, match=r"model\.activation private"):

@@ -15,6 +15,7 @@ MAX_FUNCTION_LINES = 60
 MIRROR_FROM_LINES = 20
 # Modules whose tests stand under another name: module path -> test path.
 MIRROR_ELSEWHERE: dict[str, str] = {
+    "megatron_sgt/arch/kernels.py": "tests/planning/test_memory.py",
     "megatron_sgt/model/kept_weights.py": "tests/model/test_balanced_loop.py",
     "megatron_sgt/model/linear.py": "tests/model/test_balanced_loop.py",
     "megatron_sgt/ops/loop_projection_triton.py": "tests/ops/test_loop_projection.py",
