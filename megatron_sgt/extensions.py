@@ -22,7 +22,7 @@ GROUPS = {
     "hooks": "megatron_sgt/engine/hooks/base.py",
     "optimizers": "megatron_sgt/optim/optimizer.py",
     "lr_schedules": "megatron_sgt/optim/schedule.py",
-    "datasets": "megatron_sgt/data/sources.py",
+    "datasets": "megatron_sgt/data/gpt_dataset.py",
     "ffn": "megatron_sgt/arch/ffn.py",
 }
 """Name of each group (entry points: ``megatron_sgt.<name>``), and the module that says what its objects are."""

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from megatron_sgt.cli import positive, run_main
 from megatron_sgt.config import Config, load_config
+from megatron_sgt.config.base import count
 from megatron_sgt.config.presets import PRESETS
 from megatron_sgt.data.tokenizer import build_tokenizer, resolve_vocab_size
-from megatron_sgt.metrics.units import count
 from megatron_sgt.planning.hardware import GPUS, find_gpu
 from megatron_sgt.planning.plan import make_plan
 from megatron_sgt.planning.render import render

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_sgt.config.model import ModelConfig
+
 
 @dataclass(frozen=True)
 class KeptHeads:
@@ -48,6 +50,11 @@ class HeadLayout:
         if self.num_heads % self.num_groups:
             raise ValueError(f"num_heads {self.num_heads} is not divisible by num_groups {self.num_groups}")
 
+    @classmethod
+    def of(cls, model: ModelConfig, tp_size: int = 1, tp_rank: int = 0) -> HeadLayout:
+        """The heads of ``model`` on one of ``tp_size`` tensor-parallel ranks (default: all on one)."""
+        return cls(model.num_attention_heads, model.num_query_groups, model.kv_channels, tp_size, tp_rank)
+
     @property
     def heads_per_rank(self) -> int:
         """Query heads on each tensor-parallel rank."""
@@ -72,6 +79,11 @@ class HeadLayout:
     def owner(self, head: int) -> int:
         """Tensor-parallel rank that holds global head ``head``."""
         return head // self.heads_per_rank
+
+    def kept_counts(self, kept_heads: Sequence[int]) -> tuple[int, int]:
+        """(heads, groups that they read): how many of the global ``kept_heads`` this rank owns."""
+        heads = [head for head in kept_heads if head in self.owned_heads]
+        return len(heads), len({head // self.heads_per_group for head in heads})
 
     def local(self, kept_heads: Sequence[int]) -> KeptHeads:
         """Indices of those of the global ``kept_heads`` that this rank owns (possibly none)."""

@@ -11,8 +11,9 @@ from megatron_sgt.checkpoint import layout
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError, SGTError
-from megatron_sgt.growth import Schedule, build_schedule
+from megatron_sgt.growth import LoopPlan
 from megatron_sgt.planning.parameters import parameter_count
+from megatron_sgt.planning.structure import schedule_of
 
 Status = Literal["complete", "damaged", "unfinished"]
 Check = Callable[[Path], list[str]]
@@ -35,12 +36,16 @@ class LoopingLayer:
 
 @dataclass(frozen=True)
 class GrowthContents:
-    """Where growth stood; ``layers`` in the order of their selection, ``window_end`` while a window runs."""
+    """Where growth stood; ``layers`` in the order of their selection, ``window_end`` while a window runs.
+
+    ``plan``: what the model executed, with the gates of the saved step.
+    """
 
     method: str
     phase: str
     layers: tuple[LoopingLayer, ...]
     window_end: int | None
+    plan: LoopPlan
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ class Contents:
         values = asdict(self) | {"folder": str(self.folder)}
         if self.details is not None:
             values["details"]["model"] = self.details.model.model_dump(mode="json")
+            values["details"]["growth"]["plan"] = self.details.growth.plan.to_dict()
         return values
 
 
@@ -195,26 +201,19 @@ def _details(folder: Path) -> Details:
 
 def _growth(config: Config, saved: dict[str, Any] | None) -> GrowthContents:
     """``saved``: the growth hook's state; None where growth begins with the run."""
-    schedule: Schedule = build_schedule(
-        config.growth, config.model.num_layers, config.model.num_attention_heads
-    )
-    selected: dict[int, int] = {}
-    window_end = None
+    schedule = schedule_of(config)
     if saved is not None:
         schedule.load_state_dict(saved["schedule"])
-        # Below 0 for the loops of an imported model, whose selection lies before this run.
-        selected = {grown["layer"]: grown["chosen_at"] for grown in saved["schedule"].get("grown", ())}
-        window_end = saved["schedule"].get("window_end") if schedule.phase == "selecting" else None
-    plan = schedule.plan
+    plan, selected = schedule.plan, schedule.selected_at()
     order = [*selected, *(layer for layer, _ in plan.layers if layer not in selected)]
     layers = tuple(
         LoopingLayer(
             layer,
             plan[layer].loops or plan[layer].block_loops,
             plan[layer].kept_heads,
-            selected[layer] if selected.get(layer, -1) > 0 else None,
+            selected.get(layer),
             plan[layer].other_gate,
         )
         for layer in order
     )
-    return GrowthContents(config.growth.method, schedule.phase, layers, window_end)
+    return GrowthContents(schedule.name, schedule.phase, layers, schedule.window_end, plan)

@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterator
 
 from megatron_sgt.checkpoint.contents import Contents, Details, GrowthContents, LoopingLayer, RootContents
-from megatron_sgt.metrics.units import count, duration, file_size, si
+from megatron_sgt.config.base import count
+from megatron_sgt.metrics.units import duration, file_size, si
 
 _SHOWN_PROBLEMS = 5
 
@@ -106,10 +107,10 @@ def _details(details: Details) -> Iterator[tuple[str, str]]:
 
 
 def _growth(growth: GrowthContents) -> str:
-    if growth.method != "sgt":
+    if not growth.layers and growth.phase == growth.method:
         return growth.method
     window = "" if growth.window_end is None else f", its window ends at step {growth.window_end:,}"
-    return f"sgt, phase {growth.phase}{window}, {count(len(growth.layers), 'layer')} selected"
+    return f"{growth.method}, phase {growth.phase}{window}, {count(len(growth.layers), 'layer')} selected"
 
 
 def _layer(layer: LoopingLayer) -> str:

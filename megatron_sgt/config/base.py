@@ -2,10 +2,13 @@
 
 import reprlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, field_validator, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
+
+from megatron_sgt import extensions
 
 SECTION_PROBLEMS = "section_problems"
 """Error type of a section's own rules; its message holds one `field: text` line per broken rule."""
@@ -22,6 +25,11 @@ def shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return _repr.repr(list(value) if isinstance(value, tuple) else value)
+
+
+def count(number: int, noun: str) -> str:
+    """Return 1 layer, 2 layers."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 class Section(BaseModel):
@@ -54,6 +62,24 @@ def section_class(annotation: Any) -> type[BaseModel] | None:
     """Return the section's class in an annotation such as ``Section`` or ``Section | None``; else None."""
     candidates = (annotation, *get_args(annotation))
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Annotates a text setting: one of the ``built_in`` names, or one registered in ``group`` (extensions.py)."""
+
+    group: str
+    built_in: tuple[str, ...]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, name: str) -> str:
+        if name not in self.built_in and name not in (registered := extensions.names(self.group)):
+            *others, last = (f"'{known}'" for known in (*self.built_in, *registered))
+            expected = f"{', '.join(others)} or {last}" if others else last
+            raise PydanticKnownError("literal_error", {"expected": expected})
+        return name
 
 
 def derived(description: str, **constraints: Any) -> Any:

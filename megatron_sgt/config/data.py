@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from os import PathLike
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from megatron_sgt.config.base import Section
+from megatron_sgt.config.base import Choice, Section
 
 
 class TokenizerConfig(Section):
@@ -28,6 +28,11 @@ class TokenizerConfig(Section):
 class DataConfig(Section):
     """Megatron indexed data sets, their blend and their split."""
 
+    dataset: Annotated[str, Choice("datasets", ("indexed",))] = Field(
+        default="indexed",
+        description="Where the samples come from; indexed: the .bin/.idx pairs of data_path. Another one makes of the "
+        "settings of this section what it likes.",
+    )
     data_path: tuple[str, ...] = Field(
         default=(),
         description="Prefix of a .bin/.idx pair, or a blend [weight, prefix, weight, prefix, ...].",

@@ -1,20 +1,31 @@
 """How depth grows: the schedule of the Sparse Growing Transformer, its ablations and baselines."""
 
+import difflib
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
-from megatron_sgt.config.base import Section
+from megatron_sgt import extensions
+from megatron_sgt.config.base import Section, shown
+from megatron_sgt.config.problems import explain
+from megatron_sgt.errors import ConfigError
+
+METHODS = ("sgt", "vanilla", "block_loop")
+"""The built-in ones."""
 
 
 class GrowthConfig(Section):
     """The growth method and its schedule. Defaults are those of the paper (arXiv 2603.23998)."""
 
-    method: Literal["sgt", "vanilla", "block_loop"] = Field(
+    method: str = Field(
         default="sgt",
-        description="sgt: attention loops grow during training; vanilla: no loop at all; "
-        "block_loop: whole layers are executed again from the first step (the paper's baseline).",
+        description="`sgt`: attention loops grow during training; `vanilla`: no loop at all; "
+        "`block_loop`: whole layers are executed again from the first step (the paper's baseline); or a schedule "
+        "that an installed package registers (growth.md).",
+    )
+    options: dict[str, Any] | None = Field(
+        default=None, description="Settings of a registered schedule; the built-in methods take none."
     )
     first_selection_step: int = Field(
         default=250, gt=0, description="Optimizer step (from 1) of the first selection."
@@ -75,6 +86,7 @@ class GrowthConfig(Section):
     )
 
     def problems(self) -> Iterator[str]:
+        yield from self._method_problems()
         for name in ("exclude_layers", "block_loop_layers"):
             layers: tuple[int, ...] = getattr(self, name)
             if len(set(layers)) != len(layers):
@@ -88,3 +100,29 @@ class GrowthConfig(Section):
                 f"block_loop_layers: {list(self.block_loop_layers)} has no effect with method "
                 f"'{self.method}'; remove it, or set method: block_loop"
             )
+
+    def _method_problems(self) -> Iterator[str]:
+        """What is wrong with the name of the method, or with the options of the schedule that has it."""
+        options = None
+        if self.method not in METHODS:
+            names = [*METHODS, *extensions.names("schedules")]
+            if self.method not in names:
+                close = difflib.get_close_matches(self.method, names, n=1)
+                hint = f"; did you mean '{close[0]}'?" if close else ""
+                choices = ", ".join(f"'{name}'" for name in names[:-1])
+                yield f"method: must be {choices} or '{names[-1]}', got {shown(self.method)}{hint}"
+                return
+            try:
+                options = getattr(extensions.load("schedules", self.method), "Options", None)
+            except ConfigError as error:
+                yield f"method: {error}"
+                return
+        if options is None:
+            if self.options:
+                yield f"options: {shown(self.options)} has no effect with method '{self.method}'; remove it"
+            return
+        try:
+            options.model_validate(self.options or {})
+        except ValidationError as error:
+            for line in explain(error, options):
+                yield f"options: {line}" if line.startswith("unknown key") else f"options.{line}"

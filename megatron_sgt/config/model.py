@@ -1,11 +1,11 @@
 """The shape of the decoder, under Megatron's names."""
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from megatron_sgt.config.base import Section, derived
+from megatron_sgt.config.base import Choice, Section, derived
 from megatron_sgt.errors import ConfigError
 
 SWIGLU_MULTIPLE = 64
@@ -24,10 +24,14 @@ class ModelConfig(Section):
         gt=0,
         description="Entries of the vocabulary before padding; null: taken from the tokenizer.",
     )
-    activation: Literal["swiglu", "gelu"] = Field(default="swiglu", description="Nonlinearity of the MLP.")
+    activation: Annotated[str, Choice("ffn", ("swiglu", "gelu"))] = Field(
+        default="swiglu",
+        description="Kind of the feed-forward layers: swiglu, gelu, or one that an installed package registers in the "
+        "group megatron_sgt.ffn.",
+    )
     ffn_hidden_size: int = derived(
         "Width inside the MLP; null: 8/3 of hidden_size rounded up to a multiple of 64 for swiglu, "
-        "4 times hidden_size for gelu.",
+        "4 times hidden_size otherwise.",
         gt=0,
     )
     num_query_groups: int = derived(
@@ -79,7 +83,7 @@ class ModelConfig(Section):
         if value is not None:
             return value
         hidden = info.data.get("hidden_size", 1)
-        if info.data.get("activation", "swiglu") == "gelu":
+        if info.data.get("activation", "swiglu") != "swiglu":
             return 4 * hidden
         width = -(-8 * hidden // 3)
         return -(-width // SWIGLU_MULTIPLE) * SWIGLU_MULTIPLE

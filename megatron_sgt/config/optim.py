@@ -1,19 +1,24 @@
 """The optimizer and its learning-rate schedule."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_sgt.config.base import Section
+from megatron_sgt.config.base import Choice, Section
 
 
 class OptimConfig(Section):
-    """AdamW and the learning-rate schedule. Steps are optimizer steps."""
+    """The optimizer and the learning-rate schedule. Steps are optimizer steps."""
 
+    optimizer: Annotated[str, Choice("optimizers", ("adamw",))] = Field(
+        default="adamw",
+        description="Update rule. One of an installed package reads the settings of this section that it needs; "
+        "planning and resharding know AdamW's state only.",
+    )
     lr: float = Field(gt=0, description="Peak learning rate.")
     min_lr: float = Field(default=0.0, ge=0, description="Learning rate at and after the end of the decay.")
-    lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = Field(
+    lr_decay_style: Annotated[str, Choice("lr_schedules", ("cosine", "linear", "constant", "WSD"))] = Field(
         default="cosine",
         description="Curve from lr to min_lr; WSD: constant, then linear over the last lr_wsd_decay_iters.",
     )

@@ -15,7 +15,7 @@ from megatron_sgt.errors import ConfigError
 Values = dict[str, Any]
 
 
-_OFF: Values = {"block_loop_layers": [], "replay": None}
+_OFF: Values = {"block_loop_layers": [], "replay": None, "options": None}
 """Resets what a file may have set for another method."""
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from megatron_sgt.config.base import section_class, shown
+from megatron_sgt.config.base import Choice, section_class, shown
 from megatron_sgt.config.presets import PRESETS, preset_values
 from megatron_sgt.config.root import Config
 
@@ -64,6 +64,8 @@ def _leaves(prefix: str, section: type[BaseModel]) -> Iterator[tuple[str, FieldI
 def _type(field: FieldInfo) -> str:
     text = _type_name(field.annotation)
     for bound in field.metadata:
+        if isinstance(bound, Choice):
+            text = ", ".join(f"`{name}`" for name in bound.built_in) + ", or a registered name"
         text += "".join(
             f" {sign} {getattr(bound, name):g}" for name, sign in _BOUNDS.items() if hasattr(bound, name)
         )

@@ -122,6 +122,11 @@ class TrainConfig(Section):
         description="Fused rotary positions, and Megatron-Core's fused SwiGLU/GELU, cross-entropy and residual "
         "additions, which torch.compile builds when the run starts; auto: on GPUs where Triton is installed.",
     )
+    hooks: tuple[str, ...] = Field(
+        default=(),
+        description="Hooks of installed packages that take part in the run, by their registered names, in the order in "
+        "which they act (docs/extending.md).",
+    )
     threads_per_rank: int | None = Field(
         default=None, gt=0, description="CPU threads of one rank; null: torch's choice."
     )

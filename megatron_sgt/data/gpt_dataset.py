@@ -6,13 +6,14 @@ by (seed, d, e); and :class:`~megatron_sgt.data.blend.Blend` says which data set
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
+from megatron_sgt import extensions
 from megatron_sgt.config.root import Config
 from megatron_sgt.data.blend import Blend
 from megatron_sgt.data.index_cache import build_index_cache, open_split, wait_for_folder
@@ -26,6 +27,13 @@ from megatron_sgt.parallel.collectives import on_rank_zero
 logger = logging.getLogger(__name__)
 
 Sample = dict[str, torch.Tensor]
+
+Builder = Callable[[Config, Tokenizer | None], tuple[Any, Any | None, Any | None]]
+"""Makes the training, validation and test samples, None for a part that there is not; called on every rank.
+
+``samples[i]`` is a Sample as of `BlendedSamples`, for any i >= 0, and the same on every rank and in every process:
+where a run goes on is a count of samples. Data-parallel ranks read different i, tensor-parallel ranks the same.
+"""
 
 
 class BlendedSamples(Dataset[Sample]):
@@ -92,10 +100,19 @@ class _Prepared:
     folders: tuple[str, ...]
 
 
-def build_datasets(
+def build_datasets(cfg: Config, tokenizer: Tokenizer | None) -> tuple[Any, Any | None, Any | None]:
+    """The training, validation and test samples of ``data.dataset``: one of DATASETS, or a `Builder` that is registered
+    under the entry-point group ``megatron_sgt.datasets``.
+    """
+    name = cfg.data.dataset
+    build: Builder = DATASETS[name] if name in DATASETS else extensions.load("datasets", name)
+    return build(cfg, tokenizer)
+
+
+def _indexed(
     cfg: Config, tokenizer: Tokenizer | None
 ) -> tuple[BlendedSamples, BlendedSamples | None, BlendedSamples | None]:
-    """The training, validation and test samples; None where some data set holds no whole sample.
+    """The blend of ``data.data_path``; None where some data set holds no whole sample.
 
     Collective: rank 0 checks the files and builds the sample indices under ``data_cache_path``, then all ranks map
     them. Training samples are shuffled again in every epoch; validation and test samples keep one order, which does not
@@ -135,3 +152,6 @@ def _open(cfg: Config, prepared: _Prepared, split: int, vocab_size: int) -> Blen
     weights = [source.weight for source in sources]
     names = [source.info.prefix for source in sources]
     return BlendedSamples(parts, weights, seed, SPLIT_NAMES[split] == "train", vocab_size, names)
+
+
+DATASETS: dict[str, Builder] = {"indexed": _indexed}

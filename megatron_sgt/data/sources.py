@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megatron_sgt import extensions
 from megatron_sgt.config.root import Config
 from megatron_sgt.data.blend import round_to_period
 from megatron_sgt.data.indexed import IndexedInfo, check_indexed_dataset, sequence_lengths
@@ -39,6 +40,8 @@ class DataSummary:
     samples_needed: int
     """train_iters times global_batch_size."""
     notes: tuple[str, ...]
+    unread: str | None = None
+    """Name of a registered data set, of which nothing is known before the run starts: the numbers above are 0."""
 
     @property
     def epochs(self) -> float:
@@ -47,6 +50,8 @@ class DataSummary:
 
     def line(self) -> str:
         """For a person."""
+        if self.unread is not None:
+            return f"'{self.unread}', read when the run starts"
         return (
             f"{self.documents:,} documents · {self.tokens:,} tokens · {self.train_samples:,} training samples · "
             f"{self.epochs:.2f} epochs · vocabulary {self.vocab_size:,}"
@@ -88,6 +93,10 @@ def validate_data(cfg: Config) -> DataSummary:
     Raises DataError with the first problem found.
     """
     tokenizer = tokenizer_of(cfg.data)
+    if cfg.data.dataset != "indexed":
+        extensions.load("datasets", cfg.data.dataset)
+        vocab_size = resolve_vocab_size(cfg.model.vocab_size, tokenizer)
+        return DataSummary((), None, vocab_size, 0, 0, 0, 0, 0, 0, (), cfg.data.dataset)
     sources = find_sources(cfg, tokenizer)
     train, valid, test = (sum(source.parts[split].samples for source in sources) for split in range(3))
     notes = [source.note for source in sources if source.note]

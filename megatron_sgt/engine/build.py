@@ -25,6 +25,7 @@ from megatron_sgt.optim.param_groups import parameter_groups
 from megatron_sgt.parallel.device import select_device
 from megatron_sgt.parallel.groups import ParallelGroups, initialize_groups
 from megatron_sgt.parallel.placement import check_placement
+from megatron_sgt.planning.structure import schedule_of
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,7 @@ def build_runtime(
         CheckpointError: ``weights`` does not fit the model.
     """
     precision = config.precision_on(groups.device.type)
-    passes = 1 + (config.growth.max_loop_depth if config.growth.method == "sgt" else 0)
-    model = build_model(config, groups, precision, passes, plain)
+    model = build_model(config, groups, precision, 1 + schedule_of(config).max_loops, plain)
     if weights is not None:
         # Before the engine exists: ZeRO keeps a copy of what it is given.
         shard = megatron_shard(weights, config.model, groups.tp_size, groups.tp_rank)

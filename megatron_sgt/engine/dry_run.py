@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_sgt.config import Config
+from megatron_sgt.config.base import count
 from megatron_sgt.data.sources import validate_data
 from megatron_sgt.engine.deepspeed_config import check_deepspeed
+from megatron_sgt.engine.hooks.base import own_hooks
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth import LoopPlan
-from megatron_sgt.metrics.units import count
 from megatron_sgt.parallel.device import device_type
 from megatron_sgt.planning.describe import growth_line, model_line
 from megatron_sgt.planning.flops import step_flops
 from megatron_sgt.planning.layout import batch_line, layout_line
 from megatron_sgt.planning.loop_cost import choose_loop_method
+from megatron_sgt.planning.structure import most_kept_heads
 from megatron_sgt.preflight import Start, check_disk, check_surroundings, find_start, with_vocabulary
 
 
@@ -33,6 +35,7 @@ def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:
     """
     config.num_micro_batches(world_size)
     check_surroundings(config)
+    own_hooks(config)
     precision = precision_of(config)
     check_deepspeed(config, world_size, precision)
     config = with_vocabulary(config)
@@ -55,7 +58,7 @@ def _start_notes(config: Config, start: Start) -> Iterator[str]:
 
 
 def _loop_rows(config: Config) -> list[tuple[str, str]]:
-    if config.parallel.tensor_model_parallel_size == 1 or config.growth.method != "sgt":
+    if config.parallel.tensor_model_parallel_size == 1 or not most_kept_heads(config):
         return []
     return [("loops", choose_loop_method(config)[1])]
 

@@ -12,8 +12,7 @@ import deepspeed
 from megatron_sgt.config import Config
 from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.loss_scale import SkipRule
-from megatron_sgt.engine.state import TrainState
-from megatron_sgt.engine.step import Batch, StepResult, train_step
+from megatron_sgt.engine.step import Batch, StepResult, TrainState, train_step
 from megatron_sgt.errors import SGTError
 from megatron_sgt.guard.stop import StopRequests
 from megatron_sgt.optim.schedule import learning_rate

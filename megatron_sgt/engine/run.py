@@ -16,7 +16,7 @@ from megatron_sgt.data.loader import EvalLoader, TrainLoader
 from megatron_sgt.data.tokenizer import tokenizer_of
 from megatron_sgt.engine.build import Runtime, build_runtime, start_processes
 from megatron_sgt.engine.deepspeed_config import check_deepspeed
-from megatron_sgt.engine.hooks.base import Hook
+from megatron_sgt.engine.hooks.base import Hook, RunParts, own_hooks
 from megatron_sgt.engine.hooks.checkpoint import CheckpointHook
 from megatron_sgt.engine.hooks.growth import GrowthHook
 from megatron_sgt.engine.hooks.log import LogHook
@@ -27,20 +27,23 @@ from megatron_sgt.engine.hooks.validation import EvalHook
 from megatron_sgt.engine.hooks.watched import watched_batches, watched_hooks
 from megatron_sgt.engine.loop import DivergedError, Trainer
 from megatron_sgt.engine.skipped_ranges import PassedData, batches_past
-from megatron_sgt.engine.state import TrainState
+from megatron_sgt.engine.step import TrainState
 from megatron_sgt.errors import CheckpointError, ExitCode
 from megatron_sgt.files import replace_text
-from megatron_sgt.growth import Schedule, build_schedule
+from megatron_sgt.growth import Schedule
+from megatron_sgt.growth.methods import with_schedule
 from megatron_sgt.guard import Progress, Watch
 from megatron_sgt.guard.stop import StopRequests, named
 from megatron_sgt.launch.environment import RankInfo
 from megatron_sgt.metrics import METRICS_FILE, MetricsHub, build_hub
+from megatron_sgt.metrics.records import ResumeRecord, SummaryRecord
 from megatron_sgt.model.loop_backend import loop_backend
 from megatron_sgt.model.warm_up import warm_up_loops
 from megatron_sgt.ops.attention import describe_attention
 from megatron_sgt.parallel.collectives import barrier, on_rank_zero
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.planning.loop_cost import choose_loop_method
+from megatron_sgt.planning.structure import most_kept_heads, schedule_of
 from megatron_sgt.preflight import (
     Start,
     check_disk,
@@ -54,16 +57,31 @@ from megatron_sgt.preflight import (
 class PretrainingRun:
     """The parts of one run, wired together; ``train`` turns them. Collective over all ranks.
 
-    Raises ConfigError, DataError or CheckpointError for what the user can mend, before any training step.
+    Args:
+        schedule: a growth method of the caller's own, instead of the one that ``config`` names.
+        hooks: of the user's own, beside those that train.hooks names. They act after the built-in ones, except
+            for the comparison of the ranks and the saving, which come last; their states are in the checkpoints.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: what the user can mend, before any training step.
     """
 
     def __init__(
-        self, config: Config, info: RankInfo, stop: StopRequests | None = None, watch: Watch | None = None
+        self,
+        config: Config,
+        info: RankInfo,
+        stop: StopRequests | None = None,
+        watch: Watch | None = None,
+        schedule: type[Schedule] | None = None,
+        hooks: Sequence[Hook] = (),
     ) -> None:
+        if schedule is not None:
+            config = with_schedule(config, schedule)
         self.stop = StopRequests(config.train) if stop is None else stop
         self.progress = Progress() if watch is None else watch.progress
         config.num_micro_batches(info.world_size)  # refuse the batch arithmetic before any process group
         check_surroundings(config)
+        self.own_hooks = own_hooks(config, hooks)
         self.config = with_vocabulary(config)
         self.groups: ParallelGroups = start_processes(self.config, info)
         if watch is not None:
@@ -78,9 +96,7 @@ class PretrainingRun:
         self.runtime: Runtime = build_runtime(self.config, self.groups)
         self.progress.enter("compiling the kernels of the loops")
         warm_up_loops(self.config, self.groups, self.runtime.precision)
-        self.schedule: Schedule = build_schedule(
-            self.config.growth, self.config.model.num_layers, self.config.model.num_attention_heads
-        )
+        self.schedule = schedule_of(self.config)
         self.hub = self._open_hub()
         self.passed: PassedData = on_rank_zero(
             lambda: PassedData.at_start(self.start.folder, config.save_dir)
@@ -129,7 +145,7 @@ class PretrainingRun:
         return build_hub(self.config.logging, self.config.train.train_iters, self.config.model_dump())
 
     def _wire(self, valid: Any) -> None:
-        """Build the hooks in the order in which they act: growth, report, validate, save."""
+        """Build the hooks in the order in which they act: growth, report, validate, the user's own, save."""
         config, groups, runtime = self.config, self.groups, self.runtime
         self.log = LogHook(config, self.schedule, self.hub, groups, runtime.precision)
         self.growth = GrowthHook(
@@ -154,20 +170,25 @@ class PretrainingRun:
             interval = config.train.eval_interval
             self.eval = EvalHook(runtime.engine, loader, interval, self.schedule, self.hub, groups)
             self.hooks.append(self.eval)
+        parts = RunParts(config, groups, runtime.model, runtime.engine, self.schedule, self.hub)
+        for hook in self.own_hooks:
+            hook.attach(parts)
+        self.hooks += self.own_hooks
         intervals = (config.train.replica_check_interval, config.checkpoint.save_interval)
         self.hooks.append(
             ReplicaCheckHook(runtime.model, intervals, runtime.engine.zero_optimization_stage(), groups)
         )
-        # Saving comes last, so that a checkpoint holds what the other hooks made of the step.
+        # Saving comes last, so that a checkpoint holds what the other hooks made of the step; what a hook has changed
+        # on one rank alone is seen before.
         about = {"tokenizer": tokenizer_fingerprint(config) if groups.is_main else None}
         self.saver = CheckpointHook(
-            config, runtime.engine, [self.growth, self.spike], self.hub, groups, about
+            config, runtime.engine, [self.growth, self.spike], self.hub, groups, about, self.own_hooks
         )
         self.saver.on_saved = self.stop.note_save
         self.hooks.append(self.saver)
 
     def _report_start(self) -> None:
-        record = {
+        record: ResumeRecord = {
             "step": self.state.step,
             "path": self.start.folder,
             "searched": self.config.save_dir,
@@ -176,7 +197,7 @@ class PretrainingRun:
             "skipped": self.start.skipped,
         }
         self.hub.log("resume", record)
-        if self.groups.is_main and self.groups.tp_size > 1 and self.config.growth.method == "sgt":
+        if self.groups.is_main and self.groups.tp_size > 1 and most_kept_heads(self.config):
             print(f"LOOPS  {choose_loop_method(self.config)[1]}", flush=True)
         line = loop_backend(self.config, self.runtime.precision, self.groups.device)[1]
         if self.groups.is_main and self.groups.device.type != "cpu":
@@ -266,7 +287,7 @@ class PretrainingRun:
 
     def _summarize(self, reason: str, code: ExitCode, seconds: float) -> None:
         run_dir = Path(self.config.logging.run_dir)
-        record = {
+        record: SummaryRecord = {
             "step": self.state.step,
             "train_iters": self.config.train.train_iters,
             "reason": reason,

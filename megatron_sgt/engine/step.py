@@ -1,11 +1,11 @@
-"""One optimizer step: forward and backward over the micro-batches, clipping, update."""
+"""One optimizer step: forward and backward over the micro-batches, clipping, update; and the count of steps."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import deepspeed
@@ -14,11 +14,37 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
 
+from megatron_sgt.errors import CheckpointError
 from megatron_sgt.model.apply_plan import begin_step, mark_micro_batch
 from megatron_sgt.model.entropy_meter import EntropyMeter
 from megatron_sgt.parallel.groups import ParallelGroups
 
 Batch = dict[str, Tensor]
+
+
+@dataclass
+class TrainState:
+    """Where the run stands: the counters that DeepSpeed does not keep.
+
+    ``step``: applied optimizer steps; ``consumed_samples``: sequences taken from the data order, skipped steps
+    included; ``skipped_steps``: steps without a finite gradient, in all and in a row.
+    """
+
+    step: int = 0
+    consumed_samples: int = 0
+    skipped_steps: int = 0
+    consecutive_skipped: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises CheckpointError if a counter is missing."""
+        for name in asdict(self):
+            if name not in state:
+                raise CheckpointError(f"the checkpoint's training state has no {name!r}")
+            setattr(self, name, int(state[name]))
 
 
 @dataclass(frozen=True)
@@ -31,6 +57,7 @@ class StepResult:
     on some rank).
     ``seconds``: wall time of the step, waiting for data included. The loop counts from the end of the step before,
     when the host had read its norm: forward and backward are queued, so that nothing else tells a step from the next.
+    ``loss_scale``: what the loss was multiplied by for the backward pass; None without fp16.
     """
 
     loss: Tensor
@@ -38,6 +65,7 @@ class StepResult:
     applied: bool
     lr: float
     seconds: float
+    loss_scale: float | None = None
 
 
 def train_step(
@@ -51,6 +79,7 @@ def train_step(
     start = time.perf_counter()
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
+    scale = float(engine.optimizer.loss_scaler.cur_scale) if engine.fp16_enabled() else None
     losses = []
     meter = engine.module.meter
     begin_step(engine.module)
@@ -68,7 +97,7 @@ def train_step(
     else:
         norm, applied = float(engine.get_global_grad_norm()), engine.was_step_applied()
     loss = torch.stack(losses).float().mean()
-    return StepResult(loss, norm, applied, lr, time.perf_counter() - start)
+    return StepResult(loss, norm, applied, lr, time.perf_counter() - start, scale)
 
 
 def _guarded(loss: Tensor, meter: EntropyMeter) -> Tensor:

@@ -9,7 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_sgt.arch.attention import CAUSAL
+from megatron_sgt.arch.ffn import ffn_kind
 from megatron_sgt.config.model import ModelConfig
+from megatron_sgt.errors import CheckpointError
 from megatron_sgt.growth import LayerPlan, LoopPlan
 
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -30,10 +33,17 @@ class TokenIds:
 
 
 def plain_architecture(model: ModelConfig, plan: LoopPlan) -> tuple[str | None, str]:
-    """The class of transformers that computes exactly this model (None: there is none), and why, in a phrase."""
+    """The class of transformers that computes exactly this model (None: there is none), and why, in a phrase.
+
+    Raises:
+        CheckpointError: not even the architecture ``sgt`` computes its feed-forward layers.
+    """
     if plan.layers:
         return None, f"it loops in layers {', '.join(str(n) for n, _ in plan.layers)}"
-    if model.normalization != "RMSNorm" or model.activation != "swiglu":
+    ffn = ffn_kind(model.activation)
+    if ffn.hidden_act is None:
+        raise CheckpointError(f"model.activation {model.activation}: no exported model can compute this kind")
+    if model.normalization != "RMSNorm" or (ffn.gated, ffn.hidden_act) != (True, "silu"):
         return None, f"no plain decoder there has {model.normalization} with {model.activation}"
     if model.hidden_size % model.num_attention_heads:
         return None, f"transformers wants heads to divide hidden_size {model.hidden_size}"
@@ -63,7 +73,7 @@ def hf_config(
         "num_attention_heads": model.num_attention_heads,
         "num_key_value_heads": model.num_query_groups,
         "head_dim": model.kv_channels,
-        "hidden_act": "silu" if model.activation == "swiglu" else "gelu",
+        "hidden_act": ffn_kind(model.activation).hidden_act,
         "rms_norm_eps": model.layernorm_epsilon,
         "rope_theta": model.rotary_base,
         "max_position_embeddings": model.seq_length,
@@ -97,11 +107,9 @@ def _sgt_head() -> dict[str, Any]:
 
 def _sgt_tail(model: ModelConfig, plan: LoopPlan) -> dict[str, Any]:
     return {
-        "gated_mlp": model.activation == "swiglu",
+        "gated_mlp": ffn_kind(model.activation).gated,
         "normalization": model.normalization,
-        "qk_norm": model.qk_layernorm,
-        "attention_bias": model.add_qkv_bias or model.add_bias_linear,
-        "attention_out_bias": model.add_bias_linear,
+        **CAUSAL.hf_fields(model),
         "mlp_bias": model.add_bias_linear,
         "sgt_loops": {str(n): _loop(layer) for n, layer in plan.layers},
     }

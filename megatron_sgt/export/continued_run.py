@@ -10,7 +10,9 @@ from megatron_sgt.config.data import TokenizerConfig
 from megatron_sgt.config.yaml_io import dump_yaml
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.export.hf.families import HFModel
-from megatron_sgt.growth import build_schedule
+from megatron_sgt.growth import LayerPlan, LoopPlan
+from megatron_sgt.growth.methods import settings_for
+from megatron_sgt.planning.structure import schedule_of
 
 RUN_FILE = "run.yaml"
 """Where the configuration of the run to come lies, beside the checkpoint that it starts from."""
@@ -48,7 +50,7 @@ def run_config(
     length = seq_length or min(model.max_position_embeddings, MAX_SEQ_LENGTH)
     values = {
         "model": {**model.fields, "seq_length": length, "make_vocab_size_divisible_by": multiple},
-        "growth": _growth_section(model),
+        "growth": settings_for(plan_of(model), model.fields["num_attention_heads"]),
         "optim": {"lr": 1e-4, "min_lr": 1e-5, "lr_warmup_iters": 100},
         "train": {"train_iters": 2000, "micro_batch_size": 1, "global_batch_size": 64},
         "data": {"tokenizer": None if tokenizer is None else tokenizer.model_dump()},
@@ -70,11 +72,10 @@ def fitting_config(path: Path, model: HFModel) -> Config:
         found = getattr(config.model, name)
         if name not in _FREE and found != wanted:
             problems.append(f"model.{name}: is {found}, the imported model has {wanted}")
-    needed = _growth_section(model)
-    if model.loops and config.growth.method != needed["method"]:
-        problems.append(
-            f"growth.method: is {config.growth.method}, but the imported model loops as {needed['method']} does"
-        )
+    try:
+        growth_state(model, config)
+    except ConfigError as error:
+        problems.append(str(error))
     if problems:
         raise ConfigError(f"{path} does not fit the imported model:\n  " + "\n  ".join(problems))
     return config
@@ -91,58 +92,19 @@ def run_yaml(config: Config, source: Path, path: Path, grown: bool) -> str:
 def growth_state(model: HFModel, config: Config) -> dict[str, Any]:
     """The state of the hooks in a checkpoint of ``model``: none where growth begins with the run.
 
-    A model with loops goes on with them, and grows no further.
+    A model with loops goes on with them, and grows no further. Raises ConfigError: not under this configuration.
     """
     if not model.loops:
         return {}
-    schedule = build_schedule(config.growth, config.model.num_layers, config.model.num_attention_heads)
-    state = schedule.state_dict()
-    if config.growth.method == "sgt":
-        # Selected so long ago that the window is over: the other heads have faded.
-        ago = -config.growth.window_size
-        state |= {
-            "phase": "fixed",
-            "grown": [
-                {
-                    "layer": int(layer),
-                    "loops": loop["depth"],
-                    "kept_heads": sorted(loop["heads"]),
-                    "chosen_at": ago,
-                }
-                for layer, loop in model.loops.items()
-            ],
-        }
-    return {"growth": {"schedule": state, "events": []}}
+    schedule = schedule_of(config)
+    schedule.adopt(plan_of(model))
+    return {"growth": {"schedule": schedule.state_dict(), "events": []}}
 
 
-def _growth_section(model: HFModel) -> dict[str, Any]:
-    """Settings under which the schedule can have made the loops of ``model``, or can begin to make some."""
-    num_layers, num_heads = model.fields["num_layers"], model.fields["num_attention_heads"]
-    if not model.loops:
-        if num_layers < 2:
-            return {"method": "vanilla"}
-        return {
-            "method": "sgt",
-            "top_k_layers": min(3, num_layers - 1),
-            "num_keep_heads": min(2, num_heads),
-        }
-    loops = {int(layer): loop for layer, loop in model.loops.items()}
-    blocks = {layer: loop["block_loops"] for layer, loop in loops.items() if loop.get("block_loops")}
-    if blocks:
-        if len(blocks) < len(loops) or len(set(blocks.values())) > 1:
-            raise ConfigError(
-                f"sgt_loops {model.loops}: a run repeats whole layers equally often, or loops heads, not both"
-            )
-        return {
-            "method": "block_loop",
-            "block_loop_layers": sorted(blocks),
-            "block_loop_count": max(blocks.values()),
-        }
-    return {
-        "method": "sgt",
-        "top_k_layers": min(3, num_layers - 1) or 1,
-        "max_selected_layers": len(loops),
-        "max_loop_depth": max(loop["depth"] for loop in loops.values()),
-        "num_keep_heads": max(len(loop["heads"]) for loop in loops.values()),
-        "exclude_layers": [] if 0 in loops else [0],
-    }
+def plan_of(model: HFModel) -> LoopPlan:
+    """What ``model`` executes."""
+    layers = (
+        (int(n), LayerPlan(loop["depth"], tuple(sorted(loop["heads"])), 0.0, loop.get("block_loops", 0)))
+        for n, loop in model.loops.items()
+    )
+    return LoopPlan(model.fields["num_layers"], tuple(layers))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.reshard.layout_free import IMPORTED_FROM, LAYOUT_FREE, file_name
 from megatron_sgt.checkpoint.reshard.rank_state import WEIGHTS
@@ -34,7 +35,7 @@ from megatron_sgt.export.tokenizers import (
     tokenizer_in,
 )
 from megatron_sgt.files import fresh_folder, replace_text, temporary_of
-from megatron_sgt.model.hf_weights import check_tensors, name_map
+from megatron_sgt.model.hf_weights import check_tensors
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _FREQUENCIES = ".self_attn.rotary_emb.inv_freq"
@@ -202,15 +203,10 @@ def _check_rows(source: Path, tensors: HFTensors, model: ModelConfig) -> None:
 
 
 def _write_weights(tensors: HFTensors, model: ModelConfig, destination: Path) -> None:
-    names = [name for entry in name_map(model) for name in entry.hf]
-    rows = model.padded_vocab_size()
-    shapes = {
-        name: (rows, *tensors.shapes[name][1:]) if name in (EMBEDDING, HEAD) else tensors.shapes[name]
-        for name in names
-    }
+    shapes = {name: shape for weight in weights(model) for name, shape in weight.whole.items()}
     with TensorFileWriter(destination / file_name(WEIGHTS, 0, 1), shapes) as writer:
-        for name in names:
-            writer.append(name, _padded(tensors.read(name).float(), shapes[name]))
+        for name, shape in shapes.items():
+            writer.append(name, _padded(tensors.read(name).float(), shape))
 
 
 def _padded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

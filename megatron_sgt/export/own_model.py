@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from megatron_sgt.arch.weight import Weight
 from megatron_sgt.compat.megatron_cpu import prepare_megatron
 from megatron_sgt.config import Config
 from megatron_sgt.config.parallel import ParallelConfig
@@ -17,7 +18,7 @@ from megatron_sgt.growth import LoopPlan
 from megatron_sgt.launch.rank_info import LOOPBACK, RankInfo, free_port
 from megatron_sgt.model.apply_plan import apply_plan
 from megatron_sgt.model.gpt import LanguageModel, build_model
-from megatron_sgt.model.hf_weights import Entry, shard_entry
+from megatron_sgt.model.hf_weights import shard
 from megatron_sgt.parallel.groups import ParallelGroups, initialize_groups
 
 
@@ -42,24 +43,28 @@ def empty_model(config: Config) -> LanguageModel:
     return build_model(without_layout(config), alone(), "fp32", num_passes=1).eval()
 
 
-def load_entry(
-    model: LanguageModel, entry: Entry, tensors: Mapping[str, Tensor], config: Config, name: str | None = None
+def load_weight(
+    model: LanguageModel,
+    weight: Weight,
+    tensors: Mapping[str, Tensor],
+    config: Config,
+    name: str | None = None,
 ) -> None:
     """Copy one parameter's whole tensors into ``model``.
 
     Args:
-        name: Megatron name of the parameter, if not the entry's.
+        name: Megatron name of the parameter, if not the weight's.
     """
-    shard = shard_entry(entry, [tensors[n] for n in entry.hf], config.model)
+    whole = shard(weight, [tensors[n] for n in weight.hf], config.model)
     with torch.no_grad():
-        model.gpt.get_parameter(name or entry.megatron).copy_(shard)
+        model.gpt.get_parameter(name or weight.megatron).copy_(whole)
 
 
 def own_model(source: ExportSource, plan: LoopPlan, stored: torch.dtype) -> LanguageModel:
     """The checkpoint's model executing ``plan``, in fp32, its weights rounded to ``stored`` as in the export."""
     model = empty_model(source.config)
-    for entry in source.entries():
-        tensors, _ = source.read(entry)
-        load_entry(model, entry, {n: t.to(stored).float() for n, t in tensors.items()}, source.config)
+    for weight in source.weights():
+        tensors, _ = source.read(weight)
+        load_weight(model, weight, {n: t.to(stored).float() for n, t in tensors.items()}, source.config)
     apply_plan(model, plan)
     return model

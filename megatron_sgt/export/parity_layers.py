@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_sgt.arch.weight import Weight
 from megatron_sgt.export.hf.loading import one_layer_models, quiet
 from megatron_sgt.export.hf_tensors import HFTensors
-from megatron_sgt.export.own_model import empty_model, load_entry
+from megatron_sgt.export.own_model import empty_model, load_weight
 from megatron_sgt.export.parity import (
     LOSS,
     Check,
@@ -29,7 +30,6 @@ from megatron_sgt.export.source import ExportSource
 from megatron_sgt.export.to_hf import Export
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.model.apply_plan import apply_plan
-from megatron_sgt.model.hf_weights import Entry
 from megatron_sgt.model.mcore_config import DTYPES
 
 LENGTH = 128
@@ -46,16 +46,16 @@ class _Layers:
         )
         self.model = empty_model(self.config)
 
-    def read(self, entry: Entry) -> dict[str, Tensor]:
+    def read(self, weight: Weight) -> dict[str, Tensor]:
         """One parameter as the export stores it."""
-        return {name: t.to(self.stored).float() for name, t in self.source.read(entry)[0].items()}
+        return {name: t.to(self.stored).float() for name, t in self.source.read(weight)[0].items()}
 
     def load(self, megatron_prefix: str, own_prefix: str) -> None:
         """Take over the parameters below a prefix."""
-        for entry in self.source.entries():
-            if entry.megatron.startswith(megatron_prefix):
-                name = own_prefix + entry.megatron.removeprefix(megatron_prefix)
-                load_entry(self.model, entry, self.read(entry), self.source.config, name)
+        for weight in self.source.weights():
+            if weight.megatron.startswith(megatron_prefix):
+                name = own_prefix + weight.megatron.removeprefix(megatron_prefix)
+                load_weight(self.model, weight, self.read(weight), self.source.config, name)
 
     def forward(self, layer: int, plan: LoopPlan, x: Tensor) -> Tensor:
         """Layer ``layer`` of ``plan`` on x [B, S, D]."""
@@ -68,8 +68,8 @@ class _Layers:
 
     def vocabulary(self, first: bool) -> Tensor:
         """The embedding, or the output matrix."""
-        entries = [entry for entry in self.source.entries() if entry.kind == "vocab"]
-        return next(iter(self.read(entries[0 if first else -1]).values()))
+        found = [weight for weight in self.source.weights() if weight.split == "vocab"]
+        return next(iter(self.read(found[0 if first else -1]).values()))
 
     def final_norm(self, x: Tensor) -> Tensor:
         """The norm after the last layer."""

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from megatron_sgt.arch.weight import Weight
+from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint import layout, manifest
-from megatron_sgt.checkpoint.contents import Details, GrowthContents, read_contents
+from megatron_sgt.checkpoint.contents import Details, read_contents
 from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader
 from megatron_sgt.checkpoint.reshard.rank_state import WEIGHTS
 from megatron_sgt.checkpoint.reshard.source import Source, open_source
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.errors import CheckpointError, SGTError
-from megatron_sgt.growth import LayerPlan, LoopPlan
-from megatron_sgt.model.hf_weights import Entry, name_map
+from megatron_sgt.growth import LoopPlan
 
 
 def find_checkpoint(load: Path, step: int | None = None) -> Path:
@@ -38,20 +38,6 @@ def find_checkpoint(load: Path, step: int | None = None) -> Path:
     return folder
 
 
-def plan_of(growth: GrowthContents, num_layers: int, training_gates: bool = False) -> LoopPlan:
-    """What the model executes: at inference kept heads alone, or with the gates of the step that was saved."""
-    block = growth.method == "block_loop"
-    layers = tuple(
-        (
-            n.layer,
-            LayerPlan(block_loops=n.depth) if block else LayerPlan(n.depth, n.kept_heads, n.other_gate),
-        )
-        for n in growth.layers
-    )
-    plan = LoopPlan(num_layers, layers)
-    return plan if training_gates else plan.inference()
-
-
 @dataclass(frozen=True)
 class ExportSource:
     """An opened checkpoint. ``vocab_rows``: rows of the vocabulary that ``read`` returns.
@@ -66,18 +52,23 @@ class ExportSource:
     names: dict[str, tuple[int, ...]]
     _weights: Source | LayoutFreeReader
 
-    def entries(self) -> Iterator[Entry]:
-        """The parameters of the model, embedding first."""
-        return name_map(self.config.model)
+    def plan(self, training_gates: bool = False) -> LoopPlan:
+        """What the model executes: at inference kept heads alone, or with the gates of the step that was saved."""
+        plan = self.details.growth.plan
+        return plan if training_gates else plan.inference()
 
-    def read(self, entry: Entry) -> tuple[dict[str, Tensor], float]:
+    def weights(self) -> tuple[Weight, ...]:
+        """The parameters of the model, embedding first."""
+        return weights(self.config.model)
+
+    def read(self, weight: Weight) -> tuple[dict[str, Tensor], float]:
         """One parameter's whole fp32 tensors by Hugging Face name; and by how much the tensor-parallel ranks'
         copies differed, where it is replicated (rank 0's is taken)."""
         if isinstance(self._weights, Source):
-            tensors, drift = self._weights.whole(entry, WEIGHTS)
+            tensors, drift = self._weights.whole(weight, WEIGHTS)
         else:
-            tensors, drift = self._weights.whole(entry, WEIGHTS), 0.0
-        if entry.kind == "vocab":
+            tensors, drift = self._weights.whole(weight, WEIGHTS), 0.0
+        if weight.split == "vocab":
             tensors = {name: tensor[: self.vocab_rows] for name, tensor in tensors.items()}
         return tensors, drift
 
@@ -98,22 +89,16 @@ def open_checkpoint(load: Path, step: int | None = None, keep_padding: bool = Fa
             raise CheckpointError(f"{folder} cannot be read: {'; '.join(contents.problems)}")
         config = load_config(folder / layout.CONFIG_FILE)
         free = contents.details.layout is None
-        weights = LayoutFreeReader(folder) if free else open_source(folder)
+        reader = LayoutFreeReader(folder) if free else open_source(folder)
     except CheckpointError:
         raise
     except SGTError as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
-    shapes: dict[str, tuple[int, ...]] = {}
-    rows = 0
-    for entry in name_map(config.model):
-        found = (
-            weights.whole_shapes(entry)
-            if isinstance(weights, Source)
-            else weights.whole_shapes(entry, WEIGHTS)
-        )
-        if entry.kind == "vocab":
-            padded = found[entry.hf[0]][0]
-            rows = padded if keep_padding else min(padded, config.model.vocab_size or padded)
-            found = {name: (rows, *shape[1:]) for name, shape in found.items()}
-        shapes |= found
-    return ExportSource(folder, config, contents.details, rows, shapes, weights)
+    padded = config.model.padded_vocab_size()
+    rows = padded if keep_padding else config.model.vocab_size or padded
+    names = {
+        name: (rows, *shape[1:]) if weight.split == "vocab" else shape
+        for weight in weights(config.model)
+        for name, shape in weight.whole.items()
+    }
+    return ExportSource(folder, config, contents.details, rows, names, reader)

@@ -16,7 +16,7 @@ from megatron_sgt.export.architecture import TokenIds, generation_config, hf_con
 from megatron_sgt.export.card import model_card
 from megatron_sgt.export.hf.tokenizer import write_tokenizer
 from megatron_sgt.export.shards import write_weights
-from megatron_sgt.export.source import ExportSource, open_checkpoint, plan_of
+from megatron_sgt.export.source import ExportSource, open_checkpoint
 from megatron_sgt.files import commit, fresh_folder, temporary_of, write_json, write_text
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.model.mcore_config import DTYPES
@@ -76,7 +76,7 @@ def export_checkpoint(
     if output.exists():
         raise CheckpointError(f"{output} exists already; choose another folder, or delete it")
     source = open_checkpoint(load, step, options.keep_padding)
-    plan = plan_of(source.details.growth, source.config.model.num_layers, options.training_gates)
+    plan = source.plan(options.training_gates)
     with _whole_or_nothing(output) as temporary:
         return _write(source, plan, options, temporary, output)
 
@@ -112,8 +112,8 @@ def _write(
     drifts = [0.0]
 
     def stream() -> Iterator[tuple[str, Tensor]]:
-        for entry in source.entries():
-            tensors, drift = source.read(entry)
+        for weight in source.weights():
+            tensors, drift = source.read(weight)
             drifts[0] = max(drifts[0], drift)
             while tensors:
                 name = next(iter(tensors))

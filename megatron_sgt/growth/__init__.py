@@ -1,21 +1,23 @@
-"""The growth schedule: pure rules from (step, attention entropies) to a LoopPlan. Never imports torch.
+"""The growth schedule: pure rules from (step, what was observed) to a LoopPlan. Never imports torch.
 
-Read plan -> select -> gates -> schedule.
+Read plan -> schedule -> sgt (with select and gates) -> methods.
 """
 
 from megatron_sgt.growth.gates import decay
+from megatron_sgt.growth.methods import build_schedule
 from megatron_sgt.growth.plan import GrowthEvent, LayerPlan, LoopPlan
-from megatron_sgt.growth.schedule import GrowthSchedule
+from megatron_sgt.growth.schedule import ENTROPY, Schedule, Stage
 from megatron_sgt.growth.select import choose_heads, layer_scores, top_k_layers
-from megatron_sgt.growth.static import Schedule, StaticSchedule, build_schedule
+from megatron_sgt.growth.sgt import SGTSchedule
 
 __all__ = [
+    "ENTROPY",
     "GrowthEvent",
-    "GrowthSchedule",
     "LayerPlan",
     "LoopPlan",
+    "SGTSchedule",
     "Schedule",
-    "StaticSchedule",
+    "Stage",
     "build_schedule",
     "choose_heads",
     "decay",

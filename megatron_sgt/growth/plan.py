@@ -13,8 +13,10 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 LayerPhase = Literal["off", "window", "sparse"]
-Action = Literal["first_selection", "select_new_layer", "increase_depth", "fixed"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,20 @@ class LoopPlan:
         """Every layer's plan, layer 0 first."""
         return (self[layer] for layer in range(self.num_layers))
 
+    @property
+    def loops(self) -> tuple[int, ...]:
+        """K_l of every layer, layer 0 first."""
+        return tuple(layer.loops for layer in self)
+
+    def gates(self, num_heads: int) -> NDArray[np.float64]:
+        """The gate of every head in a loop pass, [L, H]; 1 for every head of a layer that has no loops."""
+        gates = np.ones((self.num_layers, num_heads))
+        for n, layer in self.layers:
+            if layer.loops:
+                gates[n] = layer.other_gate
+                gates[n, list(layer.kept_heads)] = 1.0
+        return gates
+
     def inference(self) -> LoopPlan:
         """The plan of a model that is used instead of trained: gate 1 for kept heads, 0 for the others."""
         return replace(self, layers=tuple((n, replace(plan, other_gate=0.0)) for n, plan in self.layers))
@@ -141,16 +157,17 @@ class GrowthEvent:
     """One decision of the schedule, with the structure as it is after it.
 
     step: the optimizer step (from 1) after which it was taken; the next forward obeys it.
-    layer: the layer selected or deepened, None for "fixed"; layer_score: its mean EMA entropy in [0, 1].
-    kept_heads: of all layers selected so far; loop_depth: K_l of every layer, layer 0 first.
+    action: a word for it; those of the paper's rule are sgt.Action.
+    layer: the layer selected or deepened, None for none in particular; layer_score: its mean EMA entropy in [0, 1].
+    kept_heads: of all layers selected so far; loops: K_l of every layer, layer 0 first (``loop_depth`` on disk).
     """
 
     step: int
-    action: Action
+    action: str
     layer: int | None
     phase: str
     kept_heads: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    loop_depth: tuple[int, ...] = ()
+    loops: tuple[int, ...] = ()
     layer_score: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,6 +178,6 @@ class GrowthEvent:
             "layer": self.layer,
             "phase": self.phase,
             "kept_heads": {str(n): list(heads) for n, heads in sorted(self.kept_heads.items())},
-            "loop_depth": list(self.loop_depth),
+            "loop_depth": list(self.loops),
             "layer_score": self.layer_score,
         }

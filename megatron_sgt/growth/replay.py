@@ -9,15 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sgt.config.base import count
 from megatron_sgt.config.growth import GrowthConfig
 from megatron_sgt.errors import CheckpointError, ConfigError, DataError
-from megatron_sgt.growth.plan import Action, GrowthEvent, LayerPlan, LoopPlan
-from megatron_sgt.growth.schedule import Grown, GrowthSchedule
+from megatron_sgt.growth.plan import GrowthEvent, LayerPlan, LoopPlan
+from megatron_sgt.growth.schedule import Stage
+from megatron_sgt.growth.sgt import Action, Grown, SGTSchedule
 from megatron_sgt.jsonl import read_metrics, without_void_records
 
 _FINGERPRINT = "replayed_events"
@@ -33,10 +35,11 @@ class RecordedEvent:
     kept_heads: tuple[int, ...]
 
 
-class ReplaySchedule(GrowthSchedule):
-    """A GrowthSchedule whose decisions are read from ``config.replay``.
+class ReplaySchedule(SGTSchedule):
+    """The paper's schedule with decisions that are read from ``config.replay``.
 
-    Raises ConfigError: the file cannot be read, or its events do not fit this model and configuration.
+    Raises:
+        ConfigError: the file cannot be read, or its events do not fit this model and configuration.
     """
 
     def __init__(self, config: GrowthConfig, num_layers: int, num_heads: int) -> None:
@@ -45,9 +48,9 @@ class ReplaySchedule(GrowthSchedule):
         self._recorded = read_events(Path(config.replay), config, num_layers, num_heads)
 
     @property
-    def needs_entropy(self) -> bool:
+    def probes(self) -> frozenset[str]:
         """Nothing is decided from entropies; they may still be watched."""
-        return self.config.entropy_after_fixed
+        return super().probes if self.config.entropy_after_fixed else frozenset()
 
     def decides_at(self, step: int) -> bool:
         """Whether a decision was recorded after ``step``."""
@@ -57,28 +60,45 @@ class ReplaySchedule(GrowthSchedule):
         event = next(event for event in self._recorded if event.step == step)
         if event.layer is None:
             self._phase = "fixed"
-            return self._event(step, event.action, None, None)
+            return self.event(step, event.action)
         if event.action == "increase_depth":
             self._grown[event.layer].loops += 1
         else:
             self._grown[event.layer] = Grown(1, event.kept_heads, step)
         self._window_end = step + self.config.window_size
         self._phase = "selecting"
-        return self._event(step, event.action, event.layer, None)
+        return self.event(step, event.action, event.layer)
 
-    def final_plan(self) -> LoopPlan:
-        """The structure after the last recorded decision, with inference gates."""
+    def final_plan(self, together: bool = False) -> LoopPlan:
+        """The structure after the last recorded decision."""
         grown = {event.layer: event.kept_heads for event in self._recorded if event.layer is not None}
         again = Counter(event.layer for event in self._recorded)
         last = ((n, LayerPlan(again[n], kept)) for n, kept in grown.items() if kept)
         return LoopPlan(self.num_layers, tuple(last))
 
+    def worst_case(self, last_step: int, together: bool = False) -> Iterator[Stage]:
+        """The recorded decisions."""
+        yield Stage(0, "vanilla", LoopPlan.empty(self.num_layers))
+        trial = ReplaySchedule(self.config, self.num_layers, self.num_heads)
+        for step in sorted(event.step for event in self._recorded if event.step <= last_step):
+            (event,) = trial.after_step(step)
+            yield Stage(step, "fixed" if event.layer is None else "window", trial.plan)
+
+    def advice(self, train_iters: int) -> Iterator[str]:
+        """When it grows is not this run's choice."""
+        yield from ()
+
+    def describe(self, added: str) -> str:
+        """See Schedule."""
+        layers = count(len(self.final_plan().layers), "layer")
+        return f"repeats the decisions of {self.config.replay}: {layers}, {added} once fixed"
+
     def _fingerprint(self) -> str:
         return hashlib.sha256(repr(self._recorded).encode()).hexdigest()
 
-    def state_dict(self) -> dict[str, Any]:
-        """See GrowthSchedule; the record's fingerprint is kept too."""
-        return {**super().state_dict(), _FINGERPRINT: self._fingerprint()}
+    def progress(self) -> dict[str, Any]:
+        """See Schedule; the record's fingerprint is kept too."""
+        return {**super().progress(), _FINGERPRINT: self._fingerprint()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises CheckpointError also when the record is another one than the checkpoint's."""

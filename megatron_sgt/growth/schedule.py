@@ -1,212 +1,216 @@
-"""The growth schedule: from (step, attention entropies) to a LoopPlan and events.
+"""What growth is to the rest of the project: a ``Schedule``, which is asked and never told apart by its name.
 
-A state machine over a [layer, head] table of EMA entropies; no tensors, no processes. Phases:
-vanilla (nothing grown) -> selecting (a window runs, or ends and the next decision falls) -> fixed.
-Source: arXiv 2603.23998 and its authors' implementation.
+After every applied optimizer step training calls ``observe`` for each of ``wanted``, then ``after_step``, and executes
+``plan`` from then on. Planning, reports, checkpoints and exports ask the same object what else they need to know.
+The paper's rule is in sgt.py, those without growth in static.py, recorded ones in replay.py; methods.py chooses.
+A rule of your own: docs/growth.md.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from megatron_sgt.config.base import Section
 from megatron_sgt.config.growth import GrowthConfig
-from megatron_sgt.errors import CheckpointError
-from megatron_sgt.growth.gates import window_gate
-from megatron_sgt.growth.plan import Action, GrowthEvent, LayerPlan, LoopPlan
-from megatron_sgt.growth.select import choose_heads, layer_scores, next_layer, top_k_layers
-from megatron_sgt.growth.state import check_identity, identity
+from megatron_sgt.errors import CheckpointError, ConfigError
+from megatron_sgt.growth.identity import check_identity
+from megatron_sgt.growth.plan import GrowthEvent, LoopPlan
 
-Phase = Literal["vanilla", "selecting", "fixed"]
-
-
-@dataclass
-class Grown:
-    """A selected layer: K_l, the heads it keeps for good, and the step at which it chose them."""
-
-    loops: int
-    kept_heads: tuple[int, ...]
-    chosen_at: int
+ENTROPY = "entropy"
+"""Probe: attention entropies in [0, 1], [L, P, H]; pass 0 is the ordinary attention, P = 1 + ``max_loops``. The mean
+over micro-batches and data-parallel ranks; 0 for passes that did not run."""
+PROBES = frozenset({ENTROPY})
+"""What training can observe."""
 
 
-def memory_steps(ema_decay: float) -> int:
-    """Steps after which the EMA has forgotten its past to the precision of fp32.
+@dataclass(frozen=True)
+class Stage:
+    """From the step after ``step`` on, ``plan`` is executed. ``phase``: what planning calls it."""
 
-    What an EMA held n steps ago still weighs beta^n, and entropies lie in [0, 1]: from beta^n <= 2^-24 on, half
-    a unit in the last place of 1.0, the past changes no fp32 value. n = ceil(24 ln 2 / -ln beta), at least 1:
-    24 steps for beta = 0.5.
+    step: int
+    phase: str
+    plan: LoopPlan
+
+
+class Schedule(ABC):
+    """A rule of growth, and where it stands. Pure Python: no torch, no processes.
+
+    Every method is deterministic, so ranks that observe the same hold the same plan.
+
+    Attributes:
+        name: what ``growth.method`` calls it. With ``version`` it is part of every checkpoint: raise the version when
+            the rule decides otherwise than before, and old checkpoints are refused instead of continued differently.
+        Options: settings that it takes below ``growth.options``, None for none; ``options`` holds them, validated.
+        probes: what it may want to observe at some time (of ``PROBES``).
     """
-    return 1 if ema_decay <= 0.0 else max(1, math.ceil(24 * math.log(2) / -math.log(ema_decay)))
 
-
-class GrowthSchedule:
-    """Grows attention loops from entropies. Per applied optimizer step: fold_entropy, then after_step.
-
-    The plan that after_step(s) leaves behind is what the forward passes of step s+1 execute. Every method
-    is deterministic, so ranks that fold the same entropies hold the same plan.
-    """
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    Options: ClassVar[type[Section] | None] = None
 
     def __init__(self, config: GrowthConfig, num_layers: int, num_heads: int) -> None:
         self.config = config
         self.num_layers = num_layers
         self.num_heads = num_heads
-        self._phase: Phase = "vanilla"
-        self._grown: dict[int, Grown] = {}  # in order of selection, which rule 3a depends on
-        self._window_end = 0
-        self._step = 0
-        self._ema: NDArray[np.float64] = np.zeros((num_layers, num_heads))
+        self.options: Any = (
+            None if self.Options is None else self.Options.model_validate(config.options or {})
+        )
+
+    # Training
 
     @property
-    def phase(self) -> Phase:
-        return self._phase
-
-    @property
-    def ema(self) -> NDArray[np.float64]:
-        """A copy of the EMA entropies [L, H]."""
-        return self._ema.copy()
-
-    @property
-    def needs_entropy(self) -> bool:
-        """Whether the next step's attention entropies will be folded in.
-
-        With exact_ema: false only the last `memory_steps` steps before the next possible decision count.
-        """
-        if self.config.entropy_after_fixed:
-            return True
-        if self._phase == "fixed":
-            return False
-        if self.config.exact_ema:
-            return True
-        decision = self.config.first_selection_step if self._phase == "vanilla" else self._window_end
-        return self._step + 1 > decision - memory_steps(self.config.ema_decay)
-
-    @property
+    @abstractmethod
     def plan(self) -> LoopPlan:
         """What the next forward pass must execute."""
-        layers = tuple(
-            (layer, LayerPlan(grown.loops, grown.kept_heads, self._other_gate(grown)))
-            for layer, grown in self._grown.items()
-        )
-        return LoopPlan(self.num_layers, layers)
+
+    @abstractmethod
+    def after_step(self, step: int) -> list[GrowthEvent]:
+        """Act after the optimizer has applied step ``step`` (from 1); returns the decisions that it has taken."""
+
+    @property
+    def probes(self) -> frozenset[str]:
+        """See the class. Default: nothing."""
+        return frozenset()
+
+    @property
+    def wanted(self) -> frozenset[str]:
+        """The probes that the next step must measure. Default: all."""
+        return self.probes
+
+    def observe(self, probe: str, values: NDArray[np.float64]) -> None:
+        """Take in what one step has measured while it executed ``plan``; see the probes above for the shape."""
+        raise NotImplementedError(f"{self.name} asks for {probe} and has no method observe")
 
     def decides_at(self, step: int) -> bool:
-        """True when after_step(step) takes a decision from the EMA; a function of the state alone."""
-        if self._phase == "vanilla":
-            return step >= self.config.first_selection_step
-        return self._phase == "selecting" and step >= self._window_end
+        """Whether ``after_step(step)`` may decide from what was observed: then all ranks take rank 0's state before."""
+        return bool(self.probes)
 
-    def gates(self) -> NDArray[np.float64]:
-        """The gates [L, H] of the next forward pass; 1 for every head of a layer that has no loops."""
-        gates = np.ones((self.num_layers, self.num_heads))
-        for layer, grown in self._grown.items():
-            gates[layer] = self._other_gate(grown)
-            gates[layer, list(grown.kept_heads)] = 1.0
-        return gates
+    # Planning
 
-    def loop_depth(self) -> list[int]:
-        """K_l of every layer, layer 0 first."""
-        return [self._grown[n].loops if n in self._grown else 0 for n in range(self.num_layers)]
+    @abstractmethod
+    def final_plan(self, together: bool = False) -> LoopPlan:
+        """The costliest structure after the last event. Head ids that depend on training are placeholders.
 
-    def fold_entropy(self, entropy: ArrayLike) -> None:
-        """EMA <- beta EMA + (1 - beta) e, with one step's entropies e in [0, 1] of the plan just executed.
-
-        entropy [L, P, H], P = 1 + max_loop_depth, is the mean over micro-batches and data-parallel ranks;
-        index p is the pass (0 = the ordinary attention), passes that did not run are not read. A kept head
-        feeds its last pass K_l, every other head pass 0. A non-finite value leaves its head's EMA as it is.
-        Does nothing while needs_entropy is False. Raises ValueError for another shape.
+        Args:
+            together: kept heads are neighbours, on one tensor-parallel rank if it has so many: the worst case of
+                looping at their owners. Else they are apart, in key/value groups of their own.
         """
-        table = np.asarray(entropy, dtype=np.float64)
-        expected = (self.num_layers, 1 + self.config.max_loop_depth, self.num_heads)
-        if table.shape != expected:
-            raise ValueError(
-                f"entropy table of shape {table.shape}, expected [layer, pass, head] = {expected}"
-            )
-        if not self.needs_entropy:
+
+    def worst_case(self, last_step: int, together: bool = False) -> Iterator[Stage]:
+        """The run from step 0 to ``last_step`` under the decisions that cost most.
+
+        Default: a rule that observes nothing is run through; of one that observes, the final plan is assumed from
+        the first step on. A rule whose plan is at times costlier than the final one must say so here.
+        """
+        if self.probes:
+            yield Stage(0, self.name, self.final_plan(together))
             return
-        fed = table[:, 0, :].copy()
-        for layer, grown in self._grown.items():
-            kept = list(grown.kept_heads)
-            fed[layer, kept] = table[layer, grown.loops, kept]
-        beta = self.config.ema_decay
-        usable = np.isfinite(fed)
-        self._ema[usable] = beta * self._ema[usable] + (1.0 - beta) * fed[usable]
+        trial = type(self)(self.config, self.num_layers, self.num_heads)
+        yield Stage(0, trial.phase, trial.plan)
+        for step in range(1, last_step + 1):
+            if trial.after_step(step):
+                yield Stage(step, trial.phase, trial.plan)
 
-    def after_step(self, step: int) -> list[GrowthEvent]:
-        """Moves gates, then takes at most one decision, after the optimizer has applied step `step` (from 1).
+    @property
+    def max_loops(self) -> int:
+        """The largest K_l that a layer can get."""
+        return max((layer.loops for layer in self.final_plan()), default=0)
 
-        Raises ValueError when the schedule has already acted after this step.
-        """
-        if step <= self._step:
-            raise ValueError(f"growth already acted after step {self._step}; it cannot act after step {step}")
-        decides = self.decides_at(step)
-        self._step = step
-        return [self._decide(step)] if decides else []
+    def advice(self, train_iters: int) -> Iterator[str]:
+        """What a user should know before a run of ``train_iters`` steps, with the way out. Default: nothing."""
+        yield from ()
 
-    def _decide(self, step: int) -> GrowthEvent:
-        cfg = self.config
-        scores = layer_scores(self._ema)
-        top = top_k_layers(scores, cfg.top_k_layers, cfg.exclude_layers)
-        if self._phase == "selecting":
-            for layer, grown in self._grown.items():
-                if layer in top and grown.loops < cfg.max_loop_depth:
-                    grown.loops += 1
-                    self._window_end = step + cfg.window_size
-                    return self._event(step, "increase_depth", layer, float(scores[layer]))
-        full = len(self._grown) >= cfg.max_selected_layers
-        chosen = None if full else next_layer(top, self._grown, cfg.direction)
-        if chosen is None:
-            self._phase = "fixed"
-            return self._event(step, "fixed", None, None)
-        action: Action = "first_selection" if self._phase == "vanilla" else "select_new_layer"
-        key = (cfg.seed, chosen, step)
-        kept = choose_heads(self._ema[chosen], cfg.num_keep_heads, cfg.head_choice, key)
-        self._grown[chosen] = Grown(1, kept, step)
-        self._window_end = step + cfg.window_size
-        self._phase = "selecting"
-        return self._event(step, action, chosen, float(scores[chosen]))
+    # Reports and checkpoints
 
-    def _event(self, step: int, action: Action, layer: int | None, score: float | None) -> GrowthEvent:
-        kept = {n: self._grown[n].kept_heads for n in sorted(self._grown)}
-        return GrowthEvent(step, action, layer, self._phase, kept, tuple(self.loop_depth()), score)
+    @property
+    def phase(self) -> str:
+        """A word for where growth stands."""
+        return "growing" if self.plan.layers else "vanilla"
 
-    def _other_gate(self, grown: Grown) -> float:
-        if len(grown.kept_heads) == self.num_heads:
-            return 0.0  # no other head exists, so the plan must not change while nothing fades
-        return window_gate(self.config.decay_type, self._step, grown.chosen_at, self.config.window_size)
+    @property
+    def window_end(self) -> int | None:
+        """The step at which gates that fade now will be 0; None while none do."""
+        return None
+
+    def selected_at(self) -> dict[int, int]:
+        """Layer -> the step after which it was selected, in the order of selection; not of an imported model."""
+        return {}
+
+    def describe(self, added: str) -> str:
+        """What grows and when, for people. ``added``: FLOPs of the final plan over vanilla's, as text."""
+        return f"{self.name}, version {self.version}: at most {added}"
+
+    def report(self) -> dict[str, Any]:
+        """What every train record says of growth, beside phase and plan. JSON-able."""
+        return {}
+
+    def report_event(self, event: GrowthEvent) -> dict[str, Any]:
+        """What the record of an event that was just taken says beside the event. JSON-able."""
+        return {}
+
+    def event(
+        self, step: int, action: str, layer: int | None = None, score: float | None = None
+    ) -> GrowthEvent:
+        """The event of a decision that ``plan`` contains already."""
+        kept = {n: layer.kept_heads for n, layer in self.plan.layers if layer.loops}
+        return GrowthEvent(step, action, layer, self.phase, kept, self.plan.loops, score)
+
+    def identity(self) -> dict[str, Any]:
+        """Which rule and which run the state belongs to. JSON-able."""
+        config = self.config.model_dump(mode="json")
+        if self.options is not None:
+            config["options"] = self.options.model_dump(mode="json")
+        return {
+            "rule": self.name,
+            "rule_version": self.version,
+            "num_layers": self.num_layers,
+            "num_heads": self.num_heads,
+            "config": config,
+        }
+
+    def progress(self) -> dict[str, Any]:
+        """What ``restore`` needs to continue exactly. JSON-able; default: nothing."""
+        return {}
+
+    def restore(self, progress: Mapping[str, Any]) -> None:  # noqa: B027 - what keeps nothing restores nothing
+        """Continue from ``progress()``. KeyError, TypeError and ValueError mean that it is damaged."""
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able and exact: after load_state_dict the schedule continues as if never interrupted."""
-        grown = [
-            {"layer": n, "loops": g.loops, "kept_heads": list(g.kept_heads), "chosen_at": g.chosen_at}
-            for n, g in self._grown.items()
-        ]
-        return {
-            **identity(self.config, self.num_layers, self.num_heads),
-            "phase": self._phase,
-            "step": self._step,
-            "window_end": self._window_end,
-            "grown": grown,
-            "ema": self._ema.tolist(),
-        }
+        return {**self.identity(), **self.progress()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises CheckpointError naming every field in which the checkpoint differs from this run."""
-        check_identity(state, self.config, self.num_layers, self.num_heads)
+        """Continue from ``state_dict()``.
+
+        Raises:
+            CheckpointError: the state is damaged or belongs to another rule, model or configuration; names every
+                difference.
+        """
+        check_identity(state, self.identity())
         try:
-            ema = np.array(state["ema"], dtype=np.float64)
-            grown = {
-                int(g["layer"]): Grown(int(g["loops"]), tuple(map(int, g["kept_heads"])), int(g["chosen_at"]))
-                for g in state["grown"]
-            }
-            phase, step, window_end = state["phase"], int(state["step"]), int(state["window_end"])
+            self.restore(state)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"growth state is damaged: {type(error).__name__}: {error}") from error
-        if ema.shape != self._ema.shape or phase not in ("vanilla", "selecting", "fixed"):
-            raise CheckpointError(f"growth state is damaged: EMA of shape {ema.shape}, phase {phase!r}")
-        self._ema, self._grown, self._phase = ema, grown, phase
-        self._step, self._window_end = step, window_end
+
+    # Imported models
+
+    @classmethod
+    def settings_for(cls, plan: LoopPlan, num_heads: int) -> dict[str, Any] | None:
+        """A growth section under which this rule can have made ``plan``; None if it cannot. Default: it cannot."""
+        return None
+
+    def adopt(self, plan: LoopPlan) -> None:
+        """Go on with ``plan``, in which an imported model has finished growing, and grow no further.
+
+        Raises:
+            ConfigError: this rule, under its settings, cannot have made ``plan``.
+        """
+        raise ConfigError(
+            f"growth.method: is {self.name}, which cannot go on with loops of an imported model"
+        )

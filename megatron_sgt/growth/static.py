@@ -1,112 +1,118 @@
-"""Schedules that never grow (vanilla training, the block-loop baseline), and the choice of a schedule."""
+"""Schedules that never grow: vanilla training, and the block-loop baseline."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 from megatron_sgt.config.growth import GrowthConfig
-from megatron_sgt.errors import CheckpointError, ConfigError
+from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth.plan import GrowthEvent, LayerPlan, LoopPlan
-from megatron_sgt.growth.replay import ReplaySchedule
-from megatron_sgt.growth.schedule import GrowthSchedule
-from megatron_sgt.growth.state import check_identity, identity
+from megatron_sgt.growth.schedule import Schedule, Stage
 
 
-class Schedule(Protocol):
-    """What training needs of a schedule; GrowthSchedule documents each member."""
+class StaticSchedule(Schedule):
+    """One plan from the first step to the last, known before the run. ``label``: its phase in planning."""
 
-    config: GrowthConfig
-    num_layers: int
-    num_heads: int
+    label: ClassVar[str]
 
     @property
+    @abstractmethod
     def plan(self) -> LoopPlan: ...
-    @property
-    def phase(self) -> str: ...
-    @property
-    def needs_entropy(self) -> bool: ...
-    @property
-    def ema(self) -> NDArray[np.float64]: ...
-    def decides_at(self, step: int) -> bool: ...
-    def fold_entropy(self, entropy: ArrayLike) -> None: ...
-    def after_step(self, step: int) -> list[GrowthEvent]: ...
-    def gates(self) -> NDArray[np.float64]: ...
-    def loop_depth(self) -> list[int]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    def after_step(self, step: int) -> list[GrowthEvent]:
+        """Nothing is ever decided."""
+        return []
+
+    def final_plan(self, together: bool = False) -> LoopPlan:
+        """The plan."""
+        return self.plan
+
+    def worst_case(self, last_step: int, together: bool = False) -> Iterator[Stage]:
+        """The plan."""
+        yield Stage(0, self.label, self.plan)
+
+    def progress(self) -> dict[str, Any]:
+        """The plan, as a check."""
+        return {"plan": self.plan.to_dict()}
+
+    def restore(self, progress: Mapping[str, Any]) -> None:
+        """Nothing to restore."""
+        if progress["plan"] != self.plan.to_dict():
+            raise ValueError(f"plan {progress['plan']!r}")
+
+    def adopt(self, plan: LoopPlan) -> None:
+        """See Schedule."""
+        if plan != self.plan:
+            made = {n: layer.block_loops or list(layer.kept_heads) for n, layer in plan.layers}
+            raise ConfigError(
+                f"growth.method: is {self.name}, which does not make the loops of the imported model, {made}"
+            )
 
 
-class StaticSchedule:
-    """One plan from the first step to the last: method "vanilla" (empty) or "block_loop".
+class Vanilla(StaticSchedule):
+    """No loop at all."""
 
-    No head ever loops, so K_l is 0, every gate is 1 and no entropy is collected; `phase` is "vanilla", or
-    "fixed" for the block loop, whose structure is complete from the start. Raises ConfigError for a
-    block-loop layer outside the model.
-    """
-
-    def __init__(self, config: GrowthConfig, num_layers: int, num_heads: int) -> None:
-        self.config = config
-        self.num_layers = num_layers
-        self.num_heads = num_heads
-        layers: tuple[tuple[int, LayerPlan], ...] = ()
-        if config.method == "block_loop":
-            outside = [n for n in config.block_loop_layers if not 0 <= n < num_layers]
-            if outside:
-                raise ConfigError(
-                    f"growth.block_loop_layers {outside} do not exist: choose layers 0..{num_layers - 1}"
-                )
-            repeated = LayerPlan(block_loops=config.block_loop_count)
-            layers = tuple((n, repeated) for n in config.block_loop_layers)
-        self._plan = LoopPlan(num_layers, layers)
+    name = label = "vanilla"
 
     @property
     def plan(self) -> LoopPlan:
+        """The empty plan."""
+        return LoopPlan.empty(self.num_layers)
+
+    def describe(self, added: str) -> str:
+        """See Schedule."""
+        return "none (vanilla)"
+
+    @classmethod
+    def settings_for(cls, plan: LoopPlan, num_heads: int) -> dict[str, Any] | None:
+        """See Schedule."""
+        return None if plan.layers else {"method": cls.name}
+
+
+class BlockLoop(StaticSchedule):
+    """Whole layers are executed again, from the first step on.
+
+    Raises:
+        ConfigError: a layer outside the model.
+    """
+
+    name = "block_loop"
+    label = "block loop"
+
+    def __init__(self, config: GrowthConfig, num_layers: int, num_heads: int) -> None:
+        super().__init__(config, num_layers, num_heads)
+        outside = [n for n in config.block_loop_layers if not 0 <= n < num_layers]
+        if outside:
+            raise ConfigError(
+                f"growth.block_loop_layers {outside} do not exist: choose layers 0..{num_layers - 1}"
+            )
+        repeated = LayerPlan(block_loops=config.block_loop_count)
+        self._plan = LoopPlan(num_layers, tuple((n, repeated) for n in config.block_loop_layers))
+
+    @property
+    def plan(self) -> LoopPlan:
+        """The repeated layers."""
         return self._plan
 
     @property
     def phase(self) -> str:
-        return "fixed" if self._plan.layers else "vanilla"
+        """The structure is complete from the start."""
+        return "fixed"
 
-    @property
-    def needs_entropy(self) -> bool:
-        return False
+    def describe(self, added: str) -> str:
+        """See Schedule."""
+        return f"block loop of layers {list(self.config.block_loop_layers)}: {added} from the first step"
 
-    @property
-    def ema(self) -> NDArray[np.float64]:
-        return np.zeros((self.num_layers, self.num_heads))
-
-    def decides_at(self, step: int) -> bool:
-        return False
-
-    def fold_entropy(self, entropy: ArrayLike) -> None:
-        """Does nothing: nothing is decided from entropies."""
-
-    def after_step(self, step: int) -> list[GrowthEvent]:
-        return []
-
-    def gates(self) -> NDArray[np.float64]:
-        return np.ones((self.num_layers, self.num_heads))
-
-    def loop_depth(self) -> list[int]:
-        return [0] * self.num_layers
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**identity(self.config, self.num_layers, self.num_heads), "plan": self._plan.to_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to restore; raises CheckpointError when the checkpoint belongs to other settings."""
-        check_identity(state, self.config, self.num_layers, self.num_heads)
-        if state.get("plan") != self._plan.to_dict():
-            raise CheckpointError(f"growth state is damaged: plan {state.get('plan')!r}")
-
-
-def build_schedule(config: GrowthConfig, num_layers: int, num_heads: int) -> Schedule:
-    """The schedule of `config`: one that decides, one that repeats recorded decisions, or one that stands still."""
-    if config.method != "sgt":
-        return StaticSchedule(config, num_layers, num_heads)
-    schedule = GrowthSchedule if config.replay is None else ReplaySchedule
-    return schedule(config, num_layers, num_heads)
+    @classmethod
+    def settings_for(cls, plan: LoopPlan, num_heads: int) -> dict[str, Any] | None:
+        """See Schedule."""
+        counts = {layer.block_loops for _, layer in plan.layers}
+        if len(counts) != 1 or 0 in counts or any(plan.loops):
+            return None
+        return {
+            "method": cls.name,
+            "block_loop_layers": [n for n, _ in plan.layers],
+            "block_loop_count": counts.pop(),
+        }

@@ -1,14 +1,19 @@
-"""Watches a run from inside every rank: who is alive, what hangs, who came first when something fails.
+"""What keeps a long run alive: requests to stop, and a watch inside every rank for peers that die, hang or fail.
 
-progress   what this rank is doing, marked by the training loop
-processes  what the operating system says of processes, memory and /dev/shm
-store_channel     the store that the ranks share, for short texts
-beat       what ranks tell each other every second
-report     the one block that a person reads: pure text
-exit_protocol  how a rank leaves: the first failure is claimed, told once, and ends all
-flight_recorder  which collective a rank was in
-diagnosis  who is there and what each rank does, asked when a run is failing
-watch      the threads that see to all this
+stop            requests to stop: signals, limits of time
+signals         receives signals, and forces the exit of a process that cannot stop in order
+ending          how the process of a rank ends: its exit code, and who reports a user's mistake
+progress        what this rank is doing, marked by the training loop
+processes       what the operating system says of processes, memory and /dev/shm
+store_channel   short texts between ranks, through the store that they share
+beat            the sign of life that ranks exchange every second
+watch           the threads that exchange beats and measure progress
+diagnosis       who is there and what each rank does, asked when a run is failing
+flight_recorder which collective a rank was in
+report          the text that a person reads
+exit_protocol   how a rank leaves: the first failure is claimed, reported once, and ends all ranks
+
+The training loop is above this part and knows none of it but `Progress` and the requests to stop.
 """
 
 from megatron_sgt.guard.progress import Progress

@@ -1,4 +1,4 @@
-"""What every rank tells the others once a second, and what can be read from it. Pure, but for the two clocks."""
+"""The sign of life that every rank sends once a second, and what follows from it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from megatron_sgt.guard.processes import Identity, process_state, visible
 from megatron_sgt.guard.progress import Mark
 
 STALE_SECONDS = 60.0
-"""A rank of another node that has been silent for so long in an ordinary step is lost, with its node."""
+"""A rank of another node that has been silent for this long in an ordinary step is lost, with its node."""
 
 SLOW_STALE_SECONDS = 600.0
-"""The same elsewhere, where compiled code (an index builder) may keep a rank's threads from running for a while."""
+"""The same outside ordinary steps, where compiled code (an index builder) may block a rank's threads for a while."""
 
 
 @dataclass(frozen=True)
 class Beat:
     """A sign of life: its running number, the rank's mark, and what its host reports.
 
-    ``oom_kills``: processes killed for want of memory on that host since the run began; ``shm``: used share of
-    its /dev/shm.
+    ``oom_kills``: processes that the kernel has killed on that host since the run began, for lack of memory; ``shm``:
+    used share of its /dev/shm.
     """
 
     number: int
@@ -60,32 +60,32 @@ class Listener:
         self._changed: dict[int, float] = {}
 
     def hear(self, rank: int, beat: Beat, now: float) -> None:
-        """Take the beat that the store holds of ``rank``."""
+        """Take the beat of ``rank`` that the store holds."""
         known = self.beats.get(rank)
         if known is None or known.number != beat.number:
             self._changed[rank] = now
         self.beats[rank] = beat
 
     def silent_seconds(self, rank: int, now: float) -> float:
-        """Seconds since the last new beat of ``rank``; 0 if it was never heard."""
+        """Seconds since the last new beat of ``rank``; 0 if there was none."""
         return now - self._changed.get(rank, now)
 
     def is_lost(self, rank: int, now: float) -> bool:
-        """Whether a rank that was heard has been silent for too long."""
+        """Whether a rank that has sent beats has been silent for too long."""
         heard = self.beats.get(rank)
         limit = STALE_SECONDS if heard is not None and heard.quick else SLOW_STALE_SECONDS
         return self.silent_seconds(rank, now) > limit
 
 
 def next_visible(rank: int, identities: Sequence[Identity]) -> int | None:
-    """The next rank, in a ring, whose process can be seen from ``rank``: the one that it keeps an eye on."""
+    """The next rank, in a ring, whose process is visible from ``rank``: the one that it watches, if any."""
     size = len(identities)
     ring = ((rank + distance) % size for distance in range(1, size))
     return next((r for r in ring if visible(identities[r], identities[rank])), None)
 
 
 def dead_ranks(identities: Sequence[Identity], own: int) -> list[int]:
-    """Ranks whose processes can be seen from rank ``own`` and are gone."""
+    """Ranks whose processes are visible from rank ``own`` and gone."""
     return [
         rank
         for rank, process in enumerate(identities)
@@ -94,7 +94,7 @@ def dead_ranks(identities: Sequence[Identity], own: int) -> list[int]:
 
 
 def behind(beats: Mapping[int, Beat]) -> list[int]:
-    """Ranks with the fewest marks, if not all have as many."""
+    """Ranks with the fewest marks; none if all have the same number."""
     counts = {rank: beat.count for rank, beat in beats.items()}
     fewest = min(counts.values(), default=0)
     late = sorted(rank for rank, count in counts.items() if count == fewest)

@@ -1,4 +1,4 @@
-"""Who is there, and what each rank does: asked when a run is failing, of the beats, words and processes of all."""
+"""Who is there and what each rank does, when a run is failing: from all ranks' beats, places and processes."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from megatron_sgt.guard.store_channel import StoreGoneError
 
 BEAT_SECONDS = 1.0
 GATHER_SECONDS = 3 * BEAT_SECONDS
-"""A rank whose beat does not change for so long is silent."""
+"""A rank whose beat does not change for this long is silent."""
 MAX_LINES = 16
-"""Ranks of which the block tells in detail."""
+"""Ranks that the report describes in detail."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Asks for the rank of ``out``. ``identities``: every rank's process; ``keeper``: whether rank 0's process
-    keeps the store (under torchrun its agent does); ``queued``: collectives run on a device, and a host that is
-    not in one may wait for one all the same: only the store is waited for by hosts alone.
+    """On behalf of the rank of ``exit``. ``identities``: every rank's process; ``keeper``: whether rank 0's process
+    keeps the store (under torchrun its agent does); ``queued``: collectives run on a device, so that a host that is
+    not inside one may still wait for one. Only waiting at the store is a host's alone.
     """
 
-    out: ExitProtocol
+    exit: ExitProtocol
     identities: list[processes.Identity]
     keeper: bool
     queued: bool = False
@@ -37,25 +37,25 @@ class Diagnosis:
         """The last beat of every rank; none where the store is gone."""
         keys = [f"beat/{rank}" for rank in range(len(self.identities))]
         try:
-            texts = self.out.ask(lambda post: post.get(keys))
+            texts = self.exit.ask(lambda channel: channel.get(keys))
         except StoreGoneError:
             return {}
         return {rank: Beat.from_text(text) for rank, text in enumerate(texts) if text}
 
     def silent(self) -> list[int]:
-        """Ranks whose beats stand still; rank 0, if it kept the store, where the store is gone."""
+        """Ranks whose beats do not change; where the store is gone, rank 0 if it kept the store."""
         before = self.beats()
         if before:
             time.sleep(GATHER_SECONDS)
         after = self.beats()
         if not after:
-            return [0] if self.keeper and self.out.rank != 0 else []
-        others = (rank for rank in range(len(self.identities)) if rank != self.out.rank)
+            return [0] if self.keeper and self.exit.rank != 0 else []
+        others = (rank for rank in range(len(self.identities)) if rank != self.exit.rank)
         return [rank for rank in others if rank not in after or before.get(rank) == after[rank]]
 
     def states(self) -> dict[int, str]:
-        """What the operating system says of the ranks that can be seen: gone, stopped, ...; "" for nothing."""
-        own = self.identities[self.out.rank]
+        """State of the visible ranks by the operating system: gone, stopped, ...; "" for an ordinary one."""
+        own = self.identities[self.exit.rank]
         return {
             rank: state_words(processes.process_state(identity))
             for rank, identity in enumerate(self.identities)
@@ -63,11 +63,11 @@ class Diagnosis:
         }
 
     def loss(self, dead: list[int], own_beat: Beat) -> tuple[Failure, list[str]]:
-        """The failure that ``dead`` ranks are, and a line on each but the first.
+        """The failure for ``dead`` ranks, and a line for each but the first.
 
-        Ranks keep step with each other, and a dead one's last word may be a beat old: the later place counts.
+        Ranks keep in step, and the last beat of a dead one may be a second old: of the two places the later one counts.
         """
-        heard = self.beats() | {self.out.rank: own_beat}
+        heard = self.beats() | {self.exit.rank: own_beat}
         by_host: dict[str, list[Beat]] = {}
         for rank, beat in heard.items():
             by_host.setdefault(self.identities[rank].host, []).append(beat)
@@ -79,33 +79,33 @@ class Diagnosis:
         failure = Failure("lost", dead[0], host, place, guess_loss(host, by_host, whole))
         return failure, [f"also gone: rank {r} on {self.identities[r].host}" for r in dead[1:MAX_LINES]]
 
-    def asked_to_tell(self, where: str) -> bool:
-        """Leave word of where this rank is; True for the one rank that gathers what all have left."""
-        own = str(self.out.rank)
+    def is_reporter(self, where: str) -> bool:
+        """Note where this rank is; True for the one rank that collects the notes of all and reports."""
+        own = str(self.exit.rank)
         try:
-            self.out.ask(lambda post: post.put(f"hang/{own}", where))
-            return self.out.ask(lambda post: post.claim("teller", own)) == own
+            self.exit.ask(lambda channel: channel.put(f"hang/{own}", where))
+            return self.exit.ask(lambda channel: channel.claim("reporter", own)) == own
         except StoreGoneError:
             return True
 
     def hang(self, what: str, place: str) -> tuple[Failure, list[str]]:
-        """The failure that a hang is: the rank that the others wait for; and a line on each rank of note.
+        """The failure for a hang, which names the rank that the others wait for; and a line for each notable rank.
 
-        Ranks at the same mark that wait like each other name nobody.
+        Where all ranks wait at the same mark, nobody is named.
         """
         silent, states, heard = self.silent(), self.states(), self.beats()
-        words = self._words()
-        stopped = [rank for rank, state in states.items() if state and rank != self.out.rank]
-        suspects = stopped or silent or behind(heard) or self._waited_for(words)
+        places = self._places()
+        stopped = [rank for rank, state in states.items() if state and rank != self.exit.rank]
+        suspects = stopped or silent or behind(heard) or self._waited_for(places)
         for rank in suspects[:MAX_LINES]:
-            if rank != self.out.rank and rank not in words and rank in states:
+            if rank != self.exit.rank and rank not in places and rank in states:
                 with contextlib.suppress(OSError):
                     os.kill(self.identities[rank].pid, signal.SIGUSR2)  # its stacks, to its own stderr
         details = []
         for rank in [*suspects, *(r for r in range(len(self.identities)) if r not in suspects)][:MAX_LINES]:
-            known = (states.get(rank), "silent" if rank in silent else "", words.get(rank))
+            known = (states.get(rank), "silent" if rank in silent else "", places.get(rank))
             at = heard[rank].place if rank in heard else "?"
-            said = "; ".join(word for word in known if word)
+            said = "; ".join(text for text in known if text)
             details.append(f"rank {rank} on {self.identities[rank].host}, {at}: {said}")
         if not suspects:
             cause = f"{what}; behind: none, all ranks are at the same mark and wait for each other"
@@ -115,17 +115,17 @@ class Diagnosis:
         host = self.identities[first].host
         return Failure("hang", first, host, place, f"{what}; behind: rank {names}"), details
 
-    def _waited_for(self, words: dict[int, str]) -> list[int]:
-        """Ranks that are busy while the others wait for them, as far as where the hosts are can tell."""
+    def _waited_for(self, places: dict[int, str]) -> list[int]:
+        """Ranks that are busy while others wait, as far as the places of their hosts show it."""
         wait = processes.AT_STORE if self.queued else "waiting"
-        busy = [rank for rank, text in words.items() if not text.startswith(wait)]
-        return busy if len(busy) < len(words) else []
+        busy = [rank for rank, text in places.items() if not text.startswith(wait)]
+        return busy if len(busy) < len(places) else []
 
-    def _words(self) -> dict[int, str]:
-        """Where each rank says that it is."""
+    def _places(self) -> dict[int, str]:
+        """Where each rank has noted that it is."""
         keys = [f"hang/{rank}" for rank in range(len(self.identities))]
         try:
-            texts = self.out.ask(lambda post: post.get(keys))
+            texts = self.exit.ask(lambda channel: channel.get(keys))
         except StoreGoneError:
             return {}
         return {rank: text for rank, text in enumerate(texts) if text}

@@ -1,4 +1,4 @@
-"""How a process of several ends: a user's mistake is told once, by whichever rank; nobody is left waiting."""
+"""How the process of a rank ends: a user's mistake is reported by one rank, and no rank is left waiting."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_sgt.errors import ExitCode, SGTError
 from megatron_sgt.launch.environment import RankInfo, discover
 
 GRACE = 10.0
-"""Seconds in which rank 0 has told an error that every rank has met. Then its launcher ends the others."""
+"""Seconds in which rank 0 has reported an error that every rank has met. Then its launcher ends the others."""
 
 
 @functools.cache
@@ -25,15 +25,15 @@ def place() -> RankInfo:
 
 
 def run_rank(work: Callable[[], int | None]) -> int:
-    """Do ``work``; returns the exit code of this process, or leaves with it where peers may be waiting.
+    """Do ``work``; return the exit code of this process, or exit at once where peers may be waiting.
 
     0 (or what ``work`` returns): done. An SGTError is a user's mistake: its message on stderr and its own
-    code. 130: interrupted from the keyboard. Any other exception is a bug: traceback and code 1.
+    code. 130: Ctrl-C. Any other exception is a bug: traceback and code 1.
     """
     try:
         return work() or 0
     except SGTError as error:
-        _tell(error, _known_place())
+        _report(error, _known_place())
         return _leave(error.exit_code)
     except KeyboardInterrupt:
         info = _known_place()
@@ -55,11 +55,11 @@ def _known_place() -> RankInfo | None:
         return None
 
 
-def _tell(error: SGTError, info: RankInfo | None) -> None:
+def _report(error: SGTError, info: RankInfo | None) -> None:
     """Print the error, unless another rank does.
 
-    Launchers end all ranks when one has left, so a rank that keeps silent, or is not the first to speak,
-    waits: the rank that speaks must not be killed before it has.
+    Launchers end all ranks when one has left. So a rank that prints nothing, or is not the first to print, waits: the
+    one that prints must not be killed before it has.
     """
     ours = "" if info is None or info.rank == 0 else f" (rank {info.rank} on {socket.gethostname()})"
     store = None if info is None or info.world_size == 1 else _store()
@@ -72,10 +72,10 @@ def _tell(error: SGTError, info: RankInfo | None) -> None:
 
 
 def patience(info: RankInfo) -> float:
-    """Seconds that a rank lets the others speak first, before the ranks know each other.
+    """Seconds that a rank waits for others to report first, before the ranks are connected.
 
-    Most errors are those of all ranks, and rank 0 tells them. What one rank alone has met (a file that is
-    missing on its node, a GPU that is not there) it tells later.
+    Most errors are met by all ranks, and rank 0 reports them. What one rank alone has met (a file that is
+    missing on its node, a GPU that is not there) it reports later.
     """
     if info.rank == 0:
         return 0.0
@@ -84,7 +84,7 @@ def patience(info: RankInfo) -> float:
 
 
 def _store() -> Any:
-    """The key-value store that the ranks share once they know each other; None before."""
+    """The key-value store that the ranks share once they are connected; None before."""
     dist = getattr(sys.modules.get("torch"), "distributed", None)
     if dist is None or not dist.is_initialized():
         return None
@@ -93,13 +93,13 @@ def _store() -> Any:
 
 def _first(store: Any) -> bool:
     try:
-        return store.add("sgt/error_told", 1) == 1
-    except RuntimeError:  # the store's host is gone, and has told the cause
+        return store.add("sgt/error_reported", 1) == 1
+    except RuntimeError:  # the store's host is gone, and has reported the cause
         return False
 
 
 def _leave(code: int) -> int:
-    """Leave at once where peers may be waiting in a collective: their launcher ends them when we are gone."""
+    """Exit at once where peers may be waiting in a collective: their launcher ends them when this process is gone."""
     if _store() is not None:
         sys.stdout.flush()
         os._exit(code)

@@ -1,4 +1,4 @@
-"""How a rank leaves a failing run: the first failure is claimed by one rank, told once, and ends all.
+"""How a rank leaves a failing run: the first failure is claimed by one rank, reported once, and ends all ranks.
 
 It is claimed in the store that the ranks share; where that is gone, in a file of the run directory.
 """
@@ -24,41 +24,41 @@ T = TypeVar("T")
 STORE_SECONDS = 3.0
 """How long the store has to answer when a run is failing."""
 LEAVE_SECONDS = 1.5
-"""How long a rank waits before it follows another's failure, which must be told first."""
+"""How long a rank waits before it follows another's failure, which must be reported first."""
 RECORD_SECONDS = 5.0
-"""How long the flight recorder has to answer; after twice as long the process ends, whatever holds it up."""
+"""How long the flight recorder has to answer; after twice that time the process ends, whatever blocks it."""
 FIRST_FILE = "first.json"
 REPORT_FILE = "report.txt"
 
 
 class ExitProtocol:
-    """Of ``rank`` among ``world_size``; reports go to ``folder``, which is made only when there is one.
+    """Of ``rank`` among ``world_size``; reports go to ``folder``, which is created with the first one.
 
-    ``post``: the store; None for a run of one process.
+    ``channel``: to the store; None for a run of one process.
     """
 
-    def __init__(self, rank: int, world_size: int, folder: Path, post: StoreChannel | None) -> None:
+    def __init__(self, rank: int, world_size: int, folder: Path, channel: StoreChannel | None) -> None:
         self.rank = rank
         self.world_size = world_size
         self.folder = folder
-        self.store_gone = post is None
-        self._post = post
+        self.store_gone = channel is None
+        self._channel = channel
         self._taken = threading.Lock()
         self._taker: int | None = None
 
     def ask(self, question: Callable[[StoreChannel], T]) -> T:
-        """``question`` of the store. Raises StoreGoneError, at once if it has been raised before."""
-        post = self._post
-        if self.store_gone or post is None:
+        """Ask the store. Raises StoreGoneError, at once if it was raised before."""
+        channel = self._channel
+        if self.store_gone or channel is None:
             raise StoreGoneError("no answer before")
         try:
-            return bounded(lambda: question(post), STORE_SECONDS)
+            return bounded(lambda: question(channel), STORE_SECONDS)
         except StoreGoneError:
             self.store_gone = True
             raise
 
     def take(self) -> None:
-        """One thread alone brings this process to its end; any other one that tries waits for that for ever."""
+        """Reserve the end of this process for the calling thread; any other that calls this blocks for good."""
         if self._taker != threading.get_ident():
             self._taken.acquire()
             self._taker = threading.get_ident()
@@ -69,10 +69,10 @@ class ExitProtocol:
         return self._taken.locked()
 
     def claim(self, failure: Failure) -> Failure:
-        """The run's first failure: ``failure``, told by this rank, if no rank was faster."""
-        text = replace(failure, told_by=self.rank).text()
+        """The run's first failure: ``failure``, reported by this rank, unless another rank was faster."""
+        text = replace(failure, reported_by=self.rank).text()
         try:
-            return Failure.from_text(self.ask(lambda post: post.claim("failed", text)))
+            return Failure.from_text(self.ask(lambda channel: channel.claim("failed", text)))
         except StoreGoneError:
             return Failure.from_text(self._claim_file(text))
 
@@ -87,45 +87,45 @@ class ExitProtocol:
             except FileExistsError:
                 text = path.read_text()
             own.unlink()
-        except OSError:  # no file system either: rather told twice than not at all
+        except OSError:  # no file system either: better reported twice than not at all
             pass
         return text
 
     def known_failure(self) -> Failure | None:
-        """What was claimed already."""
+        """The failure that was claimed; None if none was."""
         try:
-            text = self.ask(lambda post: post.get(["failed"]))[0]
+            text = self.ask(lambda channel: channel.get(["failed"]))[0]
         except StoreGoneError:
             text = self.claimed_file()
         return Failure.from_text(text) if text else None
 
     def claimed_file(self) -> str | None:
-        """What was claimed in the file; None if nothing was."""
+        """The failure that was claimed in the file, as text; None if none was."""
         try:
             return (self.folder / FIRST_FILE).read_text()
         except OSError:
             return None
 
-    def tell(self, failure: Failure, advice: str, details: Sequence[str] = ()) -> None:
-        """Print the block, and leave it in the run directory."""
+    def report(self, failure: Failure, advice: str, details: Sequence[str] = ()) -> None:
+        """Print the report, and write it to the run directory."""
         block = failure.block(self.world_size, advice, details)
         print(block, file=sys.stderr, flush=True)
         self._write(REPORT_FILE, f"{block}\n")
 
     def fail(self, failure: Failure, advice: str, details: Sequence[str] = ()) -> NoReturn:
-        """Claim, tell and leave, or follow what was claimed before."""
+        """Claim the failure, report it and exit; or follow the one that was claimed before."""
         self.take()
         first = self.claim(failure)
-        if first.told_by != self.rank:
+        if first.reported_by != self.rank:
             self.follow(first)
-        self.tell(failure, advice, details)
+        self.report(failure, advice, details)
         if failure.kind == "hang":
             self.dump_collectives()
-            time.sleep(LEAVE_SECONDS)  # a launcher ends the others, who write too, when the first has left
+            time.sleep(LEAVE_SECONDS)  # a launcher ends the others, which write too, when the first has left
         self.leave(failure.code)
 
     def follow(self, failure: Failure) -> NoReturn:
-        """Leave because another rank has failed; a hang leaves this rank's stacks behind."""
+        """Exit because another rank has failed; after a hang, write this rank's stacks first."""
         self.take()
         if failure.kind == "hang":
             self.dump_stacks(f"{failure.who} hangs, in {failure.place}")
@@ -134,7 +134,7 @@ class ExitProtocol:
         self.leave(failure.code)
 
     def dump_stacks(self, why: str) -> None:
-        """The Python stacks of all threads, to stderr and into this rank's file of the run directory."""
+        """The Python stacks of all threads, to stderr and to this rank's file in the run directory."""
         print(f"[rank {self.rank}] {why}; stacks of all threads:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
         name = f"rank_{self.rank:05d}.stacks.txt"
@@ -143,10 +143,10 @@ class ExitProtocol:
                 faulthandler.dump_traceback(file, all_threads=True)
 
     def dump_collectives(self) -> None:
-        """What this rank's collectives were doing, into its files of the run directory; after a hang was told.
+        """What this rank's collectives were doing, to its files in the run directory; after the hang was reported.
 
-        Reading it asks the driver about every collective. Where that never returns, this thread goes on without;
-        where it keeps Python's lock as well, a timer that needs none ends the process.
+        Reading it asks the driver about every collective. If that never returns, this thread goes on without it;
+        if it holds Python's lock as well, a timer that needs no lock ends the process.
         """
         faulthandler.dump_traceback_later(2 * RECORD_SECONDS, exit=True, file=2)
         try:
@@ -167,7 +167,7 @@ class ExitProtocol:
         return True
 
     def leave(self, code: int) -> NoReturn:
-        """End this process at once: its training thread may wait in a collective for ever."""
+        """End this process at once: its training thread may be blocked in a collective for good."""
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -1,7 +1,7 @@
 """Torch's flight recorder, written beside the stacks of a hang: which collective each rank was in.
 
-On a GPU a host only queues collectives, and stands wherever it next reads the device. Its stack says nothing of who
-is missing where; the recorder's list of collectives does. Two forms per rank: ``rank_00003.collectives.json`` for
+On a GPU a host only queues collectives, and waits wherever it next reads the device. Its stack does not show which rank
+is missing in which collective; the recorder's list does. Two forms per rank: ``rank_00003.collectives.json`` for
 people, and ``nccl_trace_rank_3`` for ``torchfrtrace``, which compares the ranks.
 """
 
@@ -17,24 +17,24 @@ import torch.distributed as dist
 
 PREFIX = "nccl_trace_rank_"
 _TORCHS_OWN = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
-"""Where torch's own watchdog writes when it is the first to give up: the name of now, and that before torch 2.8."""
+"""Where torch's own watchdog writes when it gives up first: the present variable, and the one before torch 2.8."""
 
 
 def queues_collectives() -> bool:
-    """Whether collectives run on a device while the hosts go on, so that where a host stands says little."""
+    """Whether collectives run on a device while the hosts go on, so that the place of a host says little."""
     return dist.get_backend() == "nccl"
 
 
 def let_torch_write_to(folder: Path) -> None:
-    """Let torch's own dump go to ``folder`` too, unless the user chose a place; NCCL reads this when it dumps."""
+    """Let torch write its own dump to ``folder`` too, unless the user chose a place; NCCL reads this when it dumps."""
     for name in _TORCHS_OWN:
         os.environ.setdefault(name, str(folder / PREFIX))
 
 
 def write(folder: Path, rank: int) -> str:
-    """Write what this rank's recorder holds, in both forms; returns a line that says so, or why there is nothing.
+    """Write what this rank's recorder holds, in both forms; return a line that says so, or why there is nothing.
 
-    May wait for a driver that does not answer: see ExitProtocol.dump_collectives. Raises OSError, RuntimeError.
+    May block on a driver that does not answer: see ExitProtocol.dump_collectives. Raises OSError, RuntimeError.
     """
     as_json, as_pickle = _recorder()
     if as_json is None:

@@ -1,4 +1,4 @@
-"""What the operating system says: is a process there, was memory exhausted, is /dev/shm full. Linux.
+"""What the operating system knows: whether a process exists, memory ran out, /dev/shm is full. Linux.
 
 Fields of /proc/PID/stat: proc(5). memory.events: the kernel's cgroup-v2 documentation.
 """
@@ -18,14 +18,14 @@ _MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
 _COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/")
 _MEETING = "/megatron_sgt/parallel/collectives"
 AT_STORE = "waiting at the store"
-"""Where a rank is that waits for another's work, on any device."""
+"""The place of a rank that waits for another's work, whatever the device."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """One process: its host, the process-number space it is counted in, its number and its start (clock ticks).
+    """One process: its host, its boot and PID namespace, its PID and its start time (clock ticks).
 
-    Two processes with the same ``space`` can see each other in /proc; number and start name one for good.
+    Two processes with the same ``space`` are visible to each other in /proc; PID and start time identify one for good.
     """
 
     host: str
@@ -47,14 +47,14 @@ def own_identity() -> Identity:
 
 
 def visible(other: Identity, own: Identity) -> bool:
-    """Whether ``process_state`` can tell of ``other`` from here."""
+    """Whether ``process_state`` works for ``other`` from here."""
     return bool(own.space) and own.space == other.space
 
 
 def process_state(process: Identity) -> str | None:
-    """The state letter of a visible process (R runs, S sleeps, T stopped, D waits for a device); None: gone.
+    """The state letter of a visible process (R running, S sleeping, T stopped, D waiting for a device); None: gone.
 
-    A process that has ended and is not yet collected by its parent is gone.
+    A zombie, which has ended and waits for its parent, is gone.
     """
     stat = _stat(process.pid)
     if stat is None or stat[1] != process.start or stat[0] in "ZX":
@@ -73,7 +73,7 @@ def _stat(pid: int) -> tuple[str, int] | None:
 
 
 def oom_kills() -> int:
-    """Processes of this control group that the kernel has killed for want of memory, so far; 0 if unknown."""
+    """Processes of this control group that the kernel has killed so far because memory ran out; 0 if unknown."""
     try:
         lines = _MEMORY_EVENTS.read_text().splitlines()
     except OSError:

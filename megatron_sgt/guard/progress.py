@@ -1,4 +1,4 @@
-"""What this rank is doing. Written by the training thread, read by the watching ones."""
+"""What this rank is doing: written by the training thread, read by the watching ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ QUICK_PHASES = frozenset({"train", "data", "growth", "log"})
 @dataclass(frozen=True)
 class Mark:
     """``phase`` (train, data, or a hook's name) of optimizer step ``step``, entered at ``since`` (monotonic
-    seconds) as the ``count``-th of this process; ``quick``: the ordinary time limit holds.
+    seconds) as the ``count``-th of this process; ``quick``: the time limit of ordinary steps applies.
     """
 
     phase: str
@@ -24,12 +24,12 @@ class Mark:
 
     @property
     def place(self) -> str:
-        """Words for a message: "step 7 (eval)"."""
+        """For a message: "step 7 (eval)"."""
         return f"step {self.step:,} ({self.phase})" if self.step else self.phase
 
 
 class Progress:
-    """The present mark. Replacing one reference is atomic, so no reader sees half of it."""
+    """The present mark. Replacing a reference is atomic, so that no reader sees half of one."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -37,14 +37,14 @@ class Progress:
         self.mark = Mark("start", 0, 0, clock(), False)
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """Say that ``phase`` begins (of ``step``, None: of the same step)."""
+        """Mark the begin of ``phase`` of ``step`` (None: the same step as before)."""
         before = self.mark
         step = before.step if step is None else step
         quick = self._warm and phase in QUICK_PHASES
         self.mark = Mark(phase, step, before.count + 1, self._clock(), quick)
 
     def step_done(self) -> None:
-        """From now on steps are ordinary ones: the first, with everything that is set up in it, is over."""
+        """The first step, in which much is set up, is over: from now on steps are ordinary ones."""
         self._warm = True
 
     def idle_seconds(self) -> float:

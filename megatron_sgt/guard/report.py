@@ -1,4 +1,4 @@
-"""The one block that a person reads when a run fails: who was first, where, doing what, probably why. Pure."""
+"""The text that a person reads when a run fails: which rank was first, where, doing what, and probably why. Pure."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ _STATES = {
 @dataclass(frozen=True)
 class Failure:
     """What came first: ``kind`` error (an exception), lost (a process that is gone), hang, or mistake (the
-    user's, told by that rank itself). ``rank`` None (and no ``host``): a hang that is no single rank's.
-    ``code``: the exit code that every rank leaves with. ``told_by``: the rank that has claimed it; several may find
-    the same.
+    user's, which that rank prints itself). ``rank`` None (and no ``host``): a hang of no single rank.
+    ``code``: the exit code of every rank. ``reported_by``: the rank that has claimed it; several may find the same.
     """
 
     kind: str
@@ -30,7 +29,7 @@ class Failure:
     place: str
     cause: str
     code: int = 1
-    told_by: int | None = field(default=None, compare=False)
+    reported_by: int | None = field(default=None, compare=False)
 
     def text(self) -> str:
         """One line of JSON."""
@@ -43,11 +42,11 @@ class Failure:
 
     @property
     def who(self) -> str:
-        """Words for whom it names."""
+        """The rank, for a message."""
         return "every rank" if self.rank is None else f"rank {self.rank}"
 
     def block(self, world_size: int, advice: str, details: Sequence[str] = ()) -> str:
-        """The block, ready to print: one line per fact, ``details`` below."""
+        """The report, ready to print: one line per fact, then ``details``."""
         verb = {"error": "FAILED", "lost": "LOST", "hang": "HANG"}[self.kind]
         who = f"all {world_size} ranks" if self.rank is None else f"{self.who} of {world_size} on {self.host}"
         head = f"{verb}  {who}, in {self.place}"
@@ -55,7 +54,7 @@ class Failure:
 
 
 def guess_loss(host: str, beats: Mapping[str, Sequence[Beat]], all_of_host: bool) -> str:
-    """Why a process is gone that left no message.
+    """Why a process that left no message is probably gone.
 
     Args:
         beats: by host, the last beats of all its ranks.
@@ -115,12 +114,12 @@ _TIMEOUTS = ("timed out waiting", "wait timeout", "watchdog caught collective op
 
 
 def is_consequence(error: BaseException) -> bool:
-    """Whether an exception merely says that a peer has gone."""
+    """Whether an exception merely means that a peer is gone."""
     return _says(error, _CONSEQUENCES) and not is_timeout(error)
 
 
 def is_timeout(error: BaseException) -> bool:
-    """Whether an exception says that a collective has waited too long."""
+    """Whether an exception means that a collective has waited too long."""
     return _says(error, _TIMEOUTS)
 
 

@@ -1,11 +1,11 @@
 """Receives signals in a thread of its own, which also ends a process that cannot stop in order.
 
-Python runs signal handlers in the main thread only, and not while that thread waits inside a collective. So
+Python runs signal handlers in the main thread only, and not while that thread is blocked in a collective. So
 Python's C handler only writes the signal's number to a socket (signal.set_wakeup_fd), and a thread reads it,
-whatever the main thread does. The thread forces the exit
+whatever the main thread does. That thread forces the exit
 
-- when a signal comes again, more than ``REPEAT_S`` after it came first: launchers pass on what the terminal or
-  the scheduler has sent to every process already, and two at once are one;
+- when a signal comes again, more than ``REPEAT_S`` after the first: launchers forward what the terminal or the
+  scheduler has already sent to every process, so that two at once are one;
 - when the running step, or the save that follows it, has not ended ``grace_s`` after the request: a peer is
   gone, or a collective hangs.
 """
@@ -35,7 +35,7 @@ def listening(stop: StopRequests, grace_s: float) -> Iterator[None]:
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     watch = _Watch(stop, grace_s, reader)
-    # A number that is no signal: the grace time begins anew for the save, on every rank.
+    # A number that is no signal: the grace time starts again for the save, on every rank.
     stop.on_agreed = lambda reason: watch.begin(reason, wake=writer)
 
     def handler(signum: int, frame: FrameType | None) -> None:
@@ -58,7 +58,7 @@ def listening(stop: StopRequests, grace_s: float) -> Iterator[None]:
 
 
 class _Watch:
-    """What the thread does: hand signals on, keep the deadline."""
+    """What the thread does: pass signals on, and watch the deadline."""
 
     def __init__(self, stop: StopRequests, grace_s: float, reader: socket.socket) -> None:
         self._stop = stop
@@ -69,7 +69,7 @@ class _Watch:
         self._reason: int = Reason.NONE
 
     def begin(self, reason: int, wake: socket.socket | None = None) -> None:
-        """Let the grace time for ``reason`` begin now."""
+        """Start the grace time for ``reason`` now."""
         self._reason, self._deadline = reason, time.monotonic() + self._grace_s
         if wake is not None:
             wake.send(b"\0")
@@ -107,7 +107,7 @@ class _Watch:
 
 
 def _force(cause: str) -> None:
-    """Leave at once. Nothing of the unfinished save counts; the checkpoint before it is whole."""
+    """Exit at once. The unfinished save does not count; the checkpoint before it is whole."""
     text = f"forced exit: {cause}. The newest finished checkpoint is whole; the steps since are lost\n"
     with contextlib.suppress(OSError):
         os.write(2, text.encode())

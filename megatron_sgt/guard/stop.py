@@ -1,7 +1,7 @@
-"""Requests to stop a run before its end: which there are, and when one is due.
+"""Requests to stop a run before its end: which kinds there are, and when one is due.
 
-Any rank may receive one (a signal, or a limit of time that its clock has passed). The loop asks before every
-step and lets all ranks agree, so that all stop after the same step (engine/loop.py).
+Any rank may receive one (a signal, or a time limit that its clock has passed). The loop asks before every step, and
+all ranks agree on the answer, so that all stop after the same step (engine/loop.py).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Callable
 from megatron_sgt.config import TrainConfig
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""Ask to save and stop: a scheduler's or launcher's SIGTERM, Slurm's warning, the keyboard."""
+"""Ask to save and stop: a scheduler's or launcher's SIGTERM, Slurm's warning, Ctrl-C."""
 
 
 class Reason(enum.IntEnum):
-    """Why a run stops. Of several, on one rank or on many, the largest counts.
+    """Why a run stops. Of several reasons, on one rank or on many, the largest counts.
 
-    Launchers answer the keyboard or a warning with a SIGTERM of their own, so that it says least of the signals.
-    Which of two came first is not known: the kernel delivers two that wait together in reverse.
+    Launchers answer Ctrl-C or a warning with a SIGTERM of their own, so that SIGTERM is the least of the signals.
+    Which of two came first is not known: the kernel delivers two pending ones in reverse order.
     """
 
     NONE = 0
@@ -41,7 +41,7 @@ _LIMITS = {Reason.DURATION: "train.exit_duration_minutes", Reason.JOB_END: "the 
 
 
 def named(reason: int) -> str:
-    """What a reason is called in messages: the name of its signal, or of the limit that was passed."""
+    """A reason in messages: the name of its signal, or the limit that was passed."""
     return _LIMITS.get(Reason(reason)) or Reason(reason).name
 
 
@@ -49,7 +49,7 @@ class StopRequests:
     """The requests that this rank has received.
 
     Args:
-        job_end: seconds since the epoch at which the scheduler will end the job, None if nobody said.
+        job_end: seconds since the epoch at which the scheduler will end the job, None if unknown.
         now: the clock, seconds since the epoch.
     """
 
@@ -63,16 +63,16 @@ class StopRequests:
         self._job_end = None if job_end is None else job_end - 60 * train.exit_before_job_end_minutes
         self._longest_save = 0.0
         self.training = False
-        """Whether the loop runs: before, there is nothing to save, and the keyboard interrupts as usual."""
+        """Whether the loop runs: before that there is nothing to save, and Ctrl-C interrupts as usual."""
         self.on_agreed: Callable[[int], None] = lambda reason: None
-        """Told when all ranks have agreed to stop."""
+        """Called when all ranks have agreed to stop."""
 
     def receive(self, signum: int) -> None:
-        """Note one of ``SIGNALS``."""
+        """Take one of ``SIGNALS``."""
         self._signal = max(self._signal, Reason.of(signum))
 
     def note_save(self, seconds: float) -> None:
-        """A save took so long: near the end of the job as much time is left for the last one."""
+        """A save took this long: near the end of the job, that much time is left for the last one."""
         self._longest_save = max(self._longest_save, seconds)
 
     def pending(self) -> Reason:

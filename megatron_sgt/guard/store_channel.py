@@ -1,4 +1,4 @@
-"""Short texts between ranks, through the key-value store in which they met: no collective, no process group."""
+"""Short texts between ranks, through the key-value store of their rendezvous: no collective, no process group."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class StoreGoneError(Exception):
 
 
 class StoreChannel:
-    """A connection of its own to the store, so that it never waits behind what the training thread asks."""
+    """A separate connection to the store, so that it never waits for what the training thread asks."""
 
     def __init__(self, store: Any) -> None:
         self._store = store.clone()
@@ -40,7 +40,7 @@ class StoreChannel:
         return self._ask(ask)
 
     def claim(self, key: str, text: str) -> str:
-        """Set ``key`` unless it is set; returns its value, ``text`` for the one that was first.
+        """Set ``key`` unless it is set; return its value, which is ``text`` for the rank that was first.
 
         Raises StoreGoneError.
         """
@@ -54,7 +54,7 @@ class StoreChannel:
 
 
 def bounded(action: Callable[[], T], seconds: float) -> T:
-    """``action()``, abandoned after ``seconds``: a stopped store's host answers nothing, for ever.
+    """``action()``, abandoned after ``seconds``: a store whose host is stopped never answers.
 
     Raises StoreGoneError when time is up, and whatever ``action`` raises.
     """

@@ -1,8 +1,8 @@
-"""The watch of one rank: two threads beside the training one, and what they do when a run fails.
+"""The watch of one rank: two threads beside the training thread, and what they do when a run fails.
 
-One thread tells and hears beats (see ``beat``), and keeps an eye on the next process of its host; the other
-measures how long the training thread has been at the same mark. Neither touches a device or a collective, so
-they work while the training thread waits for a peer that will never come.
+One thread sends and receives beats (see ``beat``), and watches the next process of its host; the other measures how
+long the training thread has been at the same mark. Neither touches a device or a collective, so that they work while
+the training thread waits for a peer that will never come.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from megatron_sgt.launch.rank_info import RankInfo
 
 TICK_SECONDS = 0.5
 MAX_TICK_SECONDS = 2.0
-"""What one tick counts for at most: time in which this process was suspended as a whole is no hang of its own."""
+"""What a tick counts for at most: time in which the whole process was suspended is no hang."""
 SEARCH_SECONDS = 6.0
-"""How long a rank whose peer has gone looks for the reason."""
+"""How long a rank whose peer is gone looks for the reason."""
 RESUME = "start the run again: it goes on from the newest checkpoint"
 ADVICE = f"{RESUME}; if it happens again, exclude that node"
 
@@ -44,8 +44,8 @@ ADVICE = f"{RESUME}; if it happens again, exclude that node"
 class Watch:
     """Context around a run. ``progress`` is what the run marks; ``connect`` makes the ranks known to each other.
 
-    Leaves the process when this rank hangs or another has failed. An exception of this rank passes through,
-    after it was told to the others; one that merely says that a peer has gone does not: the peer is named.
+    Ends the process when this rank hangs or another has failed. An exception of this rank is announced to the others
+    and passes through; one that merely means that a peer is gone does not: the peer is named.
     """
 
     def __init__(self, config: Config, info: RankInfo) -> None:
@@ -56,7 +56,7 @@ class Watch:
         self._stop = threading.Event()
         self._training_thread = threading.get_ident()
         self._kills_before = processes.oom_kills()
-        self._out = ExitProtocol(info.rank, info.world_size, self._failures, None)
+        self._exit = ExitProtocol(info.rank, info.world_size, self._failures, None)
         self._diagnosis: Diagnosis | None = None
 
     def __enter__(self) -> Watch:
@@ -71,43 +71,43 @@ class Watch:
         if self._info.world_size == 1:
             return
         attempt = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        told: list[Any] = [None] * self._info.world_size
-        dist.all_gather_object(told, (processes.own_identity(), attempt))
+        everyone: list[Any] = [None] * self._info.world_size
+        dist.all_gather_object(everyone, (processes.own_identity(), attempt))
         store = dist.distributed_c10d._get_default_store()
-        folder = self._failures / told[0][1]
-        self._out = ExitProtocol(self._info.rank, self._info.world_size, folder, StoreChannel(store))
-        identities = [identity for identity, _ in told]
+        folder = self._failures / everyone[0][1]
+        self._exit = ExitProtocol(self._info.rank, self._info.world_size, folder, StoreChannel(store))
+        identities = [identity for identity, _ in everyone]
         queued = flight_recorder.queues_collectives()
         self._diagnosis = Diagnosis(
-            self._out, identities, keeper="TORCHELASTIC_RUN_ID" not in os.environ, queued=queued
+            self._exit, identities, keeper="TORCHELASTIC_RUN_ID" not in os.environ, queued=queued
         )
         if queued:
             flight_recorder.let_torch_write_to(folder)
-            with contextlib.suppress(OSError):  # torch makes none; a run that ends well takes it away again
+            with contextlib.suppress(OSError):  # torch creates none; a run that ends well removes it
                 folder.mkdir(parents=True, exist_ok=True)
-        post = StoreChannel(store)
-        self._start(lambda: self._exchange_beats(post, identities))
+        channel = StoreChannel(store)
+        self._start(lambda: self._exchange_beats(channel, identities))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
         if error is None:
-            for folder in (self._out.folder, self._failures):
-                with contextlib.suppress(OSError):  # not empty: it stays
+            for folder in (self._exit.folder, self._failures):
+                with contextlib.suppress(OSError):  # not empty: kept
                     folder.rmdir()
         if self._diagnosis is None or not isinstance(error, Exception):
             return
         if isinstance(error, SGTError):
-            self._out.claim(self._own_failure("mistake", str(error), error.exit_code))
+            self._exit.claim(self._own_failure("mistake", str(error), error.exit_code))
         elif is_consequence(error):
             self._search(error, self._diagnosis)
         elif is_timeout(error):
             self._hang(f"a collective gave up: {guess_error(error)}")
         else:
             failure = self._own_failure("error", guess_error(error))
-            if self._out.claim(failure).told_by == self._info.rank:
-                self._out.tell(failure, RESUME)
+            if self._exit.claim(failure).reported_by == self._info.rank:
+                self._exit.report(failure, RESUME)
 
     def _own_failure(self, kind: str, cause: str, code: int = 1) -> Failure:
         host = os.uname().nodename
@@ -117,28 +117,28 @@ class Watch:
         threading.Thread(target=self._guarded, args=(work,), daemon=True, name="watch").start()
 
     def _guarded(self, work: Callable[[], None]) -> None:
-        """What goes wrong in a watching thread must not keep a failing process alive."""
+        """An error in a watching thread must not keep a failing process alive."""
         try:
             work()
         except Exception:
             traceback.print_exc()
-            if self._out.is_taken:
-                self._out.leave(1)
+            if self._exit.is_taken:
+                self._exit.leave(1)
 
-    def _exchange_beats(self, post: StoreChannel, identities: list[processes.Identity]) -> None:
-        """Tell and hear beats, until something is wrong or the run is over."""
+    def _exchange_beats(self, channel: StoreChannel, identities: list[processes.Identity]) -> None:
+        """Send and receive beats, until something is wrong or the run is over."""
         rank, number, listener = self._info.rank, 0, Listener()
         neighbour = next_visible(rank, identities)
         ahead = (rank + 1) % self._info.world_size
         while not self._stop.wait(BEAT_SECONDS):
             number += 1
             try:
-                post.put(f"beat/{rank}", self._beat(number).text())
-                failed, heard = post.get(["failed", f"beat/{ahead}"])
+                channel.put(f"beat/{rank}", self._beat(number).text())
+                failed, heard = channel.get(["failed", f"beat/{ahead}"])
             except StoreGoneError:
-                failed, heard = self._out.claimed_file(), None
+                failed, heard = self._exit.claimed_file(), None
             if failed and not self._stop.is_set():
-                self._out.follow(Failure.from_text(failed))
+                self._exit.follow(Failure.from_text(failed))
             if heard:
                 listener.hear(ahead, Beat.from_text(heard), time.monotonic())
             gone: list[int] = []
@@ -154,12 +154,12 @@ class Watch:
         return Beat.of(number, self.progress.mark, kills, round(processes.shm_used(), 3))
 
     def _search(self, error: Exception, diagnosis: Diagnosis) -> NoReturn:
-        """A peer has gone: find out which, and why."""
+        """A peer is gone: find out which, and why."""
         deadline = time.monotonic() + SEARCH_SECONDS
         while time.monotonic() < deadline:
-            known = self._out.known_failure()
+            known = self._exit.known_failure()
             if known is not None:
-                self._out.follow(known)
+                self._exit.follow(known)
             dead = dead_ranks(diagnosis.identities, self._info.rank)
             if dead:
                 self._lose(dead)
@@ -167,16 +167,16 @@ class Watch:
         silent = diagnosis.silent()
         if silent:
             self._lose(silent)
-        self._out.fail(self._own_failure("error", guess_error(error)), ADVICE)
+        self._exit.fail(self._own_failure("error", guess_error(error)), ADVICE)
 
     def _lose(self, dead: list[int]) -> NoReturn:
         assert self._diagnosis is not None
-        self._out.take()
+        self._exit.take()
         failure, details = self._diagnosis.loss(dead, self._beat(0))
-        self._out.fail(failure, ADVICE, details)
+        self._exit.fail(failure, ADVICE, details)
 
     def _watch_progress(self) -> None:
-        """Measure how long the same mark lasts."""
+        """Measure how long the training thread stays at the same mark."""
         idle, last, count = 0.0, time.monotonic(), -1
         while not self._stop.wait(TICK_SECONDS):
             now, mark = time.monotonic(), self.progress.mark
@@ -187,23 +187,23 @@ class Watch:
                 self._hang(f"no progress for {idle:.0f} s (train.{setting})")
 
     def _hang(self, what: str) -> NoReturn:
-        self._out.take()
+        self._exit.take()
         place = self.progress.mark.place
         where = processes.whereabouts(self._training_thread)
-        self._out.dump_stacks(f"{what}, in {place}")
+        self._exit.dump_stacks(f"{what}, in {place}")
         if self._diagnosis is None:
-            self._out.tell(self._own_failure("hang", f"{what}; {where}"), RESUME)
-            self._out.leave(1)
-        if not self._diagnosis.asked_to_tell(where):
+            self._exit.report(self._own_failure("hang", f"{what}; {where}"), RESUME)
+            self._exit.leave(1)
+        if not self._diagnosis.is_reporter(where):
             deadline = time.monotonic() + SEARCH_SECONDS
-            while self._out.known_failure() is None and time.monotonic() < deadline:
+            while self._exit.known_failure() is None and time.monotonic() < deadline:
                 time.sleep(TICK_SECONDS)
-            self._out.dump_collectives()
+            self._exit.dump_collectives()
             time.sleep(LEAVE_SECONDS)
-            self._out.leave(1)
+            self._exit.leave(1)
         failure, details = self._diagnosis.hang(what, place)
-        folder = self._out.folder
+        folder = self._exit.folder
         # Torch's tool knows NCCL's process groups, not gloo's.
         compare = f" (torchfrtrace -p {flight_recorder.PREFIX} {folder} compares them)"
         records = f"stacks and collectives of all ranks: {folder}{compare if self._diagnosis.queued else ''}"
-        self._out.fail(failure, f"{records}; {RESUME if failure.rank is None else ADVICE}", details)
+        self._exit.fail(failure, f"{records}; {RESUME if failure.rank is None else ADVICE}", details)

@@ -21,6 +21,7 @@ _SGT: dict[str, LineFormat] = {
     "ranks": lines.ranks_line,
     "rollback": lines.rollback_line,
     "stop": lines.stop_line,
+    "hook": lines.hook_line,
     "summary": lines.summary_line,
 }
 # Megatron has no words for growth, and parsers of its log skip lines that they do not know.

@@ -11,20 +11,9 @@ from typing import Any
 from megatron_sgt.config.run import LoggingConfig
 from megatron_sgt.jsonl import JsonlWriter
 from megatron_sgt.metrics.console import ConsoleWriter
+from megatron_sgt.metrics.records import RECORDS
 from megatron_sgt.metrics.writers import TensorBoardWriter, WandbWriter, Writer
 
-KINDS = (
-    "train",
-    "ranks",
-    "valid",
-    "growth",
-    "save",
-    "save_failed",
-    "resume",
-    "rollback",
-    "stop",
-    "summary",
-)
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -32,7 +21,7 @@ class MetricsHub:
     """Hands every report to all writers; with no writers (every rank but 0) it does nothing.
 
     A writer whose destination fails (OSError: full disk, closed pipe, lost network) never stops training:
-    the failure is told once on stderr, and the writer is tried again with the next report.
+    the failure is reported once on stderr, and the writer is tried again with the next record.
     """
 
     def __init__(self, writers: Sequence[Writer] = ()) -> None:
@@ -41,8 +30,8 @@ class MetricsHub:
 
     def log(self, kind: str, record: Mapping[str, Any]) -> None:
         """Report `record`; `time` (seconds since the epoch) is added. Raises ValueError for another kind."""
-        if kind not in KINDS:
-            raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+        if kind not in RECORDS:
+            raise ValueError(f"kind must be one of {tuple(RECORDS)}, got {kind!r}")
         stamped = {"time": time.time(), **record}
         self._each(lambda writer: writer.write(kind, stamped))
 

@@ -1,7 +1,7 @@
 """The console lines of one run, as pure functions of a record: (record, paint) -> text without a newline.
 
-`paint(role, text)` colours a part; the roles are those of ROLES. The records' fields are listed in
-megatron_sgt/metrics/__init__.py; a field that is absent or None is left out of the line.
+`paint(role, text)` colours a part; the roles are those of ROLES. The records' fields are in records.py; a field that is
+absent or None is left out of the line.
 """
 
 from __future__ import annotations
@@ -210,6 +210,12 @@ def ranks_line(record: Record, paint: Paint = plain) -> str:
 def stop_line(record: Record, paint: Paint = plain) -> str:
     """A request to stop that all ranks obey."""
     return f"{paint('warn', 'STOP')}  step {record['step']:,}  {record['reason']}: saving, then leaving"
+
+
+def hook_line(record: Record, paint: Paint = plain) -> str:
+    """What a user's hook reports."""
+    values = (f"{name} {units.significant(value)}" for name, value in record["values"].items())
+    return _join((f"{paint('good', 'HOOK')}  step {record['step']:,}", record["hook"], *values))
 
 
 def summary_line(record: Record, paint: Paint = plain) -> str:

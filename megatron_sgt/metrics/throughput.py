@@ -9,7 +9,8 @@ included and recomputation excluded; the peak is the vendor's dense figure, with
 from __future__ import annotations
 
 import re
-from typing import Any
+
+from megatron_sgt.metrics.records import Throughput
 
 # Dense peaks of one device in TFLOP/s: (pattern of the name that the driver reports, 16-bit matrix units with
 # fp32 accumulation, fp32 without TF32). NVIDIA prints figures with 2:4 sparsity: the dense ones are half.
@@ -89,7 +90,7 @@ def model_flops_utilization(flops_per_second: float, peak: float | None) -> floa
 
 def throughput_record(
     tokens: float, flops: float, seconds: float, num_devices: int, peak: float | None
-) -> dict[str, Any]:
+) -> Throughput:
     """The throughput fields of a train record.
 
     tokens, flops: of the whole job during `seconds`; peak: FLOP/s of one device or None.
@@ -119,7 +120,7 @@ class EtaEstimator:
         self._observations = 0
 
     def update(self, seconds: float, steps: int = 1) -> None:
-        """Tell that the last `steps` steps took `seconds` in all. Raises ValueError for steps < 1."""
+        """Add an observation: the last `steps` steps took `seconds` in all. Raises ValueError for steps < 1."""
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         self._observations += 1
@@ -127,7 +128,7 @@ class EtaEstimator:
         if self._seconds_per_step is None or self._observations == 2:
             self._seconds_per_step = new
             return
-        # Many steps told at once weigh as if each had been told alone.
+        # Many steps in one observation weigh as if each had one of its own.
         keep = (1.0 - 1.0 / self._memory_steps) ** steps
         self._seconds_per_step = keep * self._seconds_per_step + (1.0 - keep) * new
 

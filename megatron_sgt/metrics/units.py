@@ -7,11 +7,6 @@ import math
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
-def count(number: int, noun: str) -> str:
-    """1 layer, 2 layers."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
 def is_bad(value: float | None) -> bool:
     """True for NaN and infinities, the numbers that must stand out."""
     return value is not None and not math.isfinite(value)

@@ -34,7 +34,7 @@ class Writer(Protocol):
     """One destination of reports."""
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Take one record (see megatron_sgt.metrics for its fields)."""
+        """Take one record (records.py has the fields of every kind)."""
 
     def advance(self, step: int) -> None:
         """Learn that an optimizer step is done, whether or not it is reported."""
@@ -44,7 +44,9 @@ class Writer(Protocol):
 
 
 def scalars(kind: str, record: Mapping[str, Any]) -> dict[str, float]:
-    """The curves of a record: "train/loss" -> number, for every field that is one."""
+    """The curves of a record: "train/loss" -> number, for every field that is one; of a hook, for its values."""
+    if kind == "hook":
+        kind, record = f"hook/{record['hook']}", record["values"]
     return {
         f"{kind}/{key}": float(value)
         for key, value in record.items()
@@ -146,7 +148,7 @@ class WandbWriter:
             ) from error
         replace_text(id_file, f"{self._run.id}\n")
         # W&B's own step may not go back, as ours does on a resume: ours is one more curve, and the x axis.
-        for kind in ("train", "valid", "growth", "save"):
+        for kind in ("train", "valid", "growth", "save", "hook"):
             self._run.define_metric(f"{kind}/*", step_metric="step")
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:

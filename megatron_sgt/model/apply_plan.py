@@ -32,9 +32,9 @@ def apply_plan(model: torch.nn.Module, plan: LoopPlan) -> None:
     if not changed:
         return
     device = changed[0].self_attention.core_attention.meter.device  # offloaded weights may lie on the host
-    prepared = on_device([layer.prepare(plan[layer.layer_id]) for layer in changed], device)
-    for layer, execution in zip(changed, prepared, strict=True):
-        layer.execute(execution)
+    passes = on_device([layer.prepare(plan[layer.layer_id]) for layer in changed], device)
+    for layer, loop_pass in zip(changed, passes, strict=True):
+        layer.execute(plan[layer.layer_id], loop_pass)
 
 
 def executed_plan(model: torch.nn.Module) -> LoopPlan:
@@ -46,12 +46,12 @@ def executed_plan(model: torch.nn.Module) -> LoopPlan:
 def begin_step(model: torch.nn.Module) -> None:
     """Tell the layers that the weights may have changed: kept weights are fetched anew at their next use."""
     for layer in sgt_layers(model):
-        for part in layer.kept_weights.slices if layer.kept_weights else ():
-            part.begin_step()
+        if layer.loop_pass is not None:
+            layer.loop_pass.begin_step()
 
 
 def mark_micro_batch(model: torch.nn.Module, last: bool) -> None:
     """Tell the layers whether the next micro-batch is the step's last, which pays gradients back to owners."""
     for layer in sgt_layers(model):
-        for part in layer.kept_weights.slices if layer.kept_weights else ():
-            part.last_micro_batch = last
+        if layer.loop_pass is not None:
+            layer.loop_pass.mark_micro_batch(last)

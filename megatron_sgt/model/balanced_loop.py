@@ -17,6 +17,7 @@ those of [S, B, D], and the input gradient is computed on every rank.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,86 +27,83 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
-from megatron_sgt.model import fused_pass
-from megatron_sgt.model.head_loop import LoopingLayer, attend_kept, split_heads
+from megatron_sgt.arch.head_layout import HeadLayout
+from megatron_sgt.model.head_loop import KeptLoop, LoopingLayer
 from megatron_sgt.model.kept_weights import KeptWeights
-from megatron_sgt.ops.fused_loop import HeadBlocks
 from megatron_sgt.ops.rotary import Rotary, rotate_halves
 from megatron_sgt.ops.shard_attention import shard_attention
 
 
-def balanced_loop(layer: LoopingLayer, x: Tensor, rotary: Tensor, kept: KeptWeights, index: int) -> Tensor:
-    """One loop pass of the kept heads, each rank for its share of the tokens.
+@dataclass(eq=False)
+class BalancedLoop(KeptLoop):
+    """Each rank loops all kept heads for its share of the tokens.
 
     Args:
-        x: [S/tp, B, D] under sequence parallelism, else [S, B, D].
-        kept: the layer's kept weights.
-        index: number of the pass, from 1.
+        layout: tells which of how many tensor-parallel ranks this is.
+        sharded: whether x holds this rank's tokens alone (sequence parallelism).
     """
-    attention = layer.self_attention
-    rank, size = layer.head_layout.tp_rank, layer.head_layout.tp_size
-    sharded = layer.config.sequence_parallel
 
-    def project_in(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        weight = kept.qkv.get(weight, index)
-        bias = None if bias is None else kept.qkv_bias.get(bias, index)
-        return (
-            F.linear(tokens, weight, bias)
-            if sharded
-            else _ShareOfTokens.apply(tokens, weight, bias, kept.group)
+    weights: KeptWeights
+    layout: HeadLayout
+    sharded: bool
+
+    def __call__(self, layer: LoopingLayer, x: Tensor, rotary: Rotary, index: int) -> Tensor:
+        """See ``LoopPass``."""
+        attention, own = layer.self_attention, self.positions(rotary)
+        project_in = partial(self._project_in, index=index)
+        fused = attention.linear_qkv(layer.input_layernorm(x), use=project_in)
+        query, key, value = self.split_heads(fused, layer)
+        query, key = rotate_halves(query, own), rotate_halves(key, own)
+        out = self.attention(layer, query, key, value, index).flatten(2)
+        if not self.sharded:
+            out = mappings.gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False)
+        project_out = partial(self._project_out, index=index)
+        return layer.add_residual(attention.linear_proj(out, use=project_out), x)
+
+    def _project_in(self, tokens: Tensor, weight: Tensor, bias: Tensor | None, index: int) -> Tensor:
+        weight, bias = self.projection(weight, bias, index)
+        if self.sharded:
+            return F.linear(tokens, weight, bias)
+        return _ShareOfTokens.apply(tokens, weight, bias, self.weights.group)
+
+    def _project_out(self, heads: Tensor, weight: Tensor, _: Tensor | None, index: int) -> Tensor:
+        return F.linear(heads, self.output_weight(weight, index))
+
+    def projection(self, weight: Tensor, bias: Tensor | None, index: int) -> tuple[Tensor, Tensor | None]:
+        """The kept rows of all ranks."""
+        weight = self.weights.qkv.get(weight, index)
+        return weight, None if bias is None else self.weights.qkv_bias.get(bias, index)
+
+    def output_weight(self, weight: Tensor, index: int) -> Tensor:
+        """The kept columns of all ranks."""
+        return self.weights.proj.get(weight, index)
+
+    def positions(self, rotary: Rotary) -> Rotary:
+        """The table of this rank's share of the tokens."""
+        share = len(rotary.cos) // self.layout.tp_size
+        own = slice(self.layout.tp_rank * share, (self.layout.tp_rank + 1) * share)
+        return Rotary(rotary.cos[own], rotary.sin[own])
+
+    def attention(self, layer: LoopingLayer, query: Tensor, key: Tensor, value: Tensor, index: int) -> Tensor:
+        """This rank's queries [S/tp, B, h, H] against the keys and values [S/tp, B, g, H] of all ranks."""
+        rank, groups = self.layout.tp_rank, self.blocks.groups
+        everyone = mappings.gather_from_sequence_parallel_region(
+            torch.cat([key, value], dim=2), tensor_parallel_output_grad=True
         )
+        # The causal mask hides the tokens of later ranks.
+        key, value = everyone[: (rank + 1) * len(query)].split([groups, groups], dim=2)
+        library = partial(layer.self_attention.core_attention.run, shard_attention)
+        return self.attend(layer, query, key, value, index, library, rank == self.layout.tp_size - 1)
 
-    def project_out(heads: Tensor, weight: Tensor, _: Tensor | None) -> Tensor:
-        return F.linear(heads, kept.proj.get(weight, index))
+    def begin_step(self) -> None:
+        """Kept weights are fetched anew at their next use."""
+        for part in self.weights.slices:
+            part.begin_step()
 
-    own = _own_positions(layer.rotary_table(rotary), rank, size)
-    fused = attention.linear_qkv(layer.input_layernorm(x), use=project_in)
-    query, key, value = split_heads(fused, kept.heads, kept.groups, layer)
-    query, key = rotate_halves(query, own), rotate_halves(key, own)
-    out = _attend(layer, query, key, value, kept, index).flatten(2)
-    if not sharded:
-        out = mappings.gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False)
-    return layer.add_residual(attention.linear_proj(out, use=project_out), x)
-
-
-def _attend(
-    layer: LoopingLayer, query: Tensor, key: Tensor, value: Tensor, kept: KeptWeights, index: int
-) -> Tensor:
-    """This rank's queries [S/tp, B, h, H] against the keys and values [S/tp, B, g, H] of all ranks."""
-    rank, size = layer.head_layout.tp_rank, layer.head_layout.tp_size
-    everyone = mappings.gather_from_sequence_parallel_region(
-        torch.cat([key, value], dim=2), tensor_parallel_output_grad=True
-    )
-    # The causal mask hides the tokens of later ranks.
-    key, value = everyone[: (rank + 1) * len(query)].split([kept.groups, kept.groups], dim=2)
-    measured = kept.head_ids if rank == size - 1 else None  # the last row is the last rank's
-    attend = partial(layer.self_attention.core_attention.run, shard_attention)
-    return attend_kept(layer, query, key, value, kept.kv_slot, index, measured, attend)
-
-
-def fused_balanced_loop(
-    layer: LoopingLayer, x: Tensor, rotary: Rotary, kept: KeptWeights, blocks: HeadBlocks, index: int
-) -> Tensor:
-    """``balanced_loop`` under sequence parallelism, x [S/tp, B, D], with fused projections."""
-    query, key, value, residual = fused_pass.project_in(
-        layer,
-        x,
-        blocks,
-        _own_positions(rotary, layer.head_layout.tp_rank, layer.head_layout.tp_size),
-        lambda weight, bias: (
-            kept.qkv.get(weight, index),
-            None if bias is None else kept.qkv_bias.get(bias, index),
-        ),
-    )
-    out = _attend(layer, query, key, value, kept, index)
-    return fused_pass.project_out(layer, out, residual, blocks, lambda weight: kept.proj.get(weight, index))
-
-
-def _own_positions(rotary: Rotary, rank: int, size: int) -> Rotary:
-    """The table of the tokens of one of ``size`` ranks."""
-    share = len(rotary.cos) // size
-    own = slice(rank * share, (rank + 1) * share)
-    return Rotary(rotary.cos[own], rotary.sin[own])
+    def mark_micro_batch(self, last: bool) -> None:
+        """The step's last micro-batch pays gradients back to the owners."""
+        for part in self.weights.slices:
+            part.last_micro_batch = last
 
 
 class _ShareOfTokens(torch.autograd.Function):

@@ -24,12 +24,13 @@ class SGTCoreAttention(torch.nn.Module):
     """Causal attention of all heads of this rank.
 
     ``loop_pass(p, gates)`` marks a call as pass p (1..K) of a loop and multiplies each head's output by its gate;
-    outside of it a call is pass 0, the ordinary attention, to which gates do not apply. ``rotated(rotary)``: rotary
-    positions are put on in here, if ``compiled`` in one compiled function.
+    outside of it a call is pass 0, the ordinary attention, to which gates do not apply. Within ``rotated(rotary)``
+    queries and keys are rotated in here.
 
     Args (beyond Megatron-Core's):
         fused: measure entropies in one kernel that copies no keys.
         loop_attention: ``train.loop_attention``, for the loops.
+        fused_rotary: rotate queries and keys of all heads in one compiled function (``ops.rotary``).
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class SGTCoreAttention(torch.nn.Module):
         recompute: tuple[int, ...],
         fused: bool = False,
         loop_attention: Literal["auto", "custom", "library"] = "auto",
+        fused_rotary: bool = False,
         **_: Any,
     ) -> None:
         super().__init__()
@@ -48,16 +50,16 @@ class SGTCoreAttention(torch.nn.Module):
         self.recompute = self.layer_id in recompute
         self.entropy: Callable[[Tensor, Tensor], Tensor] = fused_entropy if fused else last_row_entropy
         self.loop_attention = loop_attention
+        self.fused_rotary = fused_rotary
         self.dropout_p = config.attention_dropout
         self._pass = 0
         self._gates: Tensor | None = None
         self._rotary: Rotary | None = None
-        self._compiled = False
 
     @contextlib.contextmanager
-    def rotated(self, rotary: Rotary, compiled: bool) -> Iterator[None]:
+    def rotated(self, rotary: Rotary) -> Iterator[None]:
         """Rotate queries and keys of the calls in the body, which Megatron-Core then leaves alone."""
-        self._rotary, self._compiled = rotary, compiled
+        self._rotary = rotary
         try:
             yield
         finally:
@@ -89,7 +91,7 @@ class SGTCoreAttention(torch.nn.Module):
         if (rotary := self._rotary) is not None:
             query, key = (
                 rotate_heads(query, key, rotary)
-                if self._compiled
+                if self.fused_rotary
                 else (rotate_halves(query, rotary), rotate_halves(key, rotary))
             )
         if self.training and self.meter.enabled:

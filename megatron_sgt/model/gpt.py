@@ -6,12 +6,13 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.config import Config
 from megatron_sgt.model.apply_plan import begin_step
 from megatron_sgt.model.entropy_meter import EntropyMeter
 from megatron_sgt.model.initial_weights import draw_weights
 from megatron_sgt.model.loop_backend import loop_backend
-from megatron_sgt.model.mcore_config import compiles, head_layout, transformer_config
+from megatron_sgt.model.mcore_config import compiles, transformer_config
 from megatron_sgt.model.spec import decoder_spec
 from megatron_sgt.ops.attention import newer_flash_attention
 from megatron_sgt.parallel.groups import ParallelGroups
@@ -56,7 +57,7 @@ def build_model(
     Raises:
         ConfigError: ``train.loop_backend`` asks for what cannot run here.
     """
-    layout = head_layout(config, groups)
+    layout = HeadLayout.of(config.model, groups.tp_size, groups.tp_rank)
     meter = EntropyMeter(config.model.num_layers, num_passes, layout, groups.device)
     fused = loop_backend(config, precision, groups.device)[0] == "triton"
     newer_flash_attention(groups.device)

@@ -1,199 +1,204 @@
 """The loop: x ← x + W_o · concat_h( g_h · head_h(Norm(x)) ), executed K times (SGT.md, "Forward pass of a layer").
 
-Ways that give the same numbers where they apply:
+A way of looping is one object, chosen when a plan is applied (``loop_pass.py``). They give the same numbers where they
+apply:
 
-* ``dense_loop`` (decay window): the layer's own attention modules run again on all heads, with gates.
-* ``sparse_loop`` (after it): only the kept heads are projected, attended and projected back. Rows of W_qkv
+* ``DenseLoop`` (decay window): the layer's own attention modules run again on all heads, with gates.
+* ``SparseLoop`` (after it): only the kept heads are projected, attended and projected back. Rows of W_qkv
   and columns of W_o are selected; key/value groups that several kept heads share are projected once. Each
   tensor-parallel rank computes the kept heads that it owns.
-* ``fused_pass.fused_sparse_loop`` (after it, where Triton kernels run): the same in three operations.
-* ``balanced_loop.balanced_loop`` (after it, several tensor-parallel ranks): each rank computes all kept heads
-  for its share of the tokens; ``sparse_loop`` is its definition.
+* ``balanced_loop.BalancedLoop`` (after it, several tensor-parallel ranks): each rank computes all kept heads
+  for its share of the tokens; ``SparseLoop`` is its definition.
+* ``fused_pass.FusedLoop`` (after it, where Triton kernels run): either of the two in three operations.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
-from megatron_sgt.arch.head_layout import HeadLayout, KeptHeads
-from megatron_sgt.growth import LayerPlan
 from megatron_sgt.ops import fused_loop
 from megatron_sgt.ops.backend import choose_attention
-from megatron_sgt.ops.fused_loop import HeadBlocks
+from megatron_sgt.ops.head_blocks import HeadBlocks
 from megatron_sgt.ops.rotary import Rotary, rotate_halves
 from megatron_sgt.ops.tiles import arch_of
 
 
 class LoopingLayer(Protocol):
-    """What a loop needs of a transformer layer: Megatron-Core's modules, and the head layout."""
+    """What a loop needs of a transformer layer: Megatron-Core's modules, and the sum with the residual."""
 
     config: Any
     training: bool
-    head_layout: HeadLayout
     input_layernorm: Any
     self_attention: Any
-    blocks: HeadBlocks | None
-
-    def rotary_table(self, angles: Tensor) -> Rotary:
-        """cos and sin of the angles [S, 1, 1, H] that Megatron-Core hands to a layer."""
-
-    def rotation(self, angles: Tensor) -> AbstractContextManager[None]:
-        """In the body the attention rotates by itself, and is called without ``rotary_pos_emb``."""
 
     def add_residual(self, out_with_bias: tuple[Tensor, Tensor | None], residual: Tensor) -> Tensor:
         """residual + dropout(out + bias), as after the ordinary attention."""
 
 
-@dataclass(frozen=True)
-class LoopState:
-    """A LayerPlan turned into this rank's indices and tensors.
+@dataclass(eq=False)
+class LoopPass:
+    """One way of looping, for one layer and one plan."""
 
-    ``gates`` [N]: gates of this rank's heads, used in the window. ``qkv_rows`` [(R + 2 kept groups) * H] and
-    ``proj_columns`` [R * H]: indices into the local weights; ``heads`` [R]: global ids of this rank's kept heads;
-    ``kv_slot`` [R]: see ``KeptHeads``.
-    """
+    def __call__(self, layer: LoopingLayer, x: Tensor, rotary: Rotary, index: int) -> Tensor:
+        """One pass.
 
-    plan: LayerPlan
-    kept: KeptHeads
+        Args:
+            x: [S, B, D]; [S/tp, B, D] under sequence parallelism.
+            rotary: the table of all S positions.
+            index: number of the pass, from 1.
+
+        Returns:
+            x with what the looping heads add to it.
+        """
+        raise NotImplementedError
+
+    def begin_step(self) -> None:
+        """An optimizer step begins: weights may have changed."""
+
+    def mark_micro_batch(self, last: bool) -> None:
+        """The next micro-batch is the step's last one, or not."""
+
+
+@dataclass(eq=False)
+class DenseLoop(LoopPass):
+    """All heads, each multiplied by its gate. ``gates`` [N] fp32: of this rank's heads."""
+
     gates: Tensor
-    heads: Tensor
-    kv_slot: Tensor
-    qkv_rows: Tensor
-    proj_columns: Tensor
+
+    def __call__(self, layer: LoopingLayer, x: Tensor, rotary: Rotary, index: int) -> Tensor:
+        """See ``LoopPass``."""
+        attention = layer.self_attention
+        with attention.core_attention.loop_pass(index, self.gates), attention.core_attention.rotated(rotary):
+            out = attention(layer.input_layernorm(x), attention_mask=None)
+        return layer.add_residual(out, x)
 
 
-def loop_state(plan: LayerPlan, layout: HeadLayout, before: LoopState | None = None) -> LoopState | None:
-    """Prepare ``plan`` for the rank that ``layout`` describes; None if the layer has no head loops.
+@dataclass(eq=False)
+class KeptLoop(LoopPass):
+    """What the ways that loop the kept heads alone, all at gate 1, have in common.
+
+    Here as they are where each rank loops the kept heads that it owns, for all tokens.
 
     Args:
-        before: what the layer executed so far. Of the same kept heads its indices are taken over: in a window only
-            the gates are new. What is new lies on the host.
+        kernels: whether the project's own attention may be taken (see ``ops.backend.choose_attention``).
     """
-    if plan.loops == 0:
-        return None
-    values = [1.0 if head in plan.kept_heads else plan.other_gate for head in layout.owned_heads]
-    gates = torch.tensor(values, dtype=torch.float32)
-    if before is not None and before.plan.kept_heads == plan.kept_heads:
-        return replace(before, plan=plan, gates=gates)
-    kept = layout.local(plan.kept_heads)
 
-    def index(values: Iterable[int]) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.long)
+    blocks: HeadBlocks
+    kernels: bool
 
-    return LoopState(
-        plan=plan,
-        kept=kept,
-        gates=gates,
-        heads=index(head + layout.owned_heads.start for head in kept.heads),
-        kv_slot=index(kept.kv_slot),
-        qkv_rows=index(kept.qkv_rows),
-        proj_columns=index(kept.proj_columns),
-    )
+    def projection(self, weight: Tensor, bias: Tensor | None, index: int) -> tuple[Tensor, Tensor | None]:
+        """The W_qkv, and its bias, that ``blocks`` are blocks of, from this rank's own."""
+        return weight, bias
+
+    def output_weight(self, weight: Tensor, index: int) -> Tensor:
+        """The W_o that ``blocks`` are blocks of, from this rank's own."""
+        return weight
+
+    def positions(self, rotary: Rotary) -> Rotary:
+        """The table of the tokens that this rank projects."""
+        return rotary
+
+    def attention(self, layer: LoopingLayer, query: Tensor, key: Tensor, value: Tensor, index: int) -> Tensor:
+        """Causal attention of this rank's queries [Q, B, h, H]; key and value [Q, B, g, H], all rotated."""
+        return self.attend(layer, query, key, value, index, layer.self_attention.core_attention.attend)
+
+    def attend(
+        self,
+        layer: LoopingLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        index: int,
+        library: Callable[[Tensor, Tensor, Tensor], Tensor],
+        holds_last_row: bool = True,
+    ) -> Tensor:
+        """Causal attention from the last positions, and its entropies in a step that measures.
+
+        Args:
+            query: [Q, B, h, H], rotated. key, value: [K, B, g, H].
+            library: the library's way, for key and value [K, B, h, H]. With ``kernels`` the kernel of
+                ``ops.fused_loop`` is taken instead where that is thought faster.
+            holds_last_row: whether the last query is the sequence's last; else nothing is measured.
+
+        Returns:
+            [Q, B, h, H].
+        """
+        core, blocks = layer.self_attention.core_attention, self.blocks
+        measure = layer.training and core.meter.enabled and holds_last_row
+        if self.kernels and _takes_kernel(query, key, core.loop_attention):
+            out, rows = core.run(
+                lambda q, k, v: fused_loop.attend(q, k, v, blocks, measure), query, key, value
+            )
+            if measure:
+                # The entropy of a single token is 0.
+                entropy = rows[:, :, -1].mean(0) / math.log(max(2, key.shape[0]))
+                core.meter.store(core.layer_id, index, entropy, blocks.ids)
+            return out
+        if key.shape[2] != query.shape[2]:
+            # The kept heads may share groups unevenly: give each head its own view.
+            key, value = key[:, :, blocks.slot_index], value[:, :, blocks.slot_index]
+        if measure:
+            core.meter.store(core.layer_id, index, core.entropy(query.detach(), key.detach()), blocks.ids)
+        return library(query, key, value)
+
+    def split_heads(self, fused: Tensor, layer: LoopingLayer) -> tuple[Tensor, Tensor, Tensor]:
+        """Kept projections [S, B, (h + 2g) H] -> query [S, B, h, H], key and value [S, B, g, H].
+
+        Queries and keys come back normalised, if the model has q/k norms.
+        """
+        attention, heads, groups = layer.self_attention, self.blocks.heads, self.blocks.groups
+        parts = fused.view(*fused.shape[:2], heads + 2 * groups, self.blocks.size)
+        query, key, value = parts.split([heads, groups, groups], dim=2)
+        if attention.q_layernorm is not None:
+            query, key = attention.q_layernorm(query), attention.k_layernorm(key)
+        return query, key, value
 
 
-def dense_loop(layer: LoopingLayer, x: Tensor, rotary: Tensor, state: LoopState, index: int) -> Tensor:
-    """One pass over all heads, each multiplied by its gate."""
-    attention = layer.self_attention
-    with attention.core_attention.loop_pass(index, state.gates), layer.rotation(rotary):
-        out = attention(layer.input_layernorm(x), attention_mask=None)
-    return layer.add_residual(out, x)
-
-
-def sparse_loop(layer: LoopingLayer, x: Tensor, rotary: Tensor, state: LoopState, index: int) -> Tensor:
-    """One pass over the kept heads only, all at gate 1. Each rank computes those that it owns.
+@dataclass(eq=False)
+class SparseLoop(KeptLoop):
+    """Each rank loops the kept heads that it owns.
 
     A rank that owns none goes the same way with tensors of no heads: it then calls the same modules and enters
     the same collectives as its peers, in the forward and in the backward pass.
     """
-    attention = layer.self_attention
-    heads, groups = len(state.kept.heads), len(state.kept.groups)
 
-    def project_in(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not heads:
+    def __call__(self, layer: LoopingLayer, x: Tensor, rotary: Rotary, index: int) -> Tensor:
+        """See ``LoopPass``."""
+        attention = layer.self_attention
+        tokens = _enter_tensor_parallel(layer.input_layernorm(x), layer)
+        fused = attention.linear_qkv(tokens, use=self._project_in)
+        query, key, value = self.split_heads(fused, layer)
+        query, key = rotate_halves(query, rotary), rotate_halves(key, rotary)
+        if self.blocks.heads:
+            out = self.attention(layer, query, key, value, index)
+        else:
+            # The sum of three empty tensors is empty too, and the gradient passes through all of them.
+            out = query + key + value
+        partial, bias = attention.linear_proj(out.flatten(2), use=self._project_out)
+        return layer.add_residual((_leave_tensor_parallel(partial, layer), bias), x)
+
+    def _project_in(self, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.blocks.heads:
             return tokens[..., :0]
-        return F.linear(tokens, weight[state.qkv_rows], None if bias is None else bias[state.qkv_rows])
+        rows = self.blocks.row_index
+        return F.linear(tokens, weight[rows], None if bias is None else bias[rows])
 
-    def project_out(out: Tensor, weight: Tensor, _: Tensor | None) -> Tensor:
-        if not heads:
-            return out.new_zeros(*out.shape[:2], layer.config.hidden_size) + out.sum()
-        return F.linear(out, weight[:, state.proj_columns])
-
-    tokens = _enter_tensor_parallel(layer.input_layernorm(x), layer)
-    fused = attention.linear_qkv(tokens, use=project_in)
-    query, key, value = split_heads(fused, heads, groups, layer)
-    table = layer.rotary_table(rotary)
-    query, key = (rotate_halves(t, table) for t in (query, key))
-    if heads:
-        attend = attention.core_attention.attend
-        out = attend_kept(layer, query, key, value, state.kv_slot, index, state.heads, attend)
-    else:
-        # The sum of three empty tensors is empty too, and the gradient passes through all of them.
-        out = query + key + value
-    partial, bias = attention.linear_proj(out.reshape(*out.shape[:2], -1), use=project_out)
-    return layer.add_residual((_leave_tensor_parallel(partial, layer), bias), x)
+    def _project_out(self, out: Tensor, weight: Tensor, _: Tensor | None) -> Tensor:
+        if not self.blocks.heads:
+            return out.new_zeros(*out.shape[:2], weight.shape[0]) + out.sum()
+        return F.linear(out, weight[:, self.blocks.column_index])
 
 
-def attend_kept(
-    layer: LoopingLayer,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kv_slot: Tensor,
-    index: int,
-    heads: Tensor | None,
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
-) -> Tensor:
-    """Causal attention of the kept heads from the last positions, and their entropies in a step that measures.
-
-    Args:
-        query: [Q, B, h, H], rotated. key, value: [K, B, g, H]. kv_slot: [h], group of each head.
-        index: number of the pass, from 1.
-        heads: global ids [h]; None: the last query is not the sequence's last, nothing is measured.
-        attend: the library's way, for key and value [K, B, h, H]. A fused layer takes the kernel of
-            ``ops.fused_loop`` instead where that is thought faster (``ops.backend.choose_attention``).
-
-    Returns:
-        [Q, B, h, H].
-    """
-    core = layer.self_attention.core_attention
-    measure = layer.training and core.meter.enabled and heads is not None
-    length, at = key.shape[0], layer.blocks
+def _takes_kernel(query: Tensor, key: Tensor, wanted: Any) -> bool:
     pairs, size = query.shape[1] * query.shape[2], query.shape[3]
-    wanted = core.loop_attention
-    if at is not None and choose_attention(pairs, length, size, arch_of(query), wanted) == "custom":
-        out, rows = core.run(lambda q, k, v: fused_loop.attend(q, k, v, at, measure), query, key, value)
-        if measure:
-            entropy = rows[:, :, -1].mean(0) / math.log(max(2, length))  # that of one token is 0
-            core.meter.store(core.layer_id, index, entropy, heads)
-        return out
-    if key.shape[2] != query.shape[2]:
-        # The kept heads may share groups unevenly: give each head its own view.
-        key, value = key[:, :, kv_slot], value[:, :, kv_slot]
-    if measure:
-        core.meter.store(core.layer_id, index, core.entropy(query.detach(), key.detach()), heads)
-    return attend(query, key, value)
-
-
-def split_heads(fused: Tensor, heads: int, groups: int, layer: LoopingLayer) -> tuple[Tensor, Tensor, Tensor]:
-    """Kept projections [S, B, (heads + 2 groups) H] -> query [S, B, heads, H], key and value [S, B, groups, H].
-
-    Queries and keys come back normalised, if the model has q/k norms.
-    """
-    attention = layer.self_attention
-    blocks = fused.view(*fused.shape[:2], heads + 2 * groups, layer.head_layout.head_dim)
-    query, key, value = blocks.split([heads, groups, groups], dim=2)
-    if attention.q_layernorm is not None:
-        query, key = attention.q_layernorm(query), attention.k_layernorm(key)
-    return query, key, value
+    return choose_attention(pairs, key.shape[0], size, arch_of(query), wanted) == "custom"
 
 
 def _enter_tensor_parallel(x: Tensor, layer: LoopingLayer) -> Tensor:

@@ -13,9 +13,11 @@ import math
 import torch
 from torch import Tensor
 
+from megatron_sgt.arch.weight import Weight
+from megatron_sgt.arch.weights import weights
 from megatron_sgt.config import Config
 from megatron_sgt.config.model import ModelConfig
-from megatron_sgt.model.hf_weights import Entry, hf_shape, name_map, shard_entry
+from megatron_sgt.model.hf_weights import shard
 from megatron_sgt.model.mcore_config import draws_on_cpu
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.parallel.rng import named_generator
@@ -31,18 +33,18 @@ def draw_weights(gpt: torch.nn.Module, config: Config, groups: ParallelGroups) -
     """
     model, parameters = config.model, dict(gpt.named_parameters())
     where = torch.device("cpu") if draws_on_cpu(config, groups.device) else groups.device
-    for entry in name_map(model):
-        parameter = parameters.pop(entry.megatron)
+    for weight in weights(model):
+        parameter = parameters.pop(weight.megatron)
         if not parameter.is_meta:
-            whole = [_whole(entry, name, model, config.train.seed, where) for name in entry.hf]
-            parameter.copy_(shard_entry(entry, whole, model, groups.tp_size, groups.tp_rank))
+            whole = [_whole(weight, name, model, config.train.seed, where) for name in weight.hf]
+            parameter.copy_(shard(weight, whole, model, groups.tp_size, groups.tp_rank))
     assert not parameters, f"no initial values for {list(parameters)}"
 
 
-def _whole(entry: Entry, name: str, model: ModelConfig, seed: int, where: torch.device) -> Tensor:
-    """The whole tensor ``name`` of ``entry`` in fp32, on ``where``."""
-    value = torch.empty(hf_shape(name, model), dtype=torch.float32, device=where)
-    if value.dim() == 1:
-        return value.fill_(0.0 if name.endswith("bias") else 1.0)
-    std = model.init_method_std / (math.sqrt(2 * model.num_layers) if entry.kind == "columns" else 1.0)
+def _whole(weight: Weight, name: str, model: ModelConfig, seed: int, where: torch.device) -> Tensor:
+    """The whole tensor ``name`` of ``weight`` in fp32, on ``where``."""
+    value = torch.empty(weight.whole[name], dtype=torch.float32, device=where)
+    if weight.kind in ("norm", "bias"):
+        return value.fill_(1.0 if weight.kind == "norm" else 0.0)
+    std = model.init_method_std / (math.sqrt(2 * model.num_layers) if weight.kind == "residual" else 1.0)
     return value.normal_(0.0, std, generator=named_generator(seed, name, where))

@@ -11,7 +11,7 @@ MB, of which it owns some, all or none. A ``KeptSlice`` gives them as differenti
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -107,20 +107,12 @@ class _Fetch(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class KeptWeights:
-    """All kept weights of one layer.
-
-    ``qkv`` and ``qkv_bias``: rows ordered query blocks (by head), key blocks, value blocks (by group); ``proj``:
-    columns ordered by head. ``heads``, ``groups``: how many; ``head_ids`` [heads]: global ids; ``kv_slot`` [heads]:
-    as in ``KeptHeads``, for all kept heads.
-    """
+    """All kept weights of one layer, in the order of ``ops.head_blocks.whole_blocks``: rows of ``qkv`` and
+    ``qkv_bias`` by query, key and value blocks, columns of ``proj`` by head."""
 
     qkv: KeptSlice
     qkv_bias: KeptSlice
     proj: KeptSlice
-    heads: int
-    groups: int
-    head_ids: Tensor
-    kv_slot: Tensor
     group: dist.ProcessGroup
 
     @property
@@ -136,10 +128,7 @@ def kept_weights(
     partial_gradients: bool,
 ) -> KeptWeights:
     """Work out the slices of ``kept_heads`` (global ids) for the rank that ``layout`` describes, on the host."""
-    kept, mine = (
-        HeadLayout(layout.num_heads, layout.num_groups, layout.head_dim).local(kept_heads),
-        layout.local(kept_heads),
-    )
+    kept, mine = replace(layout, tp_size=1, tp_rank=0).local(kept_heads), layout.local(kept_heads)
     heads, groups = len(kept.heads), len(kept.groups)
     first_group = layout.tp_rank * layout.groups_per_rank
     own_heads = [i for i, head in enumerate(kept.heads) if layout.owner(head) == layout.tp_rank]
@@ -157,9 +146,5 @@ def kept_weights(
         qkv=part(0, len(kept.qkv_rows), mine.qkv_rows, blocks),
         qkv_bias=part(0, len(kept.qkv_rows), mine.qkv_rows, blocks),
         proj=part(1, len(kept.proj_columns), mine.proj_columns, own_heads),
-        heads=heads,
-        groups=groups,
-        head_ids=index(kept.heads),
-        kv_slot=index(kept.kv_slot),
         group=group,
     )

@@ -7,13 +7,14 @@ and every rank then calls the same modules in the same order, which ZeRO-3 insis
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch import Tensor
 
+Result = TypeVar("Result")
 Use = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(input, this rank's weight, this rank's bias or None) -> output."""
 
@@ -44,3 +45,21 @@ class LoopingRowParallelLinear(RowParallelLinear):
         if use is not None:
             return use(input_, self.weight, None), bias
         return super().forward(input_)[0], bias
+
+
+def inside(
+    modules: Sequence[Callable[..., Any]], x: Tensor, use: Callable[..., Result], *weights: Tensor | None
+) -> Result:
+    """``use(x, *weights)`` inside calls of all ``modules``, one within the other.
+
+    Args:
+        modules: take ``use`` as the linears above do (see also ``norm.RMSNorm``), outermost first.
+        weights: what ``use`` is given before the weights that the modules hand over, in their order.
+    """
+    if not modules:
+        return use(x, *weights)
+
+    def with_weights(x: Tensor, *own: Tensor | None) -> Result:
+        return inside(modules[1:], x, use, *weights, *own)
+
+    return modules[0](x, use=with_weights)

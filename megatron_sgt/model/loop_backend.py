@@ -9,6 +9,7 @@ from megatron_sgt.errors import ConfigError
 from megatron_sgt.model.mcore_config import DTYPES
 from megatron_sgt.ops.backend import Backend, BackendError, LoopShape, choose_attention, choose_backend
 from megatron_sgt.ops.tiles import arch_of
+from megatron_sgt.planning.structure import most_kept_heads
 
 
 def loop_backend(config: Config, precision: str, device: torch.device) -> tuple[Backend, str]:
@@ -36,8 +37,7 @@ def loop_backend(config: Config, precision: str, device: torch.device) -> tuple[
     except BackendError as error:
         raise ConfigError(str(error)) from error
     if backend == "triton":
-        growth = config.growth
-        heads = model.num_attention_heads if growth.head_choice == "all" else growth.num_keep_heads
+        heads = len(most_kept_heads(config))
         pairs = train.micro_batch_size * heads
         arch = arch_of(torch.empty(0, device=device))
         wanted = train.loop_attention

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.config import Config
 from megatron_sgt.errors import ConfigError
+from megatron_sgt.model.mlp import ffn_module
 from megatron_sgt.ops.backend import runs_triton
-from megatron_sgt.parallel.groups import ParallelGroups
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,7 +27,7 @@ def transformer_config(
     Raises:
         ConfigError: Megatron-Core refuses the combination; its message is passed on.
     """
-    model, parallel = config.model, config.parallel
+    model, parallel, ffn = config.model, config.parallel, ffn_module(config.model)
     try:
         return TransformerConfig(
             num_layers=model.num_layers,
@@ -40,8 +38,8 @@ def transformer_config(
             kv_channels=model.kv_channels,
             normalization=model.normalization,
             layernorm_epsilon=model.layernorm_epsilon,
-            gated_linear_unit=model.activation == "swiglu",
-            activation_func=F.silu if model.activation == "swiglu" else F.gelu,
+            gated_linear_unit=ffn.gated,
+            activation_func=ffn.activation,
             add_bias_linear=model.add_bias_linear,
             add_qkv_bias=model.add_qkv_bias,
             qk_layernorm=model.qk_layernorm,
@@ -93,25 +91,13 @@ def compiles(config: Config, device: torch.device) -> bool:
 
 def fusions(config: Config, precision: str, device: torch.device, plain: bool = False) -> dict[str, bool]:
     """Megatron-Core's switches of what ``train.fusions`` turns on, and of what takes its place where it is off."""
-    model, on = config.model, compiles(config, device)
-    # Megatron-Core has a fused GELU only together with a bias. Its fused cross-entropy rounds the gradient of the
-    # logits to bf16 whatever their type, which only a bf16 run can bear.
-    activation = model.activation == "swiglu" or model.add_bias_linear
+    ffn, on = ffn_module(config.model), compiles(config, device)
+    # Megatron-Core's fused cross-entropy rounds the gradient of the logits to bf16 whatever their type, which only a
+    # bf16 run can bear.
     return {
-        "bias_activation_fusion": on and activation,
-        # The name is of Transformer Engine; it means that the spec's activation module is used, here ``mlp.SwiGLU``.
-        "use_te_activation_func": model.activation == "swiglu" and not on and not plain,
+        "bias_activation_fusion": on and ffn.compiles(config.model.add_bias_linear),
+        # The name is of Transformer Engine; it means that the activation module of the spec (``mlp.py``) is used.
+        "use_te_activation_func": ffn.own_activation and not on and not plain,
         "bias_dropout_fusion": on,
         "cross_entropy_loss_fusion": on and precision == "bf16",
     }
-
-
-def head_layout(config: Config, groups: ParallelGroups) -> HeadLayout:
-    """This rank's share of the attention heads."""
-    return HeadLayout(
-        num_heads=config.model.num_attention_heads,
-        num_groups=config.model.num_query_groups,
-        head_dim=config.model.kv_channels,
-        tp_size=groups.tp_size,
-        tp_rank=groups.tp_rank,
-    )

@@ -6,58 +6,63 @@ from functools import partial
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megatron_sgt.arch.attention import CAUSAL
 from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.config import Config
 from megatron_sgt.model.core_attention import SGTCoreAttention
 from megatron_sgt.model.entropy_meter import EntropyMeter
 from megatron_sgt.model.layer import SGTLayer
 from megatron_sgt.model.linear import LoopingColumnParallelLinear, LoopingRowParallelLinear
-from megatron_sgt.model.mlp import SwiGLU
+from megatron_sgt.model.loop_pass import LoopOptions
+from megatron_sgt.model.mlp import ffn_module
 from megatron_sgt.model.norm import NORMS, HeadNorm
 from megatron_sgt.ops.rotary import RotaryTables
-from megatron_sgt.planning.loop_cost import choose_loop_method
 
 
-def layer_submodules(config: Config, meter: EntropyMeter, fused: bool = False) -> TransformerLayerSubmodules:
+def causal_attention(config: Config, meter: EntropyMeter, fused: bool, fused_rotary: bool) -> ModuleSpec:
+    """Megatron-Core's projections around this project's core attention."""
+    head_norm = HeadNorm if config.model.qk_layernorm else None
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=LoopingColumnParallelLinear,
+            core_attention=partial(
+                SGTCoreAttention,
+                meter=meter,
+                recompute=config.recomputed_layers("selective"),
+                fused=fused,
+                loop_attention=config.train.loop_attention,
+                fused_rotary=fused_rotary,
+            ),
+            linear_proj=LoopingRowParallelLinear,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
+        ),
+    )
+
+
+ATTENTIONS = {"causal": causal_attention}
+"""How each kind of attention is built, by the name that its record in ``arch.attention`` gives."""
+
+
+def layer_submodules(
+    config: Config, meter: EntropyMeter, fused: bool = False, fused_rotary: bool = False
+) -> TransformerLayerSubmodules:
     """The parts of one layer, the same for SGT and for a plain Megatron-Core layer."""
     norm = NORMS[config.model.normalization]
-    head_norm = HeadNorm if config.model.qk_layernorm else None
-    attention = SelfAttentionSubmodules(
-        linear_qkv=LoopingColumnParallelLinear,
-        core_attention=partial(
-            SGTCoreAttention,
-            meter=meter,
-            recompute=config.recomputed_layers("selective"),
-            fused=fused,
-            loop_attention=config.train.loop_attention,
-        ),
-        linear_proj=LoopingRowParallelLinear,
-        q_layernorm=head_norm,
-        k_layernorm=head_norm,
-    )
     return TransformerLayerSubmodules(
         input_layernorm=norm,
-        self_attention=ModuleSpec(
-            module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
-        ),
+        self_attention=ATTENTIONS[CAUSAL.module](config, meter, fused, fused_rotary),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=norm,
-        mlp=ModuleSpec(
-            module=MLP,
-            submodules=MLPSubmodules(
-                linear_fc1=ColumnParallelLinear,
-                activation_func=SwiGLU,  # taken under ``use_te_activation_func`` (see ``mcore_config.fusions``)
-                linear_fc2=LoopingRowParallelLinear,
-            ),
-        ),
+        mlp=ffn_module(config.model).spec,
         mlp_bda=get_bias_dropout_add,
     )
 
@@ -81,17 +86,14 @@ def decoder_spec(
     params: dict[str, Any] = {}
     if not plain:
         params = {
-            "head_layout": layout,
-            "balanced": layout.tp_size > 1 and choose_loop_method(config)[0] == "balanced",
+            "loop_options": LoopOptions.of(config, layout, fused),
             "recompute": config.recomputed_layers("full"),
-            "fused": fused,
             "tables": RotaryTables(),
-            "fused_rotary": fused_rotary,
         }
     layer = ModuleSpec(
         module=TransformerLayer if plain else SGTLayer,
         params=params,
-        submodules=layer_submodules(config, meter, fused),
+        submodules=layer_submodules(config, meter, fused, fused_rotary),
     )
     return TransformerBlockSubmodules(
         layer_specs=[layer] * config.model.num_layers, layer_norm=NORMS[config.model.normalization]

@@ -10,7 +10,7 @@ touched, no random number drawn, no rank waited for.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -18,22 +18,20 @@ from torch import Tensor
 
 from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.config import Config
-from megatron_sgt.growth import LayerPlan
-from megatron_sgt.model.fused_pass import blocks_alone, blocks_in_place
-from megatron_sgt.model.head_loop import loop_state
 from megatron_sgt.model.loop_backend import loop_backend
-from megatron_sgt.model.mcore_config import DTYPES, head_layout
+from megatron_sgt.model.loop_pass import LoopOptions
+from megatron_sgt.model.mcore_config import DTYPES
 from megatron_sgt.ops import fused_loop, operators
 from megatron_sgt.ops.attention import causal_attention
 from megatron_sgt.ops.backend import choose_attention
-from megatron_sgt.ops.fused_loop import HeadBlocks
+from megatron_sgt.ops.head_blocks import HeadBlocks
 from megatron_sgt.ops.rotary import Rotary
 from megatron_sgt.ops.shard_attention import shard_attention
 from megatron_sgt.ops.tiles import arch_of
 from megatron_sgt.parallel.device import synchronize
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.parallel.packed_copy import on_device
-from megatron_sgt.planning.loop_cost import choose_loop_method
+from megatron_sgt.planning.structure import most_kept_heads
 
 
 @dataclass(frozen=True)
@@ -62,9 +60,10 @@ def warm_up_loops(config: Config, groups: ParallelGroups, precision: str) -> int
         How many kinds of loop passes were executed.
     """
     sparse, _ = loop_backend(config, precision, groups.device)
-    if sparse != "triton" or config.growth.method != "sgt":
+    if sparse != "triton" or not most_kept_heads(config):
         return 0
-    passes = _Passes(config, head_layout(config, groups), DTYPES[precision], groups.device)
+    layout = HeadLayout.of(config.model, groups.tp_size, groups.tp_rank)
+    passes = _Passes(config, layout, DTYPES[precision], groups.device)
     kinds = {kind.specialised(): kind for kind in passes.kinds()}
     for kind in kinds.values():
         passes.execute(kind)
@@ -74,35 +73,31 @@ def warm_up_loops(config: Config, groups: ParallelGroups, precision: str) -> int
 
 
 class _Passes:
-    """Loop passes on zeros, by the way that the layers of a configuration take (``SGTLayer._loop_pass``)."""
+    """Loop passes on zeros, by the way that the layers of a configuration take (see ``loop_pass``)."""
 
     def __init__(self, config: Config, layout: HeadLayout, dtype: torch.dtype, device: torch.device) -> None:
         self.config, self.model, self.device, self.dtype = config, config.model, device, dtype
-        self.balanced = layout.tp_size > 1 and choose_loop_method(config)[0] == "balanced"
-        self.sharded = config.parallel.sequence_parallel
-        self.layout = layout
+        self.layout, self.options = layout, LoopOptions.of(config, layout, fused=True)
+        self.balanced = self.options.balanced
         # Balanced, every rank loops all kept heads for its share of the tokens.
-        self.held = (
-            HeadLayout(layout.num_heads, layout.num_groups, layout.head_dim) if self.balanced else layout
-        )
+        self.held = replace(layout, tp_size=1, tp_rank=0) if self.balanced else layout
         self.batch = config.train.micro_batch_size
         self.queries = self.model.seq_length // (layout.tp_size if self.balanced else 1)
         self.zeros = partial(torch.zeros, dtype=dtype, device=device, requires_grad=True)
 
     def kinds(self) -> Iterator[_Kind]:
         """All that kept heads can amount to here. Where each rank loops its own they may be fewer on some."""
-        growth, held = self.config.growth, self.held
-        kept = self.model.num_attention_heads if growth.head_choice == "all" else growth.num_keep_heads
-        most = min(kept, held.heads_per_rank)
+        held = self.held
+        most = min(len(most_kept_heads(self.config)), held.heads_per_rank)
         for heads in range(1, most + 1) if held.tp_size > 1 else (most,):
             fewest = -(-heads // held.heads_per_group)
             yield from (_Kind(heads, g) for g in range(fewest, min(heads, held.groups_per_rank) + 1))
 
     def execute(self, kind: _Kind) -> None:
         """One pass that measures entropies and one that does not, both ways."""
-        blocks = self._blocks(kind)
+        blocks = on_device(self.options.blocks(kind.example(self.held)), self.device)
         size, width = self.layout.head_dim, self.model.hidden_size
-        if self.layout.tp_size > 1 and not (self.balanced and self.sharded):
+        if not self.options.fuses_projections:
             counts = [kind.heads, kind.groups, kind.groups]
             fused = self.zeros(self.queries, self.batch, sum(counts), size)
             query, key, value = fused.split(counts, dim=2)
@@ -124,23 +119,12 @@ class _Passes:
         out = fused_loop.project_out(out, residual, self.zeros(width, columns), blocks)
         out.backward(torch.zeros_like(out))
 
-    def _blocks(self, kind: _Kind) -> HeadBlocks:
-        state = loop_state(LayerPlan(1, kind.example(self.held)), self.held)
-        assert state is not None
-        size = self.layout.head_dim
-        blocks = (
-            blocks_alone(kind.heads, kind.groups, state.kv_slot, size)
-            if self.balanced
-            else blocks_in_place(state, size)
-        )
-        return on_device(blocks, self.device)
-
     def _local_rows(self) -> int:
         heads, groups = self.layout.heads_per_rank, self.layout.groups_per_rank
         return (heads + 2 * groups) * self.layout.head_dim
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, blocks: HeadBlocks, kind: _Kind) -> Tensor:
-        """As ``attend_kept``."""
+        """As ``KeptLoop.attend``."""
         if self.balanced:
             everyone = torch.cat([key, value], dim=2).repeat(self.layout.tp_size, 1, 1, 1)
             seen = everyone[: (self.layout.tp_rank + 1) * self.queries]
@@ -151,7 +135,7 @@ class _Passes:
             measured, _ = fused_loop.attend(query, key, value, blocks, True)
             return measured + fused_loop.attend(query, key, value, blocks, False)[0]
         if kind.groups != kind.heads:
-            key, value = key[:, :, blocks.slots.long()], value[:, :, blocks.slots.long()]
+            key, value = key[:, :, blocks.slot_index], value[:, :, blocks.slot_index]
         operators.last_row_entropy(query.detach(), key.detach())
         return (shard_attention if self.balanced else causal_attention)(query, key, value)
 

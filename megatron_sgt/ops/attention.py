@@ -1,9 +1,10 @@
-"""Causal attention of any set of heads.
+"""Causal attention of any set of heads, from the last Q of K positions. Here is its one definition.
 
-    out[i, b, n] = Σ_{j<=i} softmax_j( q[i, b, n] · k[j, b, n // R] / sqrt(H) ) v[j, b, n // R]
+    out[i, b, n] = Σ_{j <= K − Q + i} softmax_j( q[i, b, n] · k[j, b, n // R] / sqrt(H) ) v[j, b, n // R],   i < Q
 
-``causal_attention_reference`` is the definition, with a materialised score matrix; ``causal_attention`` is
-the same through ``torch.nn.functional.scaled_dot_product_attention``, which never materialises it.
+``causal_attention_reference`` is the definition, with the materialised scores of ``causal_scores``. Each fast version
+is held against it: ``causal_attention`` is the same for Q = K through torch's ``scaled_dot_product_attention``, which
+never materialises scores; ``shard_attention`` for Q < K; ``loop_attention`` with gates and entropies.
 """
 
 from __future__ import annotations
@@ -123,10 +124,15 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float
     return out.permute(2, 0, 1, 3)
 
 
+def causal_scores(query: Tensor, key: Tensor) -> Tensor:
+    """Scores [B, N, Q, K] in nats, -inf where a query may not look; query [Q, B, N, H], key [K, B, N, H], Q <= K."""
+    scores = torch.einsum("ibnh,jbnh->bnij", query, key) / math.sqrt(query.shape[-1])
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+    return scores.masked_fill(hidden.triu(key.shape[0] - query.shape[0] + 1), float("-inf"))
+
+
 def causal_attention_reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The definition of ``causal_attention`` (dropout 0): same shapes, materialised scores."""
+    """The definition: query [Q, B, N, H], key and value [K, B, G, H] -> [Q, B, N, H]; materialised scores."""
     repeat = query.shape[2] // key.shape[2]
     k, v = (t.repeat_interleave(repeat, dim=2) for t in (key, value))
-    scores = torch.einsum("ibnh,jbnh->bnij", query, k) / math.sqrt(query.shape[-1])
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-    return torch.einsum("bnij,jbnh->ibnh", scores.masked_fill(future, float("-inf")).softmax(-1), v)
+    return torch.einsum("bnij,jbnh->ibnh", causal_scores(query, k).softmax(-1), v)

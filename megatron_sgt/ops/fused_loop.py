@@ -13,50 +13,14 @@ Legend as in ``loop_projection.py``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_sgt.ops import operators
+from megatron_sgt.ops.head_blocks import HeadBlocks
 from megatron_sgt.ops.rotary import Rotary
-
-
-@dataclass(frozen=True)
-class HeadBlocks:
-    """Where kept heads stand in the fused weights of one rank.
-
-    ``rows`` [h + 2g] and ``columns`` [h] int32: first row (column) of each block, see ``loop_projection``;
-    ``row_index`` [(h + 2g) H] and ``column_index`` [h H] int64: all rows (columns) of the blocks. ``slots`` [h]
-    int32: key/value group of each head; ``gates`` [h] fp32; ``size``: H. ``whole``: the weight handed over consists
-    of the kept rows (columns) alone, in order.
-    """
-
-    rows: Tensor
-    columns: Tensor
-    row_index: Tensor
-    column_index: Tensor
-    slots: Tensor
-    gates: Tensor
-    size: int
-    whole: bool = False
-
-    @property
-    def heads(self) -> int:
-        """Number of kept heads."""
-        return len(self.slots)
-
-
-def head_blocks(
-    qkv_rows: Tensor, proj_columns: Tensor, kv_slot: Tensor, size: int, whole: bool = False
-) -> HeadBlocks:
-    """From all kept rows [(h + 2g) · H] and columns [h · H], and the slots [h], with every gate 1."""
-    rows, columns, slots = (
-        t.to(torch.int32) for t in (qkv_rows[::size].contiguous(), proj_columns[::size].contiguous(), kv_slot)
-    )
-    gates = torch.ones(len(kv_slot), device=kv_slot.device)
-    return HeadBlocks(rows, columns, qkv_rows.long(), proj_columns.long(), slots, gates, size, whole)
 
 
 def project_in(
@@ -117,8 +81,7 @@ class _ProjectIn(torch.autograd.Function):
         ctx.save_for_backward(x, norm_weight, weight, bias, q_norm, k_norm, qkv, r, before)
         ctx.blocks, ctx.rotary, ctx.eps = blocks, rotary, eps
         ctx.set_materialize_grads(False)  # without a residual there is no dout
-        groups = (len(blocks.rows) - blocks.heads) // 2
-        query, key, value = qkv.split([blocks.heads, groups, groups], dim=2)
+        query, key, value = qkv.split([blocks.heads, blocks.groups, blocks.groups], dim=2)
         return query, key, value, x.view_as(x)
 
     @staticmethod

@@ -1,6 +1,8 @@
 """Causal attention of the kept heads with gates and row entropies, as definitions, forward and backward.
 
-    p_ij = softmax_j( q_i · k_j / sqrt(H) ),  j <= K − Q + i      o_i = γ Σ_j p_ij v_j      e_i = − Σ_j p_ij ln p_ij
+With the probabilities p of causal attention (its scores: ``attention.causal_scores``)
+
+    o_i = γ Σ_j p_ij v_j      e_i = − Σ_j p_ij ln p_ij
     δ_i = do_i · o_i      ds_ij = p_ij (γ do_i · v_j − δ_i) / sqrt(H)      dv = γ pᵀ do      dq = ds k      dk = dsᵀ q
 
 with a gate γ per head, and o the gated output: nothing is divided by a gate, which may be 0. Queries are the last
@@ -17,6 +19,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from megatron_sgt.ops.attention import causal_scores
 
 
 def attend(
@@ -69,11 +73,7 @@ def attend_backward(
 
 
 def _scores(query: Tensor, key: Tensor, slots: Tensor) -> Tensor:
-    """Masked scores [B, h, Q, K] in nats."""
-    k = _wide(key)[:, :, slots.long()]
-    scores = torch.einsum("ibnh,jbnh->bnij", _wide(query), k) / math.sqrt(query.shape[-1])
-    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
-    return scores.masked_fill(hidden.triu(key.shape[0] - query.shape[0] + 1), float("-inf"))
+    return causal_scores(_wide(query), _wide(key)[:, :, slots.long()])
 
 
 def _wide(x: Tensor) -> Tensor:

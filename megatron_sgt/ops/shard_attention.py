@@ -1,9 +1,7 @@
 """Causal attention of a shard of the queries: rank r's tokens against all tokens up to its own last one.
 
-    out[i, b, n] = Σ_{j <= o + i} softmax_j( q[i, b, n] · k[j, b, n] / sqrt(H) ) v[j, b, n],   i < Q,  o = K - Q
-
-Queries are the last Q of K positions. The keys before them are visible to every query, the last Q causally,
-so the work splits into a full and a causal product whose results merge through their log-sum-exp
+Queries are the last Q of K positions (definition: ``attention.py``). The keys before them are visible to every query,
+the last Q causally, so the work splits into a full and a causal product whose results merge through their log-sum-exp
 
     l = log(e^{l1} + e^{l2}),   out = e^{l1 - l} out1 + e^{l2 - l} out2
 
@@ -13,7 +11,6 @@ arXiv 2310.01889). GPUs have a kernel that aligns the causal mask at the last ke
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -49,14 +46,6 @@ def shard_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def aligned_at_the_last_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The way of GPUs, whose library kernels know this mask. q [B, N, Q, H], k and v [B, N, K, H] -> [B, N, Q, H]."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(q.shape[2], k.shape[2]))
-
-
-def shard_attention_reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The definition of ``shard_attention``: same shapes, materialised scores."""
-    scores = torch.einsum("ibnh,jbnh->bnij", query, key) / math.sqrt(query.shape[-1])
-    offset = key.shape[0] - query.shape[0]
-    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(offset + 1)
-    return torch.einsum("bnij,jbnh->ibnh", scores.masked_fill(hidden, float("-inf")).softmax(-1), value)
 
 
 class _MergedAttention(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""AdamW from the fastest implementation that needs no compiler when the run starts."""
+"""AdamW from the fastest implementation that needs no compiler when the run starts; or a registered optimizer."""
 
 from __future__ import annotations
 
@@ -7,20 +7,36 @@ from typing import Any
 
 import torch
 
+from megatron_sgt import extensions
 from megatron_sgt.config.optim import OptimConfig
+
+Builder = Callable[[list[dict[str, Any]], OptimConfig, torch.device, bool], torch.optim.Optimizer]
+"""(parameter groups, settings, device of the weights, offloaded) -> optimizer.
+
+Each group has ``params`` and ``weight_decay``; the loop sets ``lr`` before every step. ZeRO replaces ``params`` by flat
+fp32 shards, so an update must work element by element. ``offloaded``: DeepSpeed will keep the state on the CPU and
+update there.
+"""
 
 
 def build_optimizer(
     groups: list[dict[str, Any]], config: OptimConfig, device: torch.device, offloaded: bool = False
 ) -> torch.optim.Optimizer:
-    """Build AdamW over ``groups`` (see ``parameter_groups``).
+    """Build ``config.optimizer`` over ``groups`` (see ``parameter_groups``): one of OPTIMIZERS, or a `Builder` that is
+    registered under the entry-point group ``megatron_sgt.optimizers``.
+    """
+    name = config.optimizer
+    build: Builder = OPTIMIZERS[name] if name in OPTIMIZERS else extensions.load("optimizers", name)
+    return build(groups, config, device, offloaded)
 
-    On a GPU NVIDIA Apex's FusedAdam is taken when Apex is installed, else, and on a CPU, torch's own fused AdamW;
-    both apply the whole update in one pass over memory. (The name ``apex`` on PyPI is an unrelated package without
-    ``apex.optimizers``.)
 
-    Args:
-        offloaded: DeepSpeed will keep the state on the CPU and update there, which Apex's kernels cannot.
+def _adamw(
+    groups: list[dict[str, Any]], config: OptimConfig, device: torch.device, offloaded: bool
+) -> torch.optim.Optimizer:
+    """On a GPU NVIDIA Apex's FusedAdam where Apex is installed, else, and on a CPU, torch's own fused AdamW.
+
+    Both apply the whole update in one pass over memory. Apex's kernels cannot update on the CPU. (The name ``apex`` on
+    PyPI is an unrelated package without ``apex.optimizers``.)
     """
     options: dict[str, Any] = {
         "lr": config.lr,
@@ -40,3 +56,6 @@ def _apex_fused_adam() -> Callable[..., torch.optim.Optimizer] | None:
     except ImportError:
         return None
     return FusedAdam
+
+
+OPTIMIZERS: dict[str, Builder] = {"adamw": _adamw}

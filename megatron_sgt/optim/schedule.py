@@ -2,34 +2,59 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
+from megatron_sgt import extensions
 from megatron_sgt.config.optim import OptimConfig
+
+Curve = Callable[[int, OptimConfig, int], float]
+"""Learning rate of an optimizer step after the warm-up: (step, settings, last step of the decay) -> lr."""
 
 
 def learning_rate(step: int, config: OptimConfig, train_iters: int) -> float:
     """Learning rate of optimizer step ``step``, counted from 1.
 
-    Warm-up is linear, step 1 having lr / lr_warmup_iters (not 0). After it, with r in [0, 1] the share of the
-    decay that has passed:
+    Warm-up is linear, step 1 having lr / lr_warmup_iters (not 0). After it the curve of ``lr_decay_style`` decides:
+    one of CURVES, or a `Curve` that is registered under the entry-point group ``megatron_sgt.lr_schedules``. With r in
+    [0, 1] the share of the decay that has passed, which ends at lr_decay_iters (default train_iters):
 
     * constant: lr;
     * linear:   min_lr + (lr - min_lr) (1 - r);
     * cosine:   min_lr + (lr - min_lr) (1 + cos πr) / 2;
-    * WSD:      lr, then linear to min_lr over the last lr_wsd_decay_iters steps before lr_decay_iters.
-
-    Past lr_decay_iters (default train_iters) it stays at min_lr, except for constant.
+    * WSD:      lr, then linear to min_lr over the last lr_wsd_decay_iters steps before the end.
     """
-    peak, floor = config.lr, config.min_lr
     if step <= config.lr_warmup_iters:
-        return peak * step / config.lr_warmup_iters
-    if config.lr_decay_style == "constant":
-        return peak
-    end = config.lr_decay_iters or train_iters
-    start = config.lr_warmup_iters
-    if config.lr_decay_style == "WSD":
-        start = max(start, end - (config.lr_wsd_decay_iters or 0))
-    ratio = min(1.0, max(0.0, (step - start) / max(1, end - start)))
-    if config.lr_decay_style == "cosine":
-        return floor + (peak - floor) * (1.0 + math.cos(math.pi * ratio)) / 2.0
-    return floor + (peak - floor) * (1.0 - ratio)
+        return config.lr * step / config.lr_warmup_iters
+    return _curve(config.lr_decay_style)(step, config, config.lr_decay_iters or train_iters)
+
+
+@functools.cache  # entry points are files, and this is asked every step
+def _curve(name: str) -> Curve:
+    return CURVES[name] if name in CURVES else extensions.load("lr_schedules", name)
+
+
+def _constant(step: int, config: OptimConfig, end: int) -> float:
+    return config.lr
+
+
+def _linear(step: int, config: OptimConfig, end: int) -> float:
+    return config.min_lr + (config.lr - config.min_lr) * (1.0 - _passed(step, config.lr_warmup_iters, end))
+
+
+def _cosine(step: int, config: OptimConfig, end: int) -> float:
+    ratio = _passed(step, config.lr_warmup_iters, end)
+    return config.min_lr + (config.lr - config.min_lr) * (1.0 + math.cos(math.pi * ratio)) / 2.0
+
+
+def _wsd(step: int, config: OptimConfig, end: int) -> float:
+    start = max(config.lr_warmup_iters, end - (config.lr_wsd_decay_iters or 0))
+    return config.min_lr + (config.lr - config.min_lr) * (1.0 - _passed(step, start, end))
+
+
+def _passed(step: int, start: int, end: int) -> float:
+    return min(1.0, max(0.0, (step - start) / max(1, end - start)))
+
+
+CURVES: dict[str, Curve] = {"cosine": _cosine, "linear": _linear, "constant": _constant, "WSD": _wsd}

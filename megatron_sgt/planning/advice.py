@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, get_args
 
+from megatron_sgt.arch.weights import layer_weights
 from megatron_sgt.config import Config, TrainConfig, parse_config
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth import LoopPlan
@@ -12,9 +13,9 @@ from megatron_sgt.metrics.units import file_size
 from megatron_sgt.planning.hardware import USABLE
 from megatron_sgt.planning.loop_cost import choose_loop_method, loop_flops
 from megatron_sgt.planning.memory import peak_memory
-from megatron_sgt.planning.parameters import parameter_count, weights
+from megatron_sgt.planning.parameters import parameter_count
 from megatron_sgt.planning.step_time import Machine
-from megatron_sgt.planning.structure import placeholder_heads, timeline
+from megatron_sgt.planning.structure import most_kept_heads, schedule_of, timeline
 
 SMALL_SHARE = 250_000
 """Elements of a layer per rank below which ZeRO-3 sends many small messages."""
@@ -25,7 +26,7 @@ RECOMPUTE: tuple[str, ...] = get_args(TrainConfig.model_fields["recompute_granul
 def warnings(config: Config, world_size: int, machine: Machine, precision: str) -> Iterator[str]:
     """One sentence each, the worst first."""
     yield from _memory(config, world_size, machine, precision)
-    yield from _growth(config)
+    yield from schedule_of(config).advice(config.train.train_iters)
     yield from _loops(config)
     yield from _layout(config, world_size, machine)
 
@@ -106,32 +107,11 @@ def changed(config: Config, values: dict[str, Any]) -> Config:
     return parse_config(sections)
 
 
-def _growth(config: Config) -> Iterator[str]:
-    growth, last = config.growth, config.train.train_iters
-    if growth.method != "sgt" or growth.replay is not None:
-        return
-    decisions = growth.max_selected_layers * growth.max_loop_depth
-    done = growth.first_selection_step + decisions * growth.window_size
-    if growth.first_selection_step >= last:
-        yield (
-            f"nothing grows: growth.first_selection_step {growth.first_selection_step:,} is not before the end, "
-            f"train.train_iters {last:,}; lower it, or set growth.method=vanilla"
-        )
-    elif done > last:
-        fits = max(1, (last - growth.first_selection_step) // decisions)
-        yield (
-            f"growth may still be running at the end: {decisions} windows of {growth.window_size:,} steps from step "
-            f"{growth.first_selection_step:,} on reach step {done:,}, train.train_iters is {last:,}; "
-            f"growth.window_size={fits} would fit"
-        )
-
-
 def _loops(config: Config) -> Iterator[str]:
-    parallel, growth = config.parallel, config.growth
-    ranks = parallel.tensor_model_parallel_size
-    if growth.method != "sgt" or ranks == 1 or choose_loop_method(config)[0] != "owner":
+    ranks = config.parallel.tensor_model_parallel_size
+    heads = most_kept_heads(config)
+    if not heads or ranks == 1 or choose_loop_method(config)[0] != "owner":
         return
-    heads = placeholder_heads(config, together=True)
     busiest = max(loop_flops(config, "owner", heads, rank).executed for rank in range(ranks))
     share = busiest * ranks / sum(loop_flops(config, "owner", heads, rank).executed for rank in range(ranks))
     if share > 1.15:
@@ -164,9 +144,7 @@ def _layout(config: Config, world_size: int, machine: Machine) -> Iterator[str]:
             "parallel.zero_stage=1, if its gradients fit"
         )
     if parallel.zero_stage == 3 and replicas > 1:
-        layer = sum(
-            w.on_rank(tensor) for w in weights(config.model) if w.name in ("qkv", "proj", "fc1", "fc2")
-        )
+        layer = sum(w.on_rank(tensor) for w in layer_weights(config.model, 0) if w.decays)
         if layer // replicas < SMALL_SHARE:
             yield (
                 f"ZeRO-3 leaves {layer // replicas:,} elements of a layer on each of {replicas} ranks: messages of "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_sgt.config import Config
-from megatron_sgt.metrics.units import count
+from megatron_sgt.config.base import count
 
 
 def layout_line(config: Config, world_size: int, precision: str) -> str:

@@ -24,7 +24,8 @@ from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.config import Config
 from megatron_sgt.growth import LayerPlan
 from megatron_sgt.metrics.units import file_size, si
-from megatron_sgt.planning.traffic import LoopMethod, Transfer, kept_counts, loop_pass_traffic
+from megatron_sgt.planning.structure import most_kept_heads
+from megatron_sgt.planning.traffic import LoopMethod, Transfer, loop_pass_traffic
 
 # The ratio decides, not the values: dense bf16 arithmetic that attention reaches on an H100-class GPU, and the
 # bus bandwidth of collectives inside an NVLink node (8 GPUs, 450 GB/s per direction by data sheet).
@@ -72,12 +73,10 @@ def loop_flops(config: Config, method: LoopMethod, kept_heads: tuple[int, ...], 
     length = model.seq_length
     per_row = 2 * batch * length * model.hidden_size * size  # one projected head, all tokens
     if method == "owner":
-        layout = HeadLayout(model.num_attention_heads, model.num_query_groups, size, ranks, tp_rank)
-        mine = layout.local(kept_heads)
-        heads, groups = len(mine.heads), len(mine.groups)
+        heads, groups = HeadLayout.of(model, ranks, tp_rank).kept_counts(kept_heads)
         linear = per_row * (2 * heads + 2 * groups)
         return LoopFlops(linear, 2 * linear, 4 * batch * heads * length * length * size, 0.5)
-    heads, groups = kept_counts(config, kept_heads)
+    heads, groups = HeadLayout.of(model).kept_counts(kept_heads)
     share, keys = length // ranks, (tp_rank + 1) * (length // ranks)
     attention = 4 * batch * heads * share * keys * size
     visible = 1 - share / keys / 2
@@ -128,7 +127,7 @@ def choose_loop_method(config: Config) -> tuple[LoopMethod, str]:
     ``parallel.loop_method`` other than "auto" is obeyed. The kept heads are not known before growth, so the
     usual case is compared: all of them on one rank.
     """
-    parallel, model, growth = config.parallel, config.model, config.growth
+    parallel, model = config.parallel, config.model
     ranks = parallel.tensor_model_parallel_size
     if parallel.loop_method != "auto":
         return parallel.loop_method, f"{parallel.loop_method} looping (parallel.loop_method)"
@@ -138,8 +137,9 @@ def choose_loop_method(config: Config) -> tuple[LoopMethod, str]:
         return "owner", "owner looping: attention dropout is drawn per head, by its owner"
     if model.seq_length % ranks:
         return "owner", f"owner looping: seq_length {model.seq_length} does not divide over {ranks} ranks"
-    count = model.num_attention_heads if growth.head_choice == "all" else growth.num_keep_heads
-    kept = tuple(range(min(count, model.num_attention_heads)))
+    kept = most_kept_heads(config)
+    if not kept:
+        return "owner", "no head loops"
     owner, balanced = (loop_cost(config, method, kept) for method in ("owner", "balanced"))
     better: LoopMethod = "balanced" if balanced.seconds <= owner.seconds else "owner"
     return better, (

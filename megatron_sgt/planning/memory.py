@@ -9,35 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from megatron_sgt.arch.attention import CAUSAL
+from megatron_sgt.arch.ffn import ffn_kind
 from megatron_sgt.arch.head_layout import HeadLayout
+from megatron_sgt.arch.kernels import GPU, Kernels
 from megatron_sgt.config import Config
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.planning.loop_cost import LoopMethod, choose_loop_method
 from megatron_sgt.planning.parameters import ELEMENT_BYTES
 from megatron_sgt.planning.state_memory import state_memory
-from megatron_sgt.planning.traffic import kept_counts
 
 _FP32 = 4
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """What differs between devices in what operations keep for the backward pass.
-
-    ``norm_copies``: copies of its input's size that RMSNorm keeps beside the input (composite kernels keep the
-    normalised one); ``mask_bytes``: of one element's dropout mask (None: as many as an element has); ``cuts_keys``:
-    balanced loops keep keys and values as cut and copied for this rank, not as gathered; ``groups``: attention in 16
-    bits reads grouped keys and values, which are repeated otherwise.
-    """
-
-    norm_copies: int
-    mask_bytes: int | None
-    cuts_keys: bool
-    groups: bool
-
-
-GPU = Kernels(norm_copies=0, mask_bytes=1, cuts_keys=False, groups=True)
-CPU = Kernels(norm_copies=1, mask_bytes=None, cuts_keys=True, groups=False)
 
 
 @dataclass(frozen=True)
@@ -88,16 +70,16 @@ def activation_memory(
     fully, selectively = config.recomputed_layers("full"), config.recomputed_layers("selective")
     layers = loops = recomputed = 0
     for index, layer in enumerate(plan):
-        once = rank.layer() + sum(rank.loop_pass(layer) for _ in range(layer.loops))
+        once = rank.layer(index) + layer.loops * rank.loop_pass(index, layer)
         if index in fully:
             recomputed, once = max(recomputed, once), rank.stream
             layers += rank.stream
             loops += layer.block_loops * rank.stream
             continue
         rank.selective = index in selectively
-        ordinary = rank.layer()
+        ordinary = rank.layer(index)
         layers += ordinary
-        loops += layer.block_loops * ordinary + layer.loops * rank.loop_pass(layer)
+        loops += layer.block_loops * ordinary + layer.loops * rank.loop_pass(index, layer)
         rank.selective = False
     logits, logits_transient = rank.logits()
     kept = sum(rank.kept_weights(layer) for layer in plan)
@@ -121,34 +103,32 @@ class _Rank:
         self.element, self.method, self.tp_rank = element, method, tp_rank
         self.ranks = config.parallel.tensor_model_parallel_size
         self.sharded = config.parallel.sequence_parallel
+        self.own_heads = model.num_attention_heads // self.ranks, model.num_query_groups // self.ranks
         self.selective = False
         self.tokens = train.micro_batch_size * model.seq_length
         self.local_tokens = self.tokens // self.ranks if self.sharded else self.tokens
         self.stream = self.local_tokens * model.hidden_size * element
 
-    def layer(self) -> int:
-        """One ordinary execution of attention and MLP."""
-        model = self.model
-        heads, groups = model.num_attention_heads // self.ranks, model.num_query_groups // self.ranks
-        attention = self.norm() + self.stream + self.fused_attention(heads, groups)
-        width = model.ffn_hidden_size // self.ranks * self.tokens * self.element
-        kept = 2 if model.activation == "gelu" else 3  # SwiGLU: both halves and their product
-        mlp = self.norm() + self.stream + kept * width
+    def layer(self, index: int) -> int:
+        """One ordinary execution of attention and MLP in layer ``index``."""
+        attention = self.norm() + self.stream + self.attention(index, *self.own_heads)
+        ffn = ffn_kind(self.model.activation).saved_elements(self.model, index, self.tokens)
+        mlp = self.norm() + self.stream + ffn // self.ranks * self.element
         return attention + mlp + 2 * self.dropout()
 
-    def loop_pass(self, plan: LayerPlan) -> int:
-        """One pass of a head loop."""
+    def loop_pass(self, index: int, plan: LayerPlan) -> int:
+        """One pass of a head loop in layer ``index``."""
         if plan.loops == 0:
             return 0
-        model = self.model
         if plan.phase == "window":
-            heads, groups = model.num_attention_heads // self.ranks, model.num_query_groups // self.ranks
-            gated = 0 if self.selective else self._heads(heads)  # attention's output, beside the product
-            kept = self.norm() + self.stream + self.fused_attention(heads, groups) + gated
+            gated = (
+                0 if self.selective else self._heads(self.own_heads[0])
+            )  # attention's output, beside the product
+            kept = self.norm() + self.stream + self.attention(index, *self.own_heads) + gated
         elif self.method == "owner" or self.ranks == 1:
-            kept = self._owner(plan)
+            kept = self._owner(index, plan)
         else:
-            kept = self._balanced(plan)
+            kept = self._balanced(index, plan)
         return kept + self.dropout()
 
     def norm(self) -> int:
@@ -164,46 +144,25 @@ class _Rank:
         mask = self.element if self.kernels.mask_bytes is None else self.kernels.mask_bytes
         return self.stream // self.element * mask
 
-    def fused_attention(self, heads: int, groups: int) -> int:
-        """From the fused projection's output to the output projection's input, all heads of this rank."""
-        fused = self._heads(heads + 2 * groups)
-        query, key, out = self._heads(heads), self._heads(groups), self._heads(heads)
-        kept = query + out + self._head_norm(heads + groups)
-        if heads != groups and self.model.qk_layernorm:
-            kept += query  # grouped queries are copied out of the fused projection for their norm
-        if self.selective:
-            return kept + key + fused  # values are a view of the fused projection
-        kept += self._statistics(heads, self.tokens)
-        if heads == groups or (self.kernels.groups and self.element < _FP32):
-            return kept + key + fused
-        # Grouped keys and values are repeated; the norm of the keys still holds the fused projection.
-        return kept + 2 * self._heads(heads) + (fused if self.model.qk_layernorm else 0)
+    def attention(self, layer: int, heads: int, groups: int, indexed: bool = False) -> int:
+        """From the fused projection's output to the output projection's input."""
+        return CAUSAL.saved_bytes(
+            self.model, layer, heads, groups, self.tokens, self.element, self.kernels,
+            recomputed=self.selective, indexed=indexed,
+        )  # fmt: skip
 
-    def _owner(self, plan: LayerPlan) -> int:
+    def _owner(self, index: int, plan: LayerPlan) -> int:
         model = self.model
-        layout = HeadLayout(
-            model.num_attention_heads, model.num_query_groups, model.kv_channels, self.ranks, self.tp_rank
-        )
-        mine = layout.local(plan.kept_heads)
-        heads, groups = len(mine.heads), len(mine.groups)
+        heads, groups = HeadLayout.of(model, self.ranks, self.tp_rank).kept_counts(plan.kept_heads)
         tokens_in = self.tokens * model.hidden_size * self.element  # gathered under sequence parallelism
         if not heads:  # empty tensors, which q/k norms keep as views of their input
             return self.norm() + (tokens_in if model.qk_layernorm else 0)
         rows = (2 * heads + 2 * groups) * model.kv_channels * model.hidden_size * self.element
-        return self.norm() + tokens_in + rows + self.kept_attention(heads, groups)
+        return self.norm() + tokens_in + rows + self.attention(index, heads, groups, indexed=True)
 
-    def kept_attention(self, heads: int, groups: int) -> int:
-        """As ``fused_attention``; shared groups are indexed into copies before the attention."""
-        fused, query, key, out = (self._heads(n) for n in (heads + 2 * groups, heads, groups, heads))
-        kept = query + out + self._head_norm(heads + groups)
-        kept += 0 if self.selective else self._statistics(heads, self.tokens)
-        if heads == groups:
-            return kept + key + fused
-        return kept + 2 * self._heads(heads) + (fused if self.model.qk_layernorm else 0)
-
-    def _balanced(self, plan: LayerPlan) -> int:
+    def _balanced(self, index: int, plan: LayerPlan) -> int:
         model = self.model
-        heads, groups = kept_counts(self.config, plan.kept_heads)
+        heads, groups = HeadLayout.of(self.model).kept_counts(plan.kept_heads)
         share = self.tokens // self.ranks
         own = self._heads(heads, share)
         visible = (self.tp_rank + 1) * share
@@ -212,9 +171,9 @@ class _Rank:
         else:
             keys = 2 * self._heads(groups)
         kept = self.norm() + self.stream + 2 * own + keys
-        kept += 0 if self.selective else self._statistics(heads, share)
+        kept += 0 if self.selective else _FP32 * heads * share
         if model.qk_layernorm:
-            norms = self._head_norm(heads + groups, share)
+            norms = CAUSAL.head_norm_bytes(model, index, heads + groups, share, self.element, self.kernels)
             kept += norms + self._heads(heads + 2 * groups, share)
         if not self.sharded:
             kept += self._heads(heads)  # gathered outputs
@@ -224,7 +183,7 @@ class _Rank:
         """Fetched once per step. Not counted: fp32 sums of their gradients between micro-batches."""
         if plan.phase != "sparse" or self.method != "balanced" or self.ranks == 1:
             return 0
-        heads, groups = kept_counts(self.config, plan.kept_heads)
+        heads, groups = HeadLayout.of(self.model).kept_counts(plan.kept_heads)
         rows = (2 * heads + 2 * groups) * self.model.kv_channels * self.model.hidden_size
         return rows * self.element
 
@@ -239,13 +198,3 @@ class _Rank:
 
     def _heads(self, count: int, tokens: int | None = None) -> int:
         return (self.tokens if tokens is None else tokens) * count * self.model.kv_channels * self.element
-
-    def _statistics(self, heads: int, tokens: int) -> int:
-        return _FP32 * heads * tokens
-
-    def _head_norm(self, heads: int, tokens: int | None = None) -> int:
-        """Statistics of q/k norms, and their normalised copies; their input is the fused projection."""
-        if not self.model.qk_layernorm:
-            return 0
-        count = self.tokens if tokens is None else tokens
-        return self.kernels.norm_copies * self._heads(heads, count) + self._statistics(heads, count)

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_sgt.config import Config
-from megatron_sgt.growth import LoopPlan
+from megatron_sgt.growth import ENTROPY, LoopPlan
 from megatron_sgt.planning.advice import other_layouts, warnings
 from megatron_sgt.planning.flops import overhead, step_flops
 from megatron_sgt.planning.hardware import USABLE
@@ -15,7 +15,7 @@ from megatron_sgt.planning.memory import activation_memory
 from megatron_sgt.planning.parameters import checkpoint_bytes, parameter_count, parameters_by_part
 from megatron_sgt.planning.state_memory import state_memory
 from megatron_sgt.planning.step_time import NOT_CALIBRATED, Machine, step_time
-from megatron_sgt.planning.structure import Stretch, final_plan, timeline
+from megatron_sgt.planning.structure import Stretch, final_plan, schedule_of, timeline
 from megatron_sgt.planning.traffic import LoopMethod, loop_pass_traffic, step_traffic
 
 METHODS: tuple[LoopMethod, ...] = ("owner", "balanced")
@@ -91,8 +91,9 @@ def _moments(config: Config, stretches: list[Stretch]) -> dict[str, LoopPlan]:
     windows = [stretch.plan for stretch in stretches if stretch.phase == "window"]
     if windows:
         moments["window"] = max(windows, key=lambda plan: step_flops(config.model, plan, 1).model)
-    if config.growth.method == "sgt":
-        moments["final"] = final_plan(config)
+    final = final_plan(config)
+    if final != moments["now"]:
+        moments["final"] = final
     return moments
 
 
@@ -134,8 +135,8 @@ def _traffic(config: Config, world_size: int, precision: str) -> dict[str, Any]:
     """Bytes by part and step; for tensor parallelism also of one loop pass and micro-batch, both ways."""
     tensor = config.parallel.tensor_model_parallel_size
     sizes = {"tensor": tensor, "data": world_size // tensor, "world": world_size}
-    grown = final_plan(config)
-    entropy = config.growth.method == "sgt"
+    schedule = schedule_of(config)
+    entropy = ENTROPY in schedule.probes
 
     def rows(plan: LoopPlan, method: LoopMethod) -> list[dict[str, Any]]:
         return [
@@ -144,8 +145,8 @@ def _traffic(config: Config, world_size: int, precision: str) -> dict[str, Any]:
         ]
 
     chosen = choose_loop_method(config)[0]
-    traffic: dict[str, Any] = {"per_step": rows(grown, chosen)}
-    looping = next((layer for layer in final_plan(config, together=True) if layer.loops), None)
+    traffic: dict[str, Any] = {"per_step": rows(schedule.final_plan(), chosen)}
+    looping = next((layer for layer in schedule.final_plan(together=True) if layer.loops), None)
     if tensor > 1 and looping is not None:
         traffic["loop_pass"] = {
             method: sum(
@@ -169,6 +170,6 @@ def _step_times(config: Config, world_size: int, machine: Machine, precision: st
     times["vanilla"] = asdict(step_time(config, empty, world_size, machine, precision, "owner"))
     times["vanilla"]["total"] = sum(times["vanilla"].values())
     if plan.layers:
-        for method in METHODS if tensor > 1 and config.growth.method == "sgt" else METHODS[:1]:
+        for method in METHODS if tensor > 1 and any(plan.loops) else METHODS[:1]:
             times[method] = {"loops": step_time(config, plan, world_size, machine, precision, method).loops}
     return times

@@ -18,9 +18,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_sgt.arch.flops import Flops
 from megatron_sgt.config import Config
 from megatron_sgt.growth import LayerPlan, LoopPlan
-from megatron_sgt.planning.flops import Flops, pass_flops, step_flops
+from megatron_sgt.planning.flops import pass_flops, step_flops
 from megatron_sgt.planning.hardware import Gpu
 from megatron_sgt.planning.loop_cost import loop_flops
 from megatron_sgt.planning.memory import activation_memory
@@ -119,7 +120,7 @@ def _needed(flops: Flops) -> float:
 
 def _recomputed(config: Config, layer: int) -> float:
     """Operations of a whole step that recompute adds for one layer, all ranks."""
-    one = pass_flops(config.model, config.train.global_batch_size)
+    one = pass_flops(config.model, layer, config.train.global_batch_size)
     if layer in config.recomputed_layers("selective"):
         return one.attention.attention / 2
     if layer in config.recomputed_layers("full"):
@@ -142,7 +143,7 @@ def _layer_loops(config: Config, layer: LayerPlan, index: int, rank: int, method
     train, ranks = config.train, config.parallel.tensor_model_parallel_size
     full = index in config.recomputed_layers("full")
     total = 0.0
-    one = pass_flops(config.model, train.micro_batch_size)
+    one = pass_flops(config.model, index, train.micro_batch_size)
     if layer.block_loops:
         whole = one.attention + one.mlp
         total += layer.block_loops * (_needed(whole) + full * (whole.linear + whole.attention / 2)) / ranks

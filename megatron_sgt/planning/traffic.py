@@ -35,9 +35,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_sgt.arch.head_layout import HeadLayout
+from megatron_sgt.arch.weights import weights
 from megatron_sgt.config import Config
 from megatron_sgt.growth import LayerPlan, LoopPlan
-from megatron_sgt.planning.parameters import ELEMENT_BYTES, parameter_count, weights
+from megatron_sgt.planning.parameters import ELEMENT_BYTES, parameter_count
+from megatron_sgt.planning.structure import schedule_of
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]
 Group = Literal["tensor", "data", "world"]
@@ -105,8 +107,8 @@ def step_traffic(
         transfers += [item for layer in plan for item in step.kept_weights(layer)]
     transfers += _data_parallel(config, config.data_parallel_size(world_size), micro_batches, step, precision)
     if entropy and world_size > 1:
-        model, growth = config.model, config.growth
-        table = model.num_layers * (1 + growth.max_loop_depth) * model.num_attention_heads
+        model = config.model
+        table = model.num_layers * (1 + schedule_of(config).max_loops) * model.num_attention_heads
         transfers.append(Transfer("entropy", "world", "all_reduce", 4 * table))
     return merged(transfers)
 
@@ -187,7 +189,7 @@ class _Step:
         if plan.phase != "sparse" or self.method != "balanced":
             return
         model = self.config.model
-        heads, groups = kept_counts(self.config, plan.kept_heads)
+        heads, groups = HeadLayout.of(model).kept_counts(plan.kept_heads)
         rows, columns = (heads + 2 * groups) * model.kv_channels, heads * model.kv_channels
         slices = [rows * model.hidden_size, columns * model.hidden_size]
         if model.add_bias_linear or model.add_qkv_bias:
@@ -215,8 +217,9 @@ class _Step:
         return [gather, scatter], [*backward, *self._output_bias_gradient(part)]
 
     def _balanced(self, plan: LayerPlan) -> tuple[list[Transfer], list[Transfer]]:
-        heads, groups = kept_counts(self.config, plan.kept_heads)
-        head = self.tokens * self.config.model.kv_channels * self.bytes
+        model = self.config.model
+        heads, groups = HeadLayout.of(model).kept_counts(plan.kept_heads)
+        head = self.tokens * model.kv_channels * self.bytes
         forward = [Transfer("loops", "tensor", "all_gather", 2 * groups * head)]
         backward = [Transfer("loops", "tensor", "reduce_scatter", 2 * groups * head)]
         backward += self._head_norm_gradients("loops")
@@ -241,13 +244,6 @@ class _Step:
         if not self.config.model.add_bias_linear:
             return []
         return [Transfer(part, "tensor", "all_reduce", self.config.model.hidden_size * self.bytes)]
-
-
-def kept_counts(config: Config, kept_heads: tuple[int, ...]) -> tuple[int, int]:
-    """(heads, key/value groups that they read) of a set of global head ids."""
-    model = config.model
-    kept = HeadLayout(model.num_attention_heads, model.num_query_groups, model.kv_channels).local(kept_heads)
-    return len(kept.heads), len(kept.groups)
 
 
 def _data_parallel(
@@ -289,9 +285,9 @@ def _gathered_weights(config: Config, micro_batches: int, step: _Step) -> Iterat
     for weight in weights(config.model):
         size = weight.on_rank(step.ranks)
         if size < threshold:
-            small += weight.copies * size
+            small += size
             continue
-        large += weight.copies * size * (1 if stays else 2)
+        large += size * (1 if stays else 2)
     if small:
         yield Transfer("weights", "data", "all_gather", small * step.bytes)
     if large:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.ops.attention import causal_attention_reference
+from tests.helpers.single import small_config
 
 COMBINATIONS = [
     (heads, groups, tp)
@@ -54,6 +55,7 @@ def test_kept_heads_compute_what_masked_dense_heads_compute(heads: int, groups: 
         total = torch.zeros_like(wanted)
         for layout, weight, out in zip(ranks, fused, columns, strict=True):
             mine = layout.local(kept)
+            assert layout.kept_counts(kept) == (len(mine.heads), len(mine.groups))
             if not mine.heads:
                 assert mine.groups == mine.kv_slot == mine.qkv_rows == mine.proj_columns == ()
                 continue
@@ -86,6 +88,12 @@ def test_bookkeeping(heads: int, groups: int, tp: int) -> None:
         assert owners == [ranks[0].owner(head)]
         owned = [layout.local([head]).heads for layout in ranks]
         assert sum(map(len, owned)) == 1 and owned[owners[0]] == (head - ranks[owners[0]].owned_heads.start,)
+
+
+def test_layout_of_a_model() -> None:
+    model = small_config(model={"num_query_groups": 2, "kv_channels": 24}).model
+    assert HeadLayout.of(model, 2, 1) == HeadLayout(4, 2, 24, tp_size=2, tp_rank=1)
+    assert HeadLayout.of(model) == HeadLayout(4, 2, 24)
 
 
 def test_kept_heads_may_come_in_any_order() -> None:

@@ -17,6 +17,8 @@ IN_CODE = re.compile(r"`([^`\s]+)`")
 PATH = re.compile(r"[\w./-]+/[\w./-]*|[\w-]+\.(?:py|md|yaml|sh|txt|toml)")
 MADE = ("runs/", "benchmarks/results/")
 """Folders that commands of the pages make."""
+EXAMPLES = {"loss_average.py"}
+"""Files of the reader's own that a page writes out."""
 
 
 def table_of_layers() -> list[tuple[list[str], bool]]:
@@ -51,7 +53,7 @@ def named_paths(text: str) -> Iterator[tuple[str, str]]:
     """(path, name in it or "") of what looks like a path of this repository in a page's inline code."""
     for word in IN_CODE.findall(text):
         path, _, name = word.partition(":")
-        if PATH.fullmatch(path) and not path.startswith(("/", "~", ".", *MADE)) and "..." not in path:
+        if PATH.fullmatch(path) and path not in EXAMPLES and not path.startswith(("/", "~", ".", *MADE)):
             yield path, name
 
 
@@ -73,7 +75,10 @@ def problem(path: str, name: str) -> str | None:
 def defined_in(path: Path) -> set[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     kinds = (ast.FunctionDef, ast.ClassDef)
-    return {node.name for node in ast.walk(tree) if isinstance(node, kinds)}
+    tables = (node.targets[0] for node in tree.body if isinstance(node, ast.Assign))
+    return {node.name for node in ast.walk(tree) if isinstance(node, kinds)} | {
+        target.id for target in tables if isinstance(target, ast.Name)
+    }
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -86,6 +91,15 @@ def test_where_answers_the_questions_of_a_newcomer() -> None:
     rows = re.findall(r"^\| (.+?) \| (.+) \|$", (ROOT / "docs/where.md").read_text(encoding="utf-8"), re.M)
     answers = [answer for question, answer in rows if question not in ("question", "---")]
     assert len(answers) >= 15 and all(list(named_paths(answer)) for answer in answers)
+
+
+def test_the_reading_tour_is_short() -> None:
+    tour = (
+        (ROOT / "README.md").read_text(encoding="utf-8").partition("## Reading tour")[2].partition("\n## ")[0]
+    )
+    stops = re.findall(r"^\d+\. `([^`]+)`", tour, re.M)
+    lines = sum((ROOT / stop).read_text(encoding="utf-8").count("\n") for stop in stops)
+    assert len(stops) <= 9 and 500 < lines <= 1400, f"{len(stops)} files, {lines} lines"
 
 
 @pytest.mark.parametrize(

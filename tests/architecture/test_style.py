@@ -15,6 +15,7 @@ MAX_FUNCTION_LINES = 60
 MIRROR_FROM_LINES = 20
 # Modules whose tests stand under another name: module path -> test path.
 MIRROR_ELSEWHERE: dict[str, str] = {
+    "megatron_sgt/arch/kernels.py": "tests/planning/test_memory.py",
     "megatron_sgt/model/kept_weights.py": "tests/model/test_balanced_loop.py",
     "megatron_sgt/model/linear.py": "tests/model/test_balanced_loop.py",
     "megatron_sgt/ops/loop_projection_triton.py": "tests/ops/test_loop_projection.py",
@@ -22,7 +23,7 @@ MIRROR_ELSEWHERE: dict[str, str] = {
     "megatron_sgt/ops/loop_attention_triton.py": "tests/ops/test_loop_attention.py",
     "megatron_sgt/ops/loop_attention_backward_triton.py": "tests/ops/test_loop_attention.py",
     "megatron_sgt/ops/entropy_triton.py": "tests/ops/test_entropy.py",
-    "megatron_sgt/growth/state.py": "tests/growth/test_schedule.py",
+    "megatron_sgt/growth/identity.py": "tests/growth/test_schedule.py",
     "megatron_sgt/reporting/curves.py": "tests/reporting/test_report.py",
     "megatron_sgt/reporting/page.py": "tests/reporting/test_report.py",
     "megatron_sgt/reporting/structure.py": "tests/reporting/test_report.py",

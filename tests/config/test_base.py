@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from megatron_sgt import extensions
 from megatron_sgt.config import Config, GrowthConfig, OptimConfig
-from megatron_sgt.config.base import SECTION_PROBLEMS, Section, derived, shown
+from megatron_sgt.config.base import SECTION_PROBLEMS, Section, count, derived, shown
 from megatron_sgt.config.hints import section_at
 
 SECTIONS: list[type[BaseModel]] = [
@@ -80,3 +81,22 @@ def test_problems_are_collected_into_one_error() -> None:
     (error,) = caught.value.errors()
     assert (error["type"], error["msg"]) == (SECTION_PROBLEMS, "low: is above high\nhigh: is below low")
     assert Pair(low=1, high=1).high == 1
+
+
+def test_count() -> None:
+    assert (count(1, "rank"), count(2, "rank")) == ("1 rank", "2 ranks")
+
+
+def test_a_choice_is_a_built_in_or_a_registered_name() -> None:
+    with pytest.raises(ValidationError) as caught:
+        OptimConfig(lr=1, lr_decay_style="cosin")
+    [error] = caught.value.errors()
+    assert (error["type"], error["ctx"]) == (
+        "literal_error",
+        {"expected": "'cosine', 'linear', 'constant' or 'WSD'"},
+    )
+    extensions.register("lr_schedules", "cosin", object)
+    try:
+        assert OptimConfig(lr=1, lr_decay_style="cosin").lr_decay_style == "cosin"
+    finally:
+        extensions.unregister("lr_schedules", "cosin")

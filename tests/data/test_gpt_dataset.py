@@ -4,13 +4,17 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from megatron_sgt.config import Config
-from megatron_sgt.data.gpt_dataset import BlendedSamples, build_datasets
+from megatron_sgt import extensions
+from megatron_sgt.config import Config, DataConfig
+from megatron_sgt.data.gpt_dataset import DATASETS, BlendedSamples, build_datasets
+from megatron_sgt.data.sources import validate_data
 from megatron_sgt.errors import DataError
+from tests.helpers.choices import built_in
 from tests.helpers.datasets import write_dataset
 
 MakeConfig = Callable[..., Config]
@@ -169,3 +173,21 @@ def test_two_ranks_build_one_cache_and_fail_together(tmp_path: Path, make_config
     assert len(list(cfg.data_cache_dir.iterdir())) == 1
     alone, _, _ = build_datasets(cfg, None)
     assert torch.equal(torch.stack([alone[i]["tokens"] for i in range(40)]), tokens[:40])
+
+
+def test_a_registered_data_set_makes_the_samples(make_config: MakeConfig) -> None:
+    def numbers(cfg: Config, tokenizer: Any) -> Any:
+        return Numbers(0, cfg.model.seq_length), None, None
+
+    extensions.register("datasets", "numbers", numbers)
+    try:
+        config = make_config([], **{"data.dataset": "numbers"})
+        train, valid, test = build_datasets(config, None)
+        assert "'numbers', read when the run starts" in validate_data(config).line()
+    finally:
+        extensions.unregister("datasets", "numbers")
+    assert (type(train), valid, test) == (Numbers, None, None)
+
+
+def test_the_table_has_what_the_configuration_knows() -> None:
+    assert built_in(DataConfig, "dataset") == tuple(DATASETS)

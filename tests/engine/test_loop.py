@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from megatron_sgt.engine import loop
-from megatron_sgt.engine.hooks.base import StatelessHook
+from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.loop import DivergedError, Trainer
-from megatron_sgt.engine.state import TrainState
-from megatron_sgt.engine.step import Batch, StepResult
+from megatron_sgt.engine.step import Batch, StepResult, TrainState
 from megatron_sgt.guard.stop import Reason, StopRequests
 from megatron_sgt.optim.schedule import learning_rate
 from tests.helpers.fake_groups import fake_groups
@@ -33,7 +32,7 @@ CONFIG = small_config(
 ACCUMULATION = 4
 
 
-class Diary(StatelessHook):
+class Diary(Hook):
     """Writes down every call."""
 
     def __init__(self, name: str, calls: list[Any]) -> None:
@@ -53,7 +52,7 @@ class Diary(StatelessHook):
         self.calls.append((self.name, "stop", state.step, reason))
 
 
-class StopAfter(StatelessHook):
+class StopAfter(Hook):
     """Receives a signal in the middle of a step."""
 
     def __init__(self, stop: StopRequests, step: int) -> None:
@@ -190,7 +189,7 @@ class Clock:
         return self.now
 
 
-class Takes(StatelessHook):
+class Takes(Hook):
     """Takes ``seconds`` after every step; notes what each step was said to have taken."""
 
     def __init__(self, clock: Clock, seconds: float, pauses: bool) -> None:

@@ -15,8 +15,7 @@ from megatron_sgt.engine import loop
 from megatron_sgt.engine.build import build_runtime, start_processes
 from megatron_sgt.engine.loop import DivergedError, Trainer
 from megatron_sgt.engine.loss_scale import SkipRule, dynamic_scaler
-from megatron_sgt.engine.state import TrainState
-from megatron_sgt.engine.step import StepResult
+from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.guard.stop import StopRequests
 from megatron_sgt.launch.rank_info import RankInfo
 from tests.helpers.fake_groups import fake_groups

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from megatron_sgt.config import Config
 from megatron_sgt.engine.build import build_runtime, start_processes
-from megatron_sgt.engine.step import Batch, StepResult, train_step
+from megatron_sgt.engine.step import Batch, StepResult, TrainState, train_step
+from megatron_sgt.errors import CheckpointError
 from megatron_sgt.launch.rank_info import RankInfo
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.single import random_batch, small_config
@@ -249,3 +251,31 @@ def test_the_whole_gradient_is_clipped(zero: int) -> None:
         expected = -LR * gradient / (gradient.abs() + 1)
         assert expected.abs().max() > 1e-6
         assert torch.allclose(clipped_by, expected, rtol=1e-2, atol=1e-8)
+
+
+FIELDS = ("step", "consumed_samples", "skipped_steps", "consecutive_skipped")
+
+
+def test_a_run_begins_at_zero() -> None:
+    assert TrainState().state_dict() == dict.fromkeys(FIELDS, 0)
+
+
+def test_round_trip_through_json() -> None:
+    state = TrainState(7, 224, 3, 1)
+    loaded = TrainState()
+    loaded.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    assert loaded == state
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_missing_counter_is_named(name: str) -> None:
+    saved = TrainState(7, 224, 3, 1).state_dict()
+    del saved[name]
+    with pytest.raises(CheckpointError, match=f"the checkpoint's training state has no '{name}'"):
+        TrainState().load_state_dict(saved)
+
+
+def test_counters_of_a_later_version_are_ignored() -> None:
+    state = TrainState()
+    state.load_state_dict({**TrainState(7, 224, 3, 1).state_dict(), "epoch": 2})
+    assert state == TrainState(7, 224, 3, 1)

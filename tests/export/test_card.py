@@ -6,16 +6,16 @@ from pathlib import Path
 
 from megatron_sgt.export.architecture import TokenIds, hf_config
 from megatron_sgt.export.card import model_card
-from megatron_sgt.export.source import open_checkpoint, plan_of
+from megatron_sgt.export.source import open_checkpoint
 from megatron_sgt.growth import LoopPlan
 from tests.helpers.checkpoints import write_grown_checkpoint
 
 
 def test_it_tells_how_the_model_grew(tmp_path: Path) -> None:
     source = open_checkpoint(write_grown_checkpoint(tmp_path), keep_padding=True)
-    growth, model = source.details.growth, source.config.model
+    model = source.config.model
     for gates in (False, True):
-        plan = plan_of(growth, model.num_layers, gates)
+        plan = source.plan(gates)
         card = model_card(source, plan, hf_config(model, plan, 128, "bf16", TokenIds()), gates)
         assert card.startswith("---\nlibrary_name: transformers\n")
         assert "step 7 of 10, 448 tokens, growth phase `selecting`" in card

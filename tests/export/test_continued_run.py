@@ -59,7 +59,7 @@ def test_a_grown_model_goes_on_with_its_loops(tmp_path: Path) -> None:
     config = load_config(write(tmp_path / "run.yaml", GROWN))
     schedule = build_schedule(config.growth, 4, 4)
     schedule.load_state_dict(growth_state(GROWN, config)["growth"]["schedule"])
-    assert schedule.phase == "fixed" and not schedule.needs_entropy
+    assert schedule.phase == "fixed" and not schedule.wanted
     assert [(n, plan.loops, plan.kept_heads, plan.other_gate) for n, plan in schedule.plan.layers] == [
         (1, 1, (0,), 0.0),
         (3, 2, (1, 3), 0.0),

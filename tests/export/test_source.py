@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sgt.checkpoint.contents import GrowthContents, LoopingLayer
 from megatron_sgt.checkpoint.reshard.convert import convert
 from megatron_sgt.checkpoint.reshard.rank_state import WEIGHTS
 from megatron_sgt.errors import CheckpointError
-from megatron_sgt.export.source import find_checkpoint, open_checkpoint, plan_of
+from megatron_sgt.export.source import find_checkpoint, open_checkpoint
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from tests.helpers.checkpoints import grown_config, write_grown_checkpoint
 from tests.helpers.deepspeed_files import odd_config, random_state, write_checkpoint
+from tests.helpers.exports import write_run
+from tests.helpers.single import small_config
 
 LAYOUTS = [(1, 1, 0), (2, 2, 0), (2, 1, 1), (4, 2, 2), (1, 3, 3), (2, 2, 3)]
 
@@ -30,7 +31,7 @@ def test_reads_whole_tensors_of_every_layout(
     _add_counters(tmp_path)
     source = open_checkpoint(tmp_path, keep_padding=keep_padding)
     rows = 24 if keep_padding else 21
-    found = {name: t for entry in source.entries() for name, t in source.read(entry)[0].items()}
+    found = {name: t for weight in source.weights() for name, t in source.read(weight)[0].items()}
     assert list(found) == list(source.names) and source.vocab_rows == rows
     for name, tensor in found.items():
         expected = state[WEIGHTS][name]
@@ -43,8 +44,8 @@ def test_reads_layout_free_checkpoints(tmp_path: Path) -> None:
     convert(folder, tmp_path / "b")
     one, other = open_checkpoint(tmp_path / "a"), open_checkpoint(tmp_path / "b")
     assert one.names == other.names
-    for entry in one.entries():
-        left, right = one.read(entry)[0], other.read(entry)[0]
+    for weight in one.weights():
+        left, right = one.read(weight)[0], other.read(weight)[0]
         assert all(torch.equal(left[name], right[name]) for name in left)
 
 
@@ -70,14 +71,18 @@ def test_broken_files_are_named(tmp_path: Path, name: str) -> None:
 
 
 def test_plans_with_and_without_the_gates_of_training(tmp_path: Path) -> None:
-    details = open_checkpoint(write_grown_checkpoint(tmp_path)).details
+    source = open_checkpoint(write_grown_checkpoint(tmp_path))
     layers = grown_config().model.num_layers
     at_use = LoopPlan(layers, ((3, LayerPlan(2, (0, 3))), (1, LayerPlan(1, (1, 2)))))
     in_window = LoopPlan(layers, ((3, LayerPlan(2, (0, 3))), (1, LayerPlan(1, (1, 2), 0.5))))
-    assert plan_of(details.growth, layers) == at_use
-    assert plan_of(details.growth, layers, training_gates=True) == in_window
-    block = GrowthContents("block_loop", "fixed", (LoopingLayer(2, 3, (), None, 0.0),), None)
-    assert plan_of(block, 4) == LoopPlan(4, ((2, LayerPlan(block_loops=3)),))
+    assert source.plan() == at_use
+    assert source.plan(training_gates=True) == in_window
+
+
+def test_a_block_loop_is_the_plan(tmp_path: Path) -> None:
+    settings = {"method": "block_loop", "block_loop_layers": [2], "block_loop_count": 3}
+    write_run(tmp_path, small_config(growth=settings))
+    assert open_checkpoint(tmp_path).plan() == LoopPlan(4, ((2, LayerPlan(block_loops=3)),))
 
 
 def _add_counters(root: Path) -> None:

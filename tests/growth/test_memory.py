@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_sgt.config.growth import GrowthConfig
-from megatron_sgt.growth.schedule import GrowthSchedule, memory_steps
+from megatron_sgt.growth.sgt import SGTSchedule, memory_steps
 
 LAYERS, HEADS, STEPS = 6, 4, 400
 
@@ -21,14 +21,14 @@ def run(exact: bool, seed: int, decay: float) -> tuple[list[object], int, np.nda
     config = GrowthConfig(
         exact_ema=exact, ema_decay=decay, first_selection_step=60, window_size=70, max_loop_depth=2
     )
-    schedule = GrowthSchedule(config, LAYERS, HEADS)
+    schedule = SGTSchedule(config, LAYERS, HEADS)
     generator = np.random.default_rng(seed)
     events: list[object] = []
     measured, ema = 0, schedule.ema
     for step in range(1, STEPS + 1):
         table = generator.random((LAYERS, 3, HEADS))
-        if schedule.needs_entropy:
-            schedule.fold_entropy(table)
+        if schedule.wanted:
+            schedule.observe("entropy", table)
             measured += 1
         happened = schedule.after_step(step)
         if happened:
@@ -49,13 +49,13 @@ def test_the_same_decisions_from_fewer_measurements(seed: int, decay: float) -> 
 
 def test_measuring_starts_in_time_and_stops_with_the_structure() -> None:
     config = GrowthConfig(exact_ema=False, first_selection_step=60, window_size=70, max_selected_layers=1)
-    schedule = GrowthSchedule(config, LAYERS, HEADS)
+    schedule = SGTSchedule(config, LAYERS, HEADS)
     wanted = [step for step in range(1, 200) if 37 <= step <= 60 or 107 <= step <= 130]
     measured = []
     for step in range(1, 200):
-        if schedule.needs_entropy:
+        if schedule.wanted:
             measured.append(step)
-            schedule.fold_entropy(np.full((LAYERS, 2, HEADS), 0.5))
+            schedule.observe("entropy", np.full((LAYERS, 2, HEADS), 0.5))
         schedule.after_step(step)
     assert measured == wanted
     assert schedule.phase == "fixed"

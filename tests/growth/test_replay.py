@@ -9,7 +9,7 @@ import pytest
 
 from megatron_sgt.config.growth import GrowthConfig
 from megatron_sgt.errors import CheckpointError, ConfigError
-from megatron_sgt.growth import GrowthSchedule, LoopPlan, build_schedule
+from megatron_sgt.growth import LoopPlan, SGTSchedule, build_schedule
 from megatron_sgt.growth.replay import ReplaySchedule
 from megatron_sgt.jsonl import read_metrics
 
@@ -24,10 +24,10 @@ def record(**settings: Any) -> tuple[list[dict[str, Any]], list[LoopPlan]]:
     """(event records as a run logs them, plan after every step) of a schedule that decides."""
     rng = np.random.default_rng(3)
     config = GrowthConfig(**{**SETTINGS, **settings})
-    schedule = GrowthSchedule(config, LAYERS, HEADS)
+    schedule = SGTSchedule(config, LAYERS, HEADS)
     records, plans = [], []
     for step in range(1, STEPS + 1):
-        schedule.fold_entropy(rng.random((LAYERS, 1 + config.max_loop_depth, HEADS)))
+        schedule.observe("entropy", rng.random((LAYERS, 1 + config.max_loop_depth, HEADS)))
         for event in schedule.after_step(step):
             entry = {"kind": "growth", **event.to_dict()}
             if event.action in ("first_selection", "select_new_layer"):
@@ -61,7 +61,7 @@ def test_the_same_plan_after_every_step(as_list: bool, tmp_path: Path) -> None:
     if as_list:
         (tmp_path / "metrics.jsonl").write_text(json.dumps(records))
     schedule = replay(path)
-    assert not schedule.needs_entropy
+    assert not schedule.wanted
     replayed, events = [], []
     for step in range(1, STEPS + 1):
         events += schedule.after_step(step)

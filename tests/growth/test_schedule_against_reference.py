@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_sgt.config.growth import GrowthConfig
-from megatron_sgt.growth import GrowthSchedule
+from megatron_sgt.growth import SGTSchedule
 from tests.helpers.reference_sgt import ReferenceSchedule
 from tests.helpers.trajectories import GOLDEN, read_trajectory
 
@@ -60,12 +60,12 @@ def test_every_option_against_the_reference(block: int) -> None:
     for seed in range(block * 50, block * 50 + 50):
         options, layers, heads, first = random_case(seed)
         options = clear_of_rounding(options, seed)
-        schedule = GrowthSchedule(GrowthConfig(**options), layers, heads)
+        schedule = SGTSchedule(GrowthConfig(**options), layers, heads)
         reference = ReferenceSchedule(options, layers, heads)
         tables = entropies(seed, 45, layers, 1 + options["max_loop_depth"], heads)
         for step, entropy in enumerate(tables, start=first):
-            assert schedule.needs_entropy == reference.collects()
-            schedule.fold_entropy(entropy)
+            assert bool(schedule.wanted) == reference.collects()
+            schedule.observe("entropy", entropy)
             reference.fold(entropy)
             events = schedule.after_step(step)
             expected = reference.act(step)
@@ -73,8 +73,8 @@ def test_every_option_against_the_reference(block: int) -> None:
             where = f"seed {seed}, step {step}, {options}"
             assert found == ([expected] if expected else []), where
             assert schedule.phase == reference.phase, where
-            assert schedule.loop_depth() == reference.loops, where
-            assert np.abs(schedule.gates() - reference.gates).max() < 1e-12, where
+            assert list(schedule.plan.loops) == reference.loops, where
+            assert np.abs(schedule.plan.gates(schedule.num_heads) - reference.gates).max() < 1e-12, where
             assert np.abs(schedule.ema - reference.ema).max() < 1e-12, where
             inference = schedule.plan.inference()
             for layer, gates in enumerate(reference.inference_gates()):
@@ -96,17 +96,17 @@ def test_shallow_to_deep_is_the_mirror_image() -> None:
             "exclude_layers": [layers - 1 - n for n in options["exclude_layers"]],
             "direction": "shallow_to_deep",
         }
-        deep = GrowthSchedule(GrowthConfig(**{**options, "direction": "deep_to_shallow"}), layers, heads)
-        shallow = GrowthSchedule(GrowthConfig(**mirrored), layers, heads)
+        deep = SGTSchedule(GrowthConfig(**{**options, "direction": "deep_to_shallow"}), layers, heads)
+        shallow = SGTSchedule(GrowthConfig(**mirrored), layers, heads)
         tables = entropies(seed, 45, layers, 1 + options["max_loop_depth"], heads)
         for step, entropy in enumerate(np.nan_to_num(tables, nan=0.5), start=1):
-            deep.fold_entropy(entropy)
-            shallow.fold_entropy(entropy[::-1])
+            deep.observe("entropy", entropy)
+            shallow.observe("entropy", entropy[::-1])
             for one, other in zip(deep.after_step(step), shallow.after_step(step), strict=True):
                 assert one.action == other.action
-                assert one.loop_depth == other.loop_depth[::-1]
+                assert one.loops == other.loops[::-1]
                 assert one.layer is None or one.layer == layers - 1 - (other.layer or 0)
-            assert (deep.gates() == shallow.gates()[::-1]).all()
+            assert (deep.plan.gates(deep.num_heads) == shallow.plan.gates(shallow.num_heads)[::-1]).all()
         grown += len(deep.plan.layers)
     assert grown > 20
 
@@ -116,23 +116,27 @@ def test_golden_entropies_give_the_golden_structure_at_every_step() -> None:
     ema = golden["ema_entropy"].double().numpy()
     steps, layers, heads = ema.shape
     growth = meta["growth"]
-    schedule = GrowthSchedule(GrowthConfig(**growth), layers, heads)
+    schedule = SGTSchedule(GrowthConfig(**growth), layers, heads)
     beta, previous, events = growth["ema_decay"], np.zeros((layers, heads)), []
     for step in range(1, steps + 1):
-        if schedule.needs_entropy:
+        if schedule.wanted:
             measured = (ema[step - 1] - beta * previous) / (1 - beta)
             # Each head finds its value only where the method reads it: in pass 1 for a kept head.
             kept = np.zeros((layers, heads), dtype=bool)
             for layer, plan in schedule.plan.layers:
                 kept[layer, list(plan.kept_heads)] = True
-            schedule.fold_entropy(
-                np.stack([np.where(kept, np.nan, measured), np.where(kept, measured, np.nan)], axis=1)
+            schedule.observe(
+                "entropy",
+                np.stack([np.where(kept, np.nan, measured), np.where(kept, measured, np.nan)], axis=1),
             )
         previous = ema[step - 1]
         found = [event.to_dict() for event in schedule.after_step(step)]
         events += [{key: event[key] for key in GOLDEN_EVENT} for event in found]
         assert np.abs(schedule.ema - ema[step - 1]).max() < 1e-12, step
-        assert np.abs(schedule.gates() - golden["head_decay"][step - 1].numpy()).max() < 1e-7, step
-        assert schedule.loop_depth() == golden["loop_depth"][step - 1].tolist(), step
+        assert (
+            np.abs(schedule.plan.gates(schedule.num_heads) - golden["head_decay"][step - 1].numpy()).max()
+            < 1e-7
+        ), step
+        assert list(schedule.plan.loops) == golden["loop_depth"][step - 1].tolist(), step
     assert events == meta["events"]
-    assert schedule.phase == "fixed" and not schedule.needs_entropy
+    assert schedule.phase == "fixed" and not schedule.wanted

@@ -3,15 +3,16 @@ import pytest
 
 from megatron_sgt.config.growth import GrowthConfig
 from megatron_sgt.errors import CheckpointError, ConfigError
-from megatron_sgt.growth import GrowthSchedule, LayerPlan, LoopPlan, StaticSchedule, build_schedule
+from megatron_sgt.growth import LayerPlan, LoopPlan, SGTSchedule, build_schedule
+from megatron_sgt.growth.static import BlockLoop, Vanilla
 
 BLOCK_LOOP = GrowthConfig(method="block_loop", block_loop_layers=(5, 3), block_loop_count=2)
 
 
 def test_each_method_has_its_schedule() -> None:
-    assert isinstance(build_schedule(GrowthConfig(), 8, 4), GrowthSchedule)
-    assert isinstance(build_schedule(GrowthConfig(method="vanilla"), 8, 4), StaticSchedule)
-    assert isinstance(build_schedule(BLOCK_LOOP, 8, 4), StaticSchedule)
+    assert isinstance(build_schedule(GrowthConfig(), 8, 4), SGTSchedule)
+    assert isinstance(build_schedule(GrowthConfig(method="vanilla"), 8, 4), Vanilla)
+    assert isinstance(build_schedule(BLOCK_LOOP, 8, 4), BlockLoop)
 
 
 @pytest.mark.parametrize(
@@ -25,14 +26,13 @@ def test_static_plans_never_change(config: GrowthConfig, plan: LoopPlan, phase: 
     schedule = build_schedule(config, 8, 4)
     for step in (1, 249, 250, 251, 1000):
         assert not schedule.decides_at(step)
-        schedule.fold_entropy(np.ones((8, 2, 4)))
         assert schedule.after_step(step) == []
         assert schedule.plan == plan == schedule.plan.inference()
         assert schedule.phase == phase
-        assert not schedule.needs_entropy
-        assert (schedule.gates() == np.ones((8, 4))).all()
-        assert (schedule.ema == np.zeros((8, 4))).all()
-        assert schedule.loop_depth() == [0] * 8
+        assert not schedule.wanted and not schedule.probes
+        assert (schedule.plan.gates(4) == np.ones((8, 4))).all()
+        assert schedule.report() == {}
+        assert list(schedule.plan.loops) == [0] * 8
 
 
 def test_a_block_loop_outside_the_model_is_refused() -> None:

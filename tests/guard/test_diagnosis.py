@@ -28,8 +28,8 @@ class Scene:
         self.behind: int | None = None
         self.states = dict.fromkeys(range(4), "S")
         self.killed: list[tuple[int, int]] = []
-        self.post = StoreChannel(dist.HashStore())
-        self.call = Diagnosis(ExitProtocol(0, 4, folder, self.post), RANKS, keeper=True)
+        self.channel = StoreChannel(dist.HashStore())
+        self.call = Diagnosis(ExitProtocol(0, 4, folder, self.channel), RANKS, keeper=True)
         self.beat([0, 1, 2, 3], BEAT)
         monkeypatch.setattr(diagnosis.time, "sleep", self._wait)
         monkeypatch.setattr(processes, "process_state", lambda identity: self.states[identity.pid - 100])
@@ -37,11 +37,11 @@ class Scene:
 
     def beat(self, ranks: list[int], beat: Beat) -> None:
         for rank in ranks:
-            self.post.put(f"beat/{rank}", beat.text())
+            self.channel.put(f"beat/{rank}", beat.text())
 
     def say(self, **words: str) -> None:
         for rank, text in words.items():
-            self.post.put(f"hang/{rank.removeprefix('rank')}", text)
+            self.channel.put(f"hang/{rank.removeprefix('rank')}", text)
 
     def _wait(self, seconds: float) -> None:
         self.beat(self.alive, dataclasses.replace(BEAT, number=8))
@@ -118,7 +118,7 @@ IN_GATHER = "waiting in all_gather_object, called from _compare (straggler.py:15
     ids=["gpu", "gpu, mixed", "cpu"],
 )
 def test_hosts_that_read_a_device_are_not_to_blame(queued: bool, last: str, scene: Scene) -> None:
-    """What waits is the device: on GPUs all hosts stand where they next read it, the missing one's too."""
+    """The device is what waits: on GPUs every host stops where it next reads its device, also the missing rank's."""
     scene.say(rank0=READING, rank1=READING, rank2=READING, rank3=last)
     call = dataclasses.replace(scene.call, queued=queued)
     failure, details = call.hang("no progress", "step 7 (train)")
@@ -127,17 +127,17 @@ def test_hosts_that_read_a_device_are_not_to_blame(queued: bool, last: str, scen
 
 
 def test_without_the_store_its_keeper_is_silent(scene: Scene) -> None:
-    scene.call.out.store_gone = True
+    scene.call.exit.store_gone = True
     assert scene.call.silent() == []
-    other = Diagnosis(ExitProtocol(1, 4, scene.call.out.folder, None), RANKS, keeper=True)
+    other = Diagnosis(ExitProtocol(1, 4, scene.call.exit.folder, None), RANKS, keeper=True)
     assert other.silent() == [0] and other.beats() == {}
     assert dataclasses.replace(other, keeper=False).silent() == [], "torchrun's agent keeps the store"
-    assert other.asked_to_tell("here"), "each tells, and the file decides"
+    assert other.is_reporter("here"), "each reports, and the file decides"
 
 
-def test_one_rank_is_asked_to_tell(scene: Scene) -> None:
-    other = Diagnosis(ExitProtocol(1, 4, scene.call.out.folder, scene.post), RANKS, keeper=True)
-    assert scene.call.asked_to_tell("here") and not other.asked_to_tell("there")
+def test_one_rank_is_the_reporter(scene: Scene) -> None:
+    other = Diagnosis(ExitProtocol(1, 4, scene.call.exit.folder, scene.channel), RANKS, keeper=True)
+    assert scene.call.is_reporter("here") and not other.is_reporter("there")
 
 
 def test_a_loss(scene: Scene) -> None:

@@ -50,8 +50,8 @@ def test_a_bug_and_an_interrupt(waited: list[float], capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err.startswith("interrupted") and sum(waited) == 0
 
 
-def test_rank_0_speaks_first_and_others_if_they_are_still_there() -> None:
-    """A launcher ends the others when rank 0 leaves; what only one rank has met must be told all the same."""
+def test_rank_0_reports_first_and_others_if_they_are_still_there() -> None:
+    """A launcher ends the others when rank 0 leaves; what only one rank has met must be reported all the same."""
     seconds = [
         ending.patience(info) for info in (rank(0), rank(1), rank(2, local=0, of=4), rank(3, local=1, of=4))
     ]
@@ -67,10 +67,10 @@ def test_another_rank_waits_and_names_itself(
     assert waited == [ending.patience(rank(1))]
 
 
-@pytest.mark.parametrize(("answer", "tells"), [(1, True), (2, False), (RuntimeError("gone"), False)])
-def test_with_a_store_the_first_tells(
+@pytest.mark.parametrize(("answer", "prints"), [(1, True), (2, False), (RuntimeError("gone"), False)])
+def test_with_a_store_the_first_reports(
     answer: Any,
-    tells: bool,
+    prints: bool,
     waited: list[float],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -88,5 +88,5 @@ def test_with_a_store_the_first_tells(
     monkeypatch.setattr(ending, "place", lambda: rank(1))
     monkeypatch.setattr(ending.os, "_exit", left.append)
     ending.run_rank(fail(DataError("wrong")))
-    assert ("wrong" in capsys.readouterr().err) == tells
-    assert left == [3] and (sum(waited) == 0) == tells
+    assert ("wrong" in capsys.readouterr().err) == prints
+    assert left == [3] and (sum(waited) == 0) == prints

@@ -1,4 +1,4 @@
-"""The first failure is claimed by one rank, in the store or in a file, told once, and followed by the others."""
+"""The first failure is claimed by one rank, in the store or in a file, reported once, and followed by the others."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[ExitProtocol]
 
 
 @pytest.mark.parametrize("store", [True, False])
-def test_one_tells_and_the_others_follow(
+def test_one_reports_and_the_others_follow(
     store: bool, ranks: list[ExitProtocol], capsys: pytest.CaptureFixture[str]
 ) -> None:
     one, other = ranks
@@ -67,7 +67,7 @@ def test_one_tells_and_the_others_follow(
 
 
 @pytest.mark.parametrize("store", [True, False])
-def test_two_ranks_that_find_the_same_tell_it_once(
+def test_two_ranks_that_find_the_same_report_it_once(
     store: bool, ranks: list[ExitProtocol], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for rank in ranks:
@@ -109,7 +109,7 @@ def test_a_store_that_is_gone_is_asked_once(
     assert ranks[0].known_failure() == LOST and len(asked) == 1
 
 
-def test_where_nothing_can_be_written_it_is_told_all_the_same(
+def test_where_nothing_can_be_written_it_is_printed_all_the_same(
     tmp_path: Path, ranks: list[ExitProtocol], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "failures").write_text("a file")
@@ -127,14 +127,14 @@ def test_only_one_thread_ends_the_process(ranks: list[ExitProtocol]) -> None:
     assert ranks[0].is_taken and not ranks[0]._taken.acquire(blocking=False)
 
 
-def test_who_tells_of_a_hang_records_too(
+def test_who_reports_a_hang_records_too(
     ranks: list[ExitProtocol], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(Left):
         ranks[0].fail(HANG, "start again")
     errors = capsys.readouterr().err
     assert errors.index("HANG  rank 1") < errors.index("[rank 0] recorded"), (
-        "told first, whatever the record does"
+        "reported first, whatever the record does"
     )
     with pytest.raises(Left):
         ranks[1].follow(LOST)

@@ -13,14 +13,14 @@ from megatron_sgt.guard.store_channel import StoreChannel, StoreGoneError, bound
 
 
 def test_put_get_claim() -> None:
-    post = StoreChannel(dist.HashStore())
-    assert post.get(["a", "b"]) == [None, None]
-    post.put("a", "one")
-    assert post.get(["a", "b"]) == ["one", None]
-    post.put("b", "two")
-    assert post.get(["a", "b"]) == ["one", "two"]
-    assert post.claim("first", "me") == "me"
-    assert post.claim("first", "you") == "me"
+    channel = StoreChannel(dist.HashStore())
+    assert channel.get(["a", "b"]) == [None, None]
+    channel.put("a", "one")
+    assert channel.get(["a", "b"]) == ["one", None]
+    channel.put("b", "two")
+    assert channel.get(["a", "b"]) == ["one", "two"]
+    assert channel.claim("first", "me") == "me"
+    assert channel.claim("first", "you") == "me"
 
 
 def test_a_store_that_breaks() -> None:

@@ -37,8 +37,8 @@ def endless(tmp_path: Path, data: str, **parallel: Any) -> tuple[Path, Path]:
     return path, run_dir
 
 
-def told(errors: list[str]) -> list[str]:
-    """The first lines of the blocks that were told, over all ranks."""
+def reports(errors: list[str]) -> list[str]:
+    """The first lines of the reports, over all ranks."""
     words = ("LOST  ", "HANG  ", "FAILED  ", "error: ")
     return [line for text in errors for line in text.splitlines() if line.startswith(words)]
 
@@ -54,7 +54,7 @@ def test_a_killed_rank_is_named_within_seconds(victim: int, data: str, tmp_path:
         done = run.finished()
     assert code == 1 and seconds < 10, (code, seconds, done)
     survivor = done[1 - victim].err
-    (head,) = told([survivor])
+    (head,) = reports([survivor])
     assert head.startswith(f"LOST  rank {victim} of 2 on {socket.gethostname()}, in step "), head
     assert "SIGKILL" in survivor and "Traceback" not in survivor and "gloo" not in survivor, survivor
     (report,) = (run_dir / "failures").glob("*/report.txt")
@@ -74,7 +74,7 @@ def test_a_stopped_rank_is_named_after_the_timeout(victim: int, data: str, tmp_p
         done = run.finished()
     assert codes == [1, 1], (seconds, done)
     assert HANG_SECONDS < seconds < HANG_SECONDS + 10
-    (head,) = told([done[rank].err for rank in others])
+    (head,) = reports([done[rank].err for rank in others])
     assert head.startswith(f"HANG  rank {victim} of 3 on {socket.gethostname()}, in step "), head
     text = "".join(done[rank].err for rank in others)
     assert f"behind: rank {victim}\n" in text and "stopped by a signal" in text
@@ -112,7 +112,7 @@ def test_rank_zero_dies_while_the_others_wait_at_the_store(data: str, tmp_path: 
         seconds = time.monotonic() - start
         done = run.finished()
     assert code == 1 and seconds < 10, (code, seconds, done)
-    (head,) = told([done[1].err])
+    (head,) = reports([done[1].err])
     assert head.startswith("LOST  rank 0 of 2 on ") and head.endswith(", in opening the data"), head
 
 
@@ -136,7 +136,7 @@ def test_nobody_leaves_while_rank_zero_closes_its_reports(data: str, tmp_path: P
     with attempt(tmp_path / "ranks", config, 2, close_slowly) as run:
         codes = run.wait([0, 1], timeout=60)
         done = run.finished()
-    assert codes == [0, 0] and told([one.err for one in done]) == [], done
+    assert codes == [0, 0] and reports([one.err for one in done]) == [], done
     assert not (run_dir / "failures").exists(), "nothing is left of a run that ended well"
 
 
@@ -164,7 +164,7 @@ def test_a_failing_rank_is_named_and_its_exit_code_is_all_ranks(kind: str, data:
         codes = run.wait([0, 1], timeout=60)
         done = run.finished()
     assert codes == ([1, 1] if kind == "bug" else [3, 3]), done
-    (line,) = told([one.err for one in done])
+    (line,) = reports([one.err for one in done])
     if kind == "bug":
         assert line == f"FAILED  rank 1 of 2 on {socket.gethostname()}, in step 4 (data)"
         assert "cause  ZeroDivisionError: seven by none" in done[1].err

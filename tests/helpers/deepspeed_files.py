@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.reshard.rank_state import MOMENTS, QUANTITIES, WEIGHTS
 from megatron_sgt.checkpoint.reshard.stage0 import PARAMETER_NAMES
 from megatron_sgt.config import Config
 from megatron_sgt.files import replace_text
-from megatron_sgt.model.hf_weights import hf_weights, megatron_shard, name_map
+from megatron_sgt.model.hf_weights import hf_weights, megatron_shard
 from tests.helpers.single import small_config
 
 State = dict[str, dict[str, Tensor]]
@@ -42,28 +43,13 @@ def odd_config(sections: dict[str, dict[str, Any]] | None = None, **model: Any) 
 def random_state(config: Config, seed: int = 0) -> State:
     """Whole tensors under Hugging Face names, the vocabulary with its padding rows."""
     model = config.model
-    whole = model.model_copy(update={"vocab_size": None})
-    rows, hidden, ffn, size = (
-        model.padded_vocab_size(),
-        model.hidden_size,
-        model.ffn_hidden_size,
-        model.kv_channels,
-    )
-    queries, keys = model.num_attention_heads * size, model.num_query_groups * size
-    shapes = {
-        "word_embeddings": (rows, hidden), "output_layer": (rows, hidden),
-        "linear_qkv": (queries + 2 * keys, hidden), "linear_proj": (hidden, queries),
-        "linear_fc1": (2 * ffn if model.activation == "swiglu" else ffn, hidden), "linear_fc2": (hidden, ffn),
-        "q_layernorm": (size,), "k_layernorm": (size,),
-    }  # fmt: skip
+    whole = model.model_copy(update={"vocab_size": model.padded_vocab_size()})
     generator = torch.Generator().manual_seed(seed)
     state: State = {}
     for quantity in QUANTITIES:
         fused = {}
-        for entry in name_map(whole):
-            module, kind = entry.megatron.split(".")[-2:]
-            shape = shapes.get(module, (hidden,))
-            fused[entry.megatron] = torch.randn(shape[:1] if kind == "bias" else shape, generator=generator)
+        for weight in weights(whole):
+            fused[weight.megatron] = torch.randn(weight.shard_shape(1), generator=generator)
         state[quantity] = hf_weights([fused], whole)
     return state
 

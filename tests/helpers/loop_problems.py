@@ -10,8 +10,9 @@ from torch import Tensor
 
 from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.ops.backend import runs_triton
-from megatron_sgt.ops.fused_loop import HeadBlocks, head_blocks
+from megatron_sgt.ops.head_blocks import HeadBlocks, head_blocks
 from megatron_sgt.ops.rotary import Rotary, rotary_table
+from megatron_sgt.parallel.packed_copy import on_device
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Where Triton runs (a GPU, or its interpreter in a process of its own) its kernels are tested beside the definitions.
@@ -35,6 +36,10 @@ class Case:
     kept: tuple[int, ...] = (1, 2)
     bias: bool = False
     head_norm: bool = False
+
+    @property
+    def layout(self) -> HeadLayout:
+        return HeadLayout(self.heads, self.groups, self.size)
 
 
 CASES = {
@@ -93,11 +98,6 @@ def random(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor
 
 def problem(case: Case, dtype: torch.dtype) -> Problem:
     """Inputs of order 1; norm weights off 1."""
-    layout = HeadLayout(case.heads, case.groups, case.size)
-    kept = layout.local(case.kept)
-    index = [
-        torch.tensor(values, device=DEVICE) for values in (kept.qkv_rows, kept.proj_columns, kept.kv_slot)
-    ]
     rows = (case.heads + 2 * case.groups) * case.size
     frequencies = 10000.0 ** -torch.arange(0, 1, 2 / case.size, dtype=torch.float64)
     angles = torch.arange(case.length, dtype=torch.float64).outer(frequencies)
@@ -115,7 +115,7 @@ def problem(case: Case, dtype: torch.dtype) -> Problem:
         angles=torch.cat([angles, angles], dim=-1)[:, None, None].to(
             DEVICE, torch.float64 if dtype == torch.float64 else torch.float32
         ),
-        blocks=head_blocks(*index, case.size),
+        blocks=on_device(head_blocks(case.layout, case.kept), DEVICE),
     )
 
 

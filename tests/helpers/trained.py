@@ -46,7 +46,7 @@ def train_and_tell(
             text = torch.cat([text, _logits(model, text)[:, -1:].argmax(-1)], dim=1)
     if not run.groups.is_main:
         return None
-    return Told(logits, loss, text[:, prompts.shape[1] :], run.schedule.loop_depth())
+    return Told(logits, loss, text[:, prompts.shape[1] :], list(run.schedule.plan.loops))
 
 
 def _logits(model: LanguageModel, tokens: Tensor) -> Tensor:

@@ -10,11 +10,10 @@ import pytest
 
 from megatron_sgt.config import Config
 from megatron_sgt.engine.hooks import growth as growth_hook
-from megatron_sgt.engine.hooks.base import StatelessHook
-from megatron_sgt.engine.plan_check import PlanMismatchError
+from megatron_sgt.engine.hooks.base import Hook
+from megatron_sgt.engine.hooks.replicas import PlanMismatchError
 from megatron_sgt.engine.run import PretrainingRun
-from megatron_sgt.engine.state import TrainState
-from megatron_sgt.engine.step import StepResult
+from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.growth import LoopPlan, Schedule
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.model.apply_plan import apply_plan, executed_plan
@@ -29,7 +28,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_tiny_data(tmp_path_factory.mktemp("data"))
 
 
-class Fingerprints(StatelessHook):
+class Fingerprints(Hook):
     """Notes after every step what the schedule asks for and what the layers execute."""
 
     name = "fingerprints"
@@ -71,7 +70,7 @@ def train_apart(
     return fingerprints.seen, run.growth.events
 
 
-class Disobedient(StatelessHook):
+class Disobedient(Hook):
     """On the last rank, the layers execute another plan than the schedule's after step 5, which decides nothing."""
 
     name = "disobedient"

@@ -34,6 +34,11 @@ def marked(role: str, text: str) -> str:
     return f"<{role}:{text}>"
 
 
+def test_hook_line() -> None:
+    record = {"step": 1250, "hook": "loss_average", "values": {"loss": 2.34567, "count": 40.0}}
+    assert lines.hook_line(record, marked) == "<good:HOOK>  step 1,250  loss_average  loss 2.35  count 40.0"
+
+
 def test_train_line() -> None:
     assert lines.train_line(TRAIN) == TRAIN_TEXT
     assert lines.train_line(TRAIN, marked) == TRAIN_TEXT
@@ -88,7 +93,7 @@ def growth(action: str, **extra: Any) -> dict[str, Any]:
         layer=None if action == "fixed" else 19,
         phase="selecting",
         kept_heads={19: (4, 11)},
-        loop_depth=tuple(depth),
+        loops=tuple(depth),
         layer_score=None if action == "fixed" else 0.8123,
     )
     return {**event.to_dict(), **extra}

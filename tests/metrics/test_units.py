@@ -98,7 +98,3 @@ def test_fixed_shows_what_is_no_number() -> None:
     ]
     assert units.is_bad(math.nan) and units.is_bad(-math.inf)
     assert not units.is_bad(None) and not units.is_bad(0.0)
-
-
-def test_count() -> None:
-    assert (units.count(1, "rank"), units.count(2, "rank")) == ("1 rank", "2 ranks")

@@ -20,6 +20,11 @@ def test_scalars_are_the_numbers_that_make_curves() -> None:
     assert scalars("train", record) == {"train/loss": 2.5, "train/loops": 2.0, "train/grad_norm": 0.5}
 
 
+def test_scalars_of_a_hook_are_its_values() -> None:
+    record = {"step": 3, "time": 5.0, "hook": "loss_average", "values": {"loss": 2.5}}
+    assert scalars("hook", record) == {"hook/loss_average/loss": 2.5}
+
+
 def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     writer = TensorBoardWriter(tmp_path)

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.model.apply_plan import apply_plan, sgt_layers
 from megatron_sgt.model.entropy_meter import EntropyMeter
+from megatron_sgt.model.head_loop import DenseLoop, SparseLoop
 from tests.helpers.single import random_batch, single_model, small_config
 
 PLAN = LoopPlan(4, ((1, LayerPlan(2, (0, 3), 0.5)), (3, LayerPlan(block_loops=1))))
@@ -95,8 +96,9 @@ def test_the_gates_of_a_window_reach_the_device_in_one_copy(copies: CopiesToDevi
             apply_plan(model, plan)
         counts.append(copies.count)
         for layer in sgt_layers(model):
-            assert (
-                layer._loop is None
-                or layer._loop.gates.device.type == layer._loop.qkv_rows.device.type == "meta"
-            )
+            if isinstance(layer.loop_pass, DenseLoop):
+                assert layer.loop_pass.gates.device.type == "meta"
+            elif isinstance(layer.loop_pass, SparseLoop):
+                blocks = vars(layer.loop_pass.blocks).values()
+                assert {t.device.type for t in blocks if isinstance(t, Tensor)} == {"meta"}
     assert counts == [1, 2, 3, 3, 3]

@@ -28,7 +28,7 @@ def built(config: Config, fused: bool, monkeypatch: pytest.MonkeyPatch) -> Langu
     monkeypatch.setattr(gpt, "loop_backend", lambda *_: ("triton" if fused else "torch", ""))
     model = single_model(config).train()
     make_weights_uneven(model)
-    assert all(layer.fused is fused for layer in sgt_layers(model))
+    assert all(layer.loop_options.fused is fused for layer in sgt_layers(model))
     return model
 
 

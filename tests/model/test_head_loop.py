@@ -12,7 +12,9 @@ from megatron_sgt.config import Config
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.model.apply_plan import apply_plan, sgt_layers
 from megatron_sgt.model.gpt import LanguageModel
-from megatron_sgt.model.head_loop import loop_state, sparse_loop
+from megatron_sgt.model.head_loop import SparseLoop
+from megatron_sgt.ops.head_blocks import head_blocks
+from megatron_sgt.ops.rotary import rotary_table
 from tests.helpers.fake_groups import fake_groups
 from tests.helpers.reference_sgt import forward, next_token_loss
 from tests.helpers.single import random_batch, single_model, small_config
@@ -136,10 +138,10 @@ def test_a_rank_without_kept_heads_still_takes_part(variant: str) -> None:
     """Its part of the sum is zero, yet connected to all that its peers reduce in the backward pass."""
     _, model = built(variant, 1)
     layer = sgt_layers(model)[2]
-    state = loop_state(LayerPlan(1, (0, 1)), HeadLayout(4, 4, 16, tp_size=2, tp_rank=1))
-    assert state is not None and state.kept.heads == () and state.gates.tolist() == [0.0, 0.0]
+    blocks = head_blocks(HeadLayout(4, 4, 16, tp_size=2, tp_rank=1), (0, 1))
     x = torch.randn(8, 2, 64, requires_grad=True)
-    out = sparse_loop(layer, x, torch.zeros(8, 1, 1, 16), state, 1)
+    rotary = rotary_table(torch.zeros(8, 1, 1, 16))
+    out = SparseLoop(blocks, kernels=False)(layer, x, rotary, 1)
     bias = layer.self_attention.linear_proj.bias
     torch.testing.assert_close(out, x if bias is None else x + bias)
     model.zero_grad()
@@ -150,25 +152,6 @@ def test_a_rank_without_kept_heads_still_takes_part(variant: str) -> None:
         norms += [layer.self_attention.q_layernorm, layer.self_attention.k_layernorm]
     for norm in norms:
         assert torch.equal(norm.weight.grad, torch.zeros_like(norm.weight))
-
-
-def test_loop_state() -> None:
-    layout = HeadLayout(8, 4, 2, tp_size=2, tp_rank=1)
-    assert loop_state(LayerPlan(), layout) is None
-    assert loop_state(LayerPlan(block_loops=2), layout) is None
-    state = loop_state(LayerPlan(2, (1, 4, 7), 0.25), layout)
-    assert state is not None
-    assert state.gates.tolist() == [1.0, 0.25, 0.25, 1.0]
-    assert state.heads.tolist() == [4, 7]  # global ids
-    assert state.kv_slot.tolist() == [0, 1]
-    assert state.heads.dtype == state.qkv_rows.dtype == torch.int64
-    assert state.qkv_rows.tolist() == list(state.kept.qkv_rows)
-    assert state.proj_columns.tolist() == [0, 1, 6, 7]
-    later = loop_state(LayerPlan(2, (1, 4, 7), 0.125), layout, state)
-    assert later is not None and later.gates.tolist() == [1.0, 0.125, 0.125, 1.0]
-    assert later.qkv_rows is state.qkv_rows and later.plan.other_gate == 0.125
-    other = loop_state(LayerPlan(2, (1, 5, 7), 0.125), layout, later)
-    assert other is not None and other.heads.tolist() == [5, 7]
 
 
 def test_loops_change_the_model() -> None:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_sgt.arch.weights import weights
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError
-from megatron_sgt.model.hf_weights import hf_weights, megatron_shard, name_map
-from tests.helpers.single import single_model, small_config
+from megatron_sgt.model.hf_weights import hf_weights, megatron_shard
 
 BASE: dict[str, Any] = {
     "num_layers": 2,
@@ -95,12 +95,11 @@ def test_round_trip(variant: str, tp_size: int) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_parameter_of_the_built_model_is_in_the_table(variant: str) -> None:
-    config = small_config(model={**BASE, **VARIANTS[variant]}, growth={"top_k_layers": 1})
-    built = dict(single_model(config).gpt.named_parameters())
-    shard = megatron_shard(random_weights(config.model), config.model)
-    assert {n: tuple(p.shape) for n, p in built.items()} == {n: tuple(t.shape) for n, t in shard.items()}
-    assert {n for entry in name_map(config.model) for n in entry.hf} == set(hf_shapes(config.model))
+def test_the_table_has_the_names_and_shapes_of_hugging_face(variant: str) -> None:
+    model = model_of(variant)
+    padded = {"model.embed_tokens.weight", "lm_head.weight"}
+    wanted = {n: (128, *s[1:]) if n in padded else s for n, s in hf_shapes(model).items()}
+    assert {n: s for weight in weights(model) for n, s in weight.whole.items()} == wanted
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
@@ -137,11 +136,11 @@ def test_the_vocabulary_is_padded_with_zeros_and_trimmed_again() -> None:
     assert same(hf_weights(shards, model), weights)
 
 
-def test_without_a_vocabulary_size_the_padding_stays() -> None:
+def test_where_the_padding_counts_as_vocabulary_it_stays() -> None:
     model = model_of("multi_head")
     shards = [megatron_shard(random_weights(model), model, 2, rank) for rank in range(2)]
-    unknown = model.model_copy(update={"vocab_size": None})
-    assert hf_weights(shards, unknown)["lm_head.weight"].shape == (128, 32)
+    whole = model.model_copy(update={"vocab_size": model.padded_vocab_size()})
+    assert hf_weights(shards, whole)["lm_head.weight"].shape == (128, 32)
 
 
 def test_shards_and_results_own_their_memory() -> None:

@@ -7,12 +7,13 @@ import torch
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
+from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.config import Config
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.model.apply_plan import apply_plan
 from megatron_sgt.model.gpt import LanguageModel
 from megatron_sgt.model.initial_weights import draw_weights
-from megatron_sgt.model.mcore_config import head_layout, transformer_config
+from megatron_sgt.model.mcore_config import transformer_config
 from megatron_sgt.model.spec import decoder_spec
 from tests.helpers.single import random_batch, single_groups, single_model, small_config
 
@@ -35,7 +36,7 @@ class Stack(block.HybridStack):
 def hybrid_of(config: Config, like: LanguageModel) -> LanguageModel:
     """The HybridModel of ``config``: a stack of attention layers, each of which holds its MLP."""
     groups = single_groups(config)
-    spec = decoder_spec(config, like.meter, head_layout(config, groups))
+    spec = decoder_spec(config, like.meter, HeadLayout.of(config.model))
     stack = block.HybridStackSubmodules(attention_layer=spec.layer_specs[0])
     hybrid = model.HybridModel(
         config=transformer_config(config, "fp32", groups.device),

@@ -11,6 +11,7 @@ from megatron_sgt.config import Config
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.model.apply_plan import apply_plan, sgt_layers
 from megatron_sgt.model.gpt import LanguageModel, build_model
+from megatron_sgt.model.head_loop import SparseLoop
 from megatron_sgt.model.layer import SGTLayer
 from tests.helpers.reference_sgt import forward
 from tests.helpers.single import random_batch, single_groups, single_model, small_config
@@ -165,10 +166,10 @@ def test_an_equal_plan_costs_nothing() -> None:
     model = single_model(small_config())
     layer = sgt_layers(model)[1]
     apply_plan(model, LoopPlan(4, ((1, LayerPlan(1, (0, 1))),)))
-    state = layer._loop
+    loop_pass = layer.loop_pass
     apply_plan(model, LoopPlan(4, ((1, LayerPlan(1, (0, 1))),)))
-    assert state is not None and layer._loop is state
+    assert loop_pass is not None and layer.loop_pass is loop_pass
     apply_plan(model, LoopPlan(4, ((1, LayerPlan(1, (0, 2))),)))
-    assert layer._loop is not None and layer._loop.kept.heads == (0, 2)
+    assert isinstance(layer.loop_pass, SparseLoop) and layer.loop_pass.blocks.ids.tolist() == [0, 2]
     apply_plan(model, LoopPlan.empty(4))
-    assert layer._loop is None
+    assert layer.loop_pass is None

@@ -7,15 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.config import Config
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.model import mcore_config
 from megatron_sgt.model.apply_plan import apply_plan, sgt_layers
 from megatron_sgt.model.gpt import build_model
-from megatron_sgt.model.mcore_config import head_layout, transformer_config
-from tests.helpers.fake_groups import fake_groups
+from megatron_sgt.model.mcore_config import transformer_config
 from tests.helpers.single import random_batch, single_groups, small_config
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -118,12 +116,6 @@ def test_megatrons_refusal_is_a_configuration_error() -> None:
         transformer_config(unchecked, "fp32", CPU)
 
 
-def test_head_layout() -> None:
-    config = small_config(model={"num_query_groups": 2, "kv_channels": 24})
-    assert head_layout(config, fake_groups(1, 2)) == HeadLayout(4, 2, 24, tp_size=2, tp_rank=1)
-    assert head_layout(config, fake_groups()) == HeadLayout(4, 2, 24)
-
-
 @pytest.mark.parametrize(
     ("model", "device", "wanted", "on", "activation"),
     [
@@ -179,7 +171,10 @@ def test_fused_functions_compute_the_same(precision: str, tolerance: float, reco
     for wanted in ("off", "on"):
         config = small_config(train={"fusions": wanted, "recompute_granularity": recompute})
         model = build_model(config, single_groups(config), precision, 3).train()
-        assert all(layer.fused_rotary is (wanted == "on") for layer in sgt_layers(model))
+        assert all(
+            layer.self_attention.core_attention.fused_rotary is (wanted == "on")
+            for layer in sgt_layers(model)
+        )
         apply_plan(model, plan)
         with torch.compiler.set_stance("force_eager"):
             loss = model(**random_batch(config))

@@ -11,6 +11,7 @@ from megatron_sgt.config import Config
 from megatron_sgt.model.core_attention import SGTCoreAttention
 from megatron_sgt.model.entropy_meter import EntropyMeter
 from megatron_sgt.model.layer import SGTLayer
+from megatron_sgt.model.loop_pass import LoopOptions
 from megatron_sgt.model.norm import HeadNorm, LayerNorm, RMSNorm
 from megatron_sgt.model.spec import decoder_spec, layer_submodules
 from tests.helpers.single import single_model, small_config
@@ -29,9 +30,10 @@ def test_layers_of_the_decoder(plain: bool) -> None:
     assert {layer.module for layer in spec.layer_specs} == {TransformerLayer if plain else SGTLayer}
     params: dict[str, Any] = {}
     if not plain:
-        params = {"head_layout": LAYOUT, "balanced": False, "recompute": (), "fused": False}
+        loops = LoopOptions(LAYOUT, balanced=False, sharded=False, fused=False)
         # One table of rotary angles for all layers.
-        params |= {"fused_rotary": False, "tables": spec.layer_specs[0].params["tables"]}
+        tables = spec.layer_specs[0].params["tables"]
+        params = {"loop_options": loops, "recompute": (), "tables": tables}
     assert all(layer.params == params for layer in spec.layer_specs)
     assert spec.layer_norm is RMSNorm
 

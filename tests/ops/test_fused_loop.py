@@ -15,9 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from megatron_sgt.ops import fused_loop
 from megatron_sgt.ops.attention import causal_attention_reference
 from megatron_sgt.ops.backend import runs_triton
+from megatron_sgt.ops.head_blocks import whole_blocks
 from megatron_sgt.ops.loop_projection import block_indices
 from megatron_sgt.ops.norm import rms_norm_reference
 from megatron_sgt.ops.rotary import rotate
+from megatron_sgt.parallel.packed_copy import on_device
 from tests.helpers.loop_problems import (
     CASES,
     DEVICE,
@@ -45,11 +47,12 @@ def fused_pass(p: Problem, x: Tensor) -> Tensor:
 def plain_pass(p: Problem, x: Tensor) -> Tensor:
     """The same, one step after the other, differentiated by autograd."""
     blocks, size = p.blocks, p.case.size
-    groups = (len(blocks.rows) - blocks.heads) // 2
     rows = block_indices(blocks.rows, size)
     bias = None if p.bias is None else p.bias[rows]
     fused = F.linear(rms_norm_reference(x, p.norm_weight, p.eps), p.weight[rows], bias)
-    query, key, value = fused.unflatten(-1, (-1, size)).split([blocks.heads, groups, groups], dim=2)
+    query, key, value = fused.unflatten(-1, (-1, size)).split(
+        [blocks.heads, blocks.groups, blocks.groups], dim=2
+    )
     if p.head_norms is not None:
         query, key = (
             rms_norm_reference(t, w, p.eps) for t, w in zip((query, key), p.head_norms, strict=True)
@@ -161,8 +164,7 @@ def test_kept_rows_alone() -> None:
     """A weight that consists of the kept rows gives the same, with a gradient of its own shape."""
     p = problem(CASES["shared group"], torch.float64)
     rows, columns = block_indices(p.blocks.rows, p.case.size), block_indices(p.blocks.columns, p.case.size)
-    counted = (torch.arange(len(t), device=DEVICE) for t in (rows, columns))
-    whole = fused_loop.head_blocks(*counted, p.blocks.slots, p.case.size, True)
+    whole = on_device(whole_blocks(p.case.layout, p.case.kept), DEVICE)
     kept = replace(
         p, weight=p.weight[rows].clone(), out_weight=p.out_weight[:, columns].clone(), blocks=whole
     )

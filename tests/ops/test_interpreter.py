@@ -21,7 +21,7 @@ FILES = (
     "test_loop_attention.py",
     "test_fused_loop.py",
     "test_entropy.py",
-    "test_library.py",
+    "test_operators.py",
 )
 
 

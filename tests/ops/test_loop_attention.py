@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_sgt.ops import loop_attention as definitions
+from megatron_sgt.ops.attention import causal_attention_reference, causal_scores
 from tests.helpers.loop_problems import (
     DEVICE,
     DTYPES,
@@ -61,17 +62,14 @@ def test_the_definition_equals_autograd(name: str, gate: float) -> None:
     """In fp64, through one head at a time."""
     query, key, value, gates, slots = inputs(SHAPES[name], torch.float64, gate)
     leaves = [t.detach().clone().requires_grad_() for t in (query, key, value)]
-    hidden = torch.ones(query.shape[0], key.shape[0], dtype=torch.bool, device=DEVICE)
-    hidden = hidden.triu(key.shape[0] - query.shape[0] + 1)
     outs, entropies = [], []
     for head, slot in enumerate(slots.tolist()):
-        scores = torch.einsum("ibh,jbh->bij", leaves[0][:, :, head], leaves[1][:, :, slot])
-        p = (scores / math.sqrt(query.shape[-1])).masked_fill(hidden, float("-inf")).softmax(-1)
-        outs.append(gates[head].double() * torch.einsum("bij,jbh->ibh", p, leaves[2][:, :, slot]))
-        entropies.append(torch.special.entr(p).sum(-1))
-    wanted = torch.stack(outs, dim=2)
+        q, k, v = (t[:, :, [n]] for t, n in zip(leaves, (head, slot, slot), strict=True))
+        outs.append(gates[head].double() * causal_attention_reference(q, k, v))
+        entropies.append(torch.special.entr(causal_scores(q, k).softmax(-1)).sum(-1))
+    wanted = torch.cat(outs, dim=2)
     out, _, entropy = definitions.attend(query, key, value, gates, slots, True)
-    assert_near((out, entropy), (wanted, torch.stack(entropies, dim=1)), 1e-13)
+    assert_near((out, entropy), (wanted, torch.cat(entropies, dim=1)), 1e-13)
     arguments = backward_arguments([query, key, value, gates, slots])
     grads = torch.autograd.grad(wanted, leaves, arguments[0])
     assert_near(definitions.attend_backward(*arguments), grads, 1e-13)

@@ -36,11 +36,10 @@ def project_in_arguments(p: Problem) -> list[Any]:
 
 def head_gradient_arguments(p: Problem) -> list[Any]:
     qkv, r, before = definitions.project_in(*project_in_arguments(p))
-    groups = (len(p.blocks.rows) - p.blocks.heads) // 2
     shape, rotary = (p.case.length, p.case.batch), p.rotary
     grads = [
         random(*shape, n, p.case.size, seed=10 + i, dtype=p.x.dtype)
-        for i, n in enumerate((p.blocks.heads, groups, groups))
+        for i, n in enumerate((p.blocks.heads, p.blocks.groups, p.blocks.groups))
     ]
     return [
         *grads, qkv, before, r, p.bias, p.blocks.rows, rotary.cos, rotary.sin, p.q_norm, p.k_norm, p.eps, p.case.width

@@ -13,7 +13,6 @@ CHECKED = ("test_schema", "test_faketensor", "test_autograd_registration")
 
 def arguments(p: Problem, operator: str) -> tuple[Any, ...]:
     shape, rotary, at = (p.case.length, p.case.batch), p.rotary, p.blocks
-    groups = (len(at.rows) - at.heads) // 2
     forward = (
         p.x,
         p.norm_weight,
@@ -28,7 +27,7 @@ def arguments(p: Problem, operator: str) -> tuple[Any, ...]:
         at.heads,
     )
     qkv, r, before = operators.project_in(*forward)
-    query, key, value = qkv.split([at.heads, groups, groups], dim=2)
+    query, key, value = qkv.split([at.heads, at.groups, at.groups], dim=2)
     out, lse, _ = operators.attend(query, key, value, at.gates, at.slots, True)
     coefficient, dout = random(*shape, seed=1, dtype=r.dtype), torch.ones_like(p.x)
     return {

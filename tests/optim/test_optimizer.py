@@ -1,4 +1,4 @@
-"""Which AdamW is built where; GPUs and Apex are pretended."""
+"""Which AdamW is built where; GPUs and Apex are pretended. And a registered optimizer."""
 
 import sys
 from collections.abc import Iterator
@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
+from megatron_sgt import extensions
 from megatron_sgt.config.optim import OptimConfig
-from megatron_sgt.optim.optimizer import build_optimizer
+from megatron_sgt.optim.optimizer import OPTIMIZERS, build_optimizer
+from tests.helpers.choices import built_in
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 CONFIG = OptimConfig(lr=3e-3, adam_beta1=0.8, adam_beta2=0.99, adam_eps=1e-6, weight_decay=0.2)
@@ -112,3 +115,26 @@ def test_offload_ignores_apex(site: Path, torch_adamw: list[dict[str, Any]]) -> 
 def test_cpu_ignores_apex(site: Path) -> None:
     install(site, NVIDIA)
     assert type(build_optimizer(parameters(), CONFIG, CPU)) is torch.optim.AdamW
+
+
+def test_a_registered_optimizer_is_built_by_its_name() -> None:
+    def momentum(groups: Any, config: OptimConfig, device: torch.device, offloaded: bool) -> Any:
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.adam_beta1)
+
+    with pytest.raises(ValidationError, match="'adamw'"):
+        OptimConfig(lr=3e-3, optimizer="momentum")
+    extensions.register("optimizers", "momentum", momentum)
+    try:
+        config = OptimConfig(lr=3e-3, adam_beta1=0.8, optimizer="momentum")
+        optimizer = build_optimizer(parameters(), config, CPU)
+    finally:
+        extensions.unregister("optimizers", "momentum")
+    assert type(optimizer) is torch.optim.SGD
+    assert [(g["lr"], g["momentum"], g["weight_decay"]) for g in optimizer.param_groups] == [
+        (3e-3, 0.8, 0.2),
+        (3e-3, 0.8, 0.0),
+    ]
+
+
+def test_the_table_has_what_the_configuration_knows() -> None:
+    assert built_in(OptimConfig, "optimizer") == tuple(OPTIMIZERS)

@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 
+from megatron_sgt import extensions
 from megatron_sgt.config.optim import OptimConfig
-from megatron_sgt.optim.schedule import learning_rate
+from megatron_sgt.optim.schedule import CURVES, learning_rate
+from tests.helpers.choices import built_in
 
 HALF_COSINE_QUARTER = (1 + 0.5**0.5) / 2  # (1 + cos(π / 4)) / 2
 
@@ -64,3 +66,22 @@ def test_rises_once_then_never_again_and_stays_in_its_range(style: str, warmup: 
 def test_warmup_may_fill_the_whole_run(style: str) -> None:
     rates = [rate(step, train_iters=5, lr_decay_style=style, lr_warmup_iters=5) for step in (1, 5, 6)]
     assert rates == pytest.approx([0.2, 1.0, 0.0])
+
+
+def test_a_registered_curve_follows_the_warm_up() -> None:
+    def one_over_sqrt(step: int, config: OptimConfig, end: int) -> float:
+        return config.lr * (config.lr_warmup_iters / step) ** 0.5 if step < end else config.min_lr
+
+    extensions.register("lr_schedules", "one_over_sqrt", one_over_sqrt)
+    try:
+        rates = [
+            rate(step, lr_decay_style="one_over_sqrt", lr_warmup_iters=4, min_lr=0.1)
+            for step in (2, 4, 16, 100)
+        ]
+    finally:
+        extensions.unregister("lr_schedules", "one_over_sqrt")
+    assert rates == [0.5, 1.0, 0.5, 0.1]
+
+
+def test_the_table_has_what_the_configuration_knows() -> None:
+    assert built_in(OptimConfig, "lr_decay_style") == tuple(CURVES)

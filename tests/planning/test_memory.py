@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
+from megatron_sgt.arch.kernels import CPU, GPU
 from megatron_sgt.config import Config
 from megatron_sgt.engine.build import start_processes
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.model.apply_plan import apply_plan, begin_step
 from megatron_sgt.model.gpt import build_model
-from megatron_sgt.planning.memory import CPU, GPU, activation_memory
+from megatron_sgt.planning.memory import activation_memory
 from tests.helpers.exhaustive import exhaustive
 from tests.helpers.live_memory import LiveMemory
 from tests.helpers.ranks import run_on_ranks

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from megatron_sgt.arch.weights import weights
 from megatron_sgt.config import load_config
-from megatron_sgt.planning.parameters import parameter_count, parameters_by_part, weights
+from megatron_sgt.planning.parameters import parameter_count, parameters_by_part
 from tests.helpers.meta import meta_model
 from tests.helpers.single import single_model, small_config
 from tests.helpers.variants import ATTENTION_VARIANTS
@@ -49,5 +50,5 @@ def test_every_variant(variant: str) -> None:
 
 def test_a_rank_holds_its_share_of_what_is_shared() -> None:
     model = small_config(model={"add_bias_linear": True, "qk_layernorm": True}).model
-    shared = sum(w.copies * w.elements for w in weights(model) if w.sharded)
+    shared = sum(w.elements for w in weights(model) if w.split != "replicated")
     assert parameter_count(model, 4) == parameter_count(model) - shared + shared // 4

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_sgt.config import Config
-from megatron_sgt.growth import GrowthSchedule, LayerPlan, LoopPlan
+from megatron_sgt.growth import LayerPlan, LoopPlan, SGTSchedule
 from megatron_sgt.planning.structure import Stretch, final_plan, timeline
 from tests.helpers.single import small_config
 
@@ -27,9 +27,9 @@ def test_the_final_plan_is_the_costliest() -> None:
 
 
 def scheduled(config: Config) -> list[tuple[int, str, LoopPlan]]:
-    """What GrowthSchedule executes in every step when entropies always ask for more, gates in a window set to 0.5."""
+    """What SGTSchedule executes in every step when entropies always ask for more, gates in a window set to 0.5."""
     growth, model = config.growth, config.model
-    schedule = GrowthSchedule(growth, model.num_layers, model.num_attention_heads)
+    schedule = SGTSchedule(growth, model.num_layers, model.num_attention_heads)
     steps = []
     for step in range(1, config.train.train_iters + 1):
         running = step <= schedule.state_dict()["window_end"]
@@ -39,7 +39,7 @@ def scheduled(config: Config) -> list[tuple[int, str, LoopPlan]]:
             for n, p in schedule.plan.layers
         )
         steps.append((step, phase, LoopPlan(model.num_layers, layers)))
-        depths = schedule.loop_depth()
+        depths = list(schedule.plan.loops)
         unfinished = [n for n, depth in enumerate(depths) if 0 < depth < growth.max_loop_depth]
         state = schedule.state_dict()
         grown = [entry["layer"] for entry in state["grown"]]

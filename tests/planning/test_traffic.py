@@ -96,7 +96,9 @@ def tensor_parallel_steps(info: RankInfo, layouts: list[Layout]) -> list[str]:
 
 @pytest.mark.parametrize("layouts", [SHARE, exhaustive(EVERY)], ids=["a share", "all"])
 def test_tensor_parallel_collectives_to_the_byte_and_to_the_call(layouts: list[Layout]) -> None:
-    for rank, wrong in enumerate(run_on_ranks(RANKS, tensor_parallel_steps, layouts, timeout=600, backend="gloo")):
+    for rank, wrong in enumerate(
+        run_on_ranks(RANKS, tensor_parallel_steps, layouts, timeout=600, backend="gloo")
+    ):
         assert not wrong, f"rank {rank}:\n" + "\n".join(wrong)
 
 

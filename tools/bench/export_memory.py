@@ -58,20 +58,12 @@ def write_checkpoint(folder: Path, config: Any) -> tuple[int, int]:
     """A committed checkpoint of random weights; returns the number of all parameters and of the largest."""
     import torch
 
+    from megatron_sgt.arch.weights import weights
     from megatron_sgt.checkpoint import layout, manifest
     from megatron_sgt.growth import build_schedule
-    from megatron_sgt.model.hf_weights import name_map
 
     model = config.model
-    hidden, ffn, rows = model.hidden_size, model.ffn_hidden_size, model.padded_vocab_size()
-    local = {
-        "vocab": (rows // TP, hidden), "qkv": (3 * hidden // TP, hidden), "glu": (2 * ffn // TP, hidden),
-        "linear_proj": (hidden, hidden // TP), "linear_fc2": (hidden, ffn // TP),
-    }  # fmt: skip
-    shapes = {
-        f"gpt.{e.megatron}": torch.Size(local.get(e.kind, local.get(e.megatron.split(".")[-2], (hidden,))))
-        for e in name_map(model)
-    }
+    shapes = {f"gpt.{w.megatron}": torch.Size(w.shard_shape(TP)) for w in weights(model)}
     folder.mkdir(parents=True)
     size = sum(math.prod(shape) for shape in shapes.values())
     for tp_rank in range(TP):

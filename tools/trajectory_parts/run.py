@@ -14,21 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_sgt.config import Config, parse_config
 from megatron_sgt.engine.build import Runtime, build_runtime
-from megatron_sgt.engine.hooks.base import StatelessHook
+from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.hooks.growth import GrowthHook
 from megatron_sgt.engine.loop import Trainer
-from megatron_sgt.engine.state import TrainState
-from megatron_sgt.engine.step import Batch, StepResult
+from megatron_sgt.engine.step import Batch, StepResult, TrainState
 from megatron_sgt.errors import DataError
-from megatron_sgt.growth import GrowthEvent, Schedule, build_schedule
+from megatron_sgt.growth import GrowthEvent, Schedule, SGTSchedule, build_schedule
 from megatron_sgt.guard.stop import StopRequests
 from megatron_sgt.model.apply_plan import apply_plan
 from megatron_sgt.model.hf_weights import hf_weights
@@ -131,7 +132,7 @@ def _growth(meta: dict[str, Any]) -> dict[str, Any]:
     return growth
 
 
-class _Recorder(StatelessHook):
+class _Recorder(Hook):
     """Keeps what the golden file keeps, after every applied step."""
 
     name = "recorder"
@@ -149,12 +150,17 @@ class _Recorder(StatelessHook):
         values = {
             "loss": loss.cpu(),
             "grad_norm": torch.tensor(result.grad_norm, dtype=torch.float64),
-            "ema_entropy": torch.from_numpy(self.schedule.ema).float(),
-            "head_decay": torch.from_numpy(self.schedule.gates()).float(),
-            "loop_depth": torch.tensor(self.schedule.loop_depth()),
+            "ema_entropy": torch.from_numpy(self._ema()).float(),
+            "head_decay": torch.from_numpy(self.schedule.plan.gates(self.schedule.num_heads)).float(),
+            "loop_depth": torch.tensor(self.schedule.plan.loops),
         }
         for name, value in values.items():
             self.rows[name].append(value)
+
+    def _ema(self) -> NDArray[np.float64]:
+        if isinstance(self.schedule, SGTSchedule):
+            return self.schedule.ema
+        return np.zeros((self.schedule.num_layers, self.schedule.num_heads))  # baselines measure nothing
 
     def tensors(self) -> Tensors:
         """One tensor per key, the step as first dimension."""

@@ -7,7 +7,6 @@ shards of all tensor-parallel ranks, the merged tensor, one copy of it), indepen
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import shutil
 from concurrent.futures import ProcessPoolExecutor
@@ -15,29 +14,30 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+from megatron_sgt.arch.weight import Weight
+from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.reshard.layout_free import LAYOUT_FREE, file_name
 from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES
-from megatron_sgt.checkpoint.reshard.source import PREFIX, Source, open_source
+from megatron_sgt.checkpoint.reshard.source import Source, open_source
 from megatron_sgt.checkpoint.reshard.tensor_file import TensorFileWriter
 from megatron_sgt.checkpoint.shard_files import as_checkpoint_error
 from megatron_sgt.compat.quiet import quiet_imports
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.files import fresh_folder, temporary_of
-from megatron_sgt.model.hf_weights import Entry, name_map
 
 # Entries of a manifest that hold under any layout.
 _KEPT = ("step", "tokens", "growth", "config_sha256", "tokenizer", "code")
 
 
-def entries_of(source: Source, part: int, parts: int) -> list[Entry]:
-    """The consecutive entries of part ``part`` (from 0) of ``parts``; may be empty."""
-    entries = list(name_map(source.model))
-    sizes = [math.prod(source.ranks[0].shapes[PREFIX + entry.megatron]) for entry in entries]
+def weights_of(source: Source, part: int, parts: int) -> list[Weight]:
+    """The consecutive weights that are part ``part`` (from 0) of ``parts``; may be none."""
+    table = weights(source.model)
+    sizes = [weight.on_rank(len(source.ranks)) for weight in table]
     chosen, before = [], 0
-    for entry, size in zip(entries, sizes, strict=True):
+    for weight, size in zip(table, sizes, strict=True):
         if (before + size / 2) * parts // sum(sizes) == part:
-            chosen.append(entry)
+            chosen.append(weight)
         before += size
     return chosen
 
@@ -51,10 +51,10 @@ def write_part(source: Source, destination: Path, part: int = 0, parts: int = 1)
     Raises:
         CheckpointError: the files cannot be written.
     """
-    entries = entries_of(source, part, parts)
-    if not entries:
+    chosen = weights_of(source, part, parts)
+    if not chosen:
         return 0.0
-    shapes = {name: shape for entry in entries for name, shape in source.whole_shapes(entry).items()}
+    shapes = {name: shape for weight in chosen for name, shape in weight.whole.items()}
     drift = 0.0
     with as_checkpoint_error(f"{destination} cannot be written: "), ExitStack() as stack:
         writers = {
@@ -63,15 +63,15 @@ def write_part(source: Source, destination: Path, part: int = 0, parts: int = 1)
             )
             for quantity in QUANTITIES
         }
-        for entry in entries:
+        for weight in chosen:
             for quantity, writer in writers.items():
-                drift = max(drift, _write_entry(source, entry, quantity, writer))
+                drift = max(drift, _write_weight(source, weight, quantity, writer))
     return drift
 
 
-def _write_entry(source: Source, entry: Entry, quantity: str, writer: TensorFileWriter) -> float:
+def _write_weight(source: Source, weight: Weight, quantity: str, writer: TensorFileWriter) -> float:
     """Merge and write one parameter's ``quantity``; a function, so that its tensors are freed at once."""
-    tensors, drift = source.whole(entry, quantity)
+    tensors, drift = source.whole(weight, quantity)
     for name, tensor in tensors.items():
         writer.append(name, tensor)
     return drift

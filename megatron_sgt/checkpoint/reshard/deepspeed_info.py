@@ -5,8 +5,11 @@ This project reshards by itself; the info makes its ZeRO-1 and ZeRO-2 checkpoint
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+from megatron_sgt.arch.weight import Weight
+from megatron_sgt.arch.weights import weights
 from megatron_sgt.config.model import ModelConfig
 
 UNIVERSAL_INFO = "universal_checkpoint_info"
@@ -17,27 +20,33 @@ def universal_info(model: ModelConfig) -> dict[str, Any]:
     """Patterns of parameter names (for ``re.match``) by how tensor-parallel ranks share them.
 
     Every pattern matches some parameter of ``model``, as DeepSpeed insists. What matches none is joined along
-    dimension 0: linear_qkv, interleaved by query group.
+    dimension 0: linear_qkv, interleaved by query group, and one matrix split by rows.
     """
     rows = model.padded_vocab_size()
-    replicated = [r".*layernorm\.weight"]
-    if model.normalization == "LayerNorm":
-        replicated.append(r".*layernorm\.bias")
-    if model.add_bias_linear:
-        replicated.append(r".*linear_(proj|fc2)\.bias")
-    vocabulary = [r".*word_embeddings\.weight"]
-    if model.untie_embeddings_and_output_weights:
-        vocabulary.append(r".*output_layer\.weight")
-    halves = [r".*linear_fc1\.weight"] if model.activation == "swiglu" else []
-    if halves and model.add_bias_linear:
-        halves.append(r".*linear_fc1\.bias")
+    patterns: dict[str, dict[str, None]] = {}
+    for weight in weights(model):
+        patterns.setdefault(_sharing(weight), {})[_pattern(weight.megatron)] = None
     return {
         "universal_checkpoint_version": 0.2,
-        "vocabulary_parameter_patterns": vocabulary,
         # The padding rows are part of the softmax; the tool would cut them off.
         "original_vocab_size": rows,
         "padded_vocab_size": rows,
-        "tp_replicated_parameter_patterns": replicated,
-        "parameter_with_row_parallelism_patterns": [r".*linear_(proj|fc2)\.weight"],
-        "parameter_with_2_sub_params_cat_dim_0": halves,
+        **{key: list(patterns.get(sharing, ())) for sharing, key in _KEYS.items()},
     }
+
+
+_KEYS = {
+    "vocab": "vocabulary_parameter_patterns",
+    "replicated": "tp_replicated_parameter_patterns",
+    "columns": "parameter_with_row_parallelism_patterns",
+    "rows of 2": "parameter_with_2_sub_params_cat_dim_0",
+}
+
+
+def _sharing(weight: Weight) -> str:
+    return f"rows of {len(weight.hf)}" if weight.split == "rows" else weight.split
+
+
+def _pattern(name: str) -> str:
+    """One pattern for a parameter of all layers."""
+    return r".*\." + re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(name))

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader
 from megatron_sgt.checkpoint.reshard.rank_state import MOMENTS, WEIGHTS
 from megatron_sgt.checkpoint.reshard.source import PREFIX
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError
-from megatron_sgt.model.hf_weights import name_map
 from megatron_sgt.parallel.collectives import gather_or_raise
 from megatron_sgt.parallel.groups import ParallelGroups
 
@@ -133,7 +133,7 @@ def _flat_groups(optimizer: Any) -> Iterable[tuple[Tensor, list[tuple[Tensor, in
 
 
 def _check_names(model: ModelConfig, masters: Masters) -> None:
-    wanted = {PREFIX + entry.megatron for entry in name_map(model)}
+    wanted = {PREFIX + weight.megatron for weight in weights(model)}
     if differing := wanted ^ set(masters.stretches):
         raise CheckpointError(f"the model's parameters differ from its weight table: {sorted(differing)[:4]}")
 
@@ -171,10 +171,10 @@ def _read(
     groups: ParallelGroups,
 ) -> None:
     """Copy this rank's stretches of every quantity into ``values``."""
-    for entry in name_map(model):
-        stretches = masters.stretches[PREFIX + entry.megatron]
+    for weight in weights(model):
+        stretches = masters.stretches[PREFIX + weight.megatron]
         for quantity in reader.quantities if stretches else ():
-            shard = reader.shard(entry, quantity, model, groups.tp_size, groups.tp_rank).flatten()
+            shard = reader.shard(weight, quantity, model, groups.tp_size, groups.tp_rank).flatten()
             for s in stretches:
                 values[quantity][s.master][s.start : s.start + s.length] = shard[
                     s.source : s.source + s.length

@@ -14,11 +14,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_sgt.arch.weight import Weight
 from megatron_sgt.checkpoint.layout import STATE_FILE, read_json
 from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES, WEIGHTS
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError
-from megatron_sgt.model.hf_weights import Entry, shard_entry
+from megatron_sgt.model.hf_weights import check_shape, shard
 
 LAYOUT_FREE = "layout_free"
 """Key in sgt_state.json: what a layout-free checkpoint was made from."""
@@ -59,18 +60,17 @@ class LayoutFreeReader:
         """What the folder holds."""
 
     def shard(
-        self, entry: Entry, quantity: str, model: ModelConfig, tp_size: int = 1, tp_rank: int = 0
+        self, weight: Weight, quantity: str, model: ModelConfig, tp_size: int = 1, tp_rank: int = 0
     ) -> Tensor:
         """One rank's shard of a parameter's ``quantity``, fp32; at most three copies exist in the meantime."""
-        return shard_entry(entry, list(self.whole(entry, quantity).values()), model, tp_size, tp_rank)
+        return shard(weight, list(self.whole(weight, quantity).values()), model, tp_size, tp_rank)
 
-    def whole(self, entry: Entry, quantity: str) -> dict[str, Tensor]:
-        """A parameter's whole tensors of ``quantity``, fp32, by Hugging Face name."""
-        return {name: self._find(quantity, name).get_tensor(name) for name in entry.hf}
-
-    def whole_shapes(self, entry: Entry, quantity: str) -> dict[str, tuple[int, ...]]:
-        """Shapes of what ``whole`` returns; reads no data."""
-        return {name: tuple(self._find(quantity, name).get_slice(name).get_shape()) for name in entry.hf}
+    def whole(self, weight: Weight, quantity: str) -> dict[str, Tensor]:
+        """A parameter's whole tensors of ``quantity``, fp32, by Hugging Face name. Raises CheckpointError."""
+        tensors = {name: self._find(quantity, name).get_tensor(name) for name in weight.hf}
+        for name, shape in weight.whole.items():
+            check_shape(name, tuple(tensors[name].shape), shape)
+        return tensors
 
     def _find(self, quantity: str, name: str) -> Any:
         try:

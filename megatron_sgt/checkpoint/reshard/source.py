@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from megatron_sgt.arch.weight import Weight
+from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint import layout
 from megatron_sgt.checkpoint.reshard.rank_state import RankState, common_step
 from megatron_sgt.checkpoint.reshard.stage0 import Stage0State
@@ -17,7 +18,7 @@ from megatron_sgt.checkpoint.reshard.stage12 import Stage12State
 from megatron_sgt.config import load_config
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError
-from megatron_sgt.model.hf_weights import Entry, join_entry, name_map
+from megatron_sgt.model.hf_weights import join
 
 PREFIX = "gpt."
 """What the model's parameter names have before those of the weight table."""
@@ -25,7 +26,7 @@ PREFIX = "gpt."
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint to convert. ``model`` has no vocabulary size, so that no padding row is cut off.
+    """A checkpoint to convert. The padding rows of ``model``'s vocabulary count as its own, so that none is cut off.
 
     The padding rows take part in the softmax: without them the loss would jump.
     """
@@ -40,24 +41,18 @@ class Source:
         """AdamW's step. Raises CheckpointError if the tensor-parallel ranks differ in it."""
         return common_step((rank.step for rank in self.ranks), self.folder)
 
-    def whole(self, entry: Entry, quantity: str) -> tuple[dict[str, Tensor], float]:
+    def whole(self, weight: Weight, quantity: str) -> tuple[dict[str, Tensor], float]:
         """One parameter's ``quantity`` (of QUANTITIES), merged from all tensor-parallel ranks.
 
         Returns:
             Its whole fp32 tensors by Hugging Face name, and the largest difference between the ranks' copies
             where it is replicated; rank 0's is taken.
         """
-        shards = [rank.read(PREFIX + entry.megatron, quantity) for rank in self.ranks]
+        shards = [rank.read(PREFIX + weight.megatron, quantity) for rank in self.ranks]
         drift = 0.0
-        if entry.kind == "replicated":
+        if weight.split == "replicated":
             drift = max(float((shard - shards[0]).abs().max()) for shard in shards)
-        return dict(zip(entry.hf, join_entry(entry, shards, self.model), strict=True)), drift
-
-    def whole_shapes(self, entry: Entry) -> dict[str, tuple[int, ...]]:
-        """Shapes of what ``whole`` returns, found by merging tensors without data."""
-        shards = [torch.empty(rank.shapes[PREFIX + entry.megatron], device="meta") for rank in self.ranks]
-        merged = join_entry(entry, shards, self.model)
-        return {name: tuple(tensor.shape) for name, tensor in zip(entry.hf, merged, strict=True)}
+        return join(weight, shards, self.model), drift
 
 
 def open_source(folder: Path) -> Source:
@@ -79,13 +74,14 @@ def open_source(folder: Path) -> Source:
             f"{folder} cannot be resharded: DeepSpeed's files lack something that version 0.19 writes "
             f"({type(error).__name__}: {error})"
         ) from error
-    wanted = {PREFIX + entry.megatron for entry in name_map(model)}
+    wanted = {(PREFIX + weight.megatron, weight.shard_shape(tp_size)) for weight in weights(model)}
     for rank in ranks:
-        if differing := wanted ^ set(rank.shapes):
+        if differing := wanted ^ set(rank.shapes.items()):
             raise CheckpointError(
-                f"{folder} cannot be resharded: unexpected parameters {sorted(differing)[:4]}"
+                f"{folder} cannot be resharded: unexpected parameters {sorted(name for name, _ in differing)[:4]}"
             )
-    return Source(folder, model.model_copy(update={"vocab_size": None}), saved, ranks)
+    padded = model.model_copy(update={"vocab_size": model.padded_vocab_size()})
+    return Source(folder, padded, saved, ranks)
 
 
 def _open_rank(folder: Path, where: dict[str, Any], tp_rank: int) -> RankState:

@@ -1,25 +1,61 @@
-"""What can be attached to the loop: growth, logging, validation and saving are equals."""
+"""What can be attached to the training loop. Growth, logging, validation, saving and a user's own hooks are equals.
+
+A package adds a hook under the entry-point group ``megatron_sgt.hooks`` (see extensions.py): whatever returns a Hook
+when it is called without arguments, a class as a rule. docs/extending.md has an example.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from megatron_sgt.engine.state import TrainState
-from megatron_sgt.engine.step import StepResult
+import deepspeed
+
+from megatron_sgt import extensions
+from megatron_sgt.config import Config
+from megatron_sgt.engine.step import StepResult, TrainState
+from megatron_sgt.errors import ConfigError
+from megatron_sgt.growth import Schedule
+from megatron_sgt.metrics import MetricsHub
+from megatron_sgt.model.gpt import LanguageModel
+from megatron_sgt.parallel.groups import ParallelGroups
+
+BUILT_IN = ("spike", "growth", "log", "straggler", "eval", "replicas", "checkpoint")
+"""Names of the hooks that this project brings, in the order in which they act."""
+_OTHER_PHASES = ("train", "data")
+"""What the watch calls the loop's own parts of a step (guard/progress.py)."""
 
 
-class Hook(Protocol):
-    """Called by the loop. ``name`` is its key in the checkpoint; the state is JSON-able.
+@dataclass(frozen=True)
+class RunParts:
+    """What a user's hook may look at. ``hub`` has writers on rank 0 alone: every rank may call it."""
 
-    ``pauses``: after a step it holds training up for work of its own (validation, saving), and reports how long:
-    that time is no step's.
+    config: Config
+    groups: ParallelGroups
+    model: LanguageModel
+    engine: deepspeed.DeepSpeedEngine
+    schedule: Schedule
+    hub: MetricsHub
+
+
+class Hook:
+    """Base of all hooks: does nothing, keeps nothing. The loop calls every method on every rank.
+
+    ``name``: its key in the checkpoint, and of its calls in messages about a hanging run. ``pauses``: after a step it
+    holds training up for work of its own (validation, saving), and reports how long: that time is no step's.
     """
 
-    name: str
-    pauses: bool
+    name = "hook"
+    pauses = False
+
+    def attach(self, parts: RunParts) -> None:
+        """Of a user's hook, once: the run is built, and no checkpoint is loaded yet. Built-in ones are made with
+        their parts.
+        """
 
     def before_run(self, state: TrainState) -> None:
-        """Once, after a checkpoint was loaded and before the first step."""
+        """After a checkpoint was loaded and before the first step; again after a rollback."""
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         """After every step, applied or skipped; ``state`` counts it already."""
@@ -31,33 +67,36 @@ class Hook(Protocol):
         """Instead of ``after_run``, when the run was asked to stop (see guard/stop.py): keep it short."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What must survive a restart."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state_dict``'s value."""
-
-
-class StatelessHook:
-    """Base of hooks that keep nothing over a restart; every method does nothing."""
-
-    name = "hook"
-    pauses = False
-
-    def before_run(self, state: TrainState) -> None:
-        """See Hook."""
-
-    def after_step(self, state: TrainState, result: StepResult) -> None:
-        """See Hook."""
-
-    def after_run(self, state: TrainState) -> None:
-        """See Hook."""
-
-    def on_stop(self, state: TrainState, reason: int) -> None:
-        """See Hook."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep."""
+        """What must survive a restart: JSON-able, and the same on every rank."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
+        """Continue from ``state_dict``'s value. A rollback calls it in the middle of a run."""
+
+
+def own_hooks(config: Config, given: Sequence[Hook] = ()) -> list[Hook]:
+    """The user's hooks, in the order in which they act: ``given``, then those that train.hooks names.
+
+    Raises:
+        ConfigError: a name is not registered, what it stands for makes no Hook, or two hooks have one name.
+    """
+    hooks = list(given)
+    for registered in config.train.hooks:
+        try:
+            hook = extensions.load("hooks", registered)()
+        except TypeError as error:
+            raise ConfigError(
+                f"train.hooks: {registered!r} cannot be made without arguments: {error}"
+            ) from error
+        if not isinstance(hook, Hook):
+            raise ConfigError(f"train.hooks: {registered!r} makes a {type(hook).__name__}, not a Hook")
+        hooks.append(hook)
+    taken = {*BUILT_IN, *_OTHER_PHASES, Hook.name}
+    for hook in hooks:
+        if hook.name in taken:
+            raise ConfigError(
+                f"hook {type(hook).__name__}: its name {hook.name!r} is taken; a hook's state is found by it, so "
+                "give it a name of its own"
+            )
+        taken.add(hook.name)
+    return hooks

@@ -13,20 +13,20 @@ from megatron_sgt.checkpoint.find import starts_fresh
 from megatron_sgt.checkpoint.load import load_checkpoint
 from megatron_sgt.checkpoint.save import Saver
 from megatron_sgt.config import Config
-from megatron_sgt.engine.hooks.base import Hook, StatelessHook
-from megatron_sgt.engine.plan_check import verify_same_plan
-from megatron_sgt.engine.state import TrainState
-from megatron_sgt.engine.step import StepResult
+from megatron_sgt.engine.hooks.base import Hook
+from megatron_sgt.engine.hooks.replicas import verify_same_plan
+from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.metrics import MetricsHub
+from megatron_sgt.metrics.records import SaveRecord
 from megatron_sgt.parallel.groups import ParallelGroups
 
 
-class CheckpointHook(StatelessHook):
-    """Saves the engine, the counters and the state of every hook.
+class CheckpointHook(Hook):
+    """Saves the engine, the counters and the state of ``hooks`` and of the user's ``own``.
 
     After a skipped step nothing is saved until a step has been applied again: a checkpoint is never written
-    in the middle of a divergence. A save at the interval that fails (a full disk) is told, and tried again at the
+    in the middle of a divergence. A save at the interval that fails (a full disk) is reported and retried at the
     next one; the last save of a run must succeed.
     """
 
@@ -41,10 +41,12 @@ class CheckpointHook(StatelessHook):
         hub: MetricsHub,
         groups: ParallelGroups,
         about: dict[str, Any] | None = None,
+        own: Sequence[Hook] = (),
     ) -> None:
         self.config = config
         self.engine = engine
-        self.hooks = hooks
+        self.hooks = [*hooks, *own]
+        self._at_first = {hook.name: copy.deepcopy(hook.state_dict()) for hook in own}
         self.hub = hub
         self.groups = groups
         self.saver = Saver(config, engine, groups, about)
@@ -104,7 +106,7 @@ class CheckpointHook(StatelessHook):
             return
         self.last_path, self._saved_at = saved.folder, saved.step
         self.on_saved(saved.seconds)
-        record = {
+        record: SaveRecord = {
             "step": saved.step,
             "path": saved.folder,
             "seconds": saved.seconds,
@@ -123,12 +125,25 @@ class CheckpointHook(StatelessHook):
         if note is not None and self.groups.is_main:
             print(f"RESHARD  {note}", flush=True)
         state.load_state_dict(saved["trainer"])
+        kept = saved["hooks"]
         for hook in self.hooks:
             if starts_fresh(saved, hook.name):
                 continue
-            if hook.name not in saved["hooks"] and hook.state_dict():
+            missing = hook.name not in kept and hook.state_dict()
+            if missing and hook.name not in self._at_first:
                 raise CheckpointError(f"checkpoint {folder} holds no state of {hook.name!r}")
-            hook.load_state_dict(saved["hooks"].get(hook.name, {}))
+            if missing:
+                self._say(f"the checkpoint holds no state of {hook.name!r}: it starts with this run")
+            first = copy.deepcopy(self._at_first.get(hook.name, {}))
+            hook.load_state_dict(kept.get(hook.name, first))
+        for name in sorted(kept.keys() - {hook.name for hook in self.hooks}):
+            self._say(
+                f"the checkpoint holds the state of {name!r}, which this run does not have: it is dropped"
+            )
+
+    def _say(self, note: str) -> None:
+        if self.groups.is_main:
+            print(f"HOOKS  {note}", flush=True)
 
 
 def _next(step: int, interval: int) -> int:

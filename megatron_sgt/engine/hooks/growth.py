@@ -1,7 +1,7 @@
 """The only place where growth meets training.
 
-After every applied step: reduce the measured entropies, fold them into the schedule, let it decide, hand the
-plan to the layers. A skipped step is no step of the schedule, and what was measured in it is forgotten.
+After every applied step: reduce the measured entropies, let the schedule observe them and decide, hand its plan to
+the layers. A skipped step is no step of the schedule, and what was measured in it is forgotten.
 """
 
 from __future__ import annotations
@@ -12,19 +12,18 @@ from typing import Any
 import torch
 
 from megatron_sgt.checkpoint.layout import GROWTH_STATE
-from megatron_sgt.engine.hooks.base import StatelessHook
-from megatron_sgt.engine.plan_check import verify_same_plan
-from megatron_sgt.engine.state import TrainState
-from megatron_sgt.engine.step import StepResult
+from megatron_sgt.engine.hooks.base import Hook
+from megatron_sgt.engine.hooks.replicas import verify_same_plan
+from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.errors import CheckpointError
-from megatron_sgt.growth import GrowthEvent, Schedule
+from megatron_sgt.growth import ENTROPY, GrowthEvent, Schedule
 from megatron_sgt.model.apply_plan import apply_plan
 from megatron_sgt.model.entropy_meter import EntropyMeter
 from megatron_sgt.parallel.collectives import broadcast_object
 from megatron_sgt.parallel.groups import ParallelGroups
 
 
-class GrowthHook(StatelessHook):
+class GrowthHook(Hook):
     """Drives ``schedule`` from the entropies in ``meter`` and applies its plan to ``model``."""
 
     name = GROWTH_STATE
@@ -56,10 +55,10 @@ class GrowthHook(StatelessHook):
         if not result.applied:
             self.meter.reset()
             return
-        if self.schedule.needs_entropy:
-            self.schedule.fold_entropy(self.meter.reduce(self.groups))
+        if ENTROPY in self.schedule.wanted:
+            self.schedule.observe(ENTROPY, self.meter.reduce(self.groups))
         if self.groups.world_size > 1 and self.schedule.decides_at(state.step):
-            # One decision for all ranks: a last-bit difference between their EMAs could choose differently.
+            # One decision for all ranks: a last-bit difference between what they observed could choose differently.
             self.schedule.load_state_dict(broadcast_object(self.schedule.state_dict(), self.groups))
         events = self.schedule.after_step(state.step)
         self._obey()
@@ -71,7 +70,7 @@ class GrowthHook(StatelessHook):
 
     def _obey(self) -> None:
         apply_plan(self.model, self.schedule.plan)
-        self.meter.enabled = self.schedule.needs_entropy
+        self.meter.enabled = ENTROPY in self.schedule.wanted
 
     def state_dict(self) -> dict[str, Any]:
         """The schedule's whole state, and every event since the run began."""

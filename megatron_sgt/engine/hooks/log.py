@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
 from megatron_sgt.config import Config
-from megatron_sgt.engine.hooks.base import StatelessHook
-from megatron_sgt.engine.state import TrainState
-from megatron_sgt.engine.step import StepResult
-from megatron_sgt.growth import GrowthEvent, LoopPlan, Schedule, layer_scores
+from megatron_sgt.engine.hooks.base import Hook
+from megatron_sgt.engine.step import StepResult, TrainState
+from megatron_sgt.growth import GrowthEvent, LoopPlan, Schedule
 from megatron_sgt.guard.stop import named
 from megatron_sgt.metrics import EtaEstimator, MetricsHub, peak_flops, throughput_record
+from megatron_sgt.metrics.records import TrainRecord
 from megatron_sgt.parallel.collectives import mean_over_data_parallel
 from megatron_sgt.parallel.device import device_name, memory_gb
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.planning.flops import overhead, step_flops
 
 
-class LogHook(StatelessHook):
+class LogHook(Hook):
     """Averages losses over the interval (on the device, so that no step waits for it) and reports them.
 
     A skipped step is reported at once: a loss that is not finite is never hidden in an average.
@@ -46,7 +45,7 @@ class LogHook(StatelessHook):
         self._last: StepResult | None = None
         self._skipped = 0
         self._timed: list[tuple[float, int]] = []  # (seconds, FLOPs) by step
-        self._first_is_told = False
+        self._first_is_reported = False
 
     def before_run(self, state: TrainState) -> None:
         """The first step executes the schedule's present plan; what was added up before a rollback is void."""
@@ -86,9 +85,8 @@ class LogHook(StatelessHook):
 
     def _report(self, state: TrainState, result: StepResult) -> None:
         loss = float(mean_over_data_parallel(torch.stack(self._losses).mean(), self.groups))
-        # What is compiled and allocated in the first step is no other step's: it is told apart from them.
-        first = {} if self._first_is_told else {"first_step_s": self._timed[0][0]}
-        timed = (self._timed[1:] if first else []) or self._timed
+        # What is compiled and allocated in the first step is no other step's: it has a field of its own.
+        timed = (self._timed if self._first_is_reported else self._timed[1:]) or self._timed
         steps, train = len(timed), self.config.train
         seconds, flops = sum(s for s, _ in timed), sum(f for _, f in timed)
         tokens = steps * train.global_batch_size * self.config.model.seq_length
@@ -98,7 +96,8 @@ class LogHook(StatelessHook):
         self.first_loss = loss if self.first_loss is None else self.first_loss
         self.last_loss = loss
         self.tokens_per_second = speed["tokens_per_second"]
-        record: dict[str, Any] = {
+        plan = self.schedule.plan
+        record: TrainRecord = {
             "step": state.step,
             "train_iters": train.train_iters,
             "consumed_samples": state.consumed_samples,
@@ -108,7 +107,6 @@ class LogHook(StatelessHook):
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "step_time_s": seconds / steps,
-            **first,
             "model_flops_per_step": flops / steps,
             **speed,
             "device": "cpu" if self.groups.device.type == "cpu" else "gpu",
@@ -118,35 +116,20 @@ class LogHook(StatelessHook):
             "skipped_steps": self._skipped,
             "nan_steps": int(not math.isfinite(loss)),
             "total_skipped_steps": state.skipped_steps,
-            "loops": sum(self.schedule.loop_depth()),
-            **self._structure(),
-        }
-        self.hub.log("train", record)
-        self._losses, self._skipped, self._timed, self._first_is_told = [], 0, [], True
-
-    def _structure(self) -> dict[str, Any]:
-        structure: dict[str, Any] = {
+            "loops": sum(plan.loops),
             "phase": self.schedule.phase,
-            "loop_depth": self.schedule.loop_depth(),
-            "other_gates": {str(layer): plan.other_gate for layer, plan in self.schedule.plan.layers},
+            "loop_depth": list(plan.loops),
+            "other_gates": {str(layer): one.other_gate for layer, one in plan.layers},
         }
-        if self.schedule.needs_entropy:
-            structure["ema_entropy"] = self.schedule.ema.round(6).tolist()
-        return structure
+        if not self._first_is_reported:
+            record["first_step_s"] = self._timed[0][0]
+        if result.loss_scale is not None:
+            record["loss_scale"] = result.loss_scale
+        self.hub.log("train", {**record, **self.schedule.report()})
+        self._losses, self._skipped, self._timed, self._first_is_reported = [], 0, [], True
 
     def on_growth(self, event: GrowthEvent) -> None:
         """Report one growth event with its cost."""
-        growth = self.config.growth
-        excluded = set(growth.exclude_layers)
-        record: dict[str, Any] = {
-            **event.to_dict(),
-            "max_selected_layers": growth.max_selected_layers,
-            "num_candidates": self.config.model.num_layers - len(excluded),
-            "flops_overhead": overhead(self.config.model, self.schedule.plan.inference()),
-            "ema_entropy": self.schedule.ema.round(6).tolist(),  # what the decision was taken from
-        }
-        if event.layer is not None:
-            scores = layer_scores(self.schedule.ema)
-            above = [n for n, s in enumerate(scores) if n not in excluded and s > scores[event.layer]]
-            record |= {"layer_rank": 1 + len(above), "fade_until_step": event.step + growth.window_size}
+        cost = overhead(self.config.model, self.schedule.plan.inference())
+        record = {**event.to_dict(), "flops_overhead": cost, **self.schedule.report_event(event)}
         self.hub.log("growth", record)

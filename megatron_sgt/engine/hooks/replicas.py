@@ -1,4 +1,4 @@
-"""An alarm for silent corruption: weights of which several ranks hold copies must be equal, bit for bit.
+"""What must be the same on several ranks: the structure that they execute, and their copies of a weight, bit for bit.
 
 Under ZeRO 0 to 2 every data-parallel rank holds all weights of its tensor-parallel share; parameters that are
 not sharded are the same on all tensor-parallel ranks too. Under ZeRO-3 a rank holds a part of each parameter,
@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sgt.engine.hooks.base import StatelessHook
-from megatron_sgt.engine.state import TrainState
-from megatron_sgt.engine.step import StepResult
+from megatron_sgt.engine.hooks.base import Hook
+from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.errors import SGTError
+from megatron_sgt.growth import LoopPlan
+from megatron_sgt.model.apply_plan import executed_plan
 from megatron_sgt.parallel.groups import ParallelGroups
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -28,11 +29,15 @@ _CHUNK = 1 << 22
 """Elements that are widened to 64 bits at a time: 32 MB, whatever the size of a parameter."""
 
 
+class PlanMismatchError(SGTError):
+    """Ranks execute different LoopPlans: a bug, or a machine that computes wrongly."""
+
+
 class CorruptionError(SGTError):
     """Copies of a weight differ: a machine that computes wrongly, or a bug."""
 
 
-class ReplicaCheckHook(StatelessHook):
+class ReplicaCheckHook(Hook):
     """Compares every ``interval`` steps, and before every save (every ``save_interval`` steps and at the end).
 
     Comes before the hook that saves: what differs must not become a checkpoint.
@@ -60,6 +65,30 @@ class ReplicaCheckHook(StatelessHook):
     def on_stop(self, state: TrainState, reason: int) -> None:
         """Compare what will be saved."""
         self.after_run(state)
+
+
+def verify_same_plan(model: torch.nn.Module, groups: ParallelGroups) -> None:
+    """Compare a hash of the plan that this rank's layers execute with all other ranks'; collective.
+
+    Raises:
+        PlanMismatchError: on every rank, naming the first rank that differs from rank 0 and both plans.
+    """
+    if groups.world_size == 1:
+        return
+    plan = executed_plan(model)
+    digest = bytes.fromhex(plan.fingerprint())
+    mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(groups.device)
+    everyone = [torch.empty_like(mine) for _ in range(groups.world_size)]
+    dist.all_gather(everyone, mine)
+    if all(torch.equal(everyone[0], other) for other in everyone):
+        return
+    plans: list[LoopPlan | None] = [None] * groups.world_size
+    dist.all_gather_object(plans, plan)
+    rank = next(r for r, other in enumerate(plans) if other != plans[0])
+    raise PlanMismatchError(
+        f"rank {rank} executes another structure than rank 0: {plans[rank]} instead of {plans[0]}. "
+        "Resume from the last checkpoint; if it happens again, exclude that rank's machine"
+    )
 
 
 def checksum(values: Tensor) -> Tensor:

@@ -14,11 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_sgt.config.run import TrainConfig
-from megatron_sgt.engine.hooks.base import StatelessHook
+from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.loop import DivergedError
 from megatron_sgt.engine.skipped_ranges import PassedData
-from megatron_sgt.engine.state import TrainState
-from megatron_sgt.engine.step import StepResult
+from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.metrics import MetricsHub
 from megatron_sgt.parallel.collectives import any_rank, mean_over_data_parallel
 from megatron_sgt.parallel.groups import ParallelGroups
@@ -60,7 +59,7 @@ class SpikeRule:
         self.losses.append(loss)
 
 
-class SpikeHook(StatelessHook):
+class SpikeHook(Hook):
     """Comes before all other hooks: of a step that will be undone they must see nothing.
 
     It also moves the count of consumed samples past the ranges of ``passed``, as the data itself does.

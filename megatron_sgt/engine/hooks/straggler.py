@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_sgt.engine.hooks.base import StatelessHook
-from megatron_sgt.engine.state import TrainState
-from megatron_sgt.engine.step import StepResult
+from megatron_sgt.engine.hooks.base import Hook
+from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.metrics import MetricsHub
+from megatron_sgt.metrics.records import RanksRecord
 from megatron_sgt.model.apply_plan import sgt_layers
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.parallel.stopwatch import Stopwatch
@@ -74,7 +74,7 @@ def excess_over_median(values: Sequence[float], base: float | None = None) -> li
     return [(value - middle) / base if base > 0 else 0.0 for value in values]
 
 
-class StragglerHook(StatelessHook):
+class StragglerHook(Hook):
     """Measures this rank and compares all ranks, every ``interval`` steps (but at least MIN_STEPS).
 
     ``threshold`` 0, or a single rank: nothing is measured.
@@ -144,7 +144,7 @@ class StragglerHook(StatelessHook):
         table = [torch.empty_like(mine) for _ in range(self.groups.world_size)]
         dist.all_gather(table, mine)
         work, data = torch.cat(table).T.tolist()
-        record: dict[str, Any] = {
+        record: RanksRecord = {
             "step": step,
             "step_time_s": seconds,
             "work_s": [round(value, 6) for value in work],

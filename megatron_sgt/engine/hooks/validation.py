@@ -7,17 +7,17 @@ import time
 import deepspeed
 
 from megatron_sgt.data.loader import EvalLoader
-from megatron_sgt.engine.hooks.base import StatelessHook
-from megatron_sgt.engine.state import TrainState
-from megatron_sgt.engine.step import StepResult
+from megatron_sgt.engine.hooks.base import Hook
+from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.evaluation.perplexity import mean_loss, perplexity
 from megatron_sgt.growth import Schedule
 from megatron_sgt.metrics import MetricsHub
+from megatron_sgt.metrics.records import ValidRecord
 from megatron_sgt.model.apply_plan import apply_plan
 from megatron_sgt.parallel.groups import ParallelGroups
 
 
-class EvalHook(StatelessHook):
+class EvalHook(Hook):
     """Measures the loss on the same validation samples every time.
 
     The structure is the one that inference uses: inside a decay window the fading heads take no part.
@@ -62,7 +62,7 @@ class EvalHook(StatelessHook):
         loss = mean_loss(self.engine, self.batches, self.groups)
         apply_plan(module, self.schedule.plan)
         self.last_loss = loss
-        record = {
+        record: ValidRecord = {
             "step": state.step,
             "loss": loss,
             "perplexity": perplexity(loss),

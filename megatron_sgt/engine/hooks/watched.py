@@ -6,14 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from megatron_sgt.engine.hooks.base import Hook
-from megatron_sgt.engine.state import TrainState
-from megatron_sgt.engine.step import StepResult
+from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.guard.progress import Progress
 
 T = TypeVar("T")
 
 
-class _WatchedHook:
+class _WatchedHook(Hook):
     """A hook whose calls are phases of their own; between them the phase is the next step's training."""
 
     def __init__(self, hook: Hook, progress: Progress) -> None:

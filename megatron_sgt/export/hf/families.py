@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_sgt.arch.ffn import all_kinds, kind_of_hf
 from megatron_sgt.errors import CheckpointError, first_line
 from megatron_sgt.export.hf.configuration_sgt import SGTConfig
 
@@ -94,6 +95,10 @@ def _common_problems(config: Any) -> Iterator[str]:
     """What no family may have."""
     if getattr(config, "quantization_config", None) is not None:
         yield "quantization_config: quantised weights cannot be trained; give the original weights"
+    gated, act = _ffn(config)
+    if kind_of_hf(gated, act) is None:
+        known = " or ".join(repr(kind.hidden_act) for kind in all_kinds().values() if kind.gated == gated)
+        yield f"hidden_act {act!r} with gated_mlp {gated}: must be {known}"
     rope = _rope(config)
     if rope.get("rope_type", "default") != "default":
         yield f"rope_scaling {rope['rope_type']!r}: only the plain rotary embedding is supported"
@@ -126,7 +131,7 @@ def _common_fields(config: Any) -> dict[str, Any]:
         "hidden_size": config.hidden_size,
         "num_attention_heads": config.num_attention_heads,
         "vocab_size": config.vocab_size,
-        "activation": "swiglu",
+        "activation": kind_of_hf(*_ffn(config)),
         "ffn_hidden_size": config.intermediate_size,
         "num_query_groups": config.num_key_value_heads or config.num_attention_heads,
         "kv_channels": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
@@ -142,14 +147,13 @@ def _common_fields(config: Any) -> dict[str, Any]:
     }
 
 
-def _silu_only(config: Any) -> Iterator[str]:
-    if config.hidden_act not in ("silu", "swish"):
-        yield f"hidden_act {config.hidden_act!r}: the gated MLP is supported with silu only"
+def _ffn(config: Any) -> tuple[bool, str]:
+    """Whether its feed-forward layers have a gate, and their activation under its usual name."""
+    return getattr(config, "gated_mlp", True), {"swish": "silu"}.get(config.hidden_act, config.hidden_act)
 
 
 def _attention_bias_problem(config: Any) -> Iterator[str]:
     """For families whose attention_bias means q, k, v and o."""
-    yield from _silu_only(config)
     attention, mlp = config.attention_bias, getattr(config, "mlp_bias", False)
     if attention != mlp:
         yield (
@@ -159,9 +163,6 @@ def _attention_bias_problem(config: Any) -> Iterator[str]:
 
 
 def _sgt_problems(config: Any) -> Iterator[str]:
-    wanted = "silu" if config.gated_mlp else "gelu"
-    if config.hidden_act != wanted:
-        yield f"hidden_act {config.hidden_act!r} with gated_mlp {config.gated_mlp}: must be {wanted!r}"
     if not config.attention_bias and (config.attention_out_bias or config.mlp_bias):
         yield "attention_out_bias and mlp_bias without attention_bias: are not supported"
     if config.attention_out_bias != config.mlp_bias:
@@ -188,7 +189,6 @@ def _qwen3(config: Any) -> dict[str, Any]:
 
 def _sgt(config: Any) -> dict[str, Any]:
     return {
-        "activation": "swiglu" if config.gated_mlp else "gelu",
         "normalization": config.normalization,
         "qk_layernorm": config.qk_norm,
         "add_bias_linear": config.mlp_bias,
@@ -206,8 +206,8 @@ class _Family:
 
 _FAMILIES = {
     "llama": _Family(_llama, _attention_bias_problem),
-    "mistral": _Family(lambda config: {}, _silu_only),
-    "qwen2": _Family(_qwen2, _silu_only),
+    "mistral": _Family(lambda config: {}, lambda config: iter(())),
+    "qwen2": _Family(_qwen2, lambda config: iter(())),
     "qwen3": _Family(_qwen3, _attention_bias_problem),
     SGTConfig.model_type: _Family(_sgt, _sgt_problems),
 }

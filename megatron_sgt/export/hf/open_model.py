@@ -22,7 +22,7 @@ from megatron_sgt.export.hf.loading import quiet
 from megatron_sgt.export.hf.modeling_sgt import SGTForCausalLM
 from megatron_sgt.export.hf.tokenizer import write_tokenizer
 from megatron_sgt.export.hf_tensors import HFTensors
-from megatron_sgt.export.source import ExportSource, open_checkpoint, plan_of
+from megatron_sgt.export.source import ExportSource, open_checkpoint
 from megatron_sgt.model.mcore_config import DTYPES
 
 
@@ -87,14 +87,14 @@ def open_model(
 def _open_checkpoint(source: ExportSource, dtype: str) -> OpenModel:
     import transformers
 
-    model, plan = source.config.model, plan_of(source.details.growth, source.config.model.num_layers)
+    model, plan = source.config.model, source.plan()
     values = hf_config(model, plan, source.vocab_rows, dtype, TokenIds())
     name = values["architectures"][0]
     kind = SGTForCausalLM if name == SGTForCausalLM.__name__ else getattr(transformers, name)
     config = kind.config_class.from_dict({key: v for key, v in values.items() if key != "auto_map"})
     weights: dict[str, Tensor] = {}
-    for entry in source.entries():
-        tensors, _ = source.read(entry)
+    for weight in source.weights():
+        tensors, _ = source.read(weight)
         weights |= {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
     with quiet():
         loaded, report = kind.from_pretrained(

@@ -5,12 +5,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint import layout, manifest
-from megatron_sgt.checkpoint.reshard.convert import convert, entries_of
+from megatron_sgt.checkpoint.reshard.convert import convert, weights_of
 from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES
 from megatron_sgt.checkpoint.reshard.source import open_source
 from megatron_sgt.errors import CheckpointError
-from megatron_sgt.model.hf_weights import name_map
 from tests.helpers.deepspeed_files import (
     STEP,
     State,
@@ -85,8 +85,8 @@ def test_many_processes_write_the_same(tmp_path: Path) -> None:
 def test_parts_cover_every_parameter_once_and_are_balanced(parts: int, tmp_path: Path) -> None:
     config = odd_config(num_layers=8)
     source = open_source(write_checkpoint(tmp_path, config, random_state(config), (1, 1, 0)))
-    chosen = [entries_of(source, part, parts) for part in range(parts)]
-    assert [entry for part in chosen for entry in part] == list(name_map(config.model))
+    chosen = [weights_of(source, part, parts) for part in range(parts)]
+    assert tuple(weight for part in chosen for weight in part) == weights(config.model)
     sizes = [
         sum(source.ranks[0].read(f"gpt.{e.megatron}", "weights").numel() for e in part) for part in chosen
     ]

@@ -3,17 +3,17 @@ from typing import Any
 
 import pytest
 
+from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint.reshard.deepspeed_info import universal_info
-from megatron_sgt.model.hf_weights import name_map
 from tests.helpers.deepspeed_files import odd_config
 
 PATTERNS = {
     "vocab": "vocabulary_parameter_patterns",
     "replicated": "tp_replicated_parameter_patterns",
     "columns": "parameter_with_row_parallelism_patterns",
-    "glu": "parameter_with_2_sub_params_cat_dim_0",
+    "rows": "parameter_with_2_sub_params_cat_dim_0",
 }
-"""Kind in the weight table -> DeepSpeed's key. The other kinds are joined along dimension 0 by default."""
+"""Split in the weight table -> DeepSpeed's key. The others are joined along dimension 0 by default."""
 
 
 @pytest.mark.parametrize(
@@ -28,11 +28,14 @@ PATTERNS = {
 def test_patterns_say_what_the_weight_table_says(model: dict[str, Any]) -> None:
     config = odd_config(**model)
     info = universal_info(config.model)
-    patterns = {kind: info[key] for kind, key in PATTERNS.items()}
+    patterns = {split: info[key] for split, key in PATTERNS.items()}
     used = set()
-    for entry in name_map(config.model):
-        found = [(k, p) for k, ps in patterns.items() for p in ps if re.match(p, f"gpt.{entry.megatron}")]
-        assert [kind for kind, _ in found] == ([entry.kind] if entry.kind in patterns else []), entry
+    for weight in weights(config.model):
+        found = [(k, p) for k, ps in patterns.items() for p in ps if re.match(p, f"gpt.{weight.megatron}")]
+        one = weight.split == "rows" and len(weight.hf) == 1
+        assert [split for split, _ in found] == ([] if weight.split == "qkv" or one else [weight.split]), (
+            weight
+        )
         used |= {pattern for _, pattern in found}
     assert used == {pattern for some in patterns.values() for pattern in some}, (
         "DeepSpeed refuses unused ones"

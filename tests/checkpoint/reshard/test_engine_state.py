@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint.reshard.convert import convert
 from megatron_sgt.checkpoint.reshard.engine_state import _prepare_states, load_into_engine
 from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES
 from megatron_sgt.errors import CheckpointError
-from megatron_sgt.model.hf_weights import name_map
 from tests.helpers.deepspeed_files import STEP, odd_config, random_state, rank_state, write_checkpoint
 from tests.helpers.fake_groups import fake_groups
 from tests.helpers.ranks import run_on_ranks
@@ -138,6 +138,6 @@ def test_a_dynamic_loss_scale_continues() -> None:
     reader: Any = NumberReader({name: tensor.shape for name, tensor in state.items()})
     load_into_engine(reader, 3, 64.0, model, fake_engine(optimizer, module), fake_groups())
     assert optimizer.loss_scaler.cur_scale == 64.0
-    for entry in name_map(model):
-        weight = parameters[f"gpt.{entry.megatron}"].data
-        assert torch.equal(weight.flatten(), torch.arange(float(weight.numel())))
+    for weight in weights(model):
+        loaded = parameters[f"gpt.{weight.megatron}"].data
+        assert torch.equal(loaded.flatten(), torch.arange(float(loaded.numel())))

@@ -3,11 +3,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint.reshard.convert import convert
 from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader, file_name, is_layout_free
 from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES
 from megatron_sgt.errors import CheckpointError
-from megatron_sgt.model.hf_weights import name_map
 from tests.helpers.deepspeed_files import odd_config, random_state, rank_state, write_checkpoint
 
 
@@ -20,9 +20,9 @@ def test_every_rank_gets_its_shard(tp_size: int, tmp_path: Path) -> None:
     for tp_rank in range(tp_size):
         expected = rank_state(config, state, tp_size, tp_rank)
         for quantity in QUANTITIES:
-            for entry in name_map(config.model):
-                shard = reader.shard(entry, quantity, config.model, tp_size, tp_rank)
-                assert torch.equal(shard, expected[quantity][f"gpt.{entry.megatron}"])
+            for weight in weights(config.model):
+                shard = reader.shard(weight, quantity, config.model, tp_size, tp_rank)
+                assert torch.equal(shard, expected[quantity][f"gpt.{weight.megatron}"])
 
 
 def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
@@ -33,11 +33,11 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
     file = final / file_name("exp_avg", 0, 1)
     content = file.read_bytes()
     file.unlink()
-    entry = next(iter(name_map(config.model)))
+    weight = weights(config.model)[0]
     reader = LayoutFreeReader(final)
-    reader.shard(entry, "exp_avg_sq", config.model)
+    reader.shard(weight, "exp_avg_sq", config.model)
     with pytest.raises(CheckpointError, match=r"holds no exp_avg of model\.embed_tokens\.weight"):
-        reader.shard(entry, "exp_avg", config.model)
+        reader.shard(weight, "exp_avg", config.model)
     file.write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match=r"exp_avg-00001-of-00001\.safetensors cannot be read"):
         LayoutFreeReader(final)

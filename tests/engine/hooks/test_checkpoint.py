@@ -13,10 +13,9 @@ import torch
 
 from megatron_sgt.checkpoint.save import Saved
 from megatron_sgt.engine.hooks import checkpoint as checkpoint_hook
-from megatron_sgt.engine.hooks.base import StatelessHook
+from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.hooks.checkpoint import CheckpointHook
-from megatron_sgt.engine.state import TrainState
-from megatron_sgt.engine.step import StepResult
+from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.metrics import MetricsHub
 from tests.helpers.fake_groups import fake_groups
@@ -26,7 +25,7 @@ GOOD = StepResult(torch.tensor(1.0), 1.0, True, 1e-3, 0.1)
 SKIPPED = StepResult(torch.tensor(math.nan), math.inf, False, 1e-3, 0.1)
 
 
-class Counter(StatelessHook):
+class Counter(Hook):
     """A hook with a state."""
 
     name = "counter"
@@ -75,7 +74,9 @@ class FakeSaver:
 class Bench:
     """A hook whose saves end in a list, and what it reports."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, interval: int = 0, async_save: bool = False) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, interval: int = 0, async_save: bool = False, own: bool = False
+    ) -> None:
         self.loaded: list[Path] = []
         self.saver = FakeSaver()
         monkeypatch.setattr(checkpoint_hook, "Saver", lambda *_: self.saver)
@@ -87,7 +88,9 @@ class Bench:
         )
         self.counter = Counter()
         engine: Any = SimpleNamespace(module=None)
-        self.hook = CheckpointHook(config, engine, [self.counter], MetricsHub([self]), fake_groups())
+        hooks = ((), [self.counter]) if own else ([self.counter], ())
+        hub = MetricsHub([self])
+        self.hook = CheckpointHook(config, engine, hooks[0], hub, fake_groups(), own=hooks[1])
         self.reports: list[tuple[str, int]] = []
         self.hook.before_run(TrainState())
 
@@ -141,7 +144,7 @@ def test_nothing_is_saved_in_the_middle_of_a_divergence(monkeypatch: pytest.Monk
     assert bench.steps() == [1, 2]
 
 
-def test_a_save_that_fails_is_told_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_that_fails_is_reported_and_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(monkeypatch, interval=2)
     bench.saver.fails = {2, 4}
     for step in range(1, 7):
@@ -220,3 +223,38 @@ def test_a_hook_without_saved_state_is_named(monkeypatch: pytest.MonkeyPatch) ->
     saved = {"trainer": TrainState(4).state_dict(), "hooks": {}}
     with pytest.raises(CheckpointError, match="there holds no state of 'counter'"):
         Bench(monkeypatch).hook.load(Path("there"), saved, TrainState())
+
+
+def test_a_user_s_hook_is_saved_and_loaded_like_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(monkeypatch, own=True)
+    bench.counter.value = 17
+    bench.hook.after_run(TrainState(4))
+    [(_, saved)] = bench.saver.saved
+    other = Bench(monkeypatch, own=True)
+    other.hook.load(Path("there"), saved, TrainState())
+    assert other.counter.value == 17
+
+
+def test_a_user_s_hook_without_saved_state_starts_with_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After a rollback, too: what it has counted since is undone."""
+    bench = Bench(monkeypatch, own=True)
+    bench.counter.value = 17
+    bench.hook.load(Path("there"), {"trainer": TrainState(4).state_dict(), "hooks": {}}, TrainState())
+    assert bench.counter.value == 0
+    assert capsys.readouterr().out == (
+        "HOOKS  the checkpoint holds no state of 'counter': it starts with this run\n"
+    )
+
+
+def test_the_state_of_a_hook_that_the_run_lacks_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = Bench(monkeypatch)
+    hooks = {"counter": {"value": 3}, "other": {"value": 5}}
+    bench.hook.load(Path("there"), {"trainer": TrainState(4).state_dict(), "hooks": hooks}, TrainState())
+    assert bench.counter.value == 3
+    assert capsys.readouterr().out == (
+        "HOOKS  the checkpoint holds the state of 'other', which this run does not have: it is dropped\n"
+    )

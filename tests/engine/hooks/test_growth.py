@@ -12,8 +12,7 @@ import torch
 from megatron_sgt.config.growth import GrowthConfig
 from megatron_sgt.engine.hooks import growth as growth_hook
 from megatron_sgt.engine.hooks.growth import GrowthHook
-from megatron_sgt.engine.state import TrainState
-from megatron_sgt.engine.step import StepResult
+from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.growth import GrowthEvent, LoopPlan, Schedule, build_schedule
 from megatron_sgt.parallel.groups import ParallelGroups

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from megatron_sgt.engine.hooks.log import LogHook
-from megatron_sgt.engine.state import TrainState
-from megatron_sgt.engine.step import StepResult
+from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.growth import LoopPlan, Schedule, build_schedule
 from megatron_sgt.metrics import MetricsHub
 from megatron_sgt.planning.flops import overhead, step_flops
@@ -57,7 +56,7 @@ class Bench:
     def step(self, loss: float, applied: bool = True, seconds: float = 0.5) -> None:
         if applied:
             self.state.step += 1
-            self.schedule.fold_entropy(self.table)
+            self.schedule.observe("entropy", self.table)
             for event in self.schedule.after_step(self.state.step):
                 self.hook.on_growth(event)
         else:

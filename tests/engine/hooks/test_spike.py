@@ -15,8 +15,7 @@ from megatron_sgt.config import Config
 from megatron_sgt.engine.hooks.spike import LossSpike, SpikeHook, SpikeRule
 from megatron_sgt.engine.loop import DivergedError
 from megatron_sgt.engine.skipped_ranges import PASSED_FILE, PassedData
-from megatron_sgt.engine.state import TrainState
-from megatron_sgt.engine.step import StepResult
+from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.metrics import MetricsHub
 from tests.helpers.fake_groups import fake_groups

@@ -11,8 +11,7 @@ import torch
 
 from megatron_sgt.engine.hooks import validation as eval_hook
 from megatron_sgt.engine.hooks.validation import EvalHook
-from megatron_sgt.engine.state import TrainState
-from megatron_sgt.engine.step import StepResult
+from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from tests.helpers.fake_groups import fake_groups
 

@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 
-from megatron_sgt.engine.hooks.base import StatelessHook
+from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.hooks.watched import watched_batches, watched_hooks
-from megatron_sgt.engine.state import TrainState
-from megatron_sgt.engine.step import StepResult
+from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.guard import Progress
 
 
-class Noting(StatelessHook):
+class Noting(Hook):
     name = "eval"
 
     def __init__(self, progress: Progress) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.ops import fused_loop
 from megatron_sgt.ops.attention import causal_attention
-from megatron_sgt.ops.fused_loop import HeadBlocks, head_blocks
+from megatron_sgt.ops.head_blocks import HeadBlocks, head_blocks
 from megatron_sgt.ops.rotary import Rotary, rotary_table
+from megatron_sgt.parallel.packed_copy import on_device
 
 EPS = 1e-6
 
@@ -27,8 +28,6 @@ class PassInputs:
     out_weight: Tensor
     rotary: Rotary
     blocks: HeadBlocks
-    rows: Tensor
-    columns: Tensor
     size: int
 
     def leaves(self) -> list[Tensor]:
@@ -42,10 +41,7 @@ def pass_inputs(
     """Random inputs of order 1; kept heads lie in different groups."""
     torch.manual_seed(0)
     heads = width // size
-    layout = HeadLayout(heads, heads, size).local(range(0, heads, max(1, heads // kept))[:kept])
-    rows, columns, slots = (
-        torch.tensor(index, device=device) for index in (layout.qkv_rows, layout.proj_columns, layout.kv_slot)
-    )
+    blocks = head_blocks(HeadLayout(heads, heads, size), range(0, heads, max(1, heads // kept))[:kept])
 
     def leaf(*shape: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(*shape, device=device)).to(dtype).requires_grad_()
@@ -58,9 +54,7 @@ def pass_inputs(
         qkv_weight=leaf(3 * width, width, scale=width**-0.5),
         out_weight=leaf(width, width, scale=width**-0.5),
         rotary=rotary_table(torch.cat([angles, angles], dim=-1)[:, None, None]),
-        blocks=head_blocks(rows, columns, slots, size),
-        rows=rows,
-        columns=columns,
+        blocks=on_device(blocks, device),
         size=size,
     )
 
@@ -73,13 +67,13 @@ def eager_rotate(heads: Tensor, rotary: Rotary) -> Tensor:
 
 
 def eager_pass(p: PassInputs) -> Tensor:
-    """Operation by operation, as ``model.head_loop.sparse_loop``; also what torch.compile is given."""
+    """Operation by operation, as ``model.head_loop.SparseLoop``; also what torch.compile is given."""
     heads = p.blocks.heads
     normed = F.rms_norm(p.x, (p.x.shape[-1],), p.norm_weight, EPS)
-    fused = F.linear(normed, p.qkv_weight[p.rows]).unflatten(-1, (3 * heads, p.size))
+    fused = F.linear(normed, p.qkv_weight[p.blocks.row_index]).unflatten(-1, (3 * heads, p.size))
     query, key, value = fused.split([heads, heads, heads], dim=2)
     out = causal_attention(eager_rotate(query, p.rotary), eager_rotate(key, p.rotary), value)
-    return p.x + F.linear(out.flatten(2), p.out_weight[:, p.columns])
+    return p.x + F.linear(out.flatten(2), p.out_weight[:, p.blocks.column_index])
 
 
 def fused_pass(p: PassInputs, library: bool) -> Tensor:

@@ -60,12 +60,12 @@ def _forward(p: PassInputs, arguments: tuple[Any, ...], query: Tensor) -> Iterat
     product, stream, some = _sizes(p)
 
     def eager_in() -> Tensor:
-        fused = F.linear(F.rms_norm(x, norm.shape, norm, EPS), weight[p.rows])
+        fused = F.linear(F.rms_norm(x, norm.shape, norm, EPS), weight[p.blocks.row_index])
         q, k, v = fused.unflatten(-1, (3 * heads, p.size)).split([heads, heads, heads], dim=2)
         return torch.cat([eager_rotate(q, p.rotary), eager_rotate(k, p.rotary), v], dim=2)
 
     def eager_out() -> Tensor:
-        return x + F.linear(query.flatten(2), out_weight[:, p.columns])
+        return x + F.linear(query.flatten(2), out_weight[:, p.blocks.column_index])
 
     yield Operation(
         "project_in", lambda: operators.project_in(*arguments), eager_in, 3 * product, stream + some
@@ -90,12 +90,16 @@ def _backward(
         return heads * r.to(heads)[..., None, None]
 
     def eager_input() -> Tensor:
-        dnormed = unscaled @ weight[p.rows]
+        dnormed = unscaled @ weight[p.blocks.row_index]
         return torch.autograd.grad(normed, grown, dnormed, retain_graph=True)[0] + dout
 
     kernel = partial(operators.output_gradient, dout, out_weight, at.columns, p.size)
     yield Operation(
-        "output_gradient", kernel, lambda: dout @ out_weight[:, p.columns], product, stream + some / 3
+        "output_gradient",
+        kernel,
+        lambda: dout @ out_weight[:, p.blocks.column_index],
+        product,
+        stream + some / 3,
     )
     yield Operation(
         "head_gradients", partial(operators.head_gradients, *arguments), eager_heads, 0.0, 3 * some
@@ -118,14 +122,14 @@ def _weight_gradients(p: PassInputs, dout: Tensor, heads: Tensor, scaled: Tensor
         product = fused_loop.weight_product(dout.flatten(0, 1), heads.flatten(0, 1).flatten(1), wide)
         fused_loop.into_parameter(second, product, p.blocks.column_index, p.blocks, 1)
 
-    tokens, width, rows = x.shape[0] * x.shape[1], x.shape[-1], len(p.rows)
-    flops = 2.0 * tokens * width * (rows + len(p.columns))
+    tokens, width, rows = x.shape[0] * x.shape[1], x.shape[-1], len(p.blocks.row_index)
+    flops = 2.0 * tokens * width * (rows + len(p.blocks.column_index))
     return Operation(
         "weight gradients: main_grad (kernel), dense (eager)",
         lambda: both(buffered, out_buffered),
         lambda: both(weight, out_weight),
         flops,
-        x.element_size() * tokens * (2 * width + rows + len(p.columns)),
+        x.element_size() * tokens * (2 * width + rows + len(p.blocks.column_index)),
     )
 
 

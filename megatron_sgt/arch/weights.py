@@ -1,0 +1,51 @@
+"""The table of all weights of a model. Names, shapes, shards, counts and initial values are derived from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+from megatron_sgt.arch.attention import CAUSAL
+from megatron_sgt.arch.ffn import ffn_kind
+from megatron_sgt.arch.weight import Weight, linear, norm
+from megatron_sgt.config.model import ModelConfig
+
+
+@lru_cache(maxsize=16)
+def weights(model: ModelConfig) -> tuple[Weight, ...]:
+    """Every parameter of ``model``, embedding first; loops add none.
+
+    Raises:
+        ConfigError: ``model.vocab_size`` is null.
+    """
+    return tuple(_weights(model))
+
+
+def _weights(model: ModelConfig) -> Iterator[Weight]:
+    vocabulary = (model.padded_vocab_size(), model.hidden_size)
+    yield from linear("embedding.word_embeddings", {"model.embed_tokens": vocabulary}, "vocab", "embedding")
+    for layer in range(model.num_layers):
+        yield from layer_weights(model, layer)
+    yield from _norm(model, "decoder.final_layernorm", "model.norm")
+    if model.untie_embeddings_and_output_weights:
+        yield from linear("output_layer", {"lm_head": vocabulary}, "vocab", "output")
+
+
+def layer_weights(model: ModelConfig, layer: int) -> list[Weight]:
+    """The parameters of one decoder layer, in the order in which files hold them."""
+    megatron, hf = f"decoder.layers.{layer}", f"model.layers.{layer}"
+    found = [
+        *_norm(model, f"{megatron}.input_layernorm", f"{hf}.input_layernorm"),
+        *CAUSAL.weights(model, layer),
+        *_norm(model, f"{megatron}.pre_mlp_layernorm", f"{hf}.post_attention_layernorm"),
+        *ffn_kind(model.activation).weights(model, layer),
+    ]
+    return sorted(found, key=_comes_last)
+
+
+def _comes_last(weight: Weight) -> bool:
+    return weight.kind == "bias" and weight.part != "norms" and weight.split != "qkv"
+
+
+def _norm(model: ModelConfig, megatron: str, hf: str) -> Iterator[Weight]:
+    return norm(megatron, hf, model.hidden_size, bias=model.normalization == "LayerNorm")

@@ -1,0 +1,177 @@
+"""The fields of every kind of record: what a run writes to metrics.jsonl, and what the other writers show of it.
+
+A record holds host numbers. ``step`` is always there; every other field may be absent, or None where nothing is known,
+and is then not shown. Units are in the names: _s seconds, _gb 10^9 bytes. A test holds this against what a run writes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypedDict
+
+
+class _Step(TypedDict):
+    step: int  # applied optimizer steps
+
+
+class _Record(_Step, total=False):
+    time: float  # seconds since 1970; the hub adds it
+
+
+class Throughput(TypedDict):
+    """Speed over the steps that a train record sums up."""
+
+    tokens_per_second: float
+    tokens_per_second_per_device: float
+    tflops_per_device: float
+    mfu: float | None  # fraction of the peak; None where the peak is unknown
+
+
+class TrainRecord(_Record, Throughput, total=False):
+    """The steps since the last train record: at every log interval, after every skipped step and at the end."""
+
+    train_iters: int
+    consumed_samples: int
+    consumed_tokens: int
+    global_batch_size: int
+    loss: float  # mean of the steps
+    grad_norm: float  # of the last step, before clipping
+    lr: float
+    loss_scale: float  # of the last step; fp16 only
+    step_time_s: (
+        float  # from the end of a step to that of the next, without validation and saving, which have their
+    )
+    # own records; without the first step of a process, unless it is alone
+    first_step_s: float  # in the first record of a process: with what is compiled and allocated in that step
+    model_flops_per_step: float  # of the method, loops included, recomputation not
+    device: str  # "gpu" or "cpu": what the per-device figures are of
+    memory_gb: float | None
+    memory_total_gb: float | None
+    eta_s: float | None
+    skipped_steps: int
+    nan_steps: int  # 1 where the mean loss is not finite
+    total_skipped_steps: int  # since the run began
+    loops: int  # sum of K_l
+    phase: str
+    loop_depth: list[int]  # K_l by layer
+    other_gates: dict[str, float]  # layer -> gate of the heads that it does not keep
+    ema_entropy: list[list[float]]  # [layer][head], while the schedule measures it
+
+
+class ValidRecord(_Record, total=False):
+    """One validation, with the structure that inference uses."""
+
+    loss: float
+    perplexity: float
+    batches: int  # micro-batches per rank
+    seconds: float
+
+
+class GrowthRecord(_Record, total=False):
+    """One decision of the schedule, and the structure after it (growth/plan.py:GrowthEvent)."""
+
+    action: str
+    layer: int | None  # selected or deepened; None where none was
+    phase: str
+    kept_heads: dict[str, list[int]]  # layer -> heads, of all layers selected so far
+    loop_depth: list[int]  # K_l by layer
+    layer_score: float | None  # mean entropy of the layer
+    layer_rank: int  # of the layer among the selectable ones, 1 the highest score
+    num_candidates: int  # selectable layers
+    max_selected_layers: int
+    fade_until_step: int  # end of the window
+    flops_overhead: float  # fraction of vanilla's forward and backward, once the window is over
+    ema_entropy: list[list[float]]  # [layer][head] that the decision was taken from
+
+
+class SaveRecord(_Record, total=False):
+    """A checkpoint that is whole."""
+
+    path: Path | str
+    seconds: float  # until it was whole
+    stall_s: float  # of them, those in which training stood still
+    bytes: int
+
+
+class SaveFailedRecord(_Record, total=False):
+    """A checkpoint that could not be written: training goes on, and saves at the next interval."""
+
+    reason: str
+
+
+class ResumeRecord(_Record, total=False):
+    """The start of a process, or of training after a rollback: records of later steps before it are void."""
+
+    path: Path | str | None  # None: a fresh start
+    searched: Path | str  # where a checkpoint was looked for
+    consumed_samples: int
+    skipped: tuple[str, ...] | list[str]  # damaged checkpoints that were passed over
+    changed: tuple[str, ...] | list[str]  # settings unlike the checkpoint's: "train.train_iters 8 -> 12"
+
+
+class RanksRecord(_Record, total=False):
+    """How the ranks' own work compares. The last four fields: a rank that is newly found to hold up the others."""
+
+    step_time_s: float
+    work_s: list[float]  # by rank: median over steps of the timed part of its own work
+    data_wait_s: list[float]  # by rank: mean over steps of its waiting for data
+    lagging_rank: int
+    host: str
+    what: str  # "computing" or "waiting for data"
+    excess: float  # fraction above the median rank
+
+
+class RollbackRecord(_Record, total=False):
+    """A loss spike, and the step at which the run goes on."""
+
+    path: Path | str | None  # None: no checkpoint to go back to, training goes on
+    spike_step: int
+    loss: float
+    limit: float
+    consumed_samples: int
+    passed_samples: int  # samples that are never trained on
+
+
+class StopRecord(_Record, total=False):
+    """A request to stop that all ranks obey."""
+
+    reason: str  # the signal, or the limit of time that was passed
+
+
+class HookRecord(_Record, total=False):
+    """What a user's hook reports."""
+
+    hook: str  # its name
+    values: dict[str, float]
+
+
+class SummaryRecord(_Record, total=False):
+    """The end of a process."""
+
+    train_iters: int
+    reason: str
+    exit_code: int
+    first_loss: float | None  # None where the run began at a checkpoint
+    loss: float | None
+    valid_loss: float | None
+    growth_events: int
+    seconds: float
+    consumed_tokens: int
+    tokens_per_second: float | None
+    paths: dict[str, Path | str | None]
+
+
+RECORDS: dict[str, type] = {
+    "train": TrainRecord,
+    "ranks": RanksRecord,
+    "valid": ValidRecord,
+    "growth": GrowthRecord,
+    "save": SaveRecord,
+    "save_failed": SaveFailedRecord,
+    "resume": ResumeRecord,
+    "rollback": RollbackRecord,
+    "stop": StopRecord,
+    "hook": HookRecord,
+    "summary": SummaryRecord,
+}
+"""Every kind of record, and its fields."""
