@@ -11,6 +11,7 @@ from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.model.apply_plan import apply_plan
 from megatron_sgt.planning.flops import overhead, step_flops
 from megatron_sgt.planning.structure import final_plan
+from tests.helpers.exhaustive import exhaustive
 from tests.helpers.flops import flop_counter
 from tests.helpers.meta import META, meta_model
 from tests.helpers.single import random_batch, single_model, small_config
