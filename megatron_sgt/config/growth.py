@@ -1,13 +1,12 @@
 """How depth grows: the schedule of the Sparse Growing Transformer, its ablations and baselines."""
 
-import difflib
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
 from megatron_sgt import extensions
-from megatron_sgt.config.base import Section, shown
+from megatron_sgt.config.base import Choice, Section, shown
 from megatron_sgt.config.problems import explain
 from megatron_sgt.errors import ConfigError
 
@@ -18,7 +17,7 @@ METHODS = ("sgt", "vanilla", "block_loop")
 class GrowthConfig(Section):
     """The growth method and its schedule. Defaults are those of the paper (arXiv 2603.23998)."""
 
-    method: str = Field(
+    method: Annotated[str, Choice("schedules", METHODS)] = Field(
         default="sgt",
         description="`sgt`: attention loops grow during training; `vanilla`: no loop at all; "
         "`block_loop`: whole layers are executed again from the first step (the paper's baseline); or a schedule "
@@ -86,7 +85,7 @@ class GrowthConfig(Section):
     )
 
     def problems(self) -> Iterator[str]:
-        yield from self._method_problems()
+        yield from self._option_problems()
         for name in ("exclude_layers", "block_loop_layers"):
             layers: tuple[int, ...] = getattr(self, name)
             if len(set(layers)) != len(layers):
@@ -101,17 +100,10 @@ class GrowthConfig(Section):
                 f"'{self.method}'; remove it, or set method: block_loop"
             )
 
-    def _method_problems(self) -> Iterator[str]:
-        """What is wrong with the name of the method, or with the options of the schedule that has it."""
+    def _option_problems(self) -> Iterator[str]:
+        """What is wrong with the options of the schedule that a package has registered, or with itself."""
         options = None
         if self.method not in METHODS:
-            names = [*METHODS, *extensions.names("schedules")]
-            if self.method not in names:
-                close = difflib.get_close_matches(self.method, names, n=1)
-                hint = f"; did you mean '{close[0]}'?" if close else ""
-                choices = ", ".join(f"'{name}'" for name in names[:-1])
-                yield f"method: must be {choices} or '{names[-1]}', got {shown(self.method)}{hint}"
-                return
             try:
                 options = getattr(extensions.load("schedules", self.method), "Options", None)
             except ConfigError as error:
