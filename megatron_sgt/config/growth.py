@@ -85,7 +85,7 @@ class GrowthConfig(Section):
     )
 
     def problems(self) -> Iterator[str]:
-        yield from self._option_problems()
+        yield from self._method_problems()
         for name in ("exclude_layers", "block_loop_layers"):
             layers: tuple[int, ...] = getattr(self, name)
             if len(set(layers)) != len(layers):
@@ -100,8 +100,8 @@ class GrowthConfig(Section):
                 f"'{self.method}'; remove it, or set method: block_loop"
             )
 
-    def _option_problems(self) -> Iterator[str]:
-        """What is wrong with the options of the schedule that a package has registered, or with itself."""
+    def _method_problems(self) -> Iterator[str]:
+        """What is wrong with the schedule that the method names, or with its options."""
         options = None
         if self.method not in METHODS:
             try:
