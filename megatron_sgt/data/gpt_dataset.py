@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 Sample = dict[str, torch.Tensor]
 
 Builder = Callable[[Config, Tokenizer | None], tuple[Any, Any | None, Any | None]]
-"""Makes the training, validation and test samples, None for a part that there is not; called on every rank.
+"""Makes the training, validation and test samples, None for a split that it lacks; called on every rank.
 
-``samples[i]`` is a Sample as of `BlendedSamples`, for any i >= 0, and the same on every rank and in every process:
-where a run goes on is a count of samples. Data-parallel ranks read different i, tensor-parallel ranks the same.
+``samples[i]`` is a Sample like those of `BlendedSamples`, for any i >= 0, and the same in every process of every rank:
+the position of a run is a count of samples. Data-parallel ranks read different i, tensor-parallel ranks the same.
 """
 
 

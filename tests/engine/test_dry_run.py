@@ -63,6 +63,7 @@ def test_a_checkpoint_to_start_from_is_named(data: str, tmp_path: Path) -> None:
     ("sections", "world_size", "kind", "message"),
     [
         ({}, 3, ConfigError, "batch sizes do not multiply"),
+        ({"train": {"hooks": ["nowhere"]}}, 2, ConfigError, "'nowhere' of megatron_sgt.hooks"),
         ({"data": {"data_path": ["/nowhere/data"]}}, 1, DataError, "/nowhere/data"),
         ({"checkpoint": {"load": "/nowhere/there"}}, 1, CheckpointError, "no checkpoint at /nowhere/there"),
     ],

@@ -85,7 +85,7 @@ def test_a_step_waits_once_to_read_its_norm(stage_and_waits: tuple[int, dict[str
 
 
 def timed_by_deepspeed(info: RankInfo) -> list[str]:
-    """What a step waits for with the timer that DeepSpeed starts unless it is told not to."""
+    """What a step waits for with the timer that DeepSpeed starts by default."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         config = small_config(
             train={"global_batch_size": 2 * MICRO_BATCHES},

@@ -65,7 +65,7 @@ class StopAfter(Hook):
 
 
 class Scripted:
-    """train_step's stand-in: applies or skips as told; notes the learning rates and batches it was given."""
+    """train_step's stand-in: applies or skips by a script; notes the learning rates and batches it was given."""
 
     def __init__(self, applied: str) -> None:
         self.applied = iter(applied)
@@ -120,11 +120,11 @@ def test_a_request_stops_before_the_next_step(monkeypatch: pytest.MonkeyPatch) -
     calls: list[Any] = []
     engine: Any = SimpleNamespace(train=lambda: None)
     run = trainer(engine, TrainState(), [Diary("d", calls)])
-    told: list[int] = []
-    run.stop.on_agreed = told.append
+    agreed: list[int] = []
+    run.stop.on_agreed = agreed.append
     run.hooks = [*run.hooks, StopAfter(run.stop, 2)]
     assert run.run(numbered(), 9) == Reason.SIGTERM
-    assert calls[-1] == ("d", "stop", 2, Reason.SIGTERM) and told == [Reason.SIGTERM]
+    assert calls[-1] == ("d", "stop", 2, Reason.SIGTERM) and agreed == [Reason.SIGTERM]
     assert not [call for call in calls if call[1] == "after"], "after_run would validate first"
 
 
@@ -194,11 +194,11 @@ class Takes(Hook):
 
     def __init__(self, clock: Clock, seconds: float, pauses: bool) -> None:
         self.clock, self.seconds, self.pauses = clock, seconds, pauses
-        self.told: list[float] = []
+        self.reported: list[float] = []
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         self.clock.now += self.seconds
-        self.told.append(result.seconds)
+        self.reported.append(result.seconds)
 
 
 def test_a_step_lasts_from_the_end_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +217,7 @@ def test_a_step_lasts_from_the_end_of_the_one_before(monkeypatch: pytest.MonkeyP
     run.hooks = [log, validation]
     monkeypatch.setattr(run.stop, "pending", lambda: setattr(clock, "now", clock.now + 0.25) or 0)
     run.run(numbered(), 3)
-    assert log.told == validation.told == pytest.approx([2.25, 2.75, 2.75])
+    assert log.reported == validation.reported == pytest.approx([2.25, 2.75, 2.75])
 
 
 def test_who_pauses_training() -> None:

@@ -102,6 +102,8 @@ def test_mistakes_are_refused_before_any_process_group(
     tokenizer = {"tokenizer": {"type": "sentencepiece", "model": str(tmp_path / "absent.model")}}
     with pytest.raises(DataError, match=r"absent\.model"):
         PretrainingRun(tiny_config(tmp_path, data, data=tokenizer), alone())
+    with pytest.raises(ConfigError, match=r"'nowhere' of megatron_sgt\.hooks is not registered"):
+        PretrainingRun(tiny_config(tmp_path, data, train={"hooks": ["nowhere"]}), alone())
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"logging\.run_dir: cannot write to .*file"):
         PretrainingRun(tiny_config(tmp_path / "file", data), alone())

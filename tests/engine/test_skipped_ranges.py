@@ -51,7 +51,7 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_batches_jump_at_the_ranges(tmp_path: Path) -> None:
-    """Steps of 8 samples in two micro-batches; the loader is opened anew behind a range."""
+    """Steps of 8 samples in two micro-batches; the loader is opened again after a range."""
 
     def loader(consumed: int) -> Any:
         opened.append(consumed)

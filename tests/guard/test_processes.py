@@ -69,7 +69,7 @@ def test_shm() -> None:
 
 
 def test_whereabouts() -> None:
-    """Busy in a line of its own, or waiting in a collective: told apart by the files on the stack."""
+    """Busy in a line of its own, or waiting in a collective: the files on the stack distinguish them."""
     source = "def all_reduce():\n    ready.set()\n    go.wait(20)\n"
     stuck = "def busy():\n    all_reduce()\n"
     for file, expected in (

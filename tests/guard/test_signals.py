@@ -118,7 +118,7 @@ def test_a_step_or_a_save_that_hangs_is_ended_with_its_stacks(
     assert time.monotonic() - begun > (2.5 if body is stuck_in_save else 1.5)
 
 
-def test_the_keyboard_interrupts_a_start(tmp_path: Path) -> None:
+def test_ctrl_c_interrupts_a_start(tmp_path: Path) -> None:
     _, err = Run(tmp_path, steps, training=False).send(signal.SIGINT).end()
     assert "KeyboardInterrupt" in err
 

@@ -57,7 +57,7 @@ def test_chunks_do_not_change_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     ("values", "zero", "wrong"),
     [
         ([(1, 5), (1, 6), (1, 5), (1, 6)], 1, []),
-        ([(1, 5), (1, 6), (2, 5), (1, 6)], 1, [2]),  # the majority of four tells
+        ([(1, 5), (1, 6), (2, 5), (1, 6)], 1, [2]),  # the majority of four decides
         ([(1, 5), (1, 6), (1, 5), (1, 7)], 1, [1, 3]),  # of two copies neither
         ([(1, 5), (2, 6), (3, 7), (3, 8)], 3, [0, 1]),  # parts: compared within a tensor-parallel group only
         ([(1, 5), (2, 6), (2, 7), (2, 8)], 2, [0, 2, 1, 3]),
@@ -98,9 +98,9 @@ def change_one_weight(info: RankInfo, tensor: int, zero: int, name: str, rank: i
 def test_one_unit_in_the_last_place_is_seen(
     world_size: int, tensor: int, zero: int, name: str, rank: int, named: str
 ) -> None:
-    told = run_on_ranks(world_size, change_one_weight, tensor, zero, name, rank)
-    assert len(set(told)) == 1, "every rank raises the same"
-    assert named in told[0] and name in told[0] and "after step 2" in told[0], told[0]
+    messages = run_on_ranks(world_size, change_one_weight, tensor, zero, name, rank)
+    assert len(set(messages)) == 1, "every rank raises the same"
+    assert named in messages[0] and name in messages[0] and "after step 2" in messages[0], messages[0]
 
 
 class Part(torch.nn.Parameter):

@@ -21,7 +21,7 @@ PLAN = LoopPlan(3, ((2, LayerPlan(1, (0, 1), other_gate=0.5)),))
 
 
 class Bench:
-    """The hook on a model that is only pretended; ``acts`` tells what happened, in order."""
+    """The hook on a stand-in for the model; ``acts``: what happened, in order."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, loss: float = 2.0) -> None:
         self.acts: list[Any] = []
