@@ -50,7 +50,7 @@ class EvalHook(Hook):
             self._measure(state)
 
     def after_run(self, state: TrainState) -> None:
-        """Validate the model that the run ends with."""
+        """Validate the final model."""
         if self._measured_at != state.step:
             self._measure(state)
 
