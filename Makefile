@@ -35,8 +35,8 @@ endef
 
 help:
 	@echo "make quickstart   from nothing to a small grown, saved and resumed SGT model (CPU, a few minutes)"
-	@echo "make test         the test suite (13 minutes on two cores)"
-	@echo "make test-all     the test suite with every case of its matrices: layouts, kernels, formulas (an hour)"
+	@echo "make test         the test suite"
+	@echo "make test-all     the test suite with every case of its matrices (layouts, kernels, formulas), by hand"
 	@echo "make test-transformers-4   the code of exported models under the last transformers 4"
 	@echo "make test-newest           what rests on Megatron-Core, under its newest version (needs Python 3.12 or newer)"
 	@echo "make check        formatting, lint, types, architecture"

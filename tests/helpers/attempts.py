@@ -85,6 +85,16 @@ class Attempt:
             self.processes[rank].join(max(0.0, deadline - time.monotonic()))
         return [self.processes[rank].exitcode for rank in ranks]
 
+    def first_failure(self, timeout: float) -> int:
+        """The exit code of the first rank that fails; 0 when all have ended well."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            codes = [process.exitcode for process in self.processes]
+            if any(codes) or None not in codes:
+                return next(filter(None, codes), 0)
+            time.sleep(0.05)
+        raise AssertionError(f"ranks that did not end in {timeout} s: {self.finished()}")
+
     def finished(self) -> list[Finished]:
         """Exit codes (-1: still there) and output of all ranks so far."""
         return [

@@ -6,15 +6,23 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from megatron_sgt.launch.rank_info import free_port
 from megatron_sgt.launch.slurm import step_port
-from tests.helpers.commands import MPI_ENVIRONMENT, ROOT, Finished, no_mpi, without_launcher
+from tests.helpers.attempts import Attempt
+from tests.helpers.commands import (
+    LAUNCHER_VARIABLES,
+    MPI_ENVIRONMENT,
+    ROOT,
+    Finished,
+    no_mpi,
+    without_launcher,
+)
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import measured_steps, pretrain, reported, tiny_config, write_tiny_data
 
@@ -29,46 +37,34 @@ STEPS = 3
 TIMEOUT = 240
 
 
-def run(commands: Sequence[Sequence[str]], cwd: Path, *tasks: dict[str, str]) -> Finished:
-    """Run the commands side by side; when one fails, end the others, as `srun -K` does."""
-    running = []
-    for index, (command, task) in enumerate(zip(commands, tasks or ({},), strict=True)):
-        with (cwd / f"out{index}").open("w") as out, (cwd / f"err{index}").open("w") as err:
-            environment = {**ENVIRONMENT, **task}
-            running.append(subprocess.Popen(command, cwd=cwd, env=environment, stdout=out, stderr=err))
-    code, deadline = 0, time.monotonic() + TIMEOUT
-    while any(process.poll() is None for process in running):
-        code = code or next((process.returncode for process in running if process.returncode), 0)
-        if code or time.monotonic() > deadline:
-            break
-        time.sleep(0.05)
-    for process in running:
-        process.kill()
-        process.wait()
-    code = code or max(process.returncode for process in running)
-    texts = [
-        "".join((cwd / f"{name}{n}").read_text() for n in range(len(running))) for name in ("out", "err")
-    ]
-    return Finished(code, *texts)
+def run(command: Sequence[str], cwd: Path) -> Finished:
+    """Run a launcher, or the script alone, and wait for its end."""
+    done = subprocess.run(
+        command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT, check=False
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
 
 
 def alone(arguments: list[str], cwd: Path) -> Finished:
-    return run([[sys.executable, SCRIPT, *arguments]], cwd)
+    return run([sys.executable, SCRIPT, *arguments], cwd)
 
 
 def torchrun(arguments: list[str], cwd: Path) -> Finished:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return run([[sys.executable, *launcher, SCRIPT, *arguments]], cwd)
+    return run([sys.executable, *launcher, SCRIPT, *arguments], cwd)
 
 
 def deepspeed(arguments: list[str], cwd: Path) -> Finished:
     """As `deepspeed --num_gpus 2 pretrain_sgt.py ...`, which starts two processes on a machine without GPUs too."""
     launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
-    return run([[sys.executable, *launcher, SCRIPT, *arguments]], cwd)
+    return run([sys.executable, *launcher, SCRIPT, *arguments], cwd)
 
 
 def srun(arguments: list[str], cwd: Path) -> Finished:
-    """What `srun -K -n 2 python pretrain_sgt.py ...` leaves in its tasks' environments."""
+    """What `srun -K -n 2 python pretrain_sgt.py ...` leaves in the environments of its tasks, here two forks.
+
+    tests/slurm has a real one.
+    """
     job = next(str(n) for n in range(os.getpid(), 10**9) if port_is_free(str(n)))
     step = {
         "SLURM_JOB_ID": job,
@@ -79,8 +75,19 @@ def srun(arguments: list[str], cwd: Path) -> Finished:
         "SLURM_STEP_TASKS_PER_NODE": "2",
         "SLURM_NODEID": "0",
     }
-    tasks = [{**step, "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01"]
-    return run([[sys.executable, SCRIPT, *arguments]] * 2, cwd, *tasks)
+    tasks = Attempt(cwd, arguments, 2, partial(become_a_task, step))
+    try:
+        code = tasks.first_failure(TIMEOUT)
+    finally:
+        tasks.end()
+    ranks = tasks.finished()
+    return Finished(code, "".join(rank.out for rank in ranks), "".join(rank.err for rank in ranks))
+
+
+def become_a_task(step: dict[str, str], rank: int) -> None:
+    for name in [name for name in os.environ if name.startswith(LAUNCHER_VARIABLES)]:
+        del os.environ[name]
+    os.environ.update({**step, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)})
 
 
 def port_is_free(job: str) -> bool:
@@ -93,7 +100,7 @@ def port_is_free(job: str) -> bool:
 
 
 def mpirun(arguments: list[str], cwd: Path) -> Finished:
-    return run([["mpirun", "-n", "2", sys.executable, SCRIPT, *arguments]], cwd)
+    return run(["mpirun", "-n", "2", sys.executable, SCRIPT, *arguments], cwd)
 
 
 NO_MPI = pytest.mark.skipif(no_mpi(), reason="needs mpirun (Debian: openmpi-bin) and mpi4py")
