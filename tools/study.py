@@ -49,7 +49,11 @@ def arguments() -> argparse.Namespace:
 
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:
-    """The runs, seed by seed, so that early slices give whole comparisons. Raises ConfigError."""
+    """The runs, seed by seed, so that early slices give whole comparisons.
+
+    Raises:
+        ConfigError: the settings of a run are wrong.
+    """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}"]
     jobs = []
     for seed in range(1, args.seeds + 1):

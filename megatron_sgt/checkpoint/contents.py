@@ -149,7 +149,8 @@ def read_contents(folder: Path, check: Check, is_latest: bool = False) -> Conten
 def read_root(root: Path, check: Check) -> RootContents:
     """Look into every folder of ``root`` that is or was to be a checkpoint.
 
-    Raises CheckpointError when there is none.
+    Raises:
+        CheckpointError: there is none.
     """
     folders = sorted(
         (path for path in root.glob(f"{_PREFIX}*") if path.is_dir()),

@@ -79,7 +79,8 @@ class Arena:
     def reserve(self, num_bytes: int) -> None:
         """Hold at least ``num_bytes`` bytes, their pages touched, so that the first copy is as fast as the others.
 
-        Raises CheckpointError when memory cannot be page-locked.
+        Raises:
+            CheckpointError: memory cannot be page-locked.
         """
         missing = num_bytes - self.num_bytes
         if missing > 0:

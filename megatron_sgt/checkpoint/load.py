@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 def verify_together(folder: Path, config: Config, groups: ParallelGroups) -> str | None:
     """What is wrong with the bytes of ``folder``, None if nothing; collective, each rank reads a part.
 
-    With ``checkpoint.verify: sizes`` nothing is read. Raises CheckpointError when a rank cannot see the folder.
+    With ``checkpoint.verify: sizes`` nothing is read.
+
+    Raises:
+        CheckpointError: a rank cannot see the folder.
     """
     if config.checkpoint.verify == "sizes":
         return None

@@ -204,7 +204,7 @@ class Saver:
         return self._root / f"{layout.tag_for(step)}{layout.TEMPORARY_SUFFIX}"
 
     def _commit(self, flight: _InFlight) -> int:
-        """The second phase, on one rank. Raises CheckpointError."""
+        """The second phase, on one rank."""
         where = layout_of(self._config, self._groups)
         samples = flight.state["trainer"].get("consumed_samples", 0)
         about = {

@@ -86,7 +86,8 @@ class ShardFiles:
     def finish(self) -> Files:
         """Write what was kept; returns this rank's files, all on disk.
 
-        Raises CheckpointError when one could not be written (disk full, quota, permissions).
+        Raises:
+            CheckpointError: one could not be written (disk full, quota, permissions).
         """
         with as_checkpoint_error():
             while self._kept:
@@ -96,7 +97,11 @@ class ShardFiles:
         return self._files
 
     def read(self, paths: Iterable[Path]) -> None:
-        """Read files before DeepSpeed asks for them. Raises CheckpointError; see ``load_restricted``."""
+        """Read files before DeepSpeed asks for them.
+
+        Raises:
+            CheckpointError: see ``load_restricted``.
+        """
         for path in paths:
             content = load_restricted(path, mapped=False)
             if layout.is_model_file(path.name):

@@ -53,7 +53,8 @@ PRESETS: dict[str, Callable[[int], Values]] = {
 def preset_values(name: str, values: Mapping[str, Any]) -> Values:
     """The values by which preset ``name`` overrides ``values``, the nested values of a configuration file.
 
-    Raises ConfigError for an unknown name, and for a model that is too small.
+    Raises:
+        ConfigError: the name is unknown, or the model too small.
     """
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=1)

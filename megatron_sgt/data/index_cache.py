@@ -32,7 +32,8 @@ VISIBLE_AFTER_SECONDS = 60.0
 def megatron_datasets() -> ModuleType:
     """The module ``megatron.core.datasets.gpt_dataset``, imported without warnings about absent packages.
 
-    Raises DataError when megatron-core lacks the compiled index builder, which no wheel does.
+    Raises:
+        DataError: megatron-core lacks the compiled index builder, which no wheel does.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -60,7 +61,8 @@ def build_index_cache(
 ) -> str:
     """Build the indices of every non-empty split of ``prefix``, unless they are there; returns their folder.
 
-    Raises DataError if ``cache_root`` cannot be written.
+    Raises:
+        DataError: ``cache_root`` cannot be written.
     """
     key = json.dumps(
         [lengths_digest, [[p.first, p.last] for p in parts], seq_length, seed, megatron_version()]

@@ -44,9 +44,9 @@ def check_indexed_dataset(
 ) -> IndexedInfo:
     """Compare the files of ``prefix`` with each other and, if given, with vocabulary and tokenizer.
 
-    Raises DataError: not an index, truncated .idx or .bin, a .bin that belongs to another .idx, a token id
-    outside 0..vocab_size-1 (all ids up to CHECKED_TOKENS, else a sample), another tokenizer than PREFIX.json
-    names.
+    Raises:
+        DataError: not an index, truncated .idx or .bin, a .bin that belongs to another .idx, a token id outside
+            0..vocab_size-1 (all ids up to CHECKED_TOKENS, else a sample), another tokenizer than PREFIX.json names.
     """
     dtype, lengths, boundaries = _read_index(prefix)
     tokens = int(lengths.sum(dtype=np.int64))
@@ -77,7 +77,11 @@ def check_indexed_dataset(
 
 
 def sequence_lengths(prefix: str) -> np.ndarray:
-    """Tokens in each sequence: int32 [sequences], mapped from disk. Raises DataError if damaged."""
+    """Tokens in each sequence: int32 [sequences], mapped from disk.
+
+    Raises:
+        DataError: the index is damaged.
+    """
     return _read_index(prefix)[1]
 
 

@@ -87,8 +87,7 @@ class TrainLoader(Iterator[MicroBatch]):
 
 
 class EvalLoader:
-    """The micro-batches of one evaluation: every pass reads samples 0 .. num_steps · global batch - 1
-    again.
+    """The micro-batches of one evaluation: every pass reads samples 0 .. num_steps · global batch - 1 again.
     """
 
     def __init__(

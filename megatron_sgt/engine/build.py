@@ -41,8 +41,9 @@ class Runtime:
 def start_processes(config: Config, info: RankInfo) -> ParallelGroups:
     """Choose the device, adapt the libraries to it and start the process groups.
 
-    Raises ConfigError: before they start, a device or a precision that is not there, ranks that do not divide;
-    after that, on all ranks, one GPU that two of them were given.
+    Raises:
+        ConfigError: before they start, a device or a precision that is not there, ranks that do not divide; after
+            that, on all ranks, one GPU that two of them were given.
     """
     config.data_parallel_size(info.world_size)
     prepare_process(config, info)

@@ -26,7 +26,11 @@ class PassedData:
 
     @classmethod
     def read(cls, root: Path) -> PassedData:
-        """The ranges on disk; none without the file. Raises CheckpointError if it is damaged."""
+        """The ranges on disk; none without the file.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
         path = root / PASSED_FILE
         if not path.is_file():
             return cls(root)
@@ -42,7 +46,9 @@ class PassedData:
         """The ranges of a run that starts from ``checkpoint`` (None: from nothing) and saves into ``root``.
 
         What lies in front of the checkpoint's folder comes with it; a fresh start forgets. For one rank.
-        Raises CheckpointError.
+
+        Raises:
+            CheckpointError: a file of ranges cannot be read or written.
         """
         if checkpoint is None:
             (root / PASSED_FILE).unlink(missing_ok=True)
@@ -58,7 +64,11 @@ class PassedData:
         self.ranges.append((start, stop))
 
     def write(self) -> None:
-        """Replace the file atomically; for one rank. Raises CheckpointError if it cannot be written."""
+        """Replace the file atomically; for one rank.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
         path, lines = self.root / PASSED_FILE, ",\n  ".join(f"[{a}, {b}]" for a, b in self.ranges)
         try:
             self.root.mkdir(parents=True, exist_ok=True)

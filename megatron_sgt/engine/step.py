@@ -40,7 +40,11 @@ class TrainState:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises CheckpointError if a counter is missing."""
+        """Continue from saved counters.
+
+        Raises:
+            CheckpointError: one is missing.
+        """
         for name in asdict(self):
             if name not in state:
                 raise CheckpointError(f"the checkpoint's training state has no {name!r}")

@@ -101,7 +101,11 @@ class ReplaySchedule(SGTSchedule):
         return {**super().progress(), _FINGERPRINT: self._fingerprint()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises CheckpointError also when the record is another one than the checkpoint's."""
+        """Continue from a saved state.
+
+        Raises:
+            CheckpointError: also when the record is another one than the checkpoint's.
+        """
         super().load_state_dict(state)
         if state.get(_FINGERPRINT) != self._fingerprint():
             raise CheckpointError(
@@ -110,7 +114,11 @@ class ReplaySchedule(SGTSchedule):
 
 
 def read_events(path: Path, config: GrowthConfig, num_layers: int, num_heads: int) -> list[RecordedEvent]:
-    """The decisions in ``path`` that count, in order. Raises ConfigError naming what does not fit."""
+    """The decisions in ``path`` that count, in order.
+
+    Raises:
+        ConfigError: naming what does not fit.
+    """
     records = [r for r in _read(path) if r.get("kind", "growth") == "growth"]
     if not records:
         raise ConfigError(f"growth.replay: {path} holds no growth event")

@@ -78,7 +78,7 @@ class SGTSchedule(Schedule):
     def wanted(self) -> frozenset[str]:
         """Entropies until the structure is fixed, and after it with entropy_after_fixed.
 
-        With exact_ema: false only in the last `memory_steps` steps before the next possible decision.
+        With exact_ema: false only in the last ``memory_steps`` steps before the next possible decision.
         """
         return self.probes if self._measures() else frozenset()
 
@@ -111,7 +111,10 @@ class SGTSchedule(Schedule):
         """EMA <- beta EMA + (1 - beta) e, with one step's entropies e [L, P, H] of the plan just executed.
 
         A kept head feeds its last pass K_l, every other head pass 0. A non-finite value leaves its head's EMA as it
-        is. Does nothing while no entropies are wanted. Raises ValueError for another shape.
+        is. Does nothing while no entropies are wanted.
+
+        Raises:
+            ValueError: the entropies have another shape.
         """
         table = np.asarray(values, dtype=np.float64)
         expected = (self.num_layers, 1 + self.max_loops, self.num_heads)
@@ -130,9 +133,10 @@ class SGTSchedule(Schedule):
         self._ema[usable] = beta * self._ema[usable] + (1.0 - beta) * fed[usable]
 
     def after_step(self, step: int) -> list[GrowthEvent]:
-        """Moves gates, then takes at most one decision, after the optimizer has applied step `step` (from 1).
+        """Moves gates, then takes at most one decision, after the optimizer has applied step ``step`` (from 1).
 
-        Raises ValueError when the schedule has already acted after this step.
+        Raises:
+            ValueError: the schedule has already acted after this step.
         """
         if step <= self._step:
             raise ValueError(f"growth already acted after step {self._step}; it cannot act after step {step}")

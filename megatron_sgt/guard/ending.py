@@ -20,7 +20,11 @@ GRACE = 10.0
 
 @functools.cache
 def place() -> RankInfo:
-    """This process's place in the run. Raises ConfigError if the launcher's variables make no sense."""
+    """This process's place in the run.
+
+    Raises:
+        ConfigError: the launcher's variables make no sense.
+    """
     return discover()
 
 

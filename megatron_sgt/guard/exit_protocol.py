@@ -47,7 +47,11 @@ class ExitProtocol:
         self._taker: int | None = None
 
     def ask(self, question: Callable[[StoreChannel], T]) -> T:
-        """Ask the store. Raises StoreGoneError, at once if it was raised before."""
+        """Ask the store.
+
+        Raises:
+            StoreGoneError: at once if it was raised before.
+        """
         channel = self._channel
         if self.store_gone or channel is None:
             raise StoreGoneError("no answer before")

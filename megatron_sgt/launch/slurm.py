@@ -28,7 +28,10 @@ def discover_slurm(environ: Mapping[str, str]) -> RankInfo:
     """Return this task's place in its srun step.
 
     Rank 0 listens on the first node of the step, or on the loopback if there is only one node; MASTER_ADDR and
-    MASTER_PORT, if set, take precedence. Raises ConfigError if variables are missing or disagree.
+    MASTER_PORT, if set, take precedence.
+
+    Raises:
+        ConfigError: variables are missing or disagree.
     """
     world_size = require_int(environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
     nodelist = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
@@ -68,7 +71,11 @@ def step_port(environ: Mapping[str, str]) -> int:
 
 
 def parse_tasks_per_node(text: str) -> list[int]:
-    """Return the tasks of each node: "2(x3),1" is [2, 2, 2, 1]. Raises ConfigError."""
+    """Return the tasks of each node: "2(x3),1" is [2, 2, 2, 1].
+
+    Raises:
+        ConfigError: the text cannot be read.
+    """
     counts: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
@@ -82,7 +89,10 @@ def parse_nodelist(text: str) -> list[str]:
     """Return the node names of a Slurm node list, in its order.
 
     "gpu[08-10,12]-ib,login" is gpu08-ib, gpu09-ib, gpu10-ib, gpu12-ib, login. Several brackets in one name
-    multiply, the last one fastest; brackets may be nested. Raises ConfigError if the text cannot be read.
+    multiply, the last one fastest; brackets may be nested.
+
+    Raises:
+        ConfigError: the text cannot be read.
     """
     try:
         return [name for part in _split(text.strip()) for name in _expand(part)]

@@ -55,7 +55,11 @@ def scalars(kind: str, record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def check_packages(logging: LoggingConfig) -> None:
-    """Raises ConfigError if a package that ``logging`` asks for is not installed; imports none."""
+    """Check that the packages that ``logging`` asks for are installed, without importing them.
+
+    Raises:
+        ConfigError: one is not.
+    """
     asked = (
         ("logging.tensorboard", logging.tensorboard, "tensorboard"),
         ("logging.wandb_project", logging.wandb_project is not None, "wandb"),
@@ -78,9 +82,12 @@ def _import_for(option: str, module: str, package: str) -> ModuleType:
 
 
 class TensorBoardWriter:
-    """Event files in `directory`. Raises ConfigError if the tensorboard package is missing.
+    """Event files in ``directory``.
 
     After a resume at step N, TensorBoard drops the points of later steps that a dead attempt has written.
+
+    Raises:
+        ConfigError: the tensorboard package is missing.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -117,8 +124,11 @@ class TensorBoardWriter:
 class WandbWriter:
     """One run of Weights & Biases, continued after a resume.
 
-    directory: where wandb keeps its files, and where the run's id is kept in `wandb_run_id`; config: shown
-    beside the curves. Raises ConfigError if the package is missing or refuses to start.
+    directory: where wandb keeps its files, and where the run's id is kept in ``wandb_run_id``; config: shown
+    beside the curves.
+
+    Raises:
+        ConfigError: the package is missing or refuses to start.
     """
 
     def __init__(

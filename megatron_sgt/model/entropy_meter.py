@@ -18,9 +18,8 @@ from megatron_sgt.parallel.groups import ParallelGroups
 class EntropyMeter:
     """Entropy table [L, P, heads of the whole model], fp32, on the rank's device.
 
-    A rank fills in what it measured and leaves 0 elsewhere: its own heads as a rule, all kept heads where
-    looping is balanced and it holds the last token. While ``enabled`` is False nothing is measured and nothing
-    is communicated.
+    A rank fills in what it measured and leaves 0 elsewhere: its own heads as a rule, all kept heads where looping is
+    balanced and it holds the last token. While ``enabled`` is False nothing is measured and nothing is communicated.
     """
 
     def __init__(self, num_layers: int, num_passes: int, layout: HeadLayout, device: torch.device) -> None:

@@ -122,7 +122,8 @@ def _named(hosts: Sequence[str]) -> str:
 def check_placement(groups: ParallelGroups) -> None:
     """Collective, before the first one on GPUs. Rank 0 says on stderr what is slow.
 
-    Raises ConfigError on all ranks: two of them have one GPU, which NCCL cannot work with.
+    Raises:
+        ConfigError: on all ranks; two of them have one GPU, which NCCL cannot work with.
     """
     if groups.world_size == 1:
         return

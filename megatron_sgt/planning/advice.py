@@ -99,7 +99,11 @@ def other_layouts(config: Config, world_size: int, precision: str) -> list[dict[
 
 
 def changed(config: Config, values: dict[str, Any]) -> Config:
-    """``config`` with dotted values set, validated again. Raises ConfigError for what does not go together."""
+    """``config`` with dotted values set, validated again.
+
+    Raises:
+        ConfigError: the values do not go together.
+    """
     sections = config.model_dump()
     for name, value in values.items():
         section, _, key = name.partition(".")

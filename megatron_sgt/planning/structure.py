@@ -27,7 +27,11 @@ class Stretch:
 
 
 def schedule_of(config: Config) -> Schedule:
-    """The schedule of ``config``, at its beginning. Raises ConfigError."""
+    """The schedule of ``config``, at its beginning.
+
+    Raises:
+        ConfigError: the schedule refuses the configuration.
+    """
     return build_schedule(config.growth, config.model.num_layers, config.model.num_attention_heads)
 
 

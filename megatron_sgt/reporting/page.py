@@ -81,7 +81,11 @@ class Page:
         )
 
     def write(self, path: Path) -> list[Path]:
-        """Write ``path`` and the PNGs into its folder; returns all files. Raises OSError."""
+        """Write ``path`` and the PNGs into its folder; returns all files.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(
             f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(self.title)}</title>'

@@ -108,7 +108,11 @@ class RunData:
 
 
 def load_run(run_dir: Path, name: str | None = None) -> RunData:
-    """Read ``run_dir``. Raises DataError only if it holds no metrics at all."""
+    """Read ``run_dir``.
+
+    Raises:
+        DataError: only if it holds no metrics at all.
+    """
     path = run_dir / METRICS_FILE
     if not run_dir.is_dir():
         raise DataError(f"{run_dir} is no run directory: give the logging.run_dir of a run")

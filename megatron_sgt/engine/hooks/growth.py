@@ -77,7 +77,11 @@ class GrowthHook(Hook):
         return {"schedule": self.schedule.state_dict(), "events": self.events}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises CheckpointError when the state belongs to other settings."""
+        """Continue from a saved state.
+
+        Raises:
+            CheckpointError: it belongs to other settings.
+        """
         try:
             schedule, self.events = state["schedule"], list(state["events"])
         except (KeyError, TypeError) as error:

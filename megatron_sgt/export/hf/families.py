@@ -65,7 +65,8 @@ def read_model(folder: Path) -> HFModel:
 def read_config(folder: Path) -> Any:
     """The transformers configuration of ``folder``; never runs code of the folder.
 
-    Raises CheckpointError when there is none, or one that transformers does not understand.
+    Raises:
+        CheckpointError: there is none, or one that transformers does not understand.
     """
     import json
 

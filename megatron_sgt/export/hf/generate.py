@@ -33,7 +33,11 @@ class Sampling:
         return self.temperature == 0.0
 
     def check(self) -> None:
-        """Raises ConfigError for values outside their range."""
+        """Check the settings.
+
+        Raises:
+            ConfigError: a value is outside its range.
+        """
         if self.greedy and self.num_samples > 1:
             raise ConfigError(
                 f"--num-samples {self.num_samples}: greedy continuations are all the same; give a --temperature"
@@ -56,7 +60,11 @@ class Continuation:
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
-    """Raises DataError when there is no prompt, or an empty one."""
+    """Refuse prompts that nothing can continue.
+
+    Raises:
+        DataError: there is no prompt, or an empty one.
+    """
     if not prompts:
         raise DataError("no prompts: give --prompt TEXT, or --prompt-file with one prompt per line")
     for number, prompt in enumerate(prompts, start=1):

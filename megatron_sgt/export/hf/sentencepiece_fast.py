@@ -62,7 +62,11 @@ class Pieces:
 
 
 def read_pieces(path: Path) -> Pieces:
-    """Read a model file. Raises DataError for a kind of model that has no fast form here."""
+    """Read a model file.
+
+    Raises:
+        DataError: its kind of model has no fast form here.
+    """
     from sentencepiece import sentencepiece_model_pb2
 
     proto: Any = sentencepiece_model_pb2.ModelProto()
