@@ -110,7 +110,6 @@ class JsonlWriter:
         """Nothing: a step without a report leaves no trace."""
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 

@@ -83,7 +83,6 @@ class Contents:
     details: Details | None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
         values = asdict(self) | {"folder": str(self.folder)}
         if self.details is not None:
             values["details"]["model"] = self.details.model.model_dump(mode="json")
@@ -101,7 +100,6 @@ class RootContents:
     checkpoints: tuple[Contents, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
         return {
             "root": str(self.root),
             "latest": self.latest,

@@ -73,7 +73,6 @@ class Arena:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held."""
         return sum(len(chunk.bytes) for chunk in self._chunks)
 
     def reserve(self, num_bytes: int) -> None:

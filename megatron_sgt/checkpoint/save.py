@@ -117,7 +117,6 @@ class Saver:
 
     @property
     def in_flight(self) -> bool:
-        """Whether a save has begun that is not committed."""
         return self._flight is not None
 
     def prepare(self) -> None:
@@ -204,7 +203,6 @@ class Saver:
         return self._root / f"{layout.tag_for(step)}{layout.TEMPORARY_SUFFIX}"
 
     def _commit(self, flight: _InFlight) -> int:
-        """The second phase, on one rank."""
         where = layout_of(self._config, self._groups)
         samples = flight.state["trainer"].get("consumed_samples", 0)
         about = {
@@ -257,7 +255,6 @@ def _hand_over(
     engine: deepspeed.DeepSpeedEngine,
     groups: ParallelGroups,
 ) -> None:
-    """Write this rank's state, or copy it."""
     with quiet_logs(), redirected_to(files, engine):  # DeepSpeed reports every file on every rank
         engine.save_checkpoint(
             str(temporary.parent),

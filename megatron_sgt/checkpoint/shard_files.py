@@ -117,7 +117,6 @@ class ShardFiles:
         return self._read.get(Path(path)) or load_restricted(Path(path))
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Make a folder."""
         os.makedirs(path, exist_ok=exist_ok)
 
     def create(self, info: Any) -> None:

@@ -55,7 +55,6 @@ def _accelerator(kind: str) -> Any:
         """
 
         def available_memory(self, device_index: int | None = None) -> int:
-            """Free memory of the device, in bytes."""
             return torch.cuda.mem_get_info(device_index)[0]
 
     return Accelerator()

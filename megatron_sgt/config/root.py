@@ -45,12 +45,10 @@ class Config(Section):
 
     @property
     def save_dir(self) -> Path:
-        """Folder that checkpoints are written to."""
         return Path(self.checkpoint.save or Path(self.logging.run_dir, "checkpoints"))
 
     @property
     def data_cache_dir(self) -> Path:
-        """Folder of the sample indices."""
         return Path(self.data.data_cache_path or Path(self.logging.run_dir, "data_cache"))
 
     @property
@@ -132,7 +130,6 @@ class Config(Section):
         )
 
     def with_vocab_size(self, size: int) -> "Config":
-        """Return this configuration with another number of token ids."""
         return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": size})})
 
     def num_micro_batches(self, world_size: int) -> int:
@@ -315,5 +312,4 @@ def _derived_deepspeed_values(cfg: Config) -> Iterator[tuple[str, str, Any]]:
 
 
 def _precision(cfg: Config) -> str:
-    """Return the precision as far as the configuration alone decides it."""
     return resolve_precision(cfg.train.precision, cfg.parallel.device)

@@ -145,7 +145,6 @@ class DatasetWriter:
         self._builder = _make_builder(self._partial[".bin"], dtype)
 
     def add(self, encoded: EncodedKey) -> None:
-        """Append documents: each is one sequence and one document of the data set."""
         end = 0
         for length in encoded.lengths.tolist():
             start, end = end, end + length

@@ -49,7 +49,6 @@ class DataSummary:
         return self.samples_needed / self.train_samples
 
     def line(self) -> str:
-        """For a person."""
         if self.unread is not None:
             return f"'{self.unread}', read when the run starts"
         return (

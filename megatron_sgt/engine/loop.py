@@ -82,7 +82,6 @@ class Trainer:
         return 0
 
     def _after_step(self, result: StepResult) -> float:
-        """Let the hooks act; returns the seconds for which they have held training up."""
         paused = 0.0
         for hook in self.hooks:
             begun = time.perf_counter()

@@ -36,7 +36,6 @@ class TrainState:
     consecutive_skipped: int = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able."""
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -91,7 +91,6 @@ def open_samples(
 
 
 def _config(data: dict[str, Any], seq_length: int, vocab_size: int) -> Config:
-    """The smallest run that reads this data."""
     return parse_config(
         {
             "model": {

@@ -120,7 +120,6 @@ def import_model(
 
 
 def _state(origin: str, hooks: dict[str, Any]) -> dict[str, Any]:
-    """The saved state of a run that has not begun."""
     made = {
         "version": 1,
         "source_layout": None,

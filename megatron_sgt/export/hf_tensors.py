@@ -61,7 +61,6 @@ class HFTensors:
             self.shapes[name], self.dtypes[name] = tuple(found.get_shape()), DTYPES[dtype]
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in the type it is stored in."""
         return self._file_of[name].get_tensor(name)
 
     def forget(self, name: str) -> None:

@@ -43,11 +43,9 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether it holds."""
         return self.value <= self.tolerance
 
     def line(self) -> str:
-        """For the console."""
         return f"{self.name}: {self.value:.2e} (tolerance {self.tolerance:.0e}){'' if self.passed else '  FAILED'}"
 
 
@@ -61,11 +59,9 @@ class Parity:
 
     @property
     def passed(self) -> bool:
-        """Whether all checks hold."""
         return all(check.passed for check in self.checks)
 
     def write(self, folder: Path, export: Export) -> None:
-        """Write parity.json."""
         values = {
             "passed": self.passed,
             "mode": self.mode,

@@ -58,7 +58,6 @@ class ExportSource:
         return plan if training_gates else plan.inference()
 
     def weights(self) -> tuple[Weight, ...]:
-        """The parameters of the model, embedding first."""
         return weights(self.config.model)
 
     def read(self, weight: Weight) -> tuple[dict[str, Tensor], float]:

@@ -86,7 +86,6 @@ class LoopPlan:
 
     @classmethod
     def empty(cls, num_layers: int) -> LoopPlan:
-        """The plan of vanilla training."""
         return cls(num_layers)
 
     def __getitem__(self, layer: int) -> LayerPlan:
@@ -100,12 +99,10 @@ class LoopPlan:
         return dict(self.layers).get(layer, _ORDINARY)
 
     def __iter__(self) -> Iterator[LayerPlan]:
-        """Every layer's plan, layer 0 first."""
         return (self[layer] for layer in range(self.num_layers))
 
     @property
     def loops(self) -> tuple[int, ...]:
-        """K_l of every layer, layer 0 first."""
         return tuple(layer.loops for layer in self)
 
     def gates(self, num_heads: int) -> NDArray[np.float64]:

@@ -70,14 +70,12 @@ class ReplaySchedule(SGTSchedule):
         return self.event(step, event.action, event.layer)
 
     def final_plan(self, together: bool = False) -> LoopPlan:
-        """The structure after the last recorded decision."""
         grown = {event.layer: event.kept_heads for event in self._recorded if event.layer is not None}
         again = Counter(event.layer for event in self._recorded)
         last = ((n, LayerPlan(again[n], kept)) for n, kept in grown.items() if kept)
         return LoopPlan(self.num_layers, tuple(last))
 
     def worst_case(self, last_step: int, together: bool = False) -> Iterator[Stage]:
-        """The recorded decisions."""
         yield Stage(0, "vanilla", LoopPlan.empty(self.num_layers))
         trial = ReplaySchedule(self.config, self.num_layers, self.num_heads)
         for step in sorted(event.step for event in self._recorded if event.step <= last_step):
@@ -89,7 +87,6 @@ class ReplaySchedule(SGTSchedule):
         yield from ()
 
     def describe(self, added: str) -> str:
-        """See Schedule."""
         layers = count(len(self.final_plan().layers), "layer")
         return f"repeats the decisions of {self.config.replay}: {layers}, {added} once fixed"
 

@@ -71,7 +71,6 @@ class SGTSchedule(Schedule):
 
     @property
     def probes(self) -> frozenset[str]:
-        """Attention entropies."""
         return frozenset({ENTROPY})
 
     @property
@@ -94,7 +93,6 @@ class SGTSchedule(Schedule):
 
     @property
     def plan(self) -> LoopPlan:
-        """What the next forward pass must execute."""
         layers = tuple(
             (layer, LayerPlan(grown.loops, grown.kept_heads, self._other_gate(grown)))
             for layer, grown in self._grown.items()
@@ -215,7 +213,6 @@ class SGTSchedule(Schedule):
         return tuple(range(0, stride * count, stride))
 
     def advice(self, train_iters: int) -> Iterator[str]:
-        """Growth that does not begin, or does not end, within the run."""
         cfg = self.config
         windows = cfg.max_selected_layers * cfg.max_loop_depth
         done = cfg.first_selection_step + windows * cfg.window_size
@@ -233,7 +230,6 @@ class SGTSchedule(Schedule):
             )
 
     def describe(self, added: str) -> str:
-        """See Schedule."""
         cfg = self.config
         heads = "all heads" if cfg.head_choice == "all" else count(cfg.num_keep_heads, "head")
         return (
@@ -243,11 +239,9 @@ class SGTSchedule(Schedule):
 
     @property
     def window_end(self) -> int | None:
-        """See Schedule."""
         return self._window_end if self._phase == "selecting" else None
 
     def selected_at(self) -> dict[int, int]:
-        """See Schedule."""
         return {n: grown.chosen_at for n, grown in self._grown.items() if grown.chosen_at > 0}
 
     def report(self) -> dict[str, Any]:
@@ -272,7 +266,6 @@ class SGTSchedule(Schedule):
         return record
 
     def progress(self) -> dict[str, Any]:
-        """See Schedule."""
         grown = [
             {"layer": n, "loops": g.loops, "kept_heads": list(g.kept_heads), "chosen_at": g.chosen_at}
             for n, g in self._grown.items()
@@ -286,7 +279,6 @@ class SGTSchedule(Schedule):
         }
 
     def restore(self, progress: Mapping[str, Any]) -> None:
-        """See Schedule."""
         ema = np.array(progress["ema"], dtype=np.float64)
         grown = {
             int(g["layer"]): Grown(int(g["loops"]), tuple(map(int, g["kept_heads"])), int(g["chosen_at"]))

@@ -34,21 +34,17 @@ class Beat:
 
     @classmethod
     def of(cls, number: int, mark: Mark, oom_kills: int, shm: float) -> Beat:
-        """The beat of a rank at ``mark``."""
         return cls(number, mark.phase, mark.step, mark.count, mark.quick, oom_kills, shm)
 
     @classmethod
     def from_text(cls, text: str) -> Beat:
-        """Read ``text``."""
         return cls(**json.loads(text))
 
     def text(self) -> str:
-        """One line of JSON."""
         return json.dumps(asdict(self))
 
     @property
     def place(self) -> str:
-        """As Mark.place."""
         return Mark(self.phase, self.step, self.count, 0.0, self.quick).place
 
 

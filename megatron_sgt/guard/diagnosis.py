@@ -34,7 +34,6 @@ class Diagnosis:
     queued: bool = False
 
     def beats(self) -> dict[int, Beat]:
-        """The last beat of every rank; none where the store is gone."""
         keys = [f"beat/{rank}" for rank in range(len(self.identities))]
         try:
             texts = self.exit.ask(lambda channel: channel.get(keys))
@@ -122,7 +121,6 @@ class Diagnosis:
         return busy if len(busy) < len(places) else []
 
     def _places(self) -> dict[int, str]:
-        """Where each rank has noted that it is."""
         keys = [f"hang/{rank}" for rank in range(len(self.identities))]
         try:
             texts = self.exit.ask(lambda channel: channel.get(keys))

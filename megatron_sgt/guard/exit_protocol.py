@@ -69,7 +69,6 @@ class ExitProtocol:
 
     @property
     def is_taken(self) -> bool:
-        """Whether a thread is ending this process."""
         return self._taken.locked()
 
     def claim(self, failure: Failure) -> Failure:
@@ -96,7 +95,6 @@ class ExitProtocol:
         return text
 
     def known_failure(self) -> Failure | None:
-        """The failure that was claimed; None if none was."""
         try:
             text = self.ask(lambda channel: channel.get(["failed"]))[0]
         except StoreGoneError:
@@ -111,7 +109,6 @@ class ExitProtocol:
             return None
 
     def report(self, failure: Failure, advice: str, details: Sequence[str] = ()) -> None:
-        """Print the report, and write it to the run directory."""
         block = failure.block(self.world_size, advice, details)
         print(block, file=sys.stderr, flush=True)
         self._write(REPORT_FILE, f"{block}\n")

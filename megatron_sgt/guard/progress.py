@@ -48,5 +48,4 @@ class Progress:
         self._warm = True
 
     def idle_seconds(self) -> float:
-        """Seconds since the last mark."""
         return self._clock() - self.mark.since

@@ -32,17 +32,14 @@ class Failure:
     reported_by: int | None = field(default=None, compare=False)
 
     def text(self) -> str:
-        """One line of JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_text(cls, text: str) -> Failure:
-        """Read ``text``."""
         return cls(**json.loads(text))
 
     @property
     def who(self) -> str:
-        """The rank, for a message."""
         return "every rank" if self.rank is None else f"rank {self.rank}"
 
     def block(self, world_size: int, advice: str, details: Sequence[str] = ()) -> str:

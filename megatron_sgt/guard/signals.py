@@ -75,7 +75,6 @@ class _Watch:
             wake.send(b"\0")
 
     def run(self) -> None:
-        """Until the socket is closed."""
         while True:
             left = None if self._deadline is None else self._deadline - time.monotonic()
             if left is not None and left <= 0:

@@ -29,7 +29,6 @@ class StoreChannel:
         self._store.set_timeout(datetime.timedelta(seconds=PATIENCE_SECONDS))
 
     def put(self, key: str, text: str) -> None:
-        """Set ``key``."""
         self._ask(lambda: self._store.set(_full(key), text))
 
     def get(self, keys: Sequence[str]) -> list[str | None]:

@@ -40,7 +40,6 @@ def discover(environ: Mapping[str, str] | None = None) -> RankInfo:
 
 
 def _discover_exported(environ: Mapping[str, str]) -> RankInfo:
-    """Read the variables that torchrun and the deepspeed launcher export."""
     world_size = require_int(environ, "WORLD_SIZE")
     _refuse_leftovers(world_size, environ)
     address, port = environ.get("MASTER_ADDR"), read_int(environ, "MASTER_PORT")

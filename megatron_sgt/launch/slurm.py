@@ -101,7 +101,6 @@ def parse_nodelist(text: str) -> list[str]:
 
 
 def _split(text: str) -> list[str]:
-    """Split at the commas outside brackets."""
     parts, depth = [""], 0
     for char in text:
         depth += {"[": 1, "]": -1}.get(char, 0)
@@ -119,7 +118,6 @@ def _split(text: str) -> list[str]:
 
 
 def _expand(part: str) -> Iterator[str]:
-    """Yield the names that one entry with brackets stands for."""
     head, bracket, rest = part.partition("[")
     if not bracket:
         yield part
@@ -149,7 +147,6 @@ def _expand_item(item: str) -> Iterator[str]:
 
 
 def _tasks_on_this_node(environ: Mapping[str, str], world_size: int, num_nodes: int) -> int:
-    """Return how many tasks of the step run on this node."""
     text = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE")
     if text:
         counts = parse_tasks_per_node(text)

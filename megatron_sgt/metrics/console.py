@@ -106,7 +106,6 @@ class ConsoleWriter:
         self._move_bar(step, None)
 
     def close(self) -> None:
-        """Remove the progress bar."""
         self._end_bar()
 
     @staticmethod

@@ -142,7 +142,6 @@ class EtaEstimator:
 
     @property
     def step_time_s(self) -> float | None:
-        """The averaged time of one step; None before the first update."""
         return self._seconds_per_step
 
     def remaining_s(self, steps_left: int) -> float | None:

@@ -98,7 +98,6 @@ class TensorBoardWriter:
         self._writer = events.EventFileWriter(str(directory))
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Write the record's curves."""
         step, when = int(record["step"]), float(record.get("time", time.time()))
         pb2 = self._event_pb2
         if kind == "resume":
@@ -117,7 +116,6 @@ class TensorBoardWriter:
         """Nothing: only reports make points."""
 
     def close(self) -> None:
-        """Flush and close the event file."""
         self._writer.close()
 
 

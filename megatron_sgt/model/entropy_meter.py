@@ -32,7 +32,6 @@ class EntropyMeter:
 
     @property
     def device(self) -> torch.device:
-        """Where attention runs."""
         return self._current.device
 
     def store(self, layer: int, attention_pass: int, entropy: Tensor, heads: Tensor | None = None) -> None:
@@ -59,7 +58,6 @@ class EntropyMeter:
             self._micro_batches += 1
 
     def reset(self) -> None:
-        """Forget the step so far."""
         self._current.zero_()
         self._sum.zero_()
         self._micro_batches = 0

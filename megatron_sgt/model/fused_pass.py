@@ -25,7 +25,6 @@ class FusedLoop(LoopPass):
     kept: KeptLoop
 
     def __call__(self, layer: LoopingLayer, x: Tensor, rotary: Rotary, index: int) -> Tensor:
-        """See ``LoopPass``."""
         attention, kept = layer.self_attention, self.kept
         modules = [layer.input_layernorm, attention.linear_qkv]
         if attention.q_layernorm is not None:
@@ -39,11 +38,9 @@ class FusedLoop(LoopPass):
         return out if bias is None else out + bias
 
     def begin_step(self) -> None:
-        """See ``LoopPass``."""
         self.kept.begin_step()
 
     def mark_micro_batch(self, last: bool) -> None:
-        """See ``LoopPass``."""
         self.kept.mark_micro_batch(last)
 
     def _project_in(

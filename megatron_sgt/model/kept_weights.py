@@ -95,13 +95,11 @@ class _Fetch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, kept: KeptSlice) -> Tensor:
-        """See ``KeptSlice.get``."""
         ctx.kept, ctx.shape = kept, parameter.shape
         return kept.fetch(parameter)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
-        """See ``KeptSlice.pay_back``."""
         return ctx.kept.pay_back(grad, ctx.shape), None
 
 
@@ -117,7 +115,6 @@ class KeptWeights:
 
     @property
     def slices(self) -> tuple[KeptSlice, ...]:
-        """All slices, to mark steps and micro-batches on."""
         return self.qkv, self.qkv_bias, self.proj
 
 

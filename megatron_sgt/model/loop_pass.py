@@ -36,7 +36,6 @@ class LoopOptions:
 
     @classmethod
     def of(cls, config: Config, layout: HeadLayout, fused: bool) -> LoopOptions:
-        """The options of a run on the rank that ``layout`` describes."""
         balanced = layout.tp_size > 1 and choose_loop_method(config)[0] == "balanced"
         return cls(layout, balanced, config.parallel.sequence_parallel, fused)
 

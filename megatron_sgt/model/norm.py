@@ -57,7 +57,6 @@ class LayerNorm(_Norm):
         self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension of ``x``."""
         weight, bias = self.replicated(self.weight), self.replicated(self.bias)
         return F.layer_norm(x, (x.shape[-1],), weight, bias, self.eps)
 

@@ -42,7 +42,6 @@ class _Kind:
     groups: int
 
     def specialised(self) -> tuple[int, ...]:
-        """Equal for kinds that run the same programs."""
         counts = (self.groups, self.heads + self.groups, self.heads + 2 * self.groups)
         return self.heads, *(n if n == 1 else n % 16 == 0 for n in counts)
 

@@ -22,7 +22,6 @@ class Stopwatch:
         self._started: Any = None
 
     def start(self) -> None:
-        """A stretch begins."""
         self._started = self._now()
 
     def stop(self) -> None:
@@ -32,7 +31,6 @@ class Stopwatch:
             self._started = None
 
     def end_lap(self) -> None:
-        """Start the next lap."""
         self._laps.append(self._lap)
         self._lap = []
 

@@ -52,12 +52,10 @@ class LoopFlops:
 
     @property
     def forward(self) -> int:
-        """All operations of the forward pass."""
         return self.linear_forward + self.attention_forward
 
     @property
     def executed(self) -> int:
-        """Forward and backward."""
         return self.forward + self.linear_backward + self.attention_backward
 
     @property
@@ -100,7 +98,6 @@ class LoopCost:
 
     @property
     def seconds(self) -> float:
-        """Modelled time of forward and backward."""
         moved = self.bytes_forward + self.bytes_backward
         return self.flops.needed / FLOPS_PER_SECOND + moved / BYTES_PER_SECOND
 

@@ -132,13 +132,11 @@ class _Rank:
         return kept + self.dropout()
 
     def norm(self) -> int:
-        """Input and statistics of one norm over the hidden size."""
         if self.model.normalization == "LayerNorm":
             return self.stream + 2 * _FP32 * self.local_tokens
         return (1 + self.kernels.norm_copies) * self.stream + _FP32 * self.local_tokens
 
     def dropout(self) -> int:
-        """The mask of one residual branch."""
         if self.model.hidden_dropout == 0:
             return 0
         mask = self.element if self.kernels.mask_bytes is None else self.kernels.mask_bytes

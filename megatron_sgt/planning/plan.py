@@ -112,7 +112,6 @@ def _checkpoint(config: Config, precision: str) -> dict[str, Any]:
 
 
 def _compute(config: Config, stretches: list[Stretch]) -> list[dict[str, Any]]:
-    """Model FLOPs of every stretch."""
     batch, tokens = config.train.global_batch_size, config.train.global_batch_size * config.model.seq_length
     entries: list[dict[str, Any]] = []
     for stretch in stretches:

@@ -38,7 +38,6 @@ def render(plan: dict[str, Any], config: Config, title: str) -> str:
 
 
 def _row(label: str, text: str) -> list[str]:
-    """Label and text, wrapped under the text."""
     return textwrap.wrap(
         text,
         WIDTH,

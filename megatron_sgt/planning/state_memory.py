@@ -45,7 +45,6 @@ class State:
 
     @property
     def total(self) -> int:
-        """All of it."""
         return self.weights + self.gradients + self.optimizer + self.buffers
 
 

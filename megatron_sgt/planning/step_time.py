@@ -65,12 +65,10 @@ class StepTime:
 
     @property
     def loops(self) -> float:
-        """What the loops add."""
         return self.loop_compute + self.loop_traffic
 
     @property
     def total(self) -> float:
-        """Seconds of the step."""
         ordinary = self.compute + self.elementwise + self.optimizer
         return ordinary + self.tensor_parallel + self.data_parallel + self.loops
 
@@ -159,7 +157,6 @@ def _layer_loops(config: Config, layer: LayerPlan, index: int, rank: int, method
 
 
 def _seconds(item: Transfer, config: Config, world_size: int, machine: Machine) -> float:
-    """Time of all calls of one kind."""
     tensor = config.parallel.tensor_model_parallel_size
     ranks = {"tensor": tensor, "data": world_size // tensor, "world": world_size}[item.group]
     if ranks == 1:

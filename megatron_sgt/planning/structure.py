@@ -22,7 +22,6 @@ class Stretch:
 
     @property
     def steps(self) -> int:
-        """How many steps."""
         return self.last - self.first + 1
 
 

@@ -64,7 +64,6 @@ class Transfer:
         return self.payload * (ranks - 1) / ranks * (2 if self.kind == "all_reduce" else 1)
 
     def times(self, factor: int) -> Transfer:
-        """The same ``factor`` times over."""
         return replace(self, payload=self.payload * factor, calls=self.calls * factor)
 
 
@@ -135,7 +134,6 @@ class _Step:
         self.recomputed = config.recomputed_layers("full")
 
     def ends(self) -> Iterator[Transfer]:
-        """Embedding, last norm, output projection, loss."""
         if self.sharded:
             yield Transfer("embedding", "tensor", "reduce_scatter", self.stream)
             yield Transfer("embedding", "tensor", "all_gather", self.stream)
@@ -148,7 +146,6 @@ class _Step:
         yield Transfer("loss", "tensor", "all_reduce", 3 * 4 * self.tokens, 3)
 
     def layer(self, index: int, plan: LayerPlan) -> Iterator[Transfer]:
-        """One layer, loops and recompute included."""
         part = "ordinary layers"
         attention, mlp = self._attention(part), self._mlp(part)
         loop_forward, loop_backward = self.loop_pass(plan)

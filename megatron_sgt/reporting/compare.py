@@ -45,7 +45,6 @@ class Axis:
         return known
 
     def show(self, value: float) -> str:
-        """The value for a person."""
         if self.key is None:
             return f"{value:,.0f}"
         return units.duration(value) if self.unit == "s" else units.si(value, " ") + self.unit

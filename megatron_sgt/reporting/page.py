@@ -35,11 +35,9 @@ class Page:
         self._pictures: list[tuple[str, bytes]] = []
 
     def notes(self, texts: Iterable[str]) -> None:
-        """Conspicuous notes on what is missing or damaged."""
         self._body += [f'<p class="note">{html.escape(text)}</p>' for text in texts]
 
     def cards(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """A row of (name, value)."""
         inside = "".join(
             f'<div class="card"><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>'
             for name, value in pairs
@@ -67,7 +65,6 @@ class Page:
         )
 
     def table(self, heading: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """A section with a table; omitted if it has no rows."""
         lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
         if lines:
             head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
@@ -75,7 +72,6 @@ class Page:
             self._body.append(f"<h2>{html.escape(heading)}</h2><table><tr>{head}</tr>{body}</table>")
 
     def text(self, heading: str, text: str) -> None:
-        """A folded section with preformatted text."""
         self._body.append(
             f"<h2>{html.escape(heading)}</h2><details><summary>show</summary><pre>{html.escape(text)}</pre></details>"
         )

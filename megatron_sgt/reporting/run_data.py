@@ -45,7 +45,6 @@ class RunData:
     notes: Sequence[str]
 
     def of_kind(self, kind: str) -> list[Record]:
-        """The records of one kind, in order of steps."""
         return [record for record in self.records if record["kind"] == kind]
 
     def series(self, kind: str, key: str) -> tuple[Floats, Floats]:
@@ -60,12 +59,10 @@ class RunData:
 
     @cached_property
     def last_step(self) -> int:
-        """The last step of any record; 0 if there is none."""
         return max((int(r.get("step") or 0) for r in self.records), default=0)
 
     @cached_property
     def growth(self) -> list[Record]:
-        """The growth events."""
         return self.of_kind("growth")
 
     @cached_property

@@ -207,7 +207,6 @@ def _shown(run: RunData, last: int) -> int:
 
 
 def _listed(heads: Sequence[int]) -> str:
-    """Heads by number, or how many where there are many."""
     return ", ".join(map(str, heads)) if len(heads) <= NAMED else f"({len(heads)})"
 
 

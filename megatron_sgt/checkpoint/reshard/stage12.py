@@ -46,7 +46,6 @@ class Stage12State(RankState):
         self.loss_scale = dynamic_scale(ranks[0])
 
     def read(self, name: str, quantity: str) -> Tensor:
-        """See RankState."""
         group, start = self._place[name]
         end = start + math.prod(self.shapes[name])
         parts = self._parts[quantity][group]

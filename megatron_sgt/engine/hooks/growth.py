@@ -51,7 +51,6 @@ class GrowthHook(Hook):
         self._obey()
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        """Measure, decide, obey."""
         if not result.applied:
             self.meter.reset()
             return

@@ -54,16 +54,13 @@ class ReplicaCheckHook(Hook):
         self.groups = groups
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        """Compare at the intervals."""
         if result.applied and any(state.step % interval == 0 for interval in self.intervals):
             verify_replicas(self.model, state.step, self.zero_stage, self.groups)
 
     def after_run(self, state: TrainState) -> None:
-        """Compare what the run ends with."""
         verify_replicas(self.model, state.step, self.zero_stage, self.groups)
 
     def on_stop(self, state: TrainState, reason: int) -> None:
-        """Compare what will be saved."""
         self.after_run(state)
 
 

@@ -34,7 +34,6 @@ class LossSpike(Exception):
         self.stop = stop
 
     def record(self) -> dict[str, Any]:
-        """For the log."""
         return {"spike_step": self.step, "loss": self.loss, "limit": self.limit}
 
 
@@ -55,7 +54,6 @@ class SpikeRule:
         return mean + self.sigma * math.sqrt(variance)
 
     def accept(self, loss: float) -> None:
-        """Take a loss into the window."""
         self.losses.append(loss)
 
 
@@ -111,7 +109,6 @@ class SpikeHook(Hook):
         self.hub.log("rollback", {"step": state.step, "path": None, **record})
 
     def state_dict(self) -> dict[str, Any]:
-        """The window: after a restart the same losses are judged in the same way."""
         return {"losses": list(self.rule.losses)} if self.rule is not None and self.rule.losses else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -45,12 +45,10 @@ class EvalHook(Hook):
         self._measured_at = -1
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        """Validate at the interval."""
         if result.applied and state.step % self.interval == 0:
             self._measure(state)
 
     def after_run(self, state: TrainState) -> None:
-        """Validate the model that the run ends with."""
         if self._measured_at != state.step:
             self._measure(state)
 

@@ -87,7 +87,6 @@ class SGTConfig(PretrainedConfig):
         )
 
     def loop_of(self, layer: int) -> dict[str, Any]:
-        """The loops of one layer, with every entry present."""
         return {
             "heads": [],
             "depth": 0,

@@ -93,7 +93,6 @@ def read_config(folder: Path) -> Any:
 
 
 def _common_problems(config: Any) -> Iterator[str]:
-    """What no family may have."""
     if getattr(config, "quantization_config", None) is not None:
         yield "quantization_config: quantised weights cannot be trained; give the original weights"
     gated, act = _ffn(config)

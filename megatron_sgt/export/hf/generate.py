@@ -29,7 +29,6 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether sampling is off."""
         return self.temperature == 0.0
 
     def check(self) -> None:

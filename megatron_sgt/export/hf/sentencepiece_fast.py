@@ -45,7 +45,6 @@ class Pieces:
     pad: int | None
 
     def special(self, index: int | None) -> str | None:
-        """The text of a special token."""
         return None if index is None else self.pieces[index][0]
 
     def same_segmentation(self, one: list[int], other: list[int]) -> bool:
