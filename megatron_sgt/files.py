@@ -48,7 +48,7 @@ def commit(temporary: Path, final: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write inside the block, which takes the place of ``path`` at its end; after an error nothing is left."""
+    """A file to write in the block, which takes the place of ``path`` at its end; after an error nothing is left."""
     temporary = temporary_of(path)
     try:
         yield temporary

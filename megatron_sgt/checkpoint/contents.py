@@ -24,8 +24,7 @@ _PREFIX = layout.tag_for(0).removesuffix("0")
 
 @dataclass(frozen=True)
 class LoopingLayer:
-    """A layer that loops: its additional passes, its kept heads (none: the whole layer is executed again), the
-    step at which it was selected, and the gate of its other heads."""
+    """A layer that loops; without kept heads the whole layer is executed again."""
 
     layer: int
     depth: int

@@ -197,8 +197,7 @@ def file_sizes(folder: Path) -> dict[str, int]:
 
 
 def prune(root: Path, keep_last: int, keep_every: int = 0) -> list[str]:
-    """Delete committed checkpoints that are neither among the newest ``keep_last`` nor at a multiple of
-    ``keep_every`` steps; 0 for ``keep_last`` keeps all, 0 for ``keep_every`` keeps none for its step.
+    """Delete committed checkpoints but the newest ``keep_last`` (0: all) and every ``keep_every`` steps (0: none).
 
     The checkpoint that ``latest`` names is never deleted. Later ones do not count, and stay until the run reaches
     their steps again: they are damaged, or were abandoned by a rollback.

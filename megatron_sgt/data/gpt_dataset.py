@@ -100,9 +100,7 @@ class _Prepared:
 
 
 def build_datasets(cfg: Config, tokenizer: Tokenizer | None) -> tuple[Any, Any | None, Any | None]:
-    """The training, validation and test samples of ``data.dataset``: one of DATASETS, or a ``Builder`` that is
-    registered under the entry-point group ``megatron_sgt.datasets``.
-    """
+    """Training, validation and test samples of ``data.dataset``: of DATASETS, or from a registered ``Builder``."""
     name = cfg.data.dataset
     build: Builder = DATASETS[name] if name in DATASETS else extensions.load("datasets", name)
     return build(cfg, tokenizer)

@@ -1,7 +1,7 @@
-"""Megatron's indexed data sets on disk: finding them, and finding damage before training does.
+r"""Megatron's indexed data sets on disk: finding them, and finding damage before training does.
 
 PREFIX.bin holds the tokens of all sequences back to back. PREFIX.idx holds, little-endian: the 9 bytes
-``MMIDIDX\\0\\0``, version 1 (uint64), dtype code (uint8), number of sequences n (uint64), number of document
+``MMIDIDX\0\0``, version 1 (uint64), dtype code (uint8), number of sequences n (uint64), number of document
 boundaries m (uint64), the lengths (int32[n]), the byte offsets (int64[n]) and the boundaries (int64[m], from
 0). PREFIX.json, which only this project writes, says which tokenizer the ids come from.
 """

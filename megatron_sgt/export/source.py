@@ -61,8 +61,7 @@ class ExportSource:
         return weights(self.config.model)
 
     def read(self, weight: Weight) -> tuple[dict[str, Tensor], float]:
-        """One parameter's whole fp32 tensors by Hugging Face name; and by how much the tensor-parallel ranks'
-        copies differed, where it is replicated (rank 0's is taken)."""
+        """One parameter's whole fp32 tensors by Hugging Face name, and by how much its copies differed."""
         if isinstance(self._weights, Source):
             tensors, drift = self._weights.whole(weight, WEIGHTS)
         else:

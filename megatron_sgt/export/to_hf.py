@@ -45,8 +45,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Export:
-    """A finished export. ``architecture``: class in transformers, and ``why``; ``weight_bytes``: of all tensors;
-    ``drift``: largest difference between tensor-parallel copies of a replicated weight in the checkpoint."""
+    """A finished export; ``drift``: largest difference between the checkpoint's copies of a replicated weight."""
 
     folder: Path
     source: ExportSource

@@ -23,9 +23,10 @@ MAX_LINES = 16
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """On behalf of the rank of ``exit``. ``identities``: every rank's process; ``keeper``: whether rank 0's process
-    keeps the store (under torchrun its agent does); ``queued``: collectives run on a device, so that a host that is
-    not inside one may still wait for one. Only waiting at the store is a host's alone.
+    """What the rank of ``exit`` can find out about a failure.
+
+    ``identities``: every rank's process; ``keeper``: whether rank 0's process keeps the store (under torchrun its agent
+    does); ``queued``: collectives run on a device, so that a host that is not inside one may still wait for one.
     """
 
     exit: ExitProtocol

@@ -12,8 +12,10 @@ QUICK_PHASES = frozenset({"train", "data", "growth", "log"})
 
 @dataclass(frozen=True)
 class Mark:
-    """``phase`` (train, data, or a hook's name) of optimizer step ``step``, entered at ``since`` (monotonic
-    seconds) as the ``count``-th of this process; ``quick``: the time limit of ordinary steps applies.
+    """Where training stands: in ``phase`` (train, data, or a hook's name) of optimizer step ``step``.
+
+    It was entered at ``since`` (monotonic seconds) as the ``count``-th of this process; ``quick``: the time limit of
+    ordinary steps applies.
     """
 
     phase: str

@@ -18,9 +18,11 @@ _STATES = {
 
 @dataclass(frozen=True)
 class Failure:
-    """What came first: ``kind`` error (an exception), lost (a process that is gone), hang, or mistake (the
-    user's, which that rank prints itself). ``rank`` None (and no ``host``): a hang of no single rank.
-    ``code``: the exit code of every rank. ``reported_by``: the rank that has claimed it; several may find the same.
+    """The run's first failure.
+
+    ``kind``: error (an exception), lost (a process that is gone), hang, or mistake (the user's, which that rank prints
+    itself). ``rank`` None (and no ``host``): a hang of no single rank. ``code``: the exit code of every rank.
+    ``reported_by``: the rank that has claimed it; several may find the same.
     """
 
     kind: str

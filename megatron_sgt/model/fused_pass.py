@@ -15,11 +15,10 @@ from megatron_sgt.ops.rotary import Rotary
 
 @dataclass(eq=False)
 class FusedLoop(LoopPass):
-    """``kept``, with its projections fused: in place of ``SparseLoop`` on one tensor-parallel rank, or of
-    ``BalancedLoop`` under sequence parallelism.
+    """``kept``, with its projections fused.
 
-    Weights are used inside calls of the modules that own them, one within the other, as ZeRO-3 needs it (see
-    ``linear.py``).
+    In place of ``SparseLoop`` on one tensor-parallel rank, or of ``BalancedLoop`` under sequence parallelism. Weights
+    are used inside calls of the modules that own them, one within the other, as ZeRO-3 needs it (see ``linear.py``).
     """
 
     kept: KeptLoop

@@ -105,8 +105,7 @@ class _Fetch(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class KeptWeights:
-    """All kept weights of one layer, in the order of ``ops.head_blocks.whole_blocks``: rows of ``qkv`` and
-    ``qkv_bias`` by query, key and value blocks, columns of ``proj`` by head."""
+    """One layer's kept weights in the order of ``whole_blocks``: rows of ``qkv``, ``qkv_bias``, columns of ``proj``."""
 
     qkv: KeptSlice
     qkv_bias: KeptSlice

@@ -44,9 +44,7 @@ class GrowthHook(Hook):
         self.events: list[dict[str, Any]] = []
 
     def before_run(self, state: TrainState) -> None:
-        """Put the schedule's plan (of the start, or of the loaded checkpoint) into force; forget what was measured
-        before, in a step that a rollback undid.
-        """
+        """Apply the schedule's plan; forget what was measured in a step that a rollback undid."""
         self.meter.reset()
         self._obey()
 

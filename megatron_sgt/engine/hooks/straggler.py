@@ -37,8 +37,9 @@ PATIENCE = 3
 
 @dataclass
 class LagRule:
-    """Names a rank when it is the worst, by more than ``threshold``, PATIENCE times in a row; clears it when it
-    was below half of that as often. ``excess``: how far a rank lies behind the median, as a fraction.
+    """Names a rank that is the worst, by more than ``threshold``, PATIENCE times in a row.
+
+    Clears it when it was below half of that as often. ``excess``: how far it lies behind the median, as a fraction.
     """
 
     threshold: float
@@ -66,9 +67,7 @@ class LagRule:
 
 
 def excess_over_median(values: Sequence[float], base: float | None = None) -> list[float]:
-    """How far each value lies above the median (of an even number the lower), as a fraction of ``base`` (None: of
-    the median).
-    """
+    """How far each value lies above the lower median, as a fraction of ``base`` (None: of the median)."""
     middle = statistics.median_low(values)
     base = middle if base is None else base
     return [(value - middle) / base if base > 0 else 0.0 for value in values]
