@@ -1,4 +1,4 @@
-# make quickstart | test | check | study | bench | env | clean      (make without a target lists them)
+# make quickstart | test | test-all | check | study | bench | env | clean      (make without a target lists them)
 #
 # Variables:  PYTHON=python3.12   the interpreter that makes .venv (3.10 to 3.13)
 #             PIP_FLAGS="..."     more flags for every pip install, e.g. --index-url of CPU-only torch wheels
@@ -20,6 +20,9 @@ PIP := $(PIP_BARE) -c constraints.txt
 SCRIPTS := $(wildcard pretrain_sgt.py tools/*.py tools/bench/*.py)
 # One thread per process: the ranks of a test share the machine's cores.
 THREADS := OMP_NUM_THREADS=1
+# One file, one worker, so that a file's fixtures are made once; tests/conftest.py begins with the longest files.
+IN_PARALLEL := -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
+PYTEST = $(THREADS) $(PY) -m pytest $(IN_PARALLEL)
 
 # $(call stage,text,command): one line for the reader, the command's own words in the log.
 define stage
@@ -28,11 +31,12 @@ define stage
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-transformers-4 test-newest check format study bench clean distclean
+.PHONY: help env quickstart test test-all test-transformers-4 test-newest check format study bench clean distclean
 
 help:
 	@echo "make quickstart   from nothing to a small grown, saved and resumed SGT model (CPU, a few minutes)"
-	@echo "make test         the test suite"
+	@echo "make test         the test suite (13 minutes on two cores)"
+	@echo "make test-all     the test suite with every case of its matrices: layouts, kernels, formulas (an hour)"
 	@echo "make test-transformers-4   the code of exported models under the last transformers 4"
 	@echo "make test-newest           what rests on Megatron-Core, under its newest version (needs Python 3.12 or newer)"
 	@echo "make check        formatting, lint, types, architecture"
@@ -63,7 +67,10 @@ quickstart: $(STAMP)
 	@PATH="$(BIN):$$PATH" $(THREADS) bash examples/quickstart.sh
 
 test: $(STAMP)
-	@$(THREADS) $(PY) -m pytest -q -n $(JOBS) --dist loadfile $(PYTEST_FLAGS)
+	@$(PYTEST) $(PYTEST_FLAGS)
+
+test-all: $(STAMP)
+	@$(PYTEST) -m "" $(PYTEST_FLAGS)
 
 # The packages of an older transformers before those of $(VENV), and nothing else.
 OLD_LIST := tests/export/hf/transformers-4.txt
@@ -89,7 +96,8 @@ test-newest:
 	  echo "The newest Megatron-Core needs Python 3.12 or newer, which '$(NEWEST_PYTHON)' is not."; \
 	  echo "Name another one: make test-newest NEWEST_PYTHON=/path/to/python3.12"; exit 2; }
 	@$(MAKE) --no-print-directory env VENV=$(NEWEST_VENV) PYTHON=$(NEWEST_PYTHON)
-	@$(THREADS) $(NEWEST_VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile -m "not slow" $(PYTEST_FLAGS) $(NEWEST_TESTS)
+	@$(THREADS) $(NEWEST_VENV)/bin/python -m pytest $(IN_PARALLEL) -m "not slow and not exhaustive" \
+	  $(PYTEST_FLAGS) $(NEWEST_TESTS)
 
 check: $(STAMP)
 	@echo "== ruff format" && $(PY) -m ruff format --check --output-format concise . || { echo "run 'make format'"; exit 1; }

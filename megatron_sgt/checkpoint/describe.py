@@ -107,8 +107,6 @@ def _details(details: Details) -> Iterator[tuple[str, str]]:
 
 
 def _growth(growth: GrowthContents) -> str:
-    if not growth.layers and growth.phase == growth.method:
-        return growth.method
     window = "" if growth.window_end is None else f", its window ends at step {growth.window_end:,}"
     return f"{growth.method}, phase {growth.phase}{window}, {count(len(growth.layers), 'layer')} selected"
 

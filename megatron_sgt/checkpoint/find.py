@@ -112,10 +112,7 @@ def starts_fresh(saved: dict[str, Any], hook: str) -> bool:
 def check_checkpoint(folder: Path, config: Config, tokenizer: str | None = None) -> dict[str, Any]:
     """Check that ``folder`` is whole and fits the model of ``config``; return its saved state.
 
-    Needs no process group.
-
-    Args:
-        tokenizer: fingerprint of this run's, None if it has none.
+    Needs no process group. ``tokenizer``: fingerprint of this run's, None if it has none.
 
     Raises:
         CheckpointError: naming the damaged files or the differing fields.

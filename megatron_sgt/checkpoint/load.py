@@ -59,10 +59,7 @@ def load_checkpoint(
     """Load weights, optimizer and random streams of this rank from a checked ``folder``; collective.
 
     Under the same layout DeepSpeed reads its own files and everything continues bit for bit. Under another layout a
-    layout-free copy is made beside it, once, and read.
-
-    Args:
-        state: what ``check_checkpoint`` returned for ``folder``.
+    layout-free copy is made beside it, once, and read. ``state``: what ``check_checkpoint`` returned for ``folder``.
 
     Returns:
         One line for the log about another layout; None for the same.

@@ -143,10 +143,7 @@ class Saver:
         self._flight.stall_s = time.perf_counter() - begun
 
     def poll(self, wait: bool = False) -> Saved | None:
-        """Advance the save in flight; returns it once it is committed, else None.
-
-        Args:
-            wait: until it is committed.
+        """Advance the save in flight; returns it once it is committed, else None. ``wait``: until it is committed.
 
         Raises:
             CheckpointError: on every rank, when one of them could not write. Nothing of the save

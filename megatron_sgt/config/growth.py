@@ -1,13 +1,12 @@
 """How depth grows: the schedule of the Sparse Growing Transformer, its ablations and baselines."""
 
-import difflib
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
 from megatron_sgt import extensions
-from megatron_sgt.config.base import Section, shown
+from megatron_sgt.config.base import Choice, Section, shown
 from megatron_sgt.config.problems import explain
 from megatron_sgt.errors import ConfigError
 
@@ -18,7 +17,7 @@ METHODS = ("sgt", "vanilla", "block_loop")
 class GrowthConfig(Section):
     """The growth method and its schedule. Defaults are those of the paper (arXiv 2603.23998)."""
 
-    method: str = Field(
+    method: Annotated[str, Choice("schedules", METHODS)] = Field(
         default="sgt",
         description="`sgt`: attention loops grow during training; `vanilla`: no loop at all; "
         "`block_loop`: whole layers are executed again from the first step (the paper's baseline); or a schedule "
@@ -102,16 +101,9 @@ class GrowthConfig(Section):
             )
 
     def _method_problems(self) -> Iterator[str]:
-        """What is wrong with the name of the method, or with the options of the schedule that has it."""
+        """What is wrong with the schedule that the method names, or with its options."""
         options = None
         if self.method not in METHODS:
-            names = [*METHODS, *extensions.names("schedules")]
-            if self.method not in names:
-                close = difflib.get_close_matches(self.method, names, n=1)
-                hint = f"; did you mean '{close[0]}'?" if close else ""
-                choices = ", ".join(f"'{name}'" for name in names[:-1])
-                yield f"method: must be {choices} or '{names[-1]}', got {shown(self.method)}{hint}"
-                return
             try:
                 options = getattr(extensions.load("schedules", self.method), "Options", None)
             except ConfigError as error:

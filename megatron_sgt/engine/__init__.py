@@ -2,5 +2,5 @@
 
 from megatron_sgt.compat.quiet import quiet_imports
 
-# Before anything imports DeepSpeed or Megatron-Core: both speak while they are imported.
+# Before anything imports DeepSpeed or Megatron-Core: both print on import.
 quiet_imports()

@@ -42,13 +42,13 @@ def start_processes(config: Config, info: RankInfo) -> ParallelGroups:
     """Choose the device, adapt the libraries to it and start the process groups.
 
     Raises:
-        ConfigError: before they start, a device or a precision that is not there, ranks that do not divide; after
-            that, on all ranks, one GPU that two of them were given.
+        ConfigError: before they start, a device or a precision that this machine lacks, ranks that do not divide;
+            after that, on all ranks, one GPU that two of them were given.
     """
     config.data_parallel_size(info.world_size)
     prepare_process(config, info)
     for name, value in to_environ(info).items():
-        os.environ.setdefault(name, value)  # DeepSpeed insists on LOCAL_RANK, whoever started us
+        os.environ.setdefault(name, value)  # DeepSpeed needs LOCAL_RANK, whatever the launcher
     device = select_device(config.parallel.device, info.local_rank, info.local_world_size)
     config.precision_on(device.type)  # refuses what "auto" turns out to be here
     if device.type == "cpu" and config.train.threads_per_rank is not None:
@@ -78,7 +78,7 @@ def build_runtime(
     precision = config.precision_on(groups.device.type)
     model = build_model(config, groups, precision, 1 + schedule_of(config).max_loops, plain)
     if weights is not None:
-        # Before the engine exists: ZeRO keeps a copy of what it is given.
+        # Before the engine exists: ZeRO copies the weights that it is given.
         shard = megatron_shard(weights, config.model, groups.tp_size, groups.tp_rank)
         model.gpt.load_state_dict(shard, strict=False)
     return Runtime(groups, precision, model, _start_engine(config, groups, model, precision))
@@ -90,7 +90,7 @@ def _start_engine(
     parameters = parameter_groups(model, config.optim)
     optimizer = build_optimizer(parameters, config.optim, groups.device, config.offloads_optimizer)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # notes on optional kernels that this project does not use
+        warnings.simplefilter("ignore")  # about optional kernels that this project does not use
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,

@@ -59,8 +59,8 @@ def deepspeed_config(config: Config, world_size: int, precision: str) -> dict[st
 def _zero_options(stage: int, widened: bool) -> dict[str, Any]:
     """What this project adds. ``widened``: gradients are reduced in a wider type than they are computed in.
 
-    Stage 2 then takes the mean after the sum, in that type. Its other way, no reduce-scatter either in spite of the
-    option's name, divides first, in the model's type: one more rounding, unless the ranks are a power of two.
+    Stage 2 then takes the mean after the sum, in that type. With the option on (no reduce-scatter either, in spite of
+    its name) it divides first, in the model's type: one more rounding, unless the ranks are a power of two.
     """
     if stage == 2 and widened:
         return {"reduce_scatter": False}

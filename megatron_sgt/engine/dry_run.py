@@ -25,7 +25,7 @@ def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:
 
     Args:
         world_size: ranks that the run would have.
-        assumed: nobody said so; a note tells the reader.
+        assumed: the number is a guess; a note says so.
 
     Returns:
         A table of the run's shape.

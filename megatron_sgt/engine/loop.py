@@ -26,7 +26,7 @@ class DivergedError(SGTError):
 
 @dataclass
 class Trainer:
-    """Everything that the loop turns: engine, counters, hooks in the order in which they act."""
+    """What the loop drives: engine, counters, hooks in the order in which they act."""
 
     config: Config
     groups: ParallelGroups
@@ -45,8 +45,8 @@ class Trainer:
             0 at ``last_step``; the reason for which all ranks have stopped before (see guard/stop.py).
 
         Raises:
-            DivergedError: train.max_consecutive_skipped_steps steps in a row were skipped, those apart that fp16's
-                search for its loss scale explains. Nothing was saved since the last good step.
+            DivergedError: train.max_consecutive_skipped_steps steps in a row were skipped, not counting those that
+                fp16's search for its loss scale explains. Nothing was saved since the last good step.
         """
         train = self.config.train
         accumulation = self.config.num_micro_batches(self.groups.world_size)
@@ -82,6 +82,7 @@ class Trainer:
         return 0
 
     def _after_step(self, result: StepResult) -> float:
+        """Let the hooks act; return the seconds for which they have held training up."""
         paused = 0.0
         for hook in self.hooks:
             begun = time.perf_counter()
@@ -93,8 +94,8 @@ class Trainer:
     def _agreed_reason(self) -> int:
         """The reason for which all ranks stop now, 0 if they go on; collective.
 
-        One all-reduce of 4 bytes, read on the host. The step before has ended with the host reading its gradient
-        norm, so that on a GPU nothing is queued that this would have to wait for.
+        One all-reduce of 4 bytes, read on the host. The step before ended with the host reading its gradient norm, so
+        that on a GPU no queued work delays this.
         """
         reason = largest(self.stop.pending(), self.groups)
         if reason:
@@ -102,7 +103,7 @@ class Trainer:
         return reason
 
     def _lost(self, result: StepResult, skips: SkipRule) -> bool:
-        """Whether a skipped step's loss was not finite on some rank; collective, where anybody asks."""
+        """Whether a skipped step's loss was not finite on some rank; collective if that matters."""
         if result.applied or not skips.needs_loss:
             return False
         return any_rank(not math.isfinite(result.loss.item()), self.groups)

@@ -39,7 +39,7 @@ class _Parser(argparse.ArgumentParser):
     """Reports a wrong command line as ConfigError, so that it is printed once, whatever the number of ranks."""
 
     def error(self, message: str) -> NoReturn:
-        """See argparse. Settings given in another project's style (--num-layers 4) are named in ours."""
+        """See argparse. For settings in another project's style (--num-layers 4) the message names ours."""
         prefix = "unrecognized arguments: "
         words = message.removeprefix(prefix).split() if message.startswith(prefix) else []
         flags = [word.partition("=")[0] for word in words if word.startswith("--")]
@@ -80,7 +80,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run; returns the exit code. A user's mistake is told once, whatever the number of ranks."""
+    """Run; return the exit code. A user's mistake is reported once, whatever the number of ranks."""
     return run_rank(lambda: _main(parse(arguments)))
 
 

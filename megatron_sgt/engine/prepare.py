@@ -13,7 +13,7 @@ from megatron_sgt.parallel.device import device_type
 
 
 def prepare_process(config: Config, info: RankInfo) -> None:
-    """Set the environment and the limits of this rank and choose DeepSpeed's accelerator. Twice is as good as once.
+    """Set the environment and the limits of this rank and choose DeepSpeed's accelerator. A second call has no effect.
 
     Raises:
         ConfigError: parallel.device asks for a GPU that is not there.

@@ -26,7 +26,7 @@ from megatron_sgt.engine.hooks.straggler import StragglerHook
 from megatron_sgt.engine.hooks.validation import EvalHook
 from megatron_sgt.engine.hooks.watched import watched_batches, watched_hooks
 from megatron_sgt.engine.loop import DivergedError, Trainer
-from megatron_sgt.engine.skipped_ranges import PassedData, batches_past
+from megatron_sgt.engine.skipped_ranges import SkippedRanges, batches_outside
 from megatron_sgt.engine.step import TrainState
 from megatron_sgt.errors import CheckpointError, ExitCode
 from megatron_sgt.files import replace_text
@@ -55,7 +55,7 @@ from megatron_sgt.preflight import (
 
 
 class PretrainingRun:
-    """The parts of one run, wired together; ``train`` turns them. Collective over all ranks.
+    """The parts of one run, wired together; ``train`` runs it. Collective over all ranks.
 
     Args:
         schedule: a growth method of the caller's own, instead of the one that ``config`` names.
@@ -63,7 +63,7 @@ class PretrainingRun:
             for the comparison of the ranks and the saving, which come last; their states are in the checkpoints.
 
     Raises:
-        ConfigError, DataError, CheckpointError: what the user can mend, before any training step.
+        ConfigError, DataError, CheckpointError: what the user can correct, before any training step.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class PretrainingRun:
         self.groups: ParallelGroups = start_processes(self.config, info)
         if watch is not None:
             watch.connect()
-        # Ranks that look by themselves may see different folders on a network file system.
+        # If every rank looked, they might see different folders on a network file system.
         self.start: Start = self._find_start(self._look_for_start)
         if self.groups.is_main:
             layout.clear_leftovers(self.config.save_dir)
@@ -98,20 +98,20 @@ class PretrainingRun:
         warm_up_loops(self.config, self.groups, self.runtime.precision)
         self.schedule = schedule_of(self.config)
         self.hub = self._open_hub()
-        self.passed: PassedData = on_rank_zero(
-            lambda: PassedData.at_start(self.start.folder, config.save_dir)
+        self.skipped_ranges: SkippedRanges = on_rank_zero(
+            lambda: SkippedRanges.at_start(self.start.folder, config.save_dir)
         )
         self.state = TrainState()
         self._wire(datasets[1])
         if self.start.folder is not None:
             self.progress.enter("loading the checkpoint")
             self.saver.load(self.start.folder, self.start.saved, self.state)
-            self.state.consumed_samples = self.passed.after(self.state.consumed_samples)
+            self.state.consumed_samples = self.skipped_ranges.after(self.state.consumed_samples)
         self._report_start()
         self.train_data = datasets[0]
 
     def _find_start(self, look: Callable[[dict[Path, str]], Start]) -> Start:
-        """Collective. Of the run's own checkpoints the newest whole one; a damaged one is passed over.
+        """The newest whole checkpoint of the run; damaged ones are skipped. Collective.
 
         ``look``: finds one on rank 0, given those that are known to be damaged.
         """
@@ -151,7 +151,7 @@ class PretrainingRun:
         self.growth = GrowthHook(
             self.schedule, runtime.model, runtime.model.meter, groups, self.log.on_growth
         )
-        self.spike = SpikeHook(config.train, self.passed, self._can_go_back, self.hub, groups)
+        self.spike = SpikeHook(config.train, self.skipped_ranges, self._can_go_back, self.hub, groups)
         self.straggler = StragglerHook(
             runtime.model, config.logging.log_interval, config.train.straggler_threshold, self.hub, groups
         )
@@ -231,7 +231,7 @@ class PretrainingRun:
             raise
         finally:
             self.hub.close()
-        # Nobody takes another's leaving for a loss, however long rank 0 takes to close its reports.
+        # No rank takes another's exit for a loss, however long rank 0 takes to close its reports.
         barrier(self.groups)
         return code
 
@@ -240,7 +240,7 @@ class PretrainingRun:
         hooks = watched_hooks(self.hooks, self.progress)
         trainer = Trainer(self.config, self.groups, self.runtime.engine, self.state, hooks, self.stop)
         while True:
-            batches = batches_past(self._open_loader, self.passed, self.state.consumed_samples)
+            batches = batches_outside(self._open_loader, self.skipped_ranges, self.state.consumed_samples)
             try:
                 return trainer.run(self.straggler.timed(watched_batches(batches, self.progress)), last_step)
             except LossSpike as spike:
@@ -259,7 +259,7 @@ class PretrainingRun:
         )
 
     def _go_back(self, spike: LossSpike) -> None:
-        """Load the newest checkpoint, and pass over the data between it and the spike, for good."""
+        """Load the newest checkpoint, and skip the data between it and the spike for good."""
         self.progress.enter("going back to a checkpoint")
         own = self.config.checkpoint.model_copy(update={"resume": "auto", "load": None})
         newest = self._find_start(partial(find_start, self.config.model_copy(update={"checkpoint": own})))
@@ -269,9 +269,11 @@ class PretrainingRun:
             )
         self.saver.load(newest.folder, newest.saved, self.state)
         start = self.state.consumed_samples
-        self.passed.add(start, spike.stop)
-        on_rank_zero(self.passed.write)  # before a step is taken: a run that dies now must not forget it
-        self.state.consumed_samples = self.passed.after(start)
+        self.skipped_ranges.add(start, spike.stop)
+        on_rank_zero(
+            self.skipped_ranges.write
+        )  # before a step is taken: a run that dies now must not forget it
+        self.state.consumed_samples = self.skipped_ranges.after(start)
         there = {
             "step": self.state.step,
             "path": newest.folder,

@@ -1,7 +1,7 @@
-"""Parts of the data order that a run goes past without training on them, kept beside its checkpoints.
+"""Ranges of the data order that a run skips without training on them, kept beside its checkpoints.
 
 A range [start, stop) counts sequences of the data order, as TrainState.consumed_samples does. The file outlives
-the process, so that a run which is started again from a checkpoint in front of a range does not walk into it.
+the process, so that a run that is started again from a checkpoint before a range skips it, too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_sgt.files import replace_text
 PASSED_FILE = "passed_data.json"
 
 
-class PassedData:
+class SkippedRanges:
     """The ranges of the run that saves into ``root``."""
 
     def __init__(self, root: Path, ranges: list[tuple[int, int]] | None = None) -> None:
@@ -25,7 +25,7 @@ class PassedData:
         self.ranges: list[tuple[int, int]] = list(ranges or [])
 
     @classmethod
-    def read(cls, root: Path) -> PassedData:
+    def read(cls, root: Path) -> SkippedRanges:
         """The ranges on disk; none without the file.
 
         Raises:
@@ -42,10 +42,10 @@ class PassedData:
             ) from error
 
     @classmethod
-    def at_start(cls, checkpoint: Path | None, root: Path) -> PassedData:
+    def at_start(cls, checkpoint: Path | None, root: Path) -> SkippedRanges:
         """The ranges of a run that starts from ``checkpoint`` (None: from nothing) and saves into ``root``.
 
-        What lies in front of the checkpoint's folder comes with it; a fresh start forgets. For one rank.
+        The file beside the checkpoint comes with it; a fresh start deletes the run's own. For one rank.
 
         Raises:
             CheckpointError: a file of ranges cannot be read or written.
@@ -60,7 +60,7 @@ class PassedData:
         return ours
 
     def add(self, start: int, stop: int) -> None:
-        """Pass over [start, stop) from now on; one entry for every call, so their number counts."""
+        """Skip [start, stop) from now on; every call adds one entry, as their number counts."""
         self.ranges.append((start, stop))
 
     def write(self) -> None:
@@ -80,7 +80,7 @@ class PassedData:
             ) from error
 
     def after(self, consumed: int) -> int:
-        """Where the data goes on for a run that stands at ``consumed``."""
+        """Where the data continues for a run that has consumed so many sequences."""
         while True:
             stops = [stop for start, stop in self.ranges if start <= consumed < stop]
             if not stops:
@@ -88,21 +88,21 @@ class PassedData:
             consumed = max(stops)
 
     def next_start(self, consumed: int) -> int | None:
-        """The nearest range ahead of ``consumed``; None if there is none."""
+        """The start of the next range after ``consumed``; None if there is none."""
         return min((start for start, _ in self.ranges if start > consumed), default=None)
 
 
-def batches_past(
-    open_at: Callable[[int], TrainLoader], passed: PassedData, consumed: int
+def batches_outside(
+    open_at: Callable[[int], TrainLoader], skipped: SkippedRanges, consumed: int
 ) -> Iterator[MicroBatch]:
-    """Micro-batches from ``consumed`` on, past the ranges of ``passed``: whole steps only, as ranges are.
+    """Micro-batches from ``consumed`` on, without the ranges of ``skipped``, which consist of whole steps.
 
     Args:
-        open_at: opens a loader that starts behind so many consumed sequences.
+        open_at: opens a loader that starts after so many consumed sequences.
     """
     position: int | None = consumed
     while position is not None:
-        position = passed.after(position)
-        loader, position = open_at(position), passed.next_start(position)
+        position = skipped.after(position)
+        loader, position = open_at(position), skipped.next_start(position)
         while position is None or loader.consumed_samples < position:
             yield next(loader)

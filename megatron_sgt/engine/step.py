@@ -59,7 +59,7 @@ class StepResult:
     ``applied``: whether the optimizer took the step (False: a loss, an entropy or a gradient was not finite
     on some rank).
     ``seconds``: wall time of the step, waiting for data included. The loop counts from the end of the step before,
-    when the host had read its norm: forward and backward are queued, so that nothing else tells a step from the next.
+    when the host had read its norm: forward and backward are queued, so that nothing else separates two steps.
     ``loss_scale``: what the loss was multiplied by for the backward pass; None without fp16.
     """
 
@@ -123,7 +123,7 @@ def _clip_stage0(engine: Any, clip_grad: float, groups: ParallelGroups) -> float
     norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters]
     squares = torch.stack(norms).square()
     owned = [n for n, p in enumerate(parameters) if param_is_not_tensor_parallel_duplicate(p)]
-    # The norm counts replicated parameters once; the second sum sees every copy, for one may be not finite.
+    # The norm counts replicated parameters once; the second sum has every copy, as one may be not finite.
     totals = torch.stack([squares[owned].sum(), squares.sum()])
     if groups.tp_size > 1:
         dist.all_reduce(totals, group=groups.tp_group)

@@ -24,7 +24,7 @@ _SGT: dict[str, LineFormat] = {
     "hook": lines.hook_line,
     "summary": lines.summary_line,
 }
-# Megatron has no words for growth, and parsers of its log skip lines that they do not know.
+# Megatron's log has no growth, and its parsers skip lines that they do not know.
 STYLES: dict[str, dict[str, LineFormat]] = {
     "sgt": _SGT,
     "megatron": {
@@ -120,7 +120,7 @@ class ConsoleWriter:
             self._bar = self._make_bar(step)
         if postfix is not None:
             self._bar.set_postfix_str(postfix, refresh=False)
-        # A run that went back to a checkpoint moves the bar back; update() only knows forward.
+        # A rollback moves the bar back, which update() cannot.
         if step >= self._bar.n:
             self._bar.update(step - self._bar.n)
         else:
@@ -128,7 +128,7 @@ class ConsoleWriter:
             self._bar.refresh()
 
     def _make_bar(self, step: int) -> Any:
-        # Imported here: a run that writes to a file needs no bar and so no library for it.
+        # Imported here: a run that writes to a file has no bar.
         from tqdm import tqdm
 
         return tqdm(

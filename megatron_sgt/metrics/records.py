@@ -1,7 +1,8 @@
 """The fields of every kind of record: what a run writes to metrics.jsonl, and what the other writers show of it.
 
 A record holds host numbers. ``step`` is always there; every other field may be absent, or None where nothing is known,
-and is then not shown. Units are in the names: _s seconds, _gb 10^9 bytes. A test holds this against what a run writes.
+and is then not shown. Units are in the names: _s seconds, _gb 10^9 bytes. A test compares this with what a run writes.
+A schedule of an installed package may add fields to train and growth records (growth/schedule.py: report).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class TrainRecord(_Record, Throughput, total=False):
     first_step_s: float  # in the first record of a process: with what is compiled and allocated in that step
     model_flops_per_step: float  # of the method, loops included, recomputation not
     device: str  # "gpu" or "cpu": what the per-device figures are of
-    memory_gb: float | None
+    memory_gb: float | None  # peak of this process, of rank 0's device
     memory_total_gb: float | None
     eta_s: float | None
     skipped_steps: int

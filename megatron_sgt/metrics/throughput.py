@@ -1,4 +1,4 @@
-"""Tokens per second, FLOP/s, model FLOPs utilization (MFU) and the time that is left.
+"""Tokens per second, FLOP/s, model FLOPs utilization (MFU) and the remaining time.
 
     MFU = FLOPs of the model per step / (step seconds * devices * peak FLOP/s of one device)
 
@@ -113,7 +113,7 @@ class EtaEstimator:
     """Seconds until the end, from a moving average of the step time.
 
     ``memory_steps`` is the number of steps after which an old step time has lost 1 - 1/e of its weight. The
-    first observation is forgotten as soon as a second one arrives: it holds the warm-up of the run.
+    first observation is forgotten as soon as a second one arrives: it contains the warm-up of the run.
     """
 
     def __init__(self, memory_steps: float = 100.0) -> None:

@@ -1,4 +1,4 @@
-"""Numbers as people read them: three significant digits, a prefix, a unit. Pure functions."""
+"""Numbers for people: three significant digits, a prefix, a unit. Pure functions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
 def is_bad(value: float | None) -> bool:
-    """True for NaN and infinities, the numbers that must stand out."""
+    """True for NaN and infinities."""
     return value is not None and not math.isfinite(value)
 
 
@@ -87,7 +87,7 @@ def duration(seconds: float) -> str:
 
 
 def elapsed(seconds: float) -> str:
-    """The time that something took: 0.4 s, 8.1 s, 42 s, 12m05s."""
+    """A measured time: 0.4 s, 8.1 s, 42 s, 12m05s."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     return f"{seconds:.0f} s" if seconds < 59.5 else duration(seconds)

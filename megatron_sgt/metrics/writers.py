@@ -37,10 +37,10 @@ class Writer(Protocol):
         """Take one record (records.py has the fields of every kind)."""
 
     def advance(self, step: int) -> None:
-        """Learn that an optimizer step is done, whether or not it is reported."""
+        """An optimizer step is done, whether or not it is reported."""
 
     def close(self) -> None:
-        """Write what is held back and release the destination."""
+        """Write what is buffered and release the destination."""
 
 
 def scalars(kind: str, record: Mapping[str, Any]) -> dict[str, float]:
@@ -84,7 +84,7 @@ def _import_for(option: str, module: str, package: str) -> ModuleType:
 class TensorBoardWriter:
     """Event files in ``directory``.
 
-    After a resume at step N, TensorBoard drops the points of later steps that a dead attempt has written.
+    After a resume at step N, TensorBoard drops the points of later steps that the attempt before has written.
 
     Raises:
         ConfigError: the tensorboard package is missing.

@@ -26,7 +26,7 @@ def sgt_layers(model: torch.nn.Module) -> list[SGTLayer]:
 def apply_plan(model: torch.nn.Module, plan: LoopPlan) -> None:
     """Make every layer of ``model`` execute its part of ``plan`` from the next forward on.
 
-    What has changed reaches the device in one copy for all layers: in a decay window every step has new gates.
+    Everything new reaches the device in one copy for all layers: in a decay window every step has new gates.
     """
     changed = [layer for layer in sgt_layers(model) if layer.plan != plan[layer.layer_id]]
     if not changed:
@@ -44,14 +44,14 @@ def executed_plan(model: torch.nn.Module) -> LoopPlan:
 
 
 def begin_step(model: torch.nn.Module) -> None:
-    """Tell the layers that the weights may have changed: kept weights are fetched anew at their next use."""
+    """Tell the layers that the weights may have changed: kept weights are fetched again at their next use."""
     for layer in sgt_layers(model):
         if layer.loop_pass is not None:
             layer.loop_pass.begin_step()
 
 
 def mark_micro_batch(model: torch.nn.Module, last: bool) -> None:
-    """Tell the layers whether the next micro-batch is the step's last, which pays gradients back to owners."""
+    """Tell the layers whether the next micro-batch is the step's last, which returns gradients to the owners."""
     for layer in sgt_layers(model):
         if layer.loop_pass is not None:
             layer.loop_pass.mark_micro_batch(last)

@@ -39,7 +39,7 @@ class BalancedLoop(KeptLoop):
     """Each rank loops all kept heads for its share of the tokens.
 
     Args:
-        layout: tells which of how many tensor-parallel ranks this is.
+        layout: this rank's share of the heads, for its place among the tensor-parallel ranks.
         sharded: whether x holds this rank's tokens alone (sequence parallelism).
     """
 
@@ -93,11 +93,12 @@ class BalancedLoop(KeptLoop):
         return self.attend(layer, query, key, value, index, library, rank == self.layout.tp_size - 1)
 
     def begin_step(self) -> None:
+        """Kept weights are fetched again at their next use."""
         for part in self.weights.slices:
             part.begin_step()
 
     def mark_micro_batch(self, last: bool) -> None:
-        """The step's last micro-batch pays gradients back to the owners."""
+        """The step's last micro-batch returns gradients to the owners."""
         for part in self.weights.slices:
             part.last_micro_batch = last
 

@@ -58,7 +58,7 @@ class SGTCoreAttention(torch.nn.Module):
 
     @contextlib.contextmanager
     def rotated(self, rotary: Rotary) -> Iterator[None]:
-        """Rotate queries and keys of the calls in the body, which Megatron-Core then leaves alone."""
+        """Rotate queries and keys of the calls in the body; Megatron-Core then must not."""
         self._rotary = rotary
         try:
             yield

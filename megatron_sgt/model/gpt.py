@@ -51,7 +51,7 @@ def build_model(
     """Build the model on ``groups.device`` with initial weights from ``train.seed``.
 
     Args:
-        num_passes: attention passes that the entropy meter holds, 1 + max_loop_depth.
+        num_passes: attention passes that the entropy meter holds, 1 + ``Schedule.max_loops``.
         plain: Megatron-Core's own layers (see ``decoder_spec``).
 
     Raises:
@@ -61,7 +61,7 @@ def build_model(
     meter = EntropyMeter(config.model.num_layers, num_passes, layout, groups.device)
     fused = loop_backend(config, precision, groups.device)[0] == "triton"
     newer_flash_attention(groups.device)
-    # Before: Megatron-Core enters a stream for each weight that it makes.
+    # Before the model is built: Megatron-Core enters a random stream for each weight.
     seed_for_training(config.train.seed, groups)
     gpt = GPTModel(
         config=transformer_config(config, precision, groups.device, plain),

@@ -1,7 +1,7 @@
 """The loop: x ← x + W_o · concat_h( g_h · head_h(Norm(x)) ), executed K times (SGT.md, "Forward pass of a layer").
 
-A way of looping is one object, chosen when a plan is applied (``loop_pass.py``). They give the same numbers where they
-apply:
+A way of looping is one object, chosen when a plan is applied (``loop_pass.py``). All ways that apply to a plan
+give the same numbers:
 
 * ``DenseLoop`` (decay window): the layer's own attention modules run again on all heads, with gates.
 * ``SparseLoop`` (after it): only the kept heads are projected, attended and projected back. Rows of W_qkv
@@ -55,15 +55,15 @@ class LoopPass:
             index: number of the pass, from 1.
 
         Returns:
-            x with what the looping heads add to it.
+            x plus the output of the looping heads.
         """
         raise NotImplementedError
 
     def begin_step(self) -> None:
-        """An optimizer step begins: weights may have changed."""
+        """Called when an optimizer step begins: weights may have changed."""
 
     def mark_micro_batch(self, last: bool) -> None:
-        """The next micro-batch is the step's last one, or not."""
+        """Called before each micro-batch: whether it is the step's last one."""
 
 
 @dataclass(eq=False)
@@ -81,9 +81,9 @@ class DenseLoop(LoopPass):
 
 @dataclass(eq=False)
 class KeptLoop(LoopPass):
-    """What the ways that loop the kept heads alone, all at gate 1, have in common.
+    """Common to the ways that loop only the kept heads, all at gate 1.
 
-    Here as they are where each rank loops the kept heads that it owns, for all tokens.
+    The methods are those of a rank that loops the kept heads it owns, for all tokens.
 
     Args:
         kernels: whether the project's own attention may be taken (see ``ops.backend.choose_attention``).
@@ -122,7 +122,7 @@ class KeptLoop(LoopPass):
         Args:
             query: [Q, B, h, H], rotated. key, value: [K, B, g, H].
             library: the library's way, for key and value [K, B, h, H]. With ``kernels`` the kernel of
-                ``ops.fused_loop`` is taken instead where that is thought faster.
+                ``ops.fused_loop`` is taken instead where ``choose_attention`` expects it to be faster.
             holds_last_row: whether the last query is the sequence's last; else nothing is measured.
 
         Returns:

@@ -1,11 +1,11 @@
-"""The kept heads' weights on every tensor-parallel rank: fetched once per optimizer step, paid back once.
+"""The kept heads' weights on every tensor-parallel rank: fetched, and their gradients returned, once per step.
 
 For balanced looping each rank needs all kept heads' rows of W_qkv (and of its bias) and columns of W_o, a few
 MB, of which it owns some, all or none. A ``KeptSlice`` gives them as differentiable tensors:
 
-* forward: the owners' parts are summed into one buffer by an all-reduce in the first use of a step, and kept;
-* backward: gradients of the micro-batches add up in fp32 here, and the last micro-batch hands each owner the
-  part that is its own, after one all-reduce where the ranks saw different tokens.
+* forward: at the first use of a step an all-reduce sums the owners' parts into one buffer, which is kept;
+* backward: gradients of the micro-batches add up in fp32 here, and in the last micro-batch each owner takes its
+  part, after one all-reduce where the ranks saw different tokens.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class KeptSlice:
 
         Args:
             index: number of the loop pass, from 1. All passes of one forward share what the first one got, so
-                that their gradients meet before they are paid back.
+                that their gradients are summed before they are returned.
         """
         if index == 1 or self._in_graph is None:
             self._in_graph = _Fetch.apply(parameter, self)
@@ -69,7 +69,7 @@ class KeptSlice:
             dist.all_reduce(self._fetched, group=self.group)
         return self._fetched.detach()
 
-    def pay_back(self, gradient: Tensor, shape: torch.Size) -> Tensor | None:
+    def return_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor | None:
         """Add one micro-batch's gradient of the kept part.
 
         Returns:
@@ -91,7 +91,7 @@ class KeptSlice:
 
 
 class _Fetch(torch.autograd.Function):
-    """Owners' weights in, everybody's kept weights out; gradients the other way."""
+    """The owners' weights in, the kept weights on every rank out; gradients the other way."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, kept: KeptSlice) -> Tensor:
@@ -100,7 +100,7 @@ class _Fetch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
-        return ctx.kept.pay_back(grad, ctx.shape), None
+        return ctx.kept.return_gradient(grad, ctx.shape), None
 
 
 @dataclass(frozen=True)

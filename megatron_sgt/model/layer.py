@@ -24,7 +24,7 @@ class SGTLayer(TransformerLayer):
     """TransformerLayer with head loops between attention and MLP. With the default plan it is its parent.
 
     Args (beyond the parent's):
-        loop_options: what decides on the way of looping.
+        loop_options: what, besides the plan, decides the way of looping.
         recompute: ids of the layers whose activations are computed again in the backward pass.
         tables: cos and sin of the rotary angles, shared by all layers.
     """

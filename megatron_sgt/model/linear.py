@@ -1,4 +1,4 @@
-"""Megatron-Core's parallel linears, whose weights a loop may use in its own way.
+"""Megatron-Core's parallel linears, with access for a loop to their weights.
 
 A loop reads rows of W_qkv and columns of W_o. It does so *inside a call of the module*, through ``use``: ZeRO-3
 fetches a module's weights when the module is called, in the forward pass and when activations are recomputed,
@@ -20,7 +20,7 @@ Use = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class LoopingColumnParallelLinear(ColumnParallelLinear):
-    """ColumnParallelLinear; with ``use`` its output is ``use(input, weight, bias)`` and nothing else happens."""
+    """ColumnParallelLinear; with ``use`` it only returns ``use(input, weight, bias)``."""
 
     def forward(self, input_: Tensor, *args: Any, use: Use | None = None, **kwargs: Any) -> Any:
         if use is not None:
@@ -31,8 +31,8 @@ class LoopingColumnParallelLinear(ColumnParallelLinear):
 class LoopingRowParallelLinear(RowParallelLinear):
     """RowParallelLinear, with ``use`` as above, and with the whole gradient of its bias.
 
-    The bias is handed on to the caller, who adds it to sharded tokens under sequence parallelism: its gradient
-    must be summed over the ranks, which nobody does under DeepSpeed. Reading it through
+    The bias is returned to the caller, who adds it to sharded tokens under sequence parallelism: its gradient
+    must be summed over the ranks, which DeepSpeed does not do. Reading it through
     ``copy_to_tensor_model_parallel_region`` puts the sum into the graph (see ``norm.py``).
     """
 
@@ -53,7 +53,7 @@ def inside(
 
     Args:
         modules: take ``use`` as the linears above do (see also ``norm.RMSNorm``), outermost first.
-        weights: what ``use`` is given before the weights that the modules hand over, in their order.
+        weights: arguments of ``use`` that come before the weights of the modules.
     """
     if not modules:
         return use(x, *weights)

@@ -20,7 +20,7 @@ from megatron_sgt.planning.loop_cost import choose_loop_method
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """What decides on the way of looping beside the plan: the same for a whole run.
+    """What, besides the plan, decides the way of looping; constant during a run.
 
     Args:
         layout: this rank's share of the heads.
@@ -41,7 +41,7 @@ class LoopOptions:
 
     @property
     def fuses_projections(self) -> bool:
-        """Whether the fused operations include the projections; else they are the attention alone."""
+        """Whether the projections are fused too; otherwise only the attention is."""
         return self.fused and ((self.balanced and self.sharded) or self.layout.tp_size == 1)
 
     def blocks(self, kept_heads: tuple[int, ...]) -> HeadBlocks:

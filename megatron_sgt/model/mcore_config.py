@@ -82,21 +82,21 @@ def _leave(weight: Tensor) -> Tensor:
 def compiles(config: Config, device: torch.device) -> bool:
     """Whether ``train.fusions`` is on for ``device``.
 
-    Fusions go through torch.compile, which builds code when the run starts: seconds on a GPU, and a C++ compiler on
-    a CPU, so that "auto" leaves a CPU alone.
+    Fusions go through torch.compile, which generates code when the run starts: this takes seconds on a GPU and needs a
+    C++ compiler on a CPU, so "auto" means off on a CPU.
     """
     wanted = config.train.fusions
     return wanted == "on" or (wanted == "auto" and device.type != "cpu" and runs_triton(device))
 
 
 def fusions(config: Config, precision: str, device: torch.device, plain: bool = False) -> dict[str, bool]:
-    """Megatron-Core's switches of what ``train.fusions`` turns on, and of what takes its place where it is off."""
+    """Megatron-Core's switches for ``train.fusions``, and for what replaces the fusions where they are off."""
     ffn, on = ffn_module(config.model), compiles(config, device)
     # Megatron-Core's fused cross-entropy rounds the gradient of the logits to bf16 whatever their type, which only a
     # bf16 run can bear.
     return {
         "bias_activation_fusion": on and ffn.compiles(config.model.add_bias_linear),
-        # The name is of Transformer Engine; it means that the activation module of the spec (``mlp.py``) is used.
+        # Named after Transformer Engine; it means that the activation module of the spec (``mlp.py``) is used.
         "use_te_activation_func": ffn.own_activation and not on and not plain,
         "bias_dropout_fusion": on,
         "cross_entropy_loss_fusion": on and precision == "bf16",

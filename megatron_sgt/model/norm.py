@@ -1,8 +1,8 @@
 """Normalisation layers for Megatron's spec slots that run on every device and under sequence parallelism.
 
 Under sequence parallelism each tensor-parallel rank normalises its own shard of the tokens with a replicated
-weight, so the weight's gradient is only this rank's part of the sum. Megatron's own optimizer adds the parts
-up afterwards; under DeepSpeed nobody does, and the loss drifts silently. Reading the weight through
+weight, so the weight's gradient is only this rank's part of the sum. Megatron's own optimizer sums the parts
+afterwards; DeepSpeed does not, and the loss drifts silently. Reading the weight through
 ``copy_to_tensor_model_parallel_region`` puts the sum into the graph itself, where it holds for every ZeRO
 stage, with accumulation, recompute and repeated passes.
 """
@@ -22,7 +22,7 @@ from megatron_sgt.ops.norm import rms_norm
 
 
 class _Norm(torch.nn.Module):
-    """Shared shape of both norms: a weight (and bias) that is replicated over tensor-parallel ranks."""
+    """Base of both norms: a weight (and bias) replicated over tensor-parallel ranks."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: object) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class _Norm(torch.nn.Module):
 class RMSNorm(_Norm):
     """y = x / sqrt(mean(x²) + eps) · w over the last dimension; x [..., hidden_size].
 
-    A fused loop takes the weight for a kernel of its own, inside a call of the module, through ``use``: see
+    A fused loop passes the weight to its own kernel, inside a call of the module, through ``use``: see
     ``linear.py``.
     """
 

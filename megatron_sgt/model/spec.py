@@ -81,7 +81,7 @@ def decoder_spec(
         plain: use Megatron-Core's own TransformerLayer instead of SGTLayer: the yardstick for the tests that
             vanilla training through this project is Megatron-Core bit for bit.
         fused: loop kept heads through the fused operations (see ``loop_backend``).
-        fused_rotary: put rotary positions on in one compiled function (``ops.rotary``).
+        fused_rotary: apply rotary positions in one compiled function (``ops.rotary``).
     """
     params: dict[str, Any] = {}
     if not plain:

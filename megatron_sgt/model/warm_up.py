@@ -1,10 +1,10 @@
 """Compiles the kernels of the loops before the first step.
 
-Triton compiles a program when it is launched first. Left to the first growth, and to the end of its window, that would
-be in the middle of a run, with all ranks waiting and the watch counting. So every kind of loop pass that the
-schedule can bring is executed once, forward and backward, on zeros of the run's own shapes: what Triton tells apart
-(types, numbers that are 1 or divisible by 16, splits of the keys) is then as in training. Nothing of the model is
-touched, no random number drawn, no rank waited for.
+Triton compiles a program at its first launch. Without a warm-up that would be in the middle of a run, at the first
+growth and at the end of its window, with all ranks waiting and the watch counting. So every kind of loop pass that the
+schedule can bring is executed once, forward and backward, on zeros of the run's own shapes: everything that Triton
+specialises on (types, integers that are 1 or divisible by 16, splits of the keys) is then as in training. The model
+is not touched, no random number is drawn, and no rank is waited for.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Kind:
         return self.heads, *(n if n == 1 else n % 16 == 0 for n in counts)
 
     def example(self, layout: HeadLayout) -> tuple[int, ...]:
-        """Global ids of such heads of the rank that ``layout`` describes: spread over its first groups."""
+        """Global ids of such heads on the rank of ``layout``, spread over its first groups."""
         first, each = layout.owned_heads.start, layout.heads_per_group
         spread = [first + g * each + member for member in range(each) for g in range(self.groups)]
         return tuple(sorted(spread[: self.heads]))
@@ -85,7 +85,7 @@ class _Passes:
         self.zeros = partial(torch.zeros, dtype=dtype, device=device, requires_grad=True)
 
     def kinds(self) -> Iterator[_Kind]:
-        """All that kept heads can amount to here. Where each rank loops its own they may be fewer on some."""
+        """All kinds that kept heads can form on this rank. Where each rank loops its own, some ranks have fewer."""
         held = self.held
         most = min(len(most_kept_heads(self.config)), held.heads_per_rank)
         for heads in range(1, most + 1) if held.tp_size > 1 else (most,):

@@ -1,4 +1,4 @@
-"""Causal attention of any set of heads, from the last Q of K positions. Here is its one definition.
+"""Causal attention of any set of heads, from the last Q of K positions. This is its only definition.
 
     out[i, b, n] = Σ_{j <= K − Q + i} softmax_j( q[i, b, n] · k[j, b, n // R] / sqrt(H) ) v[j, b, n // R],   i < Q
 
@@ -61,15 +61,15 @@ def describe_attention(device: torch.device) -> str:
 
 
 def kernel_order(device: torch.device, dropout_p: float = 0.0) -> list[SDPBackend]:
-    """torch's attention kernels by speed on a GPU, fastest first: what cannot take the inputs is passed over by torch.
+    """torch's attention kernels by speed on a GPU, fastest first; torch skips those that cannot take the inputs.
 
-    Left alone torch prefers FlashAttention-2, which public tables put well behind cuDNN on Hopper and later, as they
-    put FlashAttention-3 before it (docs/kernels.md). FlashAttention-3 and -4 have no dropout and raise when asked.
+    By default torch prefers FlashAttention-2. Public tables rank it well behind cuDNN on Hopper and later, and
+    FlashAttention-3 ahead of cuDNN (docs/kernels.md). FlashAttention-3 and -4 have no dropout and raise when asked.
     """
     current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
-    newer = current() if current else None  # as newer_flash_attention has left it; nothing is looked for here
+    newer = current() if current else None  # as set by newer_flash_attention; no package is searched here
     flash = [] if newer and dropout_p else [SDPBackend.FLASH_ATTENTION]
-    # AMD's capabilities are numbers of another kind (gfx942 says 9.4), and cuDNN is Nvidia's.
+    # AMD's capability numbers mean something else (gfx942 says 9.4), and cuDNN is Nvidia's.
     hopper = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
     cudnn = [SDPBackend.CUDNN_ATTENTION] if hopper else []
     first = flash + cudnn if newer else cudnn + flash
@@ -125,7 +125,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float
 
 
 def causal_scores(query: Tensor, key: Tensor) -> Tensor:
-    """Scores [B, N, Q, K] in nats, -inf where a query may not look; query [Q, B, N, H], key [K, B, N, H], Q <= K."""
+    """Scores [B, N, Q, K] in nats, -inf where a query must not look; query [Q, B, N, H], key [K, B, N, H], Q <= K."""
     scores = torch.einsum("ibnh,jbnh->bnij", query, key) / math.sqrt(query.shape[-1])
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
     return scores.masked_fill(hidden.triu(key.shape[0] - query.shape[0] + 1), float("-inf"))

@@ -1,6 +1,6 @@
 """Which implementation of the fused loop runs where: availability of Triton, and the table for the attention.
 
-``auto`` never fails: it takes what the device can run and says so. A backend that was asked for by name and cannot
+``auto`` never fails: it takes what the device can run and logs it. A backend that is requested by name and cannot
 run raises ``BackendError`` with the reason.
 """
 
@@ -21,12 +21,12 @@ AttentionKind = Literal["custom", "library"]
 
 
 class BackendError(RuntimeError):
-    """A backend was asked for that cannot run here; the message says why."""
+    """The requested backend cannot run here; the message says why."""
 
 
 @dataclass(frozen=True)
 class LoopShape:
-    """What decides: the model's norm, head size, dropouts, and the device and type of its tensors."""
+    """What the choice depends on: the model's norm, head size and dropouts, and the device and type of its tensors."""
 
     device: torch.device
     dtype: torch.dtype
@@ -43,7 +43,7 @@ def interpreted() -> bool:
 
 @cache
 def triton_installed() -> bool:
-    """Whether Triton can be imported; nothing is imported to find out."""
+    """Whether Triton is installed; it is not imported to find out."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -86,7 +86,7 @@ def choose_backend(wanted: Literal["auto", "torch", "triton"], shape: LoopShape)
         if reason:
             raise BackendError(f"train.loop_backend is triton, but {reason}; use auto or torch")
         return "triton", "loop kernels: triton (train.loop_backend)"
-    if shape.device.type == "cpu":  # the interpreter is for tests: it is taken only when asked for
+    if shape.device.type == "cpu":  # the interpreter is for tests: it is used only on request
         return "torch", "loop kernels: torch, the device is cpu"
     return ("torch", f"loop kernels: torch, {reason}") if reason else ("triton", "loop kernels: triton")
 
@@ -110,7 +110,7 @@ def choose_attention(
 
     Args:
         pairs: sequences x kept heads. tokens: keys. arch: as of ``tiles.arch_of``.
-        wanted: ``train.loop_attention``; by name, the table is not asked.
+        wanted: ``train.loop_attention``; other than "auto" it overrides the table.
     """
     if wanted != "auto":
         return wanted

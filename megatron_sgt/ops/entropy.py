@@ -1,4 +1,4 @@
-"""Attention entropy of the last query row, the measure that growth is decided on.
+"""Attention entropy of the last query row, the measure on which growth decides.
 
     e[n] = mean_b ( − Σ_t p_t ln p_t ) / ln S ,   p = softmax_t( q[S-1, b, n] · k[t, b, n // R] / sqrt(H) )
 

@@ -1,6 +1,6 @@
 """Entropy of the last attention row in Triton, all heads of a layer in two launches; definition in ``entropy.py``.
 
-Keys are read once, where they are and as they are; the sums of each part of them (see ``loop_attention_triton``)
+Keys are read once, in place and in their own type; the sums of each part of them (see ``loop_attention_triton``)
 are merged in the second kernel, which also takes the mean over the batch.
 """
 

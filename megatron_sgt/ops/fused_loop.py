@@ -1,7 +1,7 @@
 """A loop pass as three differentiable functions: project in, attend, project out (formulas: ``loop_projection.py``).
 
-``project_in`` also hands the residual stream through: what the pass adds to x comes back to it in the backward
-pass as ``dout``, and is added where dx is written instead of in a pass of its own over [S, B, D].
+``project_in`` also returns its input as the residual: in the backward pass the residual's gradient arrives there as
+``dout`` and is added where dx is written, instead of in another pass over [S, B, D].
 
 Weight gradients are two library products of the size of the kept rows. Where a parameter has a ``main_grad``
 buffer (Megatron's distributed optimizer) they are added into its rows and autograd gets None; else (DeepSpeed)
@@ -39,7 +39,7 @@ def project_in(
         x: [S, B, D]. norm_weight: [D]. weight: [*, D], bias: [*]. head_norms: weights [H] of the q and k norms.
 
     Returns:
-        query [S, B, h, H], key and value [S, B, g, H], and x itself, which ``project_out`` is to be given as its
+        query [S, B, h, H], key and value [S, B, g, H], and x itself, to be passed to ``project_out`` as its
         residual.
     """
     q_norm, k_norm = (None, None) if head_norms is None else head_norms
@@ -132,7 +132,7 @@ def weight_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         # Half types on a CPU would sum in their own precision.
         half_on_cpu = a.device.type == "cpu" and dtype.itemsize == 2
         return torch.mm(a.t().float(), b.float()).to(dtype) if half_on_cpu else torch.mm(a.t(), b)
-    # torch 2.8 and later, on Nvidia's GPUs alone: operands of a half type, products in fp32.
+    # torch 2.8 and later, only on Nvidia's GPUs: operands of a half type, products in fp32.
     cublas = a.device.type == "cuda" and torch.version.hip is None
     if cublas and dtype == torch.float32 and hasattr(torch.ops.aten.mm, "dtype"):
         return torch.mm(a.t(), b, out_dtype=dtype)

@@ -1,4 +1,4 @@
-"""Where kept heads stand in the weights of one rank, as tensors (as numbers: ``arch.head_layout.KeptHeads``)."""
+"""Positions of kept heads in the weights of one rank, as tensors (as numbers: ``arch.head_layout.KeptHeads``)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class HeadBlocks:
     ``rows`` [h + 2g] and ``columns`` [h] int32: first row (column) of each block, see ``loop_projection``;
     ``row_index`` [(h + 2g) H] and ``column_index`` [h H] int64: all rows (columns) of the blocks.
     ``slots`` [h] int32 and ``slot_index`` [h] int64: group of each head. ``gates`` [h] fp32.
-    ``whole``: the weights consist of these rows (columns) alone, in order.
+    ``whole``: the weights hold only these rows (columns), in order.
     """
 
     ids: Tensor

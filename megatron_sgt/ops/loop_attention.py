@@ -7,7 +7,7 @@ With the probabilities p of causal attention (its scores: ``attention.causal_sco
 
 with a gate γ per head, and o the gated output: nothing is divided by a gate, which may be 0. Queries are the last
 Q of K positions (Q < K for a rank that holds a share of the tokens). ``slots[i]`` is the key/value group of head i.
-Neither gates nor entropies have gradients: gates follow the schedule. The GPU's versions stand in
+Neither gates nor entropies have gradients: gates follow the schedule. The GPU versions are in
 ``loop_attention_triton.py`` and ``loop_attention_backward_triton.py``; they never hold a score matrix.
 
 Legend: Q queries, K keys, B batch, h heads, g groups, H head size.
@@ -31,7 +31,7 @@ def attend(
     Args:
         query: [Q, B, h, H]. key, value: [K, B, g, H] with K >= Q. Any strides whose last is 1.
         gates: [h] fp32. slots: [h] int32.
-        entropy: whether row entropies are wanted.
+        entropy: whether to compute row entropies.
 
     Returns:
         o [Q, B, h, H] contiguous; the base-2 logarithm of the sum of exponentials [B, h, Q] fp32;

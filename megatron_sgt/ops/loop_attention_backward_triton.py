@@ -145,7 +145,7 @@ def _keys_tile(
             k, v, q_base, do_base, lse_base, delta_base, q_stride_t, stride, gate, column, start,
             tl.where(mine, stop, start), offset, queries, full, dk, dv, scale, H, BM, PRECISION
         )  # fmt: skip
-    # The program's numbers are asked for again, not kept: registers are all in use in the loop.
+    # The program ids are read again, not kept: the loop uses all registers.
     corner = (tl.program_id(2) * keys * batch * groups + tl.program_id(0)) * H
     dk_ptr += corner
     dv_ptr += corner

@@ -16,7 +16,7 @@ Kept rows and columns are read where they are: ``rows[j]`` is the first row of b
 blocks, then g key and g value blocks, H rows each), ``columns[i]`` the first column of head i in W_o.
 
 Legend: S sequence, B batch, D hidden, h kept heads, g kept groups, H head size. Everything is computed in fp32
-(fp64 for fp64 tensors) and rounded once. The GPU's versions stand in ``loop_projection_triton.py``.
+(fp64 for fp64 tensors) and rounded once. The GPU versions are in ``loop_projection_triton.py``.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def input_gradient(
     weight: Tensor,
     rows: Tensor,
 ) -> Tensor:
-    """dx [S, B, D] from ``head_gradients``' results; ``dout`` is the residual's gradient, if it joins here."""
+    """dx [S, B, D] from ``head_gradients``' results; ``dout``: the residual's gradient, if it is added here."""
     wide = _wide(x)
     dx = _wide(scaled).flatten(2) @ blocks(weight, rows, scaled.shape[-1]).to(wide)
     dx = dx * norm_weight.to(wide) - wide * coefficient.unsqueeze(-1)
@@ -133,7 +133,7 @@ def input_gradient(
 def norm_weight_gradient(
     product: Tensor, norm_weight: Tensor, weight: Tensor, rows: Tensor, target: Tensor, add: bool
 ) -> Tensor:
-    """What becomes of ``product`` = (r du)ᵀ x: the gradient of W's kept rows, in place, and that of the norm's weight.
+    """From ``product`` = (r du)ᵀ x, the gradients of W's kept rows (written to ``target``) and of the norm's weight.
 
     Args:
         product: [(h + 2g) · H, D] fp32. norm_weight: [D]. weight: [*, D]. rows: [h + 2g] int32.

@@ -2,7 +2,7 @@
 
 Four kernels: the product of dout with W_o's kept columns; a pass over the heads' gradients (inverse rotation, q/k
 norm, c, scaling by r); the product with the kept rows of W_qkv, whose epilogue is the norm's backward and the
-residual; and what turns the product of a weight gradient into the gradients of W_qkv's rows and of the norm's weight.
+residual; and the step from the product of a weight gradient to the gradients of W_qkv's rows and of the norm's weight.
 The products of weight gradients are the library's, made where the functions are differentiated (``fused_loop.py``).
 """
 

@@ -18,7 +18,7 @@ from megatron_sgt.ops import loop_attention, loop_projection
 from megatron_sgt.ops.backend import runs_triton
 
 _PACKAGE = "megatron_sgt.ops"
-# Defined by hand: calls of torch.library.custom_op pass through several microseconds of Python more, on every launch.
+# Registered by hand: torch.library.custom_op adds several microseconds of Python to every launch.
 _LIBRARY = torch.library.Library("sgt", "DEF")
 
 
@@ -55,7 +55,7 @@ def _operator(
 ) -> Callable[..., Any]:
     """Register ``definition`` as sgt::<its name>, with its Triton version in ``module``.
 
-    An argument that the schema marks as written to must be contiguous: the result would stay in the copy.
+    An argument that the schema marks as written to must be contiguous; otherwise the result would stay in a copy.
     """
 
     def run(*args: Any) -> Any:
@@ -175,7 +175,7 @@ def _save_attend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     query, key, value, gates, slots, _ = inputs
     out, lse, rows = output
     ctx.mark_non_differentiable(lse, rows)
-    # Else every backward pass would fill gradients of lse and rows with zeros.
+    # Otherwise every backward pass would fill gradients of lse and rows with zeros.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, key, value, out, lse, gates, slots)
 

@@ -3,8 +3,8 @@
     rotate(x)[i, b, n] = (x1 cos_i − x2 sin_i, x2 cos_i + x1 sin_i),   x = (x1, x2)
 
 (arXiv 2104.09864, in the layout of Hugging Face and Megatron-Core: halves, not pairs.) ``rotate`` is the definition;
-``rotate_heads`` is the same for queries and keys of a whole layer, which torch.compile makes one kernel of. Done
-operation by operation it is about six passes over each of them in either direction; where nothing is compiled,
+``rotate_heads`` is the same for queries and keys of a whole layer, which torch.compile turns into one kernel. Done
+operation by operation it takes about six passes over each of them in either direction; where nothing is compiled,
 ``rotate_halves`` does it without the copies, with Megatron-Core's values and gradients bit for bit.
 """
 
@@ -56,7 +56,7 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_halves(heads: Tensor, rotary: Rotary) -> Tensor:
-    """``rotate`` in the type of ``heads`` [S, B, *, H]; what backward needs is the table alone."""
+    """``rotate`` in the type of ``heads`` [S, B, *, H]; backward needs only the table."""
     return _Rotation.apply(heads, rotary.cos, rotary.sin)
 
 
@@ -76,7 +76,7 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turned(heads: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
-    """Each half is written where it belongs. No multiply-add: it would round once less than Megatron-Core does."""
+    """Each half is written directly to its place. No multiply-add: it would round once less than Megatron-Core does."""
     cos, sin = (t.to(heads)[:, None, None] for t in (cos, sin))
     first, second = heads.chunk(2, dim=-1)
     out = torch.empty(heads.shape, dtype=heads.dtype, device=heads.device)
@@ -92,7 +92,7 @@ def _turned(heads: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
 def rotate_heads(query: Tensor, key: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
     """Queries [S, B, N, H] and keys [S, B, G, H], rotated in fp32 (fp64) and rounded once, as one compiled function.
 
-    Compiled at the first call; what backward needs is the table alone.
+    Compiled at the first call; backward needs only the table.
     """
     return _compiled()(query, key, rotary.cos, rotary.sin)
 

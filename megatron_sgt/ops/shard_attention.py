@@ -36,7 +36,7 @@ def shard_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     if q.shape[2] == k.shape[2]:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     elif q.device.type == "cpu":
-        # Its own kernel can only align the mask at the first key; the generic path materialises the scores.
+        # The CPU kernel can only align the mask at the first key; the generic path materialises the scores.
         out = _MergedAttention.apply(q.contiguous(), k.contiguous(), v.contiguous())
     else:
         out = aligned_at_the_last_key(q, k, v)
@@ -44,7 +44,7 @@ def shard_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def aligned_at_the_last_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The way of GPUs, whose library kernels know this mask. q [B, N, Q, H], k and v [B, N, K, H] -> [B, N, Q, H]."""
+    """For GPUs, whose library kernels have this mask. q [B, N, Q, H], k and v [B, N, K, H] -> [B, N, Q, H]."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(q.shape[2], k.shape[2]))
 
 

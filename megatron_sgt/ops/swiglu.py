@@ -1,8 +1,8 @@
 """SwiGLU:  y = silu(x1) · x2,   x = (x1, x2) along the last dimension  (arXiv 2002.05202).
 
-``swiglu_reference`` is the definition; ``swiglu`` has its values and gradients, bit for bit, and keeps its input alone.
-Left to autograd the halves of the gradient are made apart and then copied together, and buffers of that size are
-fresh memory each time, which costs a CPU more than the arithmetic does. Here each half is written where it belongs.
+``swiglu_reference`` is the definition; ``swiglu`` has its values and gradients, bit for bit, and saves only its input.
+Autograd would make the halves of the gradient separately and then copy them together, and allocate buffers of that size
+each time, which costs a CPU more than the arithmetic. Here each half is written directly to its place.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Shapes of the tiles that the Triton kernels work on, one table by (architecture, kernel, head size).
 
 A table, not a tuner: the same machine always runs the same program. That each entry compiles without spilling
-registers and fits the shared memory is tested ahead of time (``tests/ops/test_compile_ahead.py``); that it is the
-fastest is for a measurement on a GPU to say.
+registers and fits the shared memory is tested ahead of time (``tests/ops/test_compile_ahead.py``); whether it is
+the fastest has to be measured on a GPU.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def entry(kernel: str, arch: int, size: int, wide: bool = False) -> tuple[dict[s
 
 
 def arch_of(x: Tensor) -> int:
-    """Compute capability of the tensor's device, 90 for 9.0; AMD's GPUs, whose numbers mean other things: AMD."""
+    """Compute capability of the tensor's device, 90 for 9.0; ``AMD`` on AMD's, whose numbers mean something else."""
     if x.device.type != "cuda":
         return INTERPRETED
     if torch.version.hip is not None:
@@ -103,7 +103,7 @@ def split_keys(x: Tensor, keys: int, programs: int, part: int = FORWARD_PART) ->
     """Keys that one program of the attention sums over: all, or a part where programs are few.
 
     A causal tile at the end of a sequence works alone long after the others are done; with fewer than two programs
-    per multiprocessor its keys are shared out, ``part`` of them to each program.
+    per multiprocessor its keys are split, ``part`` of them for each program.
     """
     if x.device.type != "cuda":
         return 128 if keys > 128 else keys

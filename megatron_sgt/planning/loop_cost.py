@@ -64,13 +64,13 @@ class LoopFlops:
         return self.linear_forward + self.linear_backward + self.visible * 3.5 * self.attention_forward
 
 
-def loop_flops(config: Config, method: LoopMethod, kept_heads: tuple[int, ...], tp_rank: int) -> LoopFlops:
+def loop_flops(config: Config, looping: LoopMethod, kept_heads: tuple[int, ...], tp_rank: int) -> LoopFlops:
     """Operations of one pass of ``kept_heads`` on tensor-parallel rank ``tp_rank``."""
     model, parallel = config.model, config.parallel
     ranks, size, batch = parallel.tensor_model_parallel_size, model.kv_channels, config.train.micro_batch_size
     length = model.seq_length
     per_row = 2 * batch * length * model.hidden_size * size  # one projected head, all tokens
-    if method == "owner":
+    if looping == "owner":
         heads, groups = HeadLayout.of(model, ranks, tp_rank).kept_counts(kept_heads)
         linear = per_row * (2 * heads + 2 * groups)
         return LoopFlops(linear, 2 * linear, 4 * batch * heads * length * length * size, 0.5)

@@ -100,7 +100,7 @@ class _Rank:
     ) -> None:
         model, train = config.model, config.train
         self.config, self.model, self.kernels = config, model, kernels
-        self.element, self.method, self.tp_rank = element, method, tp_rank
+        self.element, self.looping, self.tp_rank = element, method, tp_rank
         self.ranks = config.parallel.tensor_model_parallel_size
         self.sharded = config.parallel.sequence_parallel
         self.own_heads = model.num_attention_heads // self.ranks, model.num_query_groups // self.ranks
@@ -125,7 +125,7 @@ class _Rank:
                 0 if self.selective else self._heads(self.own_heads[0])
             )  # attention's output, beside the product
             kept = self.norm() + self.stream + self.attention(index, *self.own_heads) + gated
-        elif self.method == "owner" or self.ranks == 1:
+        elif self.looping == "owner" or self.ranks == 1:
             kept = self._owner(index, plan)
         else:
             kept = self._balanced(index, plan)
@@ -179,7 +179,7 @@ class _Rank:
 
     def kept_weights(self, plan: LayerPlan) -> int:
         """Fetched once per step. Not counted: fp32 sums of their gradients between micro-batches."""
-        if plan.phase != "sparse" or self.method != "balanced" or self.ranks == 1:
+        if plan.phase != "sparse" or self.looping != "balanced" or self.ranks == 1:
             return 0
         heads, groups = HeadLayout.of(self.model).kept_counts(plan.kept_heads)
         rows = (2 * heads + 2 * groups) * self.model.kv_channels * self.model.hidden_size

@@ -125,7 +125,7 @@ class _Step:
 
     def __init__(self, config: Config, element_bytes: int, method: LoopMethod) -> None:
         model, train = config.model, config.train
-        self.config, self.bytes, self.method = config, element_bytes, method
+        self.config, self.bytes, self.looping = config, element_bytes, method
         self.ranks = config.parallel.tensor_model_parallel_size
         self.sharded = config.parallel.sequence_parallel
         self.tokens = train.micro_batch_size * model.seq_length
@@ -173,7 +173,7 @@ class _Step:
             return [], []
         if plan.phase == "window":
             return self._attention("loops in the window")
-        if self.method == "owner":
+        if self.looping == "owner":
             forward, backward = self._attention("loops")
             if self.sharded:  # the gathered input is kept for the backward pass
                 backward = [item for item in backward if item.kind != "all_gather"]
@@ -183,7 +183,7 @@ class _Step:
 
     def kept_weights(self, plan: LayerPlan) -> Iterator[Transfer]:
         """Once per optimizer step for each layer that loops in the balanced way."""
-        if plan.phase != "sparse" or self.method != "balanced":
+        if plan.phase != "sparse" or self.looping != "balanced":
             return
         model = self.config.model
         heads, groups = HeadLayout.of(model).kept_counts(plan.kept_heads)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+
 import pytest
 
 from tests.architecture.source_tree import PACKAGE, Source, python_sources
@@ -46,6 +48,38 @@ def misplaced_cuda(source: Source) -> list[str]:
         for line, word in source.words_of_code()
         if "cuda" in word.replace(NEUTRAL_NAME, "").lower()
     ]
+
+
+def told_apart_by_name(source: Source) -> list[str]:
+    """Comparisons of ``growth.method``: what a schedule does is asked of the schedule."""
+    if inside(source).startswith(("config/", "growth/")):
+        return []
+    return [
+        f"{source.path}:{node.lineno} compares {ast.unparse(side)}"
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Compare)
+        for side in (node.left, *node.comparators)
+        if ast.unparse(side).endswith("growth.method")
+    ]
+
+
+def test_growth_methods_are_not_told_apart_by_name() -> None:
+    wrong = [line for source in python_sources(PACKAGE) for line in told_apart_by_name(source)]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "wrong"),
+    [
+        ("planning/plan.py", "if config.growth.method == 'sgt': ...", True),
+        ("engine/run.py", "x = 'sgt' != self.config.growth.method", True),
+        ("model/warm_up.py", "x = growth.method in ('sgt',)", True),
+        ("growth/methods.py", "x = config.growth.method == 'sgt'", False),
+        ("planning/memory.py", "x = config.parallel.loop_method == 'owner'", False),
+    ],
+)
+def test_the_method_rule_sees_what_it_should(path: str, text: str, wrong: bool) -> None:
+    assert bool(told_apart_by_name(Source(f"{PACKAGE}/{path}", text))) is wrong
 
 
 def test_libraries_stay_at_home() -> None:

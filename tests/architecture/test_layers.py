@@ -142,6 +142,8 @@ def test_torch_free_parts_load_no_torch() -> None:
         ("growth/__init__.py", "from .plan import LoopPlan", False),
         ("growth/__init__.py", "from ..model import spec", True),
         ("engine/loop.py", "from megatron_sgt.checkpoint import save", False),
+        ("engine/loop.py", "from megatron_sgt.guard.stop import StopRequests", False),
+        ("guard/watch.py", "from megatron_sgt.engine.hooks.base import Hook", True),
         ("engine/loop.py", "from megatron_sgt.export import to_hf", True),
         ("errors.py", "from megatron_sgt.config import Config", True),
         ("errors.py", "from megatron_sgt import cli", True),

@@ -1,17 +1,17 @@
-"""The pages about growth, Hugging Face and planning work from top to bottom, on the run of the quickstart."""
+"""The pages about growth, Hugging Face and planning work from top to bottom, on the run of the quickstart; the
+tutorial does in an empty folder, beside nothing but the repository's files."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.docs.page import in_forks, in_one_shell
 from tests.docs.shell_blocks import ROOT, blocks
-from tests.helpers.commands import REQUIRED, without_launcher
+from tests.helpers.commands import REQUIRED
 
 QUICKSTART = ROOT / "runs/quickstart"
 LEFT_OUT = {
@@ -19,6 +19,7 @@ LEFT_OUT = {
     "python pretrain_sgt.py --config examples/configs/sgt_300m.yaml --dry-run": "needs that run's data",
 }
 """Lines that are not run, by how they begin, and why."""
+WAYS = pytest.mark.parametrize("way", [in_forks, pytest.param(in_one_shell, marks=pytest.mark.exhaustive)])
 
 
 def script(page: str) -> str:
@@ -29,13 +30,9 @@ def script(page: str) -> str:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder with the repository's files and the quickstart's run in it."""
-    if not (QUICKSTART / "hf/config.json").exists():
-        (pytest.fail if REQUIRED else pytest.skip)("needs what 'make quickstart' leaves in runs/quickstart")
+    """A folder with the repository's files."""
     for name in ("examples", "tools", "tests", "megatron_sgt", "pretrain_sgt.py"):
         (tmp_path / name).symlink_to(ROOT / name)
-    shutil.copytree(QUICKSTART, tmp_path / "runs/quickstart")
-    shutil.rmtree(tmp_path / "runs/quickstart/hf")  # the page makes it
     return tmp_path
 
 
@@ -48,19 +45,25 @@ def place(tmp_path: Path) -> Path:
         ("planning.md", []),
     ],
 )
-def test_every_command_works(page: str, made: list[str], place: Path) -> None:
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    done = subprocess.run(
-        ["bash", "-x", "-c", f"set -euo pipefail\n{script(page)}"],
-        cwd=place,
-        env={**without_launcher(), "PATH": path, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+@WAYS
+def test_every_command_works(
+    page: str, made: list[str], way: Callable[[str, Path], str], place: Path
+) -> None:
+    if not (QUICKSTART / "hf/config.json").exists():
+        (pytest.fail if REQUIRED else pytest.skip)("needs what 'make quickstart' leaves in runs/quickstart")
+    shutil.copytree(QUICKSTART, place / "runs/quickstart")
+    shutil.rmtree(place / "runs/quickstart/hf")  # the page makes it
+    way(script(page), place)
     assert [name for name in made if not (place / "runs/quickstart" / name).exists()] == []
+
+
+@pytest.mark.slow
+@WAYS
+def test_the_tutorial_works(way: Callable[[str, Path], str], place: Path) -> None:
+    said = way(script("tutorial.md"), place)
+    assert (place / "runs/tutorial/run/report/report.html").exists()
+    assert (place / "runs/tutorial/hf/config.json").exists()
+    assert "resumed at step 30" in said
 
 
 def test_what_is_left_out_is_there() -> None:

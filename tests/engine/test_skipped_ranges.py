@@ -8,46 +8,46 @@ from typing import Any
 
 import pytest
 
-from megatron_sgt.engine.skipped_ranges import PASSED_FILE, PassedData, batches_past
+from megatron_sgt.engine.skipped_ranges import PASSED_FILE, SkippedRanges, batches_outside
 from megatron_sgt.errors import CheckpointError
 
 
 def test_where_the_data_goes_on(tmp_path: Path) -> None:
-    passed = PassedData(tmp_path, [(32, 56), (32, 80), (80, 88), (120, 128)])
+    skipped = SkippedRanges(tmp_path, [(32, 56), (32, 80), (80, 88), (120, 128)])
     places = {0: 0, 24: 24, 32: 88, 40: 88, 79: 88, 80: 88, 88: 88, 120: 128}
-    assert {start: passed.after(start) for start in places} == places
-    assert [passed.next_start(n) for n in (0, 32, 88, 120)] == [32, 80, 120, None]
+    assert {start: skipped.after(start) for start in places} == places
+    assert [skipped.next_start(n) for n in (0, 32, 88, 120)] == [32, 80, 120, None]
 
 
 def test_the_file(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
-    passed = PassedData(root)
-    passed.add(32, 56)
-    passed.add(64, 72)
-    passed.write()
-    assert PassedData.read(root).ranges == [(32, 56), (64, 72)]
-    assert PassedData.read(tmp_path / "nowhere").ranges == []
+    skipped = SkippedRanges(root)
+    skipped.add(32, 56)
+    skipped.add(64, 72)
+    skipped.write()
+    assert SkippedRanges.read(root).ranges == [(32, 56), (64, 72)]
+    assert SkippedRanges.read(tmp_path / "nowhere").ranges == []
     (root / PASSED_FILE).write_text('{"ranges": [[1]]}')
     with pytest.raises(CheckpointError, match=r"is damaged .*; delete it"):
-        PassedData.read(root)
+        SkippedRanges.read(root)
 
 
 def test_what_a_start_takes_along(tmp_path: Path) -> None:
     own, other = tmp_path / "own", tmp_path / "other"
-    there = PassedData(other, [(8, 16)])
+    there = SkippedRanges(other, [(8, 16)])
     there.write()
-    assert PassedData.at_start(own / "global_step3", own).ranges == []
-    assert PassedData.at_start(other / "global_step3", own).ranges == [(8, 16)]
-    assert PassedData.at_start(own / "global_step3", own).ranges == [(8, 16)], (
+    assert SkippedRanges.at_start(own / "global_step3", own).ranges == []
+    assert SkippedRanges.at_start(other / "global_step3", own).ranges == [(8, 16)]
+    assert SkippedRanges.at_start(own / "global_step3", own).ranges == [(8, 16)], (
         "written beside the new run's own"
     )
-    assert PassedData.at_start(None, own).ranges == [] and not (own / PASSED_FILE).exists()
+    assert SkippedRanges.at_start(None, own).ranges == [] and not (own / PASSED_FILE).exists()
 
 
 def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"cannot write .*passed_data\.json"):
-        PassedData(tmp_path / "file", [(1, 2)]).write()
+        SkippedRanges(tmp_path / "file", [(1, 2)]).write()
 
 
 def test_batches_jump_at_the_ranges(tmp_path: Path) -> None:
@@ -67,8 +67,8 @@ def test_batches_jump_at_the_ranges(tmp_path: Path) -> None:
         return Loader()
 
     opened: list[int] = []
-    batches = batches_past(loader, PassedData(tmp_path, [(16, 40), (48, 56)]), 0)
+    batches = batches_outside(loader, SkippedRanges(tmp_path, [(16, 40), (48, 56)]), 0)
     firsts = [int(next(batches)["first"]) for _ in range(10)]
     assert firsts == [0, 0, 8, 8, 40, 40, 56, 56, 64, 64]
     assert opened == [0, 40, 56]
-    assert next(batches_past(loader, PassedData(tmp_path, [(16, 40)]), 16))["first"] == 40
+    assert next(batches_outside(loader, SkippedRanges(tmp_path, [(16, 40)]), 16))["first"] == 40

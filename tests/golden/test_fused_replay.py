@@ -10,7 +10,7 @@ from megatron_sgt.model import gpt, head_loop
 from megatron_sgt.model.fused_pass import FusedLoop
 from tests.helpers import replays
 from tests.helpers.ranks import run_on_ranks
-from tests.helpers.trajectories import GOLDEN, read_trajectory
+from tests.helpers.trajectories import GOLDEN, make_trajectory, read_trajectory, settings_of, write_trajectory
 
 
 def fused_replay(info: RankInfo, path: Path, layout: dict[str, Any], train: dict[str, Any]) -> Any:
@@ -36,21 +36,39 @@ def fused_replay(info: RankInfo, path: Path, layout: dict[str, Any], train: dict
 SHARDED = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "loop_method": "balanced"}
 
 
+ZERO_1, ZERO_3 = ({"zero_stage": stage, **SHARDED} for stage in (1, 3))
+FULL = {"recompute_granularity": "full"}
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two selections, a second loop, and the end inside a window."""
+    path = tmp_path_factory.mktemp("short") / "short.safetensors"
+    write_trajectory(path, *make_trajectory({**settings_of("depth2_cosine"), "steps": 14}, seed=0))
+    return path
+
+
 @pytest.mark.parametrize(
     ("layout", "train"),
     [
-        ({"zero_stage": 3}, {}),
-        ({"zero_stage": 3, **SHARDED}, {"recompute_granularity": "full"}),
-        ({"zero_stage": 1, **SHARDED}, {}),
+        pytest.param({"zero_stage": 3}, {}, id="zero 3"),
+        pytest.param(ZERO_1, {}, id="zero 1, sequence parallel"),
+        pytest.param(ZERO_3, FULL, id="zero 3, sequence parallel, recompute", marks=pytest.mark.exhaustive),
     ],
-    ids=["zero 3", "zero 3, sequence parallel, recompute", "zero 1, sequence parallel"],
 )
 def test_golden(layout: dict[str, Any], train: dict[str, Any]) -> None:
     """ZeRO-3 here spreads every weight, however small: the kernels must find them inside the modules' calls."""
-    result, meta = run_on_ranks(
-        2, fused_replay, GOLDEN, layout, {"micro_batch_size": 4, **train}, timeout=300
-    )[0]
-    recorded, recorded_meta = read_trajectory(GOLDEN)
+    check(GOLDEN, layout, {"micro_batch_size": 4, **train})
+
+
+def test_everything_at_once_over_a_few_steps(short: Path) -> None:
+    """ZeRO-3 over one data-parallel rank, sequence parallelism and recomputation."""
+    check(short, ZERO_3, {"micro_batch_size": 2, **FULL})
+
+
+def check(path: Path, layout: dict[str, Any], train: dict[str, Any]) -> None:
+    result, meta = run_on_ranks(2, fused_replay, path, layout, train, timeout=300)[0]
+    recorded, recorded_meta = read_trajectory(path)
     assert replays.structure(meta) == replays.structure(recorded_meta)
     measured = replays.differences(result, recorded)
     beyond = {name: value for name, value in measured.items() if not value <= replays.ALLOWED[name]}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.exhaustive import share_of
 from tests.helpers.replays import check_replay, run_replay
 from tests.helpers.trajectories import (
     GOLDEN,
@@ -18,9 +19,6 @@ from tests.helpers.trajectories import (
     settings_of,
     write_trajectory,
 )
-
-LAYOUTS = [(1, 1), (1, 2), (2, 1), (2, 2), pytest.param(4, 1, marks=pytest.mark.slow)]
-"""(tensor parallel, data parallel)"""
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +31,20 @@ def trajectories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2])
-@pytest.mark.parametrize(("tensor", "data"), LAYOUTS)
-def test_golden(tensor: int, data: int, zero: int) -> None:
-    layout = {"tensor_model_parallel_size": tensor, "zero_stage": zero}
-    # Errors of accumulation show with two micro-batches; four ranks, slow on few cores, do it at one stage.
-    accumulation = 2 if tensor * data < 4 or zero == 1 else 1
-    check_replay(GOLDEN, tensor * data, layout, micro_batch_size=8 // data // accumulation)
+SHARE = [(1, False, 2), (2, True, 1)]
+EVERY = [(tensor, False, zero) for tensor in (1, 2) for zero in (0, 1, 2)] + [(2, True, 1)]
 
 
-def test_golden_under_sequence_parallelism() -> None:
-    check_replay(GOLDEN, 2, {"tensor_model_parallel_size": 2, "sequence_parallel": True})
+@pytest.mark.parametrize(("tensor", "sequence", "zero"), share_of(EVERY, SHARE))
+def test_golden_over_gloo(tensor: int, sequence: bool, zero: int) -> None:
+    """The other layouts, in test_layouts.py, talk through shared memory."""
+    layout = {"tensor_model_parallel_size": tensor, "sequence_parallel": sequence, "zero_stage": zero}
+    check_replay(GOLDEN, 2, layout, backend="gloo", micro_batch_size=4 * tensor // 2)
+
+
+def test_golden_as_it_comes() -> None:
+    """One process, one micro-batch, defaults."""
+    check_replay(GOLDEN)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

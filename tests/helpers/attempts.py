@@ -37,20 +37,25 @@ class Attempt:
     """One start of a run on ``world_size`` ranks."""
 
     def __init__(
-        self, folder: Path, config: Path, world_size: int, inject: Callable[[int], None] | None = None
+        self,
+        folder: Path,
+        arguments: list[str],
+        world_size: int,
+        inject: Callable[[int], None] | None = None,
+        cwd: Path | None = None,
     ) -> None:
+        """cwd: ``folder``, where the output goes, by default."""
         start_server()
         self.folder, port = folder, free_port()
         folder.mkdir(parents=True, exist_ok=True)
         self.processes = []
         for rank in range(world_size):
             info = RankInfo(rank, world_size, rank, world_size, LOOPBACK, port, "torchrun")
-            arguments = ["--config", str(config)]
             out, err = (str(folder / f"{name}{rank}") for name in ("out", "err"))
             before = partial(become, info, inject)
             process = _context.Process(
                 target=_script_main,
-                args=(str(ROOT / "pretrain_sgt.py"), arguments, str(folder), out, err, before),
+                args=(str(ROOT / "pretrain_sgt.py"), arguments, str(cwd or folder), out, err, before),
             )
             process.start()
             self.processes.append(process)
@@ -104,7 +109,7 @@ def attempt(
     folder: Path, config: Path, world_size: int, inject: Callable[[int], None] | None = None
 ) -> Iterator[Attempt]:
     """An Attempt that is over, in one way or another, when the body is left."""
-    started = Attempt(folder, config, world_size, inject)
+    started = Attempt(folder, ["--config", str(config)], world_size, inject)
     try:
         yield started
     finally:

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.helpers.ranks import SHARED_MEMORY
+
 KINDS = {
     "allreduce_": "all_reduce",
     "_allgather_base_": "all_gather",
@@ -34,7 +36,10 @@ class CollectiveCounter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
+        """Raises: RuntimeError on a backend written in Python, whose calls pass by the operators."""
         super().__init__()
+        if dist.get_backend() == SHARED_MEMORY:
+            raise RuntimeError("count the collectives of ranks that talk over gloo")
         self.calls: Counter[tuple[str, int]] = Counter()
         self.bytes: Counter[tuple[str, int]] = Counter()
         self.control: Counter[tuple[str, int]] = Counter()

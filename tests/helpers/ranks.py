@@ -64,11 +64,16 @@ class _Rank:
 
 
 def run_on_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0, backend: str = "gloo"
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 120.0,
+    backend: str = SHARED_MEMORY,
 ) -> list:
     """The results by rank of ``function(info, *args)`` on ``world_size`` ranks with torch.distributed up.
 
-    backend: "gloo", or SHARED_MEMORY where many collectives would wait for it (see ``shared_memory.py``).
+    backend: SHARED_MEMORY (see ``shared_memory.py``), or "gloo", which takes twice the time of a core on two ranks
+    of a tiny model: for tests of what gloo itself does, and for a share of the golden layouts.
 
     ``function`` is found by its module and name, arguments and results are pickled. An exception on a rank is
     raised here, with the tracebacks of all ranks as its cause. After ``timeout`` seconds every rank's stack

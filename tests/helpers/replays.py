@@ -52,13 +52,16 @@ def replay_on(info: RankInfo, path: Path, layout: dict[str, Any], train: dict[st
 
 
 def run_replay(
-    path: Path, world_size: int = 1, layout: dict[str, Any] | None = None, backend: str = "", **train: Any
+    path: Path,
+    world_size: int = 1,
+    layout: dict[str, Any] | None = None,
+    backend: str = SHARED_MEMORY,
+    **train: Any,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, metadata) that the project makes of ``path`` on ``world_size`` ranks.
 
-    backend: see ``run_on_ranks``; by default gloo where it has a core per rank.
+    backend: see ``run_on_ranks``.
     """
-    backend = backend or ("gloo" if world_size <= 2 else SHARED_MEMORY)
     return run_on_ranks(world_size, replay_on, path, layout or {}, train, timeout=400, backend=backend)[0]
 
 
@@ -88,10 +91,16 @@ def structure(meta: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def check_replay(path: Path, world_size: int = 1, layout: dict[str, Any] | None = None, **train: Any) -> None:
+def check_replay(
+    path: Path,
+    world_size: int = 1,
+    layout: dict[str, Any] | None = None,
+    backend: str = SHARED_MEMORY,
+    **train: Any,
+) -> None:
     """Replay and assert: every event, every loop depth, every number within ``ALLOWED`` at every step."""
     recorded, recorded_meta = read_trajectory(path)
-    result, meta = run_replay(path, world_size, layout, **train)
+    result, meta = run_replay(path, world_size, layout, backend, **train)
     measured = differences(result, recorded)
     print("  ".join(f"{name} {value:.1e}" for name, value in measured.items()))  # shown when a test fails
     assert structure(meta) == structure(recorded_meta)

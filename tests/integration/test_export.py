@@ -1,11 +1,11 @@
 """The exported model is the one that was trained: against the ranks' own logits, loss and greedy text.
 
-A pairwise share of the matrix runs always; SGT_ALL_LAYOUTS=1 runs every tensor-parallel size with every ZeRO stage.
+`make test` takes a share of the matrix; `make test-all` every tensor-parallel size with every ZeRO stage, and 256
+tokens of text in each.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from megatron_sgt.export.checked import checked_export
 from megatron_sgt.export.hf.loading import load_exported
 from megatron_sgt.export.parity import loss_of
 from megatron_sgt.export.to_hf import ExportOptions
+from tests.helpers.exhaustive import exhaustive
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import VOCAB_SIZE, tiny_config, write_tiny_data
 from tests.helpers.trained import Told, train_and_tell
@@ -39,7 +40,6 @@ SHARE: list[tuple[str, int, Layout]] = [
     ("tied", 2, (1, 2, 2)),
     ("biases", 3, (2, 1, 0)),
     ("qkv_bias", 1, (1, 2, 3)),
-    ("qk_norm", 2, (4, 1, 1)),
 ]
 FITTING = {1: list(VARIANTS), 2: list(VARIANTS), 4: ["multi_head", "qk_norm", "tied", "biases"]}
 EVERY: list[tuple[str, int, Layout]] = [
@@ -47,6 +47,10 @@ EVERY: list[tuple[str, int, Layout]] = [
     for tp in (1, 2, 4)
     for stage in range(4)
 ]
+LONG, SHORT = 256, 24
+"""New tokens."""
+CASES = [(*case, LONG if case[2] in ((1, 1, 0), (2, 1, 1)) else SHORT) for case in SHARE]
+CASES += [exhaustive((*case, LONG)) for case in (*EVERY, ("qk_norm", 2, (4, 1, 1)))]
 GREEDY = {"do_sample": False, "num_beams": 1}
 
 
@@ -74,9 +78,10 @@ def ids(*shape: int) -> Tensor:
     return torch.randint(VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(shape[1]))
 
 
-@pytest.mark.parametrize(("variant", "depth", "where"), EVERY if os.environ.get("SGT_ALL_LAYOUTS") else SHARE)
-def test_the_export_is_the_trained_model(tmp_path: Path, variant: str, depth: int, where: Layout) -> None:
-    new_tokens = 256 if where in ((1, 1, 0), (2, 1, 1)) or os.environ.get("SGT_ALL_LAYOUTS") else 24
+@pytest.mark.parametrize(("variant", "depth", "where", "new_tokens"), CASES)
+def test_the_export_is_the_trained_model(
+    tmp_path: Path, variant: str, depth: int, where: Layout, new_tokens: int
+) -> None:
     told = told_by_ranks(tmp_path, variant, depth, where, new_tokens)
     assert max(told.loop_depth) == depth, "the run must have grown as deep as it may"
     export, parity = checked_export(

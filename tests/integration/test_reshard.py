@@ -18,6 +18,7 @@ from megatron_sgt.checkpoint.reshard.convert import convert
 from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES
 from megatron_sgt.checkpoint.reshard.sibling import sibling_of
 from tests.helpers.commands import run_process
+from tests.helpers.exhaustive import share_of
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.resharding import load_and_save
 from tests.helpers.runs import (
@@ -67,7 +68,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "small_sub_groups": {"deepspeed": {"zero_optimization": {"sub_group_size": 3000}}},
 }  # fmt: skip
 
-PAIRS: list[tuple[Layout, Layout, int, str]] = [
+Pair = tuple[Layout, Layout, int, str]
+PAIRS: list[Pair] = [
     ((1, 1, 0), (1, 2, 1), INSIDE, "plain"),
     ((1, 1, 0), (4, 1, 2), AFTER, "plain"),
     ((1, 1, 0), (1, 2, 3), INSIDE, "plain"),
@@ -95,6 +97,40 @@ PAIRS: list[tuple[Layout, Layout, int, str]] = [
     ((1, 2, 1), (1, 2, 3), INSIDE, "bf16"),
     ((1, 2, 3), (2, 1, 1), AFTER, "bf16"),
 ]
+SHARE: list[Pair] = [
+    ((1, 1, 0), (1, 2, 3), INSIDE, "plain"),
+    ((1, 2, 1), (2, 1, 0), AFTER, "plain"),
+    ((1, 2, 1), (1, 3, 2), INSIDE, "plain"),
+    ((2, 1, 1), (4, 1, 1), INSIDE, "plain"),
+    ((1, 2, 2), (2, 1, 0), INSIDE, "plain"),
+    ((1, 2, 2), (1, 1, 3), AFTER, "plain"),
+    ((4, 1, 2), (1, 2, 3), AFTER, "plain"),
+    ((1, 2, 3), (1, 1, 0), INSIDE, "plain"),
+    ((1, 2, 3), (2, 1, 2), AFTER, "plain"),
+    ((1, 2, 1), (2, 2, 3), INSIDE, "plain"),
+    ((1, 2, 1), (1, 2, 3), INSIDE, "two_groups"),
+    ((1, 2, 1), (2, 1, 1), INSIDE, "grouped"),
+    ((1, 2, 3), (1, 3, 3), AFTER, "small_sub_groups"),
+    ((1, 2, 3), (2, 1, 2), AFTER, "offload"),
+    ((1, 2, 1), (1, 2, 3), INSIDE, "dropout"),
+    ((1, 2, 3), (2, 1, 1), AFTER, "bf16"),
+]
+"""What `make test` takes."""
+
+
+def test_the_share_meets_what_the_matrix_meets() -> None:
+    """Every variant, every layout saved from and loaded under at each tensor-parallel size and stage."""
+
+    def met(pairs: list[Pair]) -> set[object]:
+        sizes = {
+            (name, layout[place])
+            for pair in pairs
+            for name, layout in zip(("there", "here"), pair[:2], strict=True)
+            for place in range(3)
+        }
+        return sizes | {pair[2:] for pair in pairs if pair[3] == "plain"} | {pair[3] for pair in pairs}
+
+    assert met(SHARE) == met(PAIRS)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +187,7 @@ def compare(
     return [abs(record["loss"] - expected[step]["loss"]) for step, record in found.items()]
 
 
-@pytest.mark.parametrize(("there", "here", "saved_at", "variant"), PAIRS)
+@pytest.mark.parametrize(("there", "here", "saved_at", "variant"), share_of(PAIRS, SHARE))
 def test_losses_continue(
     there: Layout, here: Layout, saved_at: int, variant: str, folder: Path, data: str, tmp_path: Path
 ) -> None:

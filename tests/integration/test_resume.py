@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_sgt.checkpoint.layout import read_json
-from tests.helpers.ranks import SHARED_MEMORY, run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import (
     TINY,
     checkpoint_leaves,
@@ -55,7 +55,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 def run(run_dir: Path, data: str, ranks: int, sections: dict[str, dict[str, Any]], **train: Any) -> Path:
     """Run (or resume) in new processes; returns the folder of checkpoints."""
     sections = {**sections, "train": {**sections.get("train", {}), **train}}
-    run_on_ranks(ranks, pretrain, tiny_config(run_dir, data, **sections), backend=SHARED_MEMORY)
+    run_on_ranks(ranks, pretrain, tiny_config(run_dir, data, **sections))
     return run_dir / "checkpoints"
 
 

@@ -18,8 +18,8 @@ from megatron_sgt.engine.run import PretrainingRun
 from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.guard.stop import StopRequests
+from megatron_sgt.jsonl import read_all
 from megatron_sgt.launch.rank_info import RankInfo
-from megatron_sgt.metrics.jsonl import read_all
 from megatron_sgt.metrics.records import RECORDS
 from tests.helpers.fp16_on_cpu import allow_fp16
 from tests.helpers.ranks import run_on_ranks

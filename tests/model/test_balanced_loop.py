@@ -85,7 +85,7 @@ def test_equals_owner_local_looping(world_size: int, sequence_parallel: bool) ->
 
 
 def _collectives(info: RankInfo, recompute: str) -> tuple[int, int]:
-    """All-reduces of kept weights in a step of three micro-batches and three passes: (fetched, paid back)."""
+    """All-reduces of kept weights in a step of three micro-batches and three passes: (fetched, returned)."""
     config = small_config(
         growth={"max_loop_depth": 3},
         parallel={
@@ -136,5 +136,5 @@ def _stale(info: RankInfo) -> float:
         return abs(float(built(**batch)) - before)
 
 
-def test_kept_weights_are_fetched_anew_in_every_step() -> None:
+def test_kept_weights_are_fetched_again_in_every_step() -> None:
     assert all(gap > 1e-4 for gap in run_on_ranks(2, _stale))

@@ -47,7 +47,7 @@ def test_storing_again_replaces() -> None:
     assert meter.reduce(ALONE)[0, 0].tolist() == [0.5] * 4
 
 
-def test_reduce_and_reset_begin_anew() -> None:
+def test_reduce_and_reset_start_fresh() -> None:
     meter = new_meter()
     for finish in (lambda: meter.reduce(ALONE), meter.reset):
         meter.store(0, 1, torch.ones(4))
@@ -69,7 +69,7 @@ def test_a_disabled_meter_counts_nothing() -> None:
 
 
 def test_ranks_fill_their_own_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two tensor-parallel times two data-parallel ranks, whose all-reduce is played here."""
+    """Two tensor-parallel times two data-parallel ranks, whose all-reduce is simulated here."""
     tables: list[torch.Tensor] = []
     monkeypatch.setattr(dist, "all_reduce", lambda table: tables.append(table.clone()))
     values = {(tp, dp): 0.1 + 0.2 * tp + 0.4 * dp for tp in range(2) for dp in range(2)}

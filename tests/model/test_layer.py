@@ -86,7 +86,7 @@ def test_the_empty_plan_is_megatron_core(variant: str, entropy: bool) -> None:
 
 @pytest.mark.parametrize("variant", ["multi_head", "dropout"])
 def test_a_plan_taken_back_leaves_nothing(variant: str) -> None:
-    """Grown and shrunk again, the layers are Megatron-Core's; grown, they are not."""
+    """After growing and shrinking, the layers are Megatron-Core's again; grown, they are not."""
     config = small_config(**VARIANTS[variant])
     wanted = train(build(config, plain=True), config)
     for plan, same in ((WINDOW, False), (LoopPlan.empty(4), True)):
@@ -116,7 +116,7 @@ def test_recomputed_loops_train_the_same_weights(dropout: float, recompute: str)
 
 @pytest.mark.parametrize("loops", [0, 1])
 def test_block_loop_equals_the_reference(loops: int) -> None:
-    """The whole layer again, with the head loops that it may have."""
+    """The whole layer again, with head loops in it or without."""
     config = small_config(model={"num_query_groups": 2})
     model = single_model(config).train()
     make_weights_uneven(model)

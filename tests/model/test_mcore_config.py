@@ -104,7 +104,7 @@ def test_no_fusion_that_compiles_or_bypasses_autograd() -> None:
 
 
 def test_megatrons_refusal_is_a_configuration_error() -> None:
-    """The configuration has its own check; this is the second line, for what only Megatron-Core knows."""
+    """The configuration has its own check; this one is for what only Megatron-Core knows."""
     config = small_config()
     unchecked = Config.model_construct(
         **{**dict(config), "model": config.model.model_copy(update={"num_attention_heads": 6})},

@@ -33,7 +33,7 @@ def backward(model: LanguageModel, config: Any) -> None:
 
 
 def add_weight_gradient(total_input: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
-    """What Apex's kernel does, which exists for GPUs alone."""
+    """As Apex's kernel, which exists only for GPUs."""
     main_grad.addmm_(grad_output.t(), total_input)
 
 

@@ -77,7 +77,7 @@ def test_names_of_the_configuration() -> None:
 def test_gradients_that_are_parts_are_summed(
     kind: type[Any], tp: int, sequence_parallel: bool, summed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The sum over ranks is pretended by doubling the gradient."""
+    """Doubling the gradient stands for the sum over two ranks."""
 
     class Doubled(torch.autograd.Function):
         @staticmethod

@@ -1,4 +1,4 @@
-"""What stands in the slots of the decoder."""
+"""The modules in the slots of the decoder."""
 
 from typing import Any
 

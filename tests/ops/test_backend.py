@@ -1,4 +1,4 @@
-"""What runs where, and what is said when it cannot."""
+"""Which backend runs where, and the reason that is given when it cannot."""
 
 from dataclasses import replace
 

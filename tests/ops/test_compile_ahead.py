@@ -2,11 +2,10 @@
 
 No GPU is needed: the assemblers come with Triton. ``python -m tests.helpers.ahead_of_time`` prints the numbers.
 sm_80 and sm_90 run whole; of the other GPUs a share that holds the largest variant of every tile, and
-SGT_ALL_LAYOUTS=1 in the environment runs all of it, with fp16, fp32 and small heads.
+`make test-all` runs all of it, with fp16, fp32 and small heads.
 """
 
 import itertools
-import os
 import re
 from itertools import product
 
@@ -19,6 +18,7 @@ import triton
 from megatron_sgt.ops.tiles import SIZES
 from tests.architecture.source_tree import ROOT
 from tests.helpers.ahead_of_time import HEAD_SIZES, KERNELS, TARGETS, budget, compile_kernel
+from tests.helpers.exhaustive import share_of
 
 REGISTERS = {"gfx942": 512}
 """Most that a thread can have (255 on Nvidia's); what does not fit goes to the stack."""
@@ -49,9 +49,7 @@ ALL: list[Case] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "target", "size", "dtype"), TUNED + (ALL if os.environ.get("SGT_ALL_LAYOUTS") else SHARE)
-)
+@pytest.mark.parametrize(("name", "target", "size", "dtype"), [*TUNED, *share_of(ALL, SHARE)])
 def test_fits_the_machine(name: str, target: str, size: int, dtype: str) -> None:
     found = compile_kernel(name, target, size, dtype)
     version, budgets = documented()

@@ -44,7 +44,7 @@ def random_qk(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tup
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_formula(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """The inputs' rounding is theirs; the arithmetic is fp32 even for bf16 inputs."""
+    """Inputs may be rounded; the arithmetic is fp32 even for bf16 inputs."""
     query, key = random_qk(shape, dtype)
     entropy = last_row_entropy(query, key)
     assert entropy.dtype == torch.float32 and entropy.shape == (shape[2],)
@@ -85,7 +85,7 @@ def test_only_the_last_query_counts_and_no_gradient_flows() -> None:
     assert torch.equal(entropy, last_row_entropy(other, key))
 
 
-def test_views_are_welcome() -> None:
+def test_views_are_accepted() -> None:
     """Megatron's query is a view into the fused projection."""
     query, key = random_qk((9, 2, 4, 2, 6))
     fused = torch.cat([query, key], dim=2)

@@ -96,7 +96,7 @@ def widened(p: Problem) -> Problem:
 @pytest.mark.parametrize("gate", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("loops", [1, 2, 3])
 def test_loops_through_the_operators(loops: int, gate: float, dtype: torch.dtype, which: str) -> None:
-    """The composed pass as a run has it, kernels included where Triton runs, against autograd in fp64."""
+    """The whole pass as in a run, with kernels where Triton runs, against autograd in fp64."""
     assert runs_triton(DEVICE) or which == "definition"
     p = with_gates(problem(CASES["uneven groups, norm"], dtype), gate)
     wanted = gradients(widened(p), plain_pass, loops)

@@ -71,7 +71,7 @@ def test_attention_is_differentiable_by_registration() -> None:
     assert out.requires_grad and not lse.requires_grad and not rows.requires_grad
 
 
-def test_any_strides_are_taken() -> None:
+def test_any_strides_are_accepted() -> None:
     """The attention reads views of the fused projection as they are, and copies what it cannot read."""
     query, key, value, *rest = arguments(problem(CASES["two heads"], torch.float32), "attend")
     wanted = operators.attend(query, key, value, *rest)

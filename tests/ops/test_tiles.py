@@ -23,7 +23,7 @@ def test_every_kernel_has_a_tile(kernel: str, arch: int, size: int) -> None:
 
 
 def test_parts_are_made_of_whole_tiles() -> None:
-    """Else the kernels that add parts up would read what nobody stored."""
+    """Otherwise the kernels that sum the parts would read memory that was never written."""
     for kernel in ("attend", "attend_backward"):
         for arch, size in itertools.product((tiles.AMD, 80, 90, 100, 120), tiles.SIZES):
             shape = tiles.entry(kernel, arch, size)[0]

@@ -87,7 +87,7 @@ def meet(info: RankInfo) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
-    return run_on_ranks(2, meet)
+    return run_on_ranks(2, meet, backend="gloo")
 
 
 def test_work_may_take_longer_than_a_collective(ranks: list[dict[str, Any]]) -> None:
@@ -123,7 +123,7 @@ def collective_alone(info: RankInfo) -> str:
 
 
 def test_a_collective_would_have_given_up() -> None:
-    assert "Timed out" in run_on_ranks(2, collective_alone)[1]
+    assert "Timed out" in run_on_ranks(2, collective_alone, backend="gloo")[1]
 
 
 def test_alone(monkeypatch: pytest.MonkeyPatch) -> None:

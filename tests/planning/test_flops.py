@@ -1,6 +1,5 @@
 """Closed-form FLOPs equal torch's counter over forward and backward, exactly, in every state."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.model.apply_plan import apply_plan
 from megatron_sgt.planning.flops import overhead, step_flops
 from megatron_sgt.planning.structure import final_plan
+from tests.helpers.exhaustive import exhaustive
 from tests.helpers.flops import flop_counter
 from tests.helpers.meta import META, meta_model
 from tests.helpers.single import random_batch, single_model, small_config
@@ -86,14 +86,22 @@ def test_overhead_of_three_layers_with_two_heads() -> None:
 SMALL = ("quickstart", "vanilla_quickstart", "study_cpu", "study_gpu", "block_loop_300m")
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.yaml")))
-def test_the_examples_on_the_meta_device(name: str) -> None:
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [
+        *((name, name in SMALL) for name in NAMES),
+        *(exhaustive((name, True)) for name in NAMES if name not in SMALL),
+    ],
+)
+def test_the_examples_on_the_meta_device(name: str, whole: bool) -> None:
     """Model FLOPs of vanilla and of the final structure, at full width and length, equal torch's counter exactly.
 
     The meta device multiplies scores and probabilities explicitly, so the counter sees 3 · forward, which is what
-    model FLOPs are. Four layers of the large ones stand for all, which are alike; SGT_ALL_LAYOUTS=1 counts all of them.
+    model FLOPs are. Four layers of the large ones stand for all, which are alike; `make test-all` counts all of them.
     """
-    whole = name in SMALL or os.environ.get("SGT_ALL_LAYOUTS")
     layers = [] if whole else ["model.num_layers=4"]
     config = load_config(EXAMPLES / f"{name}.yaml", ["model.vocab_size=32000", *layers])
     model = meta_model(config)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import os
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +17,7 @@ from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.model.apply_plan import apply_plan, begin_step
 from megatron_sgt.model.gpt import build_model
 from megatron_sgt.planning.memory import activation_memory
+from tests.helpers.exhaustive import exhaustive
 from tests.helpers.live_memory import LiveMemory
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.single import random_batch, small_config
@@ -86,13 +86,12 @@ def saved_activations(info: RankInfo, cases: list[tuple[str, bool, str, str]]) -
     return wrong
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_saved_activations(ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "every"), [(1, 1), (2, 5), exhaustive((2, 1))])
+def test_saved_activations(ranks: int, every: int) -> None:
+    """Of the cases of two ranks, every fifth; `make test-all` takes all."""
     layouts = [(sharded, method) for size, sharded, method in LAYOUTS if size == ranks]
-    every = list(itertools.product(MODELS, layouts, ("none", "selective", "full")))
-    cases = [(model, *layout, recompute) for model, layout, recompute in every]
-    if ranks > 1 and not os.environ.get("SGT_ALL_LAYOUTS"):
-        cases = cases[::5]
+    product = itertools.product(MODELS, layouts, ("none", "selective", "full"))
+    cases = [(model, *layout, recompute) for model, layout, recompute in product][::every]
     for rank, wrong in enumerate(run_on_ranks(ranks, saved_activations, cases, timeout=600)):
         assert not wrong, f"rank {rank}:\n" + "\n".join(wrong)
 

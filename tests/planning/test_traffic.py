@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections import Counter
 from typing import Any
 
@@ -18,6 +17,7 @@ from megatron_sgt.model.apply_plan import apply_plan, begin_step, mark_micro_bat
 from megatron_sgt.model.gpt import build_model
 from megatron_sgt.planning.traffic import Transfer, loop_pass_traffic, merged, step_traffic
 from tests.helpers.collectives import CollectiveCounter
+from tests.helpers.exhaustive import exhaustive
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.single import random_batch, small_config
 
@@ -42,9 +42,8 @@ PLANS: dict[str, tuple[tuple[int, LayerPlan], ...]] = {
 }
 Layout = tuple[str, str, bool, str]
 EVERY = list(itertools.product(MODELS, ("owner", "balanced"), (False, True), ("none", "selective", "full")))
-# Every fifth: each method, sharding and recompute meets each other and nearly every model.
-# SGT_ALL_LAYOUTS=1 runs all (a minute and a half on two cores).
-LAYOUTS = EVERY if os.environ.get("SGT_ALL_LAYOUTS") else EVERY[::5]
+SHARE = EVERY[::5]
+"""Each method, sharding and recompute meets each other and nearly every model."""
 
 
 def layout_config(model: dict[str, Any], method: str, sharded: bool, recompute: str) -> Config:
@@ -95,8 +94,11 @@ def tensor_parallel_steps(info: RankInfo, layouts: list[Layout]) -> list[str]:
     return wrong
 
 
-def test_tensor_parallel_collectives_to_the_byte_and_to_the_call() -> None:
-    for rank, wrong in enumerate(run_on_ranks(RANKS, tensor_parallel_steps, LAYOUTS, timeout=600)):
+@pytest.mark.parametrize("layouts", [SHARE, exhaustive(EVERY)], ids=["a share", "all"])
+def test_tensor_parallel_collectives_to_the_byte_and_to_the_call(layouts: list[Layout]) -> None:
+    for rank, wrong in enumerate(
+        run_on_ranks(RANKS, tensor_parallel_steps, layouts, timeout=600, backend="gloo")
+    ):
         assert not wrong, f"rank {rank}:\n" + "\n".join(wrong)
 
 
@@ -149,7 +151,7 @@ def data_parallel_steps(info: RankInfo) -> list[str]:
 
 def test_data_parallel_collectives_by_zero_stage() -> None:
     """To the byte; to the call up to stage 2. Stage 3 fetches by prefetch buckets, whose number is a bound."""
-    for rank, wrong in enumerate(run_on_ranks(RANKS, data_parallel_steps, timeout=300)):
+    for rank, wrong in enumerate(run_on_ranks(RANKS, data_parallel_steps, timeout=300, backend="gloo")):
         assert not wrong, f"rank {rank}:\n" + "\n".join(wrong)
 
 
@@ -180,7 +182,7 @@ def test_a_balanced_pass_sends_an_eighth_of_the_owners_as_counted() -> None:
     """Counted: at most 1.1 times 2·S·B·(keys and values) per direction, and an eighth of the owner's."""
     config = layout_config(MANY_HEADS, "balanced", True, "none")
     both_ways = 2 * 2 * config.train.micro_batch_size * config.model.seq_length * 2 * 8 * 4
-    for added in run_on_ranks(RANKS, bytes_of_a_loop):
+    for added in run_on_ranks(RANKS, bytes_of_a_loop, backend="gloo"):
         assert added["balanced"] <= 1.1 * both_ways
         assert added["balanced"] <= added["owner"] / 8
 

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -173,20 +174,27 @@ def test_preempted_and_bereft_of_a_node_it_is_the_same_run(
     assert cluster.job(job.number)["Restarts"] == "2"
 
 
-def test_the_time_limit_is_a_pause(
-    cluster: SlurmCluster, submit: Callable[..., Job], expected: list[dict[str, Any]]
-) -> None:
-    job = submit("--time", "60", "--warn", "1")
-    job.reach(5)
-    with job.held_until(signal.SIGUSR1, 120):  # Slurm looks at time limits every 30 s
-        job.limit(job.minutes() + 1)
-    job.limit(60)
-    job.finish(expected)
-    first, again = job.starts()
-    assert first == 0 < again < 30
-    assert cluster.job(job.number)["Restarts"] == "1"
+@pytest.fixture(scope="module")
+def paused(
+    cluster: SlurmCluster, data: str, expected: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Future[Job]]:
+    """A job that meets its time limit and goes on, while the tests below do something else: Slurm looks at time
+    limits every 30 s."""
+
+    def live() -> Job:
+        job = Job(cluster, tmp_path_factory.mktemp("paused"), data, "--time", "60", "--warn", "1")
+        job.reach(5)
+        with job.held_until(signal.SIGUSR1, 120):
+            job.limit(job.minutes() + 1)
+        job.limit(60)
+        job.finish(expected)
+        return job
+
+    with ThreadPoolExecutor(1) as beside:
+        yield beside.submit(live)
 
 
+@pytest.mark.usefixtures("paused")
 def test_a_cancelled_job_saves_and_stays_cancelled(cluster: SlurmCluster, submit: Callable[..., Job]) -> None:
     job = submit()
     job.reach(5)
@@ -199,6 +207,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster: SlurmCluster, submit
     assert (job.run_dir / "checkpoints/latest").exists(), job.describe()
 
 
+@pytest.mark.usefixtures("paused")
 def test_srun_alone_is_a_launcher(
     cluster: SlurmCluster, data: str, expected: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -209,6 +218,7 @@ def test_srun_alone_is_a_launcher(
     assert measured_steps(tmp_path / "run") == expected[:5]
 
 
+@pytest.mark.usefixtures("paused")
 def test_a_mistake_is_not_repeated(cluster: SlurmCluster, submit: Callable[..., Job]) -> None:
     job = submit("deepspeed.zero_optimization.bucket=7")
     ended = cluster.wait(job.number, "FAILED", PATIENCE)
@@ -217,3 +227,10 @@ def test_a_mistake_is_not_repeated(cluster: SlurmCluster, submit: Callable[..., 
     ranks = sorted((job.run_dir / "slurm" / job.number).glob("rank-*.log"))
     assert [log.name for log in ranks] == ["rank-0000.log", "rank-0001.log"]
     assert "bucket" in "".join(log.read_text() for log in ranks)
+
+
+def test_the_time_limit_is_a_pause(cluster: SlurmCluster, paused: Future[Job]) -> None:
+    job = paused.result()
+    first, again = job.starts()
+    assert first == 0 < again < 30
+    assert cluster.job(job.number)["Restarts"] == "1"

@@ -73,7 +73,7 @@ def test_dry_run_without_git(tmp_path: Path) -> None:
     assert len(list(out.iterdir())) == 2
     (file,) = out.glob("*.json")
     result = json.loads(file.read_text(encoding="utf-8"))
-    assert {row["row"] for row in result["rows"]} == {row.name for row in table()}
+    assert {row["row"] for row in result["rows"]} == {row.name for row in table(dry=True)}
     assert not [row for row in result["rows"] if row["error"] is not None]
     about = result["about"]
     assert about["dry_run"] and about["commit"] is None and len(about["sources"]) == 12
@@ -217,6 +217,22 @@ def test_buffers_are_used_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: cache)
     size = 4096 * 2 * 2048 * 2
     assert (machine.copies(size) - 1) * size >= 3 * cache.L2_cache_size
+
+
+def test_a_dry_run_leaves_out_repetitions_alone() -> None:
+    """Whatever shape of a kernel a dry run leaves out, it executes another that is as tiny."""
+    from gpu_parts.kernels import shape_of
+    from gpu_parts.machine import Machine
+    from gpu_parts.rows import table
+
+    def executed(dry: bool) -> set[str]:
+        machine = Machine.make(dry=True)
+        return {
+            f"{row.call} {[shape_of(machine, a) if isinstance(a, dict) else a for a in row.arguments]}"
+            for row in table(dry)
+        }
+
+    assert executed(dry=True) == executed(dry=False) and len(table(True)) == len(table()) - 14
 
 
 def test_the_table_is_in_order_of_worth() -> None:

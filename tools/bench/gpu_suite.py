@@ -60,7 +60,7 @@ def measure(args: argparse.Namespace) -> int:
     """Run the rows, write the result after each, and fail if a row or a check did."""
     started = time.strftime("%Y-%m-%d-%H%M%S")
     deadline = time.monotonic() + 60 * args.minutes
-    rows = [row for row in table() if args.part is None or row.part in (*args.part, "ceilings")]
+    rows = [row for row in table(args.dry_run) if args.part is None or row.part in (*args.part, "ceilings")]
     if args.dry_run:
         rows = [replace(row, limit=DRY_PATIENCE * row.limit) for row in rows]
 
@@ -89,7 +89,7 @@ def main() -> int:
     """Do what was asked for."""
     args = parse()
     if args.list:
-        print("\n".join(f"{row.part:12} {row.name}" for row in table()))
+        print("\n".join(f"{row.part:12} {row.name}" for row in table(args.dry_run)))
         return 0
     if args.readme:
         from gpu_parts.readme import update

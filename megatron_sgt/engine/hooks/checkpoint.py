@@ -61,7 +61,7 @@ class CheckpointHook(Hook):
             self.saver.prepare()
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        """Save at the interval; see how far the save in flight is."""
+        """Save at the interval; look after the save in flight."""
         interval = self.config.checkpoint.save_interval
         try:
             self._poll(wait=False)
@@ -74,7 +74,7 @@ class CheckpointHook(Hook):
             self.hub.log("save_failed", {"step": state.step, "reason": reason})
 
     def after_run(self, state: TrainState) -> None:
-        """Save what the run ends with.
+        """Save the end of the run.
 
         Raises:
             CheckpointError: it cannot be written.
@@ -85,14 +85,14 @@ class CheckpointHook(Hook):
             self._poll(wait=True)
 
     def settle(self, state: TrainState) -> None:
-        """Wait for the save in flight, if there is one; if it fails, that is told. Collective."""
+        """Wait for the save in flight, if there is one; report it if it fails. Collective."""
         try:
             self._poll(wait=True)
         except CheckpointError as error:
             self.hub.log("save_failed", {"step": state.step, "reason": str(error)})
 
     def on_stop(self, state: TrainState, reason: int) -> None:
-        """Save what was reached. Before the first step there is nothing that a new start would lack."""
+        """Save what was reached. Before the first step there is nothing to save."""
         if state.step:
             self.after_run(state)
 

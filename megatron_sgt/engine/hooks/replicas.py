@@ -58,6 +58,7 @@ class ReplicaCheckHook(Hook):
             verify_replicas(self.model, state.step, self.zero_stage, self.groups)
 
     def after_run(self, state: TrainState) -> None:
+        """Compare the end of the run."""
         verify_replicas(self.model, state.step, self.zero_stage, self.groups)
 
     def on_stop(self, state: TrainState, reason: int) -> None:
@@ -151,15 +152,15 @@ def _checksums(model: torch.nn.Module, device: torch.device) -> tuple[list[str],
 
 
 def _fold(sums: Tensor) -> Tensor:
-    """One number of several: each counts with an odd factor of its own."""
+    """One number made of several, each with an odd factor of its own."""
     index = torch.arange(sums.numel(), dtype=torch.int64, device=sums.device)
     return (sums * (2 * index + 1)).sum()
 
 
 def _differing(values: Sequence[tuple[int, ...]], zero_stage: int, groups: ParallelGroups) -> list[int]:
-    """Ranks whose (replicated, sharded) numbers differ from what most of those say that must hold the same.
+    """Ranks whose (replicated, sharded) numbers differ from the majority of those that must hold the same.
 
-    Of two copies neither can be told to be the right one: both are named.
+    Of two differing copies either may be the right one: both are named.
     """
     wrong: set[int] = set()
     for kind in (0, 1):

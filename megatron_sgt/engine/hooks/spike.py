@@ -1,9 +1,8 @@
-"""Loss spikes: how one is told from noise, and what follows.
+"""Loss spikes: how one is distinguished from noise, and what follows.
 
-A step whose loss lies more than n standard deviations above the mean of the last accepted losses has done
-harm: its batch, or those before it. The run goes back to its newest checkpoint (weights, optimizer, growth,
-random streams) while the data goes on behind the spike, as was done by hand for PaLM (arXiv 2204.02311,
-section 5.1).
+A loss more than n standard deviations above the mean of the last accepted losses means that this batch, or those
+before it, did harm. The run goes back to its newest checkpoint (weights, optimizer, growth, random streams) while
+the data continues after the spike, as was done by hand for PaLM (arXiv 2204.02311, section 5.1).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 from megatron_sgt.config.run import TrainConfig
 from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.loop import DivergedError
-from megatron_sgt.engine.skipped_ranges import PassedData
+from megatron_sgt.engine.skipped_ranges import SkippedRanges
 from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.metrics import MetricsHub
 from megatron_sgt.parallel.collectives import any_rank, mean_over_data_parallel
@@ -24,7 +23,7 @@ from megatron_sgt.parallel.groups import ParallelGroups
 
 
 class LossSpike(Exception):
-    """Asks the run to go back. ``step``: the step with the spike; ``stop``: where the data goes on behind it."""
+    """Asks the run to go back. ``step``: the step with the spike; ``stop``: where the data continues after it."""
 
     def __init__(self, step: int, loss: float, limit: float, stop: int) -> None:
         super().__init__(f"loss {loss:.4f} of step {step} is above {limit:.4f}")
@@ -38,7 +37,7 @@ class LossSpike(Exception):
 
 
 class SpikeRule:
-    """Remembers the last ``window`` accepted losses; judges only when there are that many."""
+    """Keeps the last ``window`` accepted losses; judges only when there are that many."""
 
     def __init__(self, sigma: float, window: int) -> None:
         self.sigma = sigma
@@ -58,9 +57,9 @@ class SpikeRule:
 
 
 class SpikeHook(Hook):
-    """Comes before all other hooks: of a step that will be undone they must see nothing.
+    """Comes before all other hooks: they must not see a step that will be undone.
 
-    It also moves the count of consumed samples past the ranges of ``passed``, as the data itself does.
+    It also moves the count of consumed samples past the skipped ranges, as the data itself does.
     """
 
     name = "spike"
@@ -68,13 +67,13 @@ class SpikeHook(Hook):
     def __init__(
         self,
         config: TrainConfig,
-        passed: PassedData,
+        skipped: SkippedRanges,
         can_go_back: Callable[[], bool],
         hub: MetricsHub,
         groups: ParallelGroups,
     ) -> None:
         self.config = config
-        self.passed = passed
+        self.skipped_ranges = skipped
         self.can_go_back = can_go_back
         self.hub = hub
         self.groups = groups
@@ -89,7 +88,7 @@ class SpikeHook(Hook):
             LossSpike: on every rank, if it is one and there is a checkpoint to go back to.
             DivergedError: the run went back train.max_rollbacks times already.
         """
-        state.consumed_samples = self.passed.after(state.consumed_samples)
+        state.consumed_samples = self.skipped_ranges.after(state.consumed_samples)
         if self.rule is None or not result.applied:
             return
         loss = float(mean_over_data_parallel(result.loss.clone(), self.groups))
@@ -97,10 +96,11 @@ class SpikeHook(Hook):
         if not any_rank(loss > limit, self.groups):
             self.rule.accept(loss)
             return
-        if len(self.passed.ranges) >= self.config.max_rollbacks:
+        rollbacks = len(self.skipped_ranges.ranges)
+        if rollbacks >= self.config.max_rollbacks:
             raise DivergedError(
                 f"the loss {loss:.4f} of step {state.step} is above {limit:.4f} (mean + train.spike_sigma "
-                f"{self.config.spike_sigma:g} deviations) after {len(self.passed.ranges)} rollbacks; lower optim.lr, "
+                f"{self.config.spike_sigma:g} deviations) after {rollbacks} rollbacks; lower optim.lr, "
                 "or raise train.spike_sigma or train.max_rollbacks"
             )
         if self.can_go_back():
@@ -109,6 +109,7 @@ class SpikeHook(Hook):
         self.hub.log("rollback", {"step": state.step, "path": None, **record})
 
     def state_dict(self) -> dict[str, Any]:
+        """The window, so that a restart judges the same losses in the same way."""
         return {"losses": list(self.rule.losses)} if self.rule is not None and self.rule.losses else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,9 +1,9 @@
 """Which rank keeps the others waiting.
 
 Collectives make the step times of all ranks equal: the fast ones wait inside them for the slow one. So each
-rank measures what it does alone: the core attention of a few layers, which communicates nothing (host time on
-a CPU, between stream events on a GPU), and its waiting for data (the host's: on a GPU the queue of work may hide
-some of it). One small gather per report compares them.
+rank measures what it does alone: the core attention of a few layers, which does not communicate (host time on
+a CPU, between stream events on a GPU), and its waiting for data (on the host: on a GPU queued work may hide some
+of it). One small gather per report compares the ranks.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from megatron_sgt.parallel.stopwatch import Stopwatch
 T = TypeVar("T")
 
 TIMED_LAYERS = 4
-"""Layers whose core attention is timed: enough to compare ranks, too few to cost."""
+"""Layers whose core attention is timed: enough to compare ranks, too few to slow a step."""
 MIN_STEPS = 10
-"""Steps that a comparison rests on at least."""
+"""Fewest steps of a comparison."""
 PATIENCE = 3
 """Comparisons in a row that must agree before a rank is named, or cleared."""
 
 
 @dataclass
 class LagRule:
-    """Names a rank that is the worst, by more than ``threshold``, PATIENCE times in a row.
+    """Names a rank that was the worst, by more than ``threshold``, PATIENCE times in a row.
 
-    Clears it when it was below half of that as often. ``excess``: how far it lies behind the median, as a fraction.
+    Clears it after as many comparisons in a row below half of that. ``excess``: how far a rank is behind the median, as a fraction.
     """
 
     threshold: float
@@ -48,7 +48,7 @@ class LagRule:
     _streak: int = 0
 
     def judge(self, excess: Sequence[float]) -> int | None:
-        """Take one comparison (a value per rank); returns the rank that is named by it, None if none is newly."""
+        """Take one comparison (a value per rank); return the rank that is newly named, None if there is none."""
         if self.named is not None:
             self._streak = self._streak + 1 if excess[self.named] < self.threshold / 2 else 0
             if self._streak >= PATIENCE:
@@ -135,7 +135,7 @@ class StragglerHook(Hook):
             self._compare(state.step)
 
     def _compare(self, step: int) -> None:
-        # The median of the work: a single disturbed step says nothing. The mean of the waiting: it comes in jerks.
+        # The median of the work, as one disturbed step says nothing; the mean of the waiting, which comes in bursts.
         own = [statistics.median(self.work.read()), statistics.fmean(self.data.read())]
         seconds = statistics.fmean(self._steps)
         self._steps = []
@@ -157,6 +157,6 @@ class StragglerHook(Hook):
             rank = self.rules[what].judge(excess)
             if rank is not None:
                 hosts: list[str] = [""] * self.groups.world_size
-                dist.all_gather_object(hosts, socket.gethostname())  # all ranks have judged alike
+                dist.all_gather_object(hosts, socket.gethostname())  # all ranks have come to the same result
                 record |= {"lagging_rank": rank, "host": hosts[rank], "what": what, "excess": excess[rank]}
         self.hub.log("ranks", record)

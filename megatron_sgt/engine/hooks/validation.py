@@ -49,6 +49,7 @@ class EvalHook(Hook):
             self._measure(state)
 
     def after_run(self, state: TrainState) -> None:
+        """Validate the final model."""
         if self._measured_at != state.step:
             self._measure(state)
 

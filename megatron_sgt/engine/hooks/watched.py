@@ -1,4 +1,4 @@
-"""Marks progress around what the loop calls, so that neither the loop nor its hooks know of being watched."""
+"""Marks progress around what the loop calls, so that neither the loop nor its hooks know of the watch."""
 
 from __future__ import annotations
 

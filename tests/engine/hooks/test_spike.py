@@ -14,7 +14,7 @@ import torch
 from megatron_sgt.config import Config
 from megatron_sgt.engine.hooks.spike import LossSpike, SpikeHook, SpikeRule
 from megatron_sgt.engine.loop import DivergedError
-from megatron_sgt.engine.skipped_ranges import PASSED_FILE, PassedData
+from megatron_sgt.engine.skipped_ranges import PASSED_FILE, SkippedRanges
 from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.metrics import MetricsHub
@@ -66,8 +66,8 @@ def hook(tmp_path: Path, hub: MetricsHub, can_go_back: bool = True, rollbacks: i
         train={"train_iters": 9, "micro_batch_size": 2, "global_batch_size": 2, **train},
         checkpoint={"save_interval": 1},
     )
-    passed = PassedData(tmp_path, [(1000 + n, 1001 + n) for n in range(rollbacks)])
-    made = SpikeHook(config.train, passed, lambda: can_go_back, hub, fake_groups())
+    skipped = SkippedRanges(tmp_path, [(1000 + n, 1001 + n) for n in range(rollbacks)])
+    made = SpikeHook(config.train, skipped, lambda: can_go_back, hub, fake_groups())
     for step, loss in enumerate((1.0, 1.1, 0.9), start=1):
         made.after_step(TrainState(step=step, consumed_samples=2 * step), result(loss))
     return made
@@ -185,4 +185,4 @@ def test_without_the_file_the_new_process_meets_the_spike_again(tmp_path: Path) 
     run_on_ranks(1, pretrain_spiked, spiked_config(tmp_path / "run", data), spiked)
     events = reported(tmp_path / "run", "rollback")
     assert [event["spike_step"] for event in events] == [SPIKE_AT, 8] and len(events) == 2
-    assert len(PassedData.read(tmp_path / "run/checkpoints").ranges) == 2
+    assert len(SkippedRanges.read(tmp_path / "run/checkpoints").ranges) == 2

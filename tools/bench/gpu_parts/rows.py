@@ -65,13 +65,17 @@ def _steps(model: str, part: str, structures: tuple[str, ...]) -> list[Row]:
     ]
 
 
-def table() -> list[Row]:
-    """All rows. The models' first steps are made while kernels are checked; a profile is the least of it."""
+def table(dry: bool = False) -> list[Row]:
+    """All rows. The models' first steps are made while kernels are checked; a profile is the least of it.
+
+    dry: of a dry run, where all shapes become one tiny one, with one sequence or two; the first two rows have these.
+    """
+    shapes, broad = (SHAPES[:2], WIDTHS[:2]) if dry else (SHAPES, WIDTHS)
     large = ("vanilla", "vanilla, entropies measured", "fixed, 1 loop", "window", "fixed, 3 loops", "block loop",
              "all heads, 1 loop", "all heads, 3 loops")  # fmt: skip
     small = ("vanilla", "vanilla, entropies measured", "fixed, 1 loop", "window", "fixed, 3 loops")
-    sizes = [{"size": size, "batch": batch} for size, batch in SHAPES]
-    widths = [{"width": width, "size": size, "batch": batch} for width, size, batch in WIDTHS]
+    sizes = [{"size": size, "batch": batch} for size, batch in shapes]
+    widths = [{"width": width, "size": size, "batch": batch} for width, size, batch in broad]
     return [
         Row("ceilings", "ceilings", "ceilings", "machine:ceilings", ("start",)),
         Row("1.2B is built", "training", "training", "training:prepare", ("1.2B",), limit=150, early=True),
