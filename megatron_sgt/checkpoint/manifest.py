@@ -4,6 +4,7 @@
         "sgt_state.json": {"bytes": 2113, "sha256": "9f86d0..."}, ...}, "sha256": of all of the above}
 
 It is written last, so a folder with a manifest was complete once. No torch: a login node reads it too.
+What cannot be read or written raises OSError, except where a function says otherwise.
 """
 
 from __future__ import annotations
@@ -27,31 +28,19 @@ Files = dict[str, dict[str, Any]]
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Size and SHA-256 of a file."""
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def describe_files(folder: Path, names: Iterable[str]) -> Files:
-    """``describe_file`` of several files of ``folder``, a few at a time.
-
-    Raises:
-        OSError: one cannot be read.
-    """
+    """``describe_file`` of several files of ``folder``, a few at a time."""
     names = list(names)
     with ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(names, pool.map(lambda name: describe_file(folder / name), names), strict=True))
 
 
 def write_manifest(folder: Path, about: Mapping[str, Any], files: Files | None = None) -> Files:
-    """Write the manifest of ``folder``. ``files``: described by the ranks that wrote them; None: describe them now.
-
-    Raises:
-        OSError: a file cannot be read, or the manifest written.
-    """
+    """Write the manifest of ``folder``. ``files``: as described by the ranks that wrote them; None: described now."""
     if files is None:
         files = describe_files(folder, layout.file_sizes(folder))
     content = {"version": VERSION, "tag": folder.name, **about, "files": dict(sorted(files.items()))}
@@ -60,13 +49,7 @@ def write_manifest(folder: Path, about: Mapping[str, Any], files: Files | None =
 
 
 def commit_folder(temporary: Path, final: Path, about: Mapping[str, Any]) -> int:
-    """Complete ``temporary`` with a manifest and give it the name ``final``; returns its size in bytes.
-
-    All of it is on disk first.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Complete ``temporary`` with a manifest, all on disk, and rename it to ``final``; returns its size in bytes."""
     for name in layout.file_sizes(temporary):
         sync(temporary / name)
     files = write_manifest(temporary, {**about, "tag": final.name})

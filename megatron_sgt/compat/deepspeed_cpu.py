@@ -63,7 +63,7 @@ def _accelerator(kind: str) -> Any:
 def prepare_deepspeed(device: torch.device) -> None:
     """Select the accelerator of ``device`` and its index, prevent the build, silence ranges and per-rank log lines.
 
-    Call before the first use of DeepSpeed. Where DS_LOG_LEVEL is set, its log level is the user's.
+    Call before the first use of DeepSpeed. A log level set in DS_LOG_LEVEL is kept.
     """
     import deepspeed.ops
     from deepspeed.utils import logger, nvtx

@@ -1,4 +1,4 @@
-"""Keeps the notes that libraries print on every rank off the console."""
+"""Suppresses the notes that libraries print on every rank."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The paper's method, its baselines and its ablations by name, which ``--preset`` applies to a configuration file.
 
-A preset changes only the growth section, so that runs from one file see the same data in the same order and start from
-the same weights. Its name is appended to ``logging.run_dir``, so that they do not share a folder.
+A preset changes only the growth section, so runs from one file see the same data in the same order and start from
+the same weights. Its name is appended to ``logging.run_dir``, so they do not share a folder.
 """
 
 from __future__ import annotations

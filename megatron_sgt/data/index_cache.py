@@ -1,7 +1,7 @@
 """Megatron's sample indices of one data set, built once by rank 0 and shared, completely or not at all.
 
 Megatron's own cache is keyed by the path of the data and written in place, so a rebuilt corpus or a killed job can
-leave indices that fit no data. Here the key covers everything that the indices depend on, and a folder gets its final
+leave indices that match no data. Here the key covers everything that the indices depend on, and a folder gets its final
 name only when it is complete.
 """
 

@@ -71,8 +71,8 @@ class PreprocessReport:
 def preprocess(options: PreprocessOptions) -> PreprocessReport:
     """Tokenize all documents, one data set per key; the result does not depend on the number of workers.
 
-    The files get their names only when they are complete. Memory holds some chunks of about a megabyte per worker, and
-    some 50 bytes per document for the index.
+    Files are renamed into place when they are complete. Memory: a few chunks of about a megabyte per worker, and about
+    50 bytes per document for the index.
 
     Raises:
         DataError: unreadable input, a bad line (with file and line), output that exists (without ``overwrite``), no
@@ -116,7 +116,7 @@ def preprocess(options: PreprocessOptions) -> PreprocessReport:
 
 
 class DatasetWriter:
-    """Writes one .bin/.idx pair (and its .json) under temporary names; ``commit`` gives them their own.
+    """Writes one .bin/.idx pair (and its .json) under temporary names; ``commit`` renames them.
 
     A context manager: without a commit, what was written is removed.
 

@@ -35,7 +35,6 @@ class SkipRule:
         self._could_fall = False
 
     def before_step(self) -> None:
-        """Look at the scale that the next step is computed with."""
         scaler = self._scaler
         self._could_fall = scaler is not None and scaler.cur_scale > scaler.min_scale
 

@@ -48,10 +48,7 @@ def which_samples(
 
 
 def evaluate(opened: OpenModel, wanted: WhichSamples, tokenizer: Path | None, batch_size: int) -> DatasetLoss:
-    """Measure.
-
-    Args:
-        tokenizer: what the user gave instead of the model's own.
+    """Measure. ``tokenizer``: what the user gave instead of the model's own.
 
     Raises:
         DataError: see ``open_samples``; the data was made with another tokenizer than the model's.

@@ -209,7 +209,6 @@ def _write_weights(tensors: HFTensors, model: ModelConfig, destination: Path) ->
 
 
 def _padded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """``tensor`` with rows of zeros after it, up to ``shape``."""
     if tensor.shape == shape:
         return tensor
     whole = tensor.new_zeros(shape)

@@ -125,7 +125,6 @@ def _read(exported: HFTensors, name: str) -> Tensor:
 
 
 def _below(exported: HFTensors, prefix: str) -> dict[str, Tensor]:
-    """All tensors whose names begin with ``prefix``, by the rest of their names."""
     return {n.removeprefix(prefix): _read(exported, n) for n in exported.shapes if n.startswith(prefix)}
 
 

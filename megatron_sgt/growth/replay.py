@@ -53,7 +53,6 @@ class ReplaySchedule(SGTSchedule):
         return super().probes if self.config.entropy_after_fixed else frozenset()
 
     def decides_at(self, step: int) -> bool:
-        """Whether a decision was recorded after ``step``."""
         return any(event.step == step for event in self._recorded)
 
     def _decide(self, step: int) -> GrowthEvent:
@@ -83,7 +82,6 @@ class ReplaySchedule(SGTSchedule):
             yield Stage(step, "fixed" if event.layer is None else "window", trial.plan)
 
     def advice(self, train_iters: int) -> Iterator[str]:
-        """When it grows is not this run's choice."""
         yield from ()
 
     def describe(self, added: str) -> str:
@@ -171,7 +169,6 @@ def _problem(
     shape: tuple[int, int],
     depth: Mapping[int, int],
 ) -> str | None:
-    """Why ``event`` cannot be replayed after layers have reached ``depth``; None if it can."""
     num_layers, num_heads = shape
     layer, kept = event.layer, event.kept_heads
     if layer is None:

@@ -130,7 +130,6 @@ class Schedule(ABC):
 
     @property
     def phase(self) -> str:
-        """A word for where growth stands."""
         return "growing" if self.plan.layers else "vanilla"
 
     @property

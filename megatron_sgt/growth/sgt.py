@@ -172,7 +172,6 @@ class SGTSchedule(Schedule):
 
     @property
     def max_loops(self) -> int:
-        """K_max, of every layer."""
         return self.config.max_loop_depth
 
     def final_plan(self, together: bool = False) -> LoopPlan:
@@ -245,7 +244,6 @@ class SGTSchedule(Schedule):
         return {n: grown.chosen_at for n, grown in self._grown.items() if grown.chosen_at > 0}
 
     def report(self) -> dict[str, Any]:
-        """The EMA entropies while they are measured."""
         return {"ema_entropy": self._ema.round(6).tolist()} if self.wanted else {}
 
     def report_event(self, event: GrowthEvent) -> dict[str, Any]:

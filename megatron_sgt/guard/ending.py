@@ -88,7 +88,6 @@ def patience(info: RankInfo) -> float:
 
 
 def _store() -> Any:
-    """The key-value store that the ranks share once they are connected; None before."""
     dist = getattr(sys.modules.get("torch"), "distributed", None)
     if dist is None or not dist.is_initialized():
         return None

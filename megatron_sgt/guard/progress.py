@@ -26,7 +26,6 @@ class Mark:
 
     @property
     def place(self) -> str:
-        """For a message: "step 7 (eval)"."""
         return f"step {self.step:,} ({self.phase})" if self.step else self.phase
 
 

@@ -69,7 +69,6 @@ class _Watch:
         self._reason: int = Reason.NONE
 
     def begin(self, reason: int, wake: socket.socket | None = None) -> None:
-        """Start the grace time for ``reason`` now."""
         self._reason, self._deadline = reason, time.monotonic() + self._grace_s
         if wake is not None:
             wake.send(b"\0")

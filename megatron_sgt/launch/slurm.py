@@ -134,7 +134,6 @@ def _expand(part: str) -> Iterator[str]:
 
 
 def _expand_item(item: str) -> Iterator[str]:
-    """Yield what one item between brackets stands for: a number, a range (zeros kept), or an entry."""
     bounds = re.fullmatch(r"(\d+)-(\d+)", item)
     if bounds is None:
         yield from _expand(item)

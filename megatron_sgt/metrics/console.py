@@ -102,7 +102,6 @@ class ConsoleWriter:
             self._bar.refresh()
 
     def advance(self, step: int) -> None:
-        """Move the progress bar to ``step`` without printing a line."""
         self._move_bar(step, None)
 
     def close(self) -> None:

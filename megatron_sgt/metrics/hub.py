@@ -40,7 +40,6 @@ class MetricsHub:
         self._each(lambda writer: writer.write(kind, stamped))
 
     def advance(self, step: int) -> None:
-        """Tell every writer that optimizer step ``step`` is done; reports are made by ``log``."""
         self._each(lambda writer: writer.advance(step))
 
     def close(self) -> None:

@@ -145,5 +145,4 @@ class EtaEstimator:
         return self._seconds_per_step
 
     def remaining_s(self, steps_left: int) -> float | None:
-        """Seconds for ``steps_left`` more steps; None before the first update."""
         return None if self._seconds_per_step is None else self._seconds_per_step * max(0, steps_left)

@@ -171,5 +171,4 @@ class WandbWriter:
         """Nothing: only reports make points."""
 
     def close(self) -> None:
-        """Finish the run: wait until everything is sent."""
         self._run.finish()

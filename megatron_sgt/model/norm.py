@@ -38,8 +38,7 @@ class _Norm(torch.nn.Module):
 class RMSNorm(_Norm):
     """y = x / sqrt(mean(x²) + eps) · w over the last dimension; x [..., hidden_size].
 
-    A fused loop passes the weight to its own kernel, inside a call of the module, through ``use``: see
-    ``linear.py``.
+    A fused loop passes the weight to its own kernel, inside a call of the module, through ``use``: see ``linear.py``.
     """
 
     def forward(self, x: Tensor, use: Callable[[Tensor, Tensor], Any] | None = None) -> Any:

@@ -35,7 +35,6 @@ class Stopwatch:
         self._lap = []
 
     def read(self) -> list[float]:
-        """Seconds of every lap that has ended since the last reading."""
         laps, self._laps = self._laps, []
         if self._module is None:
             return [sum(end - start for start, end in lap) for lap in laps]

@@ -110,14 +110,12 @@ class _Rank:
         self.stream = self.local_tokens * model.hidden_size * element
 
     def layer(self, index: int) -> int:
-        """One ordinary execution of attention and MLP in layer ``index``."""
         attention = self.norm() + self.stream + self.attention(index, *self.own_heads)
         ffn = ffn_kind(self.model.activation).saved_elements(self.model, index, self.tokens)
         mlp = self.norm() + self.stream + ffn // self.ranks * self.element
         return attention + mlp + 2 * self.dropout()
 
     def loop_pass(self, index: int, plan: LayerPlan) -> int:
-        """One pass of a head loop in layer ``index``."""
         if plan.loops == 0:
             return 0
         if plan.phase == "window":

@@ -1,4 +1,4 @@
-"""A plan as people read it: at most WIDTH columns. Pure."""
+"""A plan as text of at most WIDTH columns. Pure."""
 
 from __future__ import annotations
 

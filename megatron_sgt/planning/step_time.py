@@ -112,7 +112,6 @@ def _elementwise_bytes(
 
 
 def _needed(flops: Flops) -> float:
-    """Operations of forward and backward without those that the causal mask hides."""
     return 3 * flops.linear + 3.5 * flops.attention / 2
 
 

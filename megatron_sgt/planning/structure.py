@@ -10,9 +10,9 @@ from megatron_sgt.growth import LoopPlan, Schedule, build_schedule
 
 @dataclass(frozen=True)
 class Stretch:
-    """Steps ``first`` to ``last`` (from 1, both inclusive) execute ``plan``, the gates of a window aside.
+    """Steps ``first`` to ``last`` (from 1, both inclusive) execute ``plan``, apart from the gates of a window.
 
-    ``phase``: vanilla, block loop, window or fixed; schedules of other packages have their own words.
+    ``phase``: vanilla, block loop, window or fixed; schedules of other packages have their own names.
     """
 
     first: int

@@ -168,7 +168,6 @@ class _Step:
                     yield from loop_forward
 
     def loop_pass(self, plan: LayerPlan) -> tuple[list[Transfer], list[Transfer]]:
-        """One pass of the head loop; empty lists for a layer without."""
         if plan.loops == 0:
             return [], []
         if plan.phase == "window":
@@ -204,7 +203,6 @@ class _Step:
         return self._pair(part)
 
     def _pair(self, part: str) -> tuple[list[Transfer], list[Transfer]]:
-        """Norm, column-parallel and row-parallel projection."""
         if not self.sharded:
             one = [Transfer(part, "tensor", "all_reduce", self.stream)]
             return one, list(one)

@@ -239,7 +239,6 @@ def _median_time(run: RunData) -> float:
 
 
 def _beside(value: float, base: float, show: Callable[[float], str]) -> str:
-    """The value, and its excess over that of the first run."""
     if not np.isfinite(value):
         return ""
     text = show(value)

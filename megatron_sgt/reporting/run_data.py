@@ -1,4 +1,4 @@
-"""Reads a run directory, as far as it is readable."""
+"""Reads a run directory, skipping what is missing or damaged."""
 
 from __future__ import annotations
 
@@ -91,7 +91,6 @@ class RunData:
         return np.array(steps, dtype=np.float64), tables
 
     def tokens_per_step(self) -> int | None:
-        """Tokens of one optimizer step, None if no step was reported."""
         for record in self.of_kind("train"):
             samples, tokens = record.get("consumed_samples"), record.get("consumed_tokens")
             if samples and tokens and record.get("global_batch_size"):

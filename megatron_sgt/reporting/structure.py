@@ -231,7 +231,6 @@ def _norm(tables: Floats) -> Normalize:
 
 
 def _outline(axes: Axes, x: float, y: float, width: float, height: float, line: float = 1.6) -> None:
-    """A frame that is seen on dark and on light ground; ``line``: its width in points."""
     frame = Rectangle((x, y), width, height, fill=False, edgecolor=style.VERMILION, linewidth=line, zorder=4)
     frame.set_gid(FRAME)
     frame.set_path_effects([Stroke(linewidth=1.9 * line, foreground="white"), Normal()])

@@ -39,7 +39,8 @@ PATIENCE = 3
 class LagRule:
     """Names a rank that was the worst, by more than ``threshold``, PATIENCE times in a row.
 
-    Clears it after as many comparisons in a row below half of that. ``excess``: how far a rank is behind the median, as a fraction.
+    Clears it after as many comparisons in a row below half of that. ``excess``: how far a rank is
+    behind the median, as a fraction.
     """
 
     threshold: float

@@ -74,7 +74,6 @@ def eager_attention_forward(
 
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> tuple:
-    """Attention through the implementation that the configuration names."""
     kind = module.config._attn_implementation
     attention: Callable = eager_attention_forward if kind == "eager" else ALL_ATTENTION_FUNCTIONS[kind]
     dropout = module.config.attention_dropout if module.training else 0.0

@@ -188,7 +188,6 @@ def _causal_mask(
     cache: Cache | None,
     position_ids: Tensor,
 ) -> Any:
-    """The mask that the attention implementation wants; the same for every pass."""
     embeds = "inputs_embeds" if "inputs_embeds" in _MASK_ARGUMENTS else "input_embeds"
     arguments = {embeds: x, "position_ids": position_ids}
     if "cache_position" in _MASK_ARGUMENTS:
