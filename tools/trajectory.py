@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-r"""Recompute a recorded trajectory and compare with it, alone or under torchrun for parallel layouts.
+r"""Repeat a recorded trajectory and compare with it, alone or under torchrun for parallel layouts.
 
-python tools/trajectory.py tests/golden/a.safetensors --out replay.safetensors --compare
+python tools/trajectory.py tests/golden/a.safetensors --out repeated.safetensors --compare
 torchrun --nproc-per-node 4 tools/trajectory.py tests/golden/a.safetensors \
-    --out replay.safetensors --tensor-parallel 2 --zero 1 --compare
+    --out repeated.safetensors --tensor-parallel 2 --zero 1 --compare
 
 Inputs are the file's init/*, tokens, probe_tokens and metadata only; --compare reads the rest of it
 afterwards and exits with 1 beyond the tolerances.
@@ -55,7 +55,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Replay, write, compare."""
+    """Repeat, write, compare."""
     args = parse()
     from trajectory_parts import run as rp
 
@@ -76,10 +76,10 @@ def main() -> int:
         },
         "train": {"micro_batch_size": micro, "recompute_granularity": args.recompute},
     }
-    config = rp.replay_config(tensors, meta, overrides)
+    config = rp.trajectory_config(tensors, meta, overrides)
     groups = start_processes(config, info)
     inputs = {k: v for k, v in tensors.items() if k.startswith("init/") or k in ("tokens", "probe_tokens")}
-    result, result_meta = rp.replay(config, groups, inputs, meta)
+    result, result_meta = rp.repeat(config, groups, inputs, meta)
     status = 0
     if groups.is_main:
         rp.write_trajectory(Path(args.out), result, result_meta)

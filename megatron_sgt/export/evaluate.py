@@ -1,4 +1,4 @@
-"""Measures an opened model on an indexed data set; by default a checkpoint as its run validates."""
+"""Measures an opened model on an indexed data set; by default on the samples that its run validates on."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def _state(origin: str, hooks: dict[str, Any]) -> dict[str, Any]:
 def _commit(
     state: dict[str, Any], config: Config, tokenizer: str | None, temporary: Path, final: Path
 ) -> int:
-    """Complete the folder and give it its name; returns its size in bytes. ``tokenizer``: its fingerprint."""
+    """Complete the folder and rename it; returns its size in bytes. ``tokenizer``: its fingerprint."""
     layout.write_json(temporary / layout.STATE_FILE, state)
     (temporary / layout.CONFIG_FILE).write_text(config.to_yaml())
     about = {"step": 0, "layout": None, "tokenizer": tokenizer}

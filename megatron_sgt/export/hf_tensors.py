@@ -64,7 +64,7 @@ class HFTensors:
         return self._file_of[name].get_tensor(name)
 
     def forget(self, name: str) -> None:
-        """Leave out a tensor that adds nothing to the others."""
+        """Leave out a redundant tensor."""
         del self._file_of[name], self.shapes[name], self.dtypes[name]
 
 

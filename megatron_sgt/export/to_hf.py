@@ -62,7 +62,7 @@ def export_checkpoint(
 ) -> Export:
     """Write the checkpoint ``load`` (a folder of checkpoints, or one of them) as the Hugging Face folder ``output``.
 
-    The folder gets its name when it is complete. Peak memory is a few times the largest parameter.
+    The folder is renamed into place when it is complete. Peak memory is a few times the largest parameter.
 
     Args:
         step: which checkpoint of a folder of them; None: the latest.

@@ -14,9 +14,9 @@ _Parts = TypeVar("_Parts")
 
 
 def on_device(parts: _Parts, device: torch.device) -> _Parts:
-    """``parts`` with every host tensor on ``device``; tensors that lie there already stay as they are.
+    """``parts`` with every host tensor on ``device``; tensors that are there already are not copied.
 
-    A copy from ordinary host memory makes the host wait for all that the device has to do; this one goes through
+    A copy from ordinary host memory makes the host wait for all queued work; this one goes through
     page-locked memory, which torch keeps until the copy is done.
 
     Args:

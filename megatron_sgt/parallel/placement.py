@@ -1,4 +1,4 @@
-"""Checks where ranks are placed: no two on one GPU, tensor-parallel groups inside a host, no tight limits of a host.
+"""Checks where ranks are placed: no two on one GPU, tensor-parallel groups inside a host, no tight host limits.
 
 Every rank publishes its place in the store; rank 0 checks all of them.
 """

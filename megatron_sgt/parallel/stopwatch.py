@@ -25,7 +25,7 @@ class Stopwatch:
         self._started = self._now()
 
     def stop(self) -> None:
-        """The stretch ends. Without a beginning (an exception came between) nothing is added."""
+        """The stretch ends. Without a start (after an exception) nothing is added."""
         if self._started is not None:
             self._lap.append((self._started, self._now()))
             self._started = None

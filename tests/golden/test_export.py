@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trajectory_parts.run import replay_config
+from trajectory_parts.run import trajectory_config
 
 from megatron_sgt.checkpoint import layout
 from megatron_sgt.config import Config
@@ -16,8 +16,8 @@ from megatron_sgt.export.hf.loading import load_exported
 from megatron_sgt.export.to_hf import ExportOptions
 from megatron_sgt.growth import build_schedule
 from tests.helpers.deepspeed_files import write_checkpoint, write_manifest
-from tests.helpers.replays import run_replay
 from tests.helpers.trajectories import GOLDEN, read_trajectory
+from tests.helpers.trajectory_runs import run_trajectory
 
 
 def write_final(root: Path, config: Config, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -46,7 +46,7 @@ def write_final(root: Path, config: Config, tensors: dict[str, Tensor], meta: di
 
 
 def exported_logits(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any], probe: Tensor) -> Tensor:
-    write_final(folder / "ckpt", replay_config(tensors, meta, {}), tensors, meta)
+    write_final(folder / "ckpt", trajectory_config(tensors, meta, {}), tensors, meta)
     export, parity = checked_export(folder / "ckpt", folder / "hf", options=ExportOptions(dtype="fp32"))
     assert parity is not None and parity.passed
     with torch.no_grad():
@@ -61,6 +61,6 @@ def test_the_golden_final_weights_give_the_golden_logits(tmp_path: Path) -> None
 
 def test_the_final_weights_of_a_replay_do_so_too(tmp_path: Path) -> None:
     tensors, _ = read_trajectory(GOLDEN)
-    result, replayed = run_replay(GOLDEN)
-    found = exported_logits(tmp_path, {**tensors, **result}, replayed, tensors["probe_tokens"])
+    result, final_meta = run_trajectory(GOLDEN)
+    found = exported_logits(tmp_path, {**tensors, **result}, final_meta, tensors["probe_tokens"])
     assert (found - tensors["probe_logits"]).abs().max() <= 1e-3

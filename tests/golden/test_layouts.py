@@ -17,8 +17,8 @@ from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.model.linear import LoopingRowParallelLinear
 from megatron_sgt.model.norm import RMSNorm
 from tests.helpers.ranks import run_on_ranks
-from tests.helpers.replays import ALLOWED, differences, replay_on, run_replay, structure
 from tests.helpers.trajectories import GOLDEN, make_trajectory, read_trajectory, settings_of, write_trajectory
+from tests.helpers.trajectory_runs import ALLOWED, differences, run_trajectory, structure, trajectory_on
 
 SHAPES = [(1, 1, False), (1, 2, False)] + [
     (tp, dp, sp) for tp, dp in ((2, 1), (2, 2), (4, 1)) for sp in (False, True)
@@ -57,7 +57,7 @@ def check(path: Path, tensor: int, data: int, sequence: bool, zero: int, recompu
     micro_batches = 1 if recompute == "full" and tensor * data == 4 else 2
     size = recorded_meta["global_batch"] // data // micro_batches
     train = {"recompute_granularity": recompute, "micro_batch_size": size}
-    result, meta = run_replay(path, tensor * data, layout, **train)
+    result, meta = run_trajectory(path, tensor * data, layout, **train)
     gaps = differences(result, recorded)
     relative = ((result["grad_norm"] - recorded["grad_norm"]).abs() / recorded["grad_norm"]).max()
     assert float(relative) <= 1e-5, f"gradient norms differ by {float(relative):.1e}"
@@ -80,7 +80,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sabotaged(info: RankInfo, path: Path, fault: str) -> Any:
-    """A replay at tensor parallel 2 with sequence parallelism in which one thing is wrong."""
+    """A trajectory at tensor parallel 2 with sequence parallelism in which one thing is wrong."""
     if fault == "norm gradients are not summed":
         RMSNorm.replicated = lambda self, parameter: parameter  # type: ignore[method-assign]
     elif fault == "a weight is taken for replicated":
@@ -92,7 +92,7 @@ def sabotaged(info: RankInfo, path: Path, fault: str) -> Any:
 
         LoopingRowParallelLinear.__init__ = cleared  # type: ignore[method-assign]
     layout = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "zero_stage": 1}
-    return replay_on(info, path, layout, {"micro_batch_size": 2})
+    return trajectory_on(info, path, layout, {"micro_batch_size": 2})
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def replicated_spread(info: RankInfo, path: Path) -> dict[str, float]:
         "train": {"threads_per_rank": 1},
         "deepspeed": {},
     }
-    config = rp.replay_config(tensors, meta, overrides)
+    config = rp.trajectory_config(tensors, meta, overrides)
     groups = start_processes(config, info)
     spread: dict[str, float] = {}
     gather = rp.gather_hf_weights
@@ -141,7 +141,7 @@ def replicated_spread(info: RankInfo, path: Path) -> dict[str, float]:
         return gather(runtime, cfg)
 
     rp.gather_hf_weights = watch  # type: ignore[assignment]
-    rp.replay(config, groups, tensors, meta)
+    rp.repeat(config, groups, tensors, meta)
     return spread
 
 

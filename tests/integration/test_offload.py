@@ -38,7 +38,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def steps_of(
     info: RankInfo, path: Path, cases: list[tuple[int, dict[str, Any]]]
 ) -> list[tuple[tuple[str, str], rp.Tensors]]:
-    """Where optimizer and weights were, and what a replay on these ranks sees, in each case; engines are new."""
+    """Where optimizer and weights were, and what a trajectory on these ranks sees, in each case; engines are new."""
     tensors, meta = rp.read_trajectory(path)
     found = []
     places: list[tuple[str, str]] = []
@@ -58,8 +58,8 @@ def steps_of(
             "train": {"micro_batch_size": 1, "threads_per_rank": 1},
             "deepspeed": {"zero_optimization": {**spread, **zero}},
         }
-        config = rp.replay_config(tensors, meta, overrides)
-        result, _ = rp.replay(config, start_processes(config, info), tensors, meta)
+        config = rp.trajectory_config(tensors, meta, overrides)
+        result, _ = rp.repeat(config, start_processes(config, info), tensors, meta)
         found.append((places[-1], {name: result[name] for name in ALLOWED}))
     return found
 

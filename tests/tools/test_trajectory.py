@@ -32,18 +32,18 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def replay(path: Path, folder: Path, *arguments: str) -> Finished:
-    return run_script(TOOL, [str(path), "--out", "out/replay.safetensors", *arguments], folder, timeout=120)
+def repeat(path: Path, folder: Path, *arguments: str) -> Finished:
+    return run_script(TOOL, [str(path), "--out", "out/repeated.safetensors", *arguments], folder, timeout=120)
 
 
 def test_the_golden_trajectory(tmp_path: Path) -> None:
-    done = replay(GOLDEN, tmp_path, "--compare")
+    done = repeat(GOLDEN, tmp_path, "--compare")
     assert (done.code, done.err) == (0, "")
     assert done.out.splitlines()[-1] == AGREES
     for name in ("loss", "grad_norm", "ema_entropy", "head_decay", "probe_logits", "final weights"):
         assert f"{name:14s} max |difference| " in done.out
     golden, golden_meta = read_trajectory(GOLDEN)
-    result, meta = read_trajectory(tmp_path / "out/replay.safetensors")
+    result, meta = read_trajectory(tmp_path / "out/repeated.safetensors")
     assert result.keys() == golden.keys()
     assert all(result[name].shape == golden[name].shape for name in golden)
     assert {name: meta[name] for name in golden_meta if name != "events"} == {
@@ -57,8 +57,8 @@ def test_inputs_alone_are_enough(short: Path, tmp_path: Path) -> None:
     tensors, meta = read_trajectory(short)
     inputs = {n: t for n, t in tensors.items() if n.startswith("init/") or n in ("tokens", "probe_tokens")}
     write_trajectory(tmp_path / "inputs.safetensors", inputs, {**meta, "events": []})
-    assert replay(tmp_path / "inputs.safetensors", tmp_path).code == 0
-    result, found = read_trajectory(tmp_path / "out/replay.safetensors")
+    assert repeat(tmp_path / "inputs.safetensors", tmp_path).code == 0
+    result, found = read_trajectory(tmp_path / "out/repeated.safetensors")
     assert result.keys() == tensors.keys() and len(found["events"]) == len(meta["events"])
 
 
@@ -88,7 +88,7 @@ def test_a_difference_ends_with_1(
     tensors, meta = read_trajectory(short)
     perturb(tensors, meta)
     write_trajectory(tmp_path / "other.safetensors", tensors, meta)
-    done = replay(tmp_path / "other.safetensors", tmp_path, "--compare")
+    done = repeat(tmp_path / "other.safetensors", tmp_path, "--compare")
     assert done.code == 1 and done.err == "", done.err
     assert told in done.out and AGREES not in done.out
 
@@ -102,19 +102,19 @@ def test_a_difference_ends_with_1(
     ],
 )
 def test_mistakes(arguments: tuple[str, ...], code: int, told: str, short: Path, tmp_path: Path) -> None:
-    done = replay(short, tmp_path, *arguments)
+    done = repeat(short, tmp_path, *arguments)
     assert done.code == code and told in done.err and "Traceback" not in done.err, done.err
 
 
 def test_a_file_that_is_no_trajectory(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_text("no")
-    done = replay(tmp_path / "x.safetensors", tmp_path)
+    done = repeat(tmp_path / "x.safetensors", tmp_path)
     assert done.code == 3 and "x.safetensors is not a trajectory file" in done.err
 
 
 def test_under_torchrun(short: Path, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    out = tmp_path / "replay.safetensors"
+    out = tmp_path / "repeated.safetensors"
     layout = ["--tensor-parallel", "2", "--zero", "2", "--recompute", "full", "--compare"]
     command = [*launcher, str(ROOT / TOOL), str(short), "--out", str(out), *layout]
     done = run_process(command, tmp_path, timeout=180)

@@ -1,7 +1,7 @@
-"""Replays a recorded trajectory through the project's own model, engine, optimizer and schedule.
+"""Repeats a recorded trajectory through the project's own model, engine, optimizer and schedule.
 
 A trajectory file (safetensors) holds settings, initial weights under Hugging Face names and the tokens of
-every step; the replay writes what this implementation makes of them, under the same keys, so that any two
+every step; the run writes what this implementation makes of them, under the same keys, so that any two
 implementations or layouts can be compared step by step. Format: tests/golden/README.md.
 """
 
@@ -68,7 +68,7 @@ def write_trajectory(path: Path, tensors: Tensors, meta: dict[str, Any]) -> None
     save_file({k: v.contiguous() for k, v in tensors.items()}, path, {"meta": json.dumps(meta)})
 
 
-def replay_config(tensors: Tensors, meta: dict[str, Any], overrides: dict[str, dict[str, Any]]) -> Config:
+def trajectory_config(tensors: Tensors, meta: dict[str, Any], overrides: dict[str, dict[str, Any]]) -> Config:
     """The configuration that a trajectory's metadata describes.
 
     Head size, query groups, q/k norm and tied embeddings are read off the shapes of the initial weights.
@@ -171,7 +171,7 @@ class _Recorder(Hook):
         return {name: torch.stack(rows) for name, rows in self.rows.items()}
 
 
-def replay(
+def repeat(
     config: Config, groups: ParallelGroups, source: Tensors, meta: dict[str, Any]
 ) -> tuple[Tensors, dict]:
     """Train on the trajectory's tokens and return what was seen, under the golden file's keys; collective.

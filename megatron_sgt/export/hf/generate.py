@@ -59,7 +59,7 @@ class Continuation:
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
-    """Refuse prompts that nothing can continue.
+    """Check the prompts.
 
     Raises:
         DataError: there is no prompt, or an empty one.

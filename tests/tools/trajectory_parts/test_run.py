@@ -1,4 +1,4 @@
-"""Reading, translating, comparing and writing trajectories. The replays themselves: tests/golden/test_replay.py."""
+"""Reading, translating, comparing and writing trajectories. Whole ones: tests/golden/test_trajectory.py."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def golden() -> tuple[dict[str, Tensor], dict[str, Any]]:
 def config_of(variant: str, **overrides: dict[str, Any]) -> Any:
     settings = settings_of(variant)
     weights = {f"init/{name}": w for name, w in init_weights(settings["model"], 0).items()}
-    return rp.replay_config(weights, settings, overrides)
+    return rp.trajectory_config(weights, settings, overrides)
 
 
 def test_settings_of_the_golden_file(golden: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
     tensors, meta = golden
-    config = rp.replay_config(tensors, meta, {})
+    config = rp.trajectory_config(tensors, meta, {})
     model = config.model
     assert (model.num_layers, model.num_attention_heads, model.num_query_groups, model.kv_channels) == (
         6,
@@ -72,7 +72,7 @@ def test_more_top_layers_than_there_are_means_all() -> None:
     settings = settings_of("lowest_heads")
     settings["growth"]["top_k_layers"] = 9
     weights = {f"init/{name}": w for name, w in init_weights(settings["model"], 0).items()}
-    assert rp.replay_config(weights, settings, {}).growth.top_k_layers == 4
+    assert rp.trajectory_config(weights, settings, {}).growth.top_k_layers == 4
 
 
 def test_what_cannot_be_replayed_is_refused(golden: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
@@ -80,9 +80,9 @@ def test_what_cannot_be_replayed_is_refused(golden: tuple[dict[str, Tensor], dic
     other = copy.deepcopy(meta)
     other["optim"]["schedule"] = "cosine"
     with pytest.raises(DataError, match="'cosine' is not supported"):
-        rp.replay_config(tensors, other, {})
+        rp.trajectory_config(tensors, other, {})
     with pytest.raises(DataError, match=r"lacks the initial weight .*q_proj"):
-        rp.replay_config({}, meta, {})
+        rp.trajectory_config({}, meta, {})
 
 
 def test_files_that_are_no_trajectories(tmp_path: Path) -> None:

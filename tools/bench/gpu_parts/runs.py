@@ -31,7 +31,7 @@ def golden(machine: Machine) -> Iterator[dict[str, Any]]:
             "tools/trajectory.py",
             "tests/golden/a.safetensors",
             "--out",
-            str(Path(folder, "replay.safetensors")),
+            str(Path(folder, "repeated.safetensors")),
             "--compare",
             "--device",
             machine.device.type,

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from tests.helpers.exhaustive import share_of
-from tests.helpers.replays import check_replay, run_replay
 from tests.helpers.trajectories import (
     GOLDEN,
     VARIANTS,
@@ -19,6 +18,7 @@ from tests.helpers.trajectories import (
     settings_of,
     write_trajectory,
 )
+from tests.helpers.trajectory_runs import check_trajectory, run_trajectory
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +39,17 @@ EVERY = [(tensor, False, zero) for tensor in (1, 2) for zero in (0, 1, 2)] + [(2
 def test_golden_over_gloo(tensor: int, sequence: bool, zero: int) -> None:
     """The other layouts, in test_layouts.py, talk through shared memory."""
     layout = {"tensor_model_parallel_size": tensor, "sequence_parallel": sequence, "zero_stage": zero}
-    check_replay(GOLDEN, 2, layout, backend="gloo", micro_batch_size=4 * tensor // 2)
+    check_trajectory(GOLDEN, 2, layout, backend="gloo", micro_batch_size=4 * tensor // 2)
 
 
 def test_golden_as_it_comes() -> None:
     """One process, one micro-batch, defaults."""
-    check_replay(GOLDEN)
+    check_trajectory(GOLDEN)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variant_in_one_process(variant: str, trajectories: dict[str, Path]) -> None:
-    check_replay(trajectories[variant])
+    check_trajectory(trajectories[variant])
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_variant_on_ranks(
     variant: str, tensor: int, data: int, layout: dict[str, object], trajectories: dict[str, Path]
 ) -> None:
     layout = {"tensor_model_parallel_size": tensor, **layout}
-    check_replay(trajectories[variant], tensor * data, layout, micro_batch_size=2 if data == 1 else 1)
+    check_trajectory(trajectories[variant], tensor * data, layout, micro_batch_size=2 if data == 1 else 1)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def neighbours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_all_kept_heads_on_one_rank(sequence_parallel: bool, neighbours: Path) -> None:
     """Ranks without a kept head still meet their peers in every collective."""
     layout = {"tensor_model_parallel_size": 4, "sequence_parallel": sequence_parallel}
-    check_replay(neighbours, 4, layout, micro_batch_size=4)
+    check_trajectory(neighbours, 4, layout, micro_batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +105,9 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_recomputation_changes_nothing(tensor: int, short: Path) -> None:
     layout = {"tensor_model_parallel_size": tensor}
-    plain, plain_meta = run_replay(short, tensor, layout)
+    plain, plain_meta = run_trajectory(short, tensor, layout)
     for recompute in ("selective", "full"):
-        again, meta = run_replay(short, tensor, layout, recompute_granularity=recompute)
+        again, meta = run_trajectory(short, tensor, layout, recompute_granularity=recompute)
         assert meta["events"] == plain_meta["events"]
         for name in ("loss", "ema_entropy", "grad_norm", "probe_logits"):
             gap = float((again[name] - plain[name]).abs().max())
@@ -116,5 +116,5 @@ def test_recomputation_changes_nothing(tensor: int, short: Path) -> None:
 
 def test_replay_is_deterministic(short: Path) -> None:
     layout = {"tensor_model_parallel_size": 2, "zero_stage": 1}
-    one, other = (run_replay(short, 4, layout)[0] for _ in "ab")
+    one, other = (run_trajectory(short, 4, layout)[0] for _ in "ab")
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -1,4 +1,4 @@
-"""Replays of trajectory files on ranks, and what they differ in from the recorded values."""
+"""Trajectory files repeated on ranks, and what they differ in from the recorded values."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ ZERO: dict[int, dict[str, Any]] = {
 """A tiny model hides what ZeRO does: by default its gradients fit into one bucket, and stage 3 spreads no weight."""
 
 
-def replay_on(info: RankInfo, path: Path, layout: dict[str, Any], train: dict[str, Any]) -> Any:
-    """Replay ``path`` on this rank; rank 0 returns (tensors, metadata). For ``run_on_ranks``."""
+def trajectory_on(info: RankInfo, path: Path, layout: dict[str, Any], train: dict[str, Any]) -> Any:
+    """Repeat ``path`` on this rank; rank 0 returns (tensors, metadata). For ``run_on_ranks``."""
     tensors, meta = rp.read_trajectory(path)
     overrides = {
         "parallel": {"device": "cpu", **layout},
         "train": {**train, "threads_per_rank": 1},
         "deepspeed": {"zero_optimization": ZERO.get(layout.get("zero_stage", 1), {})},
     }
-    config = rp.replay_config(tensors, meta, overrides)
+    config = rp.trajectory_config(tensors, meta, overrides)
     groups = start_processes(config, info)
     inputs = {k: v for k, v in tensors.items() if k.startswith("init/") or k in ("tokens", "probe_tokens")}
-    result = rp.replay(config, groups, inputs, meta)
+    result = rp.repeat(config, groups, inputs, meta)
     return result if groups.is_main else None
 
 
-def run_replay(
+def run_trajectory(
     path: Path,
     world_size: int = 1,
     layout: dict[str, Any] | None = None,
@@ -62,7 +62,7 @@ def run_replay(
 
     backend: see ``run_on_ranks``.
     """
-    return run_on_ranks(world_size, replay_on, path, layout or {}, train, timeout=400, backend=backend)[0]
+    return run_on_ranks(world_size, trajectory_on, path, layout or {}, train, timeout=400, backend=backend)[0]
 
 
 def differences(result: dict[str, Tensor], recorded: dict[str, Tensor]) -> dict[str, float]:
@@ -91,16 +91,16 @@ def structure(meta: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def check_replay(
+def check_trajectory(
     path: Path,
     world_size: int = 1,
     layout: dict[str, Any] | None = None,
     backend: str = SHARED_MEMORY,
     **train: Any,
 ) -> None:
-    """Replay and assert: every event, every loop depth, every number within ``ALLOWED`` at every step."""
+    """Repeat and assert: every event, every loop depth, every number within ``ALLOWED`` at every step."""
     recorded, recorded_meta = read_trajectory(path)
-    result, meta = run_replay(path, world_size, layout, backend, **train)
+    result, meta = run_trajectory(path, world_size, layout, backend, **train)
     measured = differences(result, recorded)
     print("  ".join(f"{name} {value:.1e}" for name, value in measured.items()))  # shown when a test fails
     assert structure(meta) == structure(recorded_meta)

@@ -8,13 +8,13 @@ import pytest
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.model import gpt, head_loop
 from megatron_sgt.model.fused_pass import FusedLoop
-from tests.helpers import replays
+from tests.helpers import trajectory_runs
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.trajectories import GOLDEN, make_trajectory, read_trajectory, settings_of, write_trajectory
 
 
-def fused_replay(info: RankInfo, path: Path, layout: dict[str, Any], train: dict[str, Any]) -> Any:
-    """As ``replay_on``, fused; with the number of fused passes."""
+def fused_trajectory(info: RankInfo, path: Path, layout: dict[str, Any], train: dict[str, Any]) -> Any:
+    """As ``trajectory_on``, fused; with the number of fused passes."""
     gpt.loop_backend = lambda *_: ("triton", "")  # type: ignore[assignment]
     head_loop.choose_attention = lambda *_: "custom"  # type: ignore[assignment]
     passes = 0
@@ -28,7 +28,7 @@ def fused_replay(info: RankInfo, path: Path, layout: dict[str, Any], train: dict
         return call
 
     FusedLoop.__call__ = counted(FusedLoop.__call__)  # type: ignore[method-assign]
-    result = replays.replay_on(info, path, layout, train)
+    result = trajectory_runs.trajectory_on(info, path, layout, train)
     assert passes > 50, "the fused passes did not run"
     return result
 
@@ -67,9 +67,9 @@ def test_everything_at_once_over_a_few_steps(short: Path) -> None:
 
 
 def check(path: Path, layout: dict[str, Any], train: dict[str, Any]) -> None:
-    result, meta = run_on_ranks(2, fused_replay, path, layout, train, timeout=300)[0]
+    result, meta = run_on_ranks(2, fused_trajectory, path, layout, train, timeout=300)[0]
     recorded, recorded_meta = read_trajectory(path)
-    assert replays.structure(meta) == replays.structure(recorded_meta)
-    measured = replays.differences(result, recorded)
-    beyond = {name: value for name, value in measured.items() if not value <= replays.ALLOWED[name]}
+    assert trajectory_runs.structure(meta) == trajectory_runs.structure(recorded_meta)
+    measured = trajectory_runs.differences(result, recorded)
+    beyond = {name: value for name, value in measured.items() if not value <= trajectory_runs.ALLOWED[name]}
     assert not beyond, f"beyond fp32 noise: {beyond}; measured {measured}"
