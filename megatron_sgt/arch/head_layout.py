@@ -81,7 +81,6 @@ class HeadLayout:
         return len(heads), len({head // self.heads_per_group for head in heads})
 
     def local(self, kept_heads: Sequence[int]) -> KeptHeads:
-        """Indices of those of the global ``kept_heads`` that this rank owns (possibly none)."""
         first = self.owned_heads.start
         heads = tuple(head - first for head in sorted(kept_heads) if head in self.owned_heads)
         groups = tuple(sorted({head // self.heads_per_group for head in heads}))

@@ -61,11 +61,7 @@ def _lock(memory: Tensor) -> None:
 
 
 class Arena:
-    """Host memory in chunks, handed out piece by piece and taken back all at once.
-
-    Args:
-        pinned: allocate page-locked memory, to which a GPU copies at full speed.
-    """
+    """Host memory handed out in pieces, taken back at once; ``pinned``: page-locked, for fast copies from a GPU."""
 
     def __init__(self, pinned: bool) -> None:
         self.pinned = pinned

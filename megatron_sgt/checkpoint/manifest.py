@@ -4,7 +4,9 @@
         "sgt_state.json": {"bytes": 2113, "sha256": "9f86d0..."}, ...}, "sha256": of all of the above}
 
 It is written last, so a folder with a manifest was complete once. No torch: a login node reads it too.
-What cannot be read or written raises OSError, except where a function says otherwise.
+
+Raises:
+    OSError: from every function that reads or writes, unless it says otherwise.
 """
 
 from __future__ import annotations

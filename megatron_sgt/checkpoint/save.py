@@ -86,11 +86,7 @@ class _InFlight:
 
 
 class Saver:
-    """Saves checkpoints, one at a time; every method is collective over all ranks.
-
-    Args:
-        about: what the manifest says of the run (JSON-able).
-    """
+    """Saves checkpoints, one at a time; every method is collective. ``about``: for the manifest (JSON-able)."""
 
     def __init__(
         self,
@@ -125,10 +121,7 @@ class Saver:
             self._arena.reserve(_estimated_bytes(self._engine, self._groups))
 
     def start(self, step: int, state: dict[str, Any]) -> None:
-        """Begin the save after ``step`` optimizer steps; no other save may be in flight.
-
-        Args:
-            state: JSON-able state of the trainer and its hooks.
+        """Begin the save after ``step`` optimizer steps, when no other is in flight. ``state``: of trainer and hooks.
 
         Raises:
             CheckpointError: on every rank, when the folder cannot be made.
@@ -168,7 +161,6 @@ class Saver:
         return None
 
     def _run(self, work: Callable[[], Any]) -> Future[Any]:
-        """Do ``work``: in the background, or now."""
         if self._pool is not None:
             return self._pool.submit(work)
         future: Future[Any] = Future()

@@ -44,7 +44,6 @@ class ShardFiles:
         self._read: dict[Path, Any] = {}
 
     def save(self, state_dict: Any, path: str | Path) -> None:
-        """Write ``state_dict`` to ``path``, or keep it for ``finish``."""
         own = None
         if self._dp_size > 1 and layout.is_model_file(Path(path).name):
             own = self._share(state_dict[weight_parts.MODULE])

@@ -95,7 +95,6 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
-    """Set the value of one ``section.key=value`` in nested mappings."""
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):

@@ -53,11 +53,7 @@ class Encoder:
     dtype: str
 
     def __call__(self, chunk: Chunk) -> EncodedChunk:
-        """Tokenize every document.
-
-        Raises:
-            DataError: a bad one, with file and line.
-        """
+        """Tokenize every document; a bad one is a DataError with file and line."""
         ending = [self.tokenizer.eod] if self.append_eod else []
         tokens: list[list[np.ndarray]] = [[] for _ in self.keys]
         empty = [0] * len(self.keys)

@@ -44,7 +44,6 @@ class SkipRule:
         return self._could_fall
 
     def after_step(self, applied: bool, finite_loss: bool) -> None:
-        """Count the step. ``finite_loss``: on all ranks; matters only where ``needs_loss``."""
         if applied:
             self.unexplained = 0
         elif not (self._could_fall and finite_loss):

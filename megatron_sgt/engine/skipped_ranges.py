@@ -95,11 +95,7 @@ class SkippedRanges:
 def batches_outside(
     open_at: Callable[[int], TrainLoader], skipped: SkippedRanges, consumed: int
 ) -> Iterator[MicroBatch]:
-    """Micro-batches from ``consumed`` on, without the ranges of ``skipped``, which consist of whole steps.
-
-    Args:
-        open_at: opens a loader that starts after so many consumed sequences.
-    """
+    """Whole steps from ``consumed`` on, past the ranges; ``open_at`` opens a loader after so many sequences."""
     position: int | None = consumed
     while position is not None:
         position = skipped.after(position)

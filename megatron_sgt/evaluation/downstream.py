@@ -74,11 +74,7 @@ def run_tasks(
 
 
 def _manager(tasks: Sequence[str], include_path: Path | None) -> Any:
-    """A TaskManager that knows ``tasks``.
-
-    Raises:
-        ConfigError: the harness lacks one.
-    """
+    """A TaskManager that knows ``tasks``; a ConfigError names those that the harness lacks."""
     from lm_eval.tasks import TaskManager
 
     unknown, manager = list(tasks) or [""], None

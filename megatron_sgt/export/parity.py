@@ -102,11 +102,7 @@ def loss_of(logits: Tensor, tokens: Tensor) -> float:
 @torch.no_grad()
 @quiet()
 def check_parity(export: Export, new_tokens: int = NEW_TOKENS) -> Parity:
-    """Load the folder ``export`` with transformers and compare; both whole models are in memory, in fp32.
-
-    Args:
-        new_tokens: length of the greedy continuation.
-    """
+    """Load the folder ``export`` and compare it, both models in fp32; ``new_tokens``: of the greedy continuation."""
     trust = export.architecture == "SGTForCausalLM"
     tokens = probe_tokens(export)
     own = own_model(export.source, export.plan, DTYPES[export.options.dtype])

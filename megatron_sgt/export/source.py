@@ -72,10 +72,7 @@ class ExportSource:
 
 
 def open_checkpoint(load: Path, step: int | None = None, keep_padding: bool = False) -> ExportSource:
-    """Open a checkpoint of any layout; needs no process group and reads no weights yet.
-
-    Args:
-        keep_padding: keep the rows that pad the vocabulary.
+    """Open a checkpoint of any layout, without process group or weights; ``keep_padding``: of the vocabulary.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or unreadable.

@@ -98,10 +98,7 @@ def check_same(one: Tokenizer, other: Tokenizer) -> None:
 def check_tokenizers(
     source: Path, found: TokenizerConfig | None, run: Config | None, vocab_size: int
 ) -> str | None:
-    """Check the tokenizer ``found`` in the imported folder against the one of the ``run`` that will continue it.
-
-    Returns:
-        The fingerprint of the one that training will use; None without any.
+    """Compare the imported tokenizer with that of ``run``; returns the fingerprint of the one to train with, or None.
 
     Raises:
         DataError: one of them cannot be read or has too many ids, or they differ.

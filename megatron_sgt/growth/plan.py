@@ -89,11 +89,7 @@ class LoopPlan:
         return cls(num_layers)
 
     def __getitem__(self, layer: int) -> LayerPlan:
-        """The plan of one layer.
-
-        Raises:
-            IndexError: outside 0..num_layers-1.
-        """
+        """The plan of one layer; an IndexError outside 0..num_layers-1."""
         if not 0 <= layer < self.num_layers:
             raise IndexError(f"layer {layer} of a plan with {self.num_layers} layers")
         return dict(self.layers).get(layer, _ORDINARY)

@@ -138,7 +138,6 @@ def read_events(path: Path, config: GrowthConfig, num_layers: int, num_heads: in
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The records that count of a metrics file, or of a JSON list."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -45,7 +45,6 @@ class Failure:
         return "every rank" if self.rank is None else f"rank {self.rank}"
 
     def block(self, world_size: int, advice: str, details: Sequence[str] = ()) -> str:
-        """The report, ready to print: one line per fact, then ``details``."""
         verb = {"error": "FAILED", "lost": "LOST", "hang": "HANG"}[self.kind]
         who = f"all {world_size} ranks" if self.rank is None else f"{self.who} of {world_size} on {self.host}"
         head = f"{verb}  {who}, in {self.place}"

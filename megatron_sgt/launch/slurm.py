@@ -62,10 +62,7 @@ def job_end(environ: Mapping[str, str]) -> int | None:
 
 
 def step_port(environ: Mapping[str, str]) -> int:
-    """Return the port of this step in PORTS: equal for all its tasks, different for neighbouring steps.
-
-    20000 + (37 x job id + step id) mod 12000.
-    """
+    """Return the port of this step: 20000 + (37 x job id + step id) mod 12000, so that neighbouring steps differ."""
     job, step = require_int(environ, "SLURM_JOB_ID", "SLURM_JOBID"), require_int(environ, "SLURM_STEP_ID")
     return PORTS[(PORT_STRIDE * job + step) % len(PORTS)]
 

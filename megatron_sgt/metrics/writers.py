@@ -160,7 +160,6 @@ class WandbWriter:
             self._run.define_metric(f"{kind}/*", step_metric="step")
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Send the record's curves; a summary goes into the run's summary."""
         curves = scalars(kind, record)
         if kind == "summary":
             self._run.summary.update(curves)

@@ -52,7 +52,6 @@ class EntropyMeter:
         return self._current.isfinite().all()
 
     def end_micro_batch(self) -> None:
-        """Add the running micro-batch to the step's sum."""
         if self.enabled:
             self._sum += self._current
             self._micro_batches += 1

@@ -50,11 +50,7 @@ class LoopOptions:
 
 
 def choose_loop_pass(plan: LayerPlan, options: LoopOptions, group: dist.ProcessGroup) -> LoopPass | None:
-    """The way in which a layer executes ``plan``, its tensors on the host; None if it has no head loops.
-
-    Args:
-        group: the tensor-parallel ranks.
-    """
+    """How a layer executes ``plan`` (host tensors) over the tensor-parallel ``group``; None if no heads loop."""
     if plan.phase == "off":
         return None
     layout = options.layout

@@ -74,9 +74,7 @@ def barrier(groups: ParallelGroups) -> None:
 
 
 def on_rank_zero(work: Callable[[], T]) -> T:
-    """The result of ``work``, done by rank 0 alone (or without process groups) and given to every rank.
-
-    Collective. The result must be picklable.
+    """The picklable result of ``work``, done by rank 0 alone (or without process groups), on every rank. Collective.
 
     Raises:
         SGTError: on every rank, when ``work`` raised it.
@@ -132,7 +130,6 @@ def _result(outcome: tuple[Any, Exception | None]) -> Any:
 
 
 def _portable(outcome: tuple[Any, Exception | None], rank: int) -> tuple[Any, Exception | None]:
-    """``outcome`` as the other ranks are to see it."""
     value, error = outcome
     if error is None:
         return outcome

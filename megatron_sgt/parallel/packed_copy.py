@@ -51,7 +51,6 @@ def _view(memory: Tensor, start: int, like: Tensor) -> Tensor:
 
 
 def _mapped(value: Any, place: Callable[[Tensor], Tensor]) -> Any:
-    """``value`` with ``place`` applied to all its tensors."""
     if isinstance(value, Tensor):
         return place(value)
     if isinstance(value, (list, tuple)):

@@ -69,7 +69,6 @@ def state_memory(config: Config, world_size: int, precision: str) -> State:
 
 
 def _gradients(config: Config, stage: int, precision: str, count: int, share: int) -> int:
-    """Bytes of the sums of gradients of ``count`` parameters on one rank, whose part of them is ``share``."""
     if stage == 3 and config.offloads_optimizer:
         return 0
     return ELEMENT_BYTES[config.grad_dtypes(precision)[0]] * (share if stage >= 2 else count)

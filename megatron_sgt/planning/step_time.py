@@ -116,7 +116,6 @@ def _needed(flops: Flops) -> float:
 
 
 def _recomputed(config: Config, layer: int) -> float:
-    """Operations of a whole step that recompute adds for one layer, all ranks."""
     one = pass_flops(config.model, layer, config.train.global_batch_size)
     if layer in config.recomputed_layers("selective"):
         return one.attention.attention / 2
@@ -126,7 +125,6 @@ def _recomputed(config: Config, layer: int) -> float:
 
 
 def _loop_operations(config: Config, plan: LoopPlan, world_size: int, method: LoopMethod) -> float:
-    """Of all loop passes of a step, on the rank that has most of them."""
     ranks = config.parallel.tensor_model_parallel_size
     micro_batches = config.num_micro_batches(world_size)
     per_rank = [

@@ -60,13 +60,10 @@ AXES = (
 def write_comparison(
     run_dirs: Sequence[Path], output: Path, names: Sequence[str] | None = None
 ) -> list[Path]:
-    """Write ``compare.html`` and its pictures into the folder ``output``.
+    """Write ``compare.html`` and its pictures into the folder ``output``; returns the files, the page first.
 
     Args:
         names: of the runs, in order; their folders' names otherwise.
-
-    Returns:
-        The written files, the page first.
 
     Raises:
         ConfigError: fewer than two runs, or not as many names as runs.

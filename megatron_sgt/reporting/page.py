@@ -45,11 +45,7 @@ class Page:
         self._body.append(f'<div class="cards">{inside}</div>')
 
     def picture(self, name: str, heading: str, caption: str, figure: Figure | None) -> None:
-        """A section with a picture; without a figure it says that there is nothing to show.
-
-        Args:
-            name: of the PNG file, without suffix.
-        """
+        """A section with the picture ``name``.png; without a figure it says that there is nothing to show."""
         self._body.append(f"<h2>{html.escape(heading)}</h2>")
         if figure is None:
             self._body.append('<p class="lead">Nothing was recorded for this picture.</p>')

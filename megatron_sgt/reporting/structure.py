@@ -188,7 +188,6 @@ def _draw_window(axes: Axes, event: Record, end: int, height: float) -> None:
 
 
 def _spans(events: Sequence[Record], layer: int, end: int) -> list[tuple[int, int, int]]:
-    """(first step, last step, K_l) of every stretch in which ``layer`` loops."""
     changes = [(e["step"], (e.get("loop_depth") or [])[layer : layer + 1]) for e in events]
     stretches: list[tuple[int, int, int]] = []
     since, depth = 0, 0

@@ -62,10 +62,7 @@ def load_into_engine(
     engine: deepspeed.DeepSpeedEngine,
     groups: ParallelGroups,
 ) -> None:
-    """Set fp32 weights, AdamW's moments and step, and the weights that the model computes with; collective.
-
-    Args:
-        step: AdamW's. loss_scale: fp16's dynamic one, None for none.
+    """Set fp32 weights, AdamW's moments and ``step``, fp16's ``loss_scale``, and the model's weights; collective.
 
     Raises:
         CheckpointError: a tensor is missing, or the optimizer is offloaded to NVMe.

@@ -66,7 +66,6 @@ class Stage12State(RankState):
 def _places(
     groups: Sequence[dict[str, Any]], paddings: Sequence[Sequence[int]] | None
 ) -> dict[str, tuple[int, int]]:
-    """(group, offset in its flat vector) of every parameter."""
     places: dict[str, tuple[int, int]] = {}
     for index, group in enumerate(groups):
         offset = 0

@@ -70,7 +70,6 @@ class GrowthHook(Hook):
         self.meter.enabled = ENTROPY in self.schedule.wanted
 
     def state_dict(self) -> dict[str, Any]:
-        """The schedule's whole state, and every event since the run began."""
         return {"schedule": self.schedule.state_dict(), "events": self.events}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -126,7 +126,6 @@ class StragglerHook(Hook):
             yield batch
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        """End the lap; compare at the interval."""
         if not self.active:
             return
         self.work.end_lap()

@@ -196,7 +196,6 @@ def _is_plain(linear: nn.Module) -> bool:
 
 
 def _some_rows(linear: Any, x: Tensor, blocks: Sequence[int], size: int) -> Tensor:
-    """The outputs ``blocks`` (each of ``size``) of ``linear(x)``."""
     if not _is_plain(linear):
         out = linear(x)
         return torch.cat([out[..., b * size : (b + 1) * size] for b in blocks], dim=-1)

@@ -148,7 +148,6 @@ def _common_fields(config: Any) -> dict[str, Any]:
 
 
 def _ffn(config: Any) -> tuple[bool, str]:
-    """Whether its feed-forward layers have a gate, and their activation under its usual name."""
     return getattr(config, "gated_mlp", True), {"swish": "silu"}.get(config.hidden_act, config.hidden_act)
 
 

@@ -112,7 +112,6 @@ def _new_text(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> s
 
 
 def _ends(opened: OpenModel) -> tuple[int, ...]:
-    """Ids that end a text: the model's, or else the tokenizer's."""
     found = opened.model.generation_config.eos_token_id
     found = opened.tokenizer.eos_token_id if found is None else found
     return () if found is None else (found,) if isinstance(found, int) else tuple(found)

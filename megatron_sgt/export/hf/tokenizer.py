@@ -28,10 +28,7 @@ PROBES = (
 
 
 def write_tokenizer(wanted: TokenizerConfig, folder: Path, config: Config) -> TokenIds:
-    """Write the tokenizer's files into ``folder``.
-
-    Args:
-        config: of the run that was trained with it; its model must know all ids.
+    """Write the tokenizer's files into ``folder``; ``config``: of the run, whose model must know all ids.
 
     Raises:
         DataError: it cannot be read, is not the one that the run's data was made with, or cannot be expressed as
