@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Convert, compare, and say what lies where; returns the exit code."""
+    """Convert, compare, and say where things are; returns the exit code."""
     args = parse()
     from megatron_sgt.compat.quiet import quiet_imports
 

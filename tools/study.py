@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Repeat the paper's comparison: train presets x seeds from one configuration, then write the table.
 
-Runs go on where they were stopped, so that a study can be made in slices: call it again until it says that it is
+Runs resume where they were stopped, so that a study can be made in slices: call it again until it says that it is
 complete. table.md (perplexity, FLOPs) is reproducible; times.md is what this machine took.
 """
 

@@ -73,8 +73,8 @@ def import_model(
 
     Raises:
         CheckpointError: a model that does not fit; a tensor is missing, left over or of the wrong shape; a shard
-            is missing or damaged; ``root`` holds checkpoints, or cannot be written.
-            The folder's tokenizer, or the configuration's, cannot be read or has more tokens than the model.
+            is missing or damaged; ``root`` holds checkpoints, or cannot be written; the folder's tokenizer, or the
+            configuration's, cannot be read or has more tokens than the model.
         ConfigError: ``config_file`` is wrong or of another model.
     """
     model = read_model(source)

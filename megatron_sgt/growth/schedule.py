@@ -123,7 +123,7 @@ class Schedule(ABC):
         return max((layer.loops for layer in self.final_plan()), default=0)
 
     def advice(self, train_iters: int) -> Iterator[str]:
-        """What a user should know before a run of ``train_iters`` steps, with the way out. Default: nothing."""
+        """What a user should know before a run of ``train_iters`` steps, with the remedy. Default: nothing."""
         yield from ()
 
     # Reports and checkpoints

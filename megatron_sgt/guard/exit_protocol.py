@@ -146,7 +146,7 @@ class ExitProtocol:
     def dump_collectives(self) -> None:
         """What this rank's collectives were doing, to its files in the run directory; after the hang was reported.
 
-        Reading it asks the driver about every collective. If that never returns, this thread goes on without it;
+        Reading it asks the driver about every collective. If that never returns, this thread continues without it;
         if it holds Python's lock as well, a timer that needs no lock ends the process.
         """
         faulthandler.dump_traceback_later(2 * RECORD_SECONDS, exit=True, file=2)

@@ -178,7 +178,7 @@ def resume_line(record: Record, paint: Paint = plain) -> str:
 
 
 def save_failed_line(record: Record, paint: Paint = plain) -> str:
-    """A checkpoint that could not be written; training goes on."""
+    """A checkpoint that could not be written; training continues."""
     return f"{paint('bad', 'NOT SAVED')}  step {record['step']:,}  {record['reason']}"
 
 

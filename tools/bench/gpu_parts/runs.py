@@ -1,4 +1,4 @@
-"""Whole runs in processes of their own: the authors' trajectory, and a run that is killed and goes on."""
+"""Whole runs in processes of their own: the authors' trajectory, and a run that is killed and resumed."""
 
 from __future__ import annotations
 
