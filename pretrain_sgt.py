@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Pretrain a Sparse Growing Transformer: python pretrain_sgt.py --config FILE.yaml [section.key=value ...]"""
+"""Pretrain a Sparse Growing Transformer: ``python pretrain_sgt.py --config FILE.yaml [section.key=value ...]``."""
 
 import sys
 

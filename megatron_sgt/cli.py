@@ -14,7 +14,7 @@ from megatron_sgt.files import unwritable
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Run ``main`` and leave the process with its exit code.
 
-    0 (or what ``main`` returns): done. An :class:`SGTError` is a user's mistake: its message goes to stderr
+    0 (or what ``main`` returns): done. An ``SGTError`` is a user's mistake: its message goes to stderr
     without a traceback, and it has its own exit code. 2: usage (from argparse). 130: Ctrl-C. 141: the reader of the
     output went away (``| head``). Any other exception is a bug: traceback and exit code 1.
     """

@@ -7,7 +7,7 @@ A package registers an object under a group of entry points, in its ``setup.cfg`
 
 A configuration may then say the name. It can never name code: what is not registered by an installed package, or by
 ``register`` in the process that trains, is refused. What an object of a group must be is said where the group's
-built-in ones stand (`GROUPS`); it is imported when a run asks for it, not before.
+built-in ones stand (``GROUPS``); it is imported when a run asks for it, not before.
 """
 
 from __future__ import annotations
@@ -42,12 +42,16 @@ def register(group: str, name: str, extension: Any) -> None:
 
 
 def unregister(group: str, name: str) -> None:
-    """Take back what `register` added."""
+    """Take back what ``register`` added."""
     del _registered[group, name]
 
 
 def names(group: str) -> list[str]:
-    """What is registered in ``group``, in alphabetical order. Imports none of it. Raises ValueError: unknown group."""
+    """What is registered in ``group``, in alphabetical order. Imports none of it.
+
+    Raises:
+        ValueError: the group is unknown.
+    """
     installed = {point.name for point in _entry_points(group)}
     return sorted(installed | {name for of, name in _registered if of == group})
 

@@ -1,6 +1,9 @@
 """Files and folders that are whole and on disk, or not there at all: written aside, synced, then renamed. No torch.
 
 A reader sees the old content or the new one, never a part of it, also after a crash of the machine.
+
+Raises:
+    OSError: from every function, for what cannot be read or written.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ def temporary_of(path: Path) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Return when a file's content, or the names in a folder, are on disk. Raises OSError."""
+    """Return when a file's content, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -33,7 +36,7 @@ def sync(path: Path) -> None:
 
 
 def commit(temporary: Path, final: Path) -> None:
-    """Give the file or folder ``temporary`` the name ``final``, in one atomic step. Raises OSError.
+    """Give the file or folder ``temporary`` the name ``final``, in one atomic step.
 
     A file takes the place of an older one, a folder only of an empty one. Content that was written into files of a
     folder must be on disk already.
@@ -45,10 +48,7 @@ def commit(temporary: Path, final: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write inside the block, which takes the place of ``path`` at its end; after an error nothing is left.
-
-    Raises OSError.
-    """
+    """A file to write in the block, which takes the place of ``path`` at its end; after an error nothing is left."""
     temporary = temporary_of(path)
     try:
         yield temporary
@@ -58,31 +58,31 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Give ``path`` the content ``text`` (UTF-8) in one atomic step. Raises OSError."""
+    """Give ``path`` the content ``text`` (UTF-8) in one atomic step."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` (UTF-8) durably: the file is on disk when this returns. Raises OSError."""
+    """Write ``text`` (UTF-8) durably: the file is on disk when this returns."""
     path.write_text(text, encoding="utf-8")
     sync(path)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` durably, for people to read too. Raises OSError."""
+    """Write ``value`` durably, for people to read too."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def fresh_folder(folder: Path) -> None:
-    """Make an empty ``folder``, over whatever an interrupted attempt has left there. Raises OSError."""
+    """Make an empty ``folder``, over whatever an interrupted attempt has left there."""
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 (hexadecimal) of a file's content. Raises OSError."""
+    """SHA-256 (hexadecimal) of a file's content."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK):

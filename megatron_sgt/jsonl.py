@@ -1,7 +1,7 @@
-"""The format of `metrics.jsonl`: one strict JSON object for each report, and how to read them back.
+"""The format of ``metrics.jsonl``: one strict JSON object for each report, and how to read them back.
 
-An object starts with `kind`, `step` and `time` (seconds since the epoch). JSON has no NaN and no infinity:
-such a value is written as null, and the object's `nonfinite` maps its place to its name, so that any parser
+An object starts with ``kind``, ``step`` and ``time`` (seconds since the epoch). JSON has no NaN and no infinity:
+such a value is written as null, and the object's ``nonfinite`` maps its place to its name, so that any parser
 can read the file and nothing is lost:
 
     {"kind":"train","step":7,"time":1700000000.0,"loss":null,"lr":0.1,"nonfinite":{"loss":"NaN"}}
@@ -9,7 +9,7 @@ can read the file and nothing is lost:
 A place inside a nested value is a path with slashes: "ema/3/1". A run that dies after its last checkpoint
 leaves records of steps that the resumed run takes again. The file is only ever appended to; a record of
 kind "resume" at step N declares every earlier record of a later step void (at step 0, a fresh start: every
-earlier record), and `read_metrics` obeys.
+earlier record), and ``read_metrics`` obeys.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _name_of(value: float) -> str:
 
 
 def _strict(value: Any, place: str, nonfinite: dict[str, str]) -> Any:
-    """`value` as JSON-able objects; what is not finite becomes None and is noted under its place."""
+    """``value`` as JSON-able objects; what is not finite becomes None and is noted under its place."""
     if type(value).__module__ == "numpy":
         value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):
@@ -47,7 +47,11 @@ def _strict(value: Any, place: str, nonfinite: dict[str, str]) -> Any:
 
 
 def encode(kind: str, record: Mapping[str, Any]) -> str:
-    """One line of the file, without its newline. Raises TypeError for a value that is no host data."""
+    """One line of the file, without its newline.
+
+    Raises:
+        TypeError: a value that is no host data.
+    """
     nonfinite: dict[str, str] = {}
     head = {"kind": kind, **{key: record[key] for key in ("step", "time") if key in record}}
     plain = {str(key): _strict(item, str(key), nonfinite) for key, item in {**head, **record}.items()}
@@ -57,7 +61,11 @@ def encode(kind: str, record: Mapping[str, Any]) -> str:
 
 
 def decode(line: str) -> dict[str, Any]:
-    """The record of one line, NaN and infinities restored. Raises ValueError if it is no such line."""
+    """The record of one line, NaN and infinities restored.
+
+    Raises:
+        ValueError: it is no such line.
+    """
     record = json.loads(line)
     if not isinstance(record, dict) or "kind" not in record:
         raise ValueError("not an object with a kind")
@@ -71,10 +79,13 @@ def decode(line: str) -> dict[str, Any]:
 
 
 class JsonlWriter:
-    """Appends records to a file, each with the system before `write` returns. Raises OSError if it cannot.
+    """Appends records to a file, each with the system before ``write`` returns.
 
     The folder is made. A line that an earlier process left unfinished is cut off, so that every line of the
     file can be parsed.
+
+    Raises:
+        OSError: the record cannot be written.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -99,7 +110,6 @@ class JsonlWriter:
         """Nothing: a step without a report leaves no trace."""
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 
@@ -124,8 +134,10 @@ def _cut_unfinished_line(path: Path) -> None:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The records that count, in the order of the file: what a resume declared void is left out.
 
-    An unfinished last line, as a killed process leaves it, is ignored. Raises DataError for a file that is
-    missing or holds another line that is no record.
+    An unfinished last line, as a killed process leaves it, is ignored.
+
+    Raises:
+        DataError: the file is missing or holds another line that is no record.
     """
     damaged: list[int] = []
     records = read_all(path, damaged)
@@ -138,7 +150,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 def read_all(path: str | Path, damaged: list[int]) -> list[dict[str, Any]]:
     """Every record of the file, void ones too; the numbers (from 1) of lines that are none go to ``damaged``.
 
-    An unfinished last line is ignored. Raises DataError for a file that cannot be read.
+    An unfinished last line is ignored.
+
+    Raises:
+        DataError: the file cannot be read.
     """
     try:
         text = Path(path).read_text(encoding="utf-8", errors="replace")

@@ -78,13 +78,18 @@ class Start:
 def with_vocabulary(config: Config) -> Config:
     """``config`` with model.vocab_size taken from the tokenizer where it was left null.
 
-    Raises DataError when the tokenizer cannot be read or has more tokens than model.vocab_size.
+    Raises:
+        DataError: the tokenizer cannot be read or has more tokens than model.vocab_size.
     """
     return config.with_vocab_size(resolve_vocab_size(config.model.vocab_size, tokenizer_of(config.data)))
 
 
 def check_folders(config: Config) -> None:
-    """Raises ConfigError: a folder of the run can be neither made nor written."""
+    """Check that the folders of the run can be made or written.
+
+    Raises:
+        ConfigError: one cannot.
+    """
     for option, folder in (
         ("logging.run_dir", Path(config.logging.run_dir)),
         ("checkpoint.save", config.save_dir),
@@ -95,13 +100,21 @@ def check_folders(config: Config) -> None:
 
 
 def check_surroundings(config: Config) -> None:
-    """Raises ConfigError: a package that logging asks for is missing, a folder can be neither made nor written."""
+    """Check the packages and folders that the run needs.
+
+    Raises:
+        ConfigError: a package that logging asks for is missing, or a folder can be neither made nor written.
+    """
     check_packages(config.logging)
     check_folders(config)
 
 
 def check_disk(config: Config, precision: str) -> str:
-    """The room for checkpoints and the size of one, in words. Raises CheckpointError if not one fits."""
+    """The room for checkpoints and the size of one, in words.
+
+    Raises:
+        CheckpointError: not one fits.
+    """
     if config.model.vocab_size is None:  # the tokenizer's, which may not be readable here
         config = config.with_vocab_size(1)
     size, keep = checkpoint_bytes(config, precision), config.checkpoint.keep_last
@@ -124,7 +137,8 @@ def find_start(config: Config, damaged: Mapping[Path, str] | None = None, librar
         damaged: checkpoints that were found to be damaged already, and how.
         libraries: False leaves out what needs NumPy or the tokenizer's library: growth and the tokenizer.
 
-    Raises CheckpointError: nothing at checkpoint.load, a damaged checkpoint, another model, tokenizer or growth.
+    Raises:
+        CheckpointError: nothing at checkpoint.load, a damaged checkpoint, another model, tokenizer or growth.
     """
     found = find_checkpoint(config, damaged)
     if found.folder is None:
@@ -140,7 +154,11 @@ def find_start(config: Config, damaged: Mapping[Path, str] | None = None, librar
 
 
 def tokenizer_fingerprint(config: Config) -> str | None:
-    """What a checkpoint remembers of the tokenizer, None without one. Raises DataError."""
+    """What a checkpoint remembers of the tokenizer, None without one.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     tokenizer = tokenizer_of(config.data)
     return None if tokenizer is None else tokenizer.fingerprint()
 
@@ -153,7 +171,8 @@ def check_job(config: Config, world_size: int, device: str) -> list[tuple[str, s
     Args:
         device: kind of device that the ranks will train on, as in parallel.device.
 
-    Raises ConfigError, DataError, CheckpointError: the first thing that would stop the run.
+    Raises:
+        ConfigError, DataError, CheckpointError: the first thing that would stop the run.
     """
     precision = config.precision_on(device)
     shape, batch = layout_line(config, world_size, precision), batch_line(config, world_size)

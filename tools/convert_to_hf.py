@@ -1,6 +1,7 @@
 #!/usr/bin/env python
-"""Write a checkpoint as a Hugging Face folder: from any tensor-parallel, data-parallel and ZeRO layout, on a CPU,
-one parameter in memory at a time. Then the folder is loaded with transformers and compared with the project's own
+"""Write a checkpoint as a Hugging Face folder, from any parallel layout, on a CPU.
+
+One parameter is in memory at a time. Then the folder is loaded with transformers and compared with the project's own
 model; the result is parity.json in it.
 
 python tools/convert_to_hf.py --load runs/a/checkpoints --output a_hf
@@ -69,7 +70,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Convert, compare, and say what lies where; returns the exit code."""
+    """Convert, compare, and say where things are; returns the exit code."""
     args = parse()
     from megatron_sgt.compat.quiet import quiet_imports
 

@@ -46,7 +46,11 @@ def parse() -> argparse.Namespace:
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts of the command line, then those of the file. Raises DataError for a file that is no text."""
+    """The prompts of the command line, then those of the file.
+
+    Raises:
+        DataError: the file is no text.
+    """
     prompts = list(args.prompt)
     if args.prompt_file is not None:
         try:

@@ -5,7 +5,7 @@ python tools/inspect_checkpoint.py runs/a/checkpoints                    all of 
 python tools/inspect_checkpoint.py runs/a/checkpoints/global_step1000    one of them
 
 Exit code 4 when a finished checkpoint that was looked at is damaged, when the one asked for was never
-finished, or when `latest` names none.
+finished, or when ``latest`` names none.
 """
 
 from __future__ import annotations

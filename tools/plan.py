@@ -1,6 +1,7 @@
 #!/usr/bin/env python
-"""What a run will need: parameters, memory per rank, FLOPs, days, checkpoints, traffic, and what to mend before it
-starts. Formulas alone (docs/planning.md): no GPU, no torch, under two seconds.
+"""What a run will need: parameters, memory, FLOPs, days, checkpoints, traffic, and what to mend before it starts.
+
+Formulas alone (docs/planning.md): no GPU, no torch, under two seconds.
 
 python tools/plan.py --config examples/configs/sgt_7b.yaml --gpu h100 --nodes 4
 python tools/plan.py --config my.yaml --gpu a100 --nodes 2 --json parallel.tensor_model_parallel_size=4

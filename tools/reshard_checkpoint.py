@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""Convert a checkpoint into one that loads under any layout: any tensor-parallel and data-parallel size, any
-ZeRO stage. (A run that meets a checkpoint of another layout does this by itself; the tool does it beforehand,
-on any machine without a GPU.)
+"""Convert a checkpoint into one that loads under any layout: any tensor- and data-parallel size, any ZeRO stage.
+
+A run that meets a checkpoint of another layout does this by itself; the tool does it beforehand, on any machine
+without a GPU.
 
 python tools/reshard_checkpoint.py --load runs/a/checkpoints --output runs/a/any_layout
 python pretrain_sgt.py --config a.yaml checkpoint.load=runs/a/any_layout

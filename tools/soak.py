@@ -5,11 +5,11 @@ python tools/soak.py --deaths 50 --layout tp2-zero1      # any of tp2-zero1 tp2-
 python tools/soak.py --deaths 20 --seed 3 --output table.json
 
 Ranks are killed at random moments, a good part of them inside a save, get signals, stand still for a while; files of
-the newest checkpoint are truncated, deleted or get one bit flipped; the disk is full. After every death: `latest`
-names a checkpoint whose files are all whole, the next start goes on from the newest undamaged one, and every step
+the newest checkpoint are truncated, deleted or get one bit flipped; the disk is full. After every death: ``latest``
+names a checkpoint whose files are all whole, the next start continues from the newest undamaged one, and every step
 repeats the losses, gradient norms and entropies of an uninterrupted run bit for bit. The order of the faults, the
 steps and the ranks that they strike follow from the seed; the moment within a step is the machine's.
-exit codes: 0 nothing was lost; 1 something was, and it is told; 2 usage
+exit codes: 0 nothing was lost; 1 something was, and is reported; 2 usage
 """
 
 import argparse

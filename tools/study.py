@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Repeat the paper's comparison: train presets x seeds from one configuration, then write the table.
 
-Runs go on where they were stopped, so that a study can be made in slices: call it again until it says that it is
+Runs resume where they were stopped, so that a study can be made in slices: call it again until it says that it is
 complete. table.md (perplexity, FLOPs) is reproducible; times.md is what this machine took.
 """
 
@@ -49,7 +49,11 @@ def arguments() -> argparse.Namespace:
 
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:
-    """The runs, seed by seed, so that early slices give whole comparisons. Raises ConfigError."""
+    """The runs, seed by seed, so that early slices give whole comparisons.
+
+    Raises:
+        ConfigError: the settings of a run are wrong.
+    """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}"]
     jobs = []
     for seed in range(1, args.seeds + 1):

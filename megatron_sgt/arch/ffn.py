@@ -61,7 +61,11 @@ KINDS: dict[str, FFNKind] = {
 
 
 def ffn_kind(name: str) -> FFNKind:
-    """The record of the kind ``name``, built in or installed. Raises ConfigError: there is none."""
+    """The record of the kind ``name``, built in or installed.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
     return KINDS[name] if name in KINDS else extensions.load("ffn", name)
 
 

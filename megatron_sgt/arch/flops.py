@@ -29,7 +29,6 @@ class Flops:
 
     @property
     def forward(self) -> int:
-        """All operations of the forward pass."""
         return self.linear + self.attention + self.entropy
 
     @property

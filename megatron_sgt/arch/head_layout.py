@@ -52,27 +52,22 @@ class HeadLayout:
 
     @classmethod
     def of(cls, model: ModelConfig, tp_size: int = 1, tp_rank: int = 0) -> HeadLayout:
-        """The heads of ``model`` on one of ``tp_size`` tensor-parallel ranks (default: all on one)."""
         return cls(model.num_attention_heads, model.num_query_groups, model.kv_channels, tp_size, tp_rank)
 
     @property
     def heads_per_rank(self) -> int:
-        """Query heads on each tensor-parallel rank."""
         return self.num_heads // self.tp_size
 
     @property
     def groups_per_rank(self) -> int:
-        """Key/value groups on each tensor-parallel rank."""
         return self.num_groups // self.tp_size
 
     @property
     def heads_per_group(self) -> int:
-        """Query heads that share one key/value pair."""
         return self.num_heads // self.num_groups
 
     @property
     def owned_heads(self) -> range:
-        """Global ids of this rank's heads."""
         start = self.tp_rank * self.heads_per_rank
         return range(start, start + self.heads_per_rank)
 
@@ -86,7 +81,6 @@ class HeadLayout:
         return len(heads), len({head // self.heads_per_group for head in heads})
 
     def local(self, kept_heads: Sequence[int]) -> KeptHeads:
-        """Indices of those of the global ``kept_heads`` that this rank owns (possibly none)."""
         first = self.owned_heads.start
         heads = tuple(head - first for head in sorted(kept_heads) if head in self.owned_heads)
         groups = tuple(sorted({head // self.heads_per_group for head in heads}))

@@ -49,15 +49,12 @@ class Weight:
 
     @property
     def elements(self) -> int:
-        """Elements of the whole parameter."""
         return sum(math.prod(shape) for shape in self.shapes)
 
     def on_rank(self, tp_size: int) -> int:
-        """Elements on one of ``tp_size`` tensor-parallel ranks."""
         return math.prod(self.shard_shape(tp_size))
 
     def shard_shape(self, tp_size: int) -> Shape:
-        """Shape of the parameter on one of ``tp_size`` tensor-parallel ranks."""
         first, *rest = self.shapes[0]
         if self.split == "replicated":
             return self.shapes[0]

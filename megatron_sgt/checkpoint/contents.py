@@ -24,8 +24,7 @@ _PREFIX = layout.tag_for(0).removesuffix("0")
 
 @dataclass(frozen=True)
 class LoopingLayer:
-    """A layer that loops: its additional passes, its kept heads (none: the whole layer is executed again), the
-    step at which it was selected, and the gate of its other heads."""
+    """A layer that loops; without kept heads the whole layer is executed again."""
 
     layer: int
     depth: int
@@ -83,7 +82,6 @@ class Contents:
     details: Details | None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
         values = asdict(self) | {"folder": str(self.folder)}
         if self.details is not None:
             values["details"]["model"] = self.details.model.model_dump(mode="json")
@@ -101,7 +99,6 @@ class RootContents:
     checkpoints: tuple[Contents, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
         return {
             "root": str(self.root),
             "latest": self.latest,
@@ -149,7 +146,8 @@ def read_contents(folder: Path, check: Check, is_latest: bool = False) -> Conten
 def read_root(root: Path, check: Check) -> RootContents:
     """Look into every folder of ``root`` that is or was to be a checkpoint.
 
-    Raises CheckpointError when there is none.
+    Raises:
+        CheckpointError: there is none.
     """
     folders = sorted(
         (path for path in root.glob(f"{_PREFIX}*") if path.is_dir()),

@@ -112,10 +112,10 @@ def starts_fresh(saved: dict[str, Any], hook: str) -> bool:
 def check_checkpoint(folder: Path, config: Config, tokenizer: str | None = None) -> dict[str, Any]:
     """Check that ``folder`` is whole and fits the model of ``config``; return its saved state.
 
-    Needs no process group. Raises CheckpointError naming damaged files or differing fields.
+    Needs no process group. ``tokenizer``: fingerprint of this run's, None if it has none.
 
-    Args:
-        tokenizer: fingerprint of this run's, None if it has none.
+    Raises:
+        CheckpointError: naming the damaged files or the differing fields.
     """
     about = _verify_quickly(folder)
     state = layout.read_json(folder / layout.STATE_FILE)

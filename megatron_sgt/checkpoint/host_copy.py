@@ -61,11 +61,7 @@ def _lock(memory: Tensor) -> None:
 
 
 class Arena:
-    """Host memory in chunks, handed out piece by piece and taken back all at once.
-
-    Args:
-        pinned: allocate page-locked memory, to which a GPU copies at full speed.
-    """
+    """Host memory handed out in pieces, taken back at once; ``pinned``: page-locked, for fast copies from a GPU."""
 
     def __init__(self, pinned: bool) -> None:
         self.pinned = pinned
@@ -73,13 +69,13 @@ class Arena:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held."""
         return sum(len(chunk.bytes) for chunk in self._chunks)
 
     def reserve(self, num_bytes: int) -> None:
         """Hold at least ``num_bytes`` bytes, their pages touched, so that the first copy is as fast as the others.
 
-        Raises CheckpointError when memory cannot be page-locked.
+        Raises:
+            CheckpointError: memory cannot be page-locked.
         """
         missing = num_bytes - self.num_bytes
         if missing > 0:

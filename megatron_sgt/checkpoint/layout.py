@@ -160,12 +160,20 @@ def resolve(path: Path) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` durably: the file is on disk when this returns. Raises OSError."""
+    """Write ``value`` durably: the file is on disk when this returns.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     files.write_text(path, json.dumps(value, indent=1))
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises CheckpointError when it is missing or damaged."""
+    """Read a JSON file.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -173,7 +181,11 @@ def read_json(path: Path) -> Any:
 
 
 def point_to(root: Path, tag: str) -> None:
-    """Make ``tag`` the checkpoint that a run resumes from. Raises OSError."""
+    """Make ``tag`` the checkpoint that a run resumes from.
+
+    Raises:
+        OSError: the pointer cannot be written.
+    """
     files.replace_text(root / LATEST_FILE, tag)
     files.replace_text(root / ITERATION_FILE, f"{step_of(tag)}\n")
 
@@ -185,8 +197,7 @@ def file_sizes(folder: Path) -> dict[str, int]:
 
 
 def prune(root: Path, keep_last: int, keep_every: int = 0) -> list[str]:
-    """Delete committed checkpoints that are neither among the newest ``keep_last`` nor at a multiple of
-    ``keep_every`` steps; 0 for ``keep_last`` keeps all, 0 for ``keep_every`` keeps none for its step.
+    """Delete committed checkpoints but the newest ``keep_last`` (0: all) and every ``keep_every`` steps (0: none).
 
     The checkpoint that ``latest`` names is never deleted. Later ones do not count, and stay until the run reaches
     their steps again: they are damaged, or were abandoned by a rollback.

@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 def verify_together(folder: Path, config: Config, groups: ParallelGroups) -> str | None:
     """What is wrong with the bytes of ``folder``, None if nothing; collective, each rank reads a part.
 
-    With ``checkpoint.verify: sizes`` nothing is read. Raises CheckpointError when a rank cannot see the folder.
+    With ``checkpoint.verify: sizes`` nothing is read.
+
+    Raises:
+        CheckpointError: a rank cannot see the folder.
     """
     if config.checkpoint.verify == "sizes":
         return None
@@ -56,10 +59,7 @@ def load_checkpoint(
     """Load weights, optimizer and random streams of this rank from a checked ``folder``; collective.
 
     Under the same layout DeepSpeed reads its own files and everything continues bit for bit. Under another layout a
-    layout-free copy is made beside it, once, and read.
-
-    Args:
-        state: what ``check_checkpoint`` returned for ``folder``.
+    layout-free copy is made beside it, once, and read. ``state``: what ``check_checkpoint`` returned for ``folder``.
 
     Returns:
         One line for the log about another layout; None for the same.

@@ -4,6 +4,9 @@
         "sgt_state.json": {"bytes": 2113, "sha256": "9f86d0..."}, ...}, "sha256": of all of the above}
 
 It is written last, so a folder with a manifest was complete once. No torch: a login node reads it too.
+
+Raises:
+    OSError: from every function that reads or writes, unless it says otherwise.
 """
 
 from __future__ import annotations
@@ -27,22 +30,19 @@ Files = dict[str, dict[str, Any]]
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file. Raises OSError."""
+    """Size and SHA-256 of a file."""
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def describe_files(folder: Path, names: Iterable[str]) -> Files:
-    """``describe_file`` of several files of ``folder``, a few at a time. Raises OSError."""
+    """``describe_file`` of several files of ``folder``, a few at a time."""
     names = list(names)
     with ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(names, pool.map(lambda name: describe_file(folder / name), names), strict=True))
 
 
 def write_manifest(folder: Path, about: Mapping[str, Any], files: Files | None = None) -> Files:
-    """Write the manifest of ``folder``. ``files``: described by the ranks that wrote them; None: describe them now.
-
-    Raises OSError.
-    """
+    """Write the manifest of ``folder``. ``files``: as described by the ranks that wrote them; None: described now."""
     if files is None:
         files = describe_files(folder, layout.file_sizes(folder))
     content = {"version": VERSION, "tag": folder.name, **about, "files": dict(sorted(files.items()))}
@@ -51,10 +51,7 @@ def write_manifest(folder: Path, about: Mapping[str, Any], files: Files | None =
 
 
 def commit_folder(temporary: Path, final: Path, about: Mapping[str, Any]) -> int:
-    """Complete ``temporary`` with a manifest and give it the name ``final``; returns its size in bytes.
-
-    All of it is on disk first. Raises OSError.
-    """
+    """Complete ``temporary`` with a manifest, all on disk, and rename it to ``final``; returns its size in bytes."""
     for name in layout.file_sizes(temporary):
         sync(temporary / name)
     files = write_manifest(temporary, {**about, "tag": final.name})
@@ -63,7 +60,11 @@ def commit_folder(temporary: Path, final: Path, about: Mapping[str, Any]) -> int
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of ``folder``. Raises CheckpointError when it is missing or has changed."""
+    """The manifest of ``folder``.
+
+    Raises:
+        CheckpointError: it is missing or has changed.
+    """
     path = folder / layout.MANIFEST_FILE
     content = layout.read_json(path)
     if not isinstance(content, dict) or content.get("version") != VERSION:
@@ -81,7 +82,8 @@ def digest(content: Mapping[str, Any]) -> str:
 def size_problems(folder: Path) -> list[str]:
     """The files of ``folder`` that are missing or have another size than when it was saved, one line each.
 
-    Raises CheckpointError when the manifest cannot be read.
+    Raises:
+        CheckpointError: the manifest cannot be read.
     """
     listed: Files = read_manifest(folder)["files"]
     actual = layout.file_sizes(folder)
@@ -112,17 +114,29 @@ def checksum_problems(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
 
 
 def verify_sizes(folder: Path) -> None:
-    """Raises CheckpointError naming the files of ``folder`` that are missing or have another size."""
+    """Refuse a ``folder`` whose files have changed in size.
+
+    Raises:
+        CheckpointError: naming the files that are missing or have another size.
+    """
     refuse(folder, size_problems(folder))
 
 
 def verify_checksums(folder: Path) -> None:
-    """Raises CheckpointError naming the files of ``folder`` that are missing or not as they were saved."""
+    """Refuse a ``folder`` whose files have changed.
+
+    Raises:
+        CheckpointError: naming the files that are missing or not as they were saved.
+    """
     refuse(folder, checksum_problems(folder))
 
 
 def refuse(folder: Path, problems: list[str]) -> None:
-    """Raises CheckpointError if there are ``problems``."""
+    """Refuse ``folder`` if there are ``problems``.
+
+    Raises:
+        CheckpointError: there are some.
+    """
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(

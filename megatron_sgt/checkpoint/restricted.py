@@ -26,10 +26,7 @@ def allowed_classes() -> list[Any]:
 
 
 def load_restricted(path: Path, mapped: bool = True) -> dict[str, Any]:
-    """The content of one file, its tensors on the CPU.
-
-    Args:
-        mapped: map the tensors from disk, so that only what is used of them is read.
+    """The content of one file, its tensors on the CPU; ``mapped``: left on disk, so that only what is used is read.
 
     Raises:
         CheckpointError: the file cannot be read, or holds a class that is not on the list.

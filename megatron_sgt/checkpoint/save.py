@@ -86,11 +86,7 @@ class _InFlight:
 
 
 class Saver:
-    """Saves checkpoints, one at a time; every method is collective over all ranks.
-
-    Args:
-        about: what the manifest says of the run (JSON-able).
-    """
+    """Saves checkpoints, one at a time; every method is collective. ``about``: for the manifest (JSON-able)."""
 
     def __init__(
         self,
@@ -117,7 +113,6 @@ class Saver:
 
     @property
     def in_flight(self) -> bool:
-        """Whether a save has begun that is not committed."""
         return self._flight is not None
 
     def prepare(self) -> None:
@@ -126,10 +121,7 @@ class Saver:
             self._arena.reserve(_estimated_bytes(self._engine, self._groups))
 
     def start(self, step: int, state: dict[str, Any]) -> None:
-        """Begin the save after ``step`` optimizer steps; no other save may be in flight.
-
-        Args:
-            state: JSON-able state of the trainer and its hooks.
+        """Begin the save after ``step`` optimizer steps, when no other is in flight. ``state``: of trainer and hooks.
 
         Raises:
             CheckpointError: on every rank, when the folder cannot be made.
@@ -144,10 +136,7 @@ class Saver:
         self._flight.stall_s = time.perf_counter() - begun
 
     def poll(self, wait: bool = False) -> Saved | None:
-        """Advance the save in flight; returns it once it is committed, else None.
-
-        Args:
-            wait: until it is committed.
+        """Advance the save in flight; returns it once it is committed, else None. ``wait``: until it is committed.
 
         Raises:
             CheckpointError: on every rank, when one of them could not write. Nothing of the save
@@ -172,7 +161,6 @@ class Saver:
         return None
 
     def _run(self, work: Callable[[], Any]) -> Future[Any]:
-        """Do ``work``: in the background, or now."""
         if self._pool is not None:
             return self._pool.submit(work)
         future: Future[Any] = Future()
@@ -204,7 +192,6 @@ class Saver:
         return self._root / f"{layout.tag_for(step)}{layout.TEMPORARY_SUFFIX}"
 
     def _commit(self, flight: _InFlight) -> int:
-        """The second phase, on one rank. Raises CheckpointError."""
         where = layout_of(self._config, self._groups)
         samples = flight.state["trainer"].get("consumed_samples", 0)
         about = {
@@ -257,7 +244,6 @@ def _hand_over(
     engine: deepspeed.DeepSpeedEngine,
     groups: ParallelGroups,
 ) -> None:
-    """Write this rank's state, or copy it."""
     with quiet_logs(), redirected_to(files, engine):  # DeepSpeed reports every file on every rank
         engine.save_checkpoint(
             str(temporary.parent),

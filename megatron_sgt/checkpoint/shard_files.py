@@ -44,7 +44,6 @@ class ShardFiles:
         self._read: dict[Path, Any] = {}
 
     def save(self, state_dict: Any, path: str | Path) -> None:
-        """Write ``state_dict`` to ``path``, or keep it for ``finish``."""
         own = None
         if self._dp_size > 1 and layout.is_model_file(Path(path).name):
             own = self._share(state_dict[weight_parts.MODULE])
@@ -86,7 +85,8 @@ class ShardFiles:
     def finish(self) -> Files:
         """Write what was kept; returns this rank's files, all on disk.
 
-        Raises CheckpointError when one could not be written (disk full, quota, permissions).
+        Raises:
+            CheckpointError: one could not be written (disk full, quota, permissions).
         """
         with as_checkpoint_error():
             while self._kept:
@@ -96,7 +96,11 @@ class ShardFiles:
         return self._files
 
     def read(self, paths: Iterable[Path]) -> None:
-        """Read files before DeepSpeed asks for them. Raises CheckpointError; see ``load_restricted``."""
+        """Read files before DeepSpeed asks for them.
+
+        Raises:
+            CheckpointError: see ``load_restricted``.
+        """
         for path in paths:
             content = load_restricted(path, mapped=False)
             if layout.is_model_file(path.name):
@@ -112,7 +116,6 @@ class ShardFiles:
         return self._read.get(Path(path)) or load_restricted(Path(path))
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Make a folder."""
         os.makedirs(path, exist_ok=exist_ok)
 
     def create(self, info: Any) -> None:

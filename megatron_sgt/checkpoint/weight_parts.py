@@ -46,7 +46,8 @@ def without_weights(content: dict[str, Any], ranks: int) -> dict[str, Any]:
 def merged(content: dict[str, Any], path: Path, read: Callable[[Path], Any]) -> dict[str, Any]:
     """The content of ``path`` with the whole module, in its order, from all parts.
 
-    Raises CheckpointError when a part is missing or lacks a tensor.
+    Raises:
+        CheckpointError: a part is missing or lacks a tensor.
     """
     if _NAMES not in content:
         return content

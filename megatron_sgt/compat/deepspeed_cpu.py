@@ -21,12 +21,9 @@ LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
 
 
 def choose_accelerator(kind: str) -> str | None:
-    """Make DeepSpeed use the accelerator ``kind``, "cpu" or "cuda", whatever it has detected or was told.
+    """Make DeepSpeed use the accelerator ``kind``, "cpu" or "cuda"; returns DS_ACCELERATOR if it overrides that.
 
     Best called before DeepSpeed is imported: it takes the builders of its extensions from the accelerator then.
-
-    Returns:
-        The value of DS_ACCELERATOR in the environment that this overrides, None without one.
     """
     told = os.environ.get("DS_ACCELERATOR")
     os.environ["DS_ACCELERATOR"] = kind
@@ -55,7 +52,6 @@ def _accelerator(kind: str) -> Any:
         """
 
         def available_memory(self, device_index: int | None = None) -> int:
-            """Free memory of the device, in bytes."""
             return torch.cuda.mem_get_info(device_index)[0]
 
     return Accelerator()
@@ -64,7 +60,7 @@ def _accelerator(kind: str) -> Any:
 def prepare_deepspeed(device: torch.device) -> None:
     """Select the accelerator of ``device`` and its index, prevent the build, silence ranges and per-rank log lines.
 
-    Call before the first use of DeepSpeed. Where DS_LOG_LEVEL is set, its log level is the user's.
+    Call before the first use of DeepSpeed. A log level set in DS_LOG_LEVEL is kept.
     """
     import deepspeed.ops
     from deepspeed.utils import logger, nvtx
@@ -81,10 +77,6 @@ def prepare_deepspeed(device: torch.device) -> None:
 
 
 def profiled() -> bool:
-    """Whether named ranges are wanted: under Nsight Systems, or as NVTE_NVTX_ENABLED says.
-
-    The first variable is what Nsight Systems sets for the programs that it starts, the second is Transformer
-    Engine's switch for its own ranges.
-    """
+    """Whether named ranges are wanted: under Nsight Systems, or as NVTE_NVTX_ENABLED says."""
     asked = os.environ.get("NVTE_NVTX_ENABLED")
     return asked == "1" if asked else "NSYS_PROFILING_SESSION_ID" in os.environ

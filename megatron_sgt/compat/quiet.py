@@ -1,4 +1,4 @@
-"""Keeps the notes that libraries print on every rank off the console."""
+"""Suppresses the notes that libraries print on every rank."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ NO_NEWS = {
 
 
 def quiet_imports() -> None:
-    """Silence notes about optional packages; choose DeepSpeed's CPU accelerator where there is no GPU.
-
-    Call before the first import of either library.
-    """
+    """Before the first import of either library: silence notes; choose DeepSpeed's CPU accelerator without a GPU."""
     # Apex and Transformer Engine are optional here; nobody needs to hear that they are absent.
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
     warnings.filterwarnings("ignore", message=".*tp_group is None.*")

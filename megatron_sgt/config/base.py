@@ -35,8 +35,8 @@ def count(number: int, noun: str) -> str:
 class Section(BaseModel):
     """One section of the configuration. Values never change after validation.
 
-    Types are strict (`"8"`, `8.0` and `true` are not integers), so that mistakes are refused, not guessed at. A list is
-    accepted as a tuple, since YAML has no tuples.
+    Types are strict (``"8"``, ``8.0`` and ``true`` are not integers), so that mistakes are refused, not guessed at. A
+    list is accepted as a tuple, since YAML has no tuples.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -54,7 +54,7 @@ class Section(BaseModel):
         return self
 
     def problems(self) -> Iterator[str]:
-        """Yield one `field: text` line for each broken rule that concerns more than one field."""
+        """Yield one ``field: text`` line for each broken rule that concerns more than one field."""
         yield from ()
 
 

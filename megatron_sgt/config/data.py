@@ -84,7 +84,6 @@ class DataConfig(Section):
         )
 
     def split_shares(self) -> tuple[float, float, float]:
-        """Return the shares of training, validation and test, summing to 1."""
         shares = [float(share) for share in self.split.split(",")]
         total = sum(shares)
         if len(shares) > 3 or not 0 < total < float("inf") or shares[0] <= 0 or min(shares) < 0:

@@ -94,7 +94,7 @@ DEEPSPEED_KEYS = (
 
 
 def misspelt_deepspeed_key(key: str) -> str | None:
-    """Return the DeepSpeed key that `key` is probably a misspelling of; None if it is one, or resembles none."""
+    """Return the DeepSpeed key that ``key`` is probably a misspelling of; None if it is one, or resembles none."""
     if key in DEEPSPEED_KEYS:
         return None
     close = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=1, cutoff=0.8)
@@ -102,7 +102,7 @@ def misspelt_deepspeed_key(key: str) -> str | None:
 
 
 def section_at(root: type[BaseModel], path: tuple[str, ...]) -> type[BaseModel] | None:
-    """Return the class of the section at `path` below `root`, or None if there is none."""
+    """Return the class of the section at ``path`` below ``root``, or None if there is none."""
     section = root
     for name in path:
         field = section.model_fields.get(name)
@@ -114,7 +114,7 @@ def section_at(root: type[BaseModel], path: tuple[str, ...]) -> type[BaseModel] 
 
 
 def all_keys(root: type[BaseModel], prefix: str = "") -> list[str]:
-    """Return the dotted names of all fields below `root`, sections included."""
+    """Return the dotted names of all fields below ``root``, sections included."""
     keys = []
     for name, field in root.model_fields.items():
         keys.append(prefix + name)
@@ -125,7 +125,7 @@ def all_keys(root: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def unknown_key(root: type[BaseModel], path: tuple[str, ...]) -> str:
-    """Return the line for the unknown key at `path`, with what was probably meant."""
+    """Return the line for the unknown key at ``path``, with what was probably meant."""
     *parents, key = path
     line = f"unknown key '{'.'.join(path)}'"
     name = key.lstrip("-").replace("-", "_")

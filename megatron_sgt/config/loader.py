@@ -18,10 +18,12 @@ from megatron_sgt.errors import ConfigError
 def load_config(path: str | Path, overrides: Sequence[str] = (), preset: str | None = None) -> Config:
     """Read a configuration.
 
-    path: YAML file. Its key `base:` names another one (relative to it) whose values it overrides key by key.
-    overrides: `section.key=value` each, the value in YAML. preset: a name of presets.py, whose values override the
+    path: YAML file. Its key ``base:`` names another one (relative to it) whose values it overrides key by key.
+    overrides: ``section.key=value`` each, the value in YAML. preset: a name of presets.py, whose values override the
     file's and are overridden by the overrides.
-    Raises ConfigError: file missing or not YAML, a cycle of `base:`, unknown keys, bad values; all at once.
+
+    Raises:
+        ConfigError: file missing or not YAML, a cycle of ``base:``, unknown keys, bad values; all at once.
     """
     path = Path(path)
     values = _read_with_bases(path, ())
@@ -36,7 +38,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), preset: str | N
 
 
 def parse_config(values: Mapping[str, Any], source: str = "configuration") -> Config:
-    """Validate plain values, as read from YAML. Raises ConfigError with one line per problem."""
+    """Validate plain values, as read from YAML.
+
+    Raises:
+        ConfigError: with one line per problem.
+    """
     # A section with every line commented out is empty, not null.
     sections = {
         key: {} if value is None and key in Config.model_fields else value for key, value in values.items()
@@ -51,7 +57,7 @@ def parse_config(values: Mapping[str, Any], source: str = "configuration") -> Co
 
 
 def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
-    """Return the values of a file over those of its base. `chain`: the files that led here."""
+    """Return the values of a file over those of its base. ``chain``: the files that led here."""
     real = path.resolve()
     if real in chain:
         names = " -> ".join(str(step) for step in (*chain[chain.index(real) :], real))
@@ -76,7 +82,7 @@ def _missing_file(path: Path, chain: tuple[Path, ...]) -> str:
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `above` over `below`: two mappings are merged key by key, anything else is replaced."""
+    """Return ``above`` over ``below``: two mappings are merged key by key, anything else is replaced."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
@@ -89,7 +95,6 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
-    """Set the value of one `section.key=value` in nested mappings."""
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):

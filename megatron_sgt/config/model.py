@@ -122,7 +122,10 @@ class ModelConfig(Section):
 
         Unlike Megatron's, the padding does not depend on the tensor-parallel size (which must divide
         make_vocab_size_divisible_by), so that a checkpoint has the same shape under every layout.
-        `vocab_size`: the tokenizer's, if not the model's own counts. Raises ConfigError if both are null.
+        ``vocab_size``: the tokenizer's, if not the model's own counts.
+
+        Raises:
+            ConfigError: both are null.
         """
         entries = self.vocab_size if vocab_size is None else vocab_size
         if entries is None:

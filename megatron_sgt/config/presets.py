@@ -1,7 +1,7 @@
 """The paper's method, its baselines and its ablations by name, which ``--preset`` applies to a configuration file.
 
-A preset changes only the growth section, so that runs from one file see the same data in the same order and start from
-the same weights. Its name is appended to ``logging.run_dir``, so that they do not share a folder.
+A preset changes only the growth section, so runs from one file see the same data in the same order and start from
+the same weights. Its name is appended to ``logging.run_dir``, so they do not share a folder.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ PRESETS: dict[str, Callable[[int], Values]] = {
 def preset_values(name: str, values: Mapping[str, Any]) -> Values:
     """The values by which preset ``name`` overrides ``values``, the nested values of a configuration file.
 
-    Raises ConfigError for an unknown name, and for a model that is too small.
+    Raises:
+        ConfigError: the name is unknown, or the model too small.
     """
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=1)

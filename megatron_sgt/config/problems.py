@@ -29,7 +29,7 @@ _REQUIREMENTS = {
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
-    """Return one line per problem of a validation of `root`, in the order of the fields."""
+    """Return one line per problem of a validation of ``root``, in the order of the fields."""
     return [line for item in error.errors(include_url=False) for line in _lines(dict(item), root)]
 
 

@@ -53,7 +53,6 @@ def _table(prefix: str, section: type[BaseModel]) -> Iterator[str]:
 
 
 def _leaves(prefix: str, section: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
-    """(dotted key, field) of a section and of the sections inside it."""
     for name, field in section.model_fields.items():
         yield f"{prefix}{name}", field
         inner = section_class(field.annotation)

@@ -23,7 +23,7 @@ ZERO_0_HALF = (
 
 
 class Config(Section):
-    """A complete run. `load_config` makes one from YAML with one clear line per mistake."""
+    """A complete run. ``load_config`` makes one from YAML with one clear line per mistake."""
 
     model: ModelConfig = Field(description="Shape of the decoder.")
     growth: GrowthConfig = Field(default_factory=GrowthConfig, description="How depth grows.")
@@ -45,12 +45,10 @@ class Config(Section):
 
     @property
     def save_dir(self) -> Path:
-        """Folder that checkpoints are written to."""
         return Path(self.checkpoint.save or Path(self.logging.run_dir, "checkpoints"))
 
     @property
     def data_cache_dir(self) -> Path:
-        """Folder of the sample indices."""
         return Path(self.data.data_cache_path or Path(self.logging.run_dir, "data_cache"))
 
     @property
@@ -59,9 +57,10 @@ class Config(Section):
         return self.optim.lr_decay_iters or self.train.train_iters
 
     def precision_on(self, device: str) -> str:
-        """Return the precision of a run on `device` ("cpu" or "cuda").
+        """Return the precision of a run on ``device`` ("cpu" or "cuda").
 
-        Raises ConfigError for bf16 and fp16 without ZeRO, and for fp16 on a CPU.
+        Raises:
+            ConfigError: bf16 or fp16 without ZeRO, or fp16 on a CPU.
         """
         resolved = resolve_precision(self.train.precision, device)
         if resolved != "fp32" and self.parallel.zero_stage == 0:
@@ -94,7 +93,11 @@ class Config(Section):
         )
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Return the number of model replicas among `world_size` processes. Raises ConfigError."""
+        """Return the number of model replicas among ``world_size`` processes.
+
+        Raises:
+            ConfigError: ``world_size`` does not divide.
+        """
         tensor_parallel = self.parallel.tensor_model_parallel_size
         if world_size % tensor_parallel:
             raise ConfigError(
@@ -105,11 +108,14 @@ class Config(Section):
         return world_size // tensor_parallel
 
     def zero_stage_on(self, world_size: int, precision: str) -> int:
-        """Return the ZeRO stage that a run really has. Raises ConfigError.
+        """Return the ZeRO stage that a run really has.
 
         On a single data-parallel rank there is nothing to shard, but ZeRO would still copy every weight and every
         gradient into its buffers and back. So an fp32 run goes without it: the same numbers with less memory and time.
         (Half precision needs ZeRO's fp32 weights; a run that sets deepspeed.zero_optimization gets ZeRO.)
+
+        Raises:
+            ConfigError: as ``data_parallel_size``.
         """
         alone = self.data_parallel_size(world_size) == 1 and precision == "fp32"
         return 0 if alone and not self.deepspeed.get("zero_optimization") else self.parallel.zero_stage
@@ -124,11 +130,14 @@ class Config(Section):
         )
 
     def with_vocab_size(self, size: int) -> "Config":
-        """Return this configuration with another number of token ids."""
         return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": size})})
 
     def num_micro_batches(self, world_size: int) -> int:
-        """Return the micro-batches that one rank accumulates per optimizer step. Raises ConfigError."""
+        """Return the micro-batches that one rank accumulates per optimizer step.
+
+        Raises:
+            ConfigError: the batch or the ranks do not divide.
+        """
         data_parallel = self.data_parallel_size(world_size)
         train = self.train
         unit = train.micro_batch_size * data_parallel
@@ -150,7 +159,7 @@ class Config(Section):
         return below
 
     def to_yaml(self) -> str:
-        """Return the resolved configuration; `load_config` of it gives an equal Config."""
+        """Return the resolved configuration; ``load_config`` of it gives an equal Config."""
         return dump_yaml(self.model_dump())
 
 
@@ -303,5 +312,4 @@ def _derived_deepspeed_values(cfg: Config) -> Iterator[tuple[str, str, Any]]:
 
 
 def _precision(cfg: Config) -> str:
-    """Return the precision as far as the configuration alone decides it."""
     return resolve_precision(cfg.train.precision, cfg.parallel.device)

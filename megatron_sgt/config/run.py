@@ -8,10 +8,7 @@ from megatron_sgt.config.base import Section
 
 
 def resolve_precision(wanted: str, device: str) -> str:
-    """Return the precision meant by ``wanted`` on ``device``: "auto" is bf16 on "cuda", fp32 on "cpu".
-
-    While the device is itself "auto", so is the precision.
-    """
+    """Return what precision "auto" is on ``device``: bf16 on "cuda", fp32 on "cpu", "auto" while that is "auto"."""
     if wanted != "auto" or device == "auto":
         return wanted
     return "bf16" if device == "cuda" else "fp32"

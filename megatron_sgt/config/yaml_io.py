@@ -1,7 +1,7 @@
 """YAML for configurations: numbers and booleans of YAML 1.2, no duplicate keys.
 
-PyYAML follows YAML 1.1, where `6e-4` is text, `on` is true and `010` is 8, and silently uses the last of several equal
-keys.
+PyYAML follows YAML 1.1, where ``6e-4`` is text, ``on`` is true and ``010`` is 8, and silently uses the last of several
+equal keys.
 """
 
 import re
@@ -69,7 +69,11 @@ _Dumper.add_representer(
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Return the value of a YAML text. Raises ConfigError that names `source` and the line."""
+    """Return the value of a YAML text.
+
+    Raises:
+        ConfigError: naming ``source`` and the line.
+    """
     try:
         # A subclass of SafeLoader: builds plain values only.
         return yaml.load(text, Loader=_Loader)
@@ -81,7 +85,11 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Return the mapping that a YAML file holds. Raises ConfigError if there is none."""
+    """Return the mapping that a YAML file holds.
+
+    Raises:
+        ConfigError: it holds none.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

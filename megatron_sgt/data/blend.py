@@ -38,7 +38,8 @@ class Blend:
 def round_to_period(weights: Sequence[float]) -> tuple[int, ...]:
     """Integers proportional to ``weights`` that sum to PERIOD (1 for a single one), by largest remainders.
 
-    Raises ValueError for a weight that is not positive, or so small that it would round to nothing.
+    Raises:
+        ValueError: a weight that is not positive, or so small that it would round to nothing.
     """
     if len(weights) == 1:
         return (1,)

@@ -34,7 +34,9 @@ def build_corpus(
 
     Installed packages are omitted, and so is the library's own test suite unless the rest is smaller than
     ``min_bytes``. Files that cannot be decoded are skipped. ``root``: a folder instead of the standard library's.
-    Raises DataError if the text is too small even then, or ``output`` exists and may not be overwritten.
+
+    Raises:
+        DataError: the text is too small even then, or ``output`` exists and may not be overwritten.
     """
     target = Path(output)
     if target.exists() and not overwrite:

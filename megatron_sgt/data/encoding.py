@@ -53,7 +53,7 @@ class Encoder:
     dtype: str
 
     def __call__(self, chunk: Chunk) -> EncodedChunk:
-        """Tokenize every document; raises DataError with file and line for a bad one."""
+        """Tokenize every document; a bad one is a DataError with file and line."""
         ending = [self.tokenizer.eod] if self.append_eod else []
         tokens: list[list[np.ndarray]] = [[] for _ in self.keys]
         empty = [0] * len(self.keys)
@@ -89,7 +89,9 @@ def encode_chunks(
 ) -> Generator[EncodedChunk, None, None]:
     """Encode ``chunks`` in order; a bounded number of them is in memory at any time.
 
-    Raises DataError for a bad document, SGTError if a worker process dies.
+    Raises:
+        DataError: a bad document.
+        SGTError: a worker process dies.
     """
     arguments = (config, tuple(keys), append_eod, dtype)
     if num_workers <= 1:

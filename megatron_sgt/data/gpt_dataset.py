@@ -2,7 +2,7 @@
 
 Megatron shuffles all epochs of a run together, so another ``train_iters`` gives another order. Here each
 data set is a GPTDataset of exactly one epoch; epoch e of data set d is that epoch under a permutation keyed
-by (seed, d, e); and :class:`~megatron_sgt.data.blend.Blend` says which data set sample i is drawn from.
+by (seed, d, e); and ``Blend`` says which data set sample i is drawn from.
 """
 
 import logging
@@ -39,9 +39,8 @@ the position of a run is a count of samples. Data-parallel ranks read different 
 class BlendedSamples(Dataset[Sample]):
     """An endless sequence of samples: ``samples[i]`` for any i >= 0, in constant time and memory.
 
-    A sample is a dict of ``tokens`` [T] int64, ``labels`` [T] int64 (the next tokens), ``loss_mask`` [T]
-    float32 and ``position_ids`` [T] int64. ``len()`` is one epoch: the samples of all data sets, each counted
-    once.
+    A sample is a dict of ``tokens`` [T] int64, ``labels`` [T] int64 (the next tokens), ``loss_mask`` [T] float32 and
+    ``position_ids`` [T] int64. ``len()`` is one epoch: the samples of all data sets, each counted once.
     """
 
     def __init__(
@@ -101,9 +100,7 @@ class _Prepared:
 
 
 def build_datasets(cfg: Config, tokenizer: Tokenizer | None) -> tuple[Any, Any | None, Any | None]:
-    """The training, validation and test samples of ``data.dataset``: one of DATASETS, or a `Builder` that is registered
-    under the entry-point group ``megatron_sgt.datasets``.
-    """
+    """Training, validation and test samples of ``data.dataset``: of DATASETS, or from a registered ``Builder``."""
     name = cfg.data.dataset
     build: Builder = DATASETS[name] if name in DATASETS else extensions.load("datasets", name)
     return build(cfg, tokenizer)
@@ -117,7 +114,9 @@ def _indexed(
     Collective: rank 0 checks the files and builds the sample indices under ``data_cache_path``, then all ranks map
     them. Training samples are shuffled again in every epoch; validation and test samples keep one order, which does not
     depend on the seed.
-    Raises DataError (on every rank) for whatever :func:`~megatron_sgt.data.sources.find_sources` refuses.
+
+    Raises:
+        DataError: on every rank, for whatever ``find_sources`` refuses.
     """
     vocab_size = resolve_vocab_size(cfg.model.vocab_size, tokenizer)
     prepared = on_rank_zero(lambda: _prepare(cfg, tokenizer))

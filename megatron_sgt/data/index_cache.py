@@ -1,7 +1,7 @@
 """Megatron's sample indices of one data set, built once by rank 0 and shared, completely or not at all.
 
 Megatron's own cache is keyed by the path of the data and written in place, so a rebuilt corpus or a killed job can
-leave indices that fit no data. Here the key covers everything that the indices depend on, and a folder gets its final
+leave indices that match no data. Here the key covers everything that the indices depend on, and a folder gets its final
 name only when it is complete.
 """
 
@@ -32,7 +32,8 @@ VISIBLE_AFTER_SECONDS = 60.0
 def megatron_datasets() -> ModuleType:
     """The module ``megatron.core.datasets.gpt_dataset``, imported without warnings about absent packages.
 
-    Raises DataError when megatron-core lacks the compiled index builder, which no wheel does.
+    Raises:
+        DataError: megatron-core lacks the compiled index builder, which no wheel does.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -60,7 +61,8 @@ def build_index_cache(
 ) -> str:
     """Build the indices of every non-empty split of ``prefix``, unless they are there; returns their folder.
 
-    Raises DataError if ``cache_root`` cannot be written.
+    Raises:
+        DataError: ``cache_root`` cannot be written.
     """
     key = json.dumps(
         [lengths_digest, [[p.first, p.last] for p in parts], seq_length, seed, megatron_version()]
@@ -127,7 +129,7 @@ def wait_for_folder(folder: str, patience_seconds: float = VISIBLE_AFTER_SECONDS
 
 
 def megatron_version() -> str:
-    """Version of megatron-core, installed or a checkout: its index builder decides what lies in the cache."""
+    """Version of megatron-core, installed or a checkout: its index builder decides what is in the cache."""
     from megatron.core import __version__
 
     return __version__

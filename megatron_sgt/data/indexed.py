@@ -1,7 +1,7 @@
-"""Megatron's indexed data sets on disk: finding them, and finding damage before training does.
+r"""Megatron's indexed data sets on disk: finding them, and finding damage before training does.
 
 PREFIX.bin holds the tokens of all sequences back to back. PREFIX.idx holds, little-endian: the 9 bytes
-``MMIDIDX\\0\\0``, version 1 (uint64), dtype code (uint8), number of sequences n (uint64), number of document
+``MMIDIDX\0\0``, version 1 (uint64), dtype code (uint8), number of sequences n (uint64), number of document
 boundaries m (uint64), the lengths (int32[n]), the byte offsets (int64[n]) and the boundaries (int64[m], from
 0). PREFIX.json, which only this project writes, says which tokenizer the ids come from.
 """
@@ -44,9 +44,9 @@ def check_indexed_dataset(
 ) -> IndexedInfo:
     """Compare the files of ``prefix`` with each other and, if given, with vocabulary and tokenizer.
 
-    Raises DataError: not an index, truncated .idx or .bin, a .bin that belongs to another .idx, a token id
-    outside 0..vocab_size-1 (all ids up to CHECKED_TOKENS, else a sample), another tokenizer than PREFIX.json
-    names.
+    Raises:
+        DataError: not an index, truncated .idx or .bin, a .bin that belongs to another .idx, a token id outside
+            0..vocab_size-1 (all ids up to CHECKED_TOKENS, else a sample), another tokenizer than PREFIX.json names.
     """
     dtype, lengths, boundaries = _read_index(prefix)
     tokens = int(lengths.sum(dtype=np.int64))
@@ -77,7 +77,11 @@ def check_indexed_dataset(
 
 
 def sequence_lengths(prefix: str) -> np.ndarray:
-    """Tokens in each sequence: int32 [sequences], mapped from disk. Raises DataError if damaged."""
+    """Tokens in each sequence: int32 [sequences], mapped from disk.
+
+    Raises:
+        DataError: the index is damaged.
+    """
     return _read_index(prefix)[1]
 
 

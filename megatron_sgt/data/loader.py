@@ -63,7 +63,6 @@ class TrainLoader(Iterator[MicroBatch]):
 
     @property
     def global_batch_size(self) -> int:
-        """Samples that one step consumes over all ranks."""
         return self.micro_batch_size * self.num_micro_batches * self._dp_size
 
     @property
@@ -87,9 +86,7 @@ class TrainLoader(Iterator[MicroBatch]):
 
 
 class EvalLoader:
-    """The micro-batches of one evaluation: every pass reads samples 0 .. num_steps · global batch - 1
-    again.
-    """
+    """The micro-batches of one evaluation: every pass reads samples 0 .. num_steps · global batch - 1 again."""
 
     def __init__(
         self,
@@ -106,7 +103,6 @@ class EvalLoader:
         self._pin_memory = pin_memory
 
     def __len__(self) -> int:
-        """Micro-batches in one pass."""
         return self._num_batches
 
     def __iter__(self) -> Iterator[MicroBatch]:

@@ -15,11 +15,10 @@ _ROUNDS = 8
 class RandomPermutation:
     """A permutation of ``range(n)`` chosen by ``key``: ``perm[i]`` is where position i goes.
 
-    Generalised Feistel network with cycle walking (J. Black and P. Rogaway, "Ciphers with Arbitrary Finite
-    Domains", CT-RSA 2002): i is written as (x, y) on the smallest grid of about √n × √n cells that holds n,
-    then x and y are shifted in turn by a pseudo-random function of the other one. Every shift can be undone,
-    so the whole is a bijection of the grid; a result outside ``range(n)`` is fed in again until it falls
-    inside.
+    Generalised Feistel network with cycle walking (J. Black and P. Rogaway, "Ciphers with Arbitrary Finite Domains",
+    CT-RSA 2002): i is written as (x, y) on the smallest grid of about √n × √n cells that holds n, then x and y are
+    shifted in turn by a pseudo-random function of the other one. Every shift can be undone, so the whole is a
+    bijection of the grid; a result outside ``range(n)`` is fed in again until it falls inside.
     """
 
     def __init__(self, n: int, key: tuple[int, ...]) -> None:

@@ -12,7 +12,9 @@ def resolve_prefix(path: str) -> tuple[str, str | None]:
     """The prefix of the pair meant by ``path``, and a note if something had to be assumed.
 
     Accepts the prefix itself, one of its two files, and the prefix without ``_text_document``.
-    Raises DataError if there is no such pair.
+
+    Raises:
+        DataError: there is no such pair.
     """
     tried = []
     stem = path[:-4] if path.endswith(_PAIR_SUFFIXES) else path

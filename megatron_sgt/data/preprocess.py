@@ -55,7 +55,7 @@ class WrittenDataset:
 
 @dataclass(frozen=True)
 class PreprocessReport:
-    """What a run of :func:`preprocess` did."""
+    """What a run of ``preprocess`` did."""
 
     datasets: tuple[WrittenDataset, ...]
     """One per key."""
@@ -71,10 +71,12 @@ class PreprocessReport:
 def preprocess(options: PreprocessOptions) -> PreprocessReport:
     """Tokenize all documents, one data set per key; the result does not depend on the number of workers.
 
-    The files get their names only when they are complete. Memory holds some chunks of about a megabyte per worker, and
-    some 50 bytes per document for the index.
-    Raises DataError: unreadable input, a bad line (with file and line), output that exists (without
-    ``overwrite``), no document with a token at all.
+    Files are renamed into place when they are complete. Memory: a few chunks of about a megabyte per worker, and about
+    50 bytes per document for the index.
+
+    Raises:
+        DataError: unreadable input, a bad line (with file and line), output that exists (without ``overwrite``), no
+            document with a token at all.
     """
     files = find_files(options.inputs, options.input_format)
     tokenizer = build_tokenizer(options.tokenizer)
@@ -114,10 +116,12 @@ def preprocess(options: PreprocessOptions) -> PreprocessReport:
 
 
 class DatasetWriter:
-    """Writes one .bin/.idx pair (and its .json) under temporary names; :meth:`commit` gives them their own.
+    """Writes one .bin/.idx pair (and its .json) under temporary names; ``commit`` renames them.
 
-    A context manager: without a commit, what was written is removed. Raises DataError if the data set
-    exists and may not be overwritten, or if another process is writing it.
+    A context manager: without a commit, what was written is removed.
+
+    Raises:
+        DataError: the data set exists and may not be overwritten, or another process is writing it.
     """
 
     def __init__(self, prefix: str, dtype: str, overwrite: bool) -> None:
@@ -141,7 +145,6 @@ class DatasetWriter:
         self._builder = _make_builder(self._partial[".bin"], dtype)
 
     def add(self, encoded: EncodedKey) -> None:
-        """Append documents: each is one sequence and one document of the data set."""
         end = 0
         for length in encoded.lengths.tolist():
             start, end = end, end + length
@@ -151,7 +154,11 @@ class DatasetWriter:
         self.empty += encoded.num_empty
 
     def commit(self, metadata: dict[str, Any]) -> None:
-        """Make the data set readable. Raises DataError if it holds no document."""
+        """Make the data set readable.
+
+        Raises:
+            DataError: it holds no document.
+        """
         if self.documents == 0:
             raise DataError(
                 f"nothing to write to {self.prefix}.bin: the input has no document with text in it"

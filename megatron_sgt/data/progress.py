@@ -1,4 +1,4 @@
-"""Progress of a long job over its input: a bar on a terminal, a line now and then in a log file."""
+"""Progress of a long job over its input: a bar on a terminal, an occasional line in a log file."""
 
 import sys
 import time
@@ -32,7 +32,6 @@ class Progress:
             self._bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc=label, file=self._stream)
 
     def update(self, done_bytes: int, documents: int, tokens: int) -> None:
-        """Report the state; prints only when a line is due."""
         now = time.monotonic()
         if self._bar is not None:
             self._bar.set_postfix_str(f"{documents:,} documents, {tokens:,} tokens", refresh=False)

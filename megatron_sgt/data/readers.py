@@ -63,7 +63,10 @@ def find_files(inputs: Sequence[str], kind: Kind | None = None) -> list[InputFil
     """The files named by ``inputs``, folders searched recursively in the order of their sorted paths.
 
     ``kind`` overrides the suffix. A file named directly with an unknown suffix is plain text; in a folder such files,
-    and hidden ones, are skipped. Raises DataError if an input does not exist or has nothing to read.
+    and hidden ones, are skipped.
+
+    Raises:
+        DataError: an input does not exist or has nothing to read.
     """
     files: list[InputFile] = []
     for name in inputs:
@@ -91,7 +94,8 @@ def read_chunks(
 ) -> Iterator[Chunk]:
     """Stream all documents in order, about ``chunk_bytes`` of text at a time, at least one document.
 
-    Raises DataError, naming the file, for what cannot be read or decompressed.
+    Raises:
+        DataError: naming the file that cannot be read or decompressed.
     """
     done = 0
     for file in files:
@@ -109,7 +113,8 @@ def read_chunks(
 def parse(chunk: Chunk, keys: Sequence[str]) -> Iterator[Document]:
     """The documents of a chunk; blank lines are skipped.
 
-    Raises DataError with file and line for a line that is no JSON object or lacks a key.
+    Raises:
+        DataError: with file and line; the line is no JSON object or lacks a key.
     """
     yield from chunk.documents
     for number, line in enumerate(chunk.lines, start=chunk.first_line):

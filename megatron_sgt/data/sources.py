@@ -49,7 +49,6 @@ class DataSummary:
         return self.samples_needed / self.train_samples
 
     def line(self) -> str:
-        """For a person."""
         if self.unread is not None:
             return f"'{self.unread}', read when the run starts"
         return (
@@ -61,9 +60,10 @@ class DataSummary:
 def find_sources(cfg: Config, tokenizer: Tokenizer | None) -> tuple[Source, ...]:
     """Find and check every data set of ``cfg.data.data_path``.
 
-    Raises DataError: no data, a missing or damaged file, ids outside the vocabulary, another tokenizer, a
-    blend weight too small to count, fewer tokens than one sample in the training split, or in the validation
-    split when ``train.eval_interval`` asks for it.
+    Raises:
+        DataError: no data, a missing or damaged file, ids outside the vocabulary, another tokenizer, a blend weight
+            too small to count, fewer tokens than one sample in the training split, or in the validation split when
+            ``train.eval_interval`` asks for it.
     """
     blend = cfg.data.blend() if cfg.data.data_path else ()
     if not blend:
@@ -90,7 +90,8 @@ def find_sources(cfg: Config, tokenizer: Tokenizer | None) -> tuple[Source, ...]
 def validate_data(cfg: Config) -> DataSummary:
     """Check everything about the data that can be checked before a process group exists.
 
-    Raises DataError with the first problem found.
+    Raises:
+        DataError: with the first problem found.
     """
     tokenizer = tokenizer_of(cfg.data)
     if cfg.data.dataset != "indexed":

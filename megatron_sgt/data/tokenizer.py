@@ -17,7 +17,7 @@ HF_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back. No special token is added to a text; :attr:`eod` separates documents."""
+    """Text to token ids and back. No special token is added to a text; ``eod`` separates documents."""
 
     def __init__(self, name: str, vocab_size: int, eod: int | None) -> None:
         self.name = name
@@ -29,7 +29,8 @@ class Tokenizer(ABC):
     def eod(self) -> int:
         """Id of the token that ends a document.
 
-        Raises DataError if the tokenizer has none.
+        Raises:
+            DataError: the tokenizer has none.
         """
         if self._eod is None:
             raise DataError(
@@ -161,7 +162,9 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """Load the tokenizer that the configuration names.
 
     ``huggingface`` takes a folder (AutoTokenizer), a ``tokenizer.json`` or a folder that holds nothing else.
-    Raises DataError when the files are missing or damaged.
+
+    Raises:
+        DataError: the files are missing or damaged.
     """
     if config.type == "sentencepiece":
         return SentencePieceTokenizer(config.model)
@@ -180,14 +183,19 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
 
 
 def tokenizer_of(data: DataConfig) -> Tokenizer | None:
-    """The tokenizer of a run's section data, None without one. Raises DataError as ``build_tokenizer`` does."""
+    """The tokenizer of a run's section data, None without one.
+
+    Raises:
+        DataError: as ``build_tokenizer``.
+    """
     return None if data.tokenizer is None else build_tokenizer(data.tokenizer)
 
 
 def resolve_vocab_size(model_vocab_size: int | None, tokenizer: Tokenizer | None) -> int:
     """Number of token ids that the model must know, before padding: ``model.vocab_size``, or the tokenizer's.
 
-    Raises DataError when neither is given, or when the tokenizer has ids that the model would not know.
+    Raises:
+        DataError: neither is given, or the tokenizer has ids that the model would not know.
     """
     if tokenizer is None:
         if model_vocab_size is None:

@@ -56,8 +56,9 @@ def train_tokenizer(
     Ids: 0 unknown (never produced), 1 ``<s>``, 2 ``</s>`` (the end of a document), 3..258 the bytes, then
     pieces and characters. Nothing is normalised and characters outside the vocabulary become bytes, so
     decoding reproduces the text; the one exception is U+2581 (▁), sentencepiece's sign for a space.
-    Raises DataError: unreadable input, no text, ``output`` exists, a vocabulary size that the text does not
-    allow.
+
+    Raises:
+        DataError: unreadable input, no text, ``output`` exists, a vocabulary size that the text does not allow.
     """
     if Path(output).exists() and not overwrite:
         raise DataError(f"{output} exists already; choose another name or give --overwrite")

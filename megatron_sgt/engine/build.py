@@ -87,7 +87,6 @@ def build_runtime(
 def _start_engine(
     config: Config, groups: ParallelGroups, model: LanguageModel, precision: str
 ) -> deepspeed.DeepSpeedEngine:
-    """Hand model and optimizer to DeepSpeed."""
     parameters = parameter_groups(model, config.optim)
     optimizer = build_optimizer(parameters, config.optim, groups.device, config.offloads_optimizer)
     with warnings.catch_warnings():

@@ -80,7 +80,11 @@ def _merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, An
 
 
 def check_deepspeed(config: Config, world_size: int, precision: str) -> None:
-    """Raises ConfigError when DeepSpeed itself refuses a value of the section deepspeed."""
+    """Let DeepSpeed itself check the section ``deepspeed``.
+
+    Raises:
+        ConfigError: it refuses a value.
+    """
     values = deepspeed_config(config, world_size, precision)
     del values["train_batch_size"]  # DeepSpeed knows no world size yet to compare it with
     try:

@@ -35,7 +35,6 @@ class SkipRule:
         self._could_fall = False
 
     def before_step(self) -> None:
-        """Look at the scale that the next step is computed with."""
         scaler = self._scaler
         self._could_fall = scaler is not None and scaler.cur_scale > scaler.min_scale
 
@@ -45,7 +44,6 @@ class SkipRule:
         return self._could_fall
 
     def after_step(self, applied: bool, finite_loss: bool) -> None:
-        """Count the step. ``finite_loss``: on all ranks; matters only where ``needs_loss``."""
         if applied:
             self.unexplained = 0
         elif not (self._could_fall and finite_loss):

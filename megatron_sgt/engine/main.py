@@ -36,7 +36,7 @@ exit codes (torchrun ends with 1 whatever its ranks end with)
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises ConfigError for a wrong command line, so that it is reported once, whatever the number of ranks."""
+    """Reports a wrong command line as ConfigError, so that it is printed once, whatever the number of ranks."""
 
     def error(self, message: str) -> NoReturn:
         """See argparse. For settings in another project's style (--num-layers 4) the message names ours."""

@@ -15,7 +15,8 @@ from megatron_sgt.parallel.device import device_type
 def prepare_process(config: Config, info: RankInfo) -> None:
     """Set the environment and the limits of this rank and choose DeepSpeed's accelerator. A second call has no effect.
 
-    Raises ConfigError: parallel.device asks for a GPU that is not there.
+    Raises:
+        ConfigError: parallel.device asks for a GPU that is not there.
     """
     kind = device_type(config.parallel.device)
     set_environment(config, info, gpus=kind != "cpu")

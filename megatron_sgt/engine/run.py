@@ -204,11 +204,7 @@ class PretrainingRun:
             print(f"LOOPS  {line}; {describe_attention(self.groups.device)}", flush=True)
 
     def train(self) -> int:
-        """Train to train_iters (or exit_interval, or a request to stop) and report a summary.
-
-        Returns:
-            The exit code: 0, or 75 when the run was asked to stop and is to be started again.
-        """
+        """Train to train_iters, exit_interval or a request to stop; report. Returns 0, or 75: to be started again."""
         train = self.config.train
         last_step = min(train.train_iters, train.exit_interval or train.train_iters)
         start = time.perf_counter()

@@ -26,7 +26,11 @@ class SkippedRanges:
 
     @classmethod
     def read(cls, root: Path) -> SkippedRanges:
-        """The ranges on disk; none without the file. Raises CheckpointError if it is damaged."""
+        """The ranges on disk; none without the file.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
         path = root / PASSED_FILE
         if not path.is_file():
             return cls(root)
@@ -42,7 +46,9 @@ class SkippedRanges:
         """The ranges of a run that starts from ``checkpoint`` (None: from nothing) and saves into ``root``.
 
         The file beside the checkpoint comes with it; a fresh start deletes the run's own. For one rank.
-        Raises CheckpointError.
+
+        Raises:
+            CheckpointError: a file of ranges cannot be read or written.
         """
         if checkpoint is None:
             (root / PASSED_FILE).unlink(missing_ok=True)
@@ -58,7 +64,11 @@ class SkippedRanges:
         self.ranges.append((start, stop))
 
     def write(self) -> None:
-        """Replace the file atomically; for one rank. Raises CheckpointError if it cannot be written."""
+        """Replace the file atomically; for one rank.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
         path, lines = self.root / PASSED_FILE, ",\n  ".join(f"[{a}, {b}]" for a, b in self.ranges)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -85,11 +95,7 @@ class SkippedRanges:
 def batches_outside(
     open_at: Callable[[int], TrainLoader], skipped: SkippedRanges, consumed: int
 ) -> Iterator[MicroBatch]:
-    """Micro-batches from ``consumed`` on, without the ranges of ``skipped``, which consist of whole steps.
-
-    Args:
-        open_at: opens a loader that starts after so many consumed sequences.
-    """
+    """Whole steps from ``consumed`` on, past the ranges; ``open_at`` opens a loader after so many sequences."""
     position: int | None = consumed
     while position is not None:
         position = skipped.after(position)

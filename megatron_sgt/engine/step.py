@@ -36,11 +36,14 @@ class TrainState:
     consecutive_skipped: int = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able."""
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises CheckpointError if a counter is missing."""
+        """Continue from saved counters.
+
+        Raises:
+            CheckpointError: one is missing.
+        """
         for name in asdict(self):
             if name not in state:
                 raise CheckpointError(f"the checkpoint's training state has no {name!r}")

@@ -68,10 +68,7 @@ class WhichSamples:
 def open_samples(
     wanted: WhichSamples, vocab_size: int, tokenizer: Tokenizer | None, cache: str
 ) -> tuple[BlendedSamples, int]:
-    """The chosen samples, in the order in which a run validates on them, and how many to read.
-
-    Args:
-        cache: folder for the sample indices.
+    """The chosen samples, as a run validates on them, and how many to read; ``cache``: folder for their indices.
 
     Raises:
         DataError: the data is missing or damaged, was made with another tokenizer, or has no such sample.
@@ -91,7 +88,6 @@ def open_samples(
 
 
 def _config(data: dict[str, Any], seq_length: int, vocab_size: int) -> Config:
-    """The smallest run that reads this data."""
     return parse_config(
         {
             "model": {

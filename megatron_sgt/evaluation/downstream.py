@@ -11,7 +11,11 @@ from megatron_sgt.errors import ConfigError, DataError, first_line
 
 
 def require_harness() -> None:
-    """Raises ConfigError when lm-evaluation-harness is not installed."""
+    """Check for lm-evaluation-harness.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
@@ -70,7 +74,7 @@ def run_tasks(
 
 
 def _manager(tasks: Sequence[str], include_path: Path | None) -> Any:
-    """A TaskManager that knows ``tasks``. Raises ConfigError for one that the harness does not have."""
+    """A TaskManager that knows ``tasks``; a ConfigError names those that the harness lacks."""
     from lm_eval.tasks import TaskManager
 
     unknown, manager = list(tasks) or [""], None

@@ -17,11 +17,7 @@ _CUSTOM = (
 
 
 def model_card(source: ExportSource, plan: LoopPlan, config: dict[str, Any], training_gates: bool) -> str:
-    """Markdown with the front matter that model hubs read.
-
-    Args:
-        config: the folder's ``config.json``.
-    """
+    """Markdown with the front matter that model hubs read. ``config``: the folder's ``config.json``."""
     details = source.details
     custom = config["model_type"] == "sgt"
     title = (

@@ -14,7 +14,7 @@ Mode = Literal["full", "layers", "skip"]
 
 
 def failed_name(output: Path) -> Path:
-    """Where an export goes that turns out to be another model."""
+    """The folder of an export that failed the comparison."""
     return output.with_name(output.name + ".failed")
 
 

@@ -92,7 +92,10 @@ def run_yaml(config: Config, source: Path, path: Path, grown: bool) -> str:
 def growth_state(model: HFModel, config: Config) -> dict[str, Any]:
     """The state of the hooks in a checkpoint of ``model``: none where growth begins with the run.
 
-    A model with loops goes on with them, and grows no further. Raises ConfigError: not under this configuration.
+    A model with loops keeps them, and grows no further.
+
+    Raises:
+        ConfigError: this configuration does not allow it.
     """
     if not model.loops:
         return {}

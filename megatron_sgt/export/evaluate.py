@@ -1,4 +1,4 @@
-"""Measures an opened model on an indexed data set; by default a checkpoint as its run validates."""
+"""Measures an opened model on an indexed data set; by default on the samples that its run validates on."""
 
 from __future__ import annotations
 
@@ -48,10 +48,7 @@ def which_samples(
 
 
 def evaluate(opened: OpenModel, wanted: WhichSamples, tokenizer: Path | None, batch_size: int) -> DatasetLoss:
-    """Measure.
-
-    Args:
-        tokenizer: what the user gave instead of the model's own.
+    """Measure. ``tokenizer``: what the user gave instead of the model's own.
 
     Raises:
         DataError: see ``open_samples``; the data was made with another tokenizer than the model's.

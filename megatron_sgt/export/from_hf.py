@@ -73,8 +73,8 @@ def import_model(
 
     Raises:
         CheckpointError: a model that does not fit; a tensor is missing, left over or of the wrong shape; a shard
-            is missing or damaged; ``root`` holds checkpoints, or cannot be written.
-            The folder's tokenizer, or the configuration's, cannot be read or has more tokens than the model.
+            is missing or damaged; ``root`` holds checkpoints, or cannot be written; the folder's tokenizer, or the
+            configuration's, cannot be read or has more tokens than the model.
         ConfigError: ``config_file`` is wrong or of another model.
     """
     model = read_model(source)
@@ -120,7 +120,6 @@ def import_model(
 
 
 def _state(origin: str, hooks: dict[str, Any]) -> dict[str, Any]:
-    """The saved state of a run that has not begun."""
     made = {
         "version": 1,
         "source_layout": None,
@@ -139,7 +138,7 @@ def _state(origin: str, hooks: dict[str, Any]) -> dict[str, Any]:
 def _commit(
     state: dict[str, Any], config: Config, tokenizer: str | None, temporary: Path, final: Path
 ) -> int:
-    """Complete the folder and give it its name; returns its size in bytes. ``tokenizer``: its fingerprint."""
+    """Complete the folder and rename it; returns its size in bytes. ``tokenizer``: its fingerprint."""
     layout.write_json(temporary / layout.STATE_FILE, state)
     (temporary / layout.CONFIG_FILE).write_text(config.to_yaml())
     about = {"step": 0, "layout": None, "tokenizer": tokenizer}
@@ -210,7 +209,6 @@ def _write_weights(tensors: HFTensors, model: ModelConfig, destination: Path) ->
 
 
 def _padded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """``tensor`` with rows of zeros after it, up to ``shape``."""
     if tensor.shape == shape:
         return tensor
     whole = tensor.new_zeros(shape)

@@ -61,11 +61,10 @@ class HFTensors:
             self.shapes[name], self.dtypes[name] = tuple(found.get_shape()), DTYPES[dtype]
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in the type it is stored in."""
         return self._file_of[name].get_tensor(name)
 
     def forget(self, name: str) -> None:
-        """Leave out a tensor that adds nothing to the others."""
+        """Leave out a redundant tensor."""
         del self._file_of[name], self.shapes[name], self.dtypes[name]
 
 

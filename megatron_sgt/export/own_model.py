@@ -50,11 +50,7 @@ def load_weight(
     config: Config,
     name: str | None = None,
 ) -> None:
-    """Copy one parameter's whole tensors into ``model``.
-
-    Args:
-        name: Megatron name of the parameter, if not the weight's.
-    """
+    """Copy one parameter's whole tensors into ``model``, as the parameter ``name`` (default: the weight's)."""
     whole = shard(weight, [tensors[n] for n in weight.hf], config.model)
     with torch.no_grad():
         model.gpt.get_parameter(name or weight.megatron).copy_(whole)

@@ -43,11 +43,9 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether it holds."""
         return self.value <= self.tolerance
 
     def line(self) -> str:
-        """For the console."""
         return f"{self.name}: {self.value:.2e} (tolerance {self.tolerance:.0e}){'' if self.passed else '  FAILED'}"
 
 
@@ -61,11 +59,9 @@ class Parity:
 
     @property
     def passed(self) -> bool:
-        """Whether all checks hold."""
         return all(check.passed for check in self.checks)
 
     def write(self, folder: Path, export: Export) -> None:
-        """Write parity.json."""
         values = {
             "passed": self.passed,
             "mode": self.mode,
@@ -106,11 +102,7 @@ def loss_of(logits: Tensor, tokens: Tensor) -> float:
 @torch.no_grad()
 @quiet()
 def check_parity(export: Export, new_tokens: int = NEW_TOKENS) -> Parity:
-    """Load the folder ``export`` with transformers and compare; both whole models are in memory, in fp32.
-
-    Args:
-        new_tokens: length of the greedy continuation.
-    """
+    """Load the folder ``export`` and compare it, both models in fp32; ``new_tokens``: of the greedy continuation."""
     trust = export.architecture == "SGTForCausalLM"
     tokens = probe_tokens(export)
     own = own_model(export.source, export.plan, DTYPES[export.options.dtype])

@@ -47,11 +47,9 @@ class _Layers:
         self.model = empty_model(self.config)
 
     def read(self, weight: Weight) -> dict[str, Tensor]:
-        """One parameter as the export stores it."""
         return {name: t.to(self.stored).float() for name, t in self.source.read(weight)[0].items()}
 
     def load(self, megatron_prefix: str, own_prefix: str) -> None:
-        """Take over the parameters below a prefix."""
         for weight in self.source.weights():
             if weight.megatron.startswith(megatron_prefix):
                 name = own_prefix + weight.megatron.removeprefix(megatron_prefix)
@@ -67,12 +65,10 @@ class _Layers:
         return out.transpose(0, 1)
 
     def vocabulary(self, first: bool) -> Tensor:
-        """The embedding, or the output matrix."""
         found = [weight for weight in self.source.weights() if weight.split == "vocab"]
         return next(iter(self.read(found[0 if first else -1]).values()))
 
     def final_norm(self, x: Tensor) -> Tensor:
-        """The norm after the last layer."""
         self.load("decoder.final_layernorm.", "decoder.final_layernorm.")
         return self.model.gpt.decoder.final_layernorm(x)
 
@@ -129,7 +125,6 @@ def _read(exported: HFTensors, name: str) -> Tensor:
 
 
 def _below(exported: HFTensors, prefix: str) -> dict[str, Tensor]:
-    """All tensors whose names begin with ``prefix``, by the rest of their names."""
     return {n.removeprefix(prefix): _read(exported, n) for n in exported.shapes if n.startswith(prefix)}
 
 

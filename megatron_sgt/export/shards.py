@@ -36,10 +36,7 @@ def divide(shapes: Shapes, dtype: torch.dtype, max_bytes: int) -> dict[str, dict
 def write_weights(
     folder: Path, shapes: Shapes, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, max_bytes: int
 ) -> int:
-    """Write ``tensors``, which come in the order of ``shapes``, as ``dtype``; with an index if there are several files.
-
-    Returns:
-        Bytes of all tensors.
+    """Write ``tensors``, in the order of ``shapes``, as ``dtype``, indexed if in several files; returns their bytes.
 
     Raises:
         CheckpointError: a weight is not finite, or not in ``dtype``.

@@ -58,12 +58,10 @@ class ExportSource:
         return plan if training_gates else plan.inference()
 
     def weights(self) -> tuple[Weight, ...]:
-        """The parameters of the model, embedding first."""
         return weights(self.config.model)
 
     def read(self, weight: Weight) -> tuple[dict[str, Tensor], float]:
-        """One parameter's whole fp32 tensors by Hugging Face name; and by how much the tensor-parallel ranks'
-        copies differed, where it is replicated (rank 0's is taken)."""
+        """One parameter's whole fp32 tensors by Hugging Face name, and by how much its copies differed."""
         if isinstance(self._weights, Source):
             tensors, drift = self._weights.whole(weight, WEIGHTS)
         else:
@@ -74,10 +72,7 @@ class ExportSource:
 
 
 def open_checkpoint(load: Path, step: int | None = None, keep_padding: bool = False) -> ExportSource:
-    """Open a checkpoint of any layout; needs no process group and reads no weights yet.
-
-    Args:
-        keep_padding: keep the rows that pad the vocabulary.
+    """Open a checkpoint of any layout, without process group or weights; ``keep_padding``: of the vocabulary.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or unreadable.

@@ -45,8 +45,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Export:
-    """A finished export. ``architecture``: class in transformers, and ``why``; ``weight_bytes``: of all tensors;
-    ``drift``: largest difference between tensor-parallel copies of a replicated weight in the checkpoint."""
+    """A finished export; ``drift``: largest difference between the checkpoint's copies of a replicated weight."""
 
     folder: Path
     source: ExportSource
@@ -63,7 +62,7 @@ def export_checkpoint(
 ) -> Export:
     """Write the checkpoint ``load`` (a folder of checkpoints, or one of them) as the Hugging Face folder ``output``.
 
-    The folder gets its name when it is complete. Peak memory is a few times the largest parameter.
+    The folder is renamed into place when it is complete. Peak memory is a few times the largest parameter.
 
     Args:
         step: which checkpoint of a folder of them; None: the latest.

@@ -33,7 +33,8 @@ def tokenizer_in(folder: Path) -> TokenizerConfig | None:
     Of two forms the sentencepiece model is used if both tokenize alike, as in folders exported by this project, whose
     data sets refer to that model. Where they differ, transformers would use the fast form.
 
-    Raises DataError when a form cannot be read.
+    Raises:
+        DataError: a form cannot be read.
     """
     forms = tokenizer_forms(folder)
     if len(forms) > 1:
@@ -64,7 +65,11 @@ def copy_tokenizer(source: Path, folder: Path, found: TokenizerConfig) -> None:
 
 
 def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises DataError when ``tokenizer`` has ids that a model of ``vocab_size`` ids does not know."""
+    """Check that a model of ``vocab_size`` ids knows every id of ``tokenizer``.
+
+    Raises:
+        DataError: it does not.
+    """
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model knows {vocab_size}: it belongs to "
@@ -78,7 +83,11 @@ def first_difference(one: Tokenizer, other: Tokenizer) -> str | None:
 
 
 def check_same(one: Tokenizer, other: Tokenizer) -> None:
-    """Raises DataError when the two tokenize texts differently."""
+    """Compare two tokenizers on sample texts.
+
+    Raises:
+        DataError: they tokenize one differently.
+    """
     if (text := first_difference(one, other)) is not None:
         raise DataError(
             f"tokenizer {other.name} cuts text ({text[:30]!r}) into other ids than {one.name}, which came with the "
@@ -89,10 +98,7 @@ def check_same(one: Tokenizer, other: Tokenizer) -> None:
 def check_tokenizers(
     source: Path, found: TokenizerConfig | None, run: Config | None, vocab_size: int
 ) -> str | None:
-    """Check the tokenizer ``found`` in the imported folder against the one of the ``run`` that will continue it.
-
-    Returns:
-        The fingerprint of the one that training will use; None without any.
+    """Compare the imported tokenizer with that of ``run``; returns the fingerprint of the one to train with, or None.
 
     Raises:
         DataError: one of them cannot be read or has too many ids, or they differ.

@@ -23,8 +23,10 @@ _CURVES: dict[str, Callable[[float], float]] = {
 def decay(decay_type: DecayType, r: float) -> float:
     """The gate f(r) in [0, 1] of a head that is not kept, r >= 0 being the elapsed share of the window.
 
-    linear 1 - r; cosine (1 + cos(pi r)) / 2; exponential 10^(-8 r); 0 for r >= 1. Raises ValueError for a
-    negative r or an unknown decay_type.
+    linear 1 - r; cosine (1 + cos(pi r)) / 2; exponential 10^(-8 r); 0 for r >= 1.
+
+    Raises:
+        ValueError: r is negative or ``decay_type`` unknown.
     """
     if decay_type not in _CURVES:
         raise ValueError(f"decay_type {decay_type!r}: choose one of {', '.join(_CURVES)}")
@@ -34,5 +36,5 @@ def decay(decay_type: DecayType, r: float) -> float:
 
 
 def window_gate(decay_type: DecayType, step: int, opened_at: int, window_steps: int) -> float:
-    """The gate after optimizer step `step` in a window of `window_steps` that opened at step `opened_at`."""
+    """The gate after optimizer step ``step`` in a window of ``window_steps`` that opened at step ``opened_at``."""
     return decay(decay_type, (step - opened_at) / window_steps)

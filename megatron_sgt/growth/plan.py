@@ -28,7 +28,8 @@ class LayerPlan:
     other_gate: the gate in [0, 1] of every head that is not kept; 0 where no other head exists.
     block_loops: additional executions of the whole layer, attention and MLP (static baseline).
 
-    Raises ValueError for values outside these ranges.
+    Raises:
+        ValueError: a value is outside these ranges.
     """
 
     loops: int = 0
@@ -67,7 +68,10 @@ class LoopPlan:
     """The layers that are not executed the ordinary way, as (0-based layer id, LayerPlan), ascending.
 
     Layers may be given in any order; ordinary ones are dropped, so two plans that ask for the same
-    execution are equal. Raises ValueError for a layer id outside 0..num_layers-1 or given twice.
+    execution are equal.
+
+    Raises:
+        ValueError: a layer id is outside 0..num_layers-1 or given twice.
     """
 
     num_layers: int
@@ -82,22 +86,19 @@ class LoopPlan:
 
     @classmethod
     def empty(cls, num_layers: int) -> LoopPlan:
-        """The plan of vanilla training."""
         return cls(num_layers)
 
     def __getitem__(self, layer: int) -> LayerPlan:
-        """The plan of one layer. Raises IndexError outside 0..num_layers-1."""
+        """The plan of one layer; an IndexError outside 0..num_layers-1."""
         if not 0 <= layer < self.num_layers:
             raise IndexError(f"layer {layer} of a plan with {self.num_layers} layers")
         return dict(self.layers).get(layer, _ORDINARY)
 
     def __iter__(self) -> Iterator[LayerPlan]:
-        """Every layer's plan, layer 0 first."""
         return (self[layer] for layer in range(self.num_layers))
 
     @property
     def loops(self) -> tuple[int, ...]:
-        """K_l of every layer, layer 0 first."""
         return tuple(layer.loops for layer in self)
 
     def gates(self, num_heads: int) -> NDArray[np.float64]:
@@ -136,7 +137,11 @@ class LoopPlan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LoopPlan:
-        """Raises KeyError or ValueError for data that to_dict cannot have written."""
+        """Rebuild a plan from what ``to_dict`` returned.
+
+        Raises:
+            KeyError, ValueError: ``to_dict`` cannot have written it.
+        """
         layers = tuple(
             (
                 int(n),

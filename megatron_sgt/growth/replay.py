@@ -53,7 +53,6 @@ class ReplaySchedule(SGTSchedule):
         return super().probes if self.config.entropy_after_fixed else frozenset()
 
     def decides_at(self, step: int) -> bool:
-        """Whether a decision was recorded after ``step``."""
         return any(event.step == step for event in self._recorded)
 
     def _decide(self, step: int) -> GrowthEvent:
@@ -70,14 +69,12 @@ class ReplaySchedule(SGTSchedule):
         return self.event(step, event.action, event.layer)
 
     def final_plan(self, together: bool = False) -> LoopPlan:
-        """The structure after the last recorded decision."""
         grown = {event.layer: event.kept_heads for event in self._recorded if event.layer is not None}
         again = Counter(event.layer for event in self._recorded)
         last = ((n, LayerPlan(again[n], kept)) for n, kept in grown.items() if kept)
         return LoopPlan(self.num_layers, tuple(last))
 
     def worst_case(self, last_step: int, together: bool = False) -> Iterator[Stage]:
-        """The recorded decisions."""
         yield Stage(0, "vanilla", LoopPlan.empty(self.num_layers))
         trial = ReplaySchedule(self.config, self.num_layers, self.num_heads)
         for step in sorted(event.step for event in self._recorded if event.step <= last_step):
@@ -85,11 +82,9 @@ class ReplaySchedule(SGTSchedule):
             yield Stage(step, "fixed" if event.layer is None else "window", trial.plan)
 
     def advice(self, train_iters: int) -> Iterator[str]:
-        """When it grows is not this run's choice."""
         yield from ()
 
     def describe(self, added: str) -> str:
-        """See Schedule."""
         layers = count(len(self.final_plan().layers), "layer")
         return f"repeats the decisions of {self.config.replay}: {layers}, {added} once fixed"
 
@@ -101,7 +96,11 @@ class ReplaySchedule(SGTSchedule):
         return {**super().progress(), _FINGERPRINT: self._fingerprint()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises CheckpointError also when the record is another one than the checkpoint's."""
+        """Continue from a saved state.
+
+        Raises:
+            CheckpointError: also when the record is another one than the checkpoint's.
+        """
         super().load_state_dict(state)
         if state.get(_FINGERPRINT) != self._fingerprint():
             raise CheckpointError(
@@ -110,7 +109,11 @@ class ReplaySchedule(SGTSchedule):
 
 
 def read_events(path: Path, config: GrowthConfig, num_layers: int, num_heads: int) -> list[RecordedEvent]:
-    """The decisions in ``path`` that count, in order. Raises ConfigError naming what does not fit."""
+    """The decisions in ``path`` that count, in order.
+
+    Raises:
+        ConfigError: naming what does not fit.
+    """
     records = [r for r in _read(path) if r.get("kind", "growth") == "growth"]
     if not records:
         raise ConfigError(f"growth.replay: {path} holds no growth event")
@@ -135,7 +138,6 @@ def read_events(path: Path, config: GrowthConfig, num_layers: int, num_heads: in
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The records that count of a metrics file, or of a JSON list."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -166,7 +168,6 @@ def _problem(
     shape: tuple[int, int],
     depth: Mapping[int, int],
 ) -> str | None:
-    """Why ``event`` cannot be replayed after layers have reached ``depth``; None if it can."""
     num_layers, num_heads = shape
     layer, kept = event.layer, event.kept_heads
     if layer is None:

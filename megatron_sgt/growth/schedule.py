@@ -123,14 +123,13 @@ class Schedule(ABC):
         return max((layer.loops for layer in self.final_plan()), default=0)
 
     def advice(self, train_iters: int) -> Iterator[str]:
-        """What a user should know before a run of ``train_iters`` steps, with the way out. Default: nothing."""
+        """What a user should know before a run of ``train_iters`` steps, with the remedy. Default: nothing."""
         yield from ()
 
     # Reports and checkpoints
 
     @property
     def phase(self) -> str:
-        """A word for where growth stands."""
         return "growing" if self.plan.layers else "vanilla"
 
     @property

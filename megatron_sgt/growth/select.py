@@ -52,8 +52,10 @@ def choose_heads(
     """The heads of one layer that keep looping, ascending global ids; ema_row holds its [H] EMA entropies.
 
     highest / lowest: the n heads of highest / lowest EMA entropy; random: n heads, a function of
-    rng_key = (seed, layer, step) alone; all: every head, whatever n. Raises ValueError when n is not in
-    1..H or the rule is unknown.
+    rng_key = (seed, layer, step) alone; all: every head, whatever n.
+
+    Raises:
+        ValueError: n is not in 1..H or the rule is unknown.
     """
     row = np.asarray(ema_row, dtype=np.float64)
     num_heads = int(row.shape[0])

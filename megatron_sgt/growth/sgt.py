@@ -71,14 +71,13 @@ class SGTSchedule(Schedule):
 
     @property
     def probes(self) -> frozenset[str]:
-        """Attention entropies."""
         return frozenset({ENTROPY})
 
     @property
     def wanted(self) -> frozenset[str]:
         """Entropies until the structure is fixed, and after it with entropy_after_fixed.
 
-        With exact_ema: false only in the last `memory_steps` steps before the next possible decision.
+        With exact_ema: false only in the last ``memory_steps`` steps before the next possible decision.
         """
         return self.probes if self._measures() else frozenset()
 
@@ -94,7 +93,6 @@ class SGTSchedule(Schedule):
 
     @property
     def plan(self) -> LoopPlan:
-        """What the next forward pass must execute."""
         layers = tuple(
             (layer, LayerPlan(grown.loops, grown.kept_heads, self._other_gate(grown)))
             for layer, grown in self._grown.items()
@@ -111,7 +109,10 @@ class SGTSchedule(Schedule):
         """EMA <- beta EMA + (1 - beta) e, with one step's entropies e [L, P, H] of the plan just executed.
 
         A kept head feeds its last pass K_l, every other head pass 0. A non-finite value leaves its head's EMA as it
-        is. Does nothing while no entropies are wanted. Raises ValueError for another shape.
+        is. Does nothing while no entropies are wanted.
+
+        Raises:
+            ValueError: the entropies have another shape.
         """
         table = np.asarray(values, dtype=np.float64)
         expected = (self.num_layers, 1 + self.max_loops, self.num_heads)
@@ -130,9 +131,10 @@ class SGTSchedule(Schedule):
         self._ema[usable] = beta * self._ema[usable] + (1.0 - beta) * fed[usable]
 
     def after_step(self, step: int) -> list[GrowthEvent]:
-        """Moves gates, then takes at most one decision, after the optimizer has applied step `step` (from 1).
+        """Moves gates, then takes at most one decision, after the optimizer has applied step ``step`` (from 1).
 
-        Raises ValueError when the schedule has already acted after this step.
+        Raises:
+            ValueError: the schedule has already acted after this step.
         """
         if step <= self._step:
             raise ValueError(f"growth already acted after step {self._step}; it cannot act after step {step}")
@@ -170,7 +172,6 @@ class SGTSchedule(Schedule):
 
     @property
     def max_loops(self) -> int:
-        """K_max, of every layer."""
         return self.config.max_loop_depth
 
     def final_plan(self, together: bool = False) -> LoopPlan:
@@ -211,7 +212,6 @@ class SGTSchedule(Schedule):
         return tuple(range(0, stride * count, stride))
 
     def advice(self, train_iters: int) -> Iterator[str]:
-        """Growth that does not begin, or does not end, within the run."""
         cfg = self.config
         windows = cfg.max_selected_layers * cfg.max_loop_depth
         done = cfg.first_selection_step + windows * cfg.window_size
@@ -229,7 +229,6 @@ class SGTSchedule(Schedule):
             )
 
     def describe(self, added: str) -> str:
-        """See Schedule."""
         cfg = self.config
         heads = "all heads" if cfg.head_choice == "all" else count(cfg.num_keep_heads, "head")
         return (
@@ -239,15 +238,12 @@ class SGTSchedule(Schedule):
 
     @property
     def window_end(self) -> int | None:
-        """See Schedule."""
         return self._window_end if self._phase == "selecting" else None
 
     def selected_at(self) -> dict[int, int]:
-        """See Schedule."""
         return {n: grown.chosen_at for n, grown in self._grown.items() if grown.chosen_at > 0}
 
     def report(self) -> dict[str, Any]:
-        """The EMA entropies while they are measured."""
         return {"ema_entropy": self._ema.round(6).tolist()} if self.wanted else {}
 
     def report_event(self, event: GrowthEvent) -> dict[str, Any]:
@@ -268,7 +264,6 @@ class SGTSchedule(Schedule):
         return record
 
     def progress(self) -> dict[str, Any]:
-        """See Schedule."""
         grown = [
             {"layer": n, "loops": g.loops, "kept_heads": list(g.kept_heads), "chosen_at": g.chosen_at}
             for n, g in self._grown.items()
@@ -282,7 +277,6 @@ class SGTSchedule(Schedule):
         }
 
     def restore(self, progress: Mapping[str, Any]) -> None:
-        """See Schedule."""
         ema = np.array(progress["ema"], dtype=np.float64)
         grown = {
             int(g["layer"]): Grown(int(g["loops"]), tuple(map(int, g["kept_heads"])), int(g["chosen_at"]))

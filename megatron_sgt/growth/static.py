@@ -22,28 +22,22 @@ class StaticSchedule(Schedule):
     def plan(self) -> LoopPlan: ...
 
     def after_step(self, step: int) -> list[GrowthEvent]:
-        """Nothing is ever decided."""
         return []
 
     def final_plan(self, together: bool = False) -> LoopPlan:
-        """The plan."""
         return self.plan
 
     def worst_case(self, last_step: int, together: bool = False) -> Iterator[Stage]:
-        """The plan."""
         yield Stage(0, self.label, self.plan)
 
     def progress(self) -> dict[str, Any]:
-        """The plan, as a check."""
         return {"plan": self.plan.to_dict()}
 
     def restore(self, progress: Mapping[str, Any]) -> None:
-        """Nothing to restore."""
         if progress["plan"] != self.plan.to_dict():
             raise ValueError(f"plan {progress['plan']!r}")
 
     def adopt(self, plan: LoopPlan) -> None:
-        """See Schedule."""
         if plan != self.plan:
             made = {n: layer.block_loops or list(layer.kept_heads) for n, layer in plan.layers}
             raise ConfigError(
@@ -58,16 +52,13 @@ class Vanilla(StaticSchedule):
 
     @property
     def plan(self) -> LoopPlan:
-        """The empty plan."""
         return LoopPlan.empty(self.num_layers)
 
     def describe(self, added: str) -> str:
-        """See Schedule."""
         return "none (vanilla)"
 
     @classmethod
     def settings_for(cls, plan: LoopPlan, num_heads: int) -> dict[str, Any] | None:
-        """See Schedule."""
         return None if plan.layers else {"method": cls.name}
 
 
@@ -93,21 +84,17 @@ class BlockLoop(StaticSchedule):
 
     @property
     def plan(self) -> LoopPlan:
-        """The repeated layers."""
         return self._plan
 
     @property
     def phase(self) -> str:
-        """The structure is complete from the start."""
         return "fixed"
 
     def describe(self, added: str) -> str:
-        """See Schedule."""
         return f"block loop of layers {list(self.config.block_loop_layers)}: {added} from the first step"
 
     @classmethod
     def settings_for(cls, plan: LoopPlan, num_heads: int) -> dict[str, Any] | None:
-        """See Schedule."""
         counts = {layer.block_loops for _, layer in plan.layers}
         if len(counts) != 1 or 0 in counts or any(plan.loops):
             return None

@@ -13,7 +13,7 @@ flight_recorder which collective a rank was in
 report          the text that a person reads
 exit_protocol   how a rank leaves: the first failure is claimed, reported once, and ends all ranks
 
-The training loop is above this part and knows none of it but `Progress` and the requests to stop.
+The training loop is above this part and knows none of it but ``Progress`` and the requests to stop.
 """
 
 from megatron_sgt.guard.progress import Progress

@@ -34,21 +34,17 @@ class Beat:
 
     @classmethod
     def of(cls, number: int, mark: Mark, oom_kills: int, shm: float) -> Beat:
-        """The beat of a rank at ``mark``."""
         return cls(number, mark.phase, mark.step, mark.count, mark.quick, oom_kills, shm)
 
     @classmethod
     def from_text(cls, text: str) -> Beat:
-        """Read ``text``."""
         return cls(**json.loads(text))
 
     def text(self) -> str:
-        """One line of JSON."""
         return json.dumps(asdict(self))
 
     @property
     def place(self) -> str:
-        """As Mark.place."""
         return Mark(self.phase, self.step, self.count, 0.0, self.quick).place
 
 
@@ -60,7 +56,6 @@ class Listener:
         self._changed: dict[int, float] = {}
 
     def hear(self, rank: int, beat: Beat, now: float) -> None:
-        """Take the beat of ``rank`` that the store holds."""
         known = self.beats.get(rank)
         if known is None or known.number != beat.number:
             self._changed[rank] = now
@@ -71,7 +66,6 @@ class Listener:
         return now - self._changed.get(rank, now)
 
     def is_lost(self, rank: int, now: float) -> bool:
-        """Whether a rank that has sent beats has been silent for too long."""
         heard = self.beats.get(rank)
         limit = STALE_SECONDS if heard is not None and heard.quick else SLOW_STALE_SECONDS
         return self.silent_seconds(rank, now) > limit

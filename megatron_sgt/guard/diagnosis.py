@@ -23,9 +23,10 @@ MAX_LINES = 16
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """On behalf of the rank of ``exit``. ``identities``: every rank's process; ``keeper``: whether rank 0's process
-    keeps the store (under torchrun its agent does); ``queued``: collectives run on a device, so that a host that is
-    not inside one may still wait for one. Only waiting at the store is a host's alone.
+    """What the rank of ``exit`` can find out about a failure.
+
+    ``identities``: every rank's process; ``keeper``: whether rank 0's process keeps the store (under torchrun its agent
+    does); ``queued``: collectives run on a device, so that a host that is not inside one may still wait for one.
     """
 
     exit: ExitProtocol
@@ -34,7 +35,6 @@ class Diagnosis:
     queued: bool = False
 
     def beats(self) -> dict[int, Beat]:
-        """The last beat of every rank; none where the store is gone."""
         keys = [f"beat/{rank}" for rank in range(len(self.identities))]
         try:
             texts = self.exit.ask(lambda channel: channel.get(keys))
@@ -122,7 +122,6 @@ class Diagnosis:
         return busy if len(busy) < len(places) else []
 
     def _places(self) -> dict[int, str]:
-        """Where each rank has noted that it is."""
         keys = [f"hang/{rank}" for rank in range(len(self.identities))]
         try:
             texts = self.exit.ask(lambda channel: channel.get(keys))

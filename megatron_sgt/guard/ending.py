@@ -20,7 +20,11 @@ GRACE = 10.0
 
 @functools.cache
 def place() -> RankInfo:
-    """This process's place in the run. Raises ConfigError if the launcher's variables make no sense."""
+    """This process's place in the run.
+
+    Raises:
+        ConfigError: the launcher's variables make no sense.
+    """
     return discover()
 
 
@@ -84,7 +88,6 @@ def patience(info: RankInfo) -> float:
 
 
 def _store() -> Any:
-    """The key-value store that the ranks share once they are connected; None before."""
     dist = getattr(sys.modules.get("torch"), "distributed", None)
     if dist is None or not dist.is_initialized():
         return None

@@ -47,7 +47,11 @@ class ExitProtocol:
         self._taker: int | None = None
 
     def ask(self, question: Callable[[StoreChannel], T]) -> T:
-        """Ask the store. Raises StoreGoneError, at once if it was raised before."""
+        """Ask the store.
+
+        Raises:
+            StoreGoneError: at once if it was raised before.
+        """
         channel = self._channel
         if self.store_gone or channel is None:
             raise StoreGoneError("no answer before")
@@ -65,7 +69,6 @@ class ExitProtocol:
 
     @property
     def is_taken(self) -> bool:
-        """Whether a thread is ending this process."""
         return self._taken.locked()
 
     def claim(self, failure: Failure) -> Failure:
@@ -92,7 +95,6 @@ class ExitProtocol:
         return text
 
     def known_failure(self) -> Failure | None:
-        """The failure that was claimed; None if none was."""
         try:
             text = self.ask(lambda channel: channel.get(["failed"]))[0]
         except StoreGoneError:
@@ -107,7 +109,6 @@ class ExitProtocol:
             return None
 
     def report(self, failure: Failure, advice: str, details: Sequence[str] = ()) -> None:
-        """Print the report, and write it to the run directory."""
         block = failure.block(self.world_size, advice, details)
         print(block, file=sys.stderr, flush=True)
         self._write(REPORT_FILE, f"{block}\n")
@@ -145,7 +146,7 @@ class ExitProtocol:
     def dump_collectives(self) -> None:
         """What this rank's collectives were doing, to its files in the run directory; after the hang was reported.
 
-        Reading it asks the driver about every collective. If that never returns, this thread goes on without it;
+        Reading it asks the driver about every collective. If that never returns, this thread continues without it;
         if it holds Python's lock as well, a timer that needs no lock ends the process.
         """
         faulthandler.dump_traceback_later(2 * RECORD_SECONDS, exit=True, file=2)

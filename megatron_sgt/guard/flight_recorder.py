@@ -34,7 +34,10 @@ def let_torch_write_to(folder: Path) -> None:
 def write(folder: Path, rank: int) -> str:
     """Write what this rank's recorder holds, in both forms; return a line that says so, or why there is nothing.
 
-    May block on a driver that does not answer: see ExitProtocol.dump_collectives. Raises OSError, RuntimeError.
+    May block on a driver that does not answer: see ExitProtocol.dump_collectives.
+
+    Raises:
+        OSError, RuntimeError: the record cannot be written.
     """
     as_json, as_pickle = _recorder()
     if as_json is None:

@@ -63,7 +63,6 @@ def process_state(process: Identity) -> str | None:
 
 
 def _stat(pid: int) -> tuple[str, int] | None:
-    """(state, start time) of a process; None where there is none."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

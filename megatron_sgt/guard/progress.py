@@ -12,8 +12,10 @@ QUICK_PHASES = frozenset({"train", "data", "growth", "log"})
 
 @dataclass(frozen=True)
 class Mark:
-    """``phase`` (train, data, or a hook's name) of optimizer step ``step``, entered at ``since`` (monotonic
-    seconds) as the ``count``-th of this process; ``quick``: the time limit of ordinary steps applies.
+    """Where training stands: in ``phase`` (train, data, or a hook's name) of optimizer step ``step``.
+
+    It was entered at ``since`` (monotonic seconds) as the ``count``-th of this process; ``quick``: the time limit of
+    ordinary steps applies.
     """
 
     phase: str
@@ -24,7 +26,6 @@ class Mark:
 
     @property
     def place(self) -> str:
-        """For a message: "step 7 (eval)"."""
         return f"step {self.step:,} ({self.phase})" if self.step else self.phase
 
 
@@ -48,5 +49,4 @@ class Progress:
         self._warm = True
 
     def idle_seconds(self) -> float:
-        """Seconds since the last mark."""
         return self._clock() - self.mark.since

@@ -18,9 +18,11 @@ _STATES = {
 
 @dataclass(frozen=True)
 class Failure:
-    """What came first: ``kind`` error (an exception), lost (a process that is gone), hang, or mistake (the
-    user's, which that rank prints itself). ``rank`` None (and no ``host``): a hang of no single rank.
-    ``code``: the exit code of every rank. ``reported_by``: the rank that has claimed it; several may find the same.
+    """The run's first failure.
+
+    ``kind``: error (an exception), lost (a process that is gone), hang, or mistake (the user's, which that rank prints
+    itself). ``rank`` None (and no ``host``): a hang of no single rank. ``code``: the exit code of every rank.
+    ``reported_by``: the rank that has claimed it; several may find the same.
     """
 
     kind: str
@@ -32,21 +34,17 @@ class Failure:
     reported_by: int | None = field(default=None, compare=False)
 
     def text(self) -> str:
-        """One line of JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_text(cls, text: str) -> Failure:
-        """Read ``text``."""
         return cls(**json.loads(text))
 
     @property
     def who(self) -> str:
-        """The rank, for a message."""
         return "every rank" if self.rank is None else f"rank {self.rank}"
 
     def block(self, world_size: int, advice: str, details: Sequence[str] = ()) -> str:
-        """The report, ready to print: one line per fact, then ``details``."""
         verb = {"error": "FAILED", "lost": "LOST", "hang": "HANG"}[self.kind]
         who = f"all {world_size} ranks" if self.rank is None else f"{self.who} of {world_size} on {self.host}"
         head = f"{verb}  {who}, in {self.place}"

@@ -69,13 +69,11 @@ class _Watch:
         self._reason: int = Reason.NONE
 
     def begin(self, reason: int, wake: socket.socket | None = None) -> None:
-        """Start the grace time for ``reason`` now."""
         self._reason, self._deadline = reason, time.monotonic() + self._grace_s
         if wake is not None:
             wake.send(b"\0")
 
     def run(self) -> None:
-        """Until the socket is closed."""
         while True:
             left = None if self._deadline is None else self._deadline - time.monotonic()
             if left is not None and left <= 0:

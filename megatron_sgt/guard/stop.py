@@ -68,7 +68,6 @@ class StopRequests:
         """Called when all ranks have agreed to stop."""
 
     def receive(self, signum: int) -> None:
-        """Take one of ``SIGNALS``."""
         self._signal = max(self._signal, Reason.of(signum))
 
     def note_save(self, seconds: float) -> None:
@@ -76,7 +75,6 @@ class StopRequests:
         self._longest_save = max(self._longest_save, seconds)
 
     def pending(self) -> Reason:
-        """The reason for which this rank wants to stop."""
         if self._signal:
             return self._signal
         if self._duration_end is not None and self._now() >= self._duration_end:

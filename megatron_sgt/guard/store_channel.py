@@ -18,18 +18,21 @@ class StoreGoneError(Exception):
 
 
 class StoreChannel:
-    """A separate connection to the store, so that it never waits for what the training thread asks."""
+    """A separate connection to the store, so that it never waits for what the training thread asks.
+
+    Raises:
+        StoreGoneError: from every method, when the store does not answer.
+    """
 
     def __init__(self, store: Any) -> None:
         self._store = store.clone()
         self._store.set_timeout(datetime.timedelta(seconds=PATIENCE_SECONDS))
 
     def put(self, key: str, text: str) -> None:
-        """Set ``key``. Raises StoreGoneError."""
         self._ask(lambda: self._store.set(_full(key), text))
 
     def get(self, keys: Sequence[str]) -> list[str | None]:
-        """The values of ``keys``, None where there is none. Raises StoreGoneError."""
+        """The values of ``keys``, None where there is none."""
         names = [_full(key) for key in keys]
 
         def ask() -> list[str | None]:
@@ -40,10 +43,7 @@ class StoreChannel:
         return self._ask(ask)
 
     def claim(self, key: str, text: str) -> str:
-        """Set ``key`` unless it is set; return its value, which is ``text`` for the rank that was first.
-
-        Raises StoreGoneError.
-        """
+        """Set ``key`` unless it is set; return its value, which is ``text`` for the rank that was first."""
         return self._ask(lambda: self._store.compare_set(_full(key), "", text).decode())
 
     def _ask(self, question: Callable[[], T]) -> T:
@@ -56,7 +56,9 @@ class StoreChannel:
 def bounded(action: Callable[[], T], seconds: float) -> T:
     """``action()``, abandoned after ``seconds``: a store whose host is stopped never answers.
 
-    Raises StoreGoneError when time is up, and whatever ``action`` raises.
+    Raises:
+        StoreGoneError: time is up.
+        Exception: whatever ``action`` raises.
     """
     outcome: list[Any] = []
 

@@ -126,7 +126,6 @@ class Watch:
                 self._exit.leave(1)
 
     def _exchange_beats(self, channel: StoreChannel, identities: list[processes.Identity]) -> None:
-        """Send and receive beats, until something is wrong or the run is over."""
         rank, number, listener = self._info.rank, 0, Listener()
         neighbour = next_visible(rank, identities)
         ahead = (rank + 1) % self._info.world_size
@@ -176,7 +175,6 @@ class Watch:
         self._exit.fail(failure, ADVICE, details)
 
     def _watch_progress(self) -> None:
-        """Measure how long the training thread stays at the same mark."""
         idle, last, count = 0.0, time.monotonic(), -1
         while not self._stop.wait(TICK_SECONDS):
             now, mark = time.monotonic(), self.progress.mark

@@ -12,13 +12,15 @@ __all__ = ["RankInfo", "discover", "to_environ"]
 
 
 def discover(environ: Mapping[str, str] | None = None) -> RankInfo:
-    """Return the place of this process, from `environ` (default: os.environ).
+    """Return the place of this process, from ``environ`` (default: os.environ).
 
     The first that applies: RANK and WORLD_SIZE (torchrun, the deepspeed launcher); mpirun, through mpi4py; a step of
     srun; else a single process. Explicit settings come before inherited ones: torchrun and mpirun may be started inside
     a Slurm job, whose variables their processes inherit.
-    Raises ConfigError: variables half set, not integers, out of range, or of fewer processes than srun or mpirun
-    has started; mpirun without mpi4py.
+
+    Raises:
+        ConfigError: variables half set, not integers, out of range, or of fewer processes than srun or mpirun has
+            started; mpirun without mpi4py.
     """
     environ = os.environ if environ is None else environ
     given = [name for name in ("RANK", "WORLD_SIZE") if environ.get(name)]
@@ -38,7 +40,6 @@ def discover(environ: Mapping[str, str] | None = None) -> RankInfo:
 
 
 def _discover_exported(environ: Mapping[str, str]) -> RankInfo:
-    """Read the variables that torchrun and the deepspeed launcher export."""
     world_size = require_int(environ, "WORLD_SIZE")
     _refuse_leftovers(world_size, environ)
     address, port = environ.get("MASTER_ADDR"), read_int(environ, "MASTER_PORT")

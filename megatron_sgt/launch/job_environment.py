@@ -194,7 +194,7 @@ def cores_of(info: RankInfo, environ: MutableMapping[str, str]) -> int:
 
 
 def private_folder(folder: Path) -> bool:
-    """Make ``folder`` and the one above for this user alone; False if another user has them, or they cannot be made.
+    """Make ``folder`` and the one above for this user alone; False if another user owns them, or they cannot be made.
 
     Code is loaded from here, and everybody may write into the temporary folder.
     """
@@ -210,9 +210,9 @@ def private_folder(folder: Path) -> bool:
 
 
 def gpu_generation() -> int | None:
-    """Major compute capability of the first GPU, None where NVIDIA's management library does not tell.
+    """Major compute capability of the first GPU, None if NVIDIA's management library does not say.
 
-    torch would have to start CUDA for it, after which the environment comes too late.
+    Asking torch would start CUDA, after which the environment has no effect.
     """
     major, minor, handle = ctypes.c_int(), ctypes.c_int(), ctypes.c_void_p()
     try:

@@ -30,7 +30,9 @@ def discover_mpi(environ: Mapping[str, str]) -> RankInfo:
 
     Rank 0 names the meeting point: MASTER_ADDR and MASTER_PORT of its environment if set, else its host name
     (the loopback when all ranks share one host) and a port that is free there.
-    Raises ConfigError if mpi4py is missing or finds no MPI library.
+
+    Raises:
+        ConfigError: mpi4py is missing or finds no MPI library.
     """
     try:
         mpi = importlib.import_module("mpi4py.MPI")

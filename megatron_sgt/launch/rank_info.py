@@ -13,7 +13,11 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class RankInfo:
-    """One process's rank, and where rank 0 listens. Raises ConfigError for inconsistent numbers."""
+    """One process's rank, and where rank 0 listens.
+
+    Raises:
+        ConfigError: the numbers are inconsistent.
+    """
 
     rank: int
     world_size: int
@@ -50,7 +54,11 @@ def to_environ(info: RankInfo) -> dict[str, str]:
 
 
 def read_int(environ: Mapping[str, str], *names: str) -> int | None:
-    """Return the first of these variables that is set, or None. Raises ConfigError if it is no integer."""
+    """Return the first of these variables that is set, or None.
+
+    Raises:
+        ConfigError: its value is no integer.
+    """
     for name in names:
         text = environ.get(name, "")
         if not text:
@@ -63,7 +71,11 @@ def read_int(environ: Mapping[str, str], *names: str) -> int | None:
 
 
 def require_int(environ: Mapping[str, str], *names: str) -> int:
-    """Return the first of these variables that is set. Raises ConfigError if none is."""
+    """Return the first of these variables that is set.
+
+    Raises:
+        ConfigError: none is set.
+    """
     value = read_int(environ, *names)
     if value is None:
         raise ConfigError(

@@ -28,7 +28,10 @@ def discover_slurm(environ: Mapping[str, str]) -> RankInfo:
     """Return this task's place in its srun step.
 
     Rank 0 listens on the first node of the step, or on the loopback if there is only one node; MASTER_ADDR and
-    MASTER_PORT, if set, take precedence. Raises ConfigError if variables are missing or disagree.
+    MASTER_PORT, if set, take precedence.
+
+    Raises:
+        ConfigError: variables are missing or disagree.
     """
     world_size = require_int(environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
     nodelist = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
@@ -59,16 +62,17 @@ def job_end(environ: Mapping[str, str]) -> int | None:
 
 
 def step_port(environ: Mapping[str, str]) -> int:
-    """Return the port of this step in PORTS: equal for all its tasks, different for neighbouring steps.
-
-    20000 + (37 x job id + step id) mod 12000.
-    """
+    """Return the port of this step: 20000 + (37 x job id + step id) mod 12000, so that neighbouring steps differ."""
     job, step = require_int(environ, "SLURM_JOB_ID", "SLURM_JOBID"), require_int(environ, "SLURM_STEP_ID")
     return PORTS[(PORT_STRIDE * job + step) % len(PORTS)]
 
 
 def parse_tasks_per_node(text: str) -> list[int]:
-    """Return the tasks of each node: "2(x3),1" is [2, 2, 2, 1]. Raises ConfigError."""
+    """Return the tasks of each node: "2(x3),1" is [2, 2, 2, 1].
+
+    Raises:
+        ConfigError: the text cannot be read.
+    """
     counts: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
@@ -82,7 +86,10 @@ def parse_nodelist(text: str) -> list[str]:
     """Return the node names of a Slurm node list, in its order.
 
     "gpu[08-10,12]-ib,login" is gpu08-ib, gpu09-ib, gpu10-ib, gpu12-ib, login. Several brackets in one name
-    multiply, the last one fastest; brackets may be nested. Raises ConfigError if the text cannot be read.
+    multiply, the last one fastest; brackets may be nested.
+
+    Raises:
+        ConfigError: the text cannot be read.
     """
     try:
         return [name for part in _split(text.strip()) for name in _expand(part)]
@@ -91,7 +98,6 @@ def parse_nodelist(text: str) -> list[str]:
 
 
 def _split(text: str) -> list[str]:
-    """Split at the commas outside brackets."""
     parts, depth = [""], 0
     for char in text:
         depth += {"[": 1, "]": -1}.get(char, 0)
@@ -109,7 +115,6 @@ def _split(text: str) -> list[str]:
 
 
 def _expand(part: str) -> Iterator[str]:
-    """Yield the names that one entry with brackets stands for."""
     head, bracket, rest = part.partition("[")
     if not bracket:
         yield part
@@ -126,7 +131,6 @@ def _expand(part: str) -> Iterator[str]:
 
 
 def _expand_item(item: str) -> Iterator[str]:
-    """Yield what one item between brackets stands for: a number, a range (zeros kept), or an entry."""
     bounds = re.fullmatch(r"(\d+)-(\d+)", item)
     if bounds is None:
         yield from _expand(item)
@@ -139,7 +143,6 @@ def _expand_item(item: str) -> Iterator[str]:
 
 
 def _tasks_on_this_node(environ: Mapping[str, str], world_size: int, num_nodes: int) -> int:
-    """Return how many tasks of the step run on this node."""
     text = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE")
     if text:
         counts = parse_tasks_per_node(text)

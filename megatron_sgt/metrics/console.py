@@ -57,7 +57,10 @@ class ConsoleWriter:
     """Prints every record as one line, above a progress bar if there is one.
 
     style: "sgt" or "megatron"; progress_bar: "auto" (on a terminal), "on" or "off"; total_steps: the bar's
-    end; stream: sys.stdout by default. Raises ValueError for another style or progress_bar.
+    end; stream: sys.stdout by default.
+
+    Raises:
+        ValueError: another style or progress_bar.
     """
 
     def __init__(
@@ -80,7 +83,11 @@ class ConsoleWriter:
         self._bar: Any = None
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Print the record, unless its line is empty. Raises KeyError for a kind without a format."""
+        """Print the record, unless its line is empty.
+
+        Raises:
+            KeyError: its kind has no format.
+        """
         text = self._formats[kind](record, self._paint)
         if not text:
             return
@@ -95,11 +102,9 @@ class ConsoleWriter:
             self._bar.refresh()
 
     def advance(self, step: int) -> None:
-        """Move the progress bar to `step` without printing a line."""
         self._move_bar(step, None)
 
     def close(self) -> None:
-        """Remove the progress bar."""
         self._end_bar()
 
     @staticmethod

@@ -29,14 +29,17 @@ class MetricsHub:
         self._complained: set[int] = set()
 
     def log(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Report `record`; `time` (seconds since the epoch) is added. Raises ValueError for another kind."""
+        """Report ``record``; ``time`` (seconds since the epoch) is added.
+
+        Raises:
+            ValueError: its kind is unknown.
+        """
         if kind not in RECORDS:
             raise ValueError(f"kind must be one of {tuple(RECORDS)}, got {kind!r}")
         stamped = {"time": time.time(), **record}
         self._each(lambda writer: writer.write(kind, stamped))
 
     def advance(self, step: int) -> None:
-        """Tell every writer that optimizer step `step` is done; reports are made by `log`."""
         self._each(lambda writer: writer.advance(step))
 
     def close(self) -> None:
@@ -57,8 +60,10 @@ class MetricsHub:
 def build_hub(logging: LoggingConfig, train_iters: int, resolved: Mapping[str, Any]) -> MetricsHub:
     """The hub of rank 0: the console and run_dir/metrics.jsonl always, TensorBoard and W&B when asked.
 
-    resolved: the whole configuration, shown by W&B. Other ranks use MetricsHub(). Raises ConfigError if a
-    package that is asked for is missing.
+    resolved: the whole configuration, shown by W&B. Other ranks use MetricsHub().
+
+    Raises:
+        ConfigError: a package that is asked for is missing.
     """
     run_dir = Path(logging.run_dir)
     writers: list[Writer] = []

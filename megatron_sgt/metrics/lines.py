@@ -1,7 +1,7 @@
 """The console lines of one run, as pure functions of a record: (record, paint) -> text without a newline.
 
-`paint(role, text)` colours a part; the roles are those of ROLES. The records' fields are in records.py; a field that is
-absent or None is left out of the line.
+``paint(role, text)`` colours a part; the roles are those of ROLES. The records' fields are in records.py; a field that
+is absent or None is left out of the line.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _per_device(record: Record) -> str | None:
 def train_line(record: Record, paint: Paint = plain) -> str:
     """Step, loss, gradient norm, learning rate, speed, memory and time left.
 
-    `MFU n/a` appears where a speed is known and a peak is not; a loss or norm that is no finite number is
+    ``MFU n/a`` appears where a speed is known and a peak is not; a loss or norm that is no finite number is
     painted "bad"; skipped steps appear when there were any.
     """
     step, total = record["step"], record.get("train_iters")
@@ -178,7 +178,7 @@ def resume_line(record: Record, paint: Paint = plain) -> str:
 
 
 def save_failed_line(record: Record, paint: Paint = plain) -> str:
-    """A checkpoint that could not be written; training goes on."""
+    """A checkpoint that could not be written; training continues."""
     return f"{paint('bad', 'NOT SAVED')}  step {record['step']:,}  {record['reason']}"
 
 
@@ -219,7 +219,7 @@ def hook_line(record: Record, paint: Paint = plain) -> str:
 
 
 def summary_line(record: Record, paint: Paint = plain) -> str:
-    """The end of a run: one line of results, then one line for each of its `paths`."""
+    """The end of a run: one line of results, then one line for each of its ``paths``."""
     step, total = record["step"], record.get("train_iters")
     first = _part(record, "first_loss", lambda loss: f"{units.fixed(loss, 3)} -> ")
     loss = _number(record, "loss", "loss", 3, plain)

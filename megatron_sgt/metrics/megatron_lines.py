@@ -1,7 +1,7 @@
 """The lines of Megatron-LM's training log, so that programs which parse that log keep working.
 
-The fields, their order and their number formats are those of `training_log` and
-`evaluate_and_print_results` in Megatron-LM's megatron/training/training.py. One thing differs on purpose:
+The fields, their order and their number formats are those of ``training_log`` and
+``evaluate_and_print_results`` in Megatron-LM's megatron/training/training.py. One thing differs on purpose:
 Megatron leaves a loss out of the line unless it is a positive number, here it is always printed.
 """
 
@@ -21,7 +21,7 @@ def _field(record: Mapping[str, Any], key: str, template: str, scale: float = 1)
 
 
 def train_line(record: Mapping[str, Any], paint: Paint = plain) -> str:
-    """One training line. `time` (seconds since the epoch), if the record has it, is the leading stamp."""
+    """One training line. ``time`` (seconds since the epoch), if the record has it, is the leading stamp."""
     when = record.get("time")
     stamp = "" if when is None else f" [{datetime.fromtimestamp(when):%Y-%m-%d %H:%M:%S}]"
     loss = record.get("loss")

@@ -95,7 +95,7 @@ class SaveRecord(_Record, total=False):
 
 
 class SaveFailedRecord(_Record, total=False):
-    """A checkpoint that could not be written: training goes on, and saves at the next interval."""
+    """A checkpoint that could not be written: training continues, and saves at the next interval."""
 
     reason: str
 
@@ -123,7 +123,7 @@ class RanksRecord(_Record, total=False):
 
 
 class RollbackRecord(_Record, total=False):
-    """A loss spike, and the step at which the run goes on."""
+    """A loss spike, and the step from which the run continues."""
 
     path: Path | str | None  # None: no checkpoint to go back to, training goes on
     spike_step: int

@@ -12,11 +12,7 @@ Record = Mapping[str, Any]
 
 
 def run_summary(records: Sequence[Record], run_dir: Path, paint: lines.Paint = lines.plain) -> str:
-    """Losses, growth events, restarts and where things lie.
-
-    Args:
-        records: what ``read_metrics`` gives, in order; any part may be missing (a run that died early).
-    """
+    """Losses, growth events, restarts and paths; a run that died early lacks some of its ``records``."""
     by_kind: dict[str, list[Record]] = {}
     for record in records:
         by_kind.setdefault(record["kind"], []).append(record)

@@ -77,7 +77,11 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 
 def tokens_per_second(tokens: float, seconds: float) -> float:
-    """Raises ValueError unless seconds > 0."""
+    """The rate.
+
+    Raises:
+        ValueError: ``seconds`` is not > 0.
+    """
     if not seconds > 0:
         raise ValueError(f"a rate needs a time > 0 s, got {seconds}")
     return tokens / seconds
@@ -93,7 +97,7 @@ def throughput_record(
 ) -> Throughput:
     """The throughput fields of a train record.
 
-    tokens, flops: of the whole job during `seconds`; peak: FLOP/s of one device or None.
+    tokens, flops: of the whole job during ``seconds``; peak: FLOP/s of one device or None.
     """
     rate = tokens_per_second(tokens, seconds)
     flops_per_device = flops / seconds / num_devices
@@ -108,7 +112,7 @@ def throughput_record(
 class EtaEstimator:
     """Seconds until the end, from a moving average of the step time.
 
-    `memory_steps` is the number of steps after which an old step time has lost 1 - 1/e of its weight. The
+    ``memory_steps`` is the number of steps after which an old step time has lost 1 - 1/e of its weight. The
     first observation is forgotten as soon as a second one arrives: it contains the warm-up of the run.
     """
 
@@ -120,7 +124,11 @@ class EtaEstimator:
         self._observations = 0
 
     def update(self, seconds: float, steps: int = 1) -> None:
-        """Add an observation: the last `steps` steps took `seconds` in all. Raises ValueError for steps < 1."""
+        """Add an observation: the last ``steps`` steps took ``seconds`` in all.
+
+        Raises:
+            ValueError: steps < 1.
+        """
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         self._observations += 1
@@ -134,9 +142,7 @@ class EtaEstimator:
 
     @property
     def step_time_s(self) -> float | None:
-        """The averaged time of one step; None before the first update."""
         return self._seconds_per_step
 
     def remaining_s(self, steps_left: int) -> float | None:
-        """Seconds for `steps_left` more steps; None before the first update."""
         return None if self._seconds_per_step is None else self._seconds_per_step * max(0, steps_left)

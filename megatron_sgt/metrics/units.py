@@ -13,7 +13,7 @@ def is_bad(value: float | None) -> bool:
 
 
 def fixed(value: float | None, decimals: int) -> str:
-    """`decimals` digits after the point; "NaN", "inf", "-inf" as such; None is "n/a"."""
+    """``decimals`` digits after the point; "NaN", "inf", "-inf" as such; None is "n/a"."""
     if value is None:
         return "n/a"
     if math.isnan(value):
@@ -33,7 +33,7 @@ def significant(value: float) -> str:
 
 
 def si(value: float, separator: str = "") -> str:
-    """With a decimal prefix: 512, 48.8k, 1.56M; `separator` stands before the prefix, if there is one."""
+    """With a decimal prefix: 512, 48.8k, 1.56M; ``separator`` stands before the prefix, if there is one."""
     scaled, power = value, 0
     # What counts is the rounded value: 999.9 reads 1.00k.
     while abs(float(f"{scaled:.2e}")) >= 1000 and power < len(_PREFIXES) - 1:

@@ -55,7 +55,11 @@ def scalars(kind: str, record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def check_packages(logging: LoggingConfig) -> None:
-    """Raises ConfigError if a package that ``logging`` asks for is not installed; imports none."""
+    """Check that the packages that ``logging`` asks for are installed, without importing them.
+
+    Raises:
+        ConfigError: one is not.
+    """
     asked = (
         ("logging.tensorboard", logging.tensorboard, "tensorboard"),
         ("logging.wandb_project", logging.wandb_project is not None, "wandb"),
@@ -78,9 +82,12 @@ def _import_for(option: str, module: str, package: str) -> ModuleType:
 
 
 class TensorBoardWriter:
-    """Event files in `directory`. Raises ConfigError if the tensorboard package is missing.
+    """Event files in ``directory``.
 
     After a resume at step N, TensorBoard drops the points of later steps that the attempt before has written.
+
+    Raises:
+        ConfigError: the tensorboard package is missing.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -91,7 +98,6 @@ class TensorBoardWriter:
         self._writer = events.EventFileWriter(str(directory))
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Write the record's curves."""
         step, when = int(record["step"]), float(record.get("time", time.time()))
         pb2 = self._event_pb2
         if kind == "resume":
@@ -110,15 +116,17 @@ class TensorBoardWriter:
         """Nothing: only reports make points."""
 
     def close(self) -> None:
-        """Flush and close the event file."""
         self._writer.close()
 
 
 class WandbWriter:
     """One run of Weights & Biases, continued after a resume.
 
-    directory: where wandb keeps its files, and where the run's id is kept in `wandb_run_id`; config: shown
-    beside the curves. Raises ConfigError if the package is missing or refuses to start.
+    directory: where wandb keeps its files, and where the run's id is kept in ``wandb_run_id``; config: shown
+    beside the curves.
+
+    Raises:
+        ConfigError: the package is missing or refuses to start.
     """
 
     def __init__(
@@ -152,7 +160,6 @@ class WandbWriter:
             self._run.define_metric(f"{kind}/*", step_metric="step")
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Send the record's curves; a summary goes into the run's summary."""
         curves = scalars(kind, record)
         if kind == "summary":
             self._run.summary.update(curves)
@@ -163,5 +170,4 @@ class WandbWriter:
         """Nothing: only reports make points."""
 
     def close(self) -> None:
-        """Finish the run: wait until everything is sent."""
         self._run.finish()

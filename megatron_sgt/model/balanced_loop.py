@@ -48,7 +48,6 @@ class BalancedLoop(KeptLoop):
     sharded: bool
 
     def __call__(self, layer: LoopingLayer, x: Tensor, rotary: Rotary, index: int) -> Tensor:
-        """See ``LoopPass``."""
         attention, own = layer.self_attention, self.positions(rotary)
         project_in = partial(self._project_in, index=index)
         fused = attention.linear_qkv(layer.input_layernorm(x), use=project_in)
@@ -70,12 +69,10 @@ class BalancedLoop(KeptLoop):
         return F.linear(heads, self.output_weight(weight, index))
 
     def projection(self, weight: Tensor, bias: Tensor | None, index: int) -> tuple[Tensor, Tensor | None]:
-        """The kept rows of all ranks."""
         weight = self.weights.qkv.get(weight, index)
         return weight, None if bias is None else self.weights.qkv_bias.get(bias, index)
 
     def output_weight(self, weight: Tensor, index: int) -> Tensor:
-        """The kept columns of all ranks."""
         return self.weights.proj.get(weight, index)
 
     def positions(self, rotary: Rotary) -> Rotary:
@@ -115,7 +112,6 @@ class _ShareOfTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
-        """Project this rank's share."""
         ctx.save_for_backward(x, weight)
         ctx.group, ctx.has_bias = group, bias is not None
         share = x.shape[0] // dist.get_world_size(group)
@@ -124,7 +120,6 @@ class _ShareOfTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Whole gradients on every rank."""
         x, weight = ctx.saved_tensors
         whole = grad.new_empty(x.shape[0], *grad.shape[1:])
         dist.all_gather_into_tensor(whole, grad.contiguous(), group=ctx.group)

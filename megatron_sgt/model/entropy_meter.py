@@ -18,9 +18,8 @@ from megatron_sgt.parallel.groups import ParallelGroups
 class EntropyMeter:
     """Entropy table [L, P, heads of the whole model], fp32, on the rank's device.
 
-    A rank fills in what it measured and leaves 0 elsewhere: its own heads as a rule, all kept heads where
-    looping is balanced and it holds the last token. While ``enabled`` is False nothing is measured and nothing
-    is communicated.
+    A rank fills in what it measured and leaves 0 elsewhere: its own heads as a rule, all kept heads where looping is
+    balanced and it holds the last token. While ``enabled`` is False nothing is measured and nothing is communicated.
     """
 
     def __init__(self, num_layers: int, num_passes: int, layout: HeadLayout, device: torch.device) -> None:
@@ -33,7 +32,6 @@ class EntropyMeter:
 
     @property
     def device(self) -> torch.device:
-        """Where attention runs."""
         return self._current.device
 
     def store(self, layer: int, attention_pass: int, entropy: Tensor, heads: Tensor | None = None) -> None:
@@ -54,13 +52,11 @@ class EntropyMeter:
         return self._current.isfinite().all()
 
     def end_micro_batch(self) -> None:
-        """Add the running micro-batch to the step's sum."""
         if self.enabled:
             self._sum += self._current
             self._micro_batches += 1
 
     def reset(self) -> None:
-        """Forget the step so far."""
         self._current.zero_()
         self._sum.zero_()
         self._micro_batches = 0

@@ -15,17 +15,15 @@ from megatron_sgt.ops.rotary import Rotary
 
 @dataclass(eq=False)
 class FusedLoop(LoopPass):
-    """``kept``, with its projections fused: in place of ``SparseLoop`` on one tensor-parallel rank, or of
-    ``BalancedLoop`` under sequence parallelism.
+    """``kept``, with its projections fused.
 
-    Weights are used inside calls of the modules that own them, one within the other, as ZeRO-3 needs it (see
-    ``linear.py``).
+    In place of ``SparseLoop`` on one tensor-parallel rank, or of ``BalancedLoop`` under sequence parallelism. Weights
+    are used inside calls of the modules that own them, one within the other, as ZeRO-3 needs it (see ``linear.py``).
     """
 
     kept: KeptLoop
 
     def __call__(self, layer: LoopingLayer, x: Tensor, rotary: Rotary, index: int) -> Tensor:
-        """See ``LoopPass``."""
         attention, kept = layer.self_attention, self.kept
         modules = [layer.input_layernorm, attention.linear_qkv]
         if attention.q_layernorm is not None:
@@ -39,11 +37,9 @@ class FusedLoop(LoopPass):
         return out if bias is None else out + bias
 
     def begin_step(self) -> None:
-        """See ``LoopPass``."""
         self.kept.begin_step()
 
     def mark_micro_batch(self, last: bool) -> None:
-        """See ``LoopPass``."""
         self.kept.mark_micro_batch(last)
 
     def _project_in(

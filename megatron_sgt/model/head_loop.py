@@ -73,7 +73,6 @@ class DenseLoop(LoopPass):
     gates: Tensor
 
     def __call__(self, layer: LoopingLayer, x: Tensor, rotary: Rotary, index: int) -> Tensor:
-        """See ``LoopPass``."""
         attention = layer.self_attention
         with attention.core_attention.loop_pass(index, self.gates), attention.core_attention.rotated(rotary):
             out = attention(layer.input_layernorm(x), attention_mask=None)
@@ -102,7 +101,6 @@ class KeptLoop(LoopPass):
         return weight
 
     def positions(self, rotary: Rotary) -> Rotary:
-        """The table of the tokens that this rank projects."""
         return rotary
 
     def attention(self, layer: LoopingLayer, query: Tensor, key: Tensor, value: Tensor, index: int) -> Tensor:
@@ -170,7 +168,6 @@ class SparseLoop(KeptLoop):
     """
 
     def __call__(self, layer: LoopingLayer, x: Tensor, rotary: Rotary, index: int) -> Tensor:
-        """See ``LoopPass``."""
         attention = layer.self_attention
         tokens = _enter_tensor_parallel(layer.input_layernorm(x), layer)
         fused = attention.linear_qkv(tokens, use=self._project_in)
@@ -209,7 +206,6 @@ def _enter_tensor_parallel(x: Tensor, layer: LoopingLayer) -> Tensor:
 
 
 def _leave_tensor_parallel(partial: Tensor, layer: LoopingLayer) -> Tensor:
-    """Sum the ranks' parts of the output projection."""
     if layer.config.sequence_parallel:
         return mappings.reduce_scatter_to_sequence_parallel_region(partial)
     return mappings.reduce_from_tensor_model_parallel_region(partial)

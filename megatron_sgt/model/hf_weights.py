@@ -54,7 +54,11 @@ def check_tensors(shapes: Mapping[str, Shape], model: ModelConfig) -> None:
 
 
 def check_shape(name: str, found: Shape, shape: Shape, fewest_rows: int | None = None) -> None:
-    """Raises CheckpointError. ``fewest_rows``: of a vocabulary without its padding; None: exactly ``shape``."""
+    """Compare a weight's shape; ``fewest_rows``: of a vocabulary without its padding, None: exactly ``shape``.
+
+    Raises:
+        CheckpointError: it does not fit.
+    """
     if fewest_rows is None:
         fits, wanted = found == shape, str(list(shape))
     else:

@@ -42,7 +42,6 @@ def draw_weights(gpt: torch.nn.Module, config: Config, groups: ParallelGroups) -
 
 
 def _whole(weight: Weight, name: str, model: ModelConfig, seed: int, where: torch.device) -> Tensor:
-    """The whole tensor ``name`` of ``weight`` in fp32, on ``where``."""
     value = torch.empty(weight.whole[name], dtype=torch.float32, device=where)
     if weight.kind in ("norm", "bias"):
         return value.fill_(1.0 if weight.kind == "norm" else 0.0)

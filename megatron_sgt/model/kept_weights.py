@@ -95,20 +95,17 @@ class _Fetch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, kept: KeptSlice) -> Tensor:
-        """See ``KeptSlice.get``."""
         ctx.kept, ctx.shape = kept, parameter.shape
         return kept.fetch(parameter)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
-        """See ``KeptSlice.return_gradient``."""
         return ctx.kept.return_gradient(grad, ctx.shape), None
 
 
 @dataclass(frozen=True)
 class KeptWeights:
-    """All kept weights of one layer, in the order of ``ops.head_blocks.whole_blocks``: rows of ``qkv`` and
-    ``qkv_bias`` by query, key and value blocks, columns of ``proj`` by head."""
+    """One layer's kept weights in the order of ``whole_blocks``: rows of ``qkv``, ``qkv_bias``, columns of ``proj``."""
 
     qkv: KeptSlice
     qkv_bias: KeptSlice
@@ -117,7 +114,6 @@ class KeptWeights:
 
     @property
     def slices(self) -> tuple[KeptSlice, ...]:
-        """All slices, to mark steps and micro-batches on."""
         return self.qkv, self.qkv_bias, self.proj
 
 

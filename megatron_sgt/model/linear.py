@@ -23,7 +23,6 @@ class LoopingColumnParallelLinear(ColumnParallelLinear):
     """ColumnParallelLinear; with ``use`` it only returns ``use(input, weight, bias)``."""
 
     def forward(self, input_: Tensor, *args: Any, use: Use | None = None, **kwargs: Any) -> Any:
-        """Megatron-Core's forward, or ``use``."""
         if use is not None:
             return use(input_, self.weight, self.bias)
         return super().forward(input_, *args, **kwargs)

@@ -36,7 +36,6 @@ class LoopOptions:
 
     @classmethod
     def of(cls, config: Config, layout: HeadLayout, fused: bool) -> LoopOptions:
-        """The options of a run on the rank that ``layout`` describes."""
         balanced = layout.tp_size > 1 and choose_loop_method(config)[0] == "balanced"
         return cls(layout, balanced, config.parallel.sequence_parallel, fused)
 
@@ -51,11 +50,7 @@ class LoopOptions:
 
 
 def choose_loop_pass(plan: LayerPlan, options: LoopOptions, group: dist.ProcessGroup) -> LoopPass | None:
-    """The way in which a layer executes ``plan``, its tensors on the host; None if it has no head loops.
-
-    Args:
-        group: the tensor-parallel ranks.
-    """
+    """How a layer executes ``plan`` (host tensors) over the tensor-parallel ``group``; None if no heads loop."""
     if plan.phase == "off":
         return None
     layout = options.layout

@@ -38,8 +38,7 @@ class _Norm(torch.nn.Module):
 class RMSNorm(_Norm):
     """y = x / sqrt(mean(x²) + eps) · w over the last dimension; x [..., hidden_size].
 
-    A fused loop passes the weight to its own kernel, inside a call of the module, through ``use``: see
-    ``linear.py``.
+    A fused loop passes the weight to its own kernel, inside a call of the module, through ``use``: see ``linear.py``.
     """
 
     def forward(self, x: Tensor, use: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
@@ -57,7 +56,6 @@ class LayerNorm(_Norm):
         self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension of ``x``."""
         weight, bias = self.replicated(self.weight), self.replicated(self.bias)
         return F.layer_norm(x, (x.shape[-1],), weight, bias, self.eps)
 

@@ -42,7 +42,6 @@ class _Kind:
     groups: int
 
     def specialised(self) -> tuple[int, ...]:
-        """Equal for kinds that run the same programs."""
         counts = (self.groups, self.heads + self.groups, self.heads + 2 * self.groups)
         return self.heads, *(n if n == 1 else n % 16 == 0 for n in counts)
 
@@ -54,11 +53,7 @@ class _Kind:
 
 
 def warm_up_loops(config: Config, groups: ParallelGroups, precision: str) -> int:
-    """Compile what loops of ``config`` will launch on this rank, if they go through Triton.
-
-    Returns:
-        How many kinds of loop passes were executed.
-    """
+    """Compile what loops of ``config`` will launch on this rank through Triton; returns how many kinds of passes."""
     sparse, _ = loop_backend(config, precision, groups.device)
     if sparse != "triton" or not most_kept_heads(config):
         return 0
@@ -94,7 +89,6 @@ class _Passes:
             yield from (_Kind(heads, g) for g in range(fewest, min(heads, held.groups_per_rank) + 1))
 
     def execute(self, kind: _Kind) -> None:
-        """One pass that measures entropies and one that does not, both ways."""
         blocks = on_device(self.options.blocks(kind.example(self.held)), self.device)
         size, width = self.layout.head_dim, self.model.hidden_size
         if not self.options.fuses_projections:

@@ -123,7 +123,8 @@ def _keys_tile(
 ):  # fmt: skip
     """dk and dv of one tile of keys from queries start..stop, which see all of them from ``full`` on.
 
-    Axis 0 is the group of one sequence, axis 2 the part, see ``attend_backward_kernel``."""
+    Axis 0 is the group of one sequence, axis 2 the part, see ``attend_backward_kernel``.
+    """
     column, across = first + tl.arange(0, BN), tl.arange(0, H)
     inside = (column < keys)[:, None]
     k_base = k_ptr + b * k_stride_b + slot * k_stride_h

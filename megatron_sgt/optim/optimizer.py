@@ -22,9 +22,7 @@ update there.
 def build_optimizer(
     groups: list[dict[str, Any]], config: OptimConfig, device: torch.device, offloaded: bool = False
 ) -> torch.optim.Optimizer:
-    """Build ``config.optimizer`` over ``groups`` (see ``parameter_groups``): one of OPTIMIZERS, or a `Builder` that is
-    registered under the entry-point group ``megatron_sgt.optimizers``.
-    """
+    """Build ``config.optimizer`` (of OPTIMIZERS, or a registered ``Builder``) over ``parameter_groups``."""
     name = config.optimizer
     build: Builder = OPTIMIZERS[name] if name in OPTIMIZERS else extensions.load("optimizers", name)
     return build(groups, config, device, offloaded)

@@ -17,8 +17,8 @@ def learning_rate(step: int, config: OptimConfig, train_iters: int) -> float:
     """Learning rate of optimizer step ``step``, counted from 1.
 
     Warm-up is linear, step 1 having lr / lr_warmup_iters (not 0). After it the curve of ``lr_decay_style`` decides:
-    one of CURVES, or a `Curve` that is registered under the entry-point group ``megatron_sgt.lr_schedules``. With r in
-    [0, 1] the share of the decay that has passed, which ends at lr_decay_iters (default train_iters):
+    one of CURVES, or a ``Curve`` that is registered under the entry-point group ``megatron_sgt.lr_schedules``. With r
+    in [0, 1] the share of the decay that has passed, which ends at lr_decay_iters (default train_iters):
 
     * constant: lr;
     * linear:   min_lr + (lr - min_lr) (1 - r);

@@ -4,8 +4,8 @@ NCCL ends the process when a collective has waited for ``parallel.distributed_ti
 converting a checkpoint may take longer. So a rank that is done says so in the key-value store in which the ranks have
 met, and looks there until the others are. Only then does a collective carry the results: nobody waits inside it.
 
-The wait has no end of its own. A rank that fails tells the others; one that dies or hangs is found by the watch
-(guard), which leaves the process from another thread, and a store that is gone raises.
+The wait has no timeout of its own. A rank that fails tells the others; one that dies or hangs is found by the watch
+(guard), which ends this process from another thread; a lost store raises.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _meetings = itertools.count()  # the same on every rank: all come to the same me
 
 
 class OtherRankFailedError(RuntimeError):
-    """Another rank has failed, by no mistake of the user's: that one reports it."""
+    """Another rank has failed, and reports it itself; it is not a user's mistake."""
 
 
 def mean_over_data_parallel(values: torch.Tensor, groups: ParallelGroups) -> torch.Tensor:
@@ -74,9 +74,7 @@ def barrier(groups: ParallelGroups) -> None:
 
 
 def on_rank_zero(work: Callable[[], T]) -> T:
-    """The result of ``work``, done by rank 0 alone (or without process groups) and given to every rank.
-
-    Collective. The result must be picklable.
+    """The picklable result of ``work``, done by rank 0 alone (or without process groups), on every rank. Collective.
 
     Raises:
         SGTError: on every rank, when ``work`` raised it.
@@ -94,7 +92,7 @@ def on_rank_zero(work: Callable[[], T]) -> T:
 def gather_or_raise(action: Callable[[], T], groups: ParallelGroups) -> list[T]:
     """The results of ``action``, done by every rank, by rank. Collective. Results must be picklable.
 
-    None goes on alone, and none waits for ever for one that has failed.
+    No rank continues alone, and none waits forever for one that has failed.
 
     Raises:
         SGTError: on every rank, when ``action`` raised it on one.
@@ -132,7 +130,6 @@ def _result(outcome: tuple[Any, Exception | None]) -> Any:
 
 
 def _portable(outcome: tuple[Any, Exception | None], rank: int) -> tuple[Any, Exception | None]:
-    """``outcome`` as the other ranks are to see it."""
     value, error = outcome
     if error is None:
         return outcome

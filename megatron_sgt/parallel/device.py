@@ -95,7 +95,10 @@ def synchronize(device: torch.device) -> None:
 def lock_pages(memory: torch.Tensor) -> None:
     """Page-lock existing host memory, so that GPUs copy to it at full speed.
 
-    It must not be freed while it is locked. Raises RuntimeError when the system refuses.
+    It must not be freed while it is locked.
+
+    Raises:
+        RuntimeError: the system refuses.
     """
     error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE))
     if error:

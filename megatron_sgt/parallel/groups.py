@@ -107,7 +107,6 @@ def loopback_store(info: RankInfo, timeout: datetime.timedelta) -> dist.TCPStore
 
 @contextlib.contextmanager
 def _meeting(info: RankInfo, timeout: datetime.timedelta) -> Iterator[None]:
-    """Explain why the ranks cannot meet. Raises ConfigError."""
     try:
         yield
     except (OSError, dist.DistNetworkError, dist.DistStoreError) as error:

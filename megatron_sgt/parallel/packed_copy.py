@@ -14,9 +14,9 @@ _Parts = TypeVar("_Parts")
 
 
 def on_device(parts: _Parts, device: torch.device) -> _Parts:
-    """``parts`` with every host tensor on ``device``; tensors that lie there already stay as they are.
+    """``parts`` with every host tensor on ``device``; tensors that are there already are not copied.
 
-    A copy from ordinary host memory makes the host wait for all that the device has to do; this one goes through
+    A copy from ordinary host memory makes the host wait for all queued work; this one goes through
     page-locked memory, which torch keeps until the copy is done.
 
     Args:
@@ -51,7 +51,6 @@ def _view(memory: Tensor, start: int, like: Tensor) -> Tensor:
 
 
 def _mapped(value: Any, place: Callable[[Tensor], Tensor]) -> Any:
-    """``value`` with ``place`` applied to all its tensors."""
     if isinstance(value, Tensor):
         return place(value)
     if isinstance(value, (list, tuple)):

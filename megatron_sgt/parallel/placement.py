@@ -1,4 +1,4 @@
-"""Checks where ranks are placed: no two on one GPU, tensor-parallel groups inside a host, no tight limits of a host.
+"""Checks where ranks are placed: no two on one GPU, tensor-parallel groups inside a host, no tight host limits.
 
 Every rank publishes its place in the store; rank 0 checks all of them.
 """
@@ -122,7 +122,8 @@ def _named(hosts: Sequence[str]) -> str:
 def check_placement(groups: ParallelGroups) -> None:
     """Collective, before the first one on GPUs. Rank 0 says on stderr what is slow.
 
-    Raises ConfigError on all ranks: two of them have one GPU, which NCCL cannot work with.
+    Raises:
+        ConfigError: on all ranks; two of them have one GPU, which NCCL cannot work with.
     """
     if groups.world_size == 1:
         return

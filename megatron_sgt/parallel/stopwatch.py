@@ -22,22 +22,19 @@ class Stopwatch:
         self._started: Any = None
 
     def start(self) -> None:
-        """A stretch begins."""
         self._started = self._now()
 
     def stop(self) -> None:
-        """The stretch ends. Without a beginning (an exception came between) nothing is added."""
+        """The stretch ends. Without a start (after an exception) nothing is added."""
         if self._started is not None:
             self._lap.append((self._started, self._now()))
             self._started = None
 
     def end_lap(self) -> None:
-        """Start the next lap."""
         self._laps.append(self._lap)
         self._lap = []
 
     def read(self) -> list[float]:
-        """Seconds of every lap that has ended since the last reading."""
         laps, self._laps = self._laps, []
         if self._module is None:
             return [sum(end - start for start, end in lap) for lap in laps]

@@ -1,4 +1,4 @@
-"""What a user should know before a run starts, each with the way out. Pure."""
+"""What a user should know before a run starts, each with its remedy. Pure."""
 
 from __future__ import annotations
 
@@ -50,7 +50,6 @@ def _memory(config: Config, world_size: int, machine: Machine, precision: str) -
 def _ways_to_fit(
     config: Config, plans: set[LoopPlan], world_size: int, precision: str, limit: float
 ) -> Iterator[str]:
-    """Single changes after which the run fits, with its size then."""
     train, parallel = config.train, config.parallel
     changes: list[dict[str, Any]] = []
     if train.micro_batch_size > 1:
@@ -77,7 +76,7 @@ def _ways_to_fit(
 def other_layouts(config: Config, world_size: int, precision: str) -> list[dict[str, Any]]:
     """Bytes on the fullest rank at the worst moment: one row per ZeRO stage, one entry per recompute granularity.
 
-    None where the two do not go together with the rest of ``config``.
+    None where the two contradict the rest of ``config``.
     """
     plans = {stretch.plan for stretch in timeline(config)}
 
@@ -99,7 +98,11 @@ def other_layouts(config: Config, world_size: int, precision: str) -> list[dict[
 
 
 def changed(config: Config, values: dict[str, Any]) -> Config:
-    """``config`` with dotted values set, validated again. Raises ConfigError for what does not go together."""
+    """``config`` with dotted values set, validated again.
+
+    Raises:
+        ConfigError: the values do not go together.
+    """
     sections = config.model_dump()
     for name, value in values.items():
         section, _, key = name.partition(".")

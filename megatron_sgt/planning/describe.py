@@ -1,4 +1,4 @@
-"""Lines that say what a run is: for pretrain_sgt.py --dry-run and for tools/plan.py. Pure."""
+"""Lines that describe a run: for pretrain_sgt.py --dry-run and for tools/plan.py. Pure."""
 
 from __future__ import annotations
 

@@ -30,7 +30,11 @@ class Gpu:
     network: float
 
     def peak(self, precision: str) -> float:
-        """Dense peak FLOP/s of matrix products in ``precision``. Raises ConfigError where it is not known."""
+        """Dense peak FLOP/s of matrix products in ``precision``.
+
+        Raises:
+            ConfigError: the peak is not known.
+        """
         peak = peak_flops(self.driver_name, precision)
         if peak is None:
             raise ConfigError(f"the peak of {self.driver_name} in {precision} is not known; use bf16 or fp32")
@@ -50,7 +54,11 @@ GPUS: dict[str, Gpu] = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of that name, in any case. Raises ConfigError listing those that are known."""
+    """The GPU of that name, in any case.
+
+    Raises:
+        ConfigError: listing those that are known.
+    """
     gpu = GPUS.get(name.lower())
     if gpu is None:
         raise ConfigError(f"GPU '{name}' is not in the table; choose one of {', '.join(GPUS)}")

@@ -17,7 +17,11 @@ def layout_line(config: Config, world_size: int, precision: str) -> str:
 
 
 def batch_line(config: Config, world_size: int) -> str:
-    """The batch arithmetic. Raises ConfigError where it does not work out."""
+    """The batch arithmetic.
+
+    Raises:
+        ConfigError: it does not work out.
+    """
     train = config.train
     return (
         f"{train.global_batch_size} sequences = micro {train.micro_batch_size} x accumulation "

@@ -52,12 +52,10 @@ class LoopFlops:
 
     @property
     def forward(self) -> int:
-        """All operations of the forward pass."""
         return self.linear_forward + self.attention_forward
 
     @property
     def executed(self) -> int:
-        """Forward and backward."""
         return self.forward + self.linear_backward + self.attention_backward
 
     @property
@@ -89,7 +87,7 @@ def loop_flops(config: Config, looping: LoopMethod, kept_heads: tuple[int, ...],
 
 @dataclass(frozen=True)
 class LoopCost:
-    """One pass of the loop in one layer for one micro-batch, on the rank that works most.
+    """One pass of the loop in one layer for one micro-batch, on the busiest rank.
 
     ``bytes_forward``, ``bytes_backward``: payload of collectives, an all-reduce counted twice.
     """
@@ -100,7 +98,6 @@ class LoopCost:
 
     @property
     def seconds(self) -> float:
-        """Modelled time of forward and backward."""
         moved = self.bytes_forward + self.bytes_backward
         return self.flops.needed / FLOPS_PER_SECOND + moved / BYTES_PER_SECOND
 
@@ -124,7 +121,7 @@ def _payload(transfers: tuple[Transfer, ...]) -> int:
 def choose_loop_method(config: Config) -> tuple[LoopMethod, str]:
     """The way of looping for this run, and why, in one line.
 
-    ``parallel.loop_method`` other than "auto" is obeyed. The kept heads are not known before growth, so the
+    A ``parallel.loop_method`` other than "auto" is taken as it is. The kept heads are not known before growth, so the
     usual case is compared: all of them on one rank.
     """
     parallel, model = config.parallel, config.model

@@ -110,14 +110,12 @@ class _Rank:
         self.stream = self.local_tokens * model.hidden_size * element
 
     def layer(self, index: int) -> int:
-        """One ordinary execution of attention and MLP in layer ``index``."""
         attention = self.norm() + self.stream + self.attention(index, *self.own_heads)
         ffn = ffn_kind(self.model.activation).saved_elements(self.model, index, self.tokens)
         mlp = self.norm() + self.stream + ffn // self.ranks * self.element
         return attention + mlp + 2 * self.dropout()
 
     def loop_pass(self, index: int, plan: LayerPlan) -> int:
-        """One pass of a head loop in layer ``index``."""
         if plan.loops == 0:
             return 0
         if plan.phase == "window":
@@ -132,13 +130,11 @@ class _Rank:
         return kept + self.dropout()
 
     def norm(self) -> int:
-        """Input and statistics of one norm over the hidden size."""
         if self.model.normalization == "LayerNorm":
             return self.stream + 2 * _FP32 * self.local_tokens
         return (1 + self.kernels.norm_copies) * self.stream + _FP32 * self.local_tokens
 
     def dropout(self) -> int:
-        """The mask of one residual branch."""
         if self.model.hidden_dropout == 0:
             return 0
         mask = self.element if self.kernels.mask_bytes is None else self.kernels.mask_bytes

@@ -1,4 +1,4 @@
-"""Everything that tools/plan.py says of a run, as numbers: a dictionary that JSON takes. Pure."""
+"""Everything that tools/plan.py reports about a run, as a JSON-able dictionary of numbers. Pure."""
 
 from __future__ import annotations
 
@@ -31,10 +31,7 @@ ERROR_BARS = (
 def make_plan(
     config: Config, world_size: int, machine: Machine, mfu: float, precision: str
 ) -> dict[str, Any]:
-    """The plan of ``config`` on ``world_size`` ranks.
-
-    Args:
-        mfu: model FLOPs over peak FLOPs, in (0, 1].
+    """The plan of ``config`` on ``world_size`` ranks. ``mfu``: model FLOPs over peak FLOPs, in (0, 1].
 
     Raises:
         ConfigError: the ranks or the batch do not divide, or the peak is not known.
@@ -86,7 +83,6 @@ def make_plan(
 
 
 def _moments(config: Config, stretches: list[Stretch]) -> dict[str, LoopPlan]:
-    """The structures whose memory is shown: at the start, the largest window, at the end."""
     moments = {"now": stretches[0].plan}
     windows = [stretch.plan for stretch in stretches if stretch.phase == "window"]
     if windows:
@@ -112,7 +108,6 @@ def _checkpoint(config: Config, precision: str) -> dict[str, Any]:
 
 
 def _compute(config: Config, stretches: list[Stretch]) -> list[dict[str, Any]]:
-    """Model FLOPs of every stretch."""
     batch, tokens = config.train.global_batch_size, config.train.global_batch_size * config.model.seq_length
     entries: list[dict[str, Any]] = []
     for stretch in stretches:
@@ -163,7 +158,6 @@ def _traffic(config: Config, world_size: int, precision: str) -> dict[str, Any]:
 
 
 def _step_times(config: Config, world_size: int, machine: Machine, precision: str) -> dict[str, Any]:
-    """Modelled seconds of vanilla, and what the final structure adds, looped either way."""
     plan, empty = final_plan(config, together=True), LoopPlan.empty(config.model.num_layers)
     tensor = config.parallel.tensor_model_parallel_size
     times: dict[str, Any] = {"note": NOT_CALIBRATED}

@@ -1,4 +1,4 @@
-"""A plan as people read it: at most WIDTH columns. Pure."""
+"""A plan as text of at most WIDTH columns. Pure."""
 
 from __future__ import annotations
 
@@ -38,7 +38,6 @@ def render(plan: dict[str, Any], config: Config, title: str) -> str:
 
 
 def _row(label: str, text: str) -> list[str]:
-    """Label and text, wrapped under the text."""
     return textwrap.wrap(
         text,
         WIDTH,

@@ -14,11 +14,11 @@ Buffers: the reduce bucket (stages 1 to 3: 5e8 elements unless deepspeed.zero_op
 with overlap_comm in stages 1 and 2) and its copy in the type that it travels in (optim.grad_reduce_dtype) where it has
 another. Stage 1 in bf16 with gradients in fp32 has DeepSpeed's BF16_Optimizer (unless with offload_optimizer): it
 reduces the gradients where they are, and has such a copy of all of them, but no bucket. Where stage 1 sums in another
-type than e without it, a rank's part of the sum lies beside the sum when it is reduced: n·g/dp. Weights gathered by
+type than e without it, a rank's part of the sum is held beside the sum when it is reduced: n·g/dp. Weights gathered by
 stage 3 (at most stage3_max_live_parameters), kept weights of balanced loops, and Megatron's gather buffer of sequence
 parallelism.
 
-With offload_optimizer the last column lies on the host, with stage 3 the gradients too.
+With offload_optimizer the last column is on the host, under stage 3 the gradients too.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ class State:
 
     @property
     def total(self) -> int:
-        """All of it."""
         return self.weights + self.gradients + self.optimizer + self.buffers
 
 
@@ -70,7 +69,6 @@ def state_memory(config: Config, world_size: int, precision: str) -> State:
 
 
 def _gradients(config: Config, stage: int, precision: str, count: int, share: int) -> int:
-    """Bytes of the sums of gradients of ``count`` parameters on one rank, whose part of them is ``share``."""
     if stage == 3 and config.offloads_optimizer:
         return 0
     return ELEMENT_BYTES[config.grad_dtypes(precision)[0]] * (share if stage >= 2 else count)

@@ -65,12 +65,10 @@ class StepTime:
 
     @property
     def loops(self) -> float:
-        """What the loops add."""
         return self.loop_compute + self.loop_traffic
 
     @property
     def total(self) -> float:
-        """Seconds of the step."""
         ordinary = self.compute + self.elementwise + self.optimizer
         return ordinary + self.tensor_parallel + self.data_parallel + self.loops
 
@@ -114,12 +112,10 @@ def _elementwise_bytes(
 
 
 def _needed(flops: Flops) -> float:
-    """Operations of forward and backward without those that the causal mask hides."""
     return 3 * flops.linear + 3.5 * flops.attention / 2
 
 
 def _recomputed(config: Config, layer: int) -> float:
-    """Operations of a whole step that recompute adds for one layer, all ranks."""
     one = pass_flops(config.model, layer, config.train.global_batch_size)
     if layer in config.recomputed_layers("selective"):
         return one.attention.attention / 2
@@ -129,7 +125,6 @@ def _recomputed(config: Config, layer: int) -> float:
 
 
 def _loop_operations(config: Config, plan: LoopPlan, world_size: int, method: LoopMethod) -> float:
-    """Of all loop passes of a step, on the rank that has most of them."""
     ranks = config.parallel.tensor_model_parallel_size
     micro_batches = config.num_micro_batches(world_size)
     per_rank = [
@@ -159,7 +154,6 @@ def _layer_loops(config: Config, layer: LayerPlan, index: int, rank: int, method
 
 
 def _seconds(item: Transfer, config: Config, world_size: int, machine: Machine) -> float:
-    """Time of all calls of one kind."""
     tensor = config.parallel.tensor_model_parallel_size
     ranks = {"tensor": tensor, "data": world_size // tensor, "world": world_size}[item.group]
     if ranks == 1:

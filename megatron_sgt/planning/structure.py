@@ -10,9 +10,9 @@ from megatron_sgt.growth import LoopPlan, Schedule, build_schedule
 
 @dataclass(frozen=True)
 class Stretch:
-    """Steps ``first`` to ``last`` (from 1, both inclusive) execute ``plan``, the gates of a window aside.
+    """Steps ``first`` to ``last`` (from 1, both inclusive) execute ``plan``, apart from the gates of a window.
 
-    ``phase``: vanilla, block loop, window or fixed; schedules of other packages have their own words.
+    ``phase``: vanilla, block loop, window or fixed; schedules of other packages have their own names.
     """
 
     first: int
@@ -22,12 +22,15 @@ class Stretch:
 
     @property
     def steps(self) -> int:
-        """How many steps."""
         return self.last - self.first + 1
 
 
 def schedule_of(config: Config) -> Schedule:
-    """The schedule of ``config``, at its beginning. Raises ConfigError."""
+    """The schedule of ``config``, at its beginning.
+
+    Raises:
+        ConfigError: the schedule refuses the configuration.
+    """
     return build_schedule(config.growth, config.model.num_layers, config.model.num_attention_heads)
 
 

@@ -64,7 +64,6 @@ class Transfer:
         return self.payload * (ranks - 1) / ranks * (2 if self.kind == "all_reduce" else 1)
 
     def times(self, factor: int) -> Transfer:
-        """The same ``factor`` times over."""
         return replace(self, payload=self.payload * factor, calls=self.calls * factor)
 
 
@@ -135,7 +134,6 @@ class _Step:
         self.recomputed = config.recomputed_layers("full")
 
     def ends(self) -> Iterator[Transfer]:
-        """Embedding, last norm, output projection, loss."""
         if self.sharded:
             yield Transfer("embedding", "tensor", "reduce_scatter", self.stream)
             yield Transfer("embedding", "tensor", "all_gather", self.stream)
@@ -148,7 +146,6 @@ class _Step:
         yield Transfer("loss", "tensor", "all_reduce", 3 * 4 * self.tokens, 3)
 
     def layer(self, index: int, plan: LayerPlan) -> Iterator[Transfer]:
-        """One layer, loops and recompute included."""
         part = "ordinary layers"
         attention, mlp = self._attention(part), self._mlp(part)
         loop_forward, loop_backward = self.loop_pass(plan)
@@ -171,7 +168,6 @@ class _Step:
                     yield from loop_forward
 
     def loop_pass(self, plan: LayerPlan) -> tuple[list[Transfer], list[Transfer]]:
-        """One pass of the head loop; empty lists for a layer without."""
         if plan.loops == 0:
             return [], []
         if plan.phase == "window":
@@ -207,7 +203,6 @@ class _Step:
         return self._pair(part)
 
     def _pair(self, part: str) -> tuple[list[Transfer], list[Transfer]]:
-        """Norm, column-parallel and row-parallel projection."""
         if not self.sharded:
             one = [Transfer(part, "tensor", "all_reduce", self.stream)]
             return one, list(one)

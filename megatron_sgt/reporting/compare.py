@@ -45,7 +45,6 @@ class Axis:
         return known
 
     def show(self, value: float) -> str:
-        """The value for a person."""
         if self.key is None:
             return f"{value:,.0f}"
         return units.duration(value) if self.unit == "s" else units.si(value, " ") + self.unit
@@ -61,13 +60,10 @@ AXES = (
 def write_comparison(
     run_dirs: Sequence[Path], output: Path, names: Sequence[str] | None = None
 ) -> list[Path]:
-    """Write ``compare.html`` and its pictures into the folder ``output``.
+    """Write ``compare.html`` and its pictures into the folder ``output``; returns the files, the page first.
 
     Args:
         names: of the runs, in order; their folders' names otherwise.
-
-    Returns:
-        The written files, the page first.
 
     Raises:
         ConfigError: fewer than two runs, or not as many names as runs.
@@ -240,7 +236,6 @@ def _median_time(run: RunData) -> float:
 
 
 def _beside(value: float, base: float, show: Callable[[float], str]) -> str:
-    """The value, and its excess over that of the first run."""
     if not np.isfinite(value):
         return ""
     text = show(value)

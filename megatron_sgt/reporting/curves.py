@@ -1,4 +1,4 @@
-"""Pictures of one run over its steps: loss, cost, speed. Each returns None where there is nothing to show."""
+"""Pictures of one run over its steps: loss, cost, speed. Each returns None if there is nothing to show."""
 
 from __future__ import annotations
 
@@ -53,7 +53,6 @@ def loss_figure(run: RunData) -> Figure | None:
 
 
 def _trim_start(axes: Axes, losses: Floats) -> None:
-    """Cut off the first, highest losses of a long run, so that the rest is distinguishable."""
     if len(losses) >= 50:
         top = float(np.quantile(losses, 0.98))
         low = float(losses.min())
@@ -87,7 +86,6 @@ def cost_figure(run: RunData) -> Figure | None:
 
 
 def _percent_axis(axes: Axes, base: float) -> None:
-    """A second y axis: per cent over ``base``."""
     if base > 0:
 
         def percent(value: Any) -> Any:

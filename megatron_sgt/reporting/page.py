@@ -35,11 +35,9 @@ class Page:
         self._pictures: list[tuple[str, bytes]] = []
 
     def notes(self, texts: Iterable[str]) -> None:
-        """Conspicuous notes on what is missing or damaged."""
         self._body += [f'<p class="note">{html.escape(text)}</p>' for text in texts]
 
     def cards(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """A row of (name, value)."""
         inside = "".join(
             f'<div class="card"><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>'
             for name, value in pairs
@@ -47,11 +45,7 @@ class Page:
         self._body.append(f'<div class="cards">{inside}</div>')
 
     def picture(self, name: str, heading: str, caption: str, figure: Figure | None) -> None:
-        """A section with a picture; without a figure it says that there is nothing to show.
-
-        Args:
-            name: of the PNG file, without suffix.
-        """
+        """A section with the picture ``name``.png; without a figure it says that there is nothing to show."""
         self._body.append(f"<h2>{html.escape(heading)}</h2>")
         if figure is None:
             self._body.append('<p class="lead">Nothing was recorded for this picture.</p>')
@@ -67,7 +61,6 @@ class Page:
         )
 
     def table(self, heading: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """A section with a table; omitted if it has no rows."""
         lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
         if lines:
             head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
@@ -75,13 +68,16 @@ class Page:
             self._body.append(f"<h2>{html.escape(heading)}</h2><table><tr>{head}</tr>{body}</table>")
 
     def text(self, heading: str, text: str) -> None:
-        """A folded section with preformatted text."""
         self._body.append(
             f"<h2>{html.escape(heading)}</h2><details><summary>show</summary><pre>{html.escape(text)}</pre></details>"
         )
 
     def write(self, path: Path) -> list[Path]:
-        """Write ``path`` and the PNGs into its folder; returns all files. Raises OSError."""
+        """Write ``path`` and the PNGs into its folder; returns all files.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(
             f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(self.title)}</title>'

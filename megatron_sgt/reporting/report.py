@@ -14,10 +14,7 @@ from megatron_sgt.reporting.structure import entropy_figure, growth_figure, grow
 
 
 def write_report(run_dir: Path, output: Path | None = None) -> list[Path]:
-    """Write ``report/report.html`` and its pictures into ``run_dir``, or into the folder ``output``.
-
-    Returns:
-        The written files, the page first.
+    """Write ``report/report.html`` and its pictures into ``run_dir`` or ``output``; returns the files, the page first.
 
     Raises:
         DataError: the folder holds no metrics file.

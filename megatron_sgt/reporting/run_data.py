@@ -1,4 +1,4 @@
-"""Reads a run directory, as far as it is readable."""
+"""Reads a run directory, skipping what is missing or damaged."""
 
 from __future__ import annotations
 
@@ -45,7 +45,6 @@ class RunData:
     notes: Sequence[str]
 
     def of_kind(self, kind: str) -> list[Record]:
-        """The records of one kind, in order of steps."""
         return [record for record in self.records if record["kind"] == kind]
 
     def series(self, kind: str, key: str) -> tuple[Floats, Floats]:
@@ -60,12 +59,10 @@ class RunData:
 
     @cached_property
     def last_step(self) -> int:
-        """The last step of any record; 0 if there is none."""
         return max((int(r.get("step") or 0) for r in self.records), default=0)
 
     @cached_property
     def growth(self) -> list[Record]:
-        """The growth events."""
         return self.of_kind("growth")
 
     @cached_property
@@ -94,7 +91,6 @@ class RunData:
         return np.array(steps, dtype=np.float64), tables
 
     def tokens_per_step(self) -> int | None:
-        """Tokens of one optimizer step, None if no step was reported."""
         for record in self.of_kind("train"):
             samples, tokens = record.get("consumed_samples"), record.get("consumed_tokens")
             if samples and tokens and record.get("global_batch_size"):
@@ -108,7 +104,11 @@ class RunData:
 
 
 def load_run(run_dir: Path, name: str | None = None) -> RunData:
-    """Read ``run_dir``. Raises DataError only if it holds no metrics at all."""
+    """Read ``run_dir``.
+
+    Raises:
+        DataError: only if it holds no metrics at all.
+    """
     path = run_dir / METRICS_FILE
     if not run_dir.is_dir():
         raise DataError(f"{run_dir} is no run directory: give the logging.run_dir of a run")

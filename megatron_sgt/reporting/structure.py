@@ -188,7 +188,6 @@ def _draw_window(axes: Axes, event: Record, end: int, height: float) -> None:
 
 
 def _spans(events: Sequence[Record], layer: int, end: int) -> list[tuple[int, int, int]]:
-    """(first step, last step, K_l) of every stretch in which ``layer`` loops."""
     changes = [(e["step"], (e.get("loop_depth") or [])[layer : layer + 1]) for e in events]
     stretches: list[tuple[int, int, int]] = []
     since, depth = 0, 0
@@ -207,7 +206,6 @@ def _shown(run: RunData, last: int) -> int:
 
 
 def _listed(heads: Sequence[int]) -> str:
-    """Heads by number, or how many where there are many."""
     return ", ".join(map(str, heads)) if len(heads) <= NAMED else f"({len(heads)})"
 
 
@@ -232,7 +230,6 @@ def _norm(tables: Floats) -> Normalize:
 
 
 def _outline(axes: Axes, x: float, y: float, width: float, height: float, line: float = 1.6) -> None:
-    """A frame that is seen on dark and on light ground; ``line``: its width in points."""
     frame = Rectangle((x, y), width, height, fill=False, edgecolor=style.VERMILION, linewidth=line, zorder=4)
     frame.set_gid(FRAME)
     frame.set_path_effects([Stroke(linewidth=1.9 * line, foreground="white"), Normal()])

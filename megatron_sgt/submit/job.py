@@ -66,7 +66,9 @@ def write_job(job: SlurmJob, config: Config) -> Path:
 def submit(script: Path) -> str:
     """Submit ``script`` with sbatch; returns the job's id.
 
-    Raises ConfigError: there is no sbatch here. SGTError: Slurm refuses the job.
+    Raises:
+        ConfigError: there is no sbatch here.
+        SGTError: Slurm refuses the job.
     """
     if shutil.which("sbatch") is None:
         raise ConfigError(

@@ -34,6 +34,10 @@ MIRROR_ELSEWHERE: dict[str, str] = {
 UNFINISHED = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "X" * 3)) + r")\b")
 MACHINE_PATH = re.compile(r"(?<![\w.-])/(" + "wo" + r"rk|tm" + r"p/w)(?![\w-])")
 
+# Docstrings write names as ``name``, and exceptions as a block: "Raises:", then "Name: when" lines.
+SINGLE_BACKTICK = re.compile(r"(?<![`\\\w])`(?!`)[^`\n]+`(?!`)")
+INLINE_RAISES = re.compile(r"\b[Rr]aises [A-Z]\w+")
+
 
 def long_files(source: Source) -> list[str]:
     count = source.text.count("\n")
@@ -57,6 +61,17 @@ def undocumented(source: Source) -> list[str]:
         if not node.name.startswith("_") and not ast.get_docstring(node):
             wrong.append(f"{source.path}:{node.lineno} {node.name}")
     return wrong
+
+
+def foreign_dialect(source: Source) -> list[str]:
+    """Single backticks around a name, and exceptions inside the prose, in any docstring."""
+    return [
+        f"{source.path}:{node.body[0].lineno} {match.group()!r}"
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        for pattern in (SINGLE_BACKTICK, INLINE_RAISES)
+        if (match := pattern.search(ast.get_docstring(node) or ""))
+    ]
 
 
 def bad_words(path: str, text: str) -> list[str]:
@@ -100,6 +115,13 @@ def test_public_names_are_documented() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_docstrings_have_one_dialect() -> None:
+    sources = [source for source in python_sources() if not source.path.startswith("tests/")]
+    assert {"pretrain_sgt.py", "tools/plan.py", f"{PACKAGE}/errors.py"} <= {source.path for source in sources}
+    wrong = [line for source in sources for line in foreign_dialect(source)]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_no_unfinished_marks_and_no_machine_paths() -> None:
     files = text_files()
     assert {"setup.py", "Makefile", ".ci/run", f"{PACKAGE}/errors.py"} <= {path for path, _ in files}
@@ -135,6 +157,24 @@ def test_the_docstring_rule_sees_what_it_should() -> None:
     source = Source("a.py", '"""Doc."""\ndef _private(): pass\ndef f(): pass\nclass C: pass\n')
     assert undocumented(source) == ["a.py:3 f", "a.py:4 C"]
     assert undocumented(Source("a.py", "x = 1")) == ["a.py: module"]
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("The ``name`` of a file.", False),
+        ("The `name` of a file.", True),
+        ("The :class:`Name` of a file.", True),
+        ("Read it.\n\nRaises:\n    DataError: it is damaged.", False),
+        ("Read it. Raises DataError when it is damaged.", True),
+        ("Read it; raises DataError for damage.", True),
+        ("A rank that raises is named; it raises ``DataError``.", False),
+    ],
+)
+def test_the_dialect_rule_sees_what_it_should(text: str, wrong: bool) -> None:
+    for code in (f'"""{text}"""\n', f'class C:\n    def f(self):\n        """{text}"""\n'):
+        assert bool(foreign_dialect(Source("a.py", code))) is wrong
+    assert foreign_dialect(Source("a.py", f"x = 1  # {text!r}\n")) == []
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 #!/usr/bin/env python
-"""Time per step by component and memory per rank, for 1.2B to 70B parameters on 8 to 4096 GPUs. A model that is not
-calibrated: its operations, bytes and calls are tested against the program (docs/planning.md), its speeds are assumed.
+"""Time per step by component and memory per rank, for 1.2B to 70B parameters on 8 to 4096 GPUs.
+
+A model that is not calibrated: its operations, bytes and calls are tested against the program (docs/planning.md), its
+speeds are assumed.
 
 python tools/bench/scaling_model.py                        # all sizes on H100s
 python tools/bench/scaling_model.py --gpu a100 --sizes 7b --gpus 32 256
@@ -72,8 +74,10 @@ def layouts(size: str, machine: Machine) -> Iterator[Config]:
 def best_layout(
     size: str, gpus: int, machine: Machine, candidates: list[Config]
 ) -> tuple[Config, dict[str, StepTime], float] | None:
-    """The fastest candidate (in the model) whose batch divides and whose memory fits; with the times of vanilla and of
-    the final structure looped naively (owner) and balanced."""
+    """The fastest candidate (in the model) whose batch divides and whose memory fits.
+
+    With the times of vanilla and of the final structure looped naively (owner) and balanced.
+    """
     found: list[tuple[Config, dict[str, StepTime], float]] = []
     for config in candidates:
         train = config.train

@@ -130,7 +130,11 @@ def step_timer(config: Config) -> tuple[Callable[[LoopPlan], Seconds], torch.dev
 
 
 def peer_timer(config: Config, device: torch.device) -> Callable[[], Seconds]:
-    """The same for transformers' Llama. Raises SGTError if it has not as many weights as ours."""
+    """The same for transformers' Llama.
+
+    Raises:
+        SGTError: it has not as many weights as ours.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = config.model

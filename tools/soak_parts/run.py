@@ -82,7 +82,11 @@ class Soak:
         ]
 
     def run(self, deaths: int, progress: Callable[[str], None]) -> None:
-        """Start the run again and again until so many deaths have come. Raises Lost with what was lost."""
+        """Start the run again and again until so many deaths have come.
+
+        Raises:
+            Lost: with what was lost.
+        """
         started, tally = time.monotonic(), self.tally
         while tally.deaths.total() < deaths:
             self._start_anew()
@@ -255,7 +259,11 @@ class Soak:
 
 
 def soak(name: str, deaths: int, seed: int, tally: Tally, progress: Callable[[str], None]) -> None:
-    """Soak one layout; what happens is counted in ``tally``. Raises Lost."""
+    """Soak one layout; what happens is counted in ``tally``.
+
+    Raises:
+        Lost: with what was lost.
+    """
     with tempfile.TemporaryDirectory(prefix="soak-") as place, small_disk(Path(place, "disk")) as mounted:
         faults = dict(FAULTS)
         if not mounted:

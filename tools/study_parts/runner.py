@@ -54,7 +54,8 @@ def run_jobs(
 ) -> list[Job]:
     """Run what is not finished; returns the jobs that are still not when the budget is used up.
 
-    Raises SGTError when a run fails; the others are stopped first, and have saved.
+    Raises:
+        SGTError: a run fails; the others are stopped first, and have saved.
     """
     waiting = [job for job in jobs if not job.finished]
     deadline = None if budget_seconds is None else time.monotonic() + budget_seconds

@@ -49,7 +49,11 @@ TOLERANCES = {
 
 
 def read_trajectory(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    """Tensors and metadata of a trajectory file. Raises DataError if it is none."""
+    """Tensors and metadata of a trajectory file.
+
+    Raises:
+        DataError: the file is none.
+    """
     try:
         with safe_open(path, "pt") as file:
             names = file.keys()

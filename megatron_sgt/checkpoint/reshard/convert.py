@@ -78,10 +78,7 @@ def _write_weight(source: Source, weight: Weight, quantity: str, writer: TensorF
 
 
 def commit(source: Source, temporary: Path, final: Path) -> int:
-    """Complete the folder ``temporary``, all of whose parts are written, and rename it.
-
-    Returns:
-        Its size in bytes.
+    """Complete the folder ``temporary``, all of whose parts are written, and rename it; returns its size in bytes.
 
     Raises:
         CheckpointError: the files cannot be written.

@@ -48,5 +48,4 @@ def _sharing(weight: Weight) -> str:
 
 
 def _pattern(name: str) -> str:
-    """One pattern for a parameter of all layers."""
     return r".*\." + re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(name))

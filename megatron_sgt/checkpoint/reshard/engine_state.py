@@ -62,10 +62,7 @@ def load_into_engine(
     engine: deepspeed.DeepSpeedEngine,
     groups: ParallelGroups,
 ) -> None:
-    """Set fp32 weights, AdamW's moments and step, and the weights that the model computes with; collective.
-
-    Args:
-        step: AdamW's. loss_scale: fp16's dynamic one, None for none.
+    """Set fp32 weights, AdamW's moments and ``step``, fp16's ``loss_scale``, and the model's weights; collective.
 
     Raises:
         CheckpointError: a tensor is missing, or the optimizer is offloaded to NVMe.
@@ -170,7 +167,6 @@ def _read(
     values: dict[str, list[Tensor]],
     groups: ParallelGroups,
 ) -> None:
-    """Copy this rank's stretches of every quantity into ``values``."""
     for weight in weights(model):
         stretches = masters.stretches[PREFIX + weight.megatron]
         for quantity in reader.quantities if stretches else ():
@@ -187,7 +183,6 @@ def _counts_in_group(group: dict[str, Any]) -> bool:
 
 
 def _refresh_model(optimizer: Any, stage: int) -> None:
-    """Make the model's own weights those of the masters."""
     if stage == 3:
         for index in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(index)

@@ -66,7 +66,11 @@ class LayoutFreeReader:
         return shard(weight, list(self.whole(weight, quantity).values()), model, tp_size, tp_rank)
 
     def whole(self, weight: Weight, quantity: str) -> dict[str, Tensor]:
-        """A parameter's whole tensors of ``quantity``, fp32, by Hugging Face name. Raises CheckpointError."""
+        """A parameter's whole tensors of ``quantity``, fp32, by Hugging Face name.
+
+        Raises:
+            CheckpointError: a tensor is missing or has another shape.
+        """
         tensors = {name: self._find(quantity, name).get_tensor(name) for name in weight.hf}
         for name, shape in weight.whole.items():
             check_shape(name, tuple(tensors[name].shape), shape)

@@ -33,7 +33,11 @@ class RankState(ABC):
 
 
 def common_step(steps: Iterable[Any], where: object) -> int:
-    """The one step count that all parameters share. Raises CheckpointError if there is none or several."""
+    """The one step count that all parameters share.
+
+    Raises:
+        CheckpointError: there is none or several.
+    """
     found = sorted({int(step) for step in steps})
     if not found:
         raise CheckpointError(f"{where} holds no optimizer state: it was saved before the first step")

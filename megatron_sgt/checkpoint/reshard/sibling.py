@@ -29,10 +29,7 @@ def remove_sibling(folder: Path) -> None:
 
 
 def layout_free_copy(folder: Path, groups: ParallelGroups) -> tuple[Path, str]:
-    """The layout-free copy of ``folder``, made now if it does not exist; collective, each rank writes a part.
-
-    Returns:
-        The copy's folder, and a phrase for the log that says where it comes from.
+    """The layout-free copy of ``folder``, made if needed, and a phrase on its origin; collective, all ranks write.
 
     Raises:
         CheckpointError: on every rank, when one of them could not write its part.
@@ -55,7 +52,6 @@ def layout_free_copy(folder: Path, groups: ParallelGroups) -> tuple[Path, str]:
 
 
 def _is_whole(copy: Path) -> bool:
-    """Whether the copy can be used; a damaged one is deleted."""
     if not copy.exists():
         return False
     try:

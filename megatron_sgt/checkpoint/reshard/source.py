@@ -38,7 +38,11 @@ class Source:
 
     @property
     def step(self) -> int:
-        """AdamW's step. Raises CheckpointError if the tensor-parallel ranks differ in it."""
+        """AdamW's step.
+
+        Raises:
+            CheckpointError: the tensor-parallel ranks differ in it.
+        """
         return common_step((rank.step for rank in self.ranks), self.folder)
 
     def whole(self, weight: Weight, quantity: str) -> tuple[dict[str, Tensor], float]:

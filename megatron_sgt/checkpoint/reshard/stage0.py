@@ -30,5 +30,4 @@ class Stage0State(RankState):
         self.step = common_step((state["step"] for state in self._states.values()), model_file)
 
     def read(self, name: str, quantity: str) -> Tensor:
-        """See RankState."""
         return (self._weights[name] if quantity == WEIGHTS else self._states[name][quantity]).detach().float()

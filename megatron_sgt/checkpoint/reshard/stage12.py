@@ -46,7 +46,6 @@ class Stage12State(RankState):
         self.loss_scale = dynamic_scale(ranks[0])
 
     def read(self, name: str, quantity: str) -> Tensor:
-        """See RankState."""
         group, start = self._place[name]
         end = start + math.prod(self.shapes[name])
         parts = self._parts[quantity][group]
@@ -67,7 +66,6 @@ class Stage12State(RankState):
 def _places(
     groups: Sequence[dict[str, Any]], paddings: Sequence[Sequence[int]] | None
 ) -> dict[str, tuple[int, int]]:
-    """(group, offset in its flat vector) of every parameter."""
     places: dict[str, tuple[int, int]] = {}
     for index, group in enumerate(groups):
         offset = 0

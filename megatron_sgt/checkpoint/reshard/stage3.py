@@ -60,7 +60,6 @@ class Stage3State(RankState):
         self.loss_scale = dynamic_scale(ranks[0])
 
     def read(self, name: str, quantity: str) -> Tensor:
-        """See RankState."""
         group, offset, part = self._place[name]
         shape = self.shapes[name]
         whole = torch.cat([rank[offset : offset + part] for rank in self._parts[quantity][group]])

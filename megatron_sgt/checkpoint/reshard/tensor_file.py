@@ -50,7 +50,11 @@ class TensorFileWriter:
         return self
 
     def append(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor. Raises ValueError when it is not the one that comes next."""
+        """Write one tensor.
+
+        Raises:
+            ValueError: it is not the one that comes next.
+        """
         expected = self._waiting.pop() if self._waiting else None
         if (name, tuple(tensor.shape)) != expected or tensor.dtype != self._dtype:
             raise ValueError(

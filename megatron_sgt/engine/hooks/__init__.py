@@ -1,1 +1,1 @@
-"""What can be attached to the training loop; `base.Hook` is the protocol."""
+"""What can be attached to the training loop; ``base.Hook`` is the protocol."""

@@ -50,9 +50,7 @@ class Hook:
     pauses = False
 
     def attach(self, parts: RunParts) -> None:
-        """Of a user's hook, once: the run is built, and no checkpoint is loaded yet. Built-in ones are made with
-        their parts.
-        """
+        """Called once, on a user's hook: the run is built, and no checkpoint is loaded yet."""
 
     def before_run(self, state: TrainState) -> None:
         """After a checkpoint was loaded and before the first step; again after a rollback."""

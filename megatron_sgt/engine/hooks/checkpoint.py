@@ -74,7 +74,11 @@ class CheckpointHook(Hook):
             self.hub.log("save_failed", {"step": state.step, "reason": reason})
 
     def after_run(self, state: TrainState) -> None:
-        """Save the end of the run. Raises CheckpointError when that cannot be written."""
+        """Save the end of the run.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
         self.settle(state)
         if self._saved_at != state.step and state.consecutive_skipped == 0:
             self._start(state)

@@ -44,14 +44,11 @@ class GrowthHook(Hook):
         self.events: list[dict[str, Any]] = []
 
     def before_run(self, state: TrainState) -> None:
-        """Apply the schedule's plan (of the start, or of the loaded checkpoint); forget what was measured in a step
-        that a rollback undid.
-        """
+        """Apply the schedule's plan; forget what was measured in a step that a rollback undid."""
         self.meter.reset()
         self._obey()
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        """Measure, decide, obey."""
         if not result.applied:
             self.meter.reset()
             return
@@ -73,11 +70,14 @@ class GrowthHook(Hook):
         self.meter.enabled = ENTROPY in self.schedule.wanted
 
     def state_dict(self) -> dict[str, Any]:
-        """The schedule's whole state, and every event since the run began."""
         return {"schedule": self.schedule.state_dict(), "events": self.events}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises CheckpointError when the state belongs to other settings."""
+        """Continue from a saved state.
+
+        Raises:
+            CheckpointError: it belongs to other settings.
+        """
         try:
             schedule, self.events = state["schedule"], list(state["events"])
         except (KeyError, TypeError) as error:

@@ -53,7 +53,6 @@ class LogHook(Hook):
         self._losses, self._skipped, self._timed = [], 0, []
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        """Add up; report at the end of the interval, and after a skipped step."""
         self._last = result
         self._losses.append(result.loss)
         self._skipped += not result.applied
@@ -65,12 +64,10 @@ class LogHook(Hook):
             self._report(state, result)
 
     def after_run(self, state: TrainState) -> None:
-        """Report the steps since the last report."""
         if self._last is not None and self._losses:
             self._report(state, self._last)
 
     def on_stop(self, state: TrainState, reason: int) -> None:
-        """Say why the run ends here."""
         self.after_run(state)
         self.hub.log("stop", {"step": state.step, "reason": named(reason)})
 
@@ -129,7 +126,6 @@ class LogHook(Hook):
         self._losses, self._skipped, self._timed, self._first_is_reported = [], 0, [], True
 
     def on_growth(self, event: GrowthEvent) -> None:
-        """Report one growth event with its cost."""
         cost = overhead(self.config.model, self.schedule.plan.inference())
         record = {**event.to_dict(), "flops_overhead": cost, **self.schedule.report_event(event)}
         self.hub.log("growth", record)

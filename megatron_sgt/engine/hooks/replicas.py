@@ -54,7 +54,6 @@ class ReplicaCheckHook(Hook):
         self.groups = groups
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        """Compare at the intervals."""
         if result.applied and any(state.step % interval == 0 for interval in self.intervals):
             verify_replicas(self.model, state.step, self.zero_stage, self.groups)
 
@@ -63,7 +62,6 @@ class ReplicaCheckHook(Hook):
         verify_replicas(self.model, state.step, self.zero_stage, self.groups)
 
     def on_stop(self, state: TrainState, reason: int) -> None:
-        """Compare what will be saved."""
         self.after_run(state)
 
 

@@ -33,7 +33,6 @@ class LossSpike(Exception):
         self.stop = stop
 
     def record(self) -> dict[str, Any]:
-        """For the log."""
         return {"spike_step": self.step, "loss": self.loss, "limit": self.limit}
 
 
@@ -54,7 +53,6 @@ class SpikeRule:
         return mean + self.sigma * math.sqrt(variance)
 
     def accept(self, loss: float) -> None:
-        """Take a loss into the window."""
         self.losses.append(loss)
 
 

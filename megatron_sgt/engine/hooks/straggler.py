@@ -37,8 +37,10 @@ PATIENCE = 3
 
 @dataclass
 class LagRule:
-    """Names a rank that was the worst, by more than ``threshold``, PATIENCE times in a row; clears it after as many
-    comparisons in a row below half of that. ``excess``: how far a rank is behind the median, as a fraction.
+    """Names a rank that was the worst, by more than ``threshold``, PATIENCE times in a row.
+
+    Clears it after as many comparisons in a row below half of that. ``excess``: how far a rank is
+    behind the median, as a fraction.
     """
 
     threshold: float
@@ -66,9 +68,7 @@ class LagRule:
 
 
 def excess_over_median(values: Sequence[float], base: float | None = None) -> list[float]:
-    """How far each value lies above the median (of an even number the lower), as a fraction of ``base`` (None: of
-    the median).
-    """
+    """How far each value lies above the lower median, as a fraction of ``base`` (None: of the median)."""
     middle = statistics.median_low(values)
     base = middle if base is None else base
     return [(value - middle) / base if base > 0 else 0.0 for value in values]
@@ -126,7 +126,6 @@ class StragglerHook(Hook):
             yield batch
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        """End the lap; compare at the interval."""
         if not self.active:
             return
         self.work.end_lap()

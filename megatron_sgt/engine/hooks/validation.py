@@ -45,7 +45,6 @@ class EvalHook(Hook):
         self._measured_at = -1
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        """Validate at the interval."""
         if result.applied and state.step % self.interval == 0:
             self._measure(state)
 

@@ -22,34 +22,28 @@ class _WatchedHook(Hook):
         self._progress = progress
 
     def before_run(self, state: TrainState) -> None:
-        """See Hook."""
         self._progress.enter(self.name, state.step)
         self._hook.before_run(state)
         self._progress.enter("train", state.step + 1)
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        """See Hook."""
         self._progress.step_done()
         self._progress.enter(self.name, state.step)
         self._hook.after_step(state, result)
         self._progress.enter("train", state.step + 1)
 
     def after_run(self, state: TrainState) -> None:
-        """See Hook."""
         self._progress.enter(self.name, state.step)
         self._hook.after_run(state)
 
     def on_stop(self, state: TrainState, reason: int) -> None:
-        """See Hook."""
         self._progress.enter(self.name, state.step)
         self._hook.on_stop(state, reason)
 
     def state_dict(self) -> dict[str, Any]:
-        """See Hook."""
         return self._hook.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See Hook."""
         self._hook.load_state_dict(state)
 
 

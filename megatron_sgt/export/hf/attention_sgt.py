@@ -74,7 +74,6 @@ def eager_attention_forward(
 
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> tuple:
-    """Attention through the implementation that the configuration names."""
     kind = module.config._attn_implementation
     attention: Callable = eager_attention_forward if kind == "eager" else ALL_ATTENTION_FUNCTIONS[kind]
     dropout = module.config.attention_dropout if module.training else 0.0
@@ -197,7 +196,6 @@ def _is_plain(linear: nn.Module) -> bool:
 
 
 def _some_rows(linear: Any, x: Tensor, blocks: Sequence[int], size: int) -> Tensor:
-    """The outputs ``blocks`` (each of ``size``) of ``linear(x)``."""
     if not _is_plain(linear):
         out = linear(x)
         return torch.cat([out[..., b * size : (b + 1) * size] for b in blocks], dim=-1)

@@ -87,7 +87,6 @@ class SGTConfig(PretrainedConfig):
         )
 
     def loop_of(self, layer: int) -> dict[str, Any]:
-        """The loops of one layer, with every entry present."""
         return {
             "heads": [],
             "depth": 0,
@@ -97,7 +96,7 @@ class SGTConfig(PretrainedConfig):
         }
 
     def passes_of(self, layer: int) -> int:
-        """How often one layer attends: 1, and the loops. As many entries it has in a cache."""
+        """Attention passes of one layer: 1, and the loops. It has as many entries in a cache."""
         loop = self.loop_of(layer)
         return (1 + loop["depth"]) * (1 + loop["block_loops"])
 

@@ -65,7 +65,8 @@ def read_model(folder: Path) -> HFModel:
 def read_config(folder: Path) -> Any:
     """The transformers configuration of ``folder``; never runs code of the folder.
 
-    Raises CheckpointError when there is none, or one that transformers does not understand.
+    Raises:
+        CheckpointError: there is none, or one that transformers does not understand.
     """
     import json
 
@@ -92,7 +93,6 @@ def read_config(folder: Path) -> Any:
 
 
 def _common_problems(config: Any) -> Iterator[str]:
-    """What no family may have."""
     if getattr(config, "quantization_config", None) is not None:
         yield "quantization_config: quantised weights cannot be trained; give the original weights"
     gated, act = _ffn(config)
@@ -148,7 +148,6 @@ def _common_fields(config: Any) -> dict[str, Any]:
 
 
 def _ffn(config: Any) -> tuple[bool, str]:
-    """Whether its feed-forward layers have a gate, and their activation under its usual name."""
     return getattr(config, "gated_mlp", True), {"swish": "silu"}.get(config.hidden_act, config.hidden_act)
 
 

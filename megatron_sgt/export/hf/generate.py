@@ -29,11 +29,14 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether sampling is off."""
         return self.temperature == 0.0
 
     def check(self) -> None:
-        """Raises ConfigError for values outside their range."""
+        """Check the settings.
+
+        Raises:
+            ConfigError: a value is outside its range.
+        """
         if self.greedy and self.num_samples > 1:
             raise ConfigError(
                 f"--num-samples {self.num_samples}: greedy continuations are all the same; give a --temperature"
@@ -56,7 +59,11 @@ class Continuation:
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
-    """Raises DataError when there is no prompt, or an empty one."""
+    """Check the prompts.
+
+    Raises:
+        DataError: there is no prompt, or an empty one.
+    """
     if not prompts:
         raise DataError("no prompts: give --prompt TEXT, or --prompt-file with one prompt per line")
     for number, prompt in enumerate(prompts, start=1):
@@ -105,7 +112,6 @@ def _new_text(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> s
 
 
 def _ends(opened: OpenModel) -> tuple[int, ...]:
-    """Ids that end a text: the model's, or else the tokenizer's."""
     found = opened.model.generation_config.eos_token_id
     found = opened.tokenizer.eos_token_id if found is None else found
     return () if found is None else (found,) if isinstance(found, int) else tuple(found)

@@ -142,7 +142,7 @@ class SGTModel(SGTPreTrainedModel):
     ) -> BaseModelOutputWithPast | tuple:
         """As LlamaModel.forward. ``attentions`` are those of the ordinary passes, one per layer.
 
-        transformers 4 hands ``cache_position`` over, [S]; named as an argument, transformers 5 would warn of it.
+        transformers 4 passes ``cache_position`` [S]; named as an argument, transformers 5 would warn of it.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -188,7 +188,6 @@ def _causal_mask(
     cache: Cache | None,
     position_ids: Tensor,
 ) -> Any:
-    """The mask that the attention implementation wants; the same for every pass."""
     embeds = "inputs_embeds" if "inputs_embeds" in _MASK_ARGUMENTS else "input_embeds"
     arguments = {embeds: x, "position_ids": position_ids}
     if "cache_position" in _MASK_ARGUMENTS:

@@ -139,7 +139,6 @@ def _refuse_differences(name: str, report: dict[str, Any]) -> None:
 
 
 def _tokenizer_of(opened: OpenModel, path: Path, chosen: Path | None) -> Any:
-    """The chosen tokenizer, or the model's own; None without one."""
     if chosen is None and opened.source is None:
         has_one = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
         return _load_tokenizer(path, opened.model.config) if has_one else None

@@ -45,7 +45,6 @@ class Pieces:
     pad: int | None
 
     def special(self, index: int | None) -> str | None:
-        """The text of a special token."""
         return None if index is None else self.pieces[index][0]
 
     def same_segmentation(self, one: list[int], other: list[int]) -> bool:
@@ -62,7 +61,11 @@ class Pieces:
 
 
 def read_pieces(path: Path) -> Pieces:
-    """Read a model file. Raises DataError for a kind of model that has no fast form here."""
+    """Read a model file.
+
+    Raises:
+        DataError: its kind of model has no fast form here.
+    """
     from sentencepiece import sentencepiece_model_pb2
 
     proto: Any = sentencepiece_model_pb2.ModelProto()

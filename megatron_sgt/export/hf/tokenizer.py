@@ -28,10 +28,7 @@ PROBES = (
 
 
 def write_tokenizer(wanted: TokenizerConfig, folder: Path, config: Config) -> TokenIds:
-    """Write the tokenizer's files into ``folder``.
-
-    Args:
-        config: of the run that was trained with it; its model must know all ids.
+    """Write the tokenizer's files into ``folder``; ``config``: of the run, whose model must know all ids.
 
     Raises:
         DataError: it cannot be read, is not the one that the run's data was made with, or cannot be expressed as
@@ -46,7 +43,7 @@ def write_tokenizer(wanted: TokenizerConfig, folder: Path, config: Config) -> To
 
 
 def _check_data(tokenizer: Tokenizer, config: Config) -> None:
-    """Raises DataError when a data set of the run can be read and was made with another tokenizer."""
+    """Refuse, with DataError, a run whose data set can be read and was made with another tokenizer."""
     for _, prefix in config.data.blend() if config.data.data_path else ():
         made_with = read_metadata(prefix).get("tokenizer_fingerprint")
         if made_with not in (None, tokenizer.fingerprint()):

@@ -56,7 +56,11 @@ class Worker:
             self.process.stdin.flush()
 
     def finish(self, limit: float) -> Iterator[dict[str, Any]]:
-        """Answers to the oldest job, "done" last. Raises Lost when it takes longer than ``limit`` seconds or dies."""
+        """Answers to the oldest job, "done" last.
+
+        Raises:
+            Lost: the crew takes longer than ``limit`` seconds or dies.
+        """
         until = time.monotonic() + limit
         while True:
             try:

@@ -38,7 +38,11 @@ class Drive:
     compilers: list[Worker] = field(default_factory=list)
 
     def run(self) -> dict[str, Any]:
-        """All rows, as far as the time goes. Raises ConfigError where there is no GPU and none is imitated."""
+        """All rows, as far as the time goes.
+
+        Raises:
+            ConfigError: there is no GPU and none is imitated.
+        """
         try:
             self._begin()
             for row in self.rows:

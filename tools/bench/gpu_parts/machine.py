@@ -38,9 +38,12 @@ Call = Callable[[], Any]
 
 @dataclass
 class Machine:
-    """``dry``: on a CPU, in tiny shapes, each call once. ``warm``: kernels are compiled and nothing is measured.
+    """Where and how a row is measured.
+
+    ``dry``: on a CPU, in tiny shapes, each call once. ``warm``: kernels are compiled and nothing is measured.
     ``deadline``: time.monotonic() at which the row is killed. ``backend``, ``attention``: what may be used of the
-    loop's kernels (train.loop_backend, train.loop_attention). The ceilings come with every row."""
+    loop's kernels (train.loop_backend, train.loop_attention). The ceilings come with every row.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -117,8 +120,7 @@ def _host_seconds(turns: Iterator[Call], calls: int) -> float:
 
 
 def _gpu_seconds(turns: Iterator[Call], calls: int, launching: float) -> float:
-    """The GPU waits until the batch, which takes ``launching`` seconds to launch, is in its queue: what is measured
-    is not how fast Python launches it."""
+    """Times the batch, not its launch: the GPU waits ``launching`` seconds, until all of it is in its queue."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(int(2 * launching * CLOCK_HERTZ))
     start.record()

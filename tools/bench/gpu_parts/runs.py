@@ -1,4 +1,4 @@
-"""Whole runs in processes of their own: the authors' trajectory, and a run that is killed and goes on."""
+"""Whole runs in processes of their own: the authors' trajectory, and a run that is killed and resumed."""
 
 from __future__ import annotations
 
@@ -48,8 +48,10 @@ def golden(machine: Machine) -> Iterator[dict[str, Any]]:
 
 
 def killed_and_resumed(machine: Machine) -> Iterator[dict[str, Any]]:
-    """pretrain_sgt.py grows, saves while it trains, is killed, and goes on: no step is missing, and those that were
-    made twice are told apart by what they lost the first and the second time."""
+    """pretrain_sgt.py grows, saves while it trains, is killed, and resumes: no step is missing.
+
+    Steps that were made twice are compared by their losses.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = folder / "run.yaml"
@@ -139,8 +141,7 @@ def _records(folder: Path) -> list[dict[str, Any]]:
 
 
 def judge(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the records of a run say at its death and at its end; ``passed``: it grew, went on from a checkpoint and
-    has every step once."""
+    """What a run's records say at its death and at its end; ``passed``: grown, resumed, every step there once."""
     counted = without_void_records(after)
     first, final = dict(_losses(before)), dict(_losses(counted))
     resumed = next((r["step"] for r in counted if r["kind"] == "resume" and r.get("step")), None)

@@ -1,7 +1,7 @@
 """A process that runs rows: jobs come as JSON lines on stdin, answers leave as JSON lines on what was stdout.
 
 A row's failure is an answer like any other. After one the device is tried: an error that sticks to the process (an
-illegal address poisons all later calls) ends it, and the suite goes on in a fresh one.
+illegal address poisons all later calls) ends it, and the suite continues in a fresh one.
 """
 
 from __future__ import annotations
