@@ -89,7 +89,7 @@ test-transformers-4: $(OLD_VENV)/.complete
 # constraints.txt has the newest Megatron-Core for the Pythons that it supports. The folders that rest on it run there.
 NEWEST_PYTHON ?= python3.12
 NEWEST_VENV := $(VENV)-newest
-NEWEST_TESTS := $(addprefix tests/,compat model parallel golden checkpoint engine)
+NEWEST_TESTS := $(addprefix tests/,compat model parallel golden checkpoint engine guard)
 
 test-newest:
 	@$(NEWEST_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || { \
