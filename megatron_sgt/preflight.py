@@ -205,9 +205,7 @@ def _data_line(config: Config, absent: Sequence[str]) -> str:
     tokenizer = config.data.tokenizer
     if tokenizer is not None and tokenizer.type == "sentencepiece" and not Path(tokenizer.model).is_file():
         raise DataError(f"data.tokenizer.model: no such file: {tokenizer.model}")
-    return (
-        f"{len(prefixes)} data sets found, not read: no {', no '.join(absent)} here; the job reads them first"
-    )
+    return f"{len(prefixes)} data sets found, not read: no {', no '.join(absent)} here; the job reads them first"
 
 
 def _check_growth(folder: Path, saved: dict[str, Any], config: Config) -> None:

@@ -13,9 +13,7 @@ def raise_(error: BaseException) -> None:
     raise error
 
 
-@pytest.mark.parametrize(
-    ("error", "code"), [(SGTError, 1), (ConfigError, 2), (DataError, 3), (CheckpointError, 4)]
-)
+@pytest.mark.parametrize(("error", "code"), [(SGTError, 1), (ConfigError, 2), (DataError, 3), (CheckpointError, 4)])
 def test_mistakes_of_the_user(error: type[SGTError], code: int, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         run_main(lambda: raise_(error("what is wrong; what to do")))
@@ -44,9 +42,7 @@ def test_interrupt_and_bugs(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_reader_of_the_output_goes_away() -> None:
     program = "from megatron_sgt.cli import run_main\nrun_main(lambda: print('x' * 10**6))"
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     assert process.stderr.read() == b""

@@ -3,9 +3,7 @@ import pytest
 from megatron_sgt.errors import CheckpointError, ConfigError, DataError, ExitCode, SGTError, first_line
 
 
-@pytest.mark.parametrize(
-    ("error", "code"), [(SGTError, 1), (ConfigError, 2), (DataError, 3), (CheckpointError, 4)]
-)
+@pytest.mark.parametrize(("error", "code"), [(SGTError, 1), (ConfigError, 2), (DataError, 3), (CheckpointError, 4)])
 def test_exit_codes(error: type[SGTError], code: int) -> None:
     assert error.exit_code == code
     assert issubclass(error, SGTError)

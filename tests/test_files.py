@@ -40,9 +40,7 @@ def test_what_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
     assert path.read_bytes() == b"a line\n" and os.listdir(tmp_path) == ["corpus.jsonl"]
 
 
-def test_content_name_and_folder_reach_the_disk_in_this_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_content_name_and_folder_reach_the_disk_in_this_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A name that is on disk before its content would be an empty file after a crash."""
     seen: list[str] = []
     replace = os.replace

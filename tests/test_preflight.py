@@ -130,9 +130,7 @@ def test_says_what_the_run_starts_from(tmp_path: Path, data: str) -> None:
     layout.point_to(own, folder.name)
     (folder / "mp_rank_00_model_states.pt").write_bytes(b"123")
     said = start(config(tmp_path, data))
-    assert said.startswith(
-        f"RESUME at step 5 of 18 from {older} (passed over: checkpoint {folder} is damaged"
-    )
+    assert said.startswith(f"RESUME at step 5 of 18 from {older} (passed over: checkpoint {folder} is damaged")
     (older / "mp_rank_00_model_states.pt").unlink()
     with pytest.raises(CheckpointError, match=r"states.pt has 3 bytes instead of .*states.pt is missing"):
         start(config(tmp_path, data))

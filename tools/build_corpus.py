@@ -22,9 +22,7 @@ def main() -> None:
     args = parser.parse_args()
     report = build_corpus(args.output, args.min_bytes, args.overwrite)
     with_tests = ", its test suite included" if report.with_tests else ""
-    print(
-        f"{report.path}: {report.documents:,} documents, {file_size(report.text_bytes)} of text{with_tests}"
-    )
+    print(f"{report.path}: {report.documents:,} documents, {file_size(report.text_bytes)} of text{with_tests}")
 
 
 if __name__ == "__main__":

@@ -20,9 +20,7 @@ from megatron_sgt.metrics.units import elapsed, file_size
 
 def parse() -> argparse.Namespace:
     """Command-line arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="the Hugging Face folder")
     parser.add_argument(
         "--output", type=Path, required=True, metavar="CKPT_ROOT", help="folder of checkpoints to write into"

@@ -35,9 +35,7 @@ def number_of_bytes(text: str) -> int:
 
 def parse() -> argparse.Namespace:
     """Command-line arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--load", type=Path, required=True, metavar="CKPT", help="a folder of checkpoints, or one of them")
     add("--step", type=int, metavar="N", help="which checkpoint of the folder [the latest]")
@@ -52,9 +50,7 @@ def parse() -> argparse.Namespace:
         "a folder; 'none' to leave it out")  # fmt: skip
     add("--training-gates", action="store_true", help="inside a decay window: keep the gates of that step, instead of "
         "those of inference (kept heads 1, others 0)")  # fmt: skip
-    add(
-        "--keep-padding", action="store_true", help="keep the rows that pad the vocabulary [they are cut off]"
-    )
+    add("--keep-padding", action="store_true", help="keep the rows that pad the vocabulary [they are cut off]")
     add(
         "--max-shard-size",
         type=number_of_bytes,

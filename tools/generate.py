@@ -18,9 +18,7 @@ from megatron_sgt.errors import DataError
 
 def parse() -> argparse.Namespace:
     """Command-line arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", type=Path, metavar="CKPT_OR_DIR", help="a folder of checkpoints, one of them, or an export")
     add("--step", type=int, metavar="N", help="which checkpoint of the folder [the latest]")

@@ -40,21 +40,15 @@ def share(text: str) -> float:
 
 def parse() -> argparse.Namespace:
     """Command-line arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, metavar="FILE.yaml", help="the run")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="values over those of the file"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values over those of the file")
     parser.add_argument(
         "--preset", metavar="NAME", help=f"the file's run as a baseline or ablation: {', '.join(PRESETS)}"
     )
     parser.add_argument("--gpu", default="h100", metavar="NAME", help=f"{', '.join(GPUS)} [%(default)s]")
     parser.add_argument("--nodes", type=positive, default=1, metavar="N", help="nodes [%(default)s]")
-    parser.add_argument(
-        "--gpus-per-node", type=positive, default=8, metavar="N", help="ranks of a node [%(default)s]"
-    )
+    parser.add_argument("--gpus-per-node", type=positive, default=8, metavar="N", help="ranks of a node [%(default)s]")
     parser.add_argument(
         "--mfu",
         type=share,

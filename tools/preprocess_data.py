@@ -52,9 +52,7 @@ def parse_arguments() -> argparse.Namespace:
         default=default_workers(),
         help="processes [the CPU cores: %(default)s]",
     )
-    parser.add_argument(
-        "--append-eod", action="store_true", help="end every document with the end-of-text token"
-    )
+    parser.add_argument("--append-eod", action="store_true", help="end every document with the end-of-text token")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing data set")
     parser.add_argument("--checksum", action="store_true", help="print the sha256 of the .bin")
     args = parser.parse_args()

@@ -11,9 +11,7 @@ def main() -> None:
     """Write the report and say where it lies."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir", type=Path, help="logging.run_dir of the run; it may still be running")
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="folder to write to (default: RUN_DIR/report)"
-    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write to (default: RUN_DIR/report)")
     args = parser.parse_args()
     from megatron_sgt.reporting.report import write_report
 

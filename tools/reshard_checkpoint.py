@@ -20,18 +20,12 @@ from megatron_sgt.metrics.units import elapsed, file_size
 
 def parse() -> argparse.Namespace:
     """Command-line arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--load", type=Path, required=True, metavar="CKPT", help="a folder of checkpoints, or one of them"
     )
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="folder of checkpoints to write into"
-    )
-    parser.add_argument(
-        "--processes", type=int, default=1, metavar="N", help="write with N processes [%(default)s]"
-    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of checkpoints to write into")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="write with N processes [%(default)s]")
     args = parser.parse_args()
     if args.processes < 1:
         parser.error(f"--processes must be at least 1, got {args.processes}")
@@ -51,9 +45,7 @@ def main() -> None:
     final, size, drift = convert(resolve(args.load), args.output, args.processes)
     print(f"{final}: {file_size(size)} in {elapsed(time.perf_counter() - start)}; loads under any layout")
     if drift:
-        print(
-            f"tensor-parallel copies of replicated weights differed by up to {drift:.1e}; rank 0's were taken"
-        )
+        print(f"tensor-parallel copies of replicated weights differed by up to {drift:.1e}; rank 0's were taken")
 
 
 if __name__ == "__main__":

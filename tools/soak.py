@@ -27,9 +27,7 @@ from megatron_sgt.cli import positive, run_main
 
 def main() -> None:
     """Soak the layouts one after the other and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deaths", type=positive, default=50, metavar="N", help="per layout [%(default)s]")
     parser.add_argument("--layout", choices=LAYOUTS, action="append", help="repeatable [all]")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="[%(default)s]")
@@ -43,9 +41,7 @@ def main() -> None:
     finally:
         print(table(tallies))
         if args.output is not None:
-            args.output.write_text(
-                json.dumps({name: vars(tally) for name, tally in tallies.items()}, indent=1)
-            )
+            args.output.write_text(json.dumps({name: vars(tally) for name, tally in tallies.items()}, indent=1))
 
 
 def _tell(name: str, line: str) -> None:

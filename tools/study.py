@@ -22,29 +22,15 @@ SCRIPT = Path(__file__).resolve().parents[1] / "pretrain_sgt.py"
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, metavar="FILE.yaml", help="the run to vary")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="values over those of the file"
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="folder of all runs and tables"
-    )
-    parser.add_argument(
-        "--presets", default=",".join(PRESETS), metavar="A,B,...", help="default: all [%(default)s]"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values over those of the file")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of all runs and tables")
+    parser.add_argument("--presets", default=",".join(PRESETS), metavar="A,B,...", help="default: all [%(default)s]")
     parser.add_argument("--seeds", type=positive, default=2, metavar="N", help="seeds 1 to N [%(default)s]")
-    parser.add_argument(
-        "--at-once", type=positive, default=1, metavar="N", help="runs side by side [%(default)s]"
-    )
-    parser.add_argument(
-        "--minutes", type=float, metavar="M", help="stop (saving) after so long; default: to the end"
-    )
-    parser.add_argument(
-        "--ranks", type=positive, default=1, metavar="N", help="ranks of one run [%(default)s]"
-    )
+    parser.add_argument("--at-once", type=positive, default=1, metavar="N", help="runs side by side [%(default)s]")
+    parser.add_argument("--minutes", type=float, metavar="M", help="stop (saving) after so long; default: to the end")
+    parser.add_argument("--ranks", type=positive, default=1, metavar="N", help="ranks of one run [%(default)s]")
     return parser.parse_intermixed_args()
 
 
@@ -93,26 +79,16 @@ def main() -> int:
     found = [outcome_of(job.run_dir, job.preset, job.seed) for job in jobs]
     outcomes = [outcome for outcome in found if outcome is not None]
     note = describe(load_config(args.config, args.overrides), args.seeds)
-    shared = (
-        "one run at a time"
-        if args.at_once == 1
-        else f"{args.at_once} runs side by side, which disturb each other"
-    )
+    shared = "one run at a time" if args.at_once == 1 else f"{args.at_once} runs side by side, which disturb each other"
     (args.output / "table.md").write_text(markdown(outcomes, note))
-    (args.output / "times.md").write_text(
-        times_markdown(outcomes, f"Median of the last half of the steps; {shared}.")
-    )
+    (args.output / "times.md").write_text(times_markdown(outcomes, f"Median of the last half of the steps; {shared}."))
     first = [job.run_dir for job in jobs if job.seed == 1 and job.finished]
     if len(first) > 1:
         from megatron_sgt.reporting.compare import write_comparison
 
         write_comparison(first, args.output / "compare", [job.preset for job in jobs if job.run_dir in first])
     print(markdown(outcomes, note))
-    state = (
-        "complete"
-        if not left
-        else f"{len(left)} of {len(jobs)} runs are not finished; call it again to go on"
-    )
+    state = "complete" if not left else f"{len(left)} of {len(jobs)} runs are not finished; call it again to go on"
     print(f"{args.output / 'table.md'}: {state}")
     return 0
 

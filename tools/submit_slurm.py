@@ -28,9 +28,7 @@ from megatron_sgt.submit.job import job_folder, job_name, latest_file, outside_f
 
 def parse() -> argparse.Namespace:
     """Command-line arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--config", type=Path, required=True, metavar="FILE.yaml", help="the run; see examples/configs")
     add("overrides", nargs="*", metavar="section.key=value", help="values over those of the file")
@@ -133,9 +131,7 @@ def main() -> None:
         print(sbatch_script(job), end="")
         return
     number = submit(write_job(job, config))
-    print(
-        f"submitted {number} as {job.name} · its log: {job.folder}/{number}.log · the ranks': {job.folder}/{number}/"
-    )
+    print(f"submitted {number} as {job.name} · its log: {job.folder}/{number}.log · the ranks': {job.folder}/{number}/")
 
 
 if __name__ == "__main__":

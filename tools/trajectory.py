@@ -21,16 +21,10 @@ from megatron_sgt.guard.ending import place, run_rank
 
 def parse() -> argparse.Namespace:
     """Command-line arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="trajectory file (safetensors)")
-    parser.add_argument(
-        "--out", type=output, required=True, metavar="FILE", help="file to write, with the same keys"
-    )
-    parser.add_argument(
-        "--tensor-parallel", type=positive, default=1, metavar="N", help="tensor-parallel size"
-    )
+    parser.add_argument("--out", type=output, required=True, metavar="FILE", help="file to write, with the same keys")
+    parser.add_argument("--tensor-parallel", type=positive, default=1, metavar="N", help="tensor-parallel size")
     parser.add_argument("--zero", type=int, default=1, choices=(0, 1, 2, 3), help="DeepSpeed ZeRO stage")
     parser.add_argument(
         "--micro-batch",
@@ -38,15 +32,9 @@ def parse() -> argparse.Namespace:
         metavar="N",
         help="sequences per micro-batch (default: the file's, or what fits)",
     )
-    parser.add_argument(
-        "--sequence-parallel", action="store_true", help="shard activations between the linears"
-    )
-    parser.add_argument(
-        "--loop-method", default="auto", choices=("auto", "owner", "balanced"), help="[%(default)s]"
-    )
-    parser.add_argument(
-        "--recompute", default="none", choices=("none", "selective", "full"), help="[%(default)s]"
-    )
+    parser.add_argument("--sequence-parallel", action="store_true", help="shard activations between the linears")
+    parser.add_argument("--loop-method", default="auto", choices=("auto", "owner", "balanced"), help="[%(default)s]")
+    parser.add_argument("--recompute", default="none", choices=("none", "selective", "full"), help="[%(default)s]")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="[%(default)s]")
     parser.add_argument(
         "--compare", action="store_true", help="print differences from the file; exit 1 beyond tolerance"

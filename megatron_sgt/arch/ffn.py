@@ -39,9 +39,7 @@ class FFNKind:
         inputs = ("gate_proj", "up_proj") if self.gated else ("up_proj",)
         rows = {f"{hf}.{name}": (width, hidden) for name in inputs}
         yield from linear(f"{megatron}.linear_fc1", rows, "rows", "mlp", bias)
-        yield from linear(
-            f"{megatron}.linear_fc2", {f"{hf}.down_proj": (hidden, width)}, "columns", "mlp", bias
-        )
+        yield from linear(f"{megatron}.linear_fc2", {f"{hf}.down_proj": (hidden, width)}, "columns", "mlp", bias)
 
     def flops(self, model: ModelConfig, layer: int, tokens: int) -> Flops:
         """Operations on ``tokens`` tokens, summed over tensor-parallel ranks: every token meets every matrix."""
@@ -76,7 +74,5 @@ def all_kinds() -> dict[str, FFNKind]:
 
 def kind_of_hf(gated: bool, hidden_act: str) -> str | None:
     """The kind that an exported model with these fields has; None: there is none."""
-    found = (
-        name for name, kind in all_kinds().items() if (kind.gated, kind.hidden_act) == (gated, hidden_act)
-    )
+    found = (name for name, kind in all_kinds().items() if (kind.gated, kind.hidden_act) == (gated, hidden_act))
     return next(found, None)

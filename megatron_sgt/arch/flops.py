@@ -23,9 +23,7 @@ class Flops:
     entropy: int = 0
 
     def __add__(self, other: Flops) -> Flops:
-        return Flops(
-            self.linear + other.linear, self.attention + other.attention, self.entropy + other.entropy
-        )
+        return Flops(self.linear + other.linear, self.attention + other.attention, self.entropy + other.entropy)
 
     @property
     def forward(self) -> int:

@@ -63,9 +63,7 @@ class Weight:
         return (sum(shape[0] for shape in self.shapes) // tp_size, *rest)
 
 
-def linear(
-    megatron: str, hf: Mapping[str, Shape], split: Split, part: Part, bias: bool = False
-) -> Iterator[Weight]:
+def linear(megatron: str, hf: Mapping[str, Shape], split: Split, part: Part, bias: bool = False) -> Iterator[Weight]:
     """The matrix of a linear layer, and its bias. ``hf``: Hugging Face modules and the shapes of their matrices.
 
     A matrix that is split by columns writes into the residual stream; its bias is added after the sum over ranks.

@@ -29,9 +29,7 @@ def describe_root(contents: RootContents, now: float | None = None) -> str:
 
 def describe(contents: Contents) -> str:
     """One checkpoint in full."""
-    head = (
-        f"{contents.folder}: {contents.status}, {contents.num_files} files, {file_size(contents.num_bytes)}"
-    )
+    head = f"{contents.folder}: {contents.status}, {contents.num_files} files, {file_size(contents.num_bytes)}"
     lines = [head]
     hidden = len(contents.problems) - _SHOWN_PROBLEMS
     lines += [f"  ! {problem}" for problem in contents.problems[:_SHOWN_PROBLEMS]]
@@ -113,9 +111,7 @@ def _growth(growth: GrowthContents) -> str:
 
 def _layer(layer: LoopingLayer) -> str:
     if not layer.kept_heads:
-        return (
-            f"layer {layer.layer}: the whole layer {layer.depth} more time{'' if layer.depth == 1 else 's'}"
-        )
+        return f"layer {layer.layer}: the whole layer {layer.depth} more time{'' if layer.depth == 1 else 's'}"
     text = f"layer {layer.layer}: depth {layer.depth}, kept heads {' '.join(map(str, layer.kept_heads))}"
     if layer.selected_at is not None:
         text += f", selected at step {layer.selected_at:,}"

@@ -73,9 +73,7 @@ def _newest_whole(own: Path, damaged: Mapping[Path, str]) -> Found | None:
             continue
         return Found(folder, tuple(skipped))
     if skipped:
-        raise CheckpointError(
-            "; ".join([*skipped, f"no other in {own}. To start from scratch, move that folder away"])
-        )
+        raise CheckpointError("; ".join([*skipped, f"no other in {own}. To start from scratch, move that folder away"]))
     return None
 
 

@@ -159,9 +159,7 @@ class _Copier:
             held = self._storages[storage._cdata] = self._arena.take(storage.nbytes())
             self._alive.append(storage)
             _bytes_of(held).copy_(_bytes_of(storage), non_blocking=True)
-        view = torch.empty(0, dtype=source.dtype).set_(
-            held, source.storage_offset(), source.size(), source.stride()
-        )
+        view = torch.empty(0, dtype=source.dtype).set_(held, source.storage_offset(), source.size(), source.stride())
         if isinstance(tensor, torch.nn.Parameter):
             return torch.nn.Parameter(view, requires_grad=tensor.requires_grad)
         return view.requires_grad_(tensor.requires_grad)

@@ -102,9 +102,7 @@ def finished_tags(root: Path) -> list[str]:
     """Tags of the checkpoints under ``root`` that were committed, oldest first."""
     if not root.is_dir():
         return []
-    found = [
-        (int(m.group(1)), p.name) for p in root.iterdir() if (m := _TAG.fullmatch(p.name)) and p.is_dir()
-    ]
+    found = [(int(m.group(1)), p.name) for p in root.iterdir() if (m := _TAG.fullmatch(p.name)) and p.is_dir()]
     return [name for _, name in sorted(found) if (root / name / MANIFEST_FILE).is_file()]
 
 
@@ -207,9 +205,7 @@ def prune(root: Path, keep_last: int, keep_every: int = 0) -> list[str]:
         return []
     tags = [tag for tag in finished_tags(root) if step_of(tag) <= step_of(current)]
     doomed = [
-        tag
-        for tag in tags[:-keep_last]
-        if tag != current and not (keep_every and step_of(tag) % keep_every == 0)
+        tag for tag in tags[:-keep_last] if tag != current and not (keep_every and step_of(tag) % keep_every == 0)
     ]
     for tag in doomed:
         remove(root / tag)

@@ -39,9 +39,7 @@ def verify_together(folder: Path, config: Config, groups: ParallelGroups) -> str
     """
     if config.checkpoint.verify == "sizes":
         return None
-    found = gather_or_raise(
-        lambda: manifest.checksum_problems(folder, groups.rank, groups.world_size), groups
-    )
+    found = gather_or_raise(lambda: manifest.checksum_problems(folder, groups.rank, groups.world_size), groups)
     try:
         manifest.refuse(folder, list(dict.fromkeys(problem for part in found for problem in part)))
     except CheckpointError as error:
@@ -76,9 +74,7 @@ def load_checkpoint(
     else:
         copy, how = layout_free_copy(folder, groups)
     made = layout.read_json(copy / layout.STATE_FILE)[LAYOUT_FREE]
-    load_into_engine(
-        LayoutFreeReader(copy), made["optimizer_step"], made["loss_scale"], config.model, engine, groups
-    )
+    load_into_engine(LayoutFreeReader(copy), made["optimizer_step"], made["loss_scale"], config.model, engine, groups)
     _restore_counters(engine, state["trainer"])
     if IMPORTED_FROM in made:
         return f"{folder.name}: a model imported from {made[IMPORTED_FROM]}, without optimizer state"
@@ -121,9 +117,7 @@ def _restore_counters(engine: deepspeed.DeepSpeedEngine, trainer: dict[str, int]
     engine.skipped_steps = trainer["skipped_steps"]
 
 
-def _continue_streams(
-    copy: Path, source: dict[str, Any], step: int, config: Config, groups: ParallelGroups
-) -> str:
+def _continue_streams(copy: Path, source: dict[str, Any], step: int, config: Config, groups: ParallelGroups) -> str:
     """Restore this rank's random streams where it existed before, else start new ones; says which."""
     same_ranks = source["tensor_model_parallel_size"] == groups.tp_size
     if same_ranks and source["data_parallel_size"] == groups.dp_size:

@@ -57,9 +57,7 @@ def layout_of(config: Config, groups: ParallelGroups) -> dict[str, Any]:
     if config.has_bf16_optimizer(precision):
         shape["optimizer"] = "BF16_Optimizer"
     zero = config.deepspeed.get("zero_optimization", {})
-    return shape | {
-        f"deepspeed.zero_optimization.{name}": zero[name] for name in _SHARD_OPTIONS if name in zero
-    }
+    return shape | {f"deepspeed.zero_optimization.{name}": zero[name] for name in _SHARD_OPTIONS if name in zero}
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,7 @@ class DeepSpeedMPU:
     get_model_parallel_group = get_tensor_model_parallel_group
     # Always 1 of 1: the configuration refuses pipeline parallelism.
     get_pipeline_model_parallel_rank = staticmethod(parallel_state.get_pipeline_model_parallel_rank)
-    get_pipeline_model_parallel_world_size = staticmethod(
-        parallel_state.get_pipeline_model_parallel_world_size
-    )
+    get_pipeline_model_parallel_world_size = staticmethod(parallel_state.get_pipeline_model_parallel_world_size)
     get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
     get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
     get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)

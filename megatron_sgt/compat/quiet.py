@@ -24,9 +24,7 @@ def quiet_imports() -> None:
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
     warnings.filterwarnings("ignore", message=".*tp_group is None.*")
     # DeepSpeed's ZeRO calls collectives by names that torch 2.13 deprecates.
-    warnings.filterwarnings(
-        "ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning
-    )
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     for name in NO_NEWS:
         logging.getLogger(name).addFilter(is_news)  # adding it twice has no effect
     # Makes torch ask the driver's library whether there is a GPU: the runtime would start CUDA for it, before the
@@ -35,9 +33,7 @@ def quiet_imports() -> None:
     if os.environ.get("DS_ACCELERATOR") not in (None, "cpu", "cuda"):
         warnings.warn(f"DS_ACCELERATOR={os.environ.pop('DS_ACCELERATOR')} is ignored", stacklevel=2)
     if not torch.cuda.is_available():
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # its search for other accelerators prints a warning per rank
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # its search for other accelerators prints a warning per rank
 
 
 @contextlib.contextmanager

@@ -47,9 +47,7 @@ class DataConfig(Section):
     tokenizer: TokenizerConfig | None = Field(
         default=None, description="null: the data is already tokens, and model.vocab_size must be set."
     )
-    num_workers: int = Field(
-        default=0, ge=0, description="Processes that read samples ahead, per rank; 0: none."
-    )
+    num_workers: int = Field(default=0, ge=0, description="Processes that read samples ahead, per rank; 0: none.")
 
     @field_validator("data_path", mode="before")
     @classmethod
@@ -61,9 +59,7 @@ class DataConfig(Section):
         return value
 
     def problems(self) -> Iterator[str]:
-        if len(self.data_path) > 1 and (
-            len(self.data_path) % 2 or not all(map(_is_weight, self.data_path[::2]))
-        ):
+        if len(self.data_path) > 1 and (len(self.data_path) % 2 or not all(map(_is_weight, self.data_path[::2]))):
             yield (
                 f"data_path: {list(self.data_path)} is neither one prefix nor a blend "
                 "[weight, prefix, weight, prefix, ...] with weights above 0"
@@ -79,9 +75,7 @@ class DataConfig(Section):
             return ((1.0, self.data_path[0]),)
         weights = [float(weight) for weight in self.data_path[::2]]
         total = sum(weights)
-        return tuple(
-            (weight / total, prefix) for weight, prefix in zip(weights, self.data_path[1::2], strict=True)
-        )
+        return tuple((weight / total, prefix) for weight, prefix in zip(weights, self.data_path[1::2], strict=True))
 
     def split_shares(self) -> tuple[float, float, float]:
         shares = [float(share) for share in self.split.split(",")]

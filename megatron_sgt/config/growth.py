@@ -26,22 +26,15 @@ class GrowthConfig(Section):
     options: dict[str, Any] | None = Field(
         default=None, description="Settings of a registered schedule; the built-in methods take none."
     )
-    first_selection_step: int = Field(
-        default=250, gt=0, description="Optimizer step (from 1) of the first selection."
-    )
+    first_selection_step: int = Field(default=250, gt=0, description="Optimizer step (from 1) of the first selection.")
     window_size: int = Field(
         default=250,
         gt=0,
-        description="Steps over which the heads that are not kept fade out; also the least time between two "
-        "decisions.",
+        description="Steps over which the heads that are not kept fade out; also the least time between two decisions.",
     )
-    top_k_layers: int = Field(
-        default=3, gt=0, description="Layers of highest entropy that a decision considers."
-    )
+    top_k_layers: int = Field(default=3, gt=0, description="Layers of highest entropy that a decision considers.")
     max_selected_layers: int = Field(default=3, gt=0, description="Layers that may loop in the end.")
-    max_loop_depth: int = Field(
-        default=1, gt=0, description="Most additional attention passes of one layer (K_max)."
-    )
+    max_loop_depth: int = Field(default=1, gt=0, description="Most additional attention passes of one layer (K_max).")
     num_keep_heads: int = Field(default=2, gt=0, description="Heads that go on looping in a selected layer.")
     decay_type: Literal["linear", "cosine", "exponential"] = Field(
         default="linear",
@@ -77,12 +70,8 @@ class GrowthConfig(Section):
         description="Repeat the decisions of this recorded run (its metrics.jsonl, or a JSON list of growth events) "
         "instead of measuring and deciding; null: decide.",
     )
-    block_loop_layers: tuple[int, ...] = Field(
-        default=(), description="Layers that block_loop executes again."
-    )
-    block_loop_count: int = Field(
-        default=1, gt=0, description="Additional executions of each of block_loop_layers."
-    )
+    block_loop_layers: tuple[int, ...] = Field(default=(), description="Layers that block_loop executes again.")
+    block_loop_count: int = Field(default=1, gt=0, description="Additional executions of each of block_loop_layers.")
 
     def problems(self) -> Iterator[str]:
         yield from self._method_problems()

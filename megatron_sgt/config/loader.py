@@ -44,9 +44,7 @@ def parse_config(values: Mapping[str, Any], source: str = "configuration") -> Co
         ConfigError: with one line per problem.
     """
     # A section with every line commented out is empty, not null.
-    sections = {
-        key: {} if value is None and key in Config.model_fields else value for key, value in values.items()
-    }
+    sections = {key: {} if value is None and key in Config.model_fields else value for key, value in values.items()}
     try:
         return Config.model_validate(sections)
     except ValidationError as error:
@@ -86,9 +84,7 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        if isinstance(old, dict) and (
-            isinstance(value, dict) or (value is None and key in Config.model_fields)
-        ):
+        if isinstance(old, dict) and (isinstance(value, dict) or (value is None and key in Config.model_fields)):
             value = _merge(old, value or {})
         merged[key] = value
     return merged

@@ -39,9 +39,7 @@ class ModelConfig(Section):
         "null: num_attention_heads (no sharing).",
         gt=0,
     )
-    kv_channels: int = derived(
-        "Size of one head; null: hidden_size / num_attention_heads, which must divide.", gt=0
-    )
+    kv_channels: int = derived("Size of one head; null: hidden_size / num_attention_heads, which must divide.", gt=0)
     make_vocab_size_divisible_by: int = Field(
         default=128,
         gt=0,
@@ -52,9 +50,7 @@ class ModelConfig(Section):
     )
     layernorm_epsilon: float = Field(default=1e-6, gt=0, description="Epsilon inside every normalization.")
     rotary_base: float = Field(default=10000.0, gt=0, description="Theta of the rotary position embedding.")
-    qk_layernorm: bool = Field(
-        default=False, description="Normalize each query and key head before the rotation."
-    )
+    qk_layernorm: bool = Field(default=False, description="Normalize each query and key head before the rotation.")
     untie_embeddings_and_output_weights: bool = Field(
         default=True,
         description="Give the output projection its own weight; false: it shares the input embedding.",
@@ -129,8 +125,6 @@ class ModelConfig(Section):
         """
         entries = self.vocab_size if vocab_size is None else vocab_size
         if entries is None:
-            raise ConfigError(
-                "model.vocab_size: is null and no tokenizer gives it; set it, or set data.tokenizer"
-            )
+            raise ConfigError("model.vocab_size: is null and no tokenizer gives it; set it, or set data.tokenizer")
         multiple = self.make_vocab_size_divisible_by
         return -(-entries // multiple) * multiple

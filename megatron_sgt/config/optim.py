@@ -37,9 +37,7 @@ class OptimConfig(Section):
         description="all: every parameter decays, as in the paper; matrices: norms and biases do not.",
     )
     adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of AdamW's mean of gradients.")
-    adam_beta2: float = Field(
-        default=0.95, ge=0, lt=1, description="Decay of AdamW's mean of squared gradients."
-    )
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1, description="Decay of AdamW's mean of squared gradients.")
     adam_eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
     clip_grad: float = Field(
         default=1.0,

@@ -65,9 +65,7 @@ def _type(field: FieldInfo) -> str:
     for bound in field.metadata:
         if isinstance(bound, Choice):
             text = ", ".join(f"`{name}`" for name in bound.built_in) + ", or a registered name"
-        text += "".join(
-            f" {sign} {getattr(bound, name):g}" for name, sign in _BOUNDS.items() if hasattr(bound, name)
-        )
+        text += "".join(f" {sign} {getattr(bound, name):g}" for name, sign in _BOUNDS.items() if hasattr(bound, name))
         text += ", not empty" if hasattr(bound, "min_length") else ""
     return text
 
@@ -104,7 +102,5 @@ def _presets() -> Iterator[str]:
     yield "| --- | --- |"
     for name in PRESETS:
         values = preset_values(name, {"model": {"num_layers": 24}})["growth"]
-        settings = ", ".join(
-            f"`{key}: {shown(value)}`" for key, value in values.items() if value not in ([], None)
-        )
+        settings = ", ".join(f"`{key}: {shown(value)}`" for key, value in values.items() if value not in ([], None))
         yield f"| `{name}` | {settings} |"

@@ -17,9 +17,7 @@ from megatron_sgt.config.run import CheckpointConfig, LoggingConfig, TrainConfig
 from megatron_sgt.config.yaml_io import dump_yaml
 from megatron_sgt.errors import ConfigError
 
-ZERO_0_HALF = (
-    "{} with zero_stage 0 reports wrong gradient norms; use parallel.zero_stage 1, or train.precision fp32"
-)
+ZERO_0_HALF = "{} with zero_stage 0 reports wrong gradient norms; use parallel.zero_stage 1, or train.precision fp32"
 
 
 class Config(Section):
@@ -86,11 +84,7 @@ class Config(Section):
     def has_bf16_optimizer(self, precision: str) -> bool:
         """Whether DeepSpeed takes its BF16_Optimizer, which keeps whole fp32 gradients and files of its own."""
         summed, _ = self.grad_dtypes(precision)
-        return (
-            self.parallel.zero_stage == 1
-            and (precision, summed) == ("bf16", "fp32")
-            and not self.offloads_optimizer
-        )
+        return self.parallel.zero_stage == 1 and (precision, summed) == ("bf16", "fp32") and not self.offloads_optimizer
 
     def data_parallel_size(self, world_size: int) -> int:
         """Return the number of model replicas among ``world_size`` processes.
@@ -125,9 +119,7 @@ class Config(Section):
         train = self.train
         if train.recompute_granularity != granularity:
             return ()
-        return (
-            tuple(range(self.model.num_layers)) if train.recompute_layers is None else train.recompute_layers
-        )
+        return tuple(range(self.model.num_layers)) if train.recompute_layers is None else train.recompute_layers
 
     def with_vocab_size(self, size: int) -> "Config":
         return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": size})})
@@ -244,10 +236,7 @@ def check_steps(cfg: Config) -> Iterator[str]:
     end = "train.train_iters" if optim.lr_decay_iters is None else "optim.lr_decay_iters"
     if optim.lr_warmup_iters > decay_iters:
         yield f"optim.lr_warmup_iters: {optim.lr_warmup_iters} is above {end} {decay_iters}"
-    elif (
-        optim.lr_wsd_decay_iters is not None
-        and optim.lr_warmup_iters + optim.lr_wsd_decay_iters > decay_iters
-    ):
+    elif optim.lr_wsd_decay_iters is not None and optim.lr_warmup_iters + optim.lr_wsd_decay_iters > decay_iters:
         yield (
             f"optim.lr_wsd_decay_iters: {optim.lr_wsd_decay_iters} and lr_warmup_iters "
             f"{optim.lr_warmup_iters} do not fit into {end} {decay_iters}"

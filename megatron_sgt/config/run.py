@@ -132,9 +132,7 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     """Where checkpoints are written, how often, and what a run starts from."""
 
-    save: str | None = Field(
-        default=None, description="Folder for checkpoints; null: checkpoints in logging.run_dir."
-    )
+    save: str | None = Field(default=None, description="Folder for checkpoints; null: checkpoints in logging.run_dir.")
     load: str | None = Field(
         default=None,
         description="Start from this checkpoint: a folder of checkpoints (its latest) or one global_stepN. "
@@ -145,9 +143,7 @@ class CheckpointConfig(Section):
         description="auto: continue from the latest checkpoint in save, if it holds one; never: do not look.",
     )
     save_interval: int = Field(default=0, ge=0, description="Save every so many steps; 0: only at the end.")
-    keep_last: int = Field(
-        default=3, ge=0, description="Checkpoints to keep, older ones are deleted; 0: all."
-    )
+    keep_last: int = Field(default=3, ge=0, description="Checkpoints to keep, older ones are deleted; 0: all.")
     keep_every: int = Field(
         default=0, ge=0, description="Never delete a checkpoint at a multiple of so many steps; 0: no such."
     )
@@ -166,18 +162,12 @@ class CheckpointConfig(Section):
 class LoggingConfig(Section):
     """Where the run writes, and what it shows."""
 
-    run_dir: str = Field(
-        default="runs/default", min_length=1, description="Folder of everything that the run writes."
-    )
+    run_dir: str = Field(default="runs/default", min_length=1, description="Folder of everything that the run writes.")
     log_interval: int = Field(default=10, gt=0, description="Print a line every so many steps.")
     tensorboard: bool = Field(default=False, description="Write TensorBoard events into run_dir.")
     wandb_project: str | None = Field(default=None, description="Weights & Biases project; null: not used.")
-    wandb_name: str | None = Field(
-        default=None, description="Name of the Weights & Biases run; null: theirs."
-    )
-    progress_bar: Literal["auto", "on", "off"] = Field(
-        default="auto", description="auto: on a terminal only."
-    )
+    wandb_name: str | None = Field(default=None, description="Name of the Weights & Biases run; null: theirs.")
+    progress_bar: Literal["auto", "on", "off"] = Field(default="auto", description="auto: on a terminal only.")
     style: Literal["sgt", "megatron"] = Field(
         default="sgt", description="Console line: short, or Megatron's for programs that parse it."
     )

@@ -37,13 +37,9 @@ class _Loader(yaml.SafeLoader):
             is_merge = key_node.tag == "tag:yaml.org,2002:merge"
             key = key_node.value
             if not is_merge and key_node.tag != "tag:yaml.org,2002:str":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is not text", key_node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key '{key}' stands twice", key_node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
@@ -99,9 +95,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     value = parse_yaml(text, str(path))
     if not isinstance(value, dict):
         found = "nothing" if value is None else f"a {type(value).__name__}"
-        raise ConfigError(
-            f"{path}: must be a mapping of sections (model:, optim:, train:, ...), holds {found}"
-        )
+        raise ConfigError(f"{path}: must be a mapping of sections (model:, optim:, train:, ...), holds {found}")
     return value
 
 

@@ -110,8 +110,7 @@ def encode_chunks(
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise SGTError(
-            f"a worker process died, most often because memory ran out; try fewer than {num_workers} "
-            "--workers"
+            f"a worker process died, most often because memory ran out; try fewer than {num_workers} --workers"
         ) from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -127,9 +126,7 @@ def _make_encoder(config: TokenizerConfig, keys: tuple[str, ...], append_eod: bo
 
 def _start_worker(config: TokenizerConfig, keys: tuple[str, ...], append_eod: bool, dtype: str) -> None:
     global _encoder
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the parent ends the workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _encoder = _make_encoder(config, keys, append_eod, dtype)

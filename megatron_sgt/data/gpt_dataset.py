@@ -133,8 +133,7 @@ def _prepare(cfg: Config, tokenizer: Tokenizer | None) -> _Prepared:
     sources = find_sources(cfg, tokenizer)
     seq_length, seed, root = cfg.model.seq_length, cfg.train.seed, str(cfg.data_cache_dir)
     folders = tuple(
-        build_index_cache(s.info.prefix, s.parts, s.info.lengths_digest, seq_length, seed, root)
-        for s in sources
+        build_index_cache(s.info.prefix, s.parts, s.info.lengths_digest, seq_length, seed, root) for s in sources
     )
     return _Prepared(sources, folders)
 

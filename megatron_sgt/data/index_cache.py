@@ -64,9 +64,7 @@ def build_index_cache(
     Raises:
         DataError: ``cache_root`` cannot be written.
     """
-    key = json.dumps(
-        [lengths_digest, [[p.first, p.last] for p in parts], seq_length, seed, megatron_version()]
-    )
+    key = json.dumps([lengths_digest, [[p.first, p.last] for p in parts], seq_length, seed, megatron_version()])
     name = f"{Path(prefix).name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     folder = Path(cache_root) / name
     if folder.is_dir():

@@ -111,9 +111,7 @@ def _read_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray]:
         )
     version, code, num_sequences, num_boundaries = HEADER.unpack(header)
     if version != 1 or code not in DTYPES:
-        raise DataError(
-            f"{path} has version {version} and dtype code {code}; known: version 1, codes {sorted(DTYPES)}"
-        )
+        raise DataError(f"{path} has version {version} and dtype code {code}; known: version 1, codes {sorted(DTYPES)}")
     start = len(MAGIC) + HEADER.size
     needed = start + 12 * num_sequences + 8 * num_boundaries
     if path.stat().st_size < needed:
@@ -125,9 +123,7 @@ def _read_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray]:
     lengths = raw[start : start + 4 * num_sequences].view("<i4")
     boundaries = raw[needed - 8 * num_boundaries : needed].view("<i8")
     if num_boundaries < 1 or boundaries[-1] != num_sequences or (num_sequences and lengths.min() < 0):
-        raise DataError(
-            f"{path} is damaged: its document boundaries or lengths are inconsistent; copy it again"
-        )
+        raise DataError(f"{path} is damaged: its document boundaries or lengths are inconsistent; copy it again")
     return np.dtype(DTYPES[code]), lengths, boundaries
 
 

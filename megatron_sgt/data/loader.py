@@ -16,9 +16,7 @@ from megatron_sgt.errors import DataError
 MicroBatch = dict[str, torch.Tensor]
 
 
-def sample_ids(
-    consumed_samples: int, micro_batch: int, micro_batch_size: int, dp_rank: int, dp_size: int
-) -> range:
+def sample_ids(consumed_samples: int, micro_batch: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> range:
     """Samples of one micro-batch of one rank, in a step that begins after ``consumed_samples``.
 
     consumed + (m · dp_size + r) · b + [0, b), with micro-batch m, data-parallel rank r and micro-batch size

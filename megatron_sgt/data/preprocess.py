@@ -85,9 +85,7 @@ def preprocess(options: PreprocessOptions) -> PreprocessReport:
     repaired = 0
     with contextlib.ExitStack() as stack:
         writers = [
-            stack.enter_context(
-                DatasetWriter(f"{options.output_prefix}_{key}_document", dtype, options.overwrite)
-            )
+            stack.enter_context(DatasetWriter(f"{options.output_prefix}_{key}_document", dtype, options.overwrite))
             for key in options.json_keys
         ]
         start = time.monotonic()
@@ -127,16 +125,12 @@ class DatasetWriter:
     def __init__(self, prefix: str, dtype: str, overwrite: bool) -> None:
         existing = [prefix + suffix for suffix in (".bin", ".idx") if Path(prefix + suffix).exists()]
         if existing and not overwrite:
-            raise DataError(
-                f"{' and '.join(existing)} exists already; choose another prefix or give --overwrite"
-            )
+            raise DataError(f"{' and '.join(existing)} exists already; choose another prefix or give --overwrite")
         self.prefix = prefix
         self.documents = 0
         self.tokens = 0
         self.empty = 0
-        self._partial = {
-            suffix: str(temporary_of(Path(prefix + suffix))) for suffix in (".bin", ".json", ".idx")
-        }
+        self._partial = {suffix: str(temporary_of(Path(prefix + suffix))) for suffix in (".bin", ".json", ".idx")}
         try:
             Path(prefix).parent.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self._partial[".bin"])
@@ -160,9 +154,7 @@ class DatasetWriter:
             DataError: it holds no document.
         """
         if self.documents == 0:
-            raise DataError(
-                f"nothing to write to {self.prefix}.bin: the input has no document with text in it"
-            )
+            raise DataError(f"nothing to write to {self.prefix}.bin: the input has no document with text in it")
         self._builder.finalize(self._partial[".idx"])
         record = {"documents": self.documents, "tokens": self.tokens, **metadata}
         Path(self._partial[".json"]).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -226,15 +218,11 @@ def describe(report: PreprocessReport, options: PreprocessOptions, checksum: boo
     lines = []
     for dataset in report.datasets:
         skipped = f", {dataset.empty:,} empty ones skipped" if dataset.empty else ""
-        lines.append(
-            f"{dataset.prefix}.bin/.idx: {dataset.documents:,} documents{skipped}, {dataset.tokens:,} tokens"
-        )
+        lines.append(f"{dataset.prefix}.bin/.idx: {dataset.documents:,} documents{skipped}, {dataset.tokens:,} tokens")
         if checksum:
             lines.append(f"sha256 {sha256_of(Path(dataset.prefix + '.bin'))}  {dataset.prefix}.bin")
     if report.repaired:
-        lines.append(
-            f"{report.repaired:,} texts contained invalid Unicode characters, which were replaced by '?'"
-        )
+        lines.append(f"{report.repaired:,} texts contained invalid Unicode characters, which were replaced by '?'")
     if not options.append_eod:
         lines.append("note: documents are not separated; --append-eod ends each with the end-of-text token")
     lines.append(

@@ -74,9 +74,7 @@ def find_files(inputs: Sequence[str], kind: Kind | None = None) -> list[InputFil
         if path.is_file():
             files.append(_describe(path, kind) or InputFile(path, "text", _compression(path)))
         elif path.is_dir():
-            inside = [
-                _describe(file, kind) for file in sorted(path.rglob("*")) if _is_visible_file(file, path)
-            ]
+            inside = [_describe(file, kind) for file in sorted(path.rglob("*")) if _is_visible_file(file, path)]
             found = [file for file in inside if file is not None]
             if not found:
                 raise DataError(
@@ -132,8 +130,7 @@ def parse(chunk: Chunk, keys: Sequence[str]) -> Iterator[Document]:
             if not isinstance(record.get(key), str):
                 got = f"a {type(record[key]).__name__}" if key in record else f"keys {sorted(record)}"
                 raise DataError(
-                    f"{chunk.path}:{number}: expected a text under key {key!r}, got {got}; choose with "
-                    "--json-keys"
+                    f"{chunk.path}:{number}: expected a text under key {key!r}, got {got}; choose with --json-keys"
                 )
         yield tuple(record[key] for key in keys)
 
@@ -177,9 +174,7 @@ def _read_parquet(file: InputFile, keys: Sequence[str], chunk_bytes: int) -> Ite
             missing = [key for key in keys if key not in table.schema_arrow.names]
             if missing:
                 columns = table.schema_arrow.names
-                raise DataError(
-                    f"{file.path} has no column {missing[0]!r}, only {columns}; choose with --json-keys"
-                )
+                raise DataError(f"{file.path} has no column {missing[0]!r}, only {columns}; choose with --json-keys")
             num_rows = max(1, table.metadata.num_rows)
             row = 0
             for batch in table.iter_batches(batch_size=256, columns=list(keys)):
@@ -196,9 +191,7 @@ def _check_rows(path: Path, first: int, documents: list[Document], keys: Sequenc
     for row, document in enumerate(documents, start=first + 1):
         for key, text in zip(keys, document, strict=True):
             if not isinstance(text, str):
-                raise DataError(
-                    f"{path}: row {row}: expected a text in column {key!r}, got {type(text).__name__}"
-                )
+                raise DataError(f"{path}: row {row}: expected a text in column {key!r}, got {type(text).__name__}")
 
 
 @contextmanager

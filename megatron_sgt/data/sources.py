@@ -68,8 +68,7 @@ def find_sources(cfg: Config, tokenizer: Tokenizer | None) -> tuple[Source, ...]
     blend = cfg.data.blend() if cfg.data.data_path else ()
     if not blend:
         raise DataError(
-            "data.data_path is empty; give the prefix of a .bin/.idx pair (tools/preprocess_data.py makes "
-            "one)"
+            "data.data_path is empty; give the prefix of a .bin/.idx pair (tools/preprocess_data.py makes one)"
         )
     try:
         round_to_period([weight for weight, _ in blend])

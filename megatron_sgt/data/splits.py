@@ -32,9 +32,7 @@ def split_bounds(num_sequences: int, shares: tuple[float, float, float]) -> list
     return list(pairwise(cuts))
 
 
-def split_parts(
-    lengths: np.ndarray, shares: tuple[float, float, float], seq_length: int
-) -> tuple[SplitPart, ...]:
+def split_parts(lengths: np.ndarray, shares: tuple[float, float, float], seq_length: int) -> tuple[SplitPart, ...]:
     """The three splits of a data set whose sequences have ``lengths`` tokens (int32 [sequences])."""
     parts = []
     for name, (first, last) in zip(SPLIT_NAMES, split_bounds(len(lengths), shares), strict=True):

@@ -125,9 +125,7 @@ class AutoTokenizerFolder(Tokenizer):
         logging.set_verbosity_error()  # the variable has no effect once the library is imported
         try:
             # The model beside it may bring its own code, which a tokenizer does not need.
-            tokenizer: Any = AutoTokenizer.from_pretrained(
-                path, local_files_only=True, trust_remote_code=False
-            )
+            tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # OSError, ValueError, KeyError, or whatever a damaged file provokes
             raise DataError(
                 f"no Hugging Face tokenizer could be read from {path}: {first_line(error)}; nothing is downloaded: "
@@ -171,11 +169,7 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     path = Path(config.model)
     if path.is_file():
         return TokenizersJson(str(path))
-    if (
-        path.is_dir()
-        and (path / "tokenizer.json").is_file()
-        and not (path / "tokenizer_config.json").is_file()
-    ):
+    if path.is_dir() and (path / "tokenizer.json").is_file() and not (path / "tokenizer_config.json").is_file():
         return TokenizersJson(str(path / "tokenizer.json"))
     if path.is_absolute() and not path.exists():
         raise DataError(f"tokenizer {config.model} does not exist; give a local folder or a tokenizer.json")

@@ -105,9 +105,7 @@ def _train(sample: Sequence[str], vocab_size: int, model_type: ModelType) -> byt
     except RuntimeError as error:
         # Between the library's source line with the failed condition, and an option of its own tool.
         reason = str(error).rpartition("] ")[2].partition(" or decrease character_coverage")[0]
-        raise DataError(
-            f"sentencepiece cannot train a vocabulary of {vocab_size} on this text: {reason}"
-        ) from error
+        raise DataError(f"sentencepiece cannot train a vocabulary of {vocab_size} on this text: {reason}") from error
     return model.getvalue()
 
 

@@ -91,8 +91,6 @@ def check_deepspeed(config: Config, world_size: int, precision: str) -> None:
         DeepSpeedConfig(values)
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()]
-        raise ConfigError(
-            f"deepspeed: refused by DeepSpeed: {'; '.join(lines)}; correct it or leave it out"
-        ) from error
+        raise ConfigError(f"deepspeed: refused by DeepSpeed: {'; '.join(lines)}; correct it or leave it out") from error
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"deepspeed: refused by DeepSpeed: {error}; correct it or leave it out") from error

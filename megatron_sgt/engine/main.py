@@ -56,21 +56,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--config", type=Path, required=True, metavar="FILE.yaml", help="the run; see examples/configs"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="values over those of the file"
-    )
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE.yaml", help="the run; see examples/configs")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values over those of the file")
     parser.add_argument(
         "--preset", metavar="NAME", help=f"the file's run as a baseline or ablation: {', '.join(PRESETS)}"
     )
-    parser.add_argument(
-        "--print-config", action="store_true", help="print the resolved configuration and exit"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, print the run's shape and exit"
-    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the run's shape and exit")
     parser.add_argument(
         "--world-size", type=int, metavar="N", help="ranks that --dry-run assumes (default: those it runs on)"
     )

@@ -148,9 +148,7 @@ class PretrainingRun:
         """Build the hooks in the order in which they act: growth, report, validate, the user's own, save."""
         config, groups, runtime = self.config, self.groups, self.runtime
         self.log = LogHook(config, self.schedule, self.hub, groups, runtime.precision)
-        self.growth = GrowthHook(
-            self.schedule, runtime.model, runtime.model.meter, groups, self.log.on_growth
-        )
+        self.growth = GrowthHook(self.schedule, runtime.model, runtime.model.meter, groups, self.log.on_growth)
         self.spike = SpikeHook(config.train, self.skipped_ranges, self._can_go_back, self.hub, groups)
         self.straggler = StragglerHook(
             runtime.model, config.logging.log_interval, config.train.straggler_threshold, self.hub, groups
@@ -175,9 +173,7 @@ class PretrainingRun:
             hook.attach(parts)
         self.hooks += self.own_hooks
         intervals = (config.train.replica_check_interval, config.checkpoint.save_interval)
-        self.hooks.append(
-            ReplicaCheckHook(runtime.model, intervals, runtime.engine.zero_optimization_stage(), groups)
-        )
+        self.hooks.append(ReplicaCheckHook(runtime.model, intervals, runtime.engine.zero_optimization_stage(), groups))
         # Saving comes last, so that a checkpoint holds what the other hooks made of the step; what a hook has changed
         # on one rank alone is seen before.
         about = {"tokenizer": tokenizer_fingerprint(config) if groups.is_main else None}
@@ -211,9 +207,7 @@ class PretrainingRun:
         stopped = 0
         try:
             if self.state.step < last_step:
-                reason = (
-                    "finished" if last_step == train.train_iters else "stopped early (train.exit_interval)"
-                )
+                reason = "finished" if last_step == train.train_iters else "stopped early (train.exit_interval)"
                 if stopped := self._train_to(last_step):
                     reason = f"stopped ({named(stopped)}), start again to go on"
             else:
@@ -260,15 +254,11 @@ class PretrainingRun:
         own = self.config.checkpoint.model_copy(update={"resume": "auto", "load": None})
         newest = self._find_start(partial(find_start, self.config.model_copy(update={"checkpoint": own})))
         if newest.folder is None:
-            raise CheckpointError(
-                f"no checkpoint in {self.config.save_dir} is whole; there is none to go back to"
-            )
+            raise CheckpointError(f"no checkpoint in {self.config.save_dir} is whole; there is none to go back to")
         self.saver.load(newest.folder, newest.saved, self.state)
         start = self.state.consumed_samples
         self.skipped_ranges.add(start, spike.stop)
-        on_rank_zero(
-            self.skipped_ranges.write
-        )  # before a step is taken: a run that dies now must not forget it
+        on_rank_zero(self.skipped_ranges.write)  # before a step is taken: a run that dies now must not forget it
         self.state.consumed_samples = self.skipped_ranges.after(start)
         there = {
             "step": self.state.step,

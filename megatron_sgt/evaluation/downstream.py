@@ -19,9 +19,7 @@ def require_harness() -> None:
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
-        raise ConfigError(
-            f"--tasks needs lm-evaluation-harness ({error}): pip install megatron-sgt[eval]"
-        ) from error
+        raise ConfigError(f"--tasks needs lm-evaluation-harness ({error}): pip install megatron-sgt[eval]") from error
 
 
 def run_tasks(

@@ -23,8 +23,7 @@ def mean_loss(model: torch.nn.Module, batches: Iterable[dict[str, Tensor]], grou
     begin_step(model)
     model.eval()
     losses = [
-        model(**{k: v.to(groups.device, non_blocking=True) for k, v in batch.items()}).float()
-        for batch in batches
+        model(**{k: v.to(groups.device, non_blocking=True) for k, v in batch.items()}).float() for batch in batches
     ]
     model.train(was_training)
     if not losses:

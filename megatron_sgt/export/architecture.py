@@ -56,9 +56,7 @@ def plain_architecture(model: ModelConfig, plan: LoopPlan) -> tuple[str | None, 
     return "LlamaForCausalLM", "it never grew"
 
 
-def hf_config(
-    model: ModelConfig, plan: LoopPlan, vocab_rows: int, dtype: str, tokens: TokenIds
-) -> dict[str, Any]:
+def hf_config(model: ModelConfig, plan: LoopPlan, vocab_rows: int, dtype: str, tokens: TokenIds) -> dict[str, Any]:
     """The contents of ``config.json``.
 
     Args:

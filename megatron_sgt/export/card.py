@@ -20,9 +20,7 @@ def model_card(source: ExportSource, plan: LoopPlan, config: dict[str, Any], tra
     """Markdown with the front matter that model hubs read. ``config``: the folder's ``config.json``."""
     details = source.details
     custom = config["model_type"] == "sgt"
-    title = (
-        f"{'Sparse Growing Transformer' if plan.layers else 'Decoder'}, {si(details.parameters)} parameters"
-    )
+    title = f"{'Sparse Growing Transformer' if plan.layers else 'Decoder'}, {si(details.parameters)} parameters"
     trust = ", trust_remote_code=True" if custom else ""
     lines = [
         "---",

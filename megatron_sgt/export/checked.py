@@ -38,9 +38,7 @@ def checked_export(
     """
     failed = failed_name(output)
     if failed.exists():
-        raise CheckpointError(
-            f"{failed} of an earlier export exists; look into its parity.json and delete it"
-        )
+        raise CheckpointError(f"{failed} of an earlier export exists; look into its parity.json and delete it")
     export = export_checkpoint(load, output, step=step, options=options)
     if mode == "skip":
         return export, None

@@ -80,8 +80,7 @@ def _tokenizer_for(opened: OpenModel, wanted: WhichSamples, chosen: Path | None)
     if not found:
         return None
     made_with = {
-        read_metadata(resolve_prefix(prefix)[0]).get("tokenizer_fingerprint")
-        for _, prefix in wanted.data.blend()
+        read_metadata(resolve_prefix(prefix)[0]).get("tokenizer_fingerprint") for _, prefix in wanted.data.blend()
     }
     return next((tokenizer for tokenizer in found if tokenizer.fingerprint() in made_with), found[0])
 

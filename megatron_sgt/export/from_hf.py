@@ -88,9 +88,7 @@ def import_model(
     _drop_derived(source, tensors, config.model)
     _check_rows(source, tensors, config.model)
     try:
-        fingerprint = check_tokenizers(
-            source, tokenizer, config if config_file else None, model.fields["vocab_size"]
-        )
+        fingerprint = check_tokenizers(source, tokenizer, config if config_file else None, model.fields["vocab_size"])
     except DataError as error:  # part of the model that was asked for
         raise CheckpointError(str(error)) from error
     if layout.finished_tags(root):
@@ -135,9 +133,7 @@ def _state(origin: str, hooks: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _commit(
-    state: dict[str, Any], config: Config, tokenizer: str | None, temporary: Path, final: Path
-) -> int:
+def _commit(state: dict[str, Any], config: Config, tokenizer: str | None, temporary: Path, final: Path) -> int:
     """Complete the folder and rename it; returns its size in bytes. ``tokenizer``: its fingerprint."""
     layout.write_json(temporary / layout.STATE_FILE, state)
     (temporary / layout.CONFIG_FILE).write_text(config.to_yaml())
@@ -187,9 +183,7 @@ def _drop_derived(source: Path, tensors: HFTensors, model: ModelConfig) -> None:
         found = tensors.read(name).double()
         # The stored ones may have been rounded to bf16.
         if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-2, atol=0):
-            raise CheckpointError(
-                f"{source}: {name} differs from the frequencies of theta {model.rotary_base}"
-            )
+            raise CheckpointError(f"{source}: {name} differs from the frequencies of theta {model.rotary_base}")
         tensors.forget(name)
 
 

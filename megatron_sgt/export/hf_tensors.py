@@ -45,9 +45,7 @@ class HFTensors:
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} is missing; copy the whole folder again") from error
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read: {error}; it may have been cut off, copy it again"
-            ) from error
+            raise CheckpointError(f"{path} cannot be read: {error}; it may have been cut off, copy it again") from error
         for name in file.keys():  # noqa: SIM118 (the file is no dictionary)
             found = file.get_slice(name)
             dtype = found.get_dtype()
@@ -77,11 +75,7 @@ def _index(folder: Path) -> dict[str, str]:
         older = sorted(file.name for file in folder.glob("pytorch_model*"))
         raise CheckpointError(
             f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}"
-            + (
-                f"; {older[0]} is of an older format: load it with transformers and save_pretrained it"
-                if older
-                else ""
-            )
+            + (f"; {older[0]} is of an older format: load it with transformers and save_pretrained it" if older else "")
         )
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]

@@ -117,9 +117,7 @@ def check_parity(export: Export, new_tokens: int = NEW_TOKENS) -> Parity:
     return Parity("full", tuple(checks), text)
 
 
-def _compare(
-    own: LanguageModel, theirs: Any, tokens: Tensor, export: Export, new_tokens: int
-) -> Iterator[Check]:
+def _compare(own: LanguageModel, theirs: Any, tokens: Tensor, export: Export, new_tokens: int) -> Iterator[Check]:
     rows = export.source.vocab_rows
     expected = own.logits(tokens)[..., :rows]
     found = theirs(tokens, use_cache=False).logits
@@ -131,9 +129,7 @@ def _compare(
         out = theirs(part, past_key_values=cache, use_cache=True)
         return out.logits, out.past_key_values
 
-    yield Check(
-        "logits, cached against uncached", largest_gap(through_cache(chunk, tokens), found), tolerance
-    )
+    yield Check("logits, cached against uncached", largest_gap(through_cache(chunk, tokens), found), tolerance)
     prompts = tokens[:, :PROMPT]
     text = theirs.generate(
         prompts,
@@ -142,9 +138,7 @@ def _compare(
         num_beams=1,
         max_new_tokens=new_tokens,
     )
-    wrong = wrong_tokens(
-        own, text, prompts.shape[1], export, theirs.generation_config.eos_token_id, tolerance
-    )
+    wrong = wrong_tokens(own, text, prompts.shape[1], export, theirs.generation_config.eos_token_id, tolerance)
     yield Check("greedy continuation, differing tokens", float(wrong), 0.0)
 
 

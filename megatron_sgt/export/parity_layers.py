@@ -41,9 +41,7 @@ class _Layers:
     def __init__(self, source: ExportSource, stored: torch.dtype) -> None:
         self.source, self.stored = source, stored
         update = {"num_layers": 1, "vocab_size": 8, "make_vocab_size_divisible_by": 8}
-        self.config = source.config.model_copy(
-            update={"model": source.config.model.model_copy(update=update)}
-        )
+        self.config = source.config.model_copy(update={"model": source.config.model.model_copy(update=update)})
         self.model = empty_model(self.config)
 
     def read(self, weight: Weight) -> dict[str, Tensor]:

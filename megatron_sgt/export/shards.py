@@ -58,8 +58,6 @@ def write_weights(
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> tuple[str, Tensor]:
     cast = tensor.to(dtype)
     if not bool(cast.isfinite().all()):
-        what = (
-            "is not finite" if not bool(tensor.isfinite().all()) else f"has values that {dtype} cannot hold"
-        )
+        what = "is not finite" if not bool(tensor.isfinite().all()) else f"has values that {dtype} cannot hold"
         raise CheckpointError(f"{name} {what}; export an earlier step, or with --dtype fp32 or bf16")
     return name, cast

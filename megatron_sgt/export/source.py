@@ -28,9 +28,7 @@ def find_checkpoint(load: Path, step: int | None = None) -> Path:
     if step is not None and not (load / layout.MANIFEST_FILE).is_file():
         tags = layout.finished_tags(load)
         if layout.tag_for(step) not in tags:
-            raise CheckpointError(
-                f"no checkpoint of step {step} in {load}; there are: {', '.join(tags) or 'none'}"
-            )
+            raise CheckpointError(f"no checkpoint of step {step} in {load}; there are: {', '.join(tags) or 'none'}")
         folder = load / layout.tag_for(step)
     else:
         folder = layout.resolve(load)

@@ -98,9 +98,7 @@ def _whole_or_nothing(output: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(
-    source: ExportSource, plan: LoopPlan, options: ExportOptions, temporary: Path, output: Path
-) -> Export:
+def _write(source: ExportSource, plan: LoopPlan, options: ExportOptions, temporary: Path, output: Path) -> Export:
     model = source.config.model
     tokens = TokenIds()
     wanted = options.tokenizer or source.config.data.tokenizer
@@ -126,8 +124,6 @@ def _write(
     if plain is None:
         for name in MODEL_CODE:
             shutil.copyfile(Path(__file__).parent / "hf" / name, temporary / name)
-    export = Export(
-        output, source, plan, options, plain or "SGTForCausalLM", why, weight_bytes=size, drift=drifts[0]
-    )
+    export = Export(output, source, plan, options, plain or "SGTForCausalLM", why, weight_bytes=size, drift=drifts[0])
     write_text(temporary / "README.md", model_card(source, plan, config, options.training_gates))
     return export

@@ -95,9 +95,7 @@ def check_same(one: Tokenizer, other: Tokenizer) -> None:
         )
 
 
-def check_tokenizers(
-    source: Path, found: TokenizerConfig | None, run: Config | None, vocab_size: int
-) -> str | None:
+def check_tokenizers(source: Path, found: TokenizerConfig | None, run: Config | None, vocab_size: int) -> str | None:
     """Compare the imported tokenizer with that of ``run``; returns the fingerprint of the one to train with, or None.
 
     Raises:

@@ -55,9 +55,7 @@ def with_schedule(config: Config, rule: type[Schedule]) -> Config:
         ConfigError: its name is that of another schedule, or its options are not those of ``config``.
     """
     if rule.name in BUILT_IN:
-        raise ConfigError(
-            f"{rule.__qualname__}.name: {rule.name!r} is a built-in method; choose another name"
-        )
+        raise ConfigError(f"{rule.__qualname__}.name: {rule.name!r} is a built-in method; choose another name")
     if rule.name not in extensions.names("schedules"):
         extensions.register("schedules", rule.name, rule)
     if extensions.load("schedules", rule.name) is not rule:

@@ -46,9 +46,7 @@ class LayerPlan:
         if any(head < 0 for head in ids) or any(a >= b for a, b in pairwise(ids)):
             raise ValueError(f"kept_heads {ids} must be ascending head ids without repetition")
         if self.loops == 0 and (ids or self.other_gate):
-            raise ValueError(
-                f"a layer without loops has neither kept heads {ids} nor a gate {self.other_gate}"
-            )
+            raise ValueError(f"a layer without loops has neither kept heads {ids} nor a gate {self.other_gate}")
         if self.loops and not ids:
             raise ValueError(f"a layer with {self.loops} loops keeps no head")
 

@@ -128,9 +128,7 @@ def read_events(path: Path, config: GrowthConfig, num_layers: int, num_heads: in
         if events and event.step <= events[-1].step:
             problem = f"it follows the one of step {events[-1].step}"
         if problem is not None:
-            raise ConfigError(
-                f"growth.replay: the event of step {event.step} in {path} does not fit: {problem}"
-            )
+            raise ConfigError(f"growth.replay: the event of step {event.step} in {path} does not fit: {problem}")
         if event.layer is not None:
             depth[event.layer] = depth.get(event.layer, 0) + 1
         events.append(event)
@@ -147,9 +145,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
             return read_metrics(path)
         return without_void_records(record for record in json.loads(text) if isinstance(record, dict))
     except (DataError, ValueError) as error:
-        raise ConfigError(
-            f"growth.replay: {path} is neither a metrics.jsonl nor a JSON list: {error}"
-        ) from error
+        raise ConfigError(f"growth.replay: {path} is neither a metrics.jsonl nor a JSON list: {error}") from error
 
 
 def _parse(record: Mapping[str, Any]) -> RecordedEvent:

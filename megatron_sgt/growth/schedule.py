@@ -58,9 +58,7 @@ class Schedule(ABC):
         self.config = config
         self.num_layers = num_layers
         self.num_heads = num_heads
-        self.options: Any = (
-            None if self.Options is None else self.Options.model_validate(config.options or {})
-        )
+        self.options: Any = None if self.Options is None else self.Options.model_validate(config.options or {})
 
     # Training
 
@@ -153,9 +151,7 @@ class Schedule(ABC):
         """What the record of an event that was just taken says beside the event. JSON-able."""
         return {}
 
-    def event(
-        self, step: int, action: str, layer: int | None = None, score: float | None = None
-    ) -> GrowthEvent:
+    def event(self, step: int, action: str, layer: int | None = None, score: float | None = None) -> GrowthEvent:
         """The event of a decision that ``plan`` contains already."""
         kept = {n: layer.kept_heads for n, layer in self.plan.layers if layer.loops}
         return GrowthEvent(step, action, layer, self.phase, kept, self.plan.loops, score)
@@ -210,6 +206,4 @@ class Schedule(ABC):
         Raises:
             ConfigError: this rule, under its settings, cannot have made ``plan``.
         """
-        raise ConfigError(
-            f"growth.method: is {self.name}, which cannot go on with loops of an imported model"
-        )
+        raise ConfigError(f"growth.method: is {self.name}, which cannot go on with loops of an imported model")

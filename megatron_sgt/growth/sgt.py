@@ -117,9 +117,7 @@ class SGTSchedule(Schedule):
         table = np.asarray(values, dtype=np.float64)
         expected = (self.num_layers, 1 + self.max_loops, self.num_heads)
         if table.shape != expected:
-            raise ValueError(
-                f"entropy table of shape {table.shape}, expected [layer, pass, head] = {expected}"
-            )
+            raise ValueError(f"entropy table of shape {table.shape}, expected [layer, pass, head] = {expected}")
         if probe not in self.wanted:
             return
         fed = table[:, 0, :].copy()
@@ -315,6 +313,4 @@ class SGTSchedule(Schedule):
                 "deeper, or whole layers"
             )
         self._phase = "fixed"
-        self._grown = {
-            n: Grown(layer.loops, layer.kept_heads, -self.config.window_size) for n, layer in plan.layers
-        }
+        self._grown = {n: Grown(layer.loops, layer.kept_heads, -self.config.window_size) for n, layer in plan.layers}

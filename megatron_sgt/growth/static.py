@@ -76,9 +76,7 @@ class BlockLoop(StaticSchedule):
         super().__init__(config, num_layers, num_heads)
         outside = [n for n in config.block_loop_layers if not 0 <= n < num_layers]
         if outside:
-            raise ConfigError(
-                f"growth.block_loop_layers {outside} do not exist: choose layers 0..{num_layers - 1}"
-            )
+            raise ConfigError(f"growth.block_loop_layers {outside} do not exist: choose layers 0..{num_layers - 1}")
         repeated = LayerPlan(block_loops=config.block_loop_count)
         self._plan = LoopPlan(num_layers, tuple((n, repeated) for n in config.block_loop_layers))
 

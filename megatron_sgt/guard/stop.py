@@ -53,9 +53,7 @@ class StopRequests:
         now: the clock, seconds since the epoch.
     """
 
-    def __init__(
-        self, train: TrainConfig, job_end: float | None = None, now: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, train: TrainConfig, job_end: float | None = None, now: Callable[[], float] = time.time) -> None:
         self._now = now
         self._signal = Reason.NONE
         minutes = train.exit_duration_minutes

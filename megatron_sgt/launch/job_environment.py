@@ -220,9 +220,7 @@ def gpu_generation() -> int | None:
         if library.nvmlInit_v2():
             return None
         failed = library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(handle))
-        failed = failed or library.nvmlDeviceGetCudaComputeCapability(
-            handle, ctypes.byref(major), ctypes.byref(minor)
-        )
+        failed = failed or library.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor))
         library.nvmlShutdown()
     except (OSError, AttributeError):
         return None

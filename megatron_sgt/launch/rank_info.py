@@ -36,9 +36,7 @@ class RankInfo:
                 "holds no more than all processes"
             )
         if not 0 < self.master_port < 65536:
-            raise ConfigError(
-                f"{self.launcher}: MASTER_PORT must be a port from 1 to 65535, got {self.master_port}"
-            )
+            raise ConfigError(f"{self.launcher}: MASTER_PORT must be a port from 1 to 65535, got {self.master_port}")
 
 
 def to_environ(info: RankInfo) -> dict[str, str]:
@@ -78,9 +76,7 @@ def require_int(environ: Mapping[str, str], *names: str) -> int:
     """
     value = read_int(environ, *names)
     if value is None:
-        raise ConfigError(
-            f"environment variable {' or '.join(names)} is not set, but this process is one of several"
-        )
+        raise ConfigError(f"environment variable {' or '.join(names)} is not set, but this process is one of several")
     return value
 
 

@@ -36,15 +36,11 @@ def discover_slurm(environ: Mapping[str, str]) -> RankInfo:
     world_size = require_int(environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
     nodelist = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
     if not nodelist:
-        raise ConfigError(
-            "inside an srun step, but neither SLURM_STEP_NODELIST nor SLURM_JOB_NODELIST is set"
-        )
+        raise ConfigError("inside an srun step, but neither SLURM_STEP_NODELIST nor SLURM_JOB_NODELIST is set")
     nodes = parse_nodelist(nodelist)
     address = environ.get("MASTER_ADDR") or (nodes[0] if len(nodes) > 1 else LOOPBACK)
     if len(nodes) > 1 and (address == "localhost" or address.startswith("127.")):
-        raise ConfigError(
-            f"MASTER_ADDR is {address}, but the step runs on {len(nodes)} nodes ({nodelist}); unset it"
-        )
+        raise ConfigError(f"MASTER_ADDR is {address}, but the step runs on {len(nodes)} nodes ({nodelist}); unset it")
     return RankInfo(
         rank=require_int(environ, "SLURM_PROCID"),
         world_size=world_size,

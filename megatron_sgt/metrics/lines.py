@@ -94,8 +94,7 @@ def _structure(record: Record) -> str:
     depths = record.get("loop_depth") or ()
     looped = [(layer, depth) for layer, depth in enumerate(depths) if depth]
     return " ".join(
-        f"{layer}{_heads_of(record, layer)}" + (f"x{depth}" if depth > 1 else "")
-        for layer, depth in reversed(looped)
+        f"{layer}{_heads_of(record, layer)}" + (f"x{depth}" if depth > 1 else "") for layer, depth in reversed(looped)
     )
 
 

@@ -39,9 +39,7 @@ class TrainRecord(_Record, Throughput, total=False):
     grad_norm: float  # of the last step, before clipping
     lr: float
     loss_scale: float  # of the last step; fp16 only
-    step_time_s: (
-        float  # from the end of a step to that of the next, without validation and saving, which have their
-    )
+    step_time_s: float  # from the end of a step to that of the next, without validation and saving, which have their
     # own records; without the first step of a process, unless it is alone
     first_step_s: float  # in the first record of a process: with what is compiled and allocated in that step
     model_flops_per_step: float  # of the method, loops included, recomputation not

@@ -19,10 +19,7 @@ def run_summary(records: Sequence[Record], run_dir: Path, paint: lines.Paint = l
     rows = [
         *_loss_rows(by_kind.get("train", [])),
         *_valid_rows(by_kind.get("valid", [])),
-        *(
-            ("growth", lines.growth_line(event, paint).split("  ", 1)[1])
-            for event in by_kind.get("growth", [])
-        ),
+        *(("growth", lines.growth_line(event, paint).split("  ", 1)[1]) for event in by_kind.get("growth", [])),
         *_start_rows(by_kind.get("resume", [])),
         *_path_rows(by_kind.get("save", []), run_dir),
     ]
@@ -37,18 +34,14 @@ def _loss_rows(train: Sequence[Record]) -> Iterator[tuple[str, str]]:
     total = last.get("train_iters")
     yield (
         "train",
-        f"step {last['step']:,}"
-        + (f" of {total:,}" if total else "")
-        + f" · loss {units.fixed(first['loss'], 3)} "
+        f"step {last['step']:,}" + (f" of {total:,}" if total else "") + f" · loss {units.fixed(first['loss'], 3)} "
         f"(step {first['step']:,}) -> {units.fixed(last['loss'], 3)}",
     )
 
 
 def _valid_rows(valid: Sequence[Record]) -> Iterator[tuple[str, str]]:
     if valid:
-        curve = " -> ".join(
-            f"{units.fixed(v['loss'], 3)} (step {v['step']:,})" for v in (valid[0], valid[-1])
-        )
+        curve = " -> ".join(f"{units.fixed(v['loss'], 3)} (step {v['step']:,})" for v in (valid[0], valid[-1]))
         yield "validation", f"loss {curve} · perplexity {units.perplexity(valid[-1]['perplexity'])}"
 
 

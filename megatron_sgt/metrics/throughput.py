@@ -92,9 +92,7 @@ def model_flops_utilization(flops_per_second: float, peak: float | None) -> floa
     return None if peak is None else flops_per_second / peak
 
 
-def throughput_record(
-    tokens: float, flops: float, seconds: float, num_devices: int, peak: float | None
-) -> Throughput:
+def throughput_record(tokens: float, flops: float, seconds: float, num_devices: int, peak: float | None) -> Throughput:
     """The throughput fields of a train record.
 
     tokens, flops: of the whole job during ``seconds``; peak: FLOP/s of one device or None.

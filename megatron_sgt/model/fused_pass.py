@@ -59,8 +59,6 @@ class FusedLoop(LoopPass):
         head_norms = None if q_norm is None or k_norm is None else (q_norm, k_norm)
         return fused_loop.project_in(x, norm_weight, weight, bias, head_norms, self.kept.blocks, rotary, eps)
 
-    def _project_out(
-        self, heads: Tensor, weight: Tensor, _: Tensor | None, *, residual: Tensor, index: int
-    ) -> Tensor:
+    def _project_out(self, heads: Tensor, weight: Tensor, _: Tensor | None, *, residual: Tensor, index: int) -> Tensor:
         weight = self.kept.output_weight(weight, index)
         return fused_loop.project_out(heads, residual, weight, self.kept.blocks)

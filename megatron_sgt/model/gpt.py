@@ -65,9 +65,7 @@ def build_model(
     seed_for_training(config.train.seed, groups)
     gpt = GPTModel(
         config=transformer_config(config, precision, groups.device, plain),
-        transformer_layer_spec=decoder_spec(
-            config, meter, layout, plain, fused, compiles(config, groups.device)
-        ),
+        transformer_layer_spec=decoder_spec(config, meter, layout, plain, fused, compiles(config, groups.device)),
         vocab_size=config.model.padded_vocab_size(),
         max_sequence_length=config.model.seq_length,
         position_embedding_type="rope",

@@ -131,9 +131,7 @@ class KeptLoop(LoopPass):
         core, blocks = layer.self_attention.core_attention, self.blocks
         measure = layer.training and core.meter.enabled and holds_last_row
         if self.kernels and _takes_kernel(query, key, core.loop_attention):
-            out, rows = core.run(
-                lambda q, k, v: fused_loop.attend(q, k, v, blocks, measure), query, key, value
-            )
+            out, rows = core.run(lambda q, k, v: fused_loop.attend(q, k, v, blocks, measure), query, key, value)
             if measure:
                 # The entropy of a single token is 0.
                 entropy = rows[:, :, -1].mean(0) / math.log(max(2, key.shape[0]))

@@ -45,9 +45,7 @@ def check_tensors(shapes: Mapping[str, Shape], model: ModelConfig) -> None:
     if missing := sorted(wanted - set(shapes)):
         raise CheckpointError(f"weights lack {len(missing)} tensors of this model: {', '.join(missing[:4])}")
     if extra := sorted(set(shapes) - wanted):
-        raise CheckpointError(
-            f"weights hold {len(extra)} tensors unknown to this model: {', '.join(extra[:4])}"
-        )
+        raise CheckpointError(f"weights hold {len(extra)} tensors unknown to this model: {', '.join(extra[:4])}")
     for weight in table:
         for name, shape in weight.whole.items():
             check_shape(name, shapes[name], shape, model.vocab_size if weight.split == "vocab" else None)
@@ -68,9 +66,7 @@ def check_shape(name: str, found: Shape, shape: Shape, fewest_rows: int | None =
         raise CheckpointError(f"{name} has the shape {list(found)}, this model's has {wanted}")
 
 
-def shard(
-    weight: Weight, parts: Sequence[Tensor], model: ModelConfig, tp_size: int = 1, tp_rank: int = 0
-) -> Tensor:
+def shard(weight: Weight, parts: Sequence[Tensor], model: ModelConfig, tp_size: int = 1, tp_rank: int = 0) -> Tensor:
     """One rank's share of a weight, from its whole Hugging Face tensors in the order of ``weight.hf``."""
     if weight.split == "replicated":
         return parts[0].clone()

@@ -68,9 +68,7 @@ class SGTLayer(TransformerLayer):
         if self.recompute and self.training and torch.is_grad_enabled():
             # One segment holds the ordinary pass and the loop: they share weights, which ZeRO reduces once.
             contexts = recompute_contexts
-            return checkpoint(
-                forward, hidden_states, *args, use_reentrant=False, context_fn=contexts, **kwargs
-            )
+            return checkpoint(forward, hidden_states, *args, use_reentrant=False, context_fn=contexts, **kwargs)
         return forward(hidden_states, *args, **kwargs)
 
     def _forward_attention(

@@ -14,9 +14,7 @@ from megatron_sgt.ops.backend import runs_triton
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def transformer_config(
-    config: Config, precision: str, device: torch.device, plain: bool = False
-) -> TransformerConfig:
+def transformer_config(config: Config, precision: str, device: torch.device, plain: bool = False) -> TransformerConfig:
     """Translate.
 
     Args:

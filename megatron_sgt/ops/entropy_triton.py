@@ -88,7 +88,5 @@ def last_row_entropy(query: Tensor, key: Tensor) -> Tensor:
         H=size, BH=triton.next_power_of_2(size), BN=64, num_warps=4
     )  # fmt: skip
     norm = math.log(2.0) / math.log(length) / batch
-    merge_kernel[(heads,)](
-        sums, entropy, batch, heads, parts, norm, BLOCK=triton.next_power_of_2(parts), num_warps=1
-    )
+    merge_kernel[(heads,)](sums, entropy, batch, heads, parts, norm, BLOCK=triton.next_power_of_2(parts), num_warps=1)
     return entropy

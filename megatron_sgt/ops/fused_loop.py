@@ -46,9 +46,7 @@ def project_in(
     return _ProjectIn.apply(x, norm_weight, weight, bias, q_norm, k_norm, blocks, rotary, eps)
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, blocks: HeadBlocks, entropy: bool
-) -> tuple[Tensor, Tensor]:
+def attend(query: Tensor, key: Tensor, value: Tensor, blocks: HeadBlocks, entropy: bool) -> tuple[Tensor, Tensor]:
     """Gated causal attention from the last positions: (out [Q, B, h, H], row entropies [B, h, Q] or empty)."""
     out, _, rows = operators.attend(query, key, value, blocks.gates, blocks.slots, entropy)
     return out, rows
@@ -106,9 +104,7 @@ class _ProjectIn(torch.autograd.Function):
 
 class _ProjectOut(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, heads: Tensor, residual: Tensor | None, weight: Tensor, blocks: HeadBlocks
-    ) -> Tensor:
+    def forward(ctx: Any, heads: Tensor, residual: Tensor | None, weight: Tensor, blocks: HeadBlocks) -> Tensor:
         ctx.save_for_backward(heads, weight)
         ctx.blocks, ctx.with_residual = blocks, residual is not None
         return operators.project_out(heads, residual, weight, blocks.columns)
@@ -150,18 +146,14 @@ def qkv_gradient(
     main = getattr(weight, "main_grad", None)
     if main is not None:
         if not main.is_contiguous():
-            raise ValueError(
-                f"main_grad of a looped projection must be contiguous, has strides {main.stride()}"
-            )
+            raise ValueError(f"main_grad of a looped projection must be contiguous, has strides {main.stride()}")
         return None, operators.norm_weight_gradient(product, norm_weight, weight, blocks.rows, main, True)
     fill = torch.empty_like if blocks.whole else torch.zeros_like
     target = fill(weight, memory_format=torch.contiguous_format)
     return target, operators.norm_weight_gradient(product, norm_weight, weight, blocks.rows, target, False)
 
 
-def into_parameter(
-    parameter: Tensor, part: Tensor, index: Tensor, blocks: HeadBlocks, dim: int
-) -> Tensor | None:
+def into_parameter(parameter: Tensor, part: Tensor, index: Tensor, blocks: HeadBlocks, dim: int) -> Tensor | None:
     """The gradient of ``parameter`` that is ``part`` at ``index`` along ``dim`` (None: it went into ``main_grad``)."""
     if blocks.whole:
         return part.to(parameter.dtype)

@@ -66,9 +66,7 @@ def attend_backward(
     ds = ds / math.sqrt(query.shape[-1])
     dq = torch.einsum("bnij,jbnh->ibnh", ds, k)
     per_head = (torch.einsum("bnij,ibnh->jbnh", ds, q), torch.einsum("bnij,ibnh->jbnh", gate * p, do))
-    dk, dv = (
-        part.new_zeros(key.shape).index_add_(2, slots.long(), part).to(query.dtype) for part in per_head
-    )
+    dk, dv = (part.new_zeros(key.shape).index_add_(2, slots.long(), part).to(query.dtype) for part in per_head)
     return dq.to(query.dtype).contiguous(), dk, dv
 
 

@@ -117,9 +117,7 @@ def _finish(
     """Store the outputs of one tile from its sums."""
     l = tl.where(live, l, 1.0)  # a row beyond the queries may have seen no key
     out = acc * (gate / l)[:, None]
-    target = (
-        out_ptr + (b * heads + head) * H + query[:, None] * (batch * heads * H) + tl.arange(0, H)[None, :]
-    )
+    target = out_ptr + (b * heads + head) * H + query[:, None] * (batch * heads * H) + tl.arange(0, H)[None, :]
     tl.store(target, out.to(out_ptr.dtype.element_ty), mask=live[:, None])
     row = pair * queries + query
     tl.store(lse_ptr + row, m + tl.log2(l), mask=live)
@@ -168,9 +166,7 @@ def check_addresses(*tensors: Tensor, factor: int = 1) -> None:
     largest = max(1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors)
     largest = max(largest, factor * tensors[0].numel())
     if largest >= 2**31:
-        raise ValueError(
-            f"attention of kept heads: {largest} elements are more than 2^31; use shorter batches"
-        )
+        raise ValueError(f"attention of kept heads: {largest} elements are more than 2^31; use shorter batches")
 
 
 def attend(

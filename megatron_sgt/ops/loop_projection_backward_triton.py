@@ -111,9 +111,7 @@ def head_gradients_kernel(
                 bias = bias_ptr + tl.load(rows_ptr + offset + i) + half
                 b1, b2 = tl.load(bias).to(tl.float32), tl.load(bias + HALF).to(tl.float32)
                 c -= tl.sum(d1 * b1[None, :], 1) + tl.sum(d2 * b2[None, :], 1)
-            tl.store(
-                scaled_ptr + corner + place, (d1 * r[:, None]).to(scaled_ptr.dtype.element_ty), mask=live
-            )
+            tl.store(scaled_ptr + corner + place, (d1 * r[:, None]).to(scaled_ptr.dtype.element_ty), mask=live)
             tl.store(
                 scaled_ptr + corner + place + HALF,
                 (d2 * r[:, None]).to(scaled_ptr.dtype.element_ty),

@@ -50,9 +50,7 @@ def _contiguous(arguments: tuple[Any, ...], views: bool) -> tuple[Any, ...]:
     return tuple(ready(t) if isinstance(t, Tensor) else t for t in arguments)
 
 
-def _operator(
-    definition: Callable[..., Any], module: str, schema: str, views: bool = False
-) -> Callable[..., Any]:
+def _operator(definition: Callable[..., Any], module: str, schema: str, views: bool = False) -> Callable[..., Any]:
     """Register ``definition`` as sgt::<its name>, with its Triton version in ``module``.
 
     An argument that the schema marks as written to must be contiguous; otherwise the result would stay in a copy.
@@ -187,9 +185,7 @@ def _differentiate_attend(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tenso
     return *attend_backward(dout.contiguous(), query, key, value, out, lse, gates, slots), None, None, None
 
 
-torch.library.register_autograd(
-    attend.name(), _differentiate_attend, setup_context=_save_attend, lib=_LIBRARY
-)
+torch.library.register_autograd(attend.name(), _differentiate_attend, setup_context=_save_attend, lib=_LIBRARY)
 
 
 def _entropy(query: Tensor, key: Tensor) -> Tensor:

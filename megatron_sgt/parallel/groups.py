@@ -56,9 +56,7 @@ def initialize_groups(config: ParallelConfig, info: RankInfo, device: torch.devi
         if info.world_size == 1:
             # An in-process store: a single process needs no port, so it cannot collide over one.
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        elif (
-            info.master_addr == LOOPBACK and not dist.is_torchelastic_launched()
-        ):  # torchrun has its own store
+        elif info.master_addr == LOOPBACK and not dist.is_torchelastic_launched():  # torchrun has its own store
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
             with _meeting(info, timeout):
                 store = loopback_store(info, timeout)

@@ -74,10 +74,7 @@ def spanning_groups(hosts: Sequence[str], tensor_parallel: int) -> list[tuple[in
 
     Megatron-Core puts consecutive ranks into a group. ``hosts``: the host of every rank.
     """
-    groups = (
-        (r, list(dict.fromkeys(hosts[r : r + tensor_parallel])))
-        for r in range(0, len(hosts), tensor_parallel)
-    )
+    groups = ((r, list(dict.fromkeys(hosts[r : r + tensor_parallel]))) for r in range(0, len(hosts), tensor_parallel))
     return [(rank, names) for rank, names in groups if len(names) > 1]
 
 

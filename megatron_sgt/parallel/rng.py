@@ -35,9 +35,7 @@ def seed_for_training(seed: int, groups: ParallelGroups) -> None:
     _seed_generators(base)
     tracker = megatron_random.get_cuda_rng_tracker()
     tracker.reset()
-    tracker.add(
-        megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME, base + _TENSOR_PARALLEL_OFFSET + groups.tp_rank
-    )
+    tracker.add(megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME, base + _TENSOR_PARALLEL_OFFSET + groups.tp_rank)
 
 
 def _seed_generators(seed: int) -> None:

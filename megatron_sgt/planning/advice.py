@@ -47,9 +47,7 @@ def _memory(config: Config, world_size: int, machine: Machine, precision: str) -
         yield f"{text}; no single change is enough: combine more GPUs, tensor parallelism, ZeRO-3 and full recompute"
 
 
-def _ways_to_fit(
-    config: Config, plans: set[LoopPlan], world_size: int, precision: str, limit: float
-) -> Iterator[str]:
+def _ways_to_fit(config: Config, plans: set[LoopPlan], world_size: int, precision: str, limit: float) -> Iterator[str]:
     train, parallel = config.train, config.parallel
     changes: list[dict[str, Any]] = []
     if train.micro_batch_size > 1:
@@ -67,9 +65,7 @@ def _ways_to_fit(
             continue
         size = peak_memory(other, plans, world_size, precision)
         if size <= limit:
-            shown = " ".join(
-                f"{name}={str(value).lower()}" for name, value in change.items() if value is not None
-            )
+            shown = " ".join(f"{name}={str(value).lower()}" for name, value in change.items() if value is not None)
             yield f"{shown} ({file_size(size)})"
 
 

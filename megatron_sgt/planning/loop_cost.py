@@ -102,14 +102,10 @@ class LoopCost:
         return self.flops.needed / FLOPS_PER_SECOND + moved / BYTES_PER_SECOND
 
 
-def loop_cost(
-    config: Config, method: LoopMethod, kept_heads: tuple[int, ...], precision: str = "bf16"
-) -> LoopCost:
+def loop_cost(config: Config, method: LoopMethod, kept_heads: tuple[int, ...], precision: str = "bf16") -> LoopCost:
     """Cost of one pass of ``kept_heads`` in one layer for one micro-batch, at ``config``'s layout."""
     ranks = range(config.parallel.tensor_model_parallel_size)
-    busiest = max(
-        (loop_flops(config, method, kept_heads, rank) for rank in ranks), key=lambda one: one.needed
-    )
+    busiest = max((loop_flops(config, method, kept_heads, rank) for rank in ranks), key=lambda one: one.needed)
     forward, backward = loop_pass_traffic(config, LayerPlan(1, tuple(sorted(kept_heads))), precision, method)
     return LoopCost(_payload(forward), _payload(backward), busiest)
 

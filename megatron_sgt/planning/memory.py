@@ -95,9 +95,7 @@ def peak_memory(config: Config, plans: Iterable[LoopPlan], world_size: int, prec
 class _Rank:
     """The operations of a layer on one rank: what each keeps, in bytes."""
 
-    def __init__(
-        self, config: Config, element: int, kernels: Kernels, tp_rank: int, method: LoopMethod
-    ) -> None:
+    def __init__(self, config: Config, element: int, kernels: Kernels, tp_rank: int, method: LoopMethod) -> None:
         model, train = config.model, config.train
         self.config, self.model, self.kernels = config, model, kernels
         self.element, self.looping, self.tp_rank = element, method, tp_rank
@@ -119,9 +117,7 @@ class _Rank:
         if plan.loops == 0:
             return 0
         if plan.phase == "window":
-            gated = (
-                0 if self.selective else self._heads(self.own_heads[0])
-            )  # attention's output, beside the product
+            gated = 0 if self.selective else self._heads(self.own_heads[0])  # attention's output, beside the product
             kept = self.norm() + self.stream + self.attention(index, *self.own_heads) + gated
         elif self.looping == "owner" or self.ranks == 1:
             kept = self._owner(index, plan)

@@ -28,9 +28,7 @@ ERROR_BARS = (
 )
 
 
-def make_plan(
-    config: Config, world_size: int, machine: Machine, mfu: float, precision: str
-) -> dict[str, Any]:
+def make_plan(config: Config, world_size: int, machine: Machine, mfu: float, precision: str) -> dict[str, Any]:
     """The plan of ``config`` on ``world_size`` ranks. ``mfu``: model FLOPs over peak FLOPs, in (0, 1].
 
     Raises:
@@ -61,8 +59,7 @@ def make_plan(
         "memory": {
             "limit": USABLE * machine.gpu.memory,
             **{
-                name: _memory(config, plan, world_size, precision)
-                for name, plan in _moments(config, stretches).items()
+                name: _memory(config, plan, world_size, precision) for name, plan in _moments(config, stretches).items()
             },
         },
         "peak_by_layout": other_layouts(config, world_size, precision),
@@ -145,9 +142,7 @@ def _traffic(config: Config, world_size: int, precision: str) -> dict[str, Any]:
     if tensor > 1 and looping is not None:
         traffic["loop_pass"] = {
             method: sum(
-                item.wire_bytes(tensor)
-                for way in loop_pass_traffic(config, looping, precision, method)
-                for item in way
+                item.wire_bytes(tensor) for way in loop_pass_traffic(config, looping, precision, method) for item in way
             )
             for method in METHODS
         }

@@ -87,9 +87,7 @@ def _other_layouts(plan: dict[str, Any], config: Config) -> Iterator[str]:
         for name in names:
             size = row[name]
             here = (row["zero_stage"], name) == (parallel.zero_stage, train.recompute_granularity)
-            text = (
-                "-" if size is None else file_size(size) + (" *" if here else "  " if size <= limit else " !")
-            )
+            text = "-" if size is None else file_size(size) + (" *" if here else "  " if size <= limit else " !")
             cells.append(f"{text:>16}")
         yield (f"  ZeRO {row['zero_stage']:<27}" + "".join(cells)).rstrip()
     yield "  * this run   ! does not fit   - refused"

@@ -74,9 +74,7 @@ def merged(transfers: Iterable[Transfer]) -> tuple[Transfer, ...]:
         key = (item.part, item.group, item.kind)
         old = totals.get(key)
         totals[key] = (
-            item
-            if old is None
-            else replace(old, payload=old.payload + item.payload, calls=old.calls + item.calls)
+            item if old is None else replace(old, payload=old.payload + item.payload, calls=old.calls + item.calls)
         )
     return tuple(item for item in totals.values() if item.calls)
 
@@ -154,11 +152,7 @@ class _Step:
             passes = [*attention[0], *mlp[0], *attention[1], *mlp[1]]
             if index in self.recomputed:
                 # The last collective's result is needed by nobody, unless a dropout mask comes after it.
-                again = (
-                    [*attention[0], *mlp[0]]
-                    if self.config.model.hidden_dropout
-                    else [*attention[0], *mlp[0][:-1]]
-                )
+                again = [*attention[0], *mlp[0]] if self.config.model.hidden_dropout else [*attention[0], *mlp[0][:-1]]
                 passes += again
             yield from (replace(item, part=name) for item in passes)
             for _ in range(plan.loops):
@@ -241,9 +235,7 @@ class _Step:
         return [Transfer(part, "tensor", "all_reduce", self.config.model.hidden_size * self.bytes)]
 
 
-def _data_parallel(
-    config: Config, ranks: int, micro_batches: int, step: _Step, precision: str
-) -> Iterator[Transfer]:
+def _data_parallel(config: Config, ranks: int, micro_batches: int, step: _Step, precision: str) -> Iterator[Transfer]:
     if ranks == 1:
         return
     stage, zero = config.parallel.zero_stage, config.deepspeed.get("zero_optimization", {})
@@ -272,9 +264,7 @@ def _gathered_weights(config: Config, micro_batches: int, step: _Step) -> Iterat
     """
     zero = config.deepspeed.get("zero_optimization", {})
     threshold = zero.get("stage3_param_persistence_threshold", _PERSISTENT)
-    alive = min(
-        zero.get(key, _KEPT_ALIVE) for key in ("stage3_max_live_parameters", "stage3_max_reuse_distance")
-    )
+    alive = min(zero.get(key, _KEPT_ALIVE) for key in ("stage3_max_live_parameters", "stage3_max_reuse_distance"))
     stays = parameter_count(config.model, step.ranks) <= alive
     small = large = 0
     for weight in weights(config.model):

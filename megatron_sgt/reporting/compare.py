@@ -57,9 +57,7 @@ AXES = (
 )
 
 
-def write_comparison(
-    run_dirs: Sequence[Path], output: Path, names: Sequence[str] | None = None
-) -> list[Path]:
+def write_comparison(run_dirs: Sequence[Path], output: Path, names: Sequence[str] | None = None) -> list[Path]:
     """Write ``compare.html`` and its pictures into the folder ``output``; returns the files, the page first.
 
     Args:
@@ -73,9 +71,7 @@ def write_comparison(
         raise ConfigError(f"a comparison needs at least two runs, got {len(run_dirs)}")
     if names is not None and len(names) != len(run_dirs):
         raise ConfigError(f"{len(names)} names were given for {len(run_dirs)} runs")
-    runs = [
-        load_run(folder, name) for folder, name in zip(run_dirs, names or _distinct(run_dirs), strict=True)
-    ]
+    runs = [load_run(folder, name) for folder, name in zip(run_dirs, names or _distinct(run_dirs), strict=True)]
     with style.settings():
         page = comparison_page(runs)
     return page.write(output / "compare.html")
@@ -139,9 +135,7 @@ def loss_figure(runs: Sequence[RunData], axis: Axis, kind: str) -> Figure | None
         x = axis.of(run, steps)
         if np.isfinite(x).any():
             drawn = True
-            axes.plot(
-                x, values, label=run.name, marker="o" if kind == "valid" else None, markersize=3.5, **look
-            )
+            axes.plot(x, values, label=run.name, marker="o" if kind == "valid" else None, markersize=3.5, **look)
             _growth_ticks(axes, run, axis, steps, values, look["color"])
     if not drawn:
         return None
@@ -180,9 +174,7 @@ def cost_figure(runs: Sequence[RunData]) -> Figure | None:
     style.si_axis(above)
     above.set_ylabel("model FLOPs per token")
     below.set_ylabel("seconds per step")
-    tops = [
-        np.nanquantile(seconds, 0.98) for run in runs if len(seconds := run.series("train", "step_time_s")[1])
-    ]
+    tops = [np.nanquantile(seconds, 0.98) for run in runs if len(seconds := run.series("train", "step_time_s")[1])]
     below.set_ylim(0, 1.15 * max(tops))
     style.step_axis(below, max(run.last_step for run in runs))
     above.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1.0))

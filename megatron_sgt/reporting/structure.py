@@ -33,9 +33,7 @@ def entropy_figure(run: RunData) -> Figure | None:
         return None
     _, layers, heads = tables.shape
     figure, (axes,) = style.new_figure(min(9.0, max(3.6, 1.6 + 0.028 * layers * heads + 0.12 * layers)))
-    edges = np.concatenate(
-        [[max(0.0, 1.5 * steps[0] - 0.5 * steps[1]) if len(steps) > 1 else 0.0], _edges(steps)]
-    )
+    edges = np.concatenate([[max(0.0, 1.5 * steps[0] - 0.5 * steps[1]) if len(steps) > 1 else 0.0], _edges(steps)])
     image = axes.pcolormesh(
         edges,
         np.arange(layers * heads + 1),
@@ -54,9 +52,7 @@ def entropy_figure(run: RunData) -> Figure | None:
             place = (1.005, (layer + 0.5) * heads)
             axes.text(*place, _listed(kept), transform=axes.get_yaxis_transform(), va="center", fontsize=7)
     if end > edges[-1] + 1:
-        axes.axvspan(
-            edges[-1], end, facecolor="#F4F4F4", hatch="///", edgecolor="#D5D5D5", linewidth=0, zorder=0
-        )
+        axes.axvspan(edges[-1], end, facecolor="#F4F4F4", hatch="///", edgecolor="#D5D5D5", linewidth=0, zorder=0)
         if end - edges[-1] > 0.2 * end:
             axes.text(
                 (edges[-1] + end) / 2,
@@ -70,9 +66,7 @@ def entropy_figure(run: RunData) -> Figure | None:
             )
     style.mark_growth(axes, run, labels=True, end=int(end))
     every = max(1, -(-layers // 24))
-    axes.set_yticks(
-        [(n + 0.5) * heads for n in range(0, layers, every)], [str(n) for n in range(0, layers, every)]
-    )
+    axes.set_yticks([(n + 0.5) * heads for n in range(0, layers, every)], [str(n) for n in range(0, layers, every)])
     axes.set_ylabel(f"layer (each band: heads 0 to {heads - 1}, upwards)")
     axes.grid(False)
     _step_axis(axes, run, int(end))
@@ -125,9 +119,7 @@ def growth_figure(run: RunData) -> Figure | None:
     for layer in range(layers):
         for start, stop, depth in _spans(run.growth, layer, end):
             bar = 0.30 + 0.5 * depth / deepest
-            axes.barh(
-                layer, stop - start, left=start, height=bar, color=style.BLUE, edgecolor="white", zorder=2
-            )
+            axes.barh(layer, stop - start, left=start, height=bar, color=style.BLUE, edgecolor="white", zorder=2)
             if deepest > 1:
                 text = axes.text(
                     start + 0.004 * end, layer, f"x{depth}", va="center", fontsize=8, color="white", zorder=5

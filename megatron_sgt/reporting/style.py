@@ -64,9 +64,7 @@ def settings() -> Iterator[None]:
         yield
 
 
-def new_figure(
-    height: float, rows: int = 1, ratios: Sequence[float] | None = None
-) -> tuple[Figure, list[Axes]]:
+def new_figure(height: float, rows: int = 1, ratios: Sequence[float] | None = None) -> tuple[Figure, list[Axes]]:
     """A figure of the common width with ``rows`` axes above each other that share their x axis."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots(rows, 1, sharex=True, squeeze=False, height_ratios=ratios)

@@ -61,9 +61,7 @@ def test_kept_heads_compute_what_masked_dense_heads_compute(heads: int, groups: 
                 continue
             parts = (len(mine.heads) * HEAD_DIM, *[len(mine.groups) * HEAD_DIM] * 2)
             query, key, value = (x @ weight[list(mine.qkv_rows)].T).split(parts, dim=1)
-            key, value = (
-                t.view(length, -1, HEAD_DIM)[:, list(mine.kv_slot)].reshape(length, -1) for t in (key, value)
-            )
+            key, value = (t.view(length, -1, HEAD_DIM)[:, list(mine.kv_slot)].reshape(length, -1) for t in (key, value))
             partial = attend(query, key, value).reshape(length, -1)
             total += partial @ out[:, list(mine.proj_columns)].T
         torch.testing.assert_close(total, wanted, rtol=1e-12, atol=1e-12)

@@ -24,9 +24,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def table_config(variant: str, tp_size: int = 1) -> Config:
-    return small_config(
-        model=VARIANTS[variant], parallel={"device": "cpu", "tensor_model_parallel_size": tp_size}
-    )
+    return small_config(model=VARIANTS[variant], parallel={"device": "cpu", "tensor_model_parallel_size": tp_size})
 
 
 def built(info: RankInfo, variants: list[str]) -> list[dict[str, tuple[int, ...]]]:
@@ -53,9 +51,7 @@ def test_every_parameter_of_the_built_model_is_in_the_table(tp_size: int) -> Non
 def test_kinds(variant: str) -> None:
     """What decays is what the optimizer lets decay; the names say what the others are."""
     config = table_config(variant)
-    config = config.model_copy(
-        update={"optim": config.optim.model_copy(update={"weight_decay_on": "matrices"})}
-    )
+    config = config.model_copy(update={"optim": config.optim.model_copy(update={"weight_decay_on": "matrices"})})
     model = single_model(config)
     decaying = {id(p) for p in parameter_groups(model, config.optim)[0]["params"]}
     for weight in weights(config.model):
@@ -68,9 +64,7 @@ def test_layers_differ_in_their_number_alone() -> None:
     model = table_config("biases").model
     first, last = layer_weights(model, 0), layer_weights(model, 3)
     assert [w.megatron.replace("layers.0.", "layers.3.") for w in first] == [w.megatron for w in last]
-    assert [(w.shapes, w.split, w.kind, w.part) for w in first] == [
-        (w.shapes, w.split, w.kind, w.part) for w in last
-    ]
+    assert [(w.shapes, w.split, w.kind, w.part) for w in first] == [(w.shapes, w.split, w.kind, w.part) for w in last]
 
 
 def test_the_order_of_the_files_stays() -> None:

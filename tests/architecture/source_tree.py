@@ -76,9 +76,7 @@ class Source:
                 yield node.lineno, node.arg
             elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 yield node.lineno, node.name
-            elif (
-                isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings
-            ):
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
                 yield node.lineno, node.value
         yield from self.imports()
 

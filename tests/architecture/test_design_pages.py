@@ -94,9 +94,7 @@ def test_where_answers_the_questions_of_a_newcomer() -> None:
 
 
 def test_the_reading_tour_is_short() -> None:
-    tour = (
-        (ROOT / "README.md").read_text(encoding="utf-8").partition("## Reading tour")[2].partition("\n## ")[0]
-    )
+    tour = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Reading tour")[2].partition("\n## ")[0]
     stops = re.findall(r"^\d+\. `([^`]+)`", tour, re.M)
     lines = sum((ROOT / stop).read_text(encoding="utf-8").count("\n") for stop in stops)
     assert len(stops) <= 9 and 500 < lines <= 1400, f"{len(stops)} files, {lines} lines"

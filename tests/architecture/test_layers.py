@@ -81,9 +81,7 @@ def wrong_imports(source: Source) -> list[str]:
 
 def torch_imports(source: Source) -> list[str]:
     return [
-        f"{source.path}:{line} imports {name}"
-        for line, name in source.imports()
-        if name.split(".")[0] in TORCH_NAMES
+        f"{source.path}:{line} imports {name}" for line, name in source.imports() if name.split(".")[0] in TORCH_NAMES
     ]
 
 

@@ -39,9 +39,7 @@ def _is_module(name: str) -> bool:
 
 def _attributes(source: Source, local: str) -> Iterator[str]:
     for node in ast.walk(source.tree):
-        of_it = (
-            isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == local
-        )
+        of_it = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == local
         if of_it and not node.attr.startswith("__"):
             yield node.attr
 
@@ -50,9 +48,7 @@ def documented_names(text: str) -> set[str]:
     """First two columns of the table: a module in backticks, then its names, or none if it is handed on whole."""
     _, _, section = text.partition("## Seams of Megatron-Core")
     names: set[str] = set()
-    for module, cell in re.findall(
-        r"^\| `([\w.]+)` \| ([^|]*) \|", section.split("\n## ")[0], flags=re.MULTILINE
-    ):
+    for module, cell in re.findall(r"^\| `([\w.]+)` \| ([^|]*) \|", section.split("\n## ")[0], flags=re.MULTILINE):
         found = re.findall(r"`([\w.]+)`", cell)
         names |= {f"{module}.{name}".removeprefix(f"{CORE}.") for name in found} or {module}
     return names

@@ -95,8 +95,7 @@ def mirror_of(path: str) -> str:
 def has_code(source: Source) -> bool:
     """False for a module of imports, names and docstrings only, such as a package's table of contents."""
     return any(
-        isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-        for node in ast.walk(source.tree)
+        isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) for node in ast.walk(source.tree)
     )
 
 

@@ -38,15 +38,11 @@ def templates() -> Iterator[tuple[str, ExitCode | None]]:
     for source in python_sources(PACKAGE):
         known: dict[int, ExitCode] = {}
         for node in ast.walk(source.tree):
-            raised = (
-                isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and CODES.get(node.func.id)
-            )
+            raised = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and CODES.get(node.func.id)
             if raised:
                 known |= {id(inner): raised for inner in ast.walk(node)}
         for node in ast.walk(source.tree):
-            if isinstance(node, ast.JoinedStr) or (
-                isinstance(node, ast.Constant) and isinstance(node.value, str)
-            ):
+            if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str)):
                 yield text_of(node), known.get(id(node))
 
 

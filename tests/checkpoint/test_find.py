@@ -58,9 +58,7 @@ def test_resume_never_does_not_mix_two_runs(tmp_path: Path) -> None:
     never = {"resume": "never"}
     assert find_checkpoint(config_in(tmp_path, checkpoint=never)).folder is None
     make(tmp_path / "own/global_step2")
-    with pytest.raises(
-        CheckpointError, match=r"resume is never, but .* of another run: global_step2\. Choose"
-    ):
+    with pytest.raises(CheckpointError, match=r"resume is never, but .* of another run: global_step2\. Choose"):
         find_checkpoint(config_in(tmp_path, checkpoint=never))
 
 
@@ -98,9 +96,7 @@ def test_any_damage_of_the_newest_is_named_and_passed_over(damage: str, pair: Pa
             # Without its manifest a checkpoint is none, and what is told is that latest names it in vain.
             no_manifest = (name, damage) == (layout.MANIFEST_FILE, "delete")
             assert ("global_step4" if no_manifest else name) in " ".join(found.skipped)
-            with pytest.raises(
-                CheckpointError, match="no whole checkpoint" if no_manifest else name
-            ) as caught:
+            with pytest.raises(CheckpointError, match="no whole checkpoint" if no_manifest else name) as caught:
                 folder = find_checkpoint(theirs).folder
                 assert folder is not None
                 check_checkpoint(folder, theirs)
@@ -121,9 +117,7 @@ def test_a_damaged_tracker_is_no_new_start(text: str | None, pair: Path) -> None
 def test_never_step_0_when_all_are_damaged(tmp_path: Path) -> None:
     for step in (2, 4):
         harm(make(tmp_path / f"own/global_step{step}") / "mp_rank_00_model_states.pt", "cut")
-    with pytest.raises(
-        CheckpointError, match=r"global_step4 is damaged.*global_step2 is damaged.*from scratch"
-    ):
+    with pytest.raises(CheckpointError, match=r"global_step4 is damaged.*global_step2 is damaged.*from scratch"):
         find_checkpoint(config_in(tmp_path))
 
 

@@ -84,9 +84,7 @@ def test_sizes_are_verified_by_name(tmp_path: Path) -> None:
     (folder / "a.pt").write_bytes(b"x" * 50)
     (folder / "sub/b.pt").unlink()
     (folder / "more.pt").write_bytes(b"not of the save")
-    with pytest.raises(
-        CheckpointError, match=r"sub/b\.pt is missing; a\.pt has 50 bytes instead of 100"
-    ) as caught:
+    with pytest.raises(CheckpointError, match=r"sub/b\.pt is missing; a\.pt has 50 bytes instead of 100") as caught:
         manifest.verify_sizes(folder)
     assert "more.pt" not in str(caught.value)
 

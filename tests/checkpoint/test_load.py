@@ -56,9 +56,7 @@ def test_streams_continue_and_settings_stay_this_runs(tmp_path: Path) -> None:
     assert engine.optimizer.param_groups == [{"lr": 1e-3, "weight_decay": 0.1, "params": []}]
 
 
-@pytest.mark.parametrize(
-    "outcome", [None, RuntimeError("size mismatch"), OSError("gone"), AssertionError("ranks")]
-)
+@pytest.mark.parametrize("outcome", [None, RuntimeError("size mismatch"), OSError("gone"), AssertionError("ranks")])
 def test_what_deepspeed_cannot_load_is_an_error(outcome: Any, tmp_path: Path) -> None:
     folder = make(tmp_path / "global_step7")
     expected = "found nothing to load" if outcome is None else f"cannot be loaded: {outcome}"

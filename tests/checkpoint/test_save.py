@@ -223,9 +223,7 @@ def test_killed_at_any_point_a_whole_checkpoint_counts(
 def test_a_new_save_does_not_adopt_the_files_of_a_killed_one(tmp_path: Path) -> None:
     leftover = tmp_path / "global_step4.tmp"
     leftover.mkdir()
-    (leftover / "zero_pp_rank_7_mp_rank_00_optim_states.pt").write_bytes(
-        b"of a rank that this run does not have"
-    )
+    (leftover / "zero_pp_rank_7_mp_rank_00_optim_states.pt").write_bytes(b"of a rank that this run does not have")
     assert not (save_at(tmp_path, 4).folder / "zero_pp_rank_7_mp_rank_00_optim_states.pt").exists()
 
 
@@ -244,9 +242,7 @@ def test_a_write_that_fails_is_explained(
     with monkeypatch.context() as patched:
         patched.setattr(shard_files.torch if what == "save" else shard_files, what, full)
         saver.start(4, STATE)
-        with pytest.raises(
-            CheckpointError, match=r"global_step4: No space left on device; earlier .* untouched"
-        ):
+        with pytest.raises(CheckpointError, match=r"global_step4: No space left on device; earlier .* untouched"):
             saver.poll(wait=True)
     assert layout.latest_tag(tmp_path) == "global_step2" and not (tmp_path / "global_step4.tmp").exists()
     saver.start(6, STATE)
@@ -261,9 +257,7 @@ def test_a_bug_is_no_full_disk(tmp_path: Path) -> None:
 def test_a_file_that_is_missing_is_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     where = {"tensor_model_parallel_size": 2, "data_parallel_size": 1, "zero_stage": 1, "precision": "fp32"}
     monkeypatch.setattr(save, "layout_of", lambda *_: where)
-    with pytest.raises(
-        CheckpointError, match=r"files of this layout are missing: mp_rank_01_model_states\.pt"
-    ):
+    with pytest.raises(CheckpointError, match=r"files of this layout are missing: mp_rank_01_model_states\.pt"):
         save_at(tmp_path, 4)
     assert layout.finished_tags(tmp_path) == []
 
@@ -271,7 +265,5 @@ def test_a_file_that_is_missing_is_not_committed(tmp_path: Path, monkeypatch: py
 def test_what_grew_the_same_has_the_same_fingerprint() -> None:
     grown = {"hooks": {"growth": {"schedule": {"a": 1, "b": [0.5]}, "events": []}}}
     same = {"hooks": {"growth": {"events": [], "schedule": {"b": [0.5], "a": 1}}}}
-    assert (
-        growth_fingerprint(grown) == growth_fingerprint(same) != growth_fingerprint({"hooks": {"growth": {}}})
-    )
+    assert growth_fingerprint(grown) == growth_fingerprint(same) != growth_fingerprint({"hooks": {"growth": {}}})
     assert growth_fingerprint({"hooks": {}}) is None

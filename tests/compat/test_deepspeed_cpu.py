@@ -100,9 +100,7 @@ def test_deepspeed_is_told_the_index_of_the_gpu(monkeypatch: pytest.MonkeyPatch)
     assert os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] == "0", "DeepSpeed refuses to start where they differ"
 
 
-@pytest.mark.parametrize(
-    "visible", ["0,1", "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6,GPU-7", "MIG-c7384736", ""]
-)
+@pytest.mark.parametrize("visible", ["0,1", "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6,GPU-7", "MIG-c7384736", ""])
 def test_free_memory_whatever_the_gpus_are_called(visible: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """ZeRO-1 and 2 ask for it. DeepSpeed itself takes CUDA_VISIBLE_DEVICES for a list of integers."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)

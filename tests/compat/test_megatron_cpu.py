@@ -152,9 +152,7 @@ def test_versions(version: str, warned: bool, monkeypatch: pytest.MonkeyPatch) -
         warnings.simplefilter("always")
         check_megatron_version()
     assert [str(w.message) for w in caught] == (
-        [f"megatron-core {version} is installed; megatron_sgt is tested on {SUPPORTED_MEGATRON}"]
-        if warned
-        else []
+        [f"megatron-core {version} is installed; megatron_sgt is tested on {SUPPORTED_MEGATRON}"] if warned else []
     )
 
 

@@ -96,8 +96,7 @@ def test_all_problems_at_once(config_file: Path) -> None:
     assert message.splitlines() == [
         f"{config_file}: 4 problems",
         "  model.hidden_size: must be > 0, got 0",
-        "  parallel.context_parallel_size: 2 is not supported, only 1; "
-        "use tensor_model_parallel_size, zero_stage",
+        "  parallel.context_parallel_size: 2 is not supported, only 1; use tensor_model_parallel_size, zero_stage",
         "  optim.lr: must be a number, got 'x'",
         "  unknown key 'train.n_layers'; did you mean 'model.num_layers'?",
     ]
@@ -128,9 +127,7 @@ class TestBase:
 
     def test_null_replaces_a_value(self, config_file: Path) -> None:
         top = config_file.parent / "top.yaml"
-        top.write_text(
-            "base: run.yaml\nmodel: {vocab_size: null}\ndata: {tokenizer: {type: huggingface, model: x}}\n"
-        )
+        top.write_text("base: run.yaml\nmodel: {vocab_size: null}\ndata: {tokenizer: {type: huggingface, model: x}}\n")
         assert load_config(top).model.vocab_size is None
 
     def test_cycle(self, tmp_path: Path) -> None:

@@ -80,9 +80,7 @@ def test_problems_come_in_the_order_of_the_fields() -> None:
 
 
 def test_rules_between_sections_stand_under_their_own_names() -> None:
-    assert [
-        line.partition(":")[0] for line in explained("growth.num_keep_heads=5", "growth.top_k_layers=6")
-    ] == [
+    assert [line.partition(":")[0] for line in explained("growth.num_keep_heads=5", "growth.top_k_layers=6")] == [
         "growth.num_keep_heads",
         "growth.top_k_layers",
     ]

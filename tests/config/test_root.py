@@ -351,9 +351,7 @@ def test_types_of_gradients(precision: str, settings: dict[str, Any], types: tup
         ("bf16", {}, {"communication_data_type": "bf16"}),
     ],
 )
-def test_types_of_gradients_given_twice(
-    precision: str, settings: dict[str, Any], keys: dict[str, Any]
-) -> None:
+def test_types_of_gradients_given_twice(precision: str, settings: dict[str, Any], keys: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"contradicts optim\.grad_(accum|reduce)_dtype '(fp32|model)'"):
         make(train={"precision": precision}, optim={"lr": 1e-3, **settings}, deepspeed=keys)
     agreeing = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "auto"}

@@ -10,9 +10,7 @@ from megatron_sgt.errors import DataError
 def test_standard_library(tmp_path: Path) -> None:
     report = build_corpus(str(tmp_path / "a.jsonl"))
     assert report.text_bytes >= MIN_BYTES
-    texts = [
-        json.loads(line)["text"] for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    texts = [json.loads(line)["text"] for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(texts) == report.documents > 100
     assert sum(len(text.encode()) for text in texts) == report.text_bytes
     build_corpus(str(tmp_path / "b.jsonl"))

@@ -54,9 +54,7 @@ def test_a_dead_worker_is_a_clear_error(config: TokenizerConfig) -> None:
                     worker.kill()
             yield Chunk("x", 1, documents=[("layer head",)])
 
-    with pytest.raises(
-        SGTError, match="a worker process died, most often because memory ran out; try fewer than 2"
-    ):
+    with pytest.raises(SGTError, match="a worker process died, most often because memory ran out; try fewer than 2"):
         list(encode_chunks(chunks(), config, ("text",), False, "uint16", num_workers=2))
 
 

@@ -161,13 +161,10 @@ def test_two_ranks_build_one_cache_and_fail_together(tmp_path: Path, make_config
     arguments = [str(tmp_path / name) for name in ("store", "good.yaml", "bad.yaml", "")]
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     ranks = [
-        subprocess.Popen([sys.executable, str(program), str(rank), *arguments], env=environment)
-        for rank in range(2)
+        subprocess.Popen([sys.executable, str(program), str(rank), *arguments], env=environment) for rank in range(2)
     ]
     assert [rank.wait(timeout=90) for rank in ranks] == [0, 0]
-    (tokens, message), (other_tokens, other_message) = (
-        torch.load(tmp_path / f"rank{r}.pt") for r in range(2)
-    )
+    (tokens, message), (other_tokens, other_message) = (torch.load(tmp_path / f"rank{r}.pt") for r in range(2))
     assert torch.equal(tokens, other_tokens)
     assert "no indexed data set" in message and message == other_message
     assert len(list(cfg.data_cache_dir.iterdir())) == 1

@@ -31,9 +31,7 @@ def build(prefix: str, parts: tuple[SplitPart, ...], root: Path, digest: str = "
     return Path(build_index_cache(prefix, parts, digest, 8, seed, str(root)))
 
 
-def test_one_folder_for_what_the_indices_depend_on(
-    prefix: str, parts: tuple[SplitPart, ...], tmp_path: Path
-) -> None:
+def test_one_folder_for_what_the_indices_depend_on(prefix: str, parts: tuple[SplitPart, ...], tmp_path: Path) -> None:
     root = tmp_path / "cache"
     folder = build(prefix, parts, root)
     before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
@@ -45,9 +43,7 @@ def test_one_folder_for_what_the_indices_depend_on(
     assert len(list(root.iterdir())) == 3, "nothing unfinished is left"
 
 
-def test_every_token_of_a_split_is_in_its_epoch(
-    prefix: str, parts: tuple[SplitPart, ...], tmp_path: Path
-) -> None:
+def test_every_token_of_a_split_is_in_its_epoch(prefix: str, parts: tuple[SplitPart, ...], tmp_path: Path) -> None:
     folder = str(build(prefix, parts, tmp_path / "cache"))
     for part in parts[:2]:
         dataset = open_split(prefix, part, 8, 1, folder)
@@ -58,9 +54,7 @@ def test_every_token_of_a_split_is_in_its_epoch(
         assert set(seen) <= set(range(first, first + part.tokens))
 
 
-def test_validation_does_not_follow_the_seed(
-    prefix: str, parts: tuple[SplitPart, ...], tmp_path: Path
-) -> None:
+def test_validation_does_not_follow_the_seed(prefix: str, parts: tuple[SplitPart, ...], tmp_path: Path) -> None:
     orders = []
     for seed in (1, 2):
         folder = str(build(prefix, parts, tmp_path / "cache", seed=seed))
@@ -99,7 +93,5 @@ def test_index_builder_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     megatron_datasets()
     monkeypatch.setitem(sys.modules, "megatron.core.datasets.helpers_cpp", None)
     monkeypatch.delattr("megatron.core.datasets.helpers_cpp", raising=False)
-    with pytest.raises(
-        DataError, match=r"without its compiled index builder .*make -C .*megatron/core/datasets"
-    ):
+    with pytest.raises(DataError, match=r"without its compiled index builder .*make -C .*megatron/core/datasets"):
         megatron_datasets()

@@ -63,9 +63,7 @@ def test_ids_outside_the_vocabulary(prefix: str) -> None:
 
 
 @pytest.mark.parametrize("place", [0, 1, 499, 500, 998, 999])
-def test_every_id_of_a_small_set_is_checked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int
-) -> None:
+def test_every_id_of_a_small_set_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
     monkeypatch.setattr("megatron_sgt.data.indexed._WINDOW", 64)
     prefix = write_dataset(tmp_path / "x", [1000], vocab_size=10)
     tokens = np.fromfile(prefix + ".bin", dtype=np.uint16)

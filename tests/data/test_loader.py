@@ -24,12 +24,8 @@ LAYOUTS = [(1, 8, 1), (2, 4, 1), (2, 2, 2), (4, 1, 2), (1, 2, 4), (2, 1, 4)]
 
 @pytest.mark.parametrize(("micro", "accumulation", "dp_size"), LAYOUTS)
 @pytest.mark.parametrize("consumed", [0, 24, 13])
-def test_every_layout_reads_the_same_global_batches(
-    micro: int, accumulation: int, dp_size: int, consumed: int
-) -> None:
-    loaders = [
-        TrainLoader(Numbered(), micro, accumulation, rank, dp_size, consumed) for rank in range(dp_size)
-    ]
+def test_every_layout_reads_the_same_global_batches(micro: int, accumulation: int, dp_size: int, consumed: int) -> None:
+    loaders = [TrainLoader(Numbered(), micro, accumulation, rank, dp_size, consumed) for rank in range(dp_size)]
     for step in range(3):
         ids = []
         for m in range(accumulation):
@@ -99,9 +95,7 @@ def test_evaluation_reads_the_same_samples_every_time() -> None:
         assert sorted(ids) == list(range(24))
 
 
-@pytest.mark.parametrize(
-    "arguments", [(0, 1, 0, 1), (1, 0, 0, 1), (1, 1, 1, 1), (1, 1, -1, 1), (1, 1, 0, 1, -1)]
-)
+@pytest.mark.parametrize("arguments", [(0, 1, 0, 1), (1, 0, 0, 1), (1, 1, 1, 1), (1, 1, -1, 1), (1, 1, 0, 1, -1)])
 def test_impossible_layouts(arguments: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="out of range"):
         TrainLoader(Numbered(), *arguments)  # type: ignore[arg-type]

@@ -49,9 +49,7 @@ def test_workers_do_not_change_the_result(tmp_path: Path, sp_model: str, texts: 
     sums = []
     for num_workers in (1, 3):
         preprocess(options(sp_model, source, tmp_path / f"w{num_workers}", num_workers=num_workers))
-        sums.append(
-            [sha256_of(tmp_path / f"w{num_workers}_text_document{suffix}") for suffix in (".bin", ".idx")]
-        )
+        sums.append([sha256_of(tmp_path / f"w{num_workers}_text_document{suffix}") for suffix in (".bin", ".idx")])
     assert sums[0] == sums[1]
 
 

@@ -19,9 +19,7 @@ def write_jsonl(path: Path, texts: list[str] = TEXTS) -> Path:
         content = gzip.compress(content)
     elif path.suffix == ".zst":  # several frames, as parallel compressors write them
         half = len(content) // 2
-        content = b"".join(
-            zstandard.ZstdCompressor().compress(part) for part in (content[:half], b"", content[half:])
-        )
+        content = b"".join(zstandard.ZstdCompressor().compress(part) for part in (content[:half], b"", content[half:]))
     path.write_bytes(content)
     return path
 

@@ -14,9 +14,7 @@ MakeConfig = Callable[..., Config]
 def test_summary(tmp_path: Path, make_config: MakeConfig) -> None:
     a = write_dataset(tmp_path / "a_text_document", [20] * 10)
     b = write_dataset(tmp_path / "b_text_document", [40] * 10)
-    cfg = make_config(
-        [1, a.removesuffix("_text_document"), 3, b], **{"train.eval_interval": 5, "train.eval_iters": 1}
-    )
+    cfg = make_config([1, a.removesuffix("_text_document"), 3, b], **{"train.eval_interval": 5, "train.eval_iters": 1})
     summary = validate_data(cfg)
     assert (summary.documents, summary.tokens, summary.vocab_size, summary.tokenizer) == (20, 600, 1000, None)
     assert summary.train_samples == (180 - 1) // 16 + (360 - 1) // 16

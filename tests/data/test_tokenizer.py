@@ -28,9 +28,7 @@ def hf_folder(tmp_path: Path) -> Path:
     from transformers import PreTrainedTokenizerFast
 
     file = make_hf_json(tmp_path / "plain.json")
-    PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token="<|endoftext|>").save_pretrained(
-        tmp_path / "folder"
-    )
+    PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token="<|endoftext|>").save_pretrained(tmp_path / "folder")
     return tmp_path / "folder"
 
 
@@ -51,8 +49,7 @@ def test_sentencepiece_fingerprint_is_that_of_the_contents(sp_model: str, tmp_pa
     copy = tmp_path / "elsewhere.model"
     copy.write_bytes(Path(sp_model).read_bytes())
     assert (
-        build_tokenizer(TokenizerConfig(type="sentencepiece", model=str(copy))).fingerprint()
-        == original.fingerprint()
+        build_tokenizer(TokenizerConfig(type="sentencepiece", model=str(copy))).fingerprint() == original.fingerprint()
     )
 
 

@@ -18,9 +18,7 @@ from tests.helpers.shared_memory import register
 
 TIMEOUT = 900.0
 _CONTINUED = re.compile(r"\\\n\s*")
-_OURS = re.compile(
-    r"python (?P<script>\S+\.py)|torchrun --standalone --nproc-per-node (?P<ranks>\d+) pretrain_sgt\.py"
-)
+_OURS = re.compile(r"python (?P<script>\S+\.py)|torchrun --standalone --nproc-per-node (?P<ranks>\d+) pretrain_sgt\.py")
 
 
 def in_one_shell(script: str, place: Path) -> str:
@@ -56,11 +54,7 @@ def in_forks(script: str, place: Path) -> str:
         others = ""
         if line is not None and ours:
             words = shlex.split(line[ours.end() :], comments=True)
-            done = (
-                _ranks(int(ours["ranks"]), words, place)
-                if ours["ranks"]
-                else _alone(ours["script"], words, place)
-            )
+            done = _ranks(int(ours["ranks"]), words, place) if ours["ranks"] else _alone(ours["script"], words, place)
             for finished in done:
                 assert finished.code == 0, f"{line}\n{(finished.out + finished.err)[-6000:]}"
                 said += finished.out

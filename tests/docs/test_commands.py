@@ -64,9 +64,7 @@ def problems(command: Command) -> list[str]:
 def _make_problems(words: list[str]) -> list[str]:
     makefile = (ROOT / "Makefile").read_text()
     targets = [word for word in words if "=" not in word]
-    return [
-        f"no make target {t}" for t in targets if not re.search(rf"^{re.escape(t)}:", makefile, re.MULTILINE)
-    ]
+    return [f"no make target {t}" for t in targets if not re.search(rf"^{re.escape(t)}:", makefile, re.MULTILINE)]
 
 
 def _script_problems(script: str, arguments: list[str]) -> list[str]:

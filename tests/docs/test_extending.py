@@ -36,9 +36,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     info = folder / "loss_average-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: loss-average\nVersion: 1.0\n")
-    group, line = re.findall(
-        r'^\[project\.entry-points\."(.*)"\]\n(loss_average.*)$', block("toml"), re.MULTILINE
-    )[0]
+    group, line = re.findall(r'^\[project\.entry-points\."(.*)"\]\n(loss_average.*)$', block("toml"), re.MULTILINE)[0]
     (info / "entry_points.txt").write_text(f"[{group}]\n{line.replace(chr(34), '')}\n")
     return folder
 
@@ -91,9 +89,7 @@ def test_the_hook_of_the_page_goes_on_after_a_restart(site: Path, tmp_path: Path
 
 
 def test_the_hook_of_the_page_in_python(site: Path, tmp_path: Path) -> None:
-    config = tiny_config(
-        tmp_path / "run", write_tiny_data(tmp_path), train={"train_iters": STEPS, "eval_interval": 0}
-    )
+    config = tiny_config(tmp_path / "run", write_tiny_data(tmp_path), train={"train_iters": STEPS, "eval_interval": 0})
     run_on_ranks(1, train_in_python, config, site)
     assert averages(tmp_path / "run") == pytest.approx(expected(tmp_path / "run", 0.5), abs=1e-12)
 

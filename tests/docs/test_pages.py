@@ -46,9 +46,7 @@ def place(tmp_path: Path) -> Path:
     ],
 )
 @WAYS
-def test_every_command_works(
-    page: str, made: list[str], way: Callable[[str, Path], str], place: Path
-) -> None:
+def test_every_command_works(page: str, made: list[str], way: Callable[[str, Path], str], place: Path) -> None:
     if not (QUICKSTART / "hf/config.json").exists():
         (pytest.fail if REQUIRED else pytest.skip)("needs what 'make quickstart' leaves in runs/quickstart")
     shutil.copytree(QUICKSTART, place / "runs/quickstart")

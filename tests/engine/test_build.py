@@ -91,9 +91,7 @@ def donor_weights(runtime: Any) -> dict[str, torch.Tensor]:
     return gather_hf_weights(runtime, small_config())
 
 
-@pytest.mark.parametrize(
-    ("zero", "precision", "noise"), [(0, "fp32", 0.0), (1, "fp32", 0.0), (2, "bf16", 4e-3)]
-)
+@pytest.mark.parametrize(("zero", "precision", "noise"), [(0, "fp32", 0.0), (1, "fp32", 0.0), (2, "bf16", 4e-3)])
 def test_given_weights_reach_the_optimizers_copy(zero: int, precision: str, noise: float) -> None:
     """A step writes the optimizer's copy back to the model: it must be made of the given weights."""
     [differences] = run_on_ranks(1, from_weights, zero, precision, "")

@@ -19,9 +19,7 @@ def translated(world_size: int = 1, precision: str = "fp32", **sections: dict[st
     ("train", "tensor_parallel", "world_size", "accumulation"),
     [((2, 2), 1, 1, 1), ((2, 16), 1, 1, 8), ((2, 16), 1, 4, 2), ((2, 16), 2, 4, 4), ((1, 64), 4, 8, 32)],
 )
-def test_batch_sizes_multiply(
-    train: tuple[int, int], tensor_parallel: int, world_size: int, accumulation: int
-) -> None:
+def test_batch_sizes_multiply(train: tuple[int, int], tensor_parallel: int, world_size: int, accumulation: int) -> None:
     micro, total = train
     found = translated(
         world_size,
@@ -73,9 +71,7 @@ def test_reduce_scatter_can_be_had_back() -> None:
 
 @pytest.mark.parametrize(("stage", "clipping"), [(0, 0.0), (1, 0.7), (2, 0.7), (3, 0.7)])
 def test_stage_0_is_clipped_by_the_step(stage: int, clipping: float) -> None:
-    found = translated(
-        2, train={"global_batch_size": 4}, parallel={"zero_stage": stage}, optim={"clip_grad": 0.7}
-    )
+    found = translated(2, train={"global_batch_size": 4}, parallel={"zero_stage": stage}, optim={"clip_grad": 0.7})
     assert found["zero_optimization"]["stage"] == stage
     assert found["gradient_clipping"] == clipping
 

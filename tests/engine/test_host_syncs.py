@@ -69,9 +69,7 @@ def test_forward_and_backward_wait_for_nothing(
     allowed = {"side stream.synchronize", "event.synchronize"} if stage == 3 else set()
     for waits in seen["backward"]:
         assert set(waits) <= allowed and max(Counter(waits).values(), default=0) <= 1, waits
-    assert seen["step"][:-1] == [[]] * (MICRO_BATCHES - 1), (
-        "nothing is to be done before the last micro-batch"
-    )
+    assert seen["step"][:-1] == [[]] * (MICRO_BATCHES - 1), "nothing is to be done before the last micro-batch"
 
 
 def test_a_step_waits_once_to_read_its_norm(stage_and_waits: tuple[int, dict[str, list[list[str]]]]) -> None:

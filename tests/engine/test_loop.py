@@ -72,9 +72,7 @@ class Scripted:
         self.rates: list[float] = []
         self.seen: list[int] = []
 
-    def __call__(
-        self, engine: Any, batches: Iterator[Batch], lr: float, clip_grad: float, groups: Any
-    ) -> StepResult:
+    def __call__(self, engine: Any, batches: Iterator[Batch], lr: float, clip_grad: float, groups: Any) -> StepResult:
         taken = [int(batch["tokens"]) for batch in batches]
         assert len(taken) == ACCUMULATION and clip_grad == CONFIG.optim.clip_grad
         self.rates.append(lr)

@@ -88,9 +88,7 @@ def test_a_leftover_is_told_once(
     info = RankInfo(rank, 2, rank, 2, "127.0.0.1", 29500, "torchrun")
     for _ in range(2):
         prepare_process(small_config(parallel={"device": "cpu"}), info)
-    warning = (
-        "warning: DS_ACCELERATOR=cuda in the environment is ignored: parallel.device decides, here cpu\n"
-    )
+    warning = "warning: DS_ACCELERATOR=cuda in the environment is ignored: parallel.device decides, here cpu\n"
     assert capsys.readouterr().err == ("" if rank else warning)
 
 

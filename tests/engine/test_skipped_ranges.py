@@ -38,9 +38,7 @@ def test_what_a_start_takes_along(tmp_path: Path) -> None:
     there.write()
     assert SkippedRanges.at_start(own / "global_step3", own).ranges == []
     assert SkippedRanges.at_start(other / "global_step3", own).ranges == [(8, 16)]
-    assert SkippedRanges.at_start(own / "global_step3", own).ranges == [(8, 16)], (
-        "written beside the new run's own"
-    )
+    assert SkippedRanges.at_start(own / "global_step3", own).ranges == [(8, 16)], "written beside the new run's own"
     assert SkippedRanges.at_start(None, own).ranges == [] and not (own / PASSED_FILE).exists()
 
 

@@ -76,11 +76,7 @@ def _collect_tensors(value: Any, found: list[Tensor]) -> None:
 
 
 def same(one: Any, other: Any) -> bool:
-    pairs = (
-        zip(one.values(), other.values(), strict=True)
-        if isinstance(one, dict)
-        else zip(one, other, strict=True)
-    )
+    pairs = zip(one.values(), other.values(), strict=True) if isinstance(one, dict) else zip(one, other, strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
 
 

@@ -56,9 +56,7 @@ def test_parts_and_numbers_of_samples(tmp_path: Path) -> None:
     assert counts == {"train": 9, "valid": 4, "test": 4, ALL: 19}
     assert open_samples(which(prefix, ALL, 3), 160, None, cache)[1] == 3
     seen = open_samples(which(prefix, ALL), 160, None, cache)[0]
-    assert len({int(token) for i in range(19) for token in seen[i]["tokens"]}) == 19 * LENGTH, (
-        "each token once"
-    )
+    assert len({int(token) for i in range(19) for token in seen[i]["tokens"]}) == 19 * LENGTH, "each token once"
 
 
 def test_what_cannot_be_measured(tmp_path: Path) -> None:
@@ -89,9 +87,7 @@ def test_bits_per_byte_count_the_bytes_of_the_text(tmp_path: Path) -> None:
 
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     one = TokenizerConfig(type="sentencepiece", model=str(write_sentencepiece(tmp_path / "one.model")))
-    other = TokenizerConfig(
-        type="sentencepiece", model=str(write_sentencepiece(tmp_path / "other.model", 310))
-    )
+    other = TokenizerConfig(type="sentencepiece", model=str(write_sentencepiece(tmp_path / "other.model", 310)))
     prefix = write_words(tmp_path / "words", one)
     with pytest.raises(DataError, match="was tokenized with sentencepiece"):
         open_samples(which(prefix, ALL), 400, build_tokenizer(other), str(tmp_path / "cache"))

@@ -99,9 +99,7 @@ def test_recipe_of_the_paper(label: str) -> None:
     assert optim.min_lr == pytest.approx(optim.lr / 10)
     assert optim.lr <= 6e-4
     assert growth.first_selection_step == growth.window_size == optim.lr_warmup_iters
-    assert (
-        growth.first_selection_step + growth.max_selected_layers * growth.window_size < cfg.train.train_iters
-    )
+    assert growth.first_selection_step + growth.max_selected_layers * growth.window_size < cfg.train.train_iters
 
 
 def test_300m_is_the_paper_to_the_number() -> None:

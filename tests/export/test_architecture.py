@@ -43,9 +43,7 @@ def test_never_grown_models_are_plain_where_one_is_the_same_function(
 
 
 def test_grown_models_say_how_they_loop() -> None:
-    plan = LoopPlan(
-        4, ((3, LayerPlan(2, (1, 3))), (2, LayerPlan(1, (0,), 0.25)), (1, LayerPlan(block_loops=2)))
-    )
+    plan = LoopPlan(4, ((3, LayerPlan(2, (1, 3))), (2, LayerPlan(1, (0,), 0.25)), (1, LayerPlan(block_loops=2))))
     config = hf_config(model(), plan, 120, "fp16", TokenIds(1, 2, 0))
     assert config["sgt_loops"] == {
         "1": {"heads": [], "depth": 0, "block_loops": 2},

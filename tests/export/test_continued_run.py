@@ -96,9 +96,7 @@ def test_mixed_loops_are_refused() -> None:
         (GROWN, ("method: sgt", "method: vanilla"), "growth.method: is vanilla"),
     ],
 )
-def test_a_file_of_another_model_is_refused(
-    model: HFModel, change: tuple[str, str], says: str, tmp_path: Path
-) -> None:
+def test_a_file_of_another_model_is_refused(model: HFModel, change: tuple[str, str], says: str, tmp_path: Path) -> None:
     path = write(tmp_path / "run.yaml", model)
     assert fitting_config(path, model) == load_config(path)
     path.write_text(path.read_text().replace(*change))

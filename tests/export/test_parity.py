@@ -24,9 +24,7 @@ PLAIN = {
 }
 
 
-def exported(
-    tmp_path: Path, variant: str, grown: bool = True, options: ExportOptions = FP32, depth: int = 2
-) -> Export:
+def exported(tmp_path: Path, variant: str, grown: bool = True, options: ExportOptions = FP32, depth: int = 2) -> Export:
     write_run(tmp_path / "ckpt", export_config(variant, grown, depth), depth=depth)
     return export_checkpoint(tmp_path / "ckpt", tmp_path / "out", options=options)
 

@@ -45,9 +45,7 @@ def test_files_hold_the_tensors(tmp_path: Path, dtype: torch.dtype, max_bytes: i
         assert not (tmp_path / INDEX_FILE).exists()
 
 
-@pytest.mark.parametrize(
-    ("value", "words"), [(float("nan"), "c is not finite"), (1e6, "float16 cannot hold")]
-)
+@pytest.mark.parametrize(("value", "words"), [(float("nan"), "c is not finite"), (1e6, "float16 cannot hold")])
 def test_refuses_weights_that_are_no_numbers(tmp_path: Path, value: float, words: str) -> None:
     given = tensors()
     given["c"][3, 3] = value

@@ -22,9 +22,7 @@ LAYOUTS = [(1, 1, 0), (2, 2, 0), (2, 1, 1), (4, 2, 2), (1, 3, 3), (2, 2, 3)]
 
 @pytest.mark.parametrize("where", LAYOUTS)
 @pytest.mark.parametrize("keep_padding", [False, True])
-def test_reads_whole_tensors_of_every_layout(
-    tmp_path: Path, where: tuple[int, int, int], keep_padding: bool
-) -> None:
+def test_reads_whole_tensors_of_every_layout(tmp_path: Path, where: tuple[int, int, int], keep_padding: bool) -> None:
     config = odd_config()
     state = random_state(config)
     write_checkpoint(tmp_path, config, state, where)
@@ -52,15 +50,11 @@ def test_reads_layout_free_checkpoints(tmp_path: Path) -> None:
 def test_finds_the_step_that_is_asked_for(tmp_path: Path) -> None:
     folder = write_grown_checkpoint(tmp_path)
     assert find_checkpoint(tmp_path) == find_checkpoint(folder) == find_checkpoint(tmp_path, 7) == folder
-    with pytest.raises(
-        CheckpointError, match=f"no checkpoint of step 8 in {tmp_path}; there are: {folder.name}"
-    ):
+    with pytest.raises(CheckpointError, match=f"no checkpoint of step 8 in {tmp_path}; there are: {folder.name}"):
         find_checkpoint(tmp_path, 8)
 
 
-@pytest.mark.parametrize(
-    "name", ["sgt_state.json", "config.yaml", "zero_pp_rank_0_mp_rank_01_optim_states.pt"]
-)
+@pytest.mark.parametrize("name", ["sgt_state.json", "config.yaml", "zero_pp_rank_0_mp_rank_01_optim_states.pt"])
 def test_broken_files_are_named(tmp_path: Path, name: str) -> None:
     """Also where the sizes are right: a file of another kind of the same length."""
     folder = write_grown_checkpoint(tmp_path)

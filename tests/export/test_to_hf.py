@@ -96,9 +96,7 @@ BREAKAGES: list[tuple[Callable[[Path], None], str]] = [
 
 
 @pytest.mark.parametrize(("break_it", "words"), BREAKAGES, ids=lambda v: getattr(v, "__name__", ""))
-def test_broken_checkpoints_leave_nothing_behind(
-    tmp_path: Path, break_it: Callable[[Path], None], words: str
-) -> None:
+def test_broken_checkpoints_leave_nothing_behind(tmp_path: Path, break_it: Callable[[Path], None], words: str) -> None:
     break_it(write_grown_checkpoint(tmp_path / "ckpt"))
     with pytest.raises(CheckpointError, match=words):
         export_checkpoint(tmp_path / "ckpt", tmp_path / "out", options=FP32)

@@ -35,12 +35,8 @@ def test_finds_and_copies_a_sentencepiece_model(tmp_path: Path) -> None:
 
 
 def test_size_and_content_must_match(tmp_path: Path) -> None:
-    one = build_tokenizer(
-        TokenizerConfig(type="huggingface", model=str(write_hf_tokenizer(tmp_path / "one")))
-    )
-    other_folder = write_hf_tokenizer(
-        tmp_path / "other", text="quite different words in here, of another kind"
-    )
+    one = build_tokenizer(TokenizerConfig(type="huggingface", model=str(write_hf_tokenizer(tmp_path / "one"))))
+    other_folder = write_hf_tokenizer(tmp_path / "other", text="quite different words in here, of another kind")
     other = build_tokenizer(TokenizerConfig(type="huggingface", model=str(other_folder)))
     check_same(one, one)
     check_fits(one, one.vocab_size)

@@ -20,9 +20,7 @@ from tests.helpers.ranks import run_on_ranks
 from tests.helpers.trajectories import GOLDEN, make_trajectory, read_trajectory, settings_of, write_trajectory
 from tests.helpers.trajectory_runs import ALLOWED, differences, run_trajectory, structure, trajectory_on
 
-SHAPES = [(1, 1, False), (1, 2, False)] + [
-    (tp, dp, sp) for tp, dp in ((2, 1), (2, 2), (4, 1)) for sp in (False, True)
-]
+SHAPES = [(1, 1, False), (1, 2, False)] + [(tp, dp, sp) for tp, dp in ((2, 1), (2, 2), (4, 1)) for sp in (False, True)]
 """(tensor parallel, data parallel, sequence parallel): all that fit four ranks."""
 
 ALL = [(*shape, zero, recompute) for shape, zero, recompute in product(SHAPES, range(4), ("none", "full"))]

@@ -150,13 +150,9 @@ def test_entropy_is_one_for_even_attention_and_zero_for_one_position() -> None:
     assert entropies.shape == (3, 4)
     assert entropies.min() > 0.0 and entropies.max() < 1.0
     even = {**w, "self_attn.q_proj.weight": torch.zeros_like(w["self_attn.q_proj.weight"])}
-    assert reference_sgt.attention(even, x, None, BASE["model"])[1].tolist() == pytest.approx(
-        [1.0] * 4, abs=1e-6
-    )
+    assert reference_sgt.attention(even, x, None, BASE["model"])[1].tolist() == pytest.approx([1.0] * 4, abs=1e-6)
     sharp = {**w, "self_attn.q_proj.weight": 1e4 * w["self_attn.q_proj.weight"]}
-    assert reference_sgt.attention(sharp, x, None, BASE["model"])[1].tolist() == pytest.approx(
-        [0.0] * 4, abs=1e-6
-    )
+    assert reference_sgt.attention(sharp, x, None, BASE["model"])[1].tolist() == pytest.approx([0.0] * 4, abs=1e-6)
 
 
 def test_block_loop_equals_a_deeper_model_with_shared_layers() -> None:

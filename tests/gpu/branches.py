@@ -54,7 +54,6 @@ def _asks(node: ast.AST) -> bool:
     if isinstance(node, ast.Call):
         called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         return called in ASKING or any(
-            word.arg in ("pin_memory", "pinned") and ast.unparse(word.value) != "False"
-            for word in node.keywords
+            word.arg in ("pin_memory", "pinned") and ast.unparse(word.value) != "False" for word in node.keywords
         )
     return False

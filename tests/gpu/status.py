@@ -80,9 +80,7 @@ def page(results: Path = RESULTS) -> str:
         row = rows[place]
         by = f"`{row['by']}`" if row["by"].startswith("tests/") else row["by"]
         where = on_gpu.get(row.get("part", ""), "never")
-        text += (
-            f"| `{place.removeprefix('megatron_sgt/')}` | {row['what']} | {row['how']} | {by} | {where} |\n"
-        )
+        text += f"| `{place.removeprefix('megatron_sgt/')}` | {row['what']} | {row['how']} | {by} | {where} |\n"
     return text
 
 

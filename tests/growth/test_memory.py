@@ -18,9 +18,7 @@ def test_steps_until_fp32_has_forgotten(decay: float, steps: int) -> None:
 
 def run(exact: bool, seed: int, decay: float) -> tuple[list[object], int, np.ndarray]:
     """(events, measured steps, EMA at the last decision) of a run on random entropies."""
-    config = GrowthConfig(
-        exact_ema=exact, ema_decay=decay, first_selection_step=60, window_size=70, max_loop_depth=2
-    )
+    config = GrowthConfig(exact_ema=exact, ema_decay=decay, first_selection_step=60, window_size=70, max_loop_depth=2)
     schedule = SGTSchedule(config, LAYERS, HEADS)
     generator = np.random.default_rng(seed)
     events: list[object] = []

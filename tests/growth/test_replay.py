@@ -67,9 +67,7 @@ def test_the_same_plan_after_every_step(as_list: bool, tmp_path: Path) -> None:
         events += schedule.after_step(step)
         replayed.append(schedule.plan)
     assert replayed == plans
-    assert [(e.step, e.action, e.layer) for e in events] == [
-        (r["step"], r["action"], r["layer"]) for r in records
-    ]
+    assert [(e.step, e.action, e.layer) for e in events] == [(r["step"], r["action"], r["layer"]) for r in records]
     assert schedule.final_plan() == plans[-1]
 
 

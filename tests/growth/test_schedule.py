@@ -103,9 +103,7 @@ def test_state_continues_under_the_same_rule_and_version_only() -> None:
     with pytest.raises(CheckpointError, match=r"version of the growth rule \(checkpoint 1, run 2\)"):
         upwards(Second).load_state_dict(state)
     for standard in (SGTSchedule(GrowthConfig(), 3, 2), Vanilla(GrowthConfig(), 3, 2)):
-        with pytest.raises(
-            CheckpointError, match=rf"growth rule \(checkpoint 'upwards', run '{standard.name}'"
-        ):
+        with pytest.raises(CheckpointError, match=rf"growth rule \(checkpoint 'upwards', run '{standard.name}'"):
             standard.load_state_dict({**standard.state_dict(), "rule": "upwards"})
     with pytest.raises(CheckpointError, match="growth state is damaged: KeyError: 'layers'"):
         upwards().load_state_dict({k: v for k, v in state.items() if k != "layers"})

@@ -79,9 +79,7 @@ def test_every_option_against_the_reference(block: int) -> None:
             inference = schedule.plan.inference()
             for layer, gates in enumerate(reference.inference_gates()):
                 if reference.loops[layer]:
-                    assert inference[layer].kept_heads == tuple(h for h in range(heads) if gates[h] == 1.0), (
-                        where
-                    )
+                    assert inference[layer].kept_heads == tuple(h for h in range(heads) if gates[h] == 1.0), where
             actions |= {event.action for event in events}
     assert actions == {"first_selection", "select_new_layer", "increase_depth", "fixed"}
 
@@ -133,10 +131,9 @@ def test_golden_entropies_give_the_golden_structure_at_every_step() -> None:
         found = [event.to_dict() for event in schedule.after_step(step)]
         events += [{key: event[key] for key in GOLDEN_EVENT} for event in found]
         assert np.abs(schedule.ema - ema[step - 1]).max() < 1e-12, step
-        assert (
-            np.abs(schedule.plan.gates(schedule.num_heads) - golden["head_decay"][step - 1].numpy()).max()
-            < 1e-7
-        ), step
+        assert np.abs(schedule.plan.gates(schedule.num_heads) - golden["head_decay"][step - 1].numpy()).max() < 1e-7, (
+            step
+        )
         assert list(schedule.plan.loops) == golden["loop_depth"][step - 1].tolist(), step
     assert events == meta["events"]
     assert schedule.phase == "fixed" and not schedule.wanted

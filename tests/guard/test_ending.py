@@ -35,9 +35,7 @@ def test_done(result: int | None, code: int) -> None:
 
 
 @pytest.mark.parametrize(("error", "code"), [(ConfigError, 2), (DataError, 3), (CheckpointError, 4)])
-def test_a_mistake(
-    error: type[Exception], code: int, waited: list[float], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_mistake(error: type[Exception], code: int, waited: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     assert ending.run_rank(fail(error("wrong; do this"))) == code
     assert capsys.readouterr().err == "error: wrong; do this\n"
     assert sum(waited) == 0
@@ -52,9 +50,7 @@ def test_a_bug_and_an_interrupt(waited: list[float], capsys: pytest.CaptureFixtu
 
 def test_rank_0_reports_first_and_others_if_they_are_still_there() -> None:
     """A launcher ends the others when rank 0 leaves; what only one rank has met must be reported all the same."""
-    seconds = [
-        ending.patience(info) for info in (rank(0), rank(1), rank(2, local=0, of=4), rank(3, local=1, of=4))
-    ]
+    seconds = [ending.patience(info) for info in (rank(0), rank(1), rank(2, local=0, of=4), rank(3, local=1, of=4))]
     assert seconds[0] == 0 and seconds == sorted(set(seconds))
 
 

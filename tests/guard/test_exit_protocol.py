@@ -59,9 +59,7 @@ def test_one_reports_and_the_others_follow(
     with pytest.raises(Left, match="1"):
         other.fail(Failure("lost", 2, "n1", "step 7 (train)", "killed"), "start again")
     errors = capsys.readouterr().err
-    assert (
-        errors.splitlines()[0] == "LOST  rank 3 of 4 on n1, in step 7 (train)" and errors.count("LOST") == 1
-    )
+    assert errors.splitlines()[0] == "LOST  rank 3 of 4 on n1, in step 7 (train)" and errors.count("LOST") == 1
     assert (one.folder / "report.txt").read_text() == errors
     assert [path.name for path in one.folder.glob("first.*")] == ([] if store else ["first.json"])
 
@@ -95,9 +93,7 @@ def test_a_hang_leaves_every_ranks_stacks(ranks: list[ExitProtocol]) -> None:
     assert "test_a_hang_leaves_every_ranks_stacks" in text
 
 
-def test_a_store_that_is_gone_is_asked_once(
-    ranks: list[ExitProtocol], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_is_gone_is_asked_once(ranks: list[ExitProtocol], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
     def bounded(question: Any, seconds: float) -> NoReturn:
@@ -127,15 +123,11 @@ def test_only_one_thread_ends_the_process(ranks: list[ExitProtocol]) -> None:
     assert ranks[0].is_taken and not ranks[0]._taken.acquire(blocking=False)
 
 
-def test_who_reports_a_hang_records_too(
-    ranks: list[ExitProtocol], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_who_reports_a_hang_records_too(ranks: list[ExitProtocol], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(Left):
         ranks[0].fail(HANG, "start again")
     errors = capsys.readouterr().err
-    assert errors.index("HANG  rank 1") < errors.index("[rank 0] recorded"), (
-        "reported first, whatever the record does"
-    )
+    assert errors.index("HANG  rank 1") < errors.index("[rank 0] recorded"), "reported first, whatever the record does"
     with pytest.raises(Left):
         ranks[1].follow(LOST)
     assert (ranks[0].folder / "collectives").read_text() == "of rank 0", "only of a hang"

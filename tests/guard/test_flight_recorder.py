@@ -30,9 +30,7 @@ def test_a_cpus_collectives_are_recorded(tmp_path: Path) -> None:
     assert "test_a_cpus_collectives_are_recorded" in names, "with the stack that asked for it"
 
 
-def test_a_gpus_collectives_are_in_a_recorder_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpus_collectives_are_in_a_recorder_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
     monkeypatch.setattr(C10D, "_dump_nccl_trace_json", lambda: '{"entries": ["of NCCL"]}', raising=False)
     monkeypatch.setattr(C10D, "_dump_nccl_trace", lambda: b"pickle", raising=False)

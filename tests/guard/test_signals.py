@@ -47,9 +47,7 @@ def stuck_in_save(stop: StopRequests) -> None:
     stuck(stop)
 
 
-def _main(
-    body: Callable[[StopRequests], None], grace: float, training: bool, err: str, ready: object
-) -> None:
+def _main(body: Callable[[StopRequests], None], grace: float, training: bool, err: str, ready: object) -> None:
     os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
     signals.REPEAT_S = REPEAT_S
     stop = requests()

@@ -76,13 +76,9 @@ KERNELS = {
     "head_gradients": Kernel(_BACK, "head_gradients_kernel", "head_gradients", _PLAIN, False),
     "head_gradients, all": Kernel(_BACK, "head_gradients_kernel", "head_gradients", _FULL, False),
     "norm_weight_gradient": Kernel(_BACK, "norm_weight_gradient_kernel", "", {"ADD": False, "BN": 32}, False),
-    "norm_weight_gradient, added": Kernel(
-        _BACK, "norm_weight_gradient_kernel", "", {"ADD": True, "BN": 32}, False
-    ),
+    "norm_weight_gradient, added": Kernel(_BACK, "norm_weight_gradient_kernel", "", {"ADD": True, "BN": 32}, False),
     "input_gradient": Kernel(_BACK, "input_gradient_kernel", "input_gradient", _RESIDUAL),
-    "input_gradient, alone": Kernel(
-        _BACK, "input_gradient_kernel", "input_gradient", {"HAS_RESIDUAL": False}
-    ),
+    "input_gradient, alone": Kernel(_BACK, "input_gradient_kernel", "input_gradient", {"HAS_RESIDUAL": False}),
     "attend": Kernel(_ATTEND, "attend_kernel", "attend", {"ENTROPY": False, "SPLIT": False}),
     "attend, entropy": Kernel(_ATTEND, "attend_kernel", "attend", {"ENTROPY": True, "SPLIT": False}),
     "attend, split": Kernel(_ATTEND, "attend_kernel", "attend", {"ENTROPY": False, "SPLIT": True}),
@@ -90,9 +86,7 @@ KERNELS = {
     "merge": Kernel(_ATTEND, "merge_kernel", "", {"ENTROPY": True, "BM": 64}, False),
     "delta": Kernel(_ATTEND_BACK, "delta_kernel", "", {"BM": 64}, False),
     "attend_backward": Kernel(_ATTEND_BACK, "attend_backward_kernel", "attend_backward", {"SPLIT": False}),
-    "attend_backward, split": Kernel(
-        _ATTEND_BACK, "attend_backward_kernel", "attend_backward", {"SPLIT": True}
-    ),
+    "attend_backward, split": Kernel(_ATTEND_BACK, "attend_backward_kernel", "attend_backward", {"SPLIT": True}),
     "sum_parts": Kernel(_ATTEND_BACK, "sum_parts_kernel", "", {"BM": 64, "BN": 64}, False),
     "entropy, parts": Kernel("entropy_triton", "part_kernel", "", {"BN": 64}, False),
     "entropy, merge": Kernel("entropy_triton", "merge_kernel", "", {"BLOCK": 64}, False, warps=1),
@@ -112,9 +106,7 @@ def compile_kernel(name: str, target: str, size: int, dtype: str = "bf16", **val
     kernel, device = KERNELS[name], TARGETS[target]
     function = getattr(importlib.import_module(f"megatron_sgt.ops.{kernel.module}"), kernel.name)
     shape, launch = (
-        entry(kernel.tiles, device.arch, size, dtype == "fp32")
-        if kernel.tiles
-        else ({}, {"num_warps": kernel.warps})
+        entry(kernel.tiles, device.arch, size, dtype == "fp32") if kernel.tiles else ({}, {"num_warps": kernel.warps})
     )
     precision = "ieee" if dtype == "fp32" else "tf32"
     known = {**kernel.switches, **values, **shape, "H": size, "BH": size, "PRECISION": precision}
@@ -147,9 +139,7 @@ def _nvidia_usage(cubin: bytes) -> dict[str, Any]:
         file.write(cubin)
         file.flush()
         usage, code = (
-            subprocess.run(
-                [tools / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True
-            ).stdout
+            subprocess.run([tools / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True).stdout
             for flag in ("-res-usage", "-sass")
         )
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
@@ -181,9 +171,7 @@ def table() -> None:
     import triton
 
     columns = list(itertools.product(("sm_80", "sm_90"), HEAD_SIZES))
-    print(
-        f"| bf16, Triton {triton.__version__} | " + " | ".join(f"{t} d{size}" for t, size in columns) + " |"
-    )
+    print(f"| bf16, Triton {triton.__version__} | " + " | ".join(f"{t} d{size}" for t, size in columns) + " |")
     print("|" + " --- |" * (1 + len(columns)))
     for name in KERNELS:
         cells = [budget(compile_kernel(name, *column)) for column in columns]

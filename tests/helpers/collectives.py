@@ -45,9 +45,7 @@ class CollectiveCounter(TorchDispatchMode):
         self.control: Counter[tuple[str, int]] = Counter()
         self.control_calls: Counter[tuple[str, int]] = Counter()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name = func.name()
         if name.startswith("c10d::"):
             self._note(name.removeprefix("c10d::").split(".")[0], args)

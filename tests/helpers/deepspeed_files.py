@@ -66,9 +66,7 @@ def groups_of(names: Sequence[str], state: State, weight_decay_on: str) -> list[
     """Names by parameter group."""
     if weight_decay_on == "all":
         return [list(names)]
-    return [
-        [name for name in names if (state[WEIGHTS][name].dim() >= 2) is matrix] for matrix in (True, False)
-    ]
+    return [[name for name in names if (state[WEIGHTS][name].dim() >= 2) is matrix] for matrix in (True, False)]
 
 
 def write_stage0(path: Path, state: State, groups: Sequence[Sequence[str]], step: int = STEP) -> None:
@@ -99,8 +97,7 @@ def write_stage12(
     shapes = [{name: state[WEIGHTS][name].shape for name in group} for group in groups]
     torch.save({"param_shapes": shapes}, model_file)
     paddings = [
-        [-state[WEIGHTS][name].numel() % aligned if name != group[-1] else 0 for name in group]
-        for group in groups
+        [-state[WEIGHTS][name].numel() % aligned if name != group[-1] else 0 for name in group] for group in groups
     ]
     flat = {
         q: [_flat(values, g, p, 2 * dp_size) for g, p in zip(groups, paddings, strict=True)]
@@ -109,10 +106,7 @@ def write_stage12(
     lean = [sum(state[WEIGHTS][n].numel() for n in g) + sum(p) for g, p in zip(groups, paddings, strict=True)]
     for rank in range(dp_size):
         parts = {q: [whole.chunk(dp_size)[rank].clone() for whole in wholes] for q, wholes in flat.items()}
-        weights = [
-            part[: max(0, size - rank * part.numel())]
-            for part, size in zip(parts[WEIGHTS], lean, strict=True)
-        ]
+        weights = [part[: max(0, size - rank * part.numel())] for part, size in zip(parts[WEIGHTS], lean, strict=True)]
         states = {
             index: {"step": torch.tensor(float(STEP)), **{m: parts[m][index] for m in MOMENTS}}
             for index in range(len(groups))
@@ -128,11 +122,7 @@ def write_stage12(
 
 
 def _flat(values: Mapping[str, Tensor], names: Sequence[str], paddings: Sequence[int], unit: int) -> Tensor:
-    pieces = [
-        p
-        for name, pad in zip(names, paddings, strict=True)
-        for p in (values[name].flatten(), torch.zeros(pad))
-    ]
+    pieces = [p for name, pad in zip(names, paddings, strict=True) for p in (values[name].flatten(), torch.zeros(pad))]
     total = sum(piece.numel() for piece in pieces)
     return torch.cat([*pieces, torch.zeros(-total % unit)])
 
@@ -152,14 +142,9 @@ def write_stage3(
 
         def part(tensor: Tensor, rank: int = rank) -> Tensor:
             size = -(-tensor.numel() // dp_size)
-            return torch.cat([tensor.flatten(), torch.full((size * dp_size,), 9.0)])[
-                rank * size : (rank + 1) * size
-            ]
+            return torch.cat([tensor.flatten(), torch.full((size * dp_size,), 9.0)])[rank * size : (rank + 1) * size]
 
-        flat = {
-            q: [torch.cat([part(values[n]) for n in group]) for group in groups]
-            for q, values in state.items()
-        }
+        flat = {q: [torch.cat([part(values[n]) for n in group]) for group in groups] for q, values in state.items()}
         states = {
             index: {"step": torch.tensor(float(STEP)), **{m: flat[m][index] for m in MOMENTS}}
             for index in range(len(groups))

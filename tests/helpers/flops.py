@@ -13,9 +13,7 @@ def _forward(query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, 
     return sdpa_flop_count(query.shape, key.shape, value.shape)
 
 
-def _backward(
-    grad: Any, query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **kwargs: Any
-) -> int:
+def _backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
     return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
 
 

@@ -184,9 +184,7 @@ def _is_consequence(error: BaseException) -> bool:
     return "Connection" in str(error) or "connection" in str(error)
 
 
-def _rank_main(
-    where: tuple[int, int, str, str], log: str, pipe: connection.Connection, payload: bytes
-) -> None:
+def _rank_main(where: tuple[int, int, str, str], log: str, pipe: connection.Connection, payload: bytes) -> None:
     """A forked rank: run, report, wait until all are done, leave without tearing anything down."""
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
@@ -215,9 +213,7 @@ def _call(rank: int, world_size: int, store: str, backend: str, payload: bytes) 
         from tests.helpers.shared_memory import register
 
         register(Path(store).parent)
-    dist.init_process_group(
-        backend, store=dist.FileStore(store, world_size), rank=rank, world_size=world_size
-    )
+    dist.init_process_group(backend, store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
     function, args = pickle.loads(payload)
     return function(info, *args)
 

@@ -148,9 +148,7 @@ class ReferenceSchedule:
         for n in self.selected:
             for h in self.shape[1]:
                 fading = h not in self.kept[n]
-                self.gates[n][h] = (
-                    self.decayed((step - self.chosen_at[n]) / cfg["window_size"]) if fading else 1.0
-                )
+                self.gates[n][h] = self.decayed((step - self.chosen_at[n]) / cfg["window_size"]) if fading else 1.0
         if not self.grows or self.phase == "fixed" or step < self.window_end:
             return None
         if self.phase == "vanilla" and step < cfg["first_selection_step"]:
@@ -250,13 +248,9 @@ def run_trajectory(init: Params, tokens: Tensor, settings: Settings, probe_token
     inference mode (gates 0 or 1) after the last step.
     """
     if settings["optim"]["schedule"] != "constant":
-        raise ValueError(
-            f"learning-rate schedule {settings['optim']['schedule']!r}: the reference knows constant"
-        )
+        raise ValueError(f"learning-rate schedule {settings['optim']['schedule']!r}: the reference knows constant")
     model, optim = settings["model"], settings["optim"]
-    params = {
-        name: w.detach().to(torch.get_default_dtype()).clone().requires_grad_() for name, w in init.items()
-    }
+    params = {name: w.detach().to(torch.get_default_dtype()).clone().requires_grad_() for name, w in init.items()}
     optimizer = torch.optim.AdamW(
         params.values(),
         lr=optim["lr"],
@@ -265,9 +259,7 @@ def run_trajectory(init: Params, tokens: Tensor, settings: Settings, probe_token
         weight_decay=optim["weight_decay"],
     )
     schedule = ReferenceSchedule(settings["growth"], model["num_layers"], model["num_attention_heads"])
-    rows: dict[str, list[Any]] = {
-        k: [] for k in ("loss", "grad_norm", "ema_entropy", "head_decay", "loop_depth")
-    }
+    rows: dict[str, list[Any]] = {k: [] for k in ("loss", "grad_norm", "ema_entropy", "head_decay", "loop_depth")}
     events = []
     for step in range(1, settings["steps"] + 1):
         loss, norm = train_step(params, optimizer, tokens[step - 1].long(), schedule, settings)

@@ -34,9 +34,7 @@ def load_and_look(info: RankInfo, config: Config, folder: Path, steps_before: in
         _step(engine, config, groups)
     settings = _settings(engine)
     made = read_json(folder / STATE_FILE)["layout_free"]
-    load_into_engine(
-        LayoutFreeReader(folder), made["optimizer_step"], made["loss_scale"], config.model, engine, groups
-    )
+    load_into_engine(LayoutFreeReader(folder), made["optimizer_step"], made["loss_scale"], config.model, engine, groups)
     seen: dict[str, Any] = {"tp_rank": groups.tp_rank, "settings_kept": _settings(engine) == settings}
     seen["state"], seen["model"] = _state(engine), _model(engine)
     seen["steps"] = [float(state["step"]) for state in engine.optimizer.state.values()]
@@ -60,10 +58,7 @@ def _settings(engine: Any) -> list[dict[str, Any]]:
 def _state(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 0:
-        moments = {
-            m: {n: optimizer.state[p][m].clone() for n, p in engine.module.named_parameters()}
-            for m in MOMENTS
-        }
+        moments = {m: {n: optimizer.state[p][m].clone() for n, p in engine.module.named_parameters()} for m in MOMENTS}
         return {WEIGHTS: {n: p.data.clone() for n, p in engine.module.named_parameters()}, **moments}
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._lazy_init_hp_params_optimizer_state()  # as in DeepSpeed's first step

@@ -86,11 +86,7 @@ def pretrain(info: RankInfo, config: Config) -> None:
 def measured_steps(run_dir: Path) -> list[dict[str, Any]]:
     """What every step measured, in order; times left out."""
     records = read_metrics(run_dir / METRICS_FILE)
-    return [
-        {name: record.get(name) for name in ("step", *MEASURED)}
-        for record in records
-        if record["kind"] == "train"
-    ]
+    return [{name: record.get(name) for name in ("step", *MEASURED)} for record in records if record["kind"] == "train"]
 
 
 def reported(run_dir: Path, kind: str) -> list[dict[str, Any]]:

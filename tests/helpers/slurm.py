@@ -108,11 +108,7 @@ class SlurmCluster:
             if f"SLURMD_NODENAME={node}\0" in environ and str(self.conf) in environ:
                 for victim in [*_daemons_above(pid), pid]:
                     _kill(victim)
-            elif (
-                command.startswith("slurmd\0")
-                and command.endswith(f"-N\0{node}\0")
-                and str(self.conf) in environ
-            ):
+            elif command.startswith("slurmd\0") and command.endswith(f"-N\0{node}\0") and str(self.conf) in environ:
                 _kill(pid)
 
     def tasks(self, number: str) -> list[int]:
@@ -174,9 +170,7 @@ class SlurmCluster:
         return done.stdout.strip()
 
 
-def until(
-    condition: Callable[[], bool], what: str, seconds: float, describe: Callable[[], str] = lambda: ""
-) -> None:
+def until(condition: Callable[[], bool], what: str, seconds: float, describe: Callable[[], str] = lambda: "") -> None:
     """Wait for ``condition``; AssertionError after ``seconds``."""
     deadline = time.monotonic() + seconds
     while not condition():

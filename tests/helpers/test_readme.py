@@ -14,9 +14,7 @@ HELPERS = Path(__file__).parent
 def test_every_module_is_named_and_is_there() -> None:
     modules = {path.stem for path in HELPERS.glob("*.py") if not path.name.startswith("test_")}
     _, _, text = (HELPERS / "README.md").read_text(encoding="utf-8").partition("## All modules")
-    named = {
-        name for line in text.splitlines() if line.startswith("- ") for name in re.findall(r"`(\w+)`", line)
-    }
+    named = {name for line in text.splitlines() if line.startswith("- ") for name in re.findall(r"`(\w+)`", line)}
     assert modules - named == set()
     assert named - modules - {"REQUIRED"} == set()
 

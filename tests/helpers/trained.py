@@ -29,9 +29,7 @@ class Told:
     loop_depth: list[int]
 
 
-def train_and_tell(
-    info: RankInfo, config: Config, probe: Tensor, prompts: Tensor, new_tokens: int
-) -> Told | None:
+def train_and_tell(info: RankInfo, config: Config, probe: Tensor, prompts: Tensor, new_tokens: int) -> Told | None:
     """Train to the end (which saves a checkpoint), then ask the ranks' own model; rank 0 returns."""
     run = PretrainingRun(config, info)
     run.train()

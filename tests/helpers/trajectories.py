@@ -147,9 +147,7 @@ def decision_margin(ema_entropy: Tensor, metadata: dict[str, Any]) -> float:
     for event in metadata["events"]:
         ema = ema_entropy[event["step"] - 1]
         scores = ema.mean(1)
-        ranked = sorted(
-            (float(s) for n, s in enumerate(scores) if n not in growth["exclude_layers"]), reverse=True
-        )
+        ranked = sorted((float(s) for n, s in enumerate(scores) if n not in growth["exclude_layers"]), reverse=True)
         if growth["top_k_layers"] < len(ranked):
             margin = min(margin, ranked[growth["top_k_layers"] - 1] - ranked[growth["top_k_layers"]])
         ranks_heads = growth.get("head_choice", "highest") in ("highest", "lowest")
@@ -178,8 +176,6 @@ def make_trajectory(
     metadata = {**deepcopy(settings), "events": result.pop("events")}
     margin = decision_margin(result["ema_entropy"], metadata)
     if margin < min_margin:
-        raise ValueError(
-            f"seed {seed}: a decision hangs on {margin:.1e} of entropy, less than {min_margin:.1e}"
-        )
+        raise ValueError(f"seed {seed}: a decision hangs on {margin:.1e} of entropy, less than {min_margin:.1e}")
     tensors = {f"init/{name}": w for name, w in init.items()}
     return {**tensors, **result, "tokens": tokens, "probe_tokens": probe_tokens.clone()}, metadata

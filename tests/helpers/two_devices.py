@@ -40,9 +40,7 @@ class TwoDevices(TorchFunctionMode):
         asked = [value for value in (*arguments, keywords.get("device")) if isinstance(value, torch.device)]
         places = [device_of(t) for t in _tensors((arguments, keywords)) if t.dim() or function is torch.stack]
         if len(set(places)) > 1:
-            raise RuntimeError(
-                f"Expected all tensors to be on the same device, but found {sorted(map(str, places))}"
-            )
+            raise RuntimeError(f"Expected all tensors to be on the same device, but found {sorted(map(str, places))}")
         found = any(device_of(t) == GPU for t in _tensors((arguments, keywords)))
         if function is torch.Tensor.cpu or asked:
             found = bool(asked) and asked[0] == GPU

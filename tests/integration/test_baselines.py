@@ -22,9 +22,7 @@ def runs(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     for name, preset in PRESETS.items():
         growth = {**TINY["growth"], **preset(TINY["model"]["num_layers"])}
-        run_on_ranks(
-            1, pretrain, tiny_config(folder / name, data, growth=growth, checkpoint={"save_interval": 0})
-        )
+        run_on_ranks(1, pretrain, tiny_config(folder / name, data, growth=growth, checkpoint={"save_interval": 0}))
     return folder
 
 

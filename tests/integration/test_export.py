@@ -93,9 +93,7 @@ def test_the_export_is_the_trained_model(
     with torch.no_grad():
         logits = model(probe, use_cache=False).logits
         cached = model.generate(prompts, **GREEDY, max_new_tokens=new_tokens)[:, 8:]
-        uncached = model.generate(prompts, **GREEDY, max_new_tokens=min(new_tokens, 64), use_cache=False)[
-            :, 8:
-        ]
+        uncached = model.generate(prompts, **GREEDY, max_new_tokens=min(new_tokens, 64), use_cache=False)[:, 8:]
     gap = float((logits - told.logits).abs().max())
     print(f"logits {gap:.1e}, loss {abs(loss_of(logits, probe) - told.loss):.1e}")
     assert gap <= 1e-4

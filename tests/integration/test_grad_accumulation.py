@@ -51,9 +51,7 @@ def own_batch(config: Config, groups: ParallelGroups, number: int) -> dict[str, 
     return random_batch(config, seed=1000 * groups.dp_rank + number % DIFFERENT)
 
 
-def reference(
-    config: Config, groups: ParallelGroups, precision: str, micro_batches: int
-) -> dict[str, Tensor]:
+def reference(config: Config, groups: ParallelGroups, precision: str, micro_batches: int) -> dict[str, Tensor]:
     """Mean over all micro-batches of all ranks, in float64, of gradients that are computed in ``precision``."""
     model = build_model(config, groups, precision, 3).to(DTYPES[precision]).train()
     named = dict(model.named_parameters())

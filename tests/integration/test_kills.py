@@ -134,9 +134,7 @@ def test_a_disk_that_is_full_for_one_rank_stops_nobody(name: str, data: str, tmp
     config = run_config(tmp_path, data, name, stop=6)
     run_on_ranks(2, on_full_disk, config)
     [failed] = reported(tmp_path, "save_failed")
-    assert (
-        "global_step1: No space left on device" in failed["reason"] and "training goes on" in failed["reason"]
-    )
+    assert "global_step1: No space left on device" in failed["reason"] and "training goes on" in failed["reason"]
     assert layout.step_of(layout.finished_tags(config.save_dir)[-1]) == 6 == step_reached(config.save_dir)
     assert next(record["step"] for record in reported(tmp_path, "save")) > 1
     assert not list(config.save_dir.glob("*.tmp"))

@@ -139,9 +139,7 @@ def test_every_launcher_runs_the_same(
 @pytest.mark.slow
 @pytest.mark.mpi
 @NO_MPI
-def test_mpirun_runs_the_same(
-    data: str, expected: dict[int, list[dict[str, object]]], tmp_path: Path
-) -> None:
+def test_mpirun_runs_the_same(data: str, expected: dict[int, list[dict[str, object]]], tmp_path: Path) -> None:
     check_run(mpirun, expected[2], expected[1], data, tmp_path)
 
 

@@ -42,9 +42,7 @@ class Fingerprints(Hook):
         self.seen.append((self.schedule.plan.fingerprint(), executed_plan(self.model).fingerprint()))
 
 
-def train_apart(
-    info: RankInfo, config: Config, ties: bool, share: bool
-) -> tuple[list[tuple[str, str]], list[Any]]:
+def train_apart(info: RankInfo, config: Config, ties: bool, share: bool) -> tuple[list[tuple[str, str]], list[Any]]:
     """Train while the last rank's entropies are 1 ulp larger in one layer.
 
     ties: all entropies are 0.5, so that this last bit decides. share: as it is; else every rank keeps its own

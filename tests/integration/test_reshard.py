@@ -176,9 +176,7 @@ def source(folder: Path, data: str, where: Layout, variant: str) -> tuple[Path, 
     return run_dir / "checkpoints", run(run_dir, data, where, variant)
 
 
-def compare(
-    expected: dict[int, dict[str, Any]], found: dict[int, dict[str, Any]], saved_at: int
-) -> list[float]:
+def compare(expected: dict[int, dict[str, Any]], found: dict[int, dict[str, Any]], saved_at: int) -> list[float]:
     """Loss differences of the next steps; everything that is not rounded differently must be equal."""
     assert list(found) == list(range(saved_at + 1, saved_at + STEPS + 1))
     for step, record in found.items():
@@ -244,9 +242,7 @@ def test_the_resumed_run_resumes_exactly(here: Layout, folder: Path, data: str, 
     assert differing_leaves(whole / last, parts / last) == []
 
 
-def test_a_run_resumes_its_own_checkpoints_under_another_layout(
-    folder: Path, data: str, tmp_path: Path
-) -> None:
+def test_a_run_resumes_its_own_checkpoints_under_another_layout(folder: Path, data: str, tmp_path: Path) -> None:
     """The automatic way, from checkpoint.save: converted once, read the second time, removed with the original."""
     run_dir = tmp_path / "run"
     root = run_dir / "checkpoints"
@@ -278,9 +274,7 @@ def test_the_tool_makes_the_checkpoint_that_a_run_would(folder: Path, data: str,
 
 
 @pytest.mark.parametrize("damage", ["step", "exp_avg", "exp_avg_sq", "weights"])
-def test_losses_do_not_continue_from_another_state(
-    damage: str, folder: Path, data: str, tmp_path: Path
-) -> None:
+def test_losses_do_not_continue_from_another_state(damage: str, folder: Path, data: str, tmp_path: Path) -> None:
     """The negative control: what the comparison would miss, it would be no test of."""
     root, expected = source(folder, data, (2, 1, 1), "plain")
     copy, *_ = convert(root / f"global_step{INSIDE}", tmp_path / "any")
@@ -297,15 +291,11 @@ def test_losses_do_not_continue_from_another_state(
     # Sealed again: a changed file alone is refused by its checksum.
     about = {k: v for k, v in read_manifest(copy).items() if k not in ("version", "tag", "files")}
     write_manifest(copy, about)
-    found = run(
-        tmp_path / "run", data, (1, 2, 1), "plain", load=str(copy), save_interval=0, stop=INSIDE + STEPS
-    )
+    found = run(tmp_path / "run", data, (1, 2, 1), "plain", load=str(copy), save_interval=0, stop=INSIDE + STEPS)
     assert max(compare(expected, found, INSIDE)) > 3 * TOLERANCE
 
 
-def test_the_stock_conversion_of_deepspeed_accepts_the_checkpoint(
-    folder: Path, data: str, tmp_path: Path
-) -> None:
+def test_the_stock_conversion_of_deepspeed_accepts_the_checkpoint(folder: Path, data: str, tmp_path: Path) -> None:
     root, _ = source(folder, data, (2, 1, 1), "plain")
     checkpoint = root / f"global_step{INSIDE}"
     arguments = ["--input_folder", str(checkpoint), "--output_folder", str(tmp_path / "stock")]

@@ -14,9 +14,7 @@ def test_table_is_reproducible_to_the_digit(tmp_path: Path) -> None:
         "train_iters": STEPS, "micro_batch_size": 4, "global_batch_size": 8, "eval_interval": STEPS, "eval_iters": 2,
         "threads_per_rank": 1,
     }  # fmt: skip
-    config = tiny_config(
-        tmp_path / "run", write_tiny_data(tmp_path), train=train, checkpoint={"save_interval": 0}
-    )
+    config = tiny_config(tmp_path / "run", write_tiny_data(tmp_path), train=train, checkpoint={"save_interval": 0})
     (tmp_path / "c.yaml").write_text(config.to_yaml())
     tables = []
     for name in ("one", "two"):
@@ -28,6 +26,4 @@ def test_table_is_reproducible_to_the_digit(tmp_path: Path) -> None:
         tables.append((tmp_path / name / "table.md").read_text())
         assert (tmp_path / name / "compare" / "compare.html").exists()
         assert "vanilla | +0.00 %" in (tmp_path / name / "times.md").read_text()
-    assert (
-        tables[0] == tables[1] and "| sgt | 1 | +" in tables[0] and "| vanilla | 1 | +0.00 % |" in tables[0]
-    )
+    assert tables[0] == tables[1] and "| sgt | 1 | +" in tables[0] and "| vanilla | 1 | +0.00 % |" in tables[0]

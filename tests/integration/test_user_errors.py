@@ -332,9 +332,7 @@ def test_what_is_no_mistake_but_worth_a_word(folder: Path) -> None:
     done = pretrain(folder, *SAVED)
     assert done.code == 0 and "nothing to do: raise train.train_iters (now 4)" in done.out, done.out
     assert "NaN" not in done.out and done.err == ""
-    assert (
-        "global_step4 is at step 4 of 4; raise train.train_iters" in pretrain(folder, *SAVED, "--dry-run").out
-    )
+    assert "global_step4 is at step 4 of 4; raise train.train_iters" in pretrain(folder, *SAVED, "--dry-run").out
     assert snapshot(folder / "saved" / "checkpoints") == before
     longer = pretrain(folder, *SAVED, "train.train_iters=6", "optim.lr=2e-3")
     assert longer.code == 0 and "changed: optim.lr 0.001 -> 0.002; train.train_iters 4 -> 6" in longer.out

@@ -12,9 +12,7 @@ from tests.helpers.commands import ROOT, Finished, run_process
 from tests.helpers.runs import measured_steps, tiny_config, write_tiny_data
 
 # None in sys.modules makes an import fail and a search find nothing.
-WITHOUT = (
-    "import runpy, sys; sys.modules['triton'] = None; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
-)
+WITHOUT = "import runpy, sys; sys.modules['triton'] = None; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
 WITH = "import runpy, sys; import triton; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
 
 

@@ -163,9 +163,7 @@ class Library:
         ("nvmlDeviceGetCudaComputeCapability", None),
     ],
 )
-def test_the_generation_of_the_gpus(
-    fails: str, generation: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_generation_of_the_gpus(fails: str, generation: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     library = Library(fails)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
     assert gpu_generation() == generation

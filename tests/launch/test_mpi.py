@@ -54,9 +54,7 @@ def install(monkeypatch: pytest.MonkeyPatch, comm: FakeComm) -> None:
     monkeypatch.setitem(sys.modules, "mpi4py.MPI", mpi)
 
 
-@pytest.mark.parametrize(
-    "environ", [HYDRA, {"OMPI_COMM_WORLD_SIZE": "4"}, {"PMI_RANK": "1", "PMI_SIZE": "4"}]
-)
+@pytest.mark.parametrize("environ", [HYDRA, {"OMPI_COMM_WORLD_SIZE": "4"}, {"PMI_RANK": "1", "PMI_SIZE": "4"}])
 def test_rank_of_several_hosts(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str]) -> None:
     install(monkeypatch, FakeComm(3, 4, ["a", "a", "b", "b"], sent=("a", 4711)))
     info = discover(environ)

@@ -118,9 +118,7 @@ def test_starts_without_a_newer_checkpoint_are_counted(start: Start, tmp_path: P
         (tmp_path / "next").write_text(f"global_step{step}")  # as checkpoints have it, without a newline
         return "scontrol requeue" in start(1, 1, replace(JOB, retries=retries))[1]
 
-    assert [is_started_again(10) for _ in range(4)] == [True, True, True, False], (
-        "the first one brought step 10"
-    )
+    assert [is_started_again(10) for _ in range(4)] == [True, True, True, False], "the first one brought step 10"
     assert [is_started_again(10) for _ in range(3)] == [True, True, False], "giving up forgets"
     assert [is_started_again(step) for step in (20, 20, 30, 30, 30, 30)] == [True] * 5 + [False]
     assert [is_started_again(step, retries=0) for step in (40, 50, 50)] == [True, True, False]
@@ -144,10 +142,7 @@ def test_containers(start: Start, tmp_path: Path, image: str) -> None:
     assert start(0, 0, job)[0] == 0
     arguments = (tmp_path / "srun.arguments").read_text()
     if job.runtime == "apptainer":
-        assert (
-            f"apptainer exec --nv --bind {tmp_path} --bind /data --pwd {tmp_path} {image} bash -c"
-            in arguments
-        )
+        assert f"apptainer exec --nv --bind {tmp_path} --bind /data --pwd {tmp_path} {image} bash -c" in arguments
     else:
         assert f"--container-image={image} --container-mounts={tmp_path}:{tmp_path},/data:/data" in arguments
 

@@ -45,9 +45,7 @@ def test_a_terminal_gets_colour(terminal: Terminal) -> None:
 
 
 @pytest.mark.parametrize(("variable", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
-def test_colour_can_be_refused(
-    terminal: Terminal, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
-) -> None:
+def test_colour_can_be_refused(terminal: Terminal, monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
     monkeypatch.setenv(variable, value)
     ConsoleWriter(progress_bar="off", stream=terminal).write("train", {**TRAIN, "loss": math.nan})
     assert "\x1b" not in terminal.getvalue()

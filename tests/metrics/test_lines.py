@@ -64,9 +64,7 @@ def test_train_line_parts(change: dict[str, Any], old: str, new: str) -> None:
     assert lines.train_line({**TRAIN, **change}) == TRAIN_TEXT.replace(old, new)
 
 
-@pytest.mark.parametrize(
-    ("loss", "shown"), [(math.nan, "loss NaN"), (math.inf, "loss inf"), (-math.inf, "loss -inf")]
-)
+@pytest.mark.parametrize(("loss", "shown"), [(math.nan, "loss NaN"), (math.inf, "loss inf"), (-math.inf, "loss -inf")])
 def test_a_bad_loss_is_shown_and_painted(loss: float, shown: str) -> None:
     assert f"  {shown}  " in lines.train_line({**TRAIN, "loss": loss})
     assert f"<bad:{shown}>" in lines.train_line({**TRAIN, "loss": loss}, marked)
@@ -122,9 +120,7 @@ def test_growth_lines_of_a_bare_event() -> None:
     assert lines.growth_line(growth("increase_depth", fade_until_step=99)) == (
         "GROW  step 1,250  layer 19 loops once more  keep heads [4,11]  depth 2"
     )
-    assert (
-        lines.growth_line({"step": 7, "action": "some_action", "layer": None}) == "GROW  step 7  some action"
-    )
+    assert lines.growth_line({"step": 7, "action": "some_action", "layer": None}) == "GROW  step 7  some action"
 
 
 def test_growth_line_of_the_end() -> None:
@@ -134,9 +130,7 @@ def test_growth_line_of_the_end() -> None:
         "loop_depth": [0, 0, 0, 2, *[0] * 15, 1],
     }
     assert lines.growth_line(record) == ("GROW  step 1,250  structure fixed: 19[4,11] 3[0,1]x2  +0.6 % FLOPs")
-    assert "structure fixed: no layer loops" in lines.growth_line(
-        {"step": 1, "action": "fixed", "layer": None}
-    )
+    assert "structure fixed: no layer loops" in lines.growth_line({"step": 1, "action": "fixed", "layer": None})
 
 
 def test_valid_line() -> None:
@@ -148,9 +142,7 @@ def test_valid_line() -> None:
 
 def test_save_line() -> None:
     record = {"step": 1250, "path": "runs/x/checkpoints/global_step1250", "seconds": 8.06, "bytes": 1.74e10}
-    assert lines.save_line(record) == (
-        "SAVE  step 1,250  17.4 GB in 8.1 s  runs/x/checkpoints/global_step1250"
-    )
+    assert lines.save_line(record) == ("SAVE  step 1,250  17.4 GB in 8.1 s  runs/x/checkpoints/global_step1250")
     assert lines.save_line({"step": 3, "path": "p"}) == "SAVE  step 3  p"
 
 

@@ -42,9 +42,7 @@ class Mishaps(Hook):
         self.parts = parts
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        self.parts.hub.log(
-            "hook", {"step": state.step, "hook": self.name, "values": {"loss": float(result.loss)}}
-        )
+        self.parts.hub.log("hook", {"step": state.step, "hook": self.name, "values": {"loss": float(result.loss)}})
         if state.step == STOP_AT:
             self.stop.receive(signal.SIGTERM)
 
@@ -66,9 +64,7 @@ def run_with_mishaps(info: RankInfo, config: Config) -> None:
 
     def raised(self: Any, *args: Any, **named: Any) -> Any:
         loss = forward(self, *args, **named)
-        if (
-            run.state.step == SPIKE_AT - 1 and len(spiked) < 2
-        ):  # both micro-batches of the step, the first time
+        if run.state.step == SPIKE_AT - 1 and len(spiked) < 2:  # both micro-batches of the step, the first time
             spiked.append(True)
             return 10.0 * loss
         return loss
@@ -107,16 +103,10 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", RECORDS)
 def test_a_run_writes_what_is_declared(kind: str, records: list[dict[str, Any]]) -> None:
-    ours = [
-        {name: v for name, v in record.items() if name != "kind"}
-        for record in records
-        if record["kind"] == kind
-    ]
+    ours = [{name: v for name, v in record.items() if name != "kind"} for record in records if record["kind"] == kind]
     declared = get_type_hints(RECORDS[kind])
     assert {name for record in ours for name in record} == set(declared)
-    wrong = {
-        name: value for record in ours for name, value in record.items() if not _is(value, declared[name])
-    }
+    wrong = {name: value for record in ours for name, value in record.items() if not _is(value, declared[name])}
     assert wrong == {}
 
 

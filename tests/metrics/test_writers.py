@@ -102,9 +102,7 @@ def test_wandb_refusal_is_one_message(wandb: Any, tmp_path: Path) -> None:
         raise RuntimeError("api_key not configured")
 
     wandb.init = refuse
-    with pytest.raises(
-        ConfigError, match=r"refused project 'proj': api_key not configured.*WANDB_MODE=offline"
-    ):
+    with pytest.raises(ConfigError, match=r"refused project 'proj': api_key not configured.*WANDB_MODE=offline"):
         WandbWriter("proj", None, tmp_path)
 
 

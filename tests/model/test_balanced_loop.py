@@ -32,9 +32,7 @@ PLANS: dict[str, LayerPlan] = {
 }
 
 
-def _step(
-    info: RankInfo, method: str, model: dict[str, Any], plan: LayerPlan, sequence_parallel: bool
-) -> Any:
+def _step(info: RankInfo, method: str, model: dict[str, Any], plan: LayerPlan, sequence_parallel: bool) -> Any:
     """Two micro-batches through one model: (losses, gradients, entropies) of this rank."""
     config = small_config(
         model={"num_layers": 2, "num_attention_heads": 8, **model},
@@ -66,9 +64,7 @@ def compare(info: RankInfo, sequence_parallel: bool) -> dict[str, float]:
     worst = {}
     for model_name, model in MODELS.items():
         for plan_name, plan in PLANS.items():
-            one, other = (
-                _step(info, method, model, plan, sequence_parallel) for method in ("owner", "balanced")
-            )
+            one, other = (_step(info, method, model, plan, sequence_parallel) for method in ("owner", "balanced"))
             gaps = [abs(a - b) for a, b in zip(one[0], other[0], strict=True)]
             gaps += [float((one[1][name] - other[1][name]).abs().max()) for name in one[1]]
             gaps.append(float((one[2] - other[2]).abs().max()))

@@ -38,10 +38,7 @@ def core_attention(recompute: bool = False, dropout: float = 0.0) -> SGTCoreAtte
 
 def random_qkv(seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(LENGTH, BATCH, n, SIZE, generator=generator).requires_grad_()
-        for n in (HEADS, GROUPS, GROUPS)
-    ]
+    return [torch.randn(LENGTH, BATCH, n, SIZE, generator=generator).requires_grad_() for n in (HEADS, GROUPS, GROUPS)]
 
 
 def table(core: SGTCoreAttention) -> Any:

@@ -93,9 +93,7 @@ def test_ranks_fill_their_own_heads(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not table[0].any() and not table[1, 1:].any()
 
 
-PLAN = LoopPlan(
-    4, ((1, LayerPlan(2, (0, 1, 3))), (2, LayerPlan(1, (1, 2), 0.5)), (3, LayerPlan(2, (0,), 0.25)))
-)
+PLAN = LoopPlan(4, ((1, LayerPlan(2, (0, 1, 3))), (2, LayerPlan(1, (1, 2), 0.5)), (3, LayerPlan(2, (0,), 0.25))))
 
 
 def step(recompute: str, groups: int) -> tuple[np.ndarray, list[torch.Tensor]]:

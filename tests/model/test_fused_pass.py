@@ -73,9 +73,7 @@ def test_equals_the_plain_pass(variant: str, depth: int, kind: str, monkeypatch:
     config = small_config(
         model=ATTENTION_VARIANTS[variant], growth={"max_loop_depth": depth}, train={"loop_attention": kind}
     )
-    plan = LoopPlan(
-        4, ((1, LayerPlan(depth, (0, 1, 3))), (2, LayerPlan(1, (2,), 0.5)), (3, LayerPlan(1, (0, 3))))
-    )
+    plan = LoopPlan(4, ((1, LayerPlan(depth, (0, 1, 3))), (2, LayerPlan(1, (2,), 0.5)), (3, LayerPlan(1, (0, 3)))))
     plain, fused = (step(built(config, way, monkeypatch), config, plan) for way in (False, True))
     assert_equal_steps(fused, plain)
     assert len(taken) == (depth + 1 if kind == "custom" else 0)
@@ -94,9 +92,7 @@ def test_recompute(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(grads[name], grads2[name]) for name in grads)
 
 
-def _balanced(
-    info: RankInfo, fused: bool, sequence_parallel: bool, method: str, model: dict[str, Any]
-) -> Any:
+def _balanced(info: RankInfo, fused: bool, sequence_parallel: bool, method: str, model: dict[str, Any]) -> Any:
     gpt.loop_backend = lambda *_: ("triton" if fused else "torch", "")  # type: ignore[assignment]
     config = small_config(
         model={"num_layers": 2, "num_attention_heads": 8, **model},

@@ -82,9 +82,7 @@ def test_loss_is_the_mean_over_unmasked_positions() -> None:
     config = small_config()
     model, batch = single_model(config), random_batch(config)
     make_weights_uneven(model)
-    losses = F.cross_entropy(
-        model.logits(batch["tokens"]).flatten(0, 1), batch["labels"].flatten(), reduction="none"
-    )
+    losses = F.cross_entropy(model.logits(batch["tokens"]).flatten(0, 1), batch["labels"].flatten(), reduction="none")
     masks = {
         "all": torch.ones(2, 32),
         "some": (torch.arange(64).view(2, 32) % 3 == 0).float(),

@@ -75,9 +75,7 @@ def hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def random_weights(model: ModelConfig, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {
-        name: torch.randn(shape, generator=generator).to(dtype) for name, shape in hf_shapes(model).items()
-    }
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in hf_shapes(model).items()}
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -100,7 +100,5 @@ def test_other_streams_are_left_alone() -> None:
     torch.manual_seed(3)
     single_model(config)
     first = torch.rand(4)
-    single_model(
-        config.model_copy(update={"model": config.model.model_copy(update={"init_method_std": 1.0})})
-    )
+    single_model(config.model_copy(update={"model": config.model.model_copy(update={"init_method_std": 1.0})}))
     assert torch.equal(torch.rand(4), first)

@@ -123,9 +123,7 @@ def test_block_loop_equals_the_reference(loops: int) -> None:
     params = leaves(hf_of(model, config))
     tokens = random_batch(config)["tokens"]
     kept = (0, 2) if loops else ()
-    apply_plan(
-        model, LoopPlan(4, ((1, LayerPlan(loops, kept, block_loops=2)), (2, LayerPlan(block_loops=1))))
-    )
+    apply_plan(model, LoopPlan(4, ((1, LayerPlan(loops, kept, block_loops=2)), (2, LayerPlan(block_loops=1)))))
     gates = torch.tensor([[1.0, 0.0, 1.0, 0.0]] * 4)
     wanted, _ = forward(params, tokens, reference_settings(config), [0, loops, 0, 0], gates, {1: 2, 2: 1})
     found = model.gpt(tokens, torch.arange(32).expand(2, -1), None)[..., : config.model.vocab_size]

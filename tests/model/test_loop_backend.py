@@ -35,7 +35,5 @@ def test_the_line_names_the_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config(train={"loop_backend": "triton"}, model={"kv_channels": 64})
     line = loop_backend(config, "fp32", CPU)[1]
     assert line.endswith("attention of 2 x 2 heads of size 64 over 32 tokens: custom")
-    forced = small_config(
-        train={"loop_backend": "triton", "loop_attention": "library"}, model={"kv_channels": 64}
-    )
+    forced = small_config(train={"loop_backend": "triton", "loop_attention": "library"}, model={"kv_channels": 64})
     assert loop_backend(forced, "fp32", CPU)[1].endswith("tokens: library (train.loop_attention)")

@@ -171,10 +171,7 @@ def test_fused_functions_compute_the_same(precision: str, tolerance: float, reco
     for wanted in ("off", "on"):
         config = small_config(train={"fusions": wanted, "recompute_granularity": recompute})
         model = build_model(config, single_groups(config), precision, 3).train()
-        assert all(
-            layer.self_attention.core_attention.fused_rotary is (wanted == "on")
-            for layer in sgt_layers(model)
-        )
+        assert all(layer.self_attention.core_attention.fused_rotary is (wanted == "on") for layer in sgt_layers(model))
         apply_plan(model, plan)
         with torch.compiler.set_stance("force_eager"):
             loss = model(**random_batch(config))

@@ -40,9 +40,7 @@ def add_weight_gradient(total_input: Tensor, grad_output: Tensor, main_grad: Ten
 @pytest.mark.parametrize("fusion", [False, True], ids=["autograd", "accumulation fusion"])
 @pytest.mark.parametrize("fused", [False, True], ids=["plain loop", "fused loop"])
 @pytest.mark.parametrize("variant", ATTENTION_VARIANTS)
-def test_main_grad_gets_every_pass(
-    variant: str, fused: bool, fusion: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_main_grad_gets_every_pass(variant: str, fused: bool, fusion: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpt, "loop_backend", lambda *_: ("triton" if fused else "torch", ""))
     # Megatron-Core allocates the buffers on the current GPU.
     monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")

@@ -14,9 +14,7 @@ from megatron_sgt.ops.norm import rms_norm_reference
 
 
 def settings(dtype: torch.dtype = torch.float32, tp: int = 1, sequence_parallel: bool = False) -> Any:
-    return SimpleNamespace(
-        params_dtype=dtype, tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel
-    )
+    return SimpleNamespace(params_dtype=dtype, tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel)
 
 
 def uneven(norm: torch.nn.Module) -> None:

@@ -56,9 +56,7 @@ def test_norms(model: dict[str, Any], norm: type, head_norm: type | None) -> Non
     assert decoder_spec(config, meter(), LAYOUT).layer_norm is norm
 
 
-@pytest.mark.parametrize(
-    ("granularity", "recompute"), [("none", False), ("selective", True), ("full", False)]
-)
+@pytest.mark.parametrize(("granularity", "recompute"), [("none", False), ("selective", True), ("full", False)])
 def test_the_attention_core_recomputes_itself(granularity: str, recompute: bool) -> None:
     """Under "full" the whole layer is repeated: a second repetition inside it would be waste."""
     model = single_model(small_config(train={"recompute_granularity": granularity}))
@@ -80,7 +78,5 @@ def test_plain_and_sgt_models_have_the_same_parameters(plain: bool) -> None:
     [("full", None, [True] * 4), ("full", [1, 3], [False, True, False, True]), ("none", None, [False] * 4)],
 )
 def test_lists_of_recomputed_layers(granularity: str, layers: list[int] | None, wanted: list[bool]) -> None:
-    model = single_model(
-        small_config(train={"recompute_granularity": granularity, "recompute_layers": layers})
-    )
+    model = single_model(small_config(train={"recompute_granularity": granularity, "recompute_layers": layers}))
     assert [m.recompute for m in model.modules() if isinstance(m, SGTLayer)] == wanted

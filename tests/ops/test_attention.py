@@ -91,13 +91,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
     def order(generation: int, installed: tuple[str, ...] = (), dropout_p: float = 0.0) -> list[str]:
         find = importlib.util.find_spec
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
-        monkeypatch.setattr(
-            importlib.util, "find_spec", lambda name: name if name in installed else find(name)
-        )
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in installed else find(name))
         for name in ("FA3", "FA4"):
-            monkeypatch.setitem(
-                _registry._FLASH_ATTENTION_IMPLS, name, lambda: SimpleNamespace(remove=found.clear)
-            )
+            monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, name, lambda: SimpleNamespace(remove=found.clear))
         newer_flash_attention.cache_clear()
         forget()
         newer_flash_attention(GPU)

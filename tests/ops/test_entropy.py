@@ -63,9 +63,7 @@ def test_the_triton_kernel_equals_the_formula(shape: tuple[int, ...], dtype: tor
     assert found.tolist() == pytest.approx(by_hand(query, key), abs=3e-6)
 
 
-@pytest.mark.parametrize(
-    ("key_scale", "wanted"), [(0.0, 1.0), (1e3, 0.0)], ids=["even attention", "one position"]
-)
+@pytest.mark.parametrize(("key_scale", "wanted"), [(0.0, 1.0), (1e3, 0.0)], ids=["even attention", "one position"])
 def test_ends_of_the_scale(key_scale: float, wanted: float) -> None:
     key = key_scale * torch.arange(24.0).view(24, 1, 1, 1)
     entropy = last_row_entropy(torch.ones(24, 1, 2, 1), key)

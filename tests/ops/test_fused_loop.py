@@ -50,13 +50,9 @@ def plain_pass(p: Problem, x: Tensor) -> Tensor:
     rows = block_indices(blocks.rows, size)
     bias = None if p.bias is None else p.bias[rows]
     fused = F.linear(rms_norm_reference(x, p.norm_weight, p.eps), p.weight[rows], bias)
-    query, key, value = fused.unflatten(-1, (-1, size)).split(
-        [blocks.heads, blocks.groups, blocks.groups], dim=2
-    )
+    query, key, value = fused.unflatten(-1, (-1, size)).split([blocks.heads, blocks.groups, blocks.groups], dim=2)
     if p.head_norms is not None:
-        query, key = (
-            rms_norm_reference(t, w, p.eps) for t, w in zip((query, key), p.head_norms, strict=True)
-        )
+        query, key = (rms_norm_reference(t, w, p.eps) for t, w in zip((query, key), p.head_norms, strict=True))
     query, key = (rotate(t, p.rotary.cos, p.rotary.sin) for t in (query, key))
     key, value = (t[:, :, blocks.slots.long()] for t in (key, value))
     out = blocks.gates.to(x)[:, None] * causal_attention_reference(query, key, value)
@@ -165,9 +161,7 @@ def test_kept_rows_alone() -> None:
     p = problem(CASES["shared group"], torch.float64)
     rows, columns = block_indices(p.blocks.rows, p.case.size), block_indices(p.blocks.columns, p.case.size)
     whole = on_device(whole_blocks(p.case.layout, p.case.kept), DEVICE)
-    kept = replace(
-        p, weight=p.weight[rows].clone(), out_weight=p.out_weight[:, columns].clone(), blocks=whole
-    )
+    kept = replace(p, weight=p.weight[rows].clone(), out_weight=p.out_weight[:, columns].clone(), blocks=whole)
     found, wanted = gradients(kept, fused_pass, 1), list(gradients(p, fused_pass, 1))
     wanted[3], wanted[4] = wanted[3][rows], wanted[4][:, columns]
     assert_near(found, wanted, 1e-13)

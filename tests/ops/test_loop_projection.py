@@ -84,9 +84,7 @@ def test_head_gradients(name: str, dtype: torch.dtype, which: str) -> None:
 @pytest.mark.parametrize("residual", [True, False], ids=["residual", "alone"])
 def test_the_other_products(name: str, residual: bool, dtype: torch.dtype, which: str) -> None:
     p = problem(CASES[name], dtype)
-    check(
-        which, definitions.input_gradient, BACKWARD, input_gradient_arguments(p, residual), TOLERANCE[dtype]
-    )
+    check(which, definitions.input_gradient, BACKWARD, input_gradient_arguments(p, residual), TOLERANCE[dtype])
     heads = random(p.case.length, p.case.batch, p.blocks.heads, p.case.size, seed=30, dtype=dtype)
     arguments = [heads, p.x if residual else None, p.out_weight, p.blocks.columns]
     check(which, definitions.project_out, FORWARD, arguments, TOLERANCE[dtype])

@@ -9,9 +9,7 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 3e-2}
 @pytest.mark.parametrize("eps", [1e-6, 1e-2])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", [(1,), (1, 1, 7), (5, 3, 64), (2, 3, 4, 33)], ids=str)
-def test_output_and_gradients_equal_the_definition(
-    shape: tuple[int, ...], dtype: torch.dtype, eps: float
-) -> None:
+def test_output_and_gradients_equal_the_definition(shape: tuple[int, ...], dtype: torch.dtype, eps: float) -> None:
     generator = torch.Generator().manual_seed(0)
     x = (0.1 * torch.randn(shape, generator=generator)).to(dtype).requires_grad_()
     weight = (1.0 + 0.3 * torch.randn(shape[-1], generator=generator)).to(dtype).requires_grad_()
@@ -23,9 +21,7 @@ def test_output_and_gradients_equal_the_definition(
     pull = torch.randn(shape, generator=generator, dtype=torch.float64)
     grads = torch.autograd.grad((out.double() * pull).sum(), (x, weight))
     for grad, wanted_grad in zip(grads, torch.autograd.grad((wanted * pull).sum(), exact), strict=True):
-        torch.testing.assert_close(
-            grad.double(), wanted_grad, rtol=10 * TOLERANCE[dtype], atol=10 * TOLERANCE[dtype]
-        )
+        torch.testing.assert_close(grad.double(), wanted_grad, rtol=10 * TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
 
 
 def test_the_definition_by_hand() -> None:

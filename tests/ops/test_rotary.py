@@ -36,9 +36,7 @@ def test_one_position_by_hand() -> None:
 
 
 def test_equals_megatron_core() -> None:
-    config = TransformerConfig(
-        num_layers=1, hidden_size=16, num_attention_heads=2, use_cpu_initialization=True
-    )
+    config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=2, use_cpu_initialization=True)
     query, key = heads(torch.float64)
     table = rotary_table(angles(torch.float64))
     for t in (query, key):
@@ -103,9 +101,7 @@ def test_compiled_backward_keeps_no_heads() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("grouped", [False, True])
 def test_halves_equal_megatron_core_bit_for_bit(grouped: bool, dtype: torch.dtype) -> None:
-    config = TransformerConfig(
-        num_layers=1, hidden_size=16, num_attention_heads=2, use_cpu_initialization=True
-    )
+    config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=2, use_cpu_initialization=True)
     turns = angles(torch.float64 if dtype == torch.float64 else torch.float32)
     table = rotary_table(turns)
     for t in heads(dtype, grouped):

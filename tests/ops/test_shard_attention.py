@@ -12,9 +12,7 @@ SHAPES = [(8, 8), (8, 24), (5, 15), (1, 7), (16, 17), (64, 256)]
 def _inputs(queries: int, keys: int, dtype: torch.dtype) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(queries * 1000 + keys)
     shapes = [(queries, 2, 3, 16), (keys, 2, 3, 16), (keys, 2, 3, 16)]
-    return [
-        torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes
-    ]
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])

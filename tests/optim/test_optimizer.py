@@ -97,9 +97,7 @@ def test_gpu_with_apex(site: Path, torch_adamw: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("apex", [{}, UNRELATED, UNRELATED_THAT_IMPORTS], ids=["none", "broken", "unrelated"])
-def test_gpu_without_nvidias_apex(
-    apex: dict[str, str], site: Path, torch_adamw: list[dict[str, Any]]
-) -> None:
+def test_gpu_without_nvidias_apex(apex: dict[str, str], site: Path, torch_adamw: list[dict[str, Any]]) -> None:
     install(site, apex)
     build_optimizer(parameters(), CONFIG, GPU)
     assert torch_adamw == [{**OPTIONS, "fused": True}]

@@ -74,10 +74,7 @@ def test_a_registered_curve_follows_the_warm_up() -> None:
 
     extensions.register("lr_schedules", "one_over_sqrt", one_over_sqrt)
     try:
-        rates = [
-            rate(step, lr_decay_style="one_over_sqrt", lr_warmup_iters=4, min_lr=0.1)
-            for step in (2, 4, 16, 100)
-        ]
+        rates = [rate(step, lr_decay_style="one_over_sqrt", lr_warmup_iters=4, min_lr=0.1) for step in (2, 4, 16, 100)]
     finally:
         extensions.unregister("lr_schedules", "one_over_sqrt")
     assert rates == [0.5, 1.0, 0.5, 0.1]

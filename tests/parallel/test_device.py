@@ -72,9 +72,7 @@ def test_select_device(
         ("auto", 2, 0, "3 ranks on this host, but local rank 0 sees 2 GPUs"),  # every rank refuses
     ],
 )
-def test_missing_gpus(
-    wanted: str, gpus: int, local_rank: int, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_gpus(wanted: str, gpus: int, local_rank: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Machine(monkeypatch, gpus)
     with pytest.raises(ConfigError, match=message):
         select_device(wanted, local_rank, local_ranks=3)

@@ -79,9 +79,7 @@ def test_every_group_gets_the_timeout_of_the_configuration(
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     monkeypatch.setattr(parallel_state, "model_parallel_is_initialized", lambda: False)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **kw: calls.update(world=(backend, kw)))
-    monkeypatch.setattr(
-        parallel_state, "initialize_model_parallel", lambda **kw: calls.update(model_parallel=kw)
-    )
+    monkeypatch.setattr(parallel_state, "initialize_model_parallel", lambda **kw: calls.update(model_parallel=kw))
     monkeypatch.setattr("megatron_sgt.parallel.groups.current_groups", lambda device: fake_groups())
     config = ParallelConfig(tensor_model_parallel_size=4, distributed_timeout_minutes=2.5)
     initialize_groups(config, RankInfo(11, 16, 3, 8, "node-7", 29511, "slurm"), device)

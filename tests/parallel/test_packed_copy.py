@@ -57,9 +57,7 @@ def test_values_survive_and_what_was_shared_is(monkeypatch: pytest.MonkeyPatch) 
 def test_what_lies_there_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what is new is sent, and with nothing new nothing."""
     sizes: list[int] = []
-    monkeypatch.setattr(
-        packed_copy, "_send", lambda memory, device: sizes.append(memory.nbytes) or memory.to(device)
-    )
+    monkeypatch.setattr(packed_copy, "_send", lambda memory, device: sizes.append(memory.nbytes) or memory.to(device))
     there, here = torch.empty(1000, device="meta"), torch.ones(4)
     found = on_device([there, here], torch.device("meta"))
     assert found[0] is there and found[1].device.type == "meta" and sizes == [64]

@@ -126,7 +126,5 @@ def test_ranks_that_were_given_one_gpu_each() -> None:
         assert found["ranks"] == ["0", "0"], "what DeepSpeed takes for the index of the GPU"
         assert found["waited"] == [torch.device("cuda:0")], "the first collective names the device"
         assert found["said"] == ""
-        assert bool(re.search("warning: 1 of 1 tensor-parallel groups span hosts", found["cyclic"])) is (
-            rank == 0
-        )
+        assert bool(re.search("warning: 1 of 1 tensor-parallel groups span hosts", found["cyclic"])) is (rank == 0)
         assert found["shared"].startswith("rank 0 and rank 1 on a have the same GPU (GPU-x)"), "on both ranks"

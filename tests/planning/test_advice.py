@@ -21,9 +21,7 @@ def example(name: str, *overrides: str) -> Config:
     return load_config(EXAMPLES / f"{name}.yaml", ["model.vocab_size=32000", *overrides])
 
 
-@pytest.mark.parametrize(
-    ("name", "ranks"), [("sgt_300m", 8), ("sgt_1.2b", 8), ("sgt_7b", 32), ("sgt_70b", 256)]
-)
+@pytest.mark.parametrize(("name", "ranks"), [("sgt_300m", 8), ("sgt_1.2b", 8), ("sgt_7b", 32), ("sgt_70b", 256)])
 def test_the_examples_need_no_warning_on_the_machines_they_name(name: str, ranks: int) -> None:
     assert list(warnings(example(name), ranks, H100, "bf16")) == []
 

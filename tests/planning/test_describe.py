@@ -9,9 +9,7 @@ from tests.helpers.single import small_config
 
 def test_model() -> None:
     config = small_config()
-    assert model_line(config).startswith(
-        f"{parameter_count(config.model):,} parameters · 4 layers · hidden 64"
-    )
+    assert model_line(config).startswith(f"{parameter_count(config.model):,} parameters · 4 layers · hidden 64")
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,6 @@ from tests.helpers.single import small_config
 def test_layout_and_batch() -> None:
     config = small_config(parallel={"tensor_model_parallel_size": 2}, train={"global_batch_size": 12})
     assert layout_line(config, 4, "bf16") == "4 ranks = tensor parallel 2 x data parallel 2 · ZeRO-1 · bf16"
-    assert batch_line(config, 4) == (
-        "12 sequences = micro 2 x accumulation 3 x data parallel 2 · 384 tokens per step"
-    )
+    assert batch_line(config, 4) == ("12 sequences = micro 2 x accumulation 3 x data parallel 2 · 384 tokens per step")
     with pytest.raises(ConfigError, match="nearest that work: 8"):
         batch_line(config, 8)

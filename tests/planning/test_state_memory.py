@@ -79,11 +79,7 @@ def _tensors() -> list[torch.Tensor]:
 
 def _bytes(before: dict[int, torch.Tensor]) -> int:
     """Of the tensors that Python can reach and that are not in ``before``, each storage once."""
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for t in _tensors()
-        if id(t) not in before
-    }
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors() if id(t) not in before}
     return sum(storages.values())
 
 
@@ -103,9 +99,7 @@ def buffers(precision: str, stage: int, optim: dict[str, str], zero: dict[str, o
     config = small_config(
         parallel={"zero_stage": stage},
         optim=optim,
-        deepspeed={
-            "zero_optimization": {"reduce_bucket_size": 1000, "stage3_max_live_parameters": 0, **zero}
-        },
+        deepspeed={"zero_optimization": {"reduce_bucket_size": 1000, "stage3_max_live_parameters": 0, **zero}},
     )
     return state_memory(config, 2, precision).buffers
 

@@ -52,12 +52,8 @@ def test_one_gpu_is_arithmetic_memory_and_the_optimizer() -> None:
 def test_gradients_over_two_nodes_pass_the_network() -> None:
     """One rank of every node has the node's eight adapters at most, two ranks in a node have them all."""
     cfg = config(tp=8)
-    inside, outside = (
-        step_time(config(tp=tp), VANILLA, 16, MACHINE, "bf16", "owner").data_parallel for tp in (1, 8)
-    )
-    element = (
-        2 * 4 + 2
-    )  # bytes: the all-reduce of fp32 gradients counts twice, and the all-gather of bf16 weights
+    inside, outside = (step_time(config(tp=tp), VANILLA, 16, MACHINE, "bf16", "owner").data_parallel for tp in (1, 8))
+    element = 2 * 4 + 2  # bytes: the all-reduce of fp32 gradients counts twice, and the all-gather of bf16 weights
     payload = element * parameter_count(cfg.model, 8)
     assert outside == pytest.approx(payload * (1 / 2) / (0.5 * 50e9))
     assert inside == pytest.approx(element * parameter_count(cfg.model) * (15 / 16) / (0.5 * 400e9))

@@ -35,8 +35,7 @@ def scheduled(config: Config) -> list[tuple[int, str, LoopPlan]]:
         running = step <= schedule.state_dict()["window_end"]
         phase = "vanilla" if schedule.phase == "vanilla" else "window" if running else "fixed"
         layers = tuple(
-            (n, LayerPlan(p.loops, p.kept_heads, 0.5 if p.other_gate else 0.0))
-            for n, p in schedule.plan.layers
+            (n, LayerPlan(p.loops, p.kept_heads, 0.5 if p.other_gate else 0.0)) for n, p in schedule.plan.layers
         )
         steps.append((step, phase, LoopPlan(model.num_layers, layers)))
         depths = list(schedule.plan.loops)
@@ -80,9 +79,7 @@ def test_the_timeline_is_what_the_schedule_does_at_most(growth: dict[str, Any], 
 
 
 def test_static_methods_have_one_stretch() -> None:
-    assert timeline(small_config(growth={"method": "vanilla"})) == [
-        Stretch(1, 10, "vanilla", LoopPlan.empty(4))
-    ]
+    assert timeline(small_config(growth={"method": "vanilla"})) == [Stretch(1, 10, "vanilla", LoopPlan.empty(4))]
     repeated = small_config(growth={"method": "block_loop", "block_loop_layers": [1]})
     (only,) = timeline(repeated)
     assert (only.phase, only.steps, only.plan) == ("block loop", 10, final_plan(repeated))

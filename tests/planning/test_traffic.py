@@ -96,9 +96,7 @@ def tensor_parallel_steps(info: RankInfo, layouts: list[Layout]) -> list[str]:
 
 @pytest.mark.parametrize("layouts", [SHARE, exhaustive(EVERY)], ids=["a share", "all"])
 def test_tensor_parallel_collectives_to_the_byte_and_to_the_call(layouts: list[Layout]) -> None:
-    for rank, wrong in enumerate(
-        run_on_ranks(RANKS, tensor_parallel_steps, layouts, timeout=600, backend="gloo")
-    ):
+    for rank, wrong in enumerate(run_on_ranks(RANKS, tensor_parallel_steps, layouts, timeout=600, backend="gloo")):
         assert not wrong, f"rank {rank}:\n" + "\n".join(wrong)
 
 
@@ -204,12 +202,7 @@ def test_two_of_32_heads_send_an_eighth_of_the_owners_bytes(sharded: bool) -> No
 def test_what_travels_once_per_step_does_not_grow_with_depth() -> None:
     config = layout_config({}, "balanced", True, "none")
     shallow, deep = (
-        {
-            t.part: t
-            for t in step_traffic(
-                config, LoopPlan(2, ((1, LayerPlan(k, (0, 1))),)), RANKS, "bf16", "balanced"
-            )
-        }
+        {t.part: t for t in step_traffic(config, LoopPlan(2, ((1, LayerPlan(k, (0, 1))),)), RANKS, "bf16", "balanced")}
         for k in (1, 3)
     )
     assert shallow["kept weights"] == deep["kept weights"]

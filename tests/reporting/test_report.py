@@ -84,9 +84,7 @@ def test_growth_is_drawn_where_it_happened(grown: Path) -> None:
 def test_kept_heads_are_framed(grown: Path) -> None:
     figure = structure.entropy_figure(load_run(grown))
     assert figure is not None
-    frames = {
-        (p.get_x(), p.get_y(), p.get_x() + p.get_width()) for p in figure.axes[0].patches if not p.get_fill()
-    }
+    frames = {(p.get_x(), p.get_y(), p.get_x() + p.get_width()) for p in figure.axes[0].patches if not p.get_fill()}
     heads = 3
     assert frames == {(20, 4 * heads, 60), (20, 4 * heads + 2, 60), (31, 2 * heads + 1, 60)}
 
@@ -104,9 +102,7 @@ def overlapping(figure: Figure) -> list[tuple[str, str]]:
             low, high = sorted(axis.get_view_interval())
             texts += [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
     boxes = [
-        (t.get_text(), t.get_window_extent(canvas.get_renderer()))
-        for t in texts
-        if t.get_text() and t.get_visible()
+        (t.get_text(), t.get_window_extent(canvas.get_renderer())) for t in texts if t.get_text() and t.get_visible()
     ]
     return [
         (a, b)
@@ -141,11 +137,7 @@ def test_a_long_run_shows_the_part_in_which_it_grows(large: Path) -> None:
             assert figure is not None
             axes = figure.axes[0]
             assert axes.get_xlim()[1] < 1300 and "4,760" in axes.get_xlabel()
-            margin = [
-                text.get_text()
-                for text in axes.texts
-                if text.get_position()[0] > 1.0 and "," in text.get_text()
-            ]
+            margin = [text.get_text() for text in axes.texts if text.get_position()[0] > 1.0 and "," in text.get_text()]
             assert [text.removeprefix("heads ") for text in margin] == ["1, 2", "5, 6", "1, 2"]
             # Frames of kept heads are thinner than a head is high.
             height = 72 * axes.get_position().height * figure.get_figheight() / (24 * 16)

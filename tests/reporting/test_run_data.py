@@ -41,9 +41,7 @@ def test_damage_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
     lines[2] = lines[2][:50]
     lines[5] = "\x00" * 20
     folder = write_run(tmp_path / "run", [*lines[:-1], train(70)[:30]], config="{ not: [yaml")
-    (folder / "metrics.jsonl").write_text(
-        (folder / "metrics.jsonl").read_text().rstrip("\n")
-    )  # killed in a write
+    (folder / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text().rstrip("\n"))  # killed in a write
     run = load_run(folder)
     assert any("2 line(s)" in note and "3, 6" in note for note in run.notes)
     assert any("config.yaml" in note for note in run.notes)

@@ -74,11 +74,7 @@ class Job:
     def step(self) -> int:
         """The last step in the metrics."""
         file = self.run_dir / METRICS_FILE
-        steps = (
-            [record["step"] for record in read_metrics(file) if record["kind"] == "train"]
-            if file.exists()
-            else []
-        )
+        steps = [record["step"] for record in read_metrics(file) if record["kind"] == "train"] if file.exists() else []
         return steps[-1] if steps else 0
 
     def starts(self) -> list[int]:

@@ -29,10 +29,7 @@ def test_in_and_out_again_is_the_same_model(name: str, tmp_path: Path) -> None:
     save_hf_model(tmp_path / "hf", name, dtype, shard_size="20KB")
     done = run_here(SCRIPT, ["--input", "hf", "--output", "in"], tmp_path)
     assert (done.code, done.err) == (0, "")
-    assert (
-        f"({str(dtype).removeprefix('torch.')})" in done.out
-        and "pretrain_sgt.py --config in/run.yaml" in done.out
-    )
+    assert f"({str(dtype).removeprefix('torch.')})" in done.out and "pretrain_sgt.py --config in/run.yaml" in done.out
     export_checkpoint(tmp_path / "in", tmp_path / "out", options=ExportOptions(dtype=word))
     before, after = weights(tmp_path / "hf"), weights(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -45,9 +42,7 @@ def test_a_grown_model_comes_back(tmp_path: Path) -> None:
     assert done.code == 0, done.err
     config = load_config(tmp_path / "in" / "run.yaml")
     assert config.data.tokenizer is not None and config.data.tokenizer.type == "sentencepiece"
-    export_checkpoint(
-        tmp_path / "in", tmp_path / "out", options=ExportOptions(dtype="fp32", write_tokenizer=False)
-    )
+    export_checkpoint(tmp_path / "in", tmp_path / "out", options=ExportOptions(dtype="fp32", write_tokenizer=False))
     before, after = weights(tmp_path / "hf"), weights(tmp_path / "out")
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     assert (tmp_path / "hf" / "config.json").read_text().partition("sgt_loops")[2] == (

@@ -19,9 +19,7 @@ def command(tool: str, *arguments: object) -> list[str]:
 
 
 def run(tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(tool, *arguments), env=ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
+    return subprocess.run(command(tool, *arguments), env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture(scope="module")

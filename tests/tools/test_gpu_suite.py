@@ -55,12 +55,7 @@ def suite(path: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def measured(rows: list[dict[str, Any]]) -> set[Any]:
     """What stands where a measurement does."""
-    return {
-        value
-        for row in rows
-        for name, value in row.items()
-        if MEASURED.search(name) and name not in NOT_KNOWN
-    }
+    return {value for row in rows for name, value in row.items() if MEASURED.search(name) and name not in NOT_KNOWN}
 
 
 def test_dry_run_without_git(tmp_path: Path) -> None:

@@ -55,9 +55,7 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(config: str, tmp_path: P
 
 
 def test_a_login_node_needs_pydantic_and_yaml_alone(config: str, tmp_path: Path) -> None:
-    done = run_process(
-        [sys.executable, "-c", BARE, "--config", config, "--nodes", "2", "--dry-run"], tmp_path
-    )
+    done = run_process([sys.executable, "-c", BARE, "--config", config, "--nodes", "2", "--dry-run"], tmp_path)
     assert done.code == 0, done.err
     assert "not read: no numpy here" in done.err and done.out.startswith("#!/bin/bash\n")
 
@@ -105,9 +103,7 @@ def test_memory_nodes_and_the_order_of_ranks(monkeypatch: pytest.MonkeyPatch) ->
     from tools.submit_slurm import describe, parse
 
     def asked(*arguments: str) -> list[str]:
-        monkeypatch.setattr(
-            sys, "argv", ["submit_slurm.py", "--config", "x.yaml", "--nodes", "2", *arguments]
-        )
+        monkeypatch.setattr(sys, "argv", ["submit_slurm.py", "--config", "x.yaml", "--nodes", "2", *arguments])
         lines = sbatch_script(describe(parse(), small_config())).splitlines()
         return [line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH --")]
 
@@ -116,9 +112,7 @@ def test_memory_nodes_and_the_order_of_ranks(monkeypatch: pytest.MonkeyPatch) ->
     assert not any(line.startswith("mem") for line in plain)
     assert {"mem=0", "exclusive"} < set(asked("--mem", "0", "--exclusive"))
     changed = asked("--sbatch=--distribution=cyclic")
-    assert changed.index("distribution=cyclic") > changed.index("distribution=block:block"), (
-        "the last one counts"
-    )
+    assert changed.index("distribution=cyclic") > changed.index("distribution=block:block"), "the last one counts"
 
 
 def test_there_are_examples() -> None:

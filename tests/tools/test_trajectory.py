@@ -82,9 +82,7 @@ def other_event(tensors: dict[str, Any], meta: dict[str, Any]) -> None:
         (other_event, "events differ"),
     ],
 )
-def test_a_difference_ends_with_1(
-    perturb: Callable[..., None], told: str, short: Path, tmp_path: Path
-) -> None:
+def test_a_difference_ends_with_1(perturb: Callable[..., None], told: str, short: Path, tmp_path: Path) -> None:
     tensors, meta = read_trajectory(short)
     perturb(tensors, meta)
     write_trajectory(tmp_path / "other.safetensors", tensors, meta)

@@ -28,9 +28,7 @@ TP, DP = 2, 2
 
 def parse() -> argparse.Namespace:
     """Command-line arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("layers", 12), ("hidden", 1024), ("heads", 16), ("vocab", 32000)):
         parser.add_argument(f"--{name}", type=positive, default=default, metavar="N", help="[%(default)s]")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="[%(default)s]")
@@ -123,9 +121,7 @@ def main() -> None:
     """Print one line per model."""
     args = parse()
     toy = argparse.Namespace(**{**vars(args), "layers": 4, "hidden": 64, "heads": 4, "vocab": 128})
-    print(
-        "parameters   weights (fp32)   largest   peak allocated   above the toy   seconds   peak with mapped files"
-    )
+    print("parameters   weights (fp32)   largest   peak allocated   above the toy   seconds   peak with mapped files")
     base = 0.0
     for sizes in (toy, args):
         with tempfile.TemporaryDirectory() as folder:
@@ -135,13 +131,8 @@ def main() -> None:
                        "--dtype", args.dtype, "--skip-parity"]  # fmt: skip
             anonymous, resident, seconds = watch(command)
         base = base or anonymous
-        mb = [
-            f"{value / 1e6:,.0f} MB"
-            for value in (4 * total, 4 * largest, anonymous, anonymous - base, resident)
-        ]
-        print(
-            f"{total / 1e6:8,.1f} M {mb[0]:>16} {mb[1]:>9} {mb[2]:>16} {mb[3]:>15} {seconds:9.1f} {mb[4]:>24}"
-        )
+        mb = [f"{value / 1e6:,.0f} MB" for value in (4 * total, 4 * largest, anonymous, anonymous - base, resident)]
+        print(f"{total / 1e6:8,.1f} M {mb[0]:>16} {mb[1]:>9} {mb[2]:>16} {mb[3]:>15} {seconds:9.1f} {mb[4]:>24}")
 
 
 if __name__ == "__main__":

@@ -38,17 +38,11 @@ DRY_PATIENCE = 5.0
 
 def parse() -> argparse.Namespace:
     """Command-line arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="execute everything on a CPU, report no figure"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true", help="execute everything on a CPU, report no figure")
     parser.add_argument("--part", choices=PARTS, action="append", help="these rows alone; repeatable")
     parser.add_argument("--list", action="store_true", help="name the rows, measure nothing")
-    parser.add_argument(
-        "--readme", action="store_true", help="show the newest result in README.md, measure nothing"
-    )
+    parser.add_argument("--readme", action="store_true", help="show the newest result in README.md, measure nothing")
     parser.add_argument("--out", type=Path, help="folder of the result (a dry run's: runs/gpu_suite)")
     parser.add_argument("--minutes", type=positive, default=7, help="time for everything [%(default)s]")
     args = parser.parse_args()

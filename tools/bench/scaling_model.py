@@ -31,19 +31,13 @@ PRECISION = "bf16"
 
 def parse() -> argparse.Namespace:
     """Command-line arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(GPUS)} [%(default)s]")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES, metavar="SIZE")
     parser.add_argument("--gpus", nargs="+", type=positive, default=COUNTS, metavar="N")
     parser.add_argument("--gpus-per-node", type=positive, default=8, metavar="N")
-    parser.add_argument(
-        "--kernel-efficiency", type=float, default=0.65, metavar="X", help="share of the peak [0.65]"
-    )
-    parser.add_argument(
-        "--link-efficiency", type=float, default=0.8, metavar="X", help="share of a link [0.8]"
-    )
+    parser.add_argument("--kernel-efficiency", type=float, default=0.65, metavar="X", help="share of the peak [0.65]")
+    parser.add_argument("--link-efficiency", type=float, default=0.8, metavar="X", help="share of a link [0.8]")
     parser.add_argument("--latency", type=float, default=10e-6, metavar="S", help="of a collective [1e-5 s]")
     return parser.parse_args()
 
@@ -153,11 +147,7 @@ def main() -> None:
         print(f"\n{size} (examples/configs/sgt_{size}.yaml)\n{HEADER}")
         for gpus in args.gpus:
             found = best_layout(size, gpus, machine, candidates)
-            print(
-                row(gpus, found, machine)
-                if found
-                else f"{gpus:8,}  does not fit, or 1,024 sequences do not divide"
-            )
+            print(row(gpus, found, machine) if found else f"{gpus:8,}  does not fit, or 1,024 sequences do not divide")
 
 
 if __name__ == "__main__":

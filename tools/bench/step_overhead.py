@@ -45,9 +45,7 @@ class Seconds(NamedTuple):
 
 def parse() -> argparse.Namespace:
     """Command-line arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default, text in (
         ("layers", 8, "number of layers"),
         ("hidden", 512, "hidden size"),
@@ -109,9 +107,7 @@ def grown_plan(args: argparse.Namespace) -> LoopPlan:
     step = args.heads // args.loop_heads
     kept = tuple(range(0, step * args.loop_heads, step))
     layer = LayerPlan(args.loops, kept, 0.5 if args.state == "window" else 0.0)
-    return LoopPlan(
-        args.layers, tuple((n, layer) for n in range(args.layers - args.loop_layers, args.layers))
-    )
+    return LoopPlan(args.layers, tuple((n, layer) for n in range(args.layers - args.loop_layers, args.layers)))
 
 
 def step_timer(config: Config) -> tuple[Callable[[LoopPlan], Seconds], torch.device]:
@@ -122,9 +118,7 @@ def step_timer(config: Config) -> tuple[Callable[[LoopPlan], Seconds], torch.dev
 
     def run(plan: LoopPlan) -> Seconds:
         apply_plan(runtime.model, plan)
-        return timed(
-            lambda: train_step(runtime.engine, [batch], LEARNING_RATE, CLIP_GRAD, groups), groups.device
-        )
+        return timed(lambda: train_step(runtime.engine, [batch], LEARNING_RATE, CLIP_GRAD, groups), groups.device)
 
     return run, groups.device
 
@@ -200,9 +194,7 @@ def main() -> None:
         report_times({args.peer: peer_timer(config, device), "vanilla": lambda: run(vanilla)}, args.pairs)
         return
     base, more = (step_flops(config.model, plan, args.batch) for plan in (vanilla, grown))
-    print(
-        f"{args.state}: {args.loop_layers} of {args.layers} layers, {args.loop_heads} of {args.heads} heads"
-    )
+    print(f"{args.state}: {args.loop_layers} of {args.layers} layers, {args.loop_heads} of {args.heads} heads")
     print(f"FLOPs overhead, linear layers only      {100 * (more.linear / base.linear - 1):6.2f} %")
     print(f"FLOPs overhead, attention included      {100 * (more.executed / base.executed - 1):6.2f} %")
     run, _ = step_timer(config)

@@ -45,9 +45,7 @@ def small_disk(folder: Path, megabytes: int = 64) -> Iterator[bool]:
     """A file system of its own at ``folder``, where this user may mount one; yields whether."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
-    mounted = (
-        shutil.which("mount") is not None and subprocess.run(command, capture_output=True).returncode == 0
-    )
+    mounted = shutil.which("mount") is not None and subprocess.run(command, capture_output=True).returncode == 0
     try:
         yield mounted
     finally:

@@ -28,8 +28,7 @@ class Ranks:
     def __init__(self, config: Path, log: Path) -> None:
         port = free_port()
         self.processes = [
-            _context.Process(target=_rank_main, args=(rank, port, str(config), str(log)))
-            for rank in range(RANKS)
+            _context.Process(target=_rank_main, args=(rank, port, str(config), str(log))) for rank in range(RANKS)
         ]
         for process in self.processes:
             process.start()

@@ -69,17 +69,11 @@ class Soak:
         config, path = self._config(self.folder / "reference")
         codes = Ranks(path, self.folder / "reference.log").end(600)
         if any(codes):
-            raise Lost(
-                f"the reference run ended with {codes}: {(self.folder / 'reference.log').read_text()[-2000:]}"
-            )
-        records = [
-            r for r in read_all(Path(config.logging.run_dir, METRICS_FILE), []) if r["kind"] == "train"
-        ]
+            raise Lost(f"the reference run ended with {codes}: {(self.folder / 'reference.log').read_text()[-2000:]}")
+        records = [r for r in read_all(Path(config.logging.run_dir, METRICS_FILE), []) if r["kind"] == "train"]
         assert [r["step"] for r in records] == list(range(1, STEPS + 1))
         seconds = sorted(b["time"] - a["time"] for a, b in pairwise(records))
-        return {r["step"]: {name: r.get(name) for name in self.measured} for r in records}, seconds[
-            len(seconds) // 2
-        ]
+        return {r["step"]: {name: r.get(name) for name in self.measured} for r in records}, seconds[len(seconds) // 2]
 
     def run(self, deaths: int, progress: Callable[[str], None]) -> None:
         """Start the run again and again until so many deaths have come.
@@ -91,9 +85,7 @@ class Soak:
         while tally.deaths.total() < deaths:
             self._start_anew()
             while tally.deaths.total() < deaths and not self._live_and_die():
-                progress(
-                    f"{tally.deaths.total()} deaths, {tally.inside} inside a save, at step {self._step()}"
-                )
+                progress(f"{tally.deaths.total()} deaths, {tally.inside} inside a save, at step {self._step()}")
                 tally.wall_s = time.monotonic() - started
 
     def _start_anew(self) -> None:
@@ -124,9 +116,7 @@ class Soak:
             codes = self.ranks.end(3.0)
         done = codes == [0] * RANKS
         if kind == "no fault" and not done:
-            raise Lost(
-                f"the run ended by itself with {codes}:\n{(self.folder / 'run.log').read_text()[-3000:]}"
-            )
+            raise Lost(f"the run ended by itself with {codes}:\n{(self.folder / 'run.log').read_text()[-3000:]}")
         if done and self._step() != STEPS:
             raise Lost(f"the run says that it is done at step {self._step()} of {STEPS}")
         self._check(kind, done)
@@ -217,9 +207,7 @@ class Soak:
             if record["kind"] == "train":
                 measured = {name: record.get(name) for name in self.measured}
                 if measured != self.reference[record["step"]]:
-                    raise Lost(
-                        f"step {record['step']}: {measured} instead of {self.reference[record['step']]}"
-                    )
+                    raise Lost(f"step {record['step']}: {measured} instead of {self.reference[record['step']]}")
                 self.tally.checked_steps += 1
                 self.tally.useful_s += self.step_s
         steps = [record["step"] for record in new if record["kind"] == "train"]
@@ -251,9 +239,7 @@ class Soak:
             if not self.ranks.alive():
                 return False
             if time.monotonic() > deadline:
-                raise Lost(
-                    f"nothing moves at step {self._step()}:\n{(self.folder / 'run.log').read_text()[-3000:]}"
-                )
+                raise Lost(f"nothing moves at step {self._step()}:\n{(self.folder / 'run.log').read_text()[-3000:]}")
             time.sleep(poll)
         return True
 

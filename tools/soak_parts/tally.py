@@ -43,6 +43,4 @@ def table(tallies: dict[str, Tally]) -> str:
         "minutes": lambda t: f"{t.wall_s / 60:.1f}",
     }
     lines += [(row, *(show(t) for t in tallies.values())) for row, show in rows.items()]
-    return "\n".join(
-        "| " + " | ".join(line) + " |" for line in [lines[0], ("---",) * len(lines[0]), *lines[1:]]
-    )
+    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], ("---",) * len(lines[0]), *lines[1:]])

@@ -144,9 +144,7 @@ def markdown(outcomes: Sequence[Outcome], note: str) -> str:
     ]
     for row in rows:
         error = "" if row.perplexity_error is None else f" ± {row.perplexity_error:.3f}"
-        lines.append(
-            f"| {row.preset} | {row.seeds} | {_percent(row.flops_overhead)} | {row.perplexity:.3f}{error} |"
-        )
+        lines.append(f"| {row.preset} | {row.seeds} | {_percent(row.flops_overhead)} | {row.perplexity:.3f}{error} |")
     lines += ["", "| the paper's order | at this size | measured |", "| --- | --- | --- |"]
     presets = {row.preset for row in rows}
     for claim in (claim for claim in CLAIMS if {claim.better, claim.worse} <= presets):

@@ -49,9 +49,7 @@ class _Running:
     started: float
 
 
-def run_jobs(
-    jobs: Sequence[Job], at_once: int, budget_seconds: float | None, tell: Callable[[str], None]
-) -> list[Job]:
+def run_jobs(jobs: Sequence[Job], at_once: int, budget_seconds: float | None, tell: Callable[[str], None]) -> list[Job]:
     """Run what is not finished; returns the jobs that are still not when the budget is used up.
 
     Raises:

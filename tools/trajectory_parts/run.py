@@ -78,9 +78,7 @@ def trajectory_config(tensors: Tensors, meta: dict[str, Any], overrides: dict[st
     """
     model, optim = meta["model"], meta["optim"]
     if optim.get("schedule", "constant") != "constant":
-        raise DataError(
-            f"the trajectory's learning-rate schedule {optim['schedule']!r} is not supported: constant is"
-        )
+        raise DataError(f"the trajectory's learning-rate schedule {optim['schedule']!r} is not supported: constant is")
     first = "init/model.layers.0.self_attn."
     try:
         head_size = tensors[f"{first}q_proj.weight"].shape[0] // model["num_attention_heads"]
@@ -89,10 +87,7 @@ def trajectory_config(tensors: Tensors, meta: dict[str, Any], overrides: dict[st
         raise DataError(f"the trajectory lacks the initial weight {error}") from error
     sections: dict[str, dict[str, Any]] = {
         "model": {
-            **{
-                name: model[name]
-                for name in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
-            },
+            **{name: model[name] for name in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")},
             "ffn_hidden_size": model["ffn_hidden_size"],
             "seq_length": model["seq_length"],
             "layernorm_epsilon": model["norm_eps"],
@@ -171,9 +166,7 @@ class _Recorder(Hook):
         return {name: torch.stack(rows) for name, rows in self.rows.items()}
 
 
-def repeat(
-    config: Config, groups: ParallelGroups, source: Tensors, meta: dict[str, Any]
-) -> tuple[Tensors, dict]:
+def repeat(config: Config, groups: ParallelGroups, source: Tensors, meta: dict[str, Any]) -> tuple[Tensors, dict]:
     """Train on the trajectory's tokens and return what was seen, under the golden file's keys; collective.
 
     Every rank returns the same tensors.
@@ -184,9 +177,7 @@ def repeat(
     events: list[GrowthEvent] = []
     growth = GrowthHook(schedule, runtime.model, runtime.model.meter, groups, events.append)
     recorder = _Recorder(schedule, groups)
-    trainer = Trainer(
-        config, groups, runtime.engine, TrainState(), [growth, recorder], StopRequests(config.train)
-    )
+    trainer = Trainer(config, groups, runtime.engine, TrainState(), [growth, recorder], StopRequests(config.train))
     trainer.run(_micro_batches(source["tokens"], config, groups), config.train.train_iters)
     result = recorder.tensors()
     result |= {f"final/{name}": weight for name, weight in gather_hf_weights(runtime, config).items()}
@@ -234,9 +225,7 @@ def _micro_batches(tokens: Tensor, config: Config, groups: ParallelGroups) -> It
             yield {"tokens": rows, "labels": labels, "loss_mask": mask, "position_ids": positions}
 
 
-def compare(
-    result: Tensors, meta: dict, golden: Tensors, golden_meta: dict
-) -> tuple[dict[str, float], list[str]]:
+def compare(result: Tensors, meta: dict, golden: Tensors, golden_meta: dict) -> tuple[dict[str, float], list[str]]:
     """Largest absolute differences per quantity, and what is beyond ``TOLERANCES`` or differs in events."""
     shared = [name for name in golden if name.startswith("final/")]
     differences = {

@@ -58,9 +58,7 @@ def write_part(source: Source, destination: Path, part: int = 0, parts: int = 1)
     drift = 0.0
     with as_checkpoint_error(f"{destination} cannot be written: "), ExitStack() as stack:
         writers = {
-            quantity: stack.enter_context(
-                TensorFileWriter(destination / file_name(quantity, part, parts), shapes)
-            )
+            quantity: stack.enter_context(TensorFileWriter(destination / file_name(quantity, part, parts), shapes))
             for quantity in QUANTITIES
         }
         for weight in chosen:

@@ -90,9 +90,7 @@ def _masters(optimizer: Any, stage: int, names: dict[int, str], groups: Parallel
             masters.tensors.append(parameter)
             masters.add(names[id(parameter)], 0, 0, parameter.numel())
     elif stage == 3:
-        for master, members in zip(
-            optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True
-        ):
+        for master, members in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
             masters.tensors.append(master)
             start = 0
             for parameter in members:
@@ -172,9 +170,7 @@ def _read(
         for quantity in reader.quantities if stretches else ():
             shard = reader.shard(weight, quantity, model, groups.tp_size, groups.tp_rank).flatten()
             for s in stretches:
-                values[quantity][s.master][s.start : s.start + s.length] = shard[
-                    s.source : s.source + s.length
-                ]
+                values[quantity][s.master][s.start : s.start + s.length] = shard[s.source : s.source + s.length]
 
 
 def _counts_in_group(group: dict[str, Any]) -> bool:

@@ -59,9 +59,7 @@ class LayoutFreeReader:
         self.quantities: tuple[str, ...] = (WEIGHTS,) if imported else QUANTITIES
         """What the folder holds."""
 
-    def shard(
-        self, weight: Weight, quantity: str, model: ModelConfig, tp_size: int = 1, tp_rank: int = 0
-    ) -> Tensor:
+    def shard(self, weight: Weight, quantity: str, model: ModelConfig, tp_size: int = 1, tp_rank: int = 0) -> Tensor:
         """One rank's shard of a parameter's ``quantity``, fp32; at most three copies exist in the meantime."""
         return shard(weight, list(self.whole(weight, quantity).values()), model, tp_size, tp_rank)
 

@@ -42,9 +42,7 @@ def common_step(steps: Iterable[Any], where: object) -> int:
     if not found:
         raise CheckpointError(f"{where} holds no optimizer state: it was saved before the first step")
     if len(found) > 1:
-        raise CheckpointError(
-            f"{where}: parameters differ in their AdamW step ({found}); cannot be resharded"
-        )
+        raise CheckpointError(f"{where}: parameters differ in their AdamW step ({found}); cannot be resharded")
     return found[0]
 
 

@@ -41,9 +41,7 @@ def layout_free_copy(folder: Path, groups: ParallelGroups) -> tuple[Path, str]:
     temporary = temporary_of(copy)
     gather_or_raise(lambda: _make_room(folder, temporary) if groups.is_main else None, groups)
     source = open_source(folder)
-    drift = max(
-        gather_or_raise(lambda: write_part(source, temporary, groups.rank, groups.world_size), groups)
-    )
+    drift = max(gather_or_raise(lambda: write_part(source, temporary, groups.rank, groups.world_size), groups))
     size = gather_or_raise(lambda: commit(source, temporary, copy) if groups.is_main else 0, groups)[0]
     text = f"converted into {copy} ({file_size(size)} in {elapsed(time.perf_counter() - start)})"
     if drift:

@@ -63,9 +63,7 @@ class Stage12State(RankState):
         return whole.detach().float().view(self.shapes[name])
 
 
-def _places(
-    groups: Sequence[dict[str, Any]], paddings: Sequence[Sequence[int]] | None
-) -> dict[str, tuple[int, int]]:
+def _places(groups: Sequence[dict[str, Any]], paddings: Sequence[Sequence[int]] | None) -> dict[str, tuple[int, int]]:
     places: dict[str, tuple[int, int]] = {}
     for index, group in enumerate(groups):
         offset = 0
@@ -80,9 +78,7 @@ def _group_states(rank: dict[str, Any]) -> list[dict[str, Any]]:
     """AdamW's state of every group. Apex keeps the step in the group's settings."""
     base = rank["base_optimizer_state"]
     if not isinstance(base, dict):  # with elastic_checkpoint: a list, and one step for all
-        common = (
-            {} if "base_optimizer_state_step" not in rank else {"step": rank["base_optimizer_state_step"]}
-        )
+        common = {} if "base_optimizer_state_step" not in rank else {"step": rank["base_optimizer_state_step"]}
         return [{**common, **state} for state in base]
     settings = base["param_groups"]
     return [

@@ -28,9 +28,7 @@ class TensorFileWriter:
         dtype: of all tensors: fp32, bf16 or fp16.
     """
 
-    def __init__(
-        self, path: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, path: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype = torch.float32) -> None:
         self._path = path
         self._dtype = dtype
         self._waiting = [(name, tuple(shape)) for name, shape in shapes.items()]
@@ -57,9 +55,7 @@ class TensorFileWriter:
         """
         expected = self._waiting.pop() if self._waiting else None
         if (name, tuple(tensor.shape)) != expected or tensor.dtype != self._dtype:
-            raise ValueError(
-                f"expected {expected} as {self._dtype}, got {name} {tuple(tensor.shape)} {tensor.dtype}"
-            )
+            raise ValueError(f"expected {expected} as {self._dtype}, got {name} {tuple(tensor.shape)} {tensor.dtype}")
         self._stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
     def __exit__(

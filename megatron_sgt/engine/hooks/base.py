@@ -83,9 +83,7 @@ def own_hooks(config: Config, given: Sequence[Hook] = ()) -> list[Hook]:
         try:
             hook = extensions.load("hooks", registered)()
         except TypeError as error:
-            raise ConfigError(
-                f"train.hooks: {registered!r} cannot be made without arguments: {error}"
-            ) from error
+            raise ConfigError(f"train.hooks: {registered!r} cannot be made without arguments: {error}") from error
         if not isinstance(hook, Hook):
             raise ConfigError(f"train.hooks: {registered!r} makes a {type(hook).__name__}, not a Hook")
         hooks.append(hook)

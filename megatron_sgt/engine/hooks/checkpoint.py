@@ -141,9 +141,7 @@ class CheckpointHook(Hook):
             first = copy.deepcopy(self._at_first.get(hook.name, {}))
             hook.load_state_dict(kept.get(hook.name, first))
         for name in sorted(kept.keys() - {hook.name for hook in self.hooks}):
-            self._say(
-                f"the checkpoint holds the state of {name!r}, which this run does not have: it is dropped"
-            )
+            self._say(f"the checkpoint holds the state of {name!r}, which this run does not have: it is dropped")
 
     def _say(self, note: str) -> None:
         if self.groups.is_main:

@@ -75,9 +75,7 @@ class LogHook(Hook):
         if plan not in self._flops_of:
             if len(self._flops_of) > 64:  # gates make a new plan every step of a window
                 self._flops_of.clear()
-            self._flops_of[plan] = step_flops(
-                self.config.model, plan, self.config.train.global_batch_size
-            ).model
+            self._flops_of[plan] = step_flops(self.config.model, plan, self.config.train.global_batch_size).model
         return self._flops_of[plan]
 
     def _report(self, state: TrainState, result: StepResult) -> None:

@@ -145,9 +145,7 @@ def _checksums(model: torch.nn.Module, device: torch.device) -> tuple[list[str],
     """
     named = list(model.named_parameters())
     sums = torch.stack([checksum(getattr(p, "ds_tensor", p)).to(device) for _, p in named])
-    sharded = torch.tensor(
-        [bool(getattr(p, "tensor_model_parallel", False)) for _, p in named], device=device
-    )
+    sharded = torch.tensor([bool(getattr(p, "tensor_model_parallel", False)) for _, p in named], device=device)
     return [name for name, _ in named], sharded, sums
 
 

@@ -224,9 +224,7 @@ def make_room_for_loops(cache: Cache | None, config: SGTConfig) -> None:
     """
     passes = [config.passes_of(n) for n in range(config.num_hidden_layers)]
     layers = getattr(cache, "layers", None)
-    if (
-        cache is None or not layers or len(layers) == sum(passes)
-    ):  # none, growing by itself, or made room in before
+    if cache is None or not layers or len(layers) == sum(passes):  # none, growing by itself, or made room in before
         return
     if len(layers) != len(passes) or cache.get_seq_length() > 0:
         raise ValueError(
@@ -234,9 +232,7 @@ def make_room_for_loops(cache: Cache | None, config: SGTConfig) -> None:
             "layers needs a new cache, made from its own configuration"
         )
     cache.layers = [
-        entry
-        for layer, count in zip(layers, passes, strict=True)
-        for entry in [layer, *_twins(layer, count - 1)]
+        entry for layer, count in zip(layers, passes, strict=True) for entry in [layer, *_twins(layer, count - 1)]
     ]
 
 

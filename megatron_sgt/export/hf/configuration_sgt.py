@@ -108,10 +108,6 @@ class SGTConfig(PretrainedConfig):
                 raise ValueError(f"sgt_loops: layer {layer} of a model with {self.num_hidden_layers} layers")
             heads = loop.get("heads", [])
             if not all(isinstance(h, int) and 0 <= h < self.num_attention_heads for h in heads):
-                raise ValueError(
-                    f"sgt_loops: heads {heads} of layer {layer}, which has {self.num_attention_heads}"
-                )
+                raise ValueError(f"sgt_loops: heads {heads} of layer {layer}, which has {self.num_attention_heads}")
             if bool(heads) != bool(loop.get("depth", 0)) or len(set(heads)) != len(heads):
-                raise ValueError(
-                    f"sgt_loops: layer {layer} loops heads {heads} to depth {loop.get('depth', 0)}"
-                )
+                raise ValueError(f"sgt_loops: layer {layer} loops heads {heads} to depth {loop.get('depth', 0)}")

@@ -87,9 +87,7 @@ def read_config(folder: Path) -> Any:
             return SGTConfig.from_pretrained(folder)
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # unusual values may raise anything in the library
-        raise CheckpointError(
-            f"{path} cannot be used (model_type {model_type!r}): {first_line(error)}"
-        ) from error
+        raise CheckpointError(f"{path} cannot be used (model_type {model_type!r}): {first_line(error)}") from error
 
 
 def _common_problems(config: Any) -> Iterator[str]:

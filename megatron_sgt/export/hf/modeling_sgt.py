@@ -192,9 +192,7 @@ def _causal_mask(
     arguments = {embeds: x, "position_ids": position_ids}
     if "cache_position" in _MASK_ARGUMENTS:
         arguments["cache_position"] = cache_position
-    return create_causal_mask(
-        config=config, attention_mask=attention_mask, past_key_values=cache, **arguments
-    )
+    return create_causal_mask(config=config, attention_mask=attention_mask, past_key_values=cache, **arguments)
 
 
 def _wants_dict(return_dict: bool | None, config: SGTConfig) -> bool:
@@ -245,9 +243,7 @@ class SGTForCausalLM(SGTPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

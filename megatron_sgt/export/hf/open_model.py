@@ -121,9 +121,7 @@ def _open_folder(path: Path, dtype: str, trust_remote_code: bool) -> OpenModel:
     except SGTError:
         raise
     except Exception as error:  # an unusual folder may raise anything in the library
-        raise CheckpointError(
-            f"{path} cannot be loaded as a causal language model: {first_line(error)}"
-        ) from error
+        raise CheckpointError(f"{path} cannot be loaded as a causal language model: {first_line(error)}") from error
     _refuse_differences(str(path), report)
     config = loaded.config
     return OpenModel(str(path), loaded, None, config.vocab_size, config.max_position_embeddings, None)
@@ -133,9 +131,7 @@ def _refuse_differences(name: str, report: dict[str, Any]) -> None:
     """transformers only warns about missing or unknown weights, and draws new ones."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(map(str, report.get(kind) or ())):
-            raise CheckpointError(
-                f"{name}: {len(keys)} {kind.replace('_', ' ')} in its weights: {', '.join(keys[:4])}"
-            )
+            raise CheckpointError(f"{name}: {len(keys)} {kind.replace('_', ' ')} in its weights: {', '.join(keys[:4])}")
 
 
 def _tokenizer_of(opened: OpenModel, path: Path, chosen: Path | None) -> Any:
@@ -149,16 +145,12 @@ def _tokenizer_of(opened: OpenModel, path: Path, chosen: Path | None) -> Any:
             return None
     else:
         if not chosen.exists():
-            raise DataError(
-                f"tokenizer {chosen} does not exist; give a .model file, a tokenizer.json or a folder"
-            )
+            raise DataError(f"tokenizer {chosen} does not exist; give a .model file, a tokenizer.json or a folder")
         wanted = TokenizerConfig.at(chosen)
     if opened.source is None:
         if wanted.type == "huggingface" and chosen is not None and chosen.is_dir():
             return _load_tokenizer(chosen)
-        raise DataError(
-            f"--tokenizer {chosen}: for a Hugging Face folder give a folder with a tokenizer.json"
-        )
+        raise DataError(f"--tokenizer {chosen}: for a Hugging Face folder give a folder with a tokenizer.json")
     with tempfile.TemporaryDirectory() as folder:
         # As the export would write it, so that texts are tokenized the same way before and after.
         write_tokenizer(wanted, Path(folder), opened.source.config)

@@ -97,16 +97,11 @@ def fast_tokenizer(model: Pieces) -> FastTokenizer:
     if model.kind == _BPE:
         vocabulary = {text: index for index, (text, _, _) in enumerate(model.pieces)}
         unknown = model.pieces[model.unk][0]
-        bpe = BPE(
-            vocabulary, _merges(model), unk_token=unknown, fuse_unk=True, byte_fallback=model.byte_fallback
-        )
+        bpe = BPE(vocabulary, _merges(model), unk_token=unknown, fuse_unk=True, byte_fallback=model.byte_fallback)
         fast = FastTokenizer(bpe)
     else:
         # Special tokens and bytes written out in a text must not look like pieces.
-        scored = [
-            (text, score if kind in (_NORMAL, _USER_DEFINED) else _NEVER)
-            for text, score, kind in model.pieces
-        ]
+        scored = [(text, score if kind in (_NORMAL, _USER_DEFINED) else _NEVER) for text, score, kind in model.pieces]
         fast = FastTokenizer(Unigram(scored, unk_id=model.unk, byte_fallback=model.byte_fallback))
     fast.normalizer = _normalizer(model)
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]

@@ -49,9 +49,7 @@ def same(one: State, other: State) -> bool:
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("where", [(1, 1, 0), (2, 2, 0), (2, 3, 1), (1, 2, 2), (2, 2, 3), (1, 3, 3)])
-def test_the_merged_state_is_the_one_that_was_sharded(
-    where: tuple[int, int, int], model: str, tmp_path: Path
-) -> None:
+def test_the_merged_state_is_the_one_that_was_sharded(where: tuple[int, int, int], model: str, tmp_path: Path) -> None:
     config = odd_config(**MODELS[model])
     state = random_state(config)
     folder = write_checkpoint(tmp_path / "from", config, state, where, "matrices")
@@ -87,12 +85,8 @@ def test_parts_cover_every_parameter_once_and_are_balanced(parts: int, tmp_path:
     source = open_source(write_checkpoint(tmp_path, config, random_state(config), (1, 1, 0)))
     chosen = [weights_of(source, part, parts) for part in range(parts)]
     assert tuple(weight for part in chosen for weight in part) == weights(config.model)
-    sizes = [
-        sum(source.ranks[0].read(f"gpt.{e.megatron}", "weights").numel() for e in part) for part in chosen
-    ]
-    largest = (
-        max(tensor.numel() for tensor in random_state(config)["weights"].values()) * 3
-    )  # q, k and v are one
+    sizes = [sum(source.ranks[0].read(f"gpt.{e.megatron}", "weights").numel() for e in part) for part in chosen]
+    largest = max(tensor.numel() for tensor in random_state(config)["weights"].values()) * 3  # q, k and v are one
     assert max(sizes) <= sum(sizes) / parts + largest
 
 
@@ -125,9 +119,7 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_written(tmp_path: Pa
     assert not (tmp_path / "to").exists()
 
 
-def test_an_interrupted_conversion_leaves_no_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_conversion_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = odd_config()
     folder = write_checkpoint(tmp_path / "from", config, random_state(config), (1, 1, 0))
 
@@ -148,7 +140,5 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     config = odd_config()
     folder = write_checkpoint(tmp_path / "from", config, random_state(config), (1, 1, 0))
     (tmp_path / "file").touch()
-    with pytest.raises(
-        CheckpointError, match=rf"file/global_step{STEP}\.tmp cannot be made: Not a directory"
-    ):
+    with pytest.raises(CheckpointError, match=rf"file/global_step{STEP}\.tmp cannot be made: Not a directory"):
         convert(folder, tmp_path / "file")

@@ -33,13 +33,9 @@ def test_patterns_say_what_the_weight_table_says(model: dict[str, Any]) -> None:
     for weight in weights(config.model):
         found = [(k, p) for k, ps in patterns.items() for p in ps if re.match(p, f"gpt.{weight.megatron}")]
         one = weight.split == "rows" and len(weight.hf) == 1
-        assert [split for split, _ in found] == ([] if weight.split == "qkv" or one else [weight.split]), (
-            weight
-        )
+        assert [split for split, _ in found] == ([] if weight.split == "qkv" or one else [weight.split]), weight
         used |= {pattern for _, pattern in found}
-    assert used == {pattern for some in patterns.values() for pattern in some}, (
-        "DeepSpeed refuses unused ones"
-    )
+    assert used == {pattern for some in patterns.values() for pattern in some}, "DeepSpeed refuses unused ones"
 
 
 def test_no_row_of_the_vocabulary_is_cut_off() -> None:

@@ -27,9 +27,7 @@ def test_every_rank_gets_its_shard(tp_size: int, tmp_path: Path) -> None:
 
 def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
     config = odd_config()
-    final, *_ = convert(
-        write_checkpoint(tmp_path / "from", config, random_state(config), (1, 1, 0)), tmp_path / "to"
-    )
+    final, *_ = convert(write_checkpoint(tmp_path / "from", config, random_state(config), (1, 1, 0)), tmp_path / "to")
     file = final / file_name("exp_avg", 0, 1)
     content = file.read_bytes()
     file.unlink()

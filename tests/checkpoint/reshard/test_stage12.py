@@ -24,8 +24,7 @@ def elastic(content: dict[str, Any]) -> None:
     states = content["base_optimizer_state"]["state"]
     lean = [weights.numel() for weights in content["single_partition_of_fp32_groups"]]
     content["base_optimizer_state"] = [
-        {"step": state["step"], **{m: state[m][: lean[index]] for m in MOMENTS}}
-        for index, state in states.items()
+        {"step": state["step"], **{m: state[m][: lean[index]] for m in MOMENTS}} for index, state in states.items()
     ]
 
 
@@ -78,9 +77,7 @@ def test_reads_what_was_written(weight_decay_on: str, dp_size: int, state: State
 
 @pytest.mark.parametrize("change", [as_it_is, elastic, apex, elastic_apex])
 @pytest.mark.parametrize("aligned", [1, 4])
-def test_other_forms(
-    change: Callable[[dict[str, Any]], None], aligned: int, state: State, tmp_path: Path
-) -> None:
+def test_other_forms(change: Callable[[dict[str, Any]], None], aligned: int, state: State, tmp_path: Path) -> None:
     check(Stage12State(*written(tmp_path, state, 3, "matrices", aligned=aligned, change=change)), state)
 
 

@@ -80,12 +80,8 @@ class Bench:
         self.loaded: list[Path] = []
         self.saver = FakeSaver()
         monkeypatch.setattr(checkpoint_hook, "Saver", lambda *_: self.saver)
-        monkeypatch.setattr(
-            checkpoint_hook, "load_checkpoint", lambda folder, *rest: self.loaded.append(folder)
-        )
-        config = small_config(
-            checkpoint={"save_interval": interval, "save": "somewhere", "async_save": async_save}
-        )
+        monkeypatch.setattr(checkpoint_hook, "load_checkpoint", lambda folder, *rest: self.loaded.append(folder))
+        config = small_config(checkpoint={"save_interval": interval, "save": "somewhere", "async_save": async_save})
         self.counter = Counter()
         engine: Any = SimpleNamespace(module=None)
         hooks = ((), [self.counter]) if own else ([self.counter], ())
@@ -243,9 +239,7 @@ def test_a_user_s_hook_without_saved_state_starts_with_the_run(
     bench.counter.value = 17
     bench.hook.load(Path("there"), {"trainer": TrainState(4).state_dict(), "hooks": {}}, TrainState())
     assert bench.counter.value == 0
-    assert capsys.readouterr().out == (
-        "HOOKS  the checkpoint holds no state of 'counter': it starts with this run\n"
-    )
+    assert capsys.readouterr().out == ("HOOKS  the checkpoint holds no state of 'counter': it starts with this run\n")
 
 
 def test_the_state_of_a_hook_that_the_run_lacks_is_said(

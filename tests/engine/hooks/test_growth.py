@@ -120,9 +120,7 @@ def test_state_survives_json_and_continues(monkeypatch: pytest.MonkeyPatch) -> N
     assert second.hook.state_dict() == whole.hook.state_dict()
 
 
-@pytest.mark.parametrize(
-    "damage", [{}, {"schedule": {}}, {"schedule": {}, "events": []}, {"schedule": 1, "events": 2}]
-)
+@pytest.mark.parametrize("damage", [{}, {"schedule": {}}, {"schedule": {}, "events": []}, {"schedule": 1, "events": 2}])
 def test_damaged_state_is_refused(damage: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match="growth state is damaged"):
         Bench(monkeypatch).hook.load_state_dict(damage)

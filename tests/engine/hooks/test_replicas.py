@@ -110,17 +110,13 @@ class Part(torch.nn.Parameter):
 
 
 @pytest.mark.parametrize("wrong", [False, True])
-def test_weights_in_host_memory_are_compared_by_the_gpus(
-    monkeypatch: pytest.MonkeyPatch, wrong: bool
-) -> None:
+def test_weights_in_host_memory_are_compared_by_the_gpus(monkeypatch: pytest.MonkeyPatch, wrong: bool) -> None:
     """Parts of large weights on the host, of small ones not (``offload_param``); NCCL takes a GPU's tensors only."""
     model = torch.nn.ParameterDict({name: Part(torch.empty(0)) for name in ("host", "device")})
     model["host"].ds_tensor, model["device"].ds_tensor = torch.ones(5), on_gpu(torch.ones(3))
 
     def gather(outputs: list[torch.Tensor], mine: torch.Tensor) -> None:
-        assert {device_of(t) for t in (*outputs, mine)} == {GPU}, (
-            "No backend type associated with device type cpu"
-        )
+        assert {device_of(t) for t in (*outputs, mine)} == {GPU}, "No backend type associated with device type cpu"
         for rank, output in enumerate(outputs):
             output.copy_(mine + (rank if wrong else 0))
 

@@ -119,9 +119,7 @@ SPIKE_AT, SAVED_AT, END = 7, 4, 12
 
 def spiked_config(run_dir: Path, data: str, **train: Any) -> Config:
     spike = {"spike_sigma": 8.0, "spike_window_steps": 4, "train_iters": END, "eval_interval": 0}
-    return tiny_config(
-        run_dir, data, train={**spike, **train}, checkpoint={"save_interval": SAVED_AT, "keep_last": 0}
-    )
+    return tiny_config(run_dir, data, train={**spike, **train}, checkpoint={"save_interval": SAVED_AT, "keep_last": 0})
 
 
 def pretrain_spiked(info: RankInfo, config: Config, spiked: list[int]) -> None:
@@ -144,9 +142,7 @@ def pretrain_spiked(info: RankInfo, config: Config, spiked: list[int]) -> None:
     pretrain(info, config)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "parallel"), [(1, {}), (2, {"tensor_model_parallel_size": 2, "zero_stage": 3})]
-)
+@pytest.mark.parametrize(("ranks", "parallel"), [(1, {}), (2, {"tensor_model_parallel_size": 2, "zero_stage": 3})])
 def test_a_run_goes_back_and_passes_over_the_data_for_good(
     ranks: int, parallel: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -59,9 +59,7 @@ def test_the_structure_is_inferences_and_then_trainings_again(monkeypatch: pytes
     assert PLAN.inference() != PLAN
 
 
-@pytest.mark.parametrize(
-    ("loss", "perplexity"), [(2.0, math.exp(2.0)), (800.0, math.inf), (math.nan, math.nan)]
-)
+@pytest.mark.parametrize(("loss", "perplexity"), [(2.0, math.exp(2.0)), (800.0, math.inf), (math.nan, math.nan)])
 def test_the_record(loss: float, perplexity: float, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(monkeypatch, loss)
     bench.hook.after_step(TrainState(5), GOOD)

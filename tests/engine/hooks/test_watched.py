@@ -47,9 +47,7 @@ def test_calls_are_phases() -> None:
     (hook,) = watched_hooks([inner], progress)
     state = TrainState(step=3)
     hook.before_run(state)
-    assert (progress.mark.place, progress.mark.quick) == ("step 4 (train)", False), (
-        "the first step may take longer"
-    )
+    assert (progress.mark.place, progress.mark.quick) == ("step 4 (train)", False), "the first step may take longer"
     state.step = 4
     hook.after_step(state, StepResult(torch.tensor(1.0), 1.0, True, 0.1, 0.1))
     assert (progress.mark.place, progress.mark.quick) == ("step 5 (train)", True)

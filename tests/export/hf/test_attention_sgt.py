@@ -40,9 +40,7 @@ def test_rotary_angles_do_not_depend_on_the_models_dtype() -> None:
     config = hf_config()
     exact = [t.double() for t in rotary_embedding(positions, config, torch.float32)]
     angle = positions.double()[..., None] / 10000 ** (torch.arange(0, 12, 2, dtype=torch.float64) / 12)
-    assert (exact[0][..., :6] - angle.cos()).abs().max() < 1e-3 and (
-        exact[1][..., 6:] - angle.sin()
-    ).abs().max() < 1e-3
+    assert (exact[0][..., :6] - angle.cos()).abs().max() < 1e-3 and (exact[1][..., 6:] - angle.sin()).abs().max() < 1e-3
     rounded = rotary_embedding(positions, config, torch.bfloat16)
     assert all(torch.equal(r, e.bfloat16()) for r, e in zip(rounded, exact, strict=True))
     model = hf_model().bfloat16()

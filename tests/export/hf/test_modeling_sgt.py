@@ -40,9 +40,7 @@ def test_gradients_equal_the_references_with_and_without_checkpointing(variant: 
     model, tokens = hf_model(variant).train(), random_ids(2, 12)
 
     def gradients(loss: Tensor) -> dict[str, Tensor]:
-        return dict(
-            zip(names, torch.autograd.grad(loss, [p for _, p in model.named_parameters()]), strict=True)
-        )
+        return dict(zip(names, torch.autograd.grad(loss, [p for _, p in model.named_parameters()]), strict=True))
 
     names = [name for name, _ in model.named_parameters()]
     expected = next_token_loss(reference_logits(model, tokens), tokens)
@@ -150,10 +148,7 @@ def test_saved_with_its_code_it_is_the_same_model(tmp_path: Path) -> None:
     assert type(again).__module__.startswith("transformers_modules")
     for other in (loaded, again):
         assert torch.equal(other(tokens).logits, model(tokens).logits)
-    assert (
-        AutoConfig.from_pretrained(tmp_path / "two", trust_remote_code=True).sgt_loops
-        == model.config.sgt_loops
-    )
+    assert AutoConfig.from_pretrained(tmp_path / "two", trust_remote_code=True).sgt_loops == model.config.sgt_loops
     with pytest.raises(ValueError, match="trust_remote_code"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "two", trust_remote_code=False)
 

@@ -30,9 +30,7 @@ def test_a_checkpoint_is_its_export() -> None:
     assert isinstance(checkpoint.model, SGTForCausalLM) and checkpoint.model.config.sgt_loops
     assert torch.equal(logits(checkpoint.model), logits(folder.model))
     assert (
-        (checkpoint.vocab_size, checkpoint.context)
-        == (folder.vocab_size, folder.context)
-        == (300, grown_run.CONTEXT)
+        (checkpoint.vocab_size, checkpoint.context) == (folder.vocab_size, folder.context) == (300, grown_run.CONTEXT)
     )
     text = "the quick  brown fox, 42 é"
     assert checkpoint.tokenizer(text)["input_ids"] == folder.tokenizer(text)["input_ids"]

@@ -47,9 +47,7 @@ def test_a_sentencepiece_model_becomes_a_fast_tokenizer(model: TokenizerConfig, 
     batch = loaded(["a", "a longer text"], padding=True)
     assert batch["attention_mask"][0][0] == 0 and batch["attention_mask"][0][-1] == 1
     loaded.save_pretrained(tmp_path / "again")
-    assert AutoTokenizer.from_pretrained(tmp_path / "again")(PROBES[3])["input_ids"] == trained.encode(
-        PROBES[3]
-    )
+    assert AutoTokenizer.from_pretrained(tmp_path / "again")(PROBES[3])["input_ids"] == trained.encode(PROBES[3])
 
 
 def bare_tokenizer(path: Path) -> None:
@@ -73,9 +71,7 @@ def test_hugging_face_tokenizers_are_copied(kind: str, tmp_path: Path) -> None:
     if kind == "folder":
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
         (source / "tokenizer_config.json").write_text(json.dumps(settings))
-    wanted = TokenizerConfig(
-        type="huggingface", model=str(source / "tokenizer.json" if kind == "file" else source)
-    )
+    wanted = TokenizerConfig(type="huggingface", model=str(source / "tokenizer.json" if kind == "file" else source))
     trained = build_tokenizer(wanted)
     assert write_tokenizer(wanted, out, config()) == TokenIds(None, trained.eod, trained.eod)
     loaded = AutoTokenizer.from_pretrained(out)

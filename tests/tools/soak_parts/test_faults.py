@@ -34,6 +34,6 @@ def test_a_disk_that_can_be_filled(tmp_path: Path) -> None:
 
 
 def test_a_third_of_the_faults_strikes_inside_a_save() -> None:
-    assert sum(
-        weight for kind, weight in FAULTS.items() if "inside a save" in kind or "in a save" in kind
-    ) >= (sum(FAULTS.values()) / 3)
+    assert sum(weight for kind, weight in FAULTS.items() if "inside a save" in kind or "in a save" in kind) >= (
+        sum(FAULTS.values()) / 3
+    )

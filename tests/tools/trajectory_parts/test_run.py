@@ -62,9 +62,7 @@ def test_what_the_weights_imply() -> None:
 def test_overrides_and_what_they_break() -> None:
     config = config_of("vanilla", parallel={"tensor_model_parallel_size": 2}, train={"micro_batch_size": 1})
     assert (config.parallel.tensor_model_parallel_size, config.train.micro_batch_size) == (2, 1)
-    with pytest.raises(
-        ConfigError, match=r"the trajectory's metadata[\s\S]*num_attention_heads: 4 is not a multiple"
-    ):
+    with pytest.raises(ConfigError, match=r"the trajectory's metadata[\s\S]*num_attention_heads: 4 is not a multiple"):
         config_of("vanilla", parallel={"tensor_model_parallel_size": 3})
 
 
@@ -129,9 +127,7 @@ def test_compare_finds_a_number_beyond_its_tolerance(
 @pytest.mark.parametrize(
     ("field", "value"), [("step", 11), ("layer", 4), ("phase", "fixed"), ("kept_heads", {"3": [0, 2]})]
 )
-def test_compare_finds_another_event(
-    field: str, value: Any, golden: tuple[dict[str, Tensor], dict[str, Any]]
-) -> None:
+def test_compare_finds_another_event(field: str, value: Any, golden: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
     tensors, meta = golden
     assert rp.compare(tensors, meta, tensors, meta)[1] == []
     other = copy.deepcopy(meta)

@@ -25,16 +25,14 @@ def results(p: PassInputs, way: str) -> list[Tensor]:
 def largest_error(found: list[Tensor], wanted: list[Tensor]) -> float:
     """Relative to the largest value of each tensor; infinite where something is not finite."""
     errors = [
-        float((a.float() - b).abs().max() / b.abs().max().clamp(min=1e-6))
-        for a, b in zip(found, wanted, strict=True)
+        float((a.float() - b).abs().max() / b.abs().max().clamp(min=1e-6)) for a, b in zip(found, wanted, strict=True)
     ]
     return max(error if error == error else float("inf") for error in errors)
 
 
 def _in_fp32(p: PassInputs) -> PassInputs:
     wide = {
-        n: getattr(p, n).detach().float().requires_grad_()
-        for n in ("x", "norm_weight", "qkv_weight", "out_weight")
+        n: getattr(p, n).detach().float().requires_grad_() for n in ("x", "norm_weight", "qkv_weight", "out_weight")
     }
     return PassInputs(**{**p.__dict__, **wide})
 

@@ -113,9 +113,7 @@ class Drive:
     def _compile_ahead(self) -> None:
         wanted = [row for row in self.rows if row.compiles][: 1 if self.dry else None]
         for number, worker in enumerate(self.compilers):
-            worker.begin(
-                [self._job(row.call, row.arguments, 60.0) for row in wanted[number :: len(self.compilers)]]
-            )
+            worker.begin([self._job(row.call, row.arguments, 60.0) for row in wanted[number :: len(self.compilers)]])
             assert worker.process.stdin is not None
             worker.process.stdin.close()  # it leaves when it is done
 

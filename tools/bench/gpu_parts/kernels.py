@@ -113,9 +113,7 @@ def entropies(machine: Machine) -> Iterator[dict[str, Any]]:
     length, batch, width, size = (40, 2, 64, 16) if machine.dry else (4096, 2, 2048, 128)
     shape = (length, batch, 3 * width // size, size)
     count = machine.copies(length * batch * width * machine.dtype.itemsize)
-    fused = [
-        torch.randn(shape, device=machine.device).to(machine.dtype).chunk(3, dim=2) for _ in range(count)
-    ]
+    fused = [torch.randn(shape, device=machine.device).to(machine.dtype).chunk(3, dim=2) for _ in range(count)]
     yield {
         "T": length,
         "B": batch,

@@ -33,9 +33,7 @@ def check(machine: Machine, heads: str) -> Iterator[dict[str, Any]]:
             error = largest_error(_gradients(fused, repeat, size, _only(kernel)), wanted)
             detail.append(f"{name} {error:.1e}")
         except RuntimeError as reason:
-            if "CUDA error" in str(
-                reason
-            ):  # the process is lost, and what follows would be told of every kernel
+            if "CUDA error" in str(reason):  # the process is lost, and what follows would be told of every kernel
                 raise
             detail.append(f"{name} cannot ({first_line(reason)[:60]})")
     passed = used <= TOLERANCES[machine.dtype]

@@ -88,9 +88,7 @@ def fused_pass(p: PassInputs, library: bool) -> Tensor:
     return fused_loop.project_out(out, residual, p.out_weight, p.blocks)
 
 
-def work(
-    length: int, batch: int, width: int, size: int, kept: int = 2, bytes_per: int = 2
-) -> tuple[float, float]:
+def work(length: int, batch: int, width: int, size: int, kept: int = 2, bytes_per: int = 2) -> tuple[float, float]:
     """(operations, bytes at least) of forward and backward of one pass; causal attention counts half."""
     tokens = length * batch
     projections = 2.0 * tokens * width * 4 * kept * size

@@ -178,9 +178,7 @@ def _number(text: str) -> float | None:
 def output_of(command: list[str]) -> str:
     """What a program prints; nothing where it is absent, fails or hangs."""
     try:
-        return subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=10, check=False
-        ).stdout.strip()
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
 

@@ -67,9 +67,7 @@ def _forward(p: PassInputs, arguments: tuple[Any, ...], query: Tensor) -> Iterat
     def eager_out() -> Tensor:
         return x + F.linear(query.flatten(2), out_weight[:, p.blocks.column_index])
 
-    yield Operation(
-        "project_in", lambda: operators.project_in(*arguments), eager_in, 3 * product, stream + some
-    )
+    yield Operation("project_in", lambda: operators.project_in(*arguments), eager_in, 3 * product, stream + some)
     kernel = partial(operators.project_out, query, x, out_weight, p.blocks.columns)
     yield Operation("project_out", kernel, eager_out, product, 2 * stream + some / 3)
 
@@ -101,9 +99,7 @@ def _backward(
         product,
         stream + some / 3,
     )
-    yield Operation(
-        "head_gradients", partial(operators.head_gradients, *arguments), eager_heads, 0.0, 3 * some
-    )
+    yield Operation("head_gradients", partial(operators.head_gradients, *arguments), eager_heads, 0.0, 3 * some)
     kernel = partial(operators.input_gradient, scaled, coefficient, x, dout, norm, weight, at.rows)
     yield Operation("input_gradient", kernel, eager_input, 3 * product, 3 * stream + some)
 

@@ -60,8 +60,7 @@ def _checks(types: tuple[str, ...], part: str) -> list[Row]:
 
 def _steps(model: str, part: str, structures: tuple[str, ...]) -> list[Row]:
     return [
-        Row(f"{model} {name}", part, "training", "training:step_row", (model, name), limit=90)
-        for name in structures
+        Row(f"{model} {name}", part, "training", "training:step_row", (model, name), limit=90) for name in structures
     ]
 
 

@@ -272,7 +272,4 @@ def profile(machine: Machine, step: Step, plans: dict[str, LoopPlan]) -> list[di
         return float(getattr(event, f"self_{'device' if activity.name == 'CUDA' else 'cpu'}_time_total"))
 
     events = sorted(recorded.key_averages(), key=microseconds, reverse=True)
-    return [
-        {"kernel": e.key[:90], "calls": e.count, "ms": per(1e-3, microseconds(e))}
-        for e in events[:KERNELS_SHOWN]
-    ]
+    return [{"kernel": e.key[:90], "calls": e.count, "ms": per(1e-3, microseconds(e))} for e in events[:KERNELS_SHOWN]]
