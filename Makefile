@@ -40,7 +40,7 @@ help:
 	@echo "make test-transformers-4   the code of exported models under the last transformers 4"
 	@echo "make test-newest           what rests on Megatron-Core, under its newest version (needs Python 3.12 or newer)"
 	@echo "make check        formatting, lint, types, architecture"
-	@echo "make study        the paper's comparison at a size for two cores, in one table (15 minutes)"
+	@echo "make study        the paper's comparison at a size for two cores, in one table (10 minutes)"
 	@echo "make bench        step time and FLOPs of SGT beside vanilla"
 	@echo "make env          only make $(VENV) (the targets above do it when needed)"
 	@echo "make format       rewrite the sources as 'make check' wants them"
@@ -89,7 +89,8 @@ test-transformers-4: $(OLD_VENV)/.complete
 # constraints.txt has the newest Megatron-Core for the Pythons that it supports. The folders that rest on it run there.
 NEWEST_PYTHON ?= python3.12
 NEWEST_VENV := $(VENV)-newest
-NEWEST_TESTS := $(addprefix tests/,compat model parallel golden checkpoint engine guard)
+NEWEST_TESTS := $(addprefix tests/,arch compat model parallel golden checkpoint engine guard \
+  tools/trajectory_parts test_preflight.py)
 
 test-newest:
 	@$(NEWEST_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || { \

@@ -39,11 +39,18 @@ def commit(temporary: Path, final: Path) -> None:
     """Give the file or folder ``temporary`` the name ``final``, in one atomic step.
 
     A file takes the place of an older one, a folder only of an empty one. Content that was written into files of a
-    folder must be on disk already.
+    folder must be on disk already (``sync_all``).
     """
     sync(temporary)
     os.replace(temporary, final)
     sync(final.parent)
+
+
+def sync_all(folder: Path) -> None:
+    """Return when the content of every file below ``folder`` is on disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            sync(path)
 
 
 @contextmanager

@@ -143,7 +143,10 @@ def find_start(config: Config, damaged: Mapping[Path, str] | None = None, librar
     found = find_checkpoint(config, damaged)
     if found.folder is None:
         return Start(None, {})
-    there = load_config(found.folder / CONFIG_FILE)
+    try:
+        there = load_config(found.folder / CONFIG_FILE)
+    except ConfigError as error:
+        raise CheckpointError(f"{found.folder / CONFIG_FILE} cannot be read: {error}") from error
     if config.model.vocab_size is None and there.model.vocab_size is not None:
         config = config.with_vocab_size(there.model.vocab_size)
     tokenizer = tokenizer_fingerprint(config) if libraries else None
@@ -199,6 +202,8 @@ def _data_line(config: Config, absent: Sequence[str]) -> str:
         from megatron_sgt.data.sources import validate_data
 
         return validate_data(config).line()
+    if config.data.dataset != "indexed":
+        return f"'{config.data.dataset}', read when the run starts"
     if not config.data.data_path:
         raise DataError("data.data_path is empty; give the prefix of a .bin/.idx pair")
     prefixes = [resolve_prefix(path)[0] for _, path in config.data.blend()]

@@ -74,5 +74,8 @@ def all_kinds() -> dict[str, FFNKind]:
 
 def kind_of_hf(gated: bool, hidden_act: str) -> str | None:
     """The kind that an exported model with these fields has; None: there is none."""
-    found = (name for name, kind in all_kinds().items() if (kind.gated, kind.hidden_act) == (gated, hidden_act))
-    return next(found, None)
+    for name in (*KINDS, *extensions.names("ffn")):  # an installed one is imported only where none built in fits
+        kind = ffn_kind(name)
+        if (kind.gated, kind.hidden_act) == (gated, hidden_act):
+            return name
+    return None

@@ -164,7 +164,7 @@ class Saver:
         future: Future[Any] = Future()
         try:
             future.set_result(work())
-        except CheckpointError as error:
+        except Exception as error:  # the other ranks wait for the outcome, whatever it is
             future.set_exception(error)
         return future
 

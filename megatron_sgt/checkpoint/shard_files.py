@@ -151,4 +151,4 @@ def as_checkpoint_error(what: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"{what}{error.strerror or error}") from error
+        raise CheckpointError(f"{what}{error}" if what else error.strerror or str(error)) from error

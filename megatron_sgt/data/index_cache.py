@@ -21,7 +21,7 @@ import numpy as np
 
 from megatron_sgt.data.splits import SplitPart
 from megatron_sgt.errors import DataError
-from megatron_sgt.files import commit
+from megatron_sgt.files import commit, sync_all
 
 EVAL_SEED = 0
 """Validation and test ignore the seed of the run: runs that differ in it are measured on the same samples."""
@@ -82,6 +82,7 @@ def build_index_cache(
             if part.samples:
                 open_split(prefix, part, seq_length, seed, unfinished)
         os.chmod(unfinished, 0o755)
+        sync_all(Path(unfinished))
         with contextlib.suppress(OSError):  # another job was faster; its folder has the same content
             commit(Path(unfinished), folder)
         if not folder.is_dir():

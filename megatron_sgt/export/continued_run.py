@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_sgt.checkpoint.layout import GROWTH_STATE
 from megatron_sgt.config import Config, load_config, parse_config
 from megatron_sgt.config.data import TokenizerConfig
 from megatron_sgt.config.yaml_io import dump_yaml
@@ -101,13 +102,13 @@ def growth_state(model: HFModel, config: Config) -> dict[str, Any]:
         return {}
     schedule = schedule_of(config)
     schedule.adopt(plan_of(model))
-    return {"growth": {"schedule": schedule.state_dict(), "events": []}}
+    return {GROWTH_STATE: {"schedule": schedule.state_dict(), "events": []}}
 
 
 def plan_of(model: HFModel) -> LoopPlan:
     """What ``model`` executes."""
     layers = (
-        (int(n), LayerPlan(loop["depth"], tuple(sorted(loop["heads"])), 0.0, loop.get("block_loops", 0)))
+        (int(n), LayerPlan(loop.get("depth", 0), tuple(sorted(loop.get("heads", ()))), 0.0, loop.get("block_loops", 0)))
         for n, loop in model.loops.items()
     )
     return LoopPlan(model.fields["num_layers"], tuple(layers))

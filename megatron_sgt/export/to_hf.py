@@ -17,7 +17,7 @@ from megatron_sgt.export.card import model_card
 from megatron_sgt.export.hf.tokenizer import write_tokenizer
 from megatron_sgt.export.shards import write_weights
 from megatron_sgt.export.source import ExportSource, open_checkpoint
-from megatron_sgt.files import commit, fresh_folder, temporary_of, write_json, write_text
+from megatron_sgt.files import commit, fresh_folder, sync_all, temporary_of, write_json, write_text
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.model.mcore_config import DTYPES
 
@@ -87,6 +87,7 @@ def _whole_or_nothing(output: Path) -> Iterator[Path]:
     try:
         fresh_folder(temporary)
         yield temporary
+        sync_all(temporary)
         commit(temporary, output)
     except CheckpointError:
         raise

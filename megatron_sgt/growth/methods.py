@@ -51,6 +51,8 @@ def _registered(name: str) -> type[Schedule]:
 def with_schedule(config: Config, rule: type[Schedule]) -> Config:
     """``config`` with ``growth.method`` naming ``rule``, which is registered for this process if it is not yet.
 
+    What belongs to another method is left out: a recorded run, looped blocks.
+
     Raises:
         ConfigError: its name is that of another schedule, or its options are not those of ``config``.
     """
@@ -61,7 +63,7 @@ def with_schedule(config: Config, rule: type[Schedule]) -> Config:
     if extensions.load("schedules", rule.name) is not rule:
         raise ConfigError(f"{rule.__qualname__}.name: {rule.name!r} is registered for another schedule")
     values = config.model_dump()
-    values["growth"]["method"] = rule.name
+    values["growth"] |= {"method": rule.name, "replay": None, "block_loop_layers": ()}
     return parse_config(values)
 
 

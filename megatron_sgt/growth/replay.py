@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,9 @@ class ReplaySchedule(SGTSchedule):
         layers = count(len(self.final_plan().layers), "layer")
         return f"repeats the decisions of {self.config.replay}: {layers}, {added} once fixed"
 
+    def adopt(self, plan: LoopPlan) -> None:
+        raise ConfigError("growth.replay: repeats growth from its beginning, but the imported model has grown already")
+
     def _fingerprint(self) -> str:
         return hashlib.sha256(repr(self._recorded).encode()).hexdigest()
 
@@ -136,6 +140,15 @@ def read_events(path: Path, config: GrowthConfig, num_layers: int, num_heads: in
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        about = path.stat()
+    except OSError as error:
+        raise ConfigError(f"growth.replay: cannot read {path}: {error}") from error
+    return _read_once(path, (about.st_mtime_ns, about.st_size))
+
+
+@lru_cache(maxsize=2)  # a start asks for it several times, and a long run's file is large
+def _read_once(path: Path, version: tuple[int, int]) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -78,7 +78,7 @@ class Schedule(ABC):
 
     @property
     def wanted(self) -> frozenset[str]:
-        """The probes that the next step must measure. Default: all."""
+        """The probes that the next step must measure; from the step and past decisions alone. Default: all."""
         return self.probes
 
     def observe(self, probe: str, values: NDArray[np.float64]) -> None:
@@ -86,7 +86,11 @@ class Schedule(ABC):
         raise NotImplementedError(f"{self.name} asks for {probe} and has no method observe")
 
     def decides_at(self, step: int) -> bool:
-        """Whether ``after_step(step)`` may decide from what was observed: then all ranks take rank 0's state before."""
+        """Whether ``after_step(step)`` may decide from what was observed: then all ranks take rank 0's state before.
+
+        From the step and past decisions alone, as ``wanted``: observed values may differ in their last bits between
+        ranks, which must all come to the same collectives.
+        """
         return bool(self.probes)
 
     # Planning

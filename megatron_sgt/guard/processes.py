@@ -102,7 +102,8 @@ def whereabouts(thread: int, package: str = "/megatron_sgt/") -> str:
         if any(part in file for part in _COLLECTIVES):
             waiting = f"waiting in {frame.f_code.co_name}"
         elif _MEETING in file:
-            waiting = waiting or AT_STORE
+            if frame.f_code.co_name == "_wait_at_store":
+                waiting = waiting or AT_STORE
         elif package in file:
             ours = _shown(frame)
         frame = frame.f_back

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgt.config.run import LoggingConfig
-from megatron_sgt.jsonl import JsonlWriter
+from megatron_sgt.jsonl import JsonlWriter, encode
 from megatron_sgt.metrics.console import ConsoleWriter
 from megatron_sgt.metrics.records import RECORDS
 from megatron_sgt.metrics.writers import TensorBoardWriter, WandbWriter, Writer
@@ -32,11 +32,13 @@ class MetricsHub:
         """Report ``record``; ``time`` (seconds since the epoch) is added.
 
         Raises:
-            ValueError: its kind is unknown.
+            ValueError: its kind is unknown; or on every rank alike, a hook's record cannot be written.
         """
         if kind not in RECORDS:
             raise ValueError(f"kind must be one of {tuple(RECORDS)}, got {kind!r}")
         stamped = {"time": time.time(), **record}
+        if kind == "hook":
+            _check_hook_record(stamped)
         self._each(lambda writer: writer.write(kind, stamped))
 
     def advance(self, step: int) -> None:
@@ -55,6 +57,16 @@ class MetricsHub:
                     self._complained.add(index)
                     name = type(writer).__name__
                     print(f"warning: {name} cannot write ({error}); training goes on", file=sys.stderr)
+
+
+def _check_hook_record(record: Mapping[str, Any]) -> None:
+    """Refuse on all ranks what would fail in a writer of rank 0, for which the others would wait."""
+    if missing := {"hook", "values"} - record.keys():
+        raise ValueError(f"a hook's record lacks {', '.join(sorted(missing))}")
+    try:
+        encode("hook", record)
+    except TypeError as error:
+        raise ValueError(f"the record of hook {record['hook']!r} is not JSON-able: {error}") from error
 
 
 def build_hub(logging: LoggingConfig, train_iters: int, resolved: Mapping[str, Any]) -> MetricsHub:

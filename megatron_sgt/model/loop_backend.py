@@ -37,7 +37,7 @@ def loop_backend(config: Config, precision: str, device: torch.device) -> tuple[
     except BackendError as error:
         raise ConfigError(str(error)) from error
     if backend == "triton":
-        heads = len(most_kept_heads(config))
+        heads = most_kept_heads(config)
         pairs = train.micro_batch_size * heads
         arch = arch_of(torch.empty(0, device=device))
         wanted = train.loop_attention

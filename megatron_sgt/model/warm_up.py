@@ -83,7 +83,7 @@ class _Passes:
     def kinds(self) -> Iterator[_Kind]:
         """All kinds that kept heads can form on this rank. Where each rank loops its own, some ranks have fewer."""
         held = self.held
-        most = min(len(most_kept_heads(self.config)), held.heads_per_rank)
+        most = min(most_kept_heads(self.config), held.heads_per_rank)
         for heads in range(1, most + 1) if held.tp_size > 1 else (most,):
             fewest = -(-heads // held.heads_per_group)
             yield from (_Kind(heads, g) for g in range(fewest, min(heads, held.groups_per_rank) + 1))

@@ -108,7 +108,7 @@ def changed(config: Config, values: dict[str, Any]) -> Config:
 
 def _loops(config: Config) -> Iterator[str]:
     ranks = config.parallel.tensor_model_parallel_size
-    heads = most_kept_heads(config)
+    heads = tuple(range(most_kept_heads(config)))
     if not heads or ranks == 1 or choose_loop_method(config)[0] != "owner":
         return
     busiest = max(loop_flops(config, "owner", heads, rank).executed for rank in range(ranks))

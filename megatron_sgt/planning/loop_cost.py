@@ -130,7 +130,7 @@ def choose_loop_method(config: Config) -> tuple[LoopMethod, str]:
         return "owner", "owner looping: attention dropout is drawn per head, by its owner"
     if model.seq_length % ranks:
         return "owner", f"owner looping: seq_length {model.seq_length} does not divide over {ranks} ranks"
-    kept = most_kept_heads(config)
+    kept = tuple(range(most_kept_heads(config)))
     if not kept:
         return "owner", "no head loops"
     owner, balanced = (loop_cost(config, method, kept) for method in ("owner", "balanced"))

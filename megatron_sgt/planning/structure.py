@@ -39,9 +39,9 @@ def final_plan(config: Config, together: bool = False) -> LoopPlan:
     return schedule_of(config).final_plan(together)
 
 
-def most_kept_heads(config: Config) -> tuple[int, ...]:
-    """The heads of the layer that keeps most in the end, next to each other; empty where no head can loop."""
-    return max((layer.kept_heads for layer in final_plan(config, together=True)), key=len)
+def most_kept_heads(config: Config) -> int:
+    """How many heads the layer keeps that keeps most in the end; 0 where no head can loop."""
+    return max(len(layer.kept_heads) for layer in final_plan(config, together=True))
 
 
 def timeline(config: Config, together: bool = False) -> list[Stretch]:

@@ -242,7 +242,13 @@ def test_deepspeed_accumulation_against_the_world_size() -> None:
 
 @pytest.mark.parametrize(
     ("precision", "device", "expected"),
-    [("auto", "cpu", "fp32"), ("auto", "cuda", "bf16"), ("fp16", "cuda", "fp16"), ("fp32", "cuda", "fp32")],
+    [
+        ("auto", "cpu", "fp32"),
+        ("auto", "cuda", "bf16"),
+        ("fp16", "cuda", "fp16"),
+        ("fp32", "cuda", "fp32"),
+        ("bf16", "cpu", "bf16"),
+    ],
 )
 def test_precision_on_a_device(precision: str, device: Any, expected: str) -> None:
     assert make(train={"precision": precision}).precision_on(device) == expected

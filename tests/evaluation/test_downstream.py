@@ -64,6 +64,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.exhaustive  # twenty seconds of imports, for what run_tasks does in this process
 def test_the_command_line_of_the_harness_finds_the_same(tasks: Path, tmp_path: Path) -> None:
     opened = open_model(grown_run.checkpoints())
     ours = run_tasks(opened.model, opened.tokenizer, ["sgt_choice", "sgt_rolling"], tasks, batch_size=4)

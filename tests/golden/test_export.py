@@ -59,7 +59,7 @@ def test_the_golden_final_weights_give_the_golden_logits(tmp_path: Path) -> None
     assert (found - tensors["probe_logits"]).abs().max() <= 1e-4
 
 
-def test_the_final_weights_of_a_replay_do_so_too(tmp_path: Path) -> None:
+def test_the_final_weights_of_a_repeated_trajectory_do_so_too(tmp_path: Path) -> None:
     tensors, _ = read_trajectory(GOLDEN)
     result, final_meta = run_trajectory(GOLDEN)
     found = exported_logits(tmp_path, {**tensors, **result}, final_meta, tensors["probe_tokens"])

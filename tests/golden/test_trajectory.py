@@ -114,7 +114,7 @@ def test_recomputation_changes_nothing(tensor: int, short: Path) -> None:
             assert gap <= 2e-6, f"{recompute} recomputation moves {name} by {gap:.1e}"
 
 
-def test_replay_is_deterministic(short: Path) -> None:
+def test_a_trajectory_is_deterministic(short: Path) -> None:
     layout = {"tensor_model_parallel_size": 2, "zero_stage": 1}
     one, other = (run_trajectory(short, 4, layout)[0] for _ in "ab")
     assert all(torch.equal(one[name], other[name]) for name in one)

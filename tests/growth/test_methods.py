@@ -156,3 +156,10 @@ def test_loops_that_a_method_cannot_have_made_are_refused() -> None:
             build_schedule(method, 4, 4).adopt(blocks)
     with pytest.raises(ConfigError, match="not both"):
         settings_for(LoopPlan(4, (*deep.layers, (2, LayerPlan(block_loops=1)))), 4)
+
+
+def test_a_schedule_of_the_caller_s_own_leaves_out_what_belongs_to_other_methods() -> None:
+    blocks = small_config(growth={"method": "block_loop", "block_loop_layers": [1]})
+    assert with_schedule(blocks, Modest).growth.block_loop_layers == ()
+    repeated = small_config(growth={"replay": "nowhere.jsonl"})
+    assert with_schedule(repeated, Modest).growth.replay is None

@@ -145,3 +145,10 @@ def test_files_that_are_no_record(tmp_path: Path) -> None:
 def test_has_no_effect_with_another_method() -> None:
     assert list(GrowthConfig(method="sgt", replay="x").problems()) == []
     assert "no effect" in next(iter(GrowthConfig.model_construct(method="vanilla", replay="x").problems()))
+
+
+def test_a_model_that_has_grown_is_not_grown_again(tmp_path: Path) -> None:
+    events, plans = record()
+    schedule = replay(write(tmp_path / "metrics.jsonl", events))
+    with pytest.raises(ConfigError, match=r"growth\.replay: .* the imported model has grown already"):
+        schedule.adopt(plans[-1])

@@ -70,17 +70,19 @@ def test_shm() -> None:
 
 def test_whereabouts() -> None:
     """Busy in a line of its own, or waiting in a collective: the files on the stack distinguish them."""
-    source = "def all_reduce():\n    ready.set()\n    go.wait(20)\n"
-    stuck = "def busy():\n    all_reduce()\n"
+    source = "def {0}():\n    ready.set()\n    go.wait(20)\n"
+    stuck = "def busy():\n    {0}()\n"
     for file, expected in (
         ("/x/torch/distributed/distributed_c10d.py", "waiting in all_reduce, called from busy (step.py:2)"),
         ("/x/megatron_sgt/parallel/collectives.py", "waiting at the store, called from busy (step.py:2)"),
+        ("/x/megatron_sgt/parallel/collectives/largest.py", "at wait (threading.py:"),
         ("/x/numpy/core.py", "at wait (threading.py:"),
     ):
         ready, go = threading.Event(), threading.Event()
         names = {"ready": ready, "go": go}
-        exec(compile(source, file, "exec"), names)
-        exec(compile(stuck, "/x/megatron_sgt/engine/step.py", "exec"), names)
+        called = "_wait_at_store" if file.endswith("parallel/collectives.py") else "all_reduce"
+        exec(compile(source.format(called), file, "exec"), names)
+        exec(compile(stuck.format(called), "/x/megatron_sgt/engine/step.py", "exec"), names)
         thread = threading.Thread(target=names["busy"])  # type: ignore[arg-type]
         thread.start()
         assert ready.wait(10) and thread.ident is not None

@@ -72,7 +72,7 @@ def run_on_ranks(
 ) -> list:
     """The results by rank of ``function(info, *args)`` on ``world_size`` ranks with torch.distributed up.
 
-    backend: SHARED_MEMORY (see ``shared_memory.py``), or "gloo", which takes twice the time of a core on two ranks
+    backend: SHARED_MEMORY (see ``shared_memory.py``), or "gloo", which takes more of a core
     of a tiny model: for tests of what gloo itself does, and for a share of the golden layouts.
 
     ``function`` is found by its module and name, arguments and results are pickled. An exception on a rank is

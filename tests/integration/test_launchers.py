@@ -23,6 +23,7 @@ from tests.helpers.commands import (
     no_mpi,
     without_launcher,
 )
+from tests.helpers.exhaustive import exhaustive
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import measured_steps, pretrain, reported, tiny_config, write_tiny_data
 
@@ -160,7 +161,8 @@ def check_run(launcher: object, expected: list[dict], alone: list[dict], data: s
     ("launcher", "mistake", "code", "told"),
     [
         (deepspeed, "model.num_layer=3", 2, "did you mean 'num_layers'?"),
-        (deepspeed, "data.data_path=[/nowhere/data]", 3, "/nowhere/data"),
+        exhaustive((deepspeed, "data.data_path=[/nowhere/data]", 3, "/nowhere/data")),
+        (srun, "data.data_path=[/nowhere/data]", 3, "/nowhere/data"),
         (srun, "checkpoint.load=/nowhere/there", 4, "no checkpoint at /nowhere/there"),
         (srun, "optim.lr=1e20", 1, "3 steps in a row"),
     ],

@@ -77,6 +77,16 @@ def test_an_unknown_kind_is_refused_even_without_writers() -> None:
     MetricsHub().log("train", {"step": 1})
 
 
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [({"hook": "mine"}, "lacks values"), ({"hook": "mine", "values": {"a": object()}}, "'mine' is not JSON-able")],
+)
+def test_a_hook_s_record_is_refused_even_without_writers(record: dict[str, Any], message: str) -> None:
+    """On every rank alike: an error on rank 0 alone would leave the others waiting."""
+    with pytest.raises(ValueError, match=message):
+        MetricsHub().log("hook", {"step": 1, **record})
+
+
 def test_build_hub_writes_console_and_jsonl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hub = build_hub(LoggingConfig(run_dir=str(tmp_path / "run")), train_iters=4, resolved={})
     hub.log("train", {"step": 1, "train_iters": 4, "loss": float("nan")})

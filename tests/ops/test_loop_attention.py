@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_sgt.ops import loop_attention as definitions
-from megatron_sgt.ops.attention import causal_attention_reference, causal_scores
+from megatron_sgt.ops.attention import causal_attention_reference
 from tests.helpers.loop_problems import (
     DEVICE,
     DTYPES,
@@ -66,7 +66,9 @@ def test_the_definition_equals_autograd(name: str, gate: float) -> None:
     for head, slot in enumerate(slots.tolist()):
         q, k, v = (t[:, :, [n]] for t, n in zip(leaves, (head, slot, slot), strict=True))
         outs.append(gates[head].double() * causal_attention_reference(q, k, v))
-        entropies.append(torch.special.entr(causal_scores(q, k).softmax(-1)).sum(-1))
+        scores = torch.einsum("qbnh,kbnh->bnqk", q, k) / math.sqrt(q.shape[-1])
+        hidden = torch.ones(len(q), len(k), dtype=torch.bool).triu(len(k) - len(q) + 1)
+        entropies.append(torch.special.entr(scores.masked_fill(hidden, -math.inf).softmax(-1)).sum(-1))
     wanted = torch.cat(outs, dim=2)
     out, _, entropy = definitions.attend(query, key, value, gates, slots, True)
     assert_near((out, entropy), (wanted, torch.cat(entropies, dim=1)), 1e-13)

@@ -1,5 +1,7 @@
 """The cost model's bytes by hand, its operations against torch's counter on four ranks, and the choice."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -147,3 +149,15 @@ def test_what_balanced_looping_cannot_do_is_left_to_the_owner() -> None:
     assert choose_loop_method(odd)[0] == "owner"
     dropout = small_config(model={"attention_dropout": 0.1}, parallel={"tensor_model_parallel_size": 2})
     assert choose_loop_method(dropout)[0] == "owner"
+
+
+def test_a_recorded_run_loops_as_one_that_decides(tmp_path: Path) -> None:
+    """Heads that were recorded on several ranks change nothing: how many are kept is what is compared."""
+    growth = {"num_keep_heads": 2, "window_size": 5}
+    event = {"kind": "growth", "step": 4, "action": "first_selection", "layer": 1, "kept_heads": {"1": [0, 7]}}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(event) + "\n")
+    sizes = {"num_attention_heads": 8, "num_query_groups": 8, "hidden_size": 64}
+    ranks = {"tensor_model_parallel_size": 4}
+    decides = small_config(model=sizes, parallel=ranks, growth=growth)
+    repeats = small_config(model=sizes, parallel=ranks, growth={**growth, "replay": str(tmp_path / "metrics.jsonl")})
+    assert choose_loop_method(repeats) == choose_loop_method(decides)

@@ -187,7 +187,9 @@ def paused(
         return job
 
     with ThreadPoolExecutor(1) as beside:
-        yield beside.submit(live)
+        job = beside.submit(live)
+        yield job
+        job.result()
 
 
 @pytest.mark.usefixtures("paused")

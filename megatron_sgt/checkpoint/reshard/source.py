@@ -81,9 +81,8 @@ def open_source(folder: Path) -> Source:
     wanted = {(PREFIX + weight.megatron, weight.shard_shape(tp_size)) for weight in weights(model)}
     for rank in ranks:
         if differing := wanted ^ set(rank.shapes.items()):
-            raise CheckpointError(
-                f"{folder} cannot be resharded: unexpected parameters {sorted(name for name, _ in differing)[:4]}"
-            )
+            names = sorted({name for name, _ in differing})
+            raise CheckpointError(f"{folder} cannot be resharded: unexpected parameters or shapes: {names[:4]}")
     padded = model.model_copy(update={"vocab_size": model.padded_vocab_size()})
     return Source(folder, padded, saved, ranks)
 

@@ -6,7 +6,9 @@ when it is called without arguments, a class as a rule. docs/extending.md has an
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,10 +82,13 @@ def own_hooks(config: Config, given: Sequence[Hook] = ()) -> list[Hook]:
     """
     hooks = list(given)
     for registered in config.train.hooks:
+        make = extensions.load("hooks", registered)
         try:
-            hook = extensions.load("hooks", registered)()
+            with suppress(ValueError):  # some built-in types tell no signature
+                inspect.signature(make).bind()
         except TypeError as error:
             raise ConfigError(f"train.hooks: {registered!r} cannot be made without arguments: {error}") from error
+        hook = make()
         if not isinstance(hook, Hook):
             raise ConfigError(f"train.hooks: {registered!r} makes a {type(hook).__name__}, not a Hook")
         hooks.append(hook)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,10 +99,7 @@ class CheckpointHook(Hook):
 
     def _start(self, state: TrainState) -> None:
         verify_same_plan(self.engine.module, self.groups)
-        saved = {
-            "trainer": state.state_dict(),
-            "hooks": {hook.name: copy.deepcopy(hook.state_dict()) for hook in self.hooks},
-        }
+        saved = {"trainer": state.state_dict(), "hooks": {hook.name: _saved_state(hook) for hook in self.hooks}}
         self.saver.start(state.step, saved)
 
     def _poll(self, wait: bool) -> None:
@@ -146,6 +144,20 @@ class CheckpointHook(Hook):
     def _say(self, note: str) -> None:
         if self.groups.is_main:
             print(f"HOOKS  {note}", flush=True)
+
+
+def _saved_state(hook: Hook) -> dict[str, Any]:
+    """A copy of a hook's state.
+
+    Raises:
+        CheckpointError: on every rank alike, when it cannot be written as JSON.
+    """
+    state = copy.deepcopy(hook.state_dict())
+    try:
+        json.dumps(state)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the state of hook {hook.name!r} is not JSON-able: {error}") from error
+    return state
 
 
 def _next(step: int, interval: int) -> int:

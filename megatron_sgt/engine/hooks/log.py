@@ -120,10 +120,10 @@ class LogHook(Hook):
             record["first_step_s"] = self._timed[0][0]
         if result.loss_scale is not None:
             record["loss_scale"] = result.loss_scale
-        self.hub.log("train", {**record, **self.schedule.report()})
+        self.hub.log("train", {**self.schedule.report(), **record})
         self._losses, self._skipped, self._timed, self._first_is_reported = [], 0, [], True
 
     def on_growth(self, event: GrowthEvent) -> None:
         cost = overhead(self.config.model, self.schedule.plan.inference())
-        record = {**event.to_dict(), "flops_overhead": cost, **self.schedule.report_event(event)}
+        record = {**self.schedule.report_event(event), **event.to_dict(), "flops_overhead": cost}
         self.hub.log("growth", record)

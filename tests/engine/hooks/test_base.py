@@ -98,3 +98,16 @@ def test_what_is_no_hook_is_refused(made: Any, message: str) -> None:
     finally:
         if made is not None:
             extensions.unregister("hooks", "theirs")
+
+
+def test_a_bug_in_a_hook_s_own_code_is_not_taken_for_a_wrong_setting() -> None:
+    class Buggy(Hook):
+        def __init__(self) -> None:
+            len(3)  # type: ignore[arg-type]
+
+    extensions.register("hooks", "theirs", Buggy)
+    try:
+        with pytest.raises(TypeError, match="len"):
+            own_hooks(small_config(train={"hooks": ["theirs"]}))
+    finally:
+        extensions.unregister("hooks", "theirs")

@@ -112,6 +112,16 @@ def test_it_saves_at_the_interval_and_at_the_end(monkeypatch: pytest.MonkeyPatch
     assert bench.hook.last_path == Path("somewhere/global_step7")
 
 
+def test_a_state_that_json_cannot_hold_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any rank begins: rank 0 alone writes the states, and the others would wait for it."""
+    bench = Bench(monkeypatch, interval=1)
+    bench.counter.value = torch.tensor(1.0)  # type: ignore[assignment]
+    bench.hook.after_step(TrainState(1), GOOD)
+    assert bench.reports == [("save_failed", 1)] and bench.saver._flight is None
+    with pytest.raises(CheckpointError, match=r"the state of hook 'counter' is not JSON-able: .*Tensor"):
+        bench.hook.after_run(TrainState(1))
+
+
 def test_the_end_on_an_interval_is_saved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(monkeypatch, interval=3)
     for step in range(1, 7):
