@@ -15,7 +15,7 @@ from tests.helpers.commands import REQUIRED
 
 QUICKSTART = ROOT / "runs/quickstart"
 LEFT_OUT = {
-    "make study": "a quarter of an hour; tests/integration/test_study.py runs a smaller one",
+    "make study": "takes ten minutes; tests/integration/test_study.py (make test-all) runs a smaller one",
     "python pretrain_sgt.py --config examples/configs/sgt_300m.yaml --dry-run": "needs that run's data",
 }
 """Lines that are not run, by how they begin, and why."""

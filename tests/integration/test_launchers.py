@@ -130,7 +130,11 @@ def write_config(folder: Path, data: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "ranks"), [(alone, 1), (torchrun, 2), (deepspeed, 2), (srun, 2)])
+@pytest.mark.parametrize(
+    ("launcher", "ranks"),
+    # tests/integration/test_stop.py starts a whole run through deepspeed, too.
+    [(alone, 1), (torchrun, 2), exhaustive((deepspeed, 2)), (srun, 2)],
+)
 def test_every_launcher_runs_the_same(
     launcher: object, ranks: int, data: str, expected: dict[int, list[dict[str, object]]], tmp_path: Path
 ) -> None:

@@ -3,12 +3,15 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.commands import ROOT, run_process
 from tests.helpers.runs import tiny_config, write_tiny_data
 
 STEPS = 14
 
 
+@pytest.mark.exhaustive
 def test_table_is_reproducible_to_the_digit(tmp_path: Path) -> None:
     train = {
         "train_iters": STEPS, "micro_batch_size": 4, "global_batch_size": 8, "eval_interval": STEPS, "eval_iters": 2,
