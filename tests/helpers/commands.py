@@ -98,7 +98,7 @@ def run_script(
             process.kill()
             process.join()
             code = HANG
-        return Finished(code, out.read_text(), err.read_text())
+        return Finished(code, out.read_text(errors="replace"), err.read_text(errors="replace"))
 
 
 def run_here(script: str, arguments: list[str], cwd: Path) -> Finished:
