@@ -84,7 +84,13 @@ class _InFlight:
 
 
 class Saver:
-    """Saves checkpoints, one at a time; every method is collective. ``about``: for the manifest (JSON-able)."""
+    """Saves checkpoints, one at a time; every method is collective.
+
+    Args:
+        about: for the manifest (JSON-able).
+        may_write: called by rank 0 before each change of the folder, in whatever thread makes it; a LeaseError of it
+            (another run holds the folder by now) passes through, and nothing of that run is touched.
+    """
 
     def __init__(
         self,
@@ -92,8 +98,10 @@ class Saver:
         engine: deepspeed.DeepSpeedEngine,
         groups: ParallelGroups,
         about: dict[str, Any] | None = None,
+        may_write: Callable[[], None] = lambda: None,
     ) -> None:
         self._config = config
+        self._may_write = may_write
         self._engine = engine
         self._groups = groups
         self._root = config.save_dir
@@ -127,7 +135,7 @@ class Saver:
         assert self._flight is None, "one save at a time"
         begun = time.perf_counter()
         temporary = self._temporary(step)
-        self._together(step, partial(_fresh, temporary) if self._groups.is_main else int)
+        self._together(step, partial(self._fresh, temporary) if self._groups.is_main else int)
         files = ShardFiles(self._arena, self._groups.dp_rank, self._groups.dp_size)
         _hand_over(files, temporary, self._config, self._engine, self._groups)
         self._flight = _InFlight(step, state, begun, self._run(files.finish))
@@ -189,7 +197,14 @@ class Saver:
     def _temporary(self, step: int) -> Path:
         return self._root / f"{layout.tag_for(step)}{layout.TEMPORARY_SUFFIX}"
 
+    def _fresh(self, temporary: Path) -> None:
+        """An empty folder, in place of what a killed save left, perhaps of more ranks than this run has."""
+        with as_checkpoint_error():
+            self._may_write()
+            fresh_folder(temporary)
+
     def _commit(self, flight: _InFlight) -> int:
+        self._may_write()
         where = layout_of(self._config, self._groups)
         samples = flight.state["trainer"].get("consumed_samples", 0)
         about = {
@@ -212,12 +227,16 @@ class Saver:
             if missing := layout.expected_files(where) - set(files):
                 raise CheckpointError(f"files of this layout are missing: {', '.join(sorted(missing)[:5])}")
             manifest.write_manifest(temporary, {**about, "tag": final.name}, files)
+            self._may_write()
             if final.exists():  # the same step again, after a resume from an older checkpoint
                 remove_sibling(final)
                 layout.remove(final)
+                self._may_write()
             commit(temporary, final)
+            self._may_write()
             layout.point_to(self._root, final.name)
         options = self._config.checkpoint
+        self._may_write()
         for pruned in layout.prune(self._root, options.keep_last, options.keep_every):
             remove_sibling(self._root / pruned)
         return sum(file["bytes"] for file in files.values())
@@ -227,12 +246,6 @@ def growth_fingerprint(state: dict[str, Any]) -> str | None:
     """A hash of the growth hook's state: checkpoints with equal hashes have grown equally."""
     growth = state.get("hooks", {}).get(layout.GROWTH_STATE)
     return None if growth is None else manifest.digest(growth)
-
-
-def _fresh(temporary: Path) -> None:
-    """An empty folder, in place of what a killed save left, perhaps of more ranks than this run has."""
-    with as_checkpoint_error():
-        fresh_folder(temporary)
 
 
 def _hand_over(
