@@ -19,6 +19,7 @@ from typing import Any
 
 TEMPORARY_SUFFIX = ".tmp"
 _CHUNK = 1 << 22
+_SAMPLED_HEAD, _SAMPLED_END, _SAMPLED_PIECE, _SAMPLED_PIECES = 1 << 16, 1 << 18, 1 << 12, 7
 
 
 def temporary_of(path: Path) -> Path:
@@ -94,6 +95,29 @@ def sha256_of(path: Path) -> str:
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)  # lets other threads run meanwhile
+    return digest.hexdigest()
+
+
+def sample_of(path: Path) -> str:
+    """SHA-256 (hexadecimal) of a file's size, beginning, end, and seven short pieces evenly between them.
+
+    Reads at most 0.4 MB. Of a file of ``torch.save`` the end holds the CRC-32 of every tensor, so that other weights of
+    the same shapes give another sample; a bit that has flipped on the disk may not.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as stream:
+        if size <= 2 * _SAMPLED_END:
+            digest.update(stream.read())
+            return digest.hexdigest()
+        middle = range(_SAMPLED_END, size - _SAMPLED_END, max(1, (size - 2 * _SAMPLED_END) // _SAMPLED_PIECES))
+        for start, length in [
+            (0, _SAMPLED_HEAD),
+            *((start, _SAMPLED_PIECE) for start in middle),
+            (size - _SAMPLED_END, _SAMPLED_END),
+        ]:
+            stream.seek(start)
+            digest.update(stream.read(length))
     return digest.hexdigest()
 
 

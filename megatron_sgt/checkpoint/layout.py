@@ -16,6 +16,7 @@ Pure file-system functions, no process group.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgt import files
-from megatron_sgt.errors import CheckpointError
+from megatron_sgt.errors import CheckpointError, DamagedCheckpointError, first_line
 from megatron_sgt.files import TEMPORARY_SUFFIX
 
 STATE_FILE = "sgt_state.json"
@@ -40,8 +41,10 @@ _WANTED = (
     f"give a folder that holds global_stepN folders with a {MANIFEST_FILE}, or one such folder; to start from "
     "scratch leave checkpoint.load empty"
 )
-_TAG = re.compile(r"global_step(\d+)")
+_TAG = re.compile(r"global_step([0-9]+)")
 _MODEL = "_model_states.pt"
+_LARGEST_JSON = 1 << 28
+"""Bytes: a manifest of a million files. Nothing larger is parsed."""
 
 
 def tag_for(step: int) -> str:
@@ -51,8 +54,13 @@ def tag_for(step: int) -> str:
 
 def step_of(tag: str) -> int:
     """The step in a folder name of ``tag_for``; 0 for any other name."""
+    return named_step(tag) or 0
+
+
+def named_step(tag: str) -> int | None:
+    """The step in a folder name of ``tag_for``; None for any other name."""
     match = _TAG.fullmatch(tag)
-    return int(match.group(1)) if match else 0
+    return int(match.group(1)) if match else None
 
 
 def rng_file(rank: int) -> str:
@@ -103,7 +111,15 @@ def finished_tags(root: Path) -> list[str]:
     if not root.is_dir():
         return []
     found = [(int(m.group(1)), p.name) for p in root.iterdir() if (m := _TAG.fullmatch(p.name)) and p.is_dir()]
-    return [name for _, name in sorted(found) if (root / name / MANIFEST_FILE).is_file()]
+    return [name for _, name in sorted(found) if _is_committed(root / name)]
+
+
+def _is_committed(folder: Path) -> bool:
+    """Whether ``folder`` has a manifest; one that may not be looked into counts, so that it is named, not forgotten."""
+    try:
+        return (folder / MANIFEST_FILE).is_file()
+    except PermissionError:
+        return True
 
 
 def latest_tag(root: Path) -> str | None:
@@ -114,13 +130,20 @@ def latest_tag(root: Path) -> str | None:
     """
     tracker = root / LATEST_FILE
     tags = finished_tags(root)
-    if not tracker.is_file():
+    if not os.path.lexists(tracker):
         return tags[-1] if tags else None
-    tag = tracker.read_text().strip()
+    try:
+        with tracker.open("rb") as stream:
+            tag = stream.read(1 << 10).decode().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{tracker} cannot be read: {error}; write one of these into it, or give its folder as checkpoint.load: "
+            f"{', '.join(tags) or 'none'}"
+        ) from error
     if tag not in tags:
         raise CheckpointError(
-            f"{tracker} names {tag!r}, which is not a whole checkpoint; there are: {', '.join(tags) or 'none'}. "
-            f"Write one of these into {tracker}, or give its folder as checkpoint.load"
+            f"{tracker} names {_shortened(tag)}, which is not a whole checkpoint; there are: "
+            f"{', '.join(tags) or 'none'}. Write one of these into {tracker}, or give its folder as checkpoint.load"
         )
     return tag
 
@@ -170,12 +193,39 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        DamagedCheckpointError: it is missing or damaged.
     """
     try:
-        return json.loads(path.read_text())
+        if (size := path.stat().st_size) > _LARGEST_JSON:
+            raise ValueError(f"it has {size:,} bytes")
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise DamagedCheckpointError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text as ``json.dumps`` writes it.
+
+    Raises:
+        ValueError: it is no JSON, or has a key twice, or is nested too deeply.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_without_repetition)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {_shortened(key)} stands twice")
+        found[key] = value
+    return found
+
+
+def _shortened(text: str) -> str:
+    return ascii(text if len(text) <= 60 else f"{text[:60]}...")
 
 
 def point_to(root: Path, tag: str) -> None:

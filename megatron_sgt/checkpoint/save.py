@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_sgt import __version__
 from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.host_copy import Arena
+from megatron_sgt.checkpoint.identity import Identity
 from megatron_sgt.checkpoint.reshard.deepspeed_info import UNIVERSAL_INFO, universal_info
 from megatron_sgt.checkpoint.reshard.sibling import remove_sibling
 from megatron_sgt.checkpoint.reshard.stage0 import PARAMETER_NAMES
@@ -102,6 +104,7 @@ class Saver:
             "config_sha256": hashlib.sha256(config.to_yaml().encode()).hexdigest(),
             **(about or {}),
         }
+        self._run_id: str | None = None
         self._flight: _InFlight | None = None
         self._arena: Arena | None = None
         self._pool: ThreadPoolExecutor | None = None
@@ -128,7 +131,9 @@ class Saver:
         begun = time.perf_counter()
         temporary = self._temporary(step)
         self._together(step, partial(_fresh, temporary) if self._groups.is_main else int)
-        files = ShardFiles(self._arena, self._groups.dp_rank, self._groups.dp_size)
+        groups = self._groups
+        about = Identity(step, layout_of(self._config, groups), groups.rank)
+        files = ShardFiles(self._arena, groups.dp_rank, groups.dp_size, about)
         _hand_over(files, temporary, self._config, self._engine, self._groups)
         self._flight = _InFlight(step, state, begun, self._run(files.finish))
         self._flight.stall_s = time.perf_counter() - begun
@@ -181,6 +186,12 @@ class Saver:
                 "from the newest one"
             ) from error
 
+    def _id_of_run(self) -> str:
+        """The same in all checkpoints of this folder, whichever process wrote them."""
+        if self._run_id is None:
+            self._run_id = manifest.run_of(self._root) or uuid.uuid4().hex
+        return self._run_id
+
     def _finish(self) -> None:
         self._flight = None
         if self._arena is not None:
@@ -197,13 +208,14 @@ class Saver:
             "tokens": samples * self._config.model.seq_length,
             "layout": where,
             **self._about,
+            "run": self._id_of_run(),
             "growth": growth_fingerprint(flight.state),
         }
         temporary, final = self._temporary(flight.step), self._root / layout.tag_for(flight.step)
         assert flight.files is not None
         with as_checkpoint_error():
             layout.write_json(temporary / layout.STATE_FILE, {**flight.state, "layout": where})
-            (temporary / layout.CONFIG_FILE).write_text(self._config.to_yaml())
+            (temporary / layout.CONFIG_FILE).write_text(self._config.to_yaml(), encoding="utf-8")
             # Ours, and what optimizer offload to NVMe has copied there beside the ranks' files.
             others = [name for name in layout.file_sizes(temporary) if name not in flight.files]
             for name in others:
