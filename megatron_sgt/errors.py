@@ -50,6 +50,12 @@ class DataError(SGTError):
     exit_code = ExitCode.DATA
 
 
+class LeaseError(SGTError):
+    """Another process writes into the same folder, or has taken it over."""
+
+    exit_code = ExitCode.CHECKPOINT
+
+
 class CheckpointError(SGTError):
     """A checkpoint that is missing, damaged or belongs to another model."""
 

@@ -152,6 +152,13 @@ class CheckpointConfig(Section):
         description="Copy the state to host memory and write it while training goes on. Needs as much free host "
         "memory as the checkpoint takes.",
     )
+    writer_timeout_seconds: float = Field(
+        default=120.0,
+        ge=1,
+        le=3600,
+        description="A run holds its folders with a lease, which it renews twelve times in so long. Another start "
+        "that cannot ask after its process or its Slurm job takes them over after this time without a sign of life.",
+    )
     verify: Literal["checksums", "sizes"] = Field(
         default="checksums",
         description="What is checked of a checkpoint before it is loaded: every byte, shared among the ranks, or "

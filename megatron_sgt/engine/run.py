@@ -26,10 +26,10 @@ from megatron_sgt.engine.hooks.straggler import StragglerHook
 from megatron_sgt.engine.hooks.validation import EvalHook
 from megatron_sgt.engine.hooks.watched import watched_batches, watched_hooks
 from megatron_sgt.engine.loop import DivergedError, Trainer
+from megatron_sgt.engine.run_folders import CONFIG_FILE, RunFolders
 from megatron_sgt.engine.skipped_ranges import SkippedRanges, batches_outside
 from megatron_sgt.engine.step import TrainState
 from megatron_sgt.errors import CheckpointError, DamagedCheckpointError, ExitCode
-from megatron_sgt.files import replace_text
 from megatron_sgt.growth import Schedule
 from megatron_sgt.growth.methods import with_schedule
 from megatron_sgt.guard import Progress, Watch
@@ -86,6 +86,16 @@ class PretrainingRun:
         self.groups: ParallelGroups = start_processes(self.config, info)
         if watch is not None:
             watch.connect()
+        self.folders = RunFolders(self.config)
+        self.folders.take()
+        try:
+            self._prepare()
+        except BaseException:
+            self.folders.release()
+            raise
+
+    def _prepare(self) -> None:
+        """All that comes before the first step, in folders that this run alone writes into."""
         # If every rank looked, they might see different folders on a network file system.
         self.start: Start = self._find_start(self._look_for_start)
         if self.groups.is_main:
@@ -99,7 +109,7 @@ class PretrainingRun:
         self.schedule = schedule_of(self.config)
         self.hub = self._open_hub()
         self.skipped_ranges: SkippedRanges = on_rank_zero(
-            lambda: SkippedRanges.at_start(self.start.folder, config.save_dir)
+            lambda: SkippedRanges.at_start(self.start.folder, self.config.save_dir)
         )
         self.state = TrainState()
         self._wire(datasets[1])
@@ -153,10 +163,9 @@ class PretrainingRun:
     def _open_hub(self) -> MetricsHub:
         if not self.groups.is_main:
             return MetricsHub()
-        run_dir = Path(self.config.logging.run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        replace_text(run_dir / "config.yaml", self.config.to_yaml())
-        return build_hub(self.config.logging, self.config.train.train_iters, self.config.model_dump())
+        self.folders.write_config()
+        shown = self.config.model_dump()
+        return build_hub(self.config.logging, self.config.train.train_iters, shown, self.folders.check)
 
     def _wire(self, valid: Any) -> None:
         """Build the hooks in the order in which they act: growth, report, validate, the user's own, save."""
@@ -193,7 +202,14 @@ class PretrainingRun:
         # on one rank alone is seen before.
         about = {"tokenizer": tokenizer_fingerprint(config) if groups.is_main else None}
         self.saver = CheckpointHook(
-            config, runtime.engine, [self.growth, self.spike], self.hub, groups, about, self.own_hooks
+            config,
+            runtime.engine,
+            [self.growth, self.spike],
+            self.hub,
+            groups,
+            about,
+            self.own_hooks,
+            self.folders.check,
         )
         self.saver.on_saved = self.stop.note_save
         self.hooks.append(self.saver)
@@ -236,6 +252,7 @@ class PretrainingRun:
             raise
         finally:
             self.hub.close()
+            self.folders.release()
         # No rank takes another's exit for a loss, however long rank 0 takes to close its reports.
         barrier(self.groups)
         return code
@@ -274,7 +291,7 @@ class PretrainingRun:
         newest = self._load(newest, look)
         start = self.state.consumed_samples
         self.skipped_ranges.add(start, spike.stop)
-        on_rank_zero(self.skipped_ranges.write)  # before a step is taken: a run that dies now must not forget it
+        on_rank_zero(self._write_skipped_ranges)  # before a step is taken: a run that dies now must not forget it
         self.state.consumed_samples = self.skipped_ranges.after(start)
         there = {
             "step": self.state.step,
@@ -283,6 +300,10 @@ class PretrainingRun:
         }
         self.hub.log("resume", {**there, "searched": self.config.save_dir, "changed": ()})
         self.hub.log("rollback", {**there, **spike.record(), "passed_samples": spike.stop - start})
+
+    def _write_skipped_ranges(self) -> None:
+        self.folders.check()
+        self.skipped_ranges.write()
 
     def _can_go_back(self) -> bool:
         """Collective."""
@@ -306,7 +327,7 @@ class PretrainingRun:
             "paths": {
                 "checkpoint": self.saver.last_path or self.start.folder,
                 "metrics": run_dir / METRICS_FILE,
-                "config": run_dir / "config.yaml",
+                "config": run_dir / CONFIG_FILE,
             },
         }
         self.hub.log("summary", record)

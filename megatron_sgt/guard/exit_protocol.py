@@ -18,6 +18,7 @@ from typing import NoReturn, TypeVar
 from megatron_sgt.guard import flight_recorder
 from megatron_sgt.guard.report import Failure
 from megatron_sgt.guard.store_channel import StoreChannel, StoreGoneError, bounded
+from megatron_sgt.lease import release_all
 
 T = TypeVar("T")
 
@@ -171,4 +172,5 @@ class ExitProtocol:
         """End this process at once: its training thread may be blocked in a collective for good."""
         sys.stdout.flush()
         sys.stderr.flush()
+        release_all()
         os._exit(code)

@@ -31,6 +31,7 @@ from megatron_sgt.guard.progress import Progress
 from megatron_sgt.guard.report import Failure, guess_error, is_consequence, is_timeout
 from megatron_sgt.guard.store_channel import StoreChannel, StoreGoneError
 from megatron_sgt.launch.rank_info import RankInfo
+from megatron_sgt.lease import process
 
 TICK_SECONDS = 0.5
 MAX_TICK_SECONDS = 2.0
@@ -72,7 +73,7 @@ class Watch:
             return
         attempt = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         everyone: list[Any] = [None] * self._info.world_size
-        dist.all_gather_object(everyone, (processes.own_identity(), attempt))
+        dist.all_gather_object(everyone, (process.own_identity(), attempt))
         store = dist.distributed_c10d._get_default_store()
         folder = self._failures / everyone[0][1]
         self._exit = ExitProtocol(self._info.rank, self._info.world_size, folder, StoreChannel(store))
@@ -125,7 +126,7 @@ class Watch:
             if self._exit.is_taken:
                 self._exit.leave(1)
 
-    def _exchange_beats(self, channel: StoreChannel, identities: list[processes.Identity]) -> None:
+    def _exchange_beats(self, channel: StoreChannel, identities: list[process.Identity]) -> None:
         rank, number, listener = self._info.rank, 0, Listener()
         neighbour = next_visible(rank, identities)
         ahead = (rank + 1) % self._info.world_size
@@ -141,7 +142,7 @@ class Watch:
             if heard:
                 listener.hear(ahead, Beat.from_text(heard), time.monotonic())
             gone: list[int] = []
-            if neighbour is not None and processes.process_state(identities[neighbour]) is None:
+            if neighbour is not None and process.process_state(identities[neighbour]) is None:
                 gone = [neighbour]
             elif neighbour != ahead and listener.is_lost(ahead, time.monotonic()):
                 gone = [ahead]

@@ -22,9 +22,13 @@ class MetricsHub:
 
     A writer whose destination fails (OSError: full disk, closed pipe, lost network) never stops training:
     the failure is reported once on stderr, and the writer is tried again with the next record.
+
+    Args:
+        may_write: called before each report; raises where another run writes into the folder by now.
     """
 
-    def __init__(self, writers: Sequence[Writer] = ()) -> None:
+    def __init__(self, writers: Sequence[Writer] = (), may_write: Callable[[], None] = lambda: None) -> None:
+        self._may_write = may_write
         self._writers = tuple(writers)
         self._complained: set[int] = set()
 
@@ -32,6 +36,7 @@ class MetricsHub:
         """Report ``record``; ``time`` (seconds since the epoch) is added.
 
         Raises:
+            LeaseError: ``may_write`` has; no writer was called.
             ValueError: its kind is unknown; or on every rank alike, a hook's record cannot be written.
         """
         if kind not in RECORDS:
@@ -39,6 +44,8 @@ class MetricsHub:
         stamped = {"time": time.time(), **record}
         if kind == "hook":
             _check_hook_record(stamped)
+        if self._writers:
+            self._may_write()
         self._each(lambda writer: writer.write(kind, stamped))
 
     def advance(self, step: int) -> None:
@@ -69,7 +76,12 @@ def _check_hook_record(record: Mapping[str, Any]) -> None:
         raise ValueError(f"the record of hook {record['hook']!r} is not JSON-able: {error}") from error
 
 
-def build_hub(logging: LoggingConfig, train_iters: int, resolved: Mapping[str, Any]) -> MetricsHub:
+def build_hub(
+    logging: LoggingConfig,
+    train_iters: int,
+    resolved: Mapping[str, Any],
+    may_write: Callable[[], None] = lambda: None,
+) -> MetricsHub:
     """The hub of rank 0: the console and run_dir/metrics.jsonl always, TensorBoard and W&B when asked.
 
     resolved: the whole configuration, shown by W&B. Other ranks use MetricsHub().
@@ -85,4 +97,4 @@ def build_hub(logging: LoggingConfig, train_iters: int, resolved: Mapping[str, A
         writers.append(WandbWriter(logging.wandb_project, logging.wandb_name, run_dir, resolved))
     writers.append(JsonlWriter(run_dir / METRICS_FILE))
     writers.append(ConsoleWriter(logging.style, logging.progress_bar, train_iters))
-    return MetricsHub(writers)
+    return MetricsHub(writers, may_write)

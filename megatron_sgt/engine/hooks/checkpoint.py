@@ -44,6 +44,7 @@ class CheckpointHook(Hook):
         groups: ParallelGroups,
         about: dict[str, Any] | None = None,
         own: Sequence[Hook] = (),
+        may_write: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
         self.engine = engine
@@ -51,7 +52,7 @@ class CheckpointHook(Hook):
         self._at_first = {hook.name: copy.deepcopy(hook.state_dict()) for hook in own}
         self.hub = hub
         self.groups = groups
-        self.saver = Saver(config, engine, groups, about)
+        self.saver = Saver(config, engine, groups, about, may_write)
         self.last_path: Path | None = None
         self.on_saved: Callable[[float], None] = lambda seconds: None
         self._saved_at = -1
