@@ -11,6 +11,7 @@ from megatron_sgt.checkpoint import layout
 from megatron_sgt.errors import ExitCode
 from soak_parts.aim import Aim, Left
 from soak_parts.disk import DAMAGES, filled
+from soak_parts.lease import killed_holder, second_start, stopped_holder
 from soak_parts.moments import MOMENTS, disarm
 from soak_parts.ranks import RANKS
 from soak_parts.running import PATIENCE, Lost, Running
@@ -87,6 +88,9 @@ FAULTS = {
     "SIGUSR1 to one rank": Fault(2, partial(_signal, number=signal.SIGUSR1)),
     # The damage itself comes after the death (run.py).
     **{name: Fault(2, partial(_kill, all_ranks=True)) for name in DAMAGES},
+    "second start": Fault(2, second_start),
+    "killed holder": Fault(2, killed_holder),
+    "stopped holder": Fault(2, stopped_holder),
     "full disk": Fault(2, _full_disk),
     "slow rank": Fault(2, _slow_rank),
 }

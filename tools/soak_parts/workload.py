@@ -37,7 +37,7 @@ def small_config(
             "deepspeed": {"zero_optimization": {"stage": parallel["zero_stage"]}},
             "train": {"train_iters": steps, "micro_batch_size": 2, "global_batch_size": 4},
             "data": {"data_path": [data], "data_cache_path": f"{data}_cache", "split": "1,0,0"},
-            "checkpoint": checkpoint,
+            "checkpoint": {"writer_timeout_seconds": LEASE_TIMEOUT, **checkpoint},
             "logging": {"run_dir": str(run_dir), "log_interval": 1, "progress_bar": "off"},
         }
     )  # fmt: skip

@@ -22,8 +22,10 @@ from tests.helpers.ranks import start_server
 
 EVERY = list(product(LAYOUTS, SAVES))
 SHORT = {
-    ("tp2-zero1", "sync"): ["killed before the manifest", "flipped bit", "SIGTERM to one rank"],
+    ("tp2-zero1", "sync"): ["killed before the manifest", "killed holder", "flipped bit", "SIGTERM to one rank"],
     ("dp2-zero3", "async"): [
+        "second start",
+        "stopped holder",
         "killed between the files of a save",
         "killed after the manifest",
     ],
