@@ -92,7 +92,10 @@ def _freeze(run: Running, rank: int, rng: random.Random) -> bool:
 
 
 def _contents(run: Running) -> dict[Path, tuple[int, str]]:
-    """Checkpoints and settings. Why ranks have ended stands in a folder of their own beside these."""
-    files = [path for path in run.root.rglob("*") if path.is_file()]
+    """Checkpoints and settings, without what is being deleted: by whom does not matter.
+
+    Why ranks have ended stands in a folder of their own beside these.
+    """
+    files = [path for path in run.root.rglob("*") if path.is_file() and ".removed." not in path.parent.name]
     files += [path for path in run.run_dir.iterdir() if path.is_file() and path.name != METRICS_FILE]
     return {path: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files}

@@ -47,6 +47,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Running:
     run = Running(small_config(tmp_path / "run", "data", LAYOUTS["dp2-zero1"], {}), 0.0)
     run.root.mkdir(parents=True)
     (run.root / "latest").write_text("global_step8")
+    (run.root / "global_step4.removed.tmp").mkdir()
+    (run.root / "global_step4.removed.tmp" / "a").touch()
     run.ranks = FakeRanks()
     monkeypatch.setattr(run, "wait_steps", lambda count: True)
     monkeypatch.setattr(lease, "LEASE_TIMEOUT", 0.0)
@@ -78,7 +80,7 @@ def test_a_second_start_must_be_refused(
 
 
 @pytest.mark.parametrize(
-    "what", ["fine", "code", "checkpoint", "metrics", "one record under way", "two records", "deleted"]
+    "what", ["fine", "code", "checkpoint", "metrics", "one record under way", "two records", "deleted", "leftover"]
 )
 def test_a_stopped_holder_must_write_nothing(what: str, run: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     def awake() -> None:
@@ -91,13 +93,15 @@ def test_a_stopped_holder_must_write_nothing(what: str, run: Running, monkeypatc
                 writer.write("train", {"step": step, "time": time.time() if what == "metrics" else 0.0})
         elif what == "deleted":
             (run.root / "latest").unlink()
+        elif what == "leftover":
+            (run.root / "global_step4.removed.tmp" / "a").unlink()
 
     run.ranks = former = FakeRanks(1 if what == "code" else 4, awake)
     monkeypatch.setattr(Running, "start_ranks", lambda run: setattr(run, "ranks", FakeRanks()))
     monkeypatch.setattr(run, "hold_at", lambda moment, rank, rng: rank)
     assert lease.stopped_holder(run, AIM) is Left.DYING
     assert run.stopped is former and run.end() == []
-    if what in ("fine", "one record under way"):
+    if what in ("fine", "one record under way", "leftover"):
         run.start()
         assert run.stopped is None and run.ranks is not former
     else:
