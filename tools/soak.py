@@ -4,12 +4,17 @@
 python tools/soak.py                                             # all layouts, 208 deaths
 python tools/soak.py --layout tp2-zero1 --saves async --deaths 50 --seed 3 --output table.json
 
-Ranks are killed at random moments, a good part of them inside a save or at an exact moment of one (between its files,
-before and after its manifest, before ``latest``, in a deletion), get signals, stand still for a while; files of the
-newest checkpoint are truncated, deleted or get one bit flipped; the disk is full. After every death: ``latest``
-names a checkpoint whose files are all whole, the next start continues from the newest undamaged one, and every step
-repeats the losses, gradient norms and entropies of an uninterrupted run bit for bit. The order of the faults, the
-steps and the ranks that they strike follow from the seed; the moment within a step is the machine's.
+Saves are synchronous, then asynchronous. Ranks are killed at random moments, a good part of them inside a save or at an
+exact moment of one (between its files, before and after its manifest, before ``latest``, in a deletion), get signals,
+stand still for a while; files of the newest checkpoint are truncated, deleted or get one bit flipped; the disk is full.
+The same command is started a second time; the process that holds the run's folders is killed, or stopped until another
+start has taken them over and then continued, both inside the same save if it so happens.
+
+After every death: ``latest`` names a checkpoint whose files are all whole, the next start continues from the newest
+undamaged one, and every step repeats the losses, gradient norms and entropies of an uninterrupted run bit for bit. A
+second start ends with 4 and harms nobody, a killed holder is not waited for, a stopped one writes nothing more and ends
+with 4. The order of the faults, the steps and the ranks that they strike follow from the seed; the moment within a step
+is the machine's.
 exit codes: 0 nothing was lost; 1 something was, and is reported; 2 usage
 """
 
