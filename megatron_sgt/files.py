@@ -55,9 +55,12 @@ def sync_all(folder: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file to write in the block, which takes the place of ``path`` at its end; after an error nothing is left."""
-    temporary = temporary_of(path)
+def replacing(path: Path, mark: str = "") -> Iterator[Path]:
+    """A file to write in the block, which takes the place of ``path`` at its end; after an error nothing is left.
+
+    mark: tells its temporary name from that of another writer, where there may be one.
+    """
+    temporary = temporary_of(path.with_name(f"{path.name}{mark}"))
     try:
         yield temporary
         commit(temporary, path)
@@ -65,9 +68,9 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Give ``path`` the content ``text`` (UTF-8) in one atomic step."""
-    with replacing(path) as temporary:
+def replace_text(path: Path, text: str, mark: str = "") -> None:
+    """Give ``path`` the content ``text`` (UTF-8) in one atomic step. ``mark``: see ``replacing``."""
+    with replacing(path, mark) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -8,7 +8,7 @@
         mp_rank_00_model_states.pt ...   see ``files_of_rank``
         rng_rank_00000.pt                random streams, one file per rank
         manifest.json                    every file with its size and SHA-256; written last
-    <root>/global_step1000.tmp/          a save that was not finished; never read
+    <root>/global_step1000.1f0c9a3e.tmp/ a save that was not finished; never read
 
 Pure file-system functions, no process group.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Mapping
 from itertools import product
@@ -234,8 +235,9 @@ def point_to(root: Path, tag: str) -> None:
     Raises:
         OSError: the pointer cannot be written.
     """
-    files.replace_text(root / LATEST_FILE, tag)
-    files.replace_text(root / ITERATION_FILE, f"{step_of(tag)}\n")
+    mark = f".{secrets.token_hex(4)}"  # of this process alone, see Saver
+    files.replace_text(root / LATEST_FILE, tag, mark)
+    files.replace_text(root / ITERATION_FILE, f"{step_of(tag)}\n", mark)
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
@@ -275,6 +277,6 @@ def clear_leftovers(root: Path) -> list[str]:
     leftovers = sorted(root.glob(f"global_step*{TEMPORARY_SUFFIX}"))
     for folder in leftovers:
         shutil.rmtree(folder, ignore_errors=True)
-    for name in (LATEST_FILE, ITERATION_FILE):
-        (root / f"{name}{TEMPORARY_SUFFIX}").unlink(missing_ok=True)
+    for pointer in root.glob(f"{LATEST_FILE}*{TEMPORARY_SUFFIX}"):
+        pointer.unlink(missing_ok=True)
     return [folder.name for folder in leftovers]

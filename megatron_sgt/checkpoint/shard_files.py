@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -120,7 +119,7 @@ class ShardFiles:
         return self._read.get(Path(path)) or load_file(Path(path))
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        os.makedirs(path, exist_ok=exist_ok)
+        """Does nothing: checkpoint/save.py has made the folder. If another run has deleted it, it is not made again."""
 
     def create(self, info: Any) -> None:
         """Does nothing: checkpoint/save.py makes and commits the folder."""
