@@ -227,12 +227,13 @@ def _check_growth(folder: Path, saved: dict[str, Any], config: Config, there: Co
     if starts_fresh(saved, GROWTH_STATE):
         return
     from megatron_sgt.growth import build_schedule  # needs NumPy
+    from megatron_sgt.growth.methods import BUILT_IN
 
     if GROWTH_STATE not in saved["hooks"]:
         raise DamagedCheckpointError(f"checkpoint {folder} holds no growth state")
     state = saved["hooks"][GROWTH_STATE]["schedule"]
     acted = state.get("step", 0)
-    if isinstance(acted, int) and acted > saved["trainer"]["step"]:
+    if config.growth.method in BUILT_IN and isinstance(acted, int) and acted > saved["trainer"]["step"]:
         raise DamagedCheckpointError(f"checkpoint {folder}: its growth state is of a later step")
     schedule = build_schedule(config.growth, config.model.num_layers, config.model.num_attention_heads)
     try:

@@ -20,8 +20,9 @@ from megatron_sgt.checkpoint import layout
 from megatron_sgt.checkpoint.contents import read_contents
 from megatron_sgt.config import Config
 from megatron_sgt.engine.skipped_ranges import PASSED_FILE, SkippedRanges
-from megatron_sgt.errors import CheckpointError, SGTError
+from megatron_sgt.errors import CheckpointError, ConfigError, SGTError
 from megatron_sgt.growth.methods import build_schedule
+from megatron_sgt.growth.replay import read_events
 from megatron_sgt.reporting.run_data import load_run
 from tests.helpers.checkpoints import grown_config
 from tests.helpers.commands import run_here
@@ -372,6 +373,27 @@ def test_what_a_report_says_of_damaged_files(tmp_path: Path) -> None:
         assert any("1 line(s) of metrics.jsonl cannot be read" in note for note in notes)
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     refused(run_here("tools/summarize_run.py", [str(tmp_path)], tmp_path), 3, "line 3 is no metrics record")
+
+
+RECORDS = [
+    DEEP, "[" + DEEP + "]", "9" * 10_000, '[{"kind": "growth", "step": null}]', '[{"kind": "growth"}]', "[]", "{}",
+    "\xff",
+    '[{"kind": "growth", "action": "first_selection", "step": 1e400, "layer": 1, "kept_heads": {"1": [0]}}]',
+    '[{"kind": "growth", "action": "first_selection", "step": 2, "layer": 1, "kept_heads": [0]}]',
+    '[{"kind": "growth", "action": "first_selection", "step": 2, "layer": 1, "kept_heads": {"1": [0, 9]}}]',
+    '[{"kind": "growth", "action": "first_selection", "step": 2, "layer": 9, "kept_heads": {"9": [0]}}]',
+    '[{"kind": "growth", "action": ["fixed"], "step": 2}]', '[{"kind": "resume", "step": "x"}, 3]',
+]  # fmt: skip
+
+
+def test_damaged_records_of_growth_are_refused(tmp_path: Path) -> None:
+    model = grown_config().model
+    for text in RECORDS:
+        path = tmp_path / f"{hash(text)}.json"
+        path.write_text(text, encoding="latin-1")
+        with pytest.raises(ConfigError, match=r"^growth\.replay: ") as caught:
+            read_events(path, grown_config().growth, model.num_layers, model.num_attention_heads)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500, text[:60]
 
 
 def test_a_folder_with_another_step_in_its_name_is_found(root: Path) -> None:
