@@ -1,6 +1,7 @@
 """Errors that the user can fix, and the exit codes of every command line of the project."""
 
 import enum
+import errno
 
 
 class ExitCode(enum.IntEnum):
@@ -32,6 +33,10 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Disk full, quota used up, file too large for the file system."""
+
+
 class SGTError(Exception):
     """A failure with one clear message: the cause, with the user's values, and the fix."""
 
@@ -54,3 +59,11 @@ class CheckpointError(SGTError):
     """A checkpoint that is missing, damaged or belongs to another model."""
 
     exit_code = ExitCode.CHECKPOINT
+
+
+def of_full_disk(error: OSError) -> SGTError | None:
+    """``error`` for the user, if it says that there is no room; None if it is something else."""
+    if error.errno not in FULL:
+        return None
+    where = error.filename or "the output"
+    return SGTError(f"cannot write {where}: {error.strerror}; make room and start again")

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_sgt.checkpoint.find import check_checkpoint, find_checkpoint, starts_fresh
 from megatron_sgt.checkpoint.layout import CONFIG_FILE, GROWTH_STATE
-from megatron_sgt.config import Config, load_config
+from megatron_sgt.config import Config, recorded_config
 from megatron_sgt.data.prefix import resolve_prefix
 from megatron_sgt.data.tokenizer import resolve_vocab_size, tokenizer_of
 from megatron_sgt.errors import CheckpointError, ConfigError, DataError
@@ -144,7 +144,7 @@ def find_start(config: Config, damaged: Mapping[Path, str] | None = None, librar
     if found.folder is None:
         return Start(None, {})
     try:
-        there = load_config(found.folder / CONFIG_FILE)
+        there = recorded_config(found.folder / CONFIG_FILE)
     except ConfigError as error:
         raise CheckpointError(f"{found.folder / CONFIG_FILE} cannot be read: {error}") from error
     if config.model.vocab_size is None and there.model.vocab_size is not None:

@@ -15,14 +15,13 @@ exit codes: 0 nothing was lost; 1 something was, and is reported; 2 usage
 import argparse
 import json
 from functools import partial
-from pathlib import Path
 
 from soak_parts.ranks import start_server
 from soak_parts.run import soak
 from soak_parts.tally import Tally, table
 from soak_parts.workload import LAYOUTS
 
-from megatron_sgt.cli import positive, run_main
+from megatron_sgt.cli import path, positive, run_main, seed
 
 
 def main() -> None:
@@ -30,8 +29,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deaths", type=positive, default=50, metavar="N", help="per layout [%(default)s]")
     parser.add_argument("--layout", choices=LAYOUTS, action="append", help="repeatable [all]")
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="[%(default)s]")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="the table as JSON, too")
+    parser.add_argument("--seed", type=seed, default=1, metavar="N", help="[%(default)s]")
+    parser.add_argument("--output", type=path, metavar="FILE.json", help="the table as JSON, too")
     args = parser.parse_args()
     start_server()
     tallies = {name: Tally() for name in args.layout or LAYOUTS}
@@ -41,7 +40,8 @@ def main() -> None:
     finally:
         print(table(tallies))
         if args.output is not None:
-            args.output.write_text(json.dumps({name: vars(tally) for name, tally in tallies.items()}, indent=1))
+            found = {name: vars(tally) for name, tally in tallies.items()}
+            args.output.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 def _tell(name: str, line: str) -> None:

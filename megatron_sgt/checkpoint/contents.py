@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_sgt.checkpoint import layout
-from megatron_sgt.config import Config, load_config
+from megatron_sgt.config import Config, recorded_config
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError, SGTError
 from megatron_sgt.growth import LoopPlan
@@ -178,7 +178,7 @@ def _guarded(check: Check, folder: Path) -> list[str]:
 
 def _details(folder: Path) -> Details:
     state = layout.read_json(folder / layout.STATE_FILE)
-    config = load_config(folder / layout.CONFIG_FILE)
+    config = recorded_config(folder / layout.CONFIG_FILE)
     try:
         trainer, free = state["trainer"], state.get("layout_free") or {}
         return Details(

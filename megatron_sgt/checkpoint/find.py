@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgt.checkpoint import layout, manifest
-from megatron_sgt.config import Config, load_config
+from megatron_sgt.config import Config, recorded_config
 from megatron_sgt.errors import CheckpointError, ConfigError
 
 # Model fields that may differ between the run that saved and the one that loads: they shape no weight.
@@ -118,7 +118,7 @@ def check_checkpoint(folder: Path, config: Config, tokenizer: str | None = None)
     about = _verify_quickly(folder)
     state = layout.read_json(folder / layout.STATE_FILE)
     try:
-        saved = load_config(folder / layout.CONFIG_FILE).model.model_dump()
+        saved = recorded_config(folder / layout.CONFIG_FILE).model.model_dump()
     except ConfigError as error:
         raise CheckpointError(f"{folder / layout.CONFIG_FILE} cannot be read: {error}") from error
     wanted = config.model.model_dump()

@@ -116,7 +116,7 @@ def latest_tag(root: Path) -> str | None:
     tags = finished_tags(root)
     if not tracker.is_file():
         return tags[-1] if tags else None
-    tag = tracker.read_text().strip()
+    tag = tracker.read_text(encoding="utf-8").strip()
     if tag not in tags:
         raise CheckpointError(
             f"{tracker} names {tag!r}, which is not a whole checkpoint; there are: {', '.join(tags) or 'none'}. "
@@ -173,7 +173,7 @@ def read_json(path: Path) -> Any:
         CheckpointError: it is missing or damaged.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 

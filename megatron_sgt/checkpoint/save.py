@@ -203,7 +203,7 @@ class Saver:
         assert flight.files is not None
         with as_checkpoint_error():
             layout.write_json(temporary / layout.STATE_FILE, {**flight.state, "layout": where})
-            (temporary / layout.CONFIG_FILE).write_text(self._config.to_yaml())
+            (temporary / layout.CONFIG_FILE).write_text(self._config.to_yaml(), encoding="utf-8")
             # Ours, and what optimizer offload to NVMe has copied there beside the ranks' files.
             others = [name for name in layout.file_sizes(temporary) if name not in flight.files]
             for name in others:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from megatron_sgt.config.base import Choice, section_class, shown
+from megatron_sgt.config.base import MOST_SEED, Choice, is_path, section_class, shown
 from megatron_sgt.config.presets import PRESETS, preset_values
 from megatron_sgt.config.root import Config
 
@@ -62,16 +62,25 @@ def _leaves(prefix: str, section: type[BaseModel]) -> Iterator[tuple[str, FieldI
 
 def _type(field: FieldInfo) -> str:
     text = _type_name(field.annotation)
+    if is_path(field.annotation, field.metadata):
+        text = text.replace("text", "path")
     for bound in field.metadata:
         if isinstance(bound, Choice):
             text = ", ".join(f"`{name}`" for name in bound.built_in) + ", or a registered name"
-        text += "".join(f" {sign} {getattr(bound, name):g}" for name, sign in _BOUNDS.items() if hasattr(bound, name))
-        text += ", not empty" if hasattr(bound, "min_length") else ""
+        for name, sign in _BOUNDS.items():
+            if hasattr(bound, name):
+                text += f" {sign} {_bound(getattr(bound, name))}"
     return text
+
+
+def _bound(number: float) -> str:
+    return "2^63 - 1" if number == MOST_SEED else f"{number:g}" if isinstance(number, float) else str(number)
 
 
 def _type_name(annotation: Any) -> str:
     origin, inside = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_name(inside[0])
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in inside)
     if origin in (Union, UnionType):

@@ -28,7 +28,7 @@ from megatron_sgt.engine.hooks.watched import watched_batches, watched_hooks
 from megatron_sgt.engine.loop import DivergedError, Trainer
 from megatron_sgt.engine.skipped_ranges import SkippedRanges, batches_outside
 from megatron_sgt.engine.step import TrainState
-from megatron_sgt.errors import CheckpointError, ExitCode
+from megatron_sgt.errors import CheckpointError, ConfigError, ExitCode
 from megatron_sgt.files import replace_text
 from megatron_sgt.growth import Schedule
 from megatron_sgt.growth.methods import with_schedule
@@ -137,12 +137,21 @@ class PretrainingRun:
         return build_datasets(self.config, tokenizer_of(self.config.data))
 
     def _open_hub(self) -> MetricsHub:
-        if not self.groups.is_main:
-            return MetricsHub()
+        """Rank 0's has the writers. What cannot be written at the start is refused, on all ranks."""
+        opened: list[MetricsHub] = []
+        on_rank_zero(lambda: opened.append(self._hub_of_rank_zero()))
+        return opened[0] if opened else MetricsHub()
+
+    def _hub_of_rank_zero(self) -> MetricsHub:
         run_dir = Path(self.config.logging.run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        replace_text(run_dir / "config.yaml", self.config.to_yaml())
-        return build_hub(self.config.logging, self.config.train.train_iters, self.config.model_dump())
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            replace_text(run_dir / "config.yaml", self.config.to_yaml())
+            return build_hub(self.config.logging, self.config.train.train_iters, self.config.model_dump())
+        except OSError as error:
+            raise ConfigError(
+                f"logging.run_dir: cannot write to {run_dir}: {error.strerror}; make room, or choose another folder"
+            ) from error
 
     def _wire(self, valid: Any) -> None:
         """Build the hooks in the order in which they act: growth, report, validate, the user's own, save."""

@@ -136,7 +136,7 @@ def _state(origin: str, hooks: dict[str, Any]) -> dict[str, Any]:
 def _commit(state: dict[str, Any], config: Config, tokenizer: str | None, temporary: Path, final: Path) -> int:
     """Complete the folder and rename it; returns its size in bytes. ``tokenizer``: its fingerprint."""
     layout.write_json(temporary / layout.STATE_FILE, state)
-    (temporary / layout.CONFIG_FILE).write_text(config.to_yaml())
+    (temporary / layout.CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
     about = {"step": 0, "layout": None, "tokenizer": tokenizer}
     return manifest.commit_folder(temporary, final, about)
 

@@ -39,7 +39,7 @@ def own_identity() -> Identity:
     pid = os.getpid()
     stat = _stat(pid)
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         space = f"{boot}/{os.readlink('/proc/self/ns/pid')}"
     except OSError:
         space = ""
@@ -64,7 +64,7 @@ def process_state(process: Identity) -> str | None:
 
 def _stat(pid: int) -> tuple[str, int] | None:
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     except OSError:
         return None
     fields = text.rpartition(")")[2].split()
@@ -74,7 +74,7 @@ def _stat(pid: int) -> tuple[str, int] | None:
 def oom_kills() -> int:
     """Processes of this control group that the kernel has killed so far because memory ran out; 0 if unknown."""
     try:
-        lines = _MEMORY_EVENTS.read_text().splitlines()
+        lines = _MEMORY_EVENTS.read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0
     counts = dict(line.split() for line in lines if len(line.split()) == 2)

@@ -62,14 +62,14 @@ class Soak:
     def _config(self, run_dir: Path, **checkpoint: Any) -> tuple[Config, Path]:
         config = small_config(run_dir, self.data, self.parallel, checkpoint)
         path = self.folder / f"{run_dir.name}.yaml"
-        path.write_text(config.to_yaml())
+        path.write_text(config.to_yaml(), encoding="utf-8")
         return config, path
 
     def _run_reference(self) -> tuple[dict[int, dict[str, Any]], float]:
         config, path = self._config(self.folder / "reference")
         codes = Ranks(path, self.folder / "reference.log").end(600)
         if any(codes):
-            raise Lost(f"the reference run ended with {codes}: {(self.folder / 'reference.log').read_text()[-2000:]}")
+            raise Lost(f"the reference run ended with {codes}: {self._end_of('reference.log', 2000)}")
         records = [r for r in read_all(Path(config.logging.run_dir, METRICS_FILE), []) if r["kind"] == "train"]
         assert [r["step"] for r in records] == list(range(1, STEPS + 1))
         seconds = sorted(b["time"] - a["time"] for a, b in pairwise(records))
@@ -116,7 +116,7 @@ class Soak:
             codes = self.ranks.end(3.0)
         done = codes == [0] * RANKS
         if kind == "no fault" and not done:
-            raise Lost(f"the run ended by itself with {codes}:\n{(self.folder / 'run.log').read_text()[-3000:]}")
+            raise Lost(f"the run ended by itself with {codes}:\n{self._end_of('run.log', 3000)}")
         if done and self._step() != STEPS:
             raise Lost(f"the run says that it is done at step {self._step()} of {STEPS}")
         self._check(kind, done)
@@ -139,9 +139,7 @@ class Soak:
             self.ranks.send(signal.Signals[kind.split()[0]], rank)
             codes = self.ranks.end(PATIENCE)
             if set(codes) not in ({ExitCode.SAVED}, {ExitCode.DONE}):
-                raise Lost(
-                    f"after {kind} the ranks ended with {codes}:\n{(self.folder / 'run.log').read_text()[-3000:]}"
-                )
+                raise Lost(f"after {kind} the ranks ended with {codes}:\n{self._end_of('run.log', 3000)}")
             return True
         if "save" in kind:
             self._wait(self._is_saving, poll=0.0005)
@@ -177,7 +175,7 @@ class Soak:
         self.damaged = {t for t in self.damaged if t not in finished or checksum_problems(self.root / t)}
         whole = [tag for tag in finished if tag not in self.damaged]
         tracker = self.root / layout.LATEST_FILE
-        latest = tracker.read_text().strip() if tracker.exists() else ""
+        latest = tracker.read_text(encoding="utf-8").strip() if tracker.exists() else ""
         newest = layout.step_of(latest)
         broken = [problem for tag in whole for problem in checksum_problems(self.root / tag)]
         nowhere = latest and latest not in finished and latest not in self.damaged
@@ -213,6 +211,9 @@ class Soak:
         steps = [record["step"] for record in new if record["kind"] == "train"]
         return steps[-1] if steps else None
 
+    def _end_of(self, log: str, characters: int) -> str:
+        return (self.folder / log).read_text(encoding="utf-8", errors="replace")[-characters:]
+
     def _step(self) -> int:
         return next((r["step"] for r in reversed(self._records()) if r["kind"] in ("train", "resume")), 0)
 
@@ -239,7 +240,7 @@ class Soak:
             if not self.ranks.alive():
                 return False
             if time.monotonic() > deadline:
-                raise Lost(f"nothing moves at step {self._step()}:\n{(self.folder / 'run.log').read_text()[-3000:]}")
+                raise Lost(f"nothing moves at step {self._step()}:\n{self._end_of('run.log', 3000)}")
             time.sleep(poll)
         return True
 

@@ -15,7 +15,7 @@ from megatron_sgt.checkpoint.reshard.rank_state import RankState, common_step
 from megatron_sgt.checkpoint.reshard.stage0 import Stage0State
 from megatron_sgt.checkpoint.reshard.stage3 import Stage3State
 from megatron_sgt.checkpoint.reshard.stage12 import Stage12State
-from megatron_sgt.config import load_config
+from megatron_sgt.config import recorded_config
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.model.hf_weights import join
@@ -66,7 +66,7 @@ def open_source(folder: Path) -> Source:
         CheckpointError: its files are not what DeepSpeed writes for its layout, or not of its model.
     """
     saved = layout.read_json(folder / layout.STATE_FILE)
-    model = load_config(folder / layout.CONFIG_FILE).model
+    model = recorded_config(folder / layout.CONFIG_FILE).model
     written_under = saved["layout"]
     if written_under is None:
         raise CheckpointError(f"{folder} is layout-free already: it loads under any layout as it is")
