@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import Any, NoReturn
 
 from megatron_sgt import streams
 from megatron_sgt.errors import ExitCode, SGTError, of_full_disk
@@ -26,40 +26,45 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     is a bug: traceback and exit code 1.
     """
     streams.make_readable()
+    code: Any
     try:
         code = main() or 0
-        sys.stdout.flush()
+    except SystemExit as leave:  # of argparse
+        code = leave.code or 0
     except SGTError as error:
         _tell(f"error: {error}")
         code = error.exit_code
     except KeyboardInterrupt:
         _tell("interrupted")
         code = ExitCode.INTERRUPTED
-    except BrokenPipeError:
-        streams.discard(sys.stdout)
-        code = ExitCode.BROKEN_PIPE
     except OSError as error:
-        told = of_full_disk(error)
-        if told is None:
-            raise
-        _tell(f"error: {told}")
-        code = ExitCode.CRASH
-    if _is_stuck(sys.stdout):
+        code = _lost_output(error)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
         streams.discard(sys.stdout)
+        code = code or _lost_output(error)
     sys.exit(code)
+
+
+def _lost_output(error: OSError) -> ExitCode:
+    """The exit code of a command whose output, or file, has met ``error``; a full disk is told.
+
+    Raises:
+        OSError: it is something else.
+    """
+    if isinstance(error, BrokenPipeError):
+        return ExitCode.BROKEN_PIPE
+    told = of_full_disk(error)
+    if told is None:
+        raise error
+    _tell(f"error: {told}")
+    return ExitCode.CRASH
 
 
 def _tell(text: str) -> None:
     with contextlib.suppress(OSError):  # stderr may be a full file, too; the exit code is left
         print(text, file=sys.stderr, flush=True)
-
-
-def _is_stuck(stream: IO[str]) -> bool:
-    try:
-        stream.flush()
-    except OSError:
-        return True
-    return False
 
 
 def warn(lines: Iterable[str]) -> None:

@@ -24,6 +24,18 @@ Made by `python tools/config_reference.py`; a test holds it against the classes 
 A configuration is one YAML file of the sections below. `base: other.yaml` takes another file's values first. On the
 command line, `section.key=value` goes over the file, and `--preset NAME` between the two. Unknown keys are refused
 with a suggestion; `python pretrain_sgt.py --config FILE --print-config` shows every value that a run gets.
+
+**Paths.** `~`, `~user`, `$NAME` and `${NAME}` are filled in where the command runs, in every path of the configuration
+and of all command lines. A variable that is not set, or empty, is refused, and so are line breaks. What a run records
+holds the path itself. `tools/submit_slurm.py` refuses what belongs to the job (`$SLURM_...`, `$TMPDIR`), except in
+`--mount` and `--env`, which the job's shell fills in; ranks that mean different run folders are refused.
+
+**Values.** Files are YAML with the numbers and booleans of YAML 1.2: `1e-4` is a number, `010` is 10, `yes`, `on` and
+`12:30` are text; the same key twice is refused. In an override the text behind `=` is taken as it stands, `exp #1`,
+`a: b` and `- a` too; only quotes, `[...]` and `{...}` are read as YAML, and nothing at all is null. `~` alone is the
+home folder in an override and null in a file. An override that a later one takes back is said.
+
+**Numbers.** Integers without another bound end at 2147483647, other numbers at 1e+30; infinities and NaN are refused.
 """
 
 
