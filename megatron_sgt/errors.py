@@ -61,6 +61,10 @@ class CheckpointError(SGTError):
     exit_code = ExitCode.CHECKPOINT
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that cannot be what was saved. Where the run looks by itself, an older one takes its place."""
+
+
 def of_full_disk(error: OSError) -> SGTError | None:
     """``error`` for the user, if it says that there is no room; None if it is something else."""
     if error.errno not in FULL:

@@ -113,7 +113,8 @@ def _built(build: Callable[[], Any], source: str) -> Any:
         return build()
     except RecursionError:
         raise ConfigError(f"{source}: {_TOO_LARGE}") from None
-    except (ValueError, KeyError, AttributeError, TypeError) as error:  # of constructors, for a tag that does not fit
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+        # What a tag asks for and its text is not (!!bool maybe), a number of ten thousand digits.
         raise ConfigError(f"{source}: not valid YAML: {first_line(error)}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint import layout, manifest
-from megatron_sgt.checkpoint.reshard.layout_free import IMPORTED_FROM, LAYOUT_FREE, file_name
+from megatron_sgt.checkpoint.forms import IMPORTED_FROM, LAYOUT_FREE
+from megatron_sgt.checkpoint.reshard.layout_free import file_name
 from megatron_sgt.checkpoint.reshard.rank_state import WEIGHTS
 from megatron_sgt.checkpoint.reshard.tensor_file import TensorFileWriter
 from megatron_sgt.config import Config
