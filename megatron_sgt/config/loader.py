@@ -9,7 +9,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_sgt.config.base import EXPAND, shown
-from megatron_sgt.config.hints import all_keys
 from megatron_sgt.config.presets import preset_values
 from megatron_sgt.config.problems import explain
 from megatron_sgt.config.root import Config
@@ -125,8 +124,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):
-        example = f"{name}=VALUE, in one word" if name in all_keys(Config) else "e.g. train.train_iters=100"
-        raise ConfigError(f"override {shown(override)}: must be section.key=value, {example}")
+        raise ConfigError(
+            f"override {shown(override)}: must be section.key=value in one word, e.g. train.train_iters=100"
+        )
     if name.startswith("--"):
         raise ConfigError(f"override {shown(override)}: settings are given without dashes: {name.lstrip('-')}=...")
     value = parse_value(text, f"override {shown(override)}")

@@ -98,7 +98,7 @@ def test_numbers_and_lists(file: Path, override: str, value: object) -> None:
         ("train.train_iters=" + "9" * 5000, "Exceeds the limit"),
         ("growth.exclude_layers=" + "[" * 600, "nested more than"),
         ("--train.train_iters=3", "settings are given without dashes: train.train_iters=..."),
-        ("train.train_iters", "train.train_iters=VALUE, in one word"),
+        ("train.train_iters", "must be section.key=value in one word, e.g. train.train_iters=100"),
         ("3", "must be section.key=value"),
     ],
 )
