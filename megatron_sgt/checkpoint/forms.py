@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgt.checkpoint import layout
-from megatron_sgt.config import Config, load_config
+from megatron_sgt.config import Config, recorded_config
 from megatron_sgt.errors import ConfigError, DamagedCheckpointError, first_line
 
 LAYOUT_FREE = "layout_free"
@@ -88,7 +88,7 @@ def read_config(folder: Path) -> Config:
     try:
         if (size := path.stat().st_size) > _LARGEST_CONFIG:
             raise ConfigError(f"it has {size:,} bytes")
-        return load_config(path)
+        return recorded_config(path)
     except (OSError, ConfigError) as error:
         raise DamagedCheckpointError(f"{path} cannot be read: {first_line(error)}") from error
 

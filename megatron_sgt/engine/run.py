@@ -29,7 +29,7 @@ from megatron_sgt.engine.loop import DivergedError, Trainer
 from megatron_sgt.engine.run_folders import CONFIG_FILE, RunFolders
 from megatron_sgt.engine.skipped_ranges import SkippedRanges, batches_outside
 from megatron_sgt.engine.step import TrainState
-from megatron_sgt.errors import CheckpointError, DamagedCheckpointError, ExitCode
+from megatron_sgt.errors import CheckpointError, ConfigError, DamagedCheckpointError, ExitCode
 from megatron_sgt.growth import Schedule
 from megatron_sgt.growth.methods import with_schedule
 from megatron_sgt.guard import Progress, Watch
@@ -161,11 +161,21 @@ class PretrainingRun:
         return build_datasets(self.config, tokenizer_of(self.config.data))
 
     def _open_hub(self) -> MetricsHub:
-        if not self.groups.is_main:
-            return MetricsHub()
-        self.folders.write_config()
+        """Rank 0's has the writers. What cannot be written at the start is refused, on all ranks."""
+        opened: list[MetricsHub] = []
+        on_rank_zero(lambda: opened.append(self._hub_of_rank_zero()))
+        return opened[0] if opened else MetricsHub()
+
+    def _hub_of_rank_zero(self) -> MetricsHub:
         shown = self.config.model_dump()
-        return build_hub(self.config.logging, self.config.train.train_iters, shown, self.folders.check)
+        try:
+            self.folders.write_config()
+            return build_hub(self.config.logging, self.config.train.train_iters, shown, self.folders.check)
+        except OSError as error:
+            raise ConfigError(
+                f"logging.run_dir: cannot write to {self.config.logging.run_dir}: {error.strerror}; make room, or "
+                "choose another folder"
+            ) from error
 
     def _wire(self, valid: Any) -> None:
         """Build the hooks in the order in which they act: growth, report, validate, the user's own, save."""

@@ -104,7 +104,7 @@ class Soak:
         self.damaged = {t for t in self.damaged if t not in finished or checksum_problems(root / t)}
         whole = [tag for tag in finished if tag not in self.damaged]
         tracker = root / layout.LATEST_FILE
-        latest = tracker.read_text().strip() if tracker.exists() else ""
+        latest = tracker.read_text(encoding="utf-8").strip() if tracker.exists() else ""
         newest = layout.step_of(latest)
         broken = [problem for tag in whole for problem in checksum_problems(root / tag)]
         nowhere = latest and latest not in finished and latest not in self.damaged
