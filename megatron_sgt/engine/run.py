@@ -15,6 +15,7 @@ from megatron_sgt.data.gpt_dataset import build_datasets
 from megatron_sgt.data.loader import EvalLoader, TrainLoader
 from megatron_sgt.data.tokenizer import tokenizer_of
 from megatron_sgt.engine.build import Runtime, build_runtime, start_processes
+from megatron_sgt.engine.data_start import data_record, data_start, record_at
 from megatron_sgt.engine.deepspeed_config import check_deepspeed
 from megatron_sgt.engine.hooks.base import Hook, RunParts, own_hooks
 from megatron_sgt.engine.hooks.checkpoint import CheckpointHook
@@ -92,6 +93,7 @@ class PretrainingRun:
             layout.clear_leftovers(self.config.save_dir)
         self.progress.enter("opening the data")
         datasets = self._open_data()
+        self.data = on_rank_zero(lambda: data_start(self.config, self.start))
         self.progress.enter("building the model")
         self.runtime: Runtime = build_runtime(self.config, self.groups)
         self.progress.enter("compiling the kernels of the loops")
@@ -181,6 +183,7 @@ class PretrainingRun:
             config, runtime.engine, [self.growth, self.spike], self.hub, groups, about, self.own_hooks
         )
         self.saver.on_saved = self.stop.note_save
+        self.saver.data = self.data.record
         self.hooks.append(self.saver)
 
     def _report_start(self) -> None:
@@ -193,6 +196,8 @@ class PretrainingRun:
             "skipped": self.start.skipped,
         }
         self.hub.log("resume", record)
+        if self.data.change is not None:
+            self.hub.log("data", data_record(self.data.change, self.state.step))
         if self.groups.is_main and self.groups.tp_size > 1 and most_kept_heads(self.config):
             print(f"LOOPS  {choose_loop_method(self.config)[1]}", flush=True)
         line = loop_backend(self.config, self.runtime.precision, self.groups.device)[1]
@@ -256,6 +261,7 @@ class PretrainingRun:
         if newest.folder is None:
             raise CheckpointError(f"no checkpoint in {self.config.save_dir} is whole; there is none to go back to")
         self.saver.load(newest.folder, newest.saved, self.state)
+        self.saver.data = record_at(newest.saved, self.saver.data)
         start = self.state.consumed_samples
         self.skipped_ranges.add(start, spike.stop)
         on_rank_zero(self.skipped_ranges.write)  # before a step is taken: a run that dies now must not forget it
