@@ -75,9 +75,11 @@ class Change:
 
     def _leak(self) -> Iterator[str]:
         if self.held_out_trained:
-            yield f"held out for validation or test so far, and trained on now: {_count(self.held_out_trained, 'document')}"
+            count = _count(self.held_out_trained, "document")
+            yield f"held out for validation or test so far, and trained on now: {count}"
         if self.trained_held_out:
-            yield f"trained on so far, and held out for validation or test now: {_count(self.trained_held_out, 'document')}"
+            count = _count(self.trained_held_out, "document")
+            yield f"trained on so far, and held out for validation or test now: {count}"
 
 
 def find_change(spans: Sequence[Span], now: DataOrder, indices: Indices) -> Change | None:
