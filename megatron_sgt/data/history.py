@@ -140,11 +140,14 @@ def _digest(text: str) -> str:
 
 
 def to_json(spans: Sequence[Span], now: DataOrder, consumed: int) -> list[dict[str, Any]]:
-    """What a checkpoint keeps: from which sample on the run has read in which order, the last being ``now``."""
+    """What a checkpoint keeps: from which sample on the run has read in which order, the last being ``now``.
+
+    Without ``spans`` nothing is known of what was ``consumed``.
+    """
     kept = [span for span in spans if span.start < min(span.stop, consumed)]
     begins = [(span.start, span.order) for span in kept]
     if not begins or not begins[-1][1].same(now):
-        begins.append((consumed if begins else 0, now))
+        begins.append((consumed, now))
     return [{"from_sample": start, **asdict(order)} for start, order in begins]
 
 

@@ -8,18 +8,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from megatron_sgt.checkpoint.layout import CONFIG_FILE
-from megatron_sgt.config import Config, load_config
+from megatron_sgt.checkpoint.forms import read_config
+from megatron_sgt.checkpoint.layout import DATA_STATE
+from megatron_sgt.config import Config
 from megatron_sgt.data.changes import Change, find_change
-from megatron_sgt.data.history import DataOrder, Span, from_json, order_of, to_json
+from megatron_sgt.data.history import Span, from_json, order_of, to_json
 from megatron_sgt.data.index_cache import build_index_cache, index_folder
 from megatron_sgt.data.splits import SplitPart
 from megatron_sgt.errors import CheckpointError, SGTError
 from megatron_sgt.metrics.records import DataRecord
 from megatron_sgt.preflight import Start
-
-DATA_STATE = "data"
-"""Where the record of the orders lies in sgt_state.json. Checkpoints of older versions have none."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def _spans(folder: Path, saved: dict[str, Any], consumed: int) -> tuple[tuple[Sp
         except CheckpointError as error:
             raise CheckpointError(f"checkpoint {folder}: {error}") from error
     try:
-        order: DataOrder = order_of(load_config(folder / CONFIG_FILE))
+        order = order_of(read_config(folder))
     except SGTError as error:
         return None, f"it does not say what it has read, and its files cannot be looked at ({error})"
     return (Span(order, 0, consumed),), "the checkpoint does not say what its files held: taken as they are now"

@@ -256,6 +256,7 @@ def test_the_record_survives_json(folder: Path) -> None:
     spans = from_json(record, 50)
     assert spans == (Span(one, 0, 30), Span(two, 30, 50))
     assert json.loads(json.dumps(to_json(spans, two, 50))) == record, "the same order is no new entry"
+    assert to_json((), one, 50)[0]["from_sample"] == 50, "of what was read before, nothing is known"
     assert json.loads(json.dumps(to_json(spans, one, 20))) == record[:1], (
         "a run that goes back to before a change forgets it"
     )
