@@ -48,6 +48,11 @@ class DataConfig(Section):
     tokenizer: TokenizerConfig | None = Field(
         default=None, description="null: the data is already tokens, and model.vocab_size must be set."
     )
+    allow_validation_leak: bool = Field(
+        default=False,
+        description="Go on from a checkpoint although documents that it held out for validation or test are trained on "
+        "now, or the reverse: after another split, or with other files.",
+    )
     num_workers: int = Field(
         default=0, ge=0, le=1024, description="Processes that read samples ahead, per rank; 0: none."
     )

@@ -194,7 +194,7 @@ def soak(
             config = small_config(folder / saves, data, LAYOUTS[name], checkpoint | SAVES[saves], steps)
             run = Soak(config, reference, step_s, chain(kinds, drawn(faults, rng)), rng, tally)
             try:
-                run.run(deaths, lambda line, saves=saves: progress(saves, line))
+                run.run(deaths, partial(progress, saves))
             except Lost as error:
                 kept = shutil.copytree(folder, tempfile.mkdtemp(prefix=f"lost-{name}-{saves}-"), dirs_exist_ok=True)
                 raise Lost(f"{error}\nall files are in {kept}") from error
