@@ -3,7 +3,7 @@
 
 import argparse
 
-from megatron_sgt.cli import output, run_main
+from megatron_sgt.cli import output, path_text, run_main, words
 from megatron_sgt.config.data import TokenizerConfig
 from megatron_sgt.data.preprocess import PreprocessOptions, default_workers, describe, preprocess
 
@@ -12,6 +12,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--input",
+        type=path_text,
         nargs="+",
         action="extend",
         required=True,
@@ -33,10 +34,15 @@ def parse_arguments() -> argparse.Namespace:
         help="[%(default)s]",
     )
     parser.add_argument(
-        "--tokenizer-model", required=True, metavar="PATH", help=".model file; tokenizer.json or its folder"
+        "--tokenizer-model",
+        type=path_text,
+        required=True,
+        metavar="PATH",
+        help=".model file; tokenizer.json or its folder",
     )
     parser.add_argument(
         "--json-keys",
+        type=words,
         nargs="+",
         metavar="KEY",
         default=["text"],

@@ -3,7 +3,7 @@
 
 import argparse
 
-from megatron_sgt.cli import output, positive, run_main
+from megatron_sgt.cli import output, path_text, positive, run_main, seed, words
 from megatron_sgt.data.train_tokenizer import FIXED_IDS, SAMPLE_BYTES, train_tokenizer
 from megatron_sgt.metrics.units import file_size
 
@@ -12,6 +12,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--input",
+        type=path_text,
         nargs="+",
         required=True,
         metavar="PATH",
@@ -26,7 +27,7 @@ def main() -> None:
         help=f"number of ids, the {FIXED_IDS} fixed ones included",
     )
     parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help="[%(default)s]")
-    parser.add_argument("--json-key", default="text", help="key or column of the text [%(default)s]")
+    parser.add_argument("--json-key", type=words, default="text", help="key or column of the text [%(default)s]")
     parser.add_argument(
         "--input-format", choices=("jsonl", "text", "parquet"), help="format of all inputs [by their suffix]"
     )
@@ -37,7 +38,7 @@ def main() -> None:
         default=SAMPLE_BYTES,
         help="bytes of text to train on [%(default)s]",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample [%(default)s]")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the sample [%(default)s]")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     args = parser.parse_args()
     if args.vocab_size <= FIXED_IDS:
