@@ -45,6 +45,17 @@ def positive(text: str) -> int:
     return number
 
 
+def zero_or_more(text: str) -> int:
+    """Type of an argparse argument: an integer, 0 or above."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or an integer above it, got {text!r}")
+    return number
+
+
 def output(text: str) -> str:
     """Type of an argparse argument: a file or prefix to write, in a folder that exists or can be made later."""
     reason = unwritable(Path(text).parent)
