@@ -93,6 +93,11 @@ def _integer(text: str, least: int, what: str) -> int:
     return number
 
 
+def zero_or_more(text: str) -> int:
+    """Type of an argparse argument: an integer, 0 or above."""
+    return _integer(text, 0, "0 or an integer above it")
+
+
 def number(text: str) -> float:
     """Type of an argparse argument: a finite number."""
     try:

@@ -61,6 +61,10 @@ class LeaseError(SGTError):
     exit_code = ExitCode.CHECKPOINT
 
 
+class LeaseLostError(LeaseError):
+    """Another process has taken over the folder that this one was writing into."""
+
+
 class CheckpointError(SGTError):
     """A checkpoint that is missing, damaged or belongs to another model."""
 

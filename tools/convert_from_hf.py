@@ -60,6 +60,8 @@ def main() -> None:
         f"{done.folder}: {done.model.model_type} with {done.num_parameters:,} parameters "
         f"({', '.join(done.stored_as)}), {file_size(done.num_bytes)} in {elapsed(time.perf_counter() - start)}"
     )
+    if done.left_out:
+        print(f"left out, as no part of the model: {', '.join(done.left_out)}")
     if done.padding_rows:
         print(
             f"the vocabulary has {done.padding_rows} rows of padding, which take part in the softmax: the loss "

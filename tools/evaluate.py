@@ -22,8 +22,8 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("model", type=path, metavar="CKPT_OR_DIR", help="a folder of checkpoints, one of them, or an export")
     add("--step", type=int, metavar="N", help="which checkpoint of the folder [the latest]")
-    add("--data", type=path_text, nargs="+", default=[], metavar="PREFIX", help="an indexed data set, or a blend: "
-        "weight prefix ... [a checkpoint: that of its run]")  # fmt: skip
+    add("--data", type=path_text, nargs="+", action="extend", default=[], metavar="PREFIX", help="an indexed data set "
+        "or a blend: weight prefix ... [a checkpoint: that of its run]")  # fmt: skip
     add("--part", choices=("train", "valid", "test", "all"), help="split to read [of --data all; else valid]")
     add("--split", type=words, metavar="A,B,C", help="shares of the splits [a checkpoint: those of its run]")
     add("--seq-length", type=positive, metavar="N", help="tokens per sample [the model's context]")

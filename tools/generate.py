@@ -13,7 +13,7 @@ import sys
 from dataclasses import asdict
 
 from megatron_sgt.cli import number, path, positive, run_main, seed, words
-from megatron_sgt.errors import DataError
+from megatron_sgt.data.prompts import read_prompts
 from megatron_sgt.streams import is_utf8
 
 
@@ -24,7 +24,8 @@ def parse() -> argparse.Namespace:
     add("model", type=path, metavar="CKPT_OR_DIR", help="a folder of checkpoints, one of them, or an export")
     add("--step", type=int, metavar="N", help="which checkpoint of the folder [the latest]")
     add("--prompt", type=words, action="append", default=[], metavar="TEXT", help="may be given several times")
-    add("--prompt-file", type=path, metavar="FILE", help="one prompt per line")
+    add("--prompt-file", type=path, action="append", default=[], metavar="FILE", help="one prompt per line; may be "
+        "compressed, and given several times")  # fmt: skip
     add("--max-new-tokens", type=positive, default=64, metavar="N", help="[%(default)s]")
     add("--greedy", action="store_true", help="always the most likely token, as --temperature 0")
     add("--temperature", type=number, default=1.0, metavar="T", help="[%(default)s]")
@@ -44,25 +45,10 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts of the command line, then those of the file.
-
-    Raises:
-        DataError: the file is no text.
-    """
-    prompts = list(args.prompt)
-    if args.prompt_file is not None:
-        try:
-            prompts += args.prompt_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"--prompt-file {args.prompt_file} cannot be read: {error}") from error
-    return prompts
-
-
 def main() -> None:
     """Generate and print."""
     args = parse()
-    prompts = read_prompts(args)
+    prompts = [*args.prompt, *(prompt for file in args.prompt_file for prompt in read_prompts(file))]
     from megatron_sgt.compat.quiet import quiet_imports
 
     quiet_imports()

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from megatron_sgt.config import Config
-from megatron_sgt.errors import SGTError
+from megatron_sgt.errors import LeaseLostError, SGTError
 from megatron_sgt.guard import flight_recorder, processes
 from megatron_sgt.guard.beat import Beat, Listener, dead_ranks, next_visible
 from megatron_sgt.guard.diagnosis import BEAT_SECONDS, Diagnosis
@@ -38,6 +38,8 @@ MAX_TICK_SECONDS = 2.0
 """What a tick counts for at most: time in which the whole process was suspended is no hang."""
 SEARCH_SECONDS = 6.0
 """How long a rank whose peer is gone looks for the reason."""
+FOLLOW_SECONDS = 2 * BEAT_SECONDS + 0.5
+"""How long rank 0, which may keep the store, stays when it alone has met what ends the run."""
 RESUME = "start the run again: it goes on from the newest checkpoint"
 ADVICE = f"{RESUME}; if it happens again, exclude that node"
 
@@ -101,6 +103,8 @@ class Watch:
             return
         if isinstance(error, SGTError):
             self._exit.claim(self._own_failure("mistake", str(error), error.exit_code))
+            if isinstance(error, LeaseLostError):  # rank 0's alone: the others hear of it while its store is there
+                time.sleep(FOLLOW_SECONDS)
         elif is_consequence(error):
             self._search(error, self._diagnosis)
         elif is_timeout(error):

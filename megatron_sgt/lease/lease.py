@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_sgt.errors import LeaseError
+from megatron_sgt.errors import LeaseError, LeaseLostError
 from megatron_sgt.lease import lease_file
 from megatron_sgt.lease.holder import Holder, name_of
 from megatron_sgt.lease.judge import BEATS_PER_TIMEOUT, Verdict, judge, shows_life
@@ -79,7 +79,7 @@ class Lease:
         self._say = say or _print
         self._descriptor: int | None = None
         self._beats = 0
-        self._lost: LeaseError | None = None
+        self._lost: LeaseLostError | None = None
         self._made: list[Path] = []
         self._released = threading.Event()
         self._lock = threading.Lock()
@@ -114,7 +114,7 @@ class Lease:
         A lease that was deleted with its folder is made again. A file system that does not answer takes nothing away.
 
         Raises:
-            LeaseError: another has taken it over.
+            LeaseLostError: another has taken it over.
         """
         with self._lock:
             if self._lost is not None:
@@ -125,12 +125,12 @@ class Lease:
                 seen = lease_file.read(self.path)
                 self._note_silence()
                 if seen is None and self._was_silent:  # or the folder is gone: who knows what was there meanwhile
-                    self._lost = LeaseError(self._lost_to(None))
+                    self._lost = LeaseLostError(self._lost_to(None))
                 elif seen is None:
                     seen = self._make_again()
                 if seen is not None and not self._is_own(seen):
                     since = "" if seen.holder is None else f" since {seen.holder.began}"
-                    self._lost = LeaseError(self._lost_to(f"{name_of(seen.holder, self.path)}{since}"))
+                    self._lost = LeaseLostError(self._lost_to(f"{name_of(seen.holder, self.path)}{since}"))
                 self._was_silent = False
             if self._lost is not None:
                 raise self._lost

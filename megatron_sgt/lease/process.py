@@ -29,7 +29,7 @@ def own_identity() -> Identity:
     pid = os.getpid()
     stat = _stat(pid)
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         space = f"{boot}/{os.readlink('/proc/self/ns/pid')}"
     except OSError:
         space = ""

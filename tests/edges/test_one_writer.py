@@ -16,7 +16,7 @@ from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.jsonl import read_metrics
 from megatron_sgt.lease import inside
 from tests.helpers.attempts import Attempt
-from tests.helpers.commands import run_script, snapshot
+from tests.helpers.commands import Finished, run_script, snapshot
 from tests.helpers.edges import refused
 from tests.helpers.runs import tiny_config, write_tiny_data
 
@@ -28,10 +28,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_tiny_data(tmp_path_factory.mktemp("data"))
 
 
-@pytest.fixture(params=[(False, TIMEOUT), (True, TIMEOUT)], ids=["sync", "async"])
+@pytest.fixture(params=[(False, TIMEOUT, 1), (True, TIMEOUT, 2)], ids=["sync", "async, two ranks"])
 def run(request: pytest.FixtureRequest, data: str, tmp_path: Path) -> Iterator[tuple[Attempt, Path]]:
     """A run that trains until it is asked to stop, and its configuration file."""
-    asynchronous, timeout = request.param
+    asynchronous, timeout, ranks = request.param
     config = tiny_config(
         tmp_path / "run",
         data,
@@ -40,7 +40,7 @@ def run(request: pytest.FixtureRequest, data: str, tmp_path: Path) -> Iterator[t
     )
     file = tmp_path / "run.yaml"
     file.write_text(config.to_yaml())
-    attempt = Attempt(tmp_path / "first", ["--config", str(file)], 1)
+    attempt = Attempt(tmp_path / "first", ["--config", str(file)], ranks)
     try:
         attempt.wait_for_step(tmp_path / "run", 12)
         yield attempt, file
@@ -70,21 +70,25 @@ def test_second_starts_are_refused_and_a_stopped_run_ends(run: tuple[Attempt, Pa
     assert dry.code == 0 and f"pid {pid}" in dry.out
     assert first.processes[0].is_alive()
 
-    first.signal(0, signal.SIGSTOP)
+    ranks = list(range(len(first.processes)))
+    for rank in ranks:
+        first.signal(rank, signal.SIGSTOP)
     time.sleep(TIMEOUT)
     second = run_script("pretrain_sgt.py", ["--config", str(file), "train.exit_duration_minutes=0.02"], tmp_path)
     assert second.code == 75 and f"pid {pid}" in second.err and "RESUME" in second.out, second.err
     written = snapshot(tmp_path / "run")
-    first.signal(0, signal.SIGCONT)
-    assert first.wait([0], 30) == [4]
+    for rank in ranks:
+        first.signal(rank, signal.SIGCONT)
+    assert first.wait(ranks, 30) == [4] * len(ranks)
     assert snapshot(tmp_path / "run") == written, "it has written after it had lost the folder"
-    refused(first.finished()[0], 4, "taken for dead")
+    said = "".join(one.err for one in first.finished())
+    refused(Finished(4, "", said), 4, "taken for dead")  # by one rank, whichever was first
     assert_whole(root)
     resumes = [record for record in read_metrics(tmp_path / "run/metrics.jsonl") if record["kind"] == "resume"]
     assert len(resumes) == 2
 
 
-@pytest.mark.parametrize("run", [(True, 120.0)], ids=["async"], indirect=True)
+@pytest.mark.parametrize("run", [(True, 120.0, 1)], ids=["async"], indirect=True)
 def test_a_folder_that_is_deleted_under_a_run_is_made_again(run: tuple[Attempt, Path], tmp_path: Path) -> None:
     first, _ = run
     run_dir = tmp_path / "run"
