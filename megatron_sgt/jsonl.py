@@ -18,6 +18,7 @@ import errno
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ class JsonlWriter:
     """Appends records to a file, each with the system before ``write`` returns.
 
     The folder is made. A line that an earlier process left unfinished is cut off, so that every line of the
-    file can be parsed.
+    file can be parsed. A file that is deleted or moved away meanwhile is made again, with the next record.
 
     Raises:
         OSError: the record cannot be written.
@@ -90,6 +91,9 @@ class JsonlWriter:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._open()
+
+    def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _cut_unfinished_line(self.path)
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
@@ -97,6 +101,14 @@ class JsonlWriter:
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
         """Append one record, wholly or, when the disk is full, not at all."""
         line = f"{encode(kind, record)}\n".encode()
+        if not self._is_there():
+            self._file.close()
+            self._open()
+            print(
+                f"warning: {self.path} was deleted or moved away: it is made again, and begins at step "
+                f"{record.get('step')}",
+                file=sys.stderr,
+            )
         start = os.fstat(self._file.fileno()).st_size
         try:
             written = self._file.write(line)
@@ -105,6 +117,14 @@ class JsonlWriter:
         except OSError:
             self._file.truncate(start)
             raise
+
+    def _is_there(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError):  # a file system that does not answer; a file that could not be made again
+            return not self._file.closed
 
     def advance(self, step: int) -> None:
         """Nothing: a step without a report leaves no trace."""

@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -254,8 +255,9 @@ class Saver:
             layout.point_to(self._root, final.name)
         options = self._config.checkpoint
         self._may_write()
-        for pruned in layout.prune(self._root, options.keep_last, options.keep_every):
-            remove_sibling(self._root / pruned)
+        with suppress(FileNotFoundError):  # somebody else has deleted it
+            for pruned in layout.prune(self._root, options.keep_last, options.keep_every):
+                remove_sibling(self._root / pruned)
         return sum(file["bytes"] for file in files.values())
 
 

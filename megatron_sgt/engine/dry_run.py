@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from megatron_sgt.config import Config
 from megatron_sgt.config.base import count
@@ -11,6 +12,7 @@ from megatron_sgt.engine.deepspeed_config import check_deepspeed
 from megatron_sgt.engine.hooks.base import own_hooks
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth import LoopPlan
+from megatron_sgt.lease import holder_of, inside
 from megatron_sgt.parallel.device import device_type
 from megatron_sgt.planning.describe import growth_line, model_line
 from megatron_sgt.planning.flops import step_flops
@@ -51,6 +53,9 @@ def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:
 
 
 def _start_notes(config: Config, start: Start) -> Iterator[str]:
+    for folder in dict.fromkeys((Path(config.logging.run_dir), config.save_dir)):
+        if holder := holder_of(inside(folder)):
+            yield f"{folder} is held by {holder.name} since {holder.began}: this run is refused while that one lives"
     if problem := start.problem(config):
         yield problem
     if start.changed:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_sgt.config import Config
+from megatron_sgt.errors import LeaseError
 from megatron_sgt.files import replace_text
 from megatron_sgt.lease import Hold, Lease, inside
 from megatron_sgt.parallel.collectives import on_rank_zero
@@ -30,7 +31,7 @@ class RunFolders:
         """Hold the folders; collective. Ranks other than 0 hold nothing and are never refused.
 
         Raises:
-            LeaseError: on every rank, when another run that is alive writes into one of them.
+            LeaseError: on every rank, when another run that is alive writes into one of them, or none can be written.
         """
         timeout = self._config.checkpoint.writer_timeout_seconds
         leases = [
@@ -40,7 +41,13 @@ class RunFolders:
                 ("checkpoint.save", self._config.save_dir),
             )
         ]
-        on_rank_zero(lambda: self._hold.take(*leases))
+        on_rank_zero(lambda: self._take(leases))
+
+    def _take(self, leases: list[Lease]) -> None:
+        try:
+            self._hold.take(*leases)
+        except OSError as error:
+            raise LeaseError(f"the lease that keeps other runs out cannot be written: {error}") from error
 
     def write_config(self) -> None:
         """Write the resolved configuration into run_dir; for rank 0, once it holds it."""

@@ -79,6 +79,9 @@ def _index(folder: Path) -> dict[str, str]:
         )
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(file) for name, file in found.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        wanted = {str(name): str(file) for name, file in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error!r}") from error
+    if elsewhere := [file for file in wanted.values() if Path(file).name != file or not file.isprintable()]:
+        raise CheckpointError(f"{path} names {ascii(elsewhere[0])[:80]}, which is no file of its folder")
+    return wanted

@@ -11,6 +11,6 @@ No torch. Everything that a command writes into for longer than a moment is held
 a conversion or an export.
 """
 
-from megatron_sgt.lease.lease import Hold, Lease, beside, held, holder_of, inside, release_all
+from megatron_sgt.lease.lease import LEASE_FILE, Hold, Lease, beside, held, holder_of, inside, release_all
 
-__all__ = ["Hold", "Lease", "beside", "held", "holder_of", "inside", "release_all"]
+__all__ = ["LEASE_FILE", "Hold", "Lease", "beside", "held", "holder_of", "inside", "release_all"]

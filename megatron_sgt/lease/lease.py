@@ -83,12 +83,15 @@ class Lease:
         self._made: list[Path] = []
         self._released = threading.Event()
         self._lock = threading.Lock()
+        self._seen_alive = _clocks()
+        self._was_silent = False
 
     def take(self) -> None:
         """Take the lease, from a holder that is gone if need be; that may take the time for which one is watched.
 
         Raises:
-            LeaseError: its holder is alive, or the file cannot be written. Nothing is left behind.
+            LeaseError: its holder is alive. Nothing is left behind.
+            OSError: it cannot be written.
         """
         try:
             for _ in range(_TRIES):
@@ -99,9 +102,6 @@ class Lease:
                     break
             else:
                 raise LeaseError(f"{self.path} changes hands all the time; start this alone")
-        except OSError as error:
-            self._remove_made()
-            raise LeaseError(f"{self.path}, which keeps others out, cannot be written: {error}") from error
         except BaseException:
             self._remove_made()
             raise
@@ -123,11 +123,17 @@ class Lease:
                 raise LeaseError(f"{self.subject} is no longer held by this process")
             with suppress(OSError):
                 seen = lease_file.read(self.path)
-                if seen is None:
+                self._note_silence()
+                if seen is None and self._was_silent:  # or the folder is gone: who knows what was there meanwhile
+                    self._lost = LeaseError(self._lost_to(None))
+                elif seen is None:
                     seen = self._make_again()
                 if seen is not None and not self._is_own(seen):
-                    self._lost = LeaseError(self._lost_to(seen))
-                    raise self._lost
+                    since = "" if seen.holder is None else f" since {seen.holder.began}"
+                    self._lost = LeaseError(self._lost_to(f"{name_of(seen.holder, self.path)}{since}"))
+                self._was_silent = False
+            if self._lost is not None:
+                raise self._lost
 
     def release(self) -> None:
         """Give the lease back; folders that this process has made for it and left empty go with it."""
@@ -209,6 +215,7 @@ class Lease:
     def _beat(self) -> None:
         while not self._released.wait(self._own.timeout / BEATS_PER_TIMEOUT):
             with self._lock:
+                self._note_silence()
                 if self._descriptor is None:
                     continue
                 copy = os.dup(self._descriptor)  # which nobody closes, while the disk takes its time
@@ -219,6 +226,12 @@ class Lease:
                 pass
             finally:
                 os.close(copy)
+
+    def _note_silence(self) -> None:
+        """Note whether this process, or its machine, has stood still for so long that it may have counted as dead."""
+        before, self._seen_alive = self._seen_alive, _clocks()
+        gaps = [now - then for then, now in zip(before, self._seen_alive, strict=True)]
+        self._was_silent = self._was_silent or max(gaps) > self._own.timeout / 2
 
     def _is_own(self, seen: Seen) -> bool:
         if seen.holder is not None or self._descriptor is None:
@@ -246,13 +259,12 @@ class Lease:
             f"its end, {end}, or {self._fix}"
         )
 
-    def _lost_to(self, seen: Seen) -> str:
-        holder = seen.holder
-        since = "" if holder is None else f" since {holder.began}"
+    def _lost_to(self, who: str | None) -> str:
+        held_by = "was held by another, or is gone" if who is None else f"is held by {who}"
         return (
-            f"{self.subject} is held by {name_of(holder, self.path)}{since}: this process gave no sign of life for too "
-            "long (it was stopped, or its machine was), and was taken for dead. It ends now and writes nothing more "
-            "there; the other goes on from the newest checkpoint"
+            f"{self.subject} {held_by}: this process gave no sign of life for too long (it was stopped, or its machine "
+            "was), and was taken for dead. It ends now and writes nothing more there; the newest checkpoint there is "
+            "the other's, and a new start goes on from it"
         )
 
 
@@ -267,6 +279,7 @@ class Hold:
 
         Raises:
             LeaseError: one cannot be had. None is held then.
+            OSError: one cannot be written.
         """
         try:
             for lease in leases:
@@ -298,6 +311,7 @@ def held(lease: Lease) -> Iterator[Lease]:
 
     Raises:
         LeaseError: it cannot be had.
+        OSError: it cannot be written.
     """
     lease.take()
     try:
@@ -312,6 +326,11 @@ def release_all(seconds: float = 2.0) -> None:
     if _held:
         thread.start()
         thread.join(seconds)
+
+
+def _clocks() -> tuple[float, float]:
+    """One that runs while the machine sleeps, and one that is set right after a virtual machine was stopped."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME), time.time()
 
 
 def _print(line: str) -> None:

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
@@ -82,7 +83,7 @@ def _import_for(option: str, module: str, package: str) -> ModuleType:
 
 
 class TensorBoardWriter:
-    """Event files in ``directory``.
+    """Event files in ``directory``; a new one where the last was deleted or moved away.
 
     After a resume at step N, TensorBoard drops the points of later steps that the attempt before has written.
 
@@ -92,13 +93,23 @@ class TensorBoardWriter:
 
     def __init__(self, directory: str | Path) -> None:
         option = "logging.tensorboard"
-        events = _import_for(option, "tensorboard.summary.writer.event_file_writer", "tensorboard")
+        self._events = _import_for(option, "tensorboard.summary.writer.event_file_writer", "tensorboard")
         self._event_pb2 = _import_for(option, "tensorboard.compat.proto.event_pb2", "tensorboard")
         self._summary_pb2 = _import_for(option, "tensorboard.compat.proto.summary_pb2", "tensorboard")
-        self._writer = events.EventFileWriter(str(directory))
+        self._directory = Path(directory)
+        self._open()
+
+    def _open(self) -> None:
+        before = set(self._directory.glob("*"))
+        self._writer = self._events.EventFileWriter(str(self._directory))
+        self._files = set(self._directory.glob("*")) - before
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
         step, when = int(record["step"]), float(record.get("time", time.time()))
+        if self._files and not any(file.exists() for file in self._files):
+            with suppress(OSError):
+                self._writer.close()
+            self._open()
         pb2 = self._event_pb2
         if kind == "resume":
             start = pb2.SessionLog(status=pb2.SessionLog.START)

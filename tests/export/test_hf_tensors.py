@@ -83,3 +83,10 @@ def test_damage_is_named(folder: Path, damage: Callable[[Path], None], says: str
     with pytest.raises(CheckpointError) as found:
         HFTensors(folder)
     assert says in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/passwd", "a\x00b"])
+def test_an_index_names_only_files_of_its_folder(name: str, folder: Path) -> None:
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError, match="which is no file of its folder"):
+        HFTensors(folder)

@@ -93,6 +93,17 @@ def test_a_stopped_holder_is_followed_when_it_is_stale_and_ends_when_it_goes_on(
         lease.release()
 
 
+def test_a_stopped_holder_ends_too_when_its_successor_has_ended_before(tmp_path: Path) -> None:
+    with held_by_another(inside(tmp_path), timeout=0.5) as first:
+        first.send_signal(signal.SIGSTOP)
+        time.sleep(0.8)
+        with held(lease_of(tmp_path, timeout=0.5)):
+            pass
+        first.send_signal(signal.SIGCONT)
+        assert "was held by another" in asked(first)
+        assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("skew", [-3600.0, 3600.0])
 def test_clocks_that_differ_decide_nothing(skew: float, tmp_path: Path) -> None:
     """Another host's lease whose times are an hour off: refused if it changes, followed if it does not."""

@@ -21,6 +21,7 @@ from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.metrics import MetricsHub
 from megatron_sgt.metrics.records import SaveRecord
+from megatron_sgt.parallel.collectives import on_rank_zero
 from megatron_sgt.parallel.groups import ParallelGroups
 
 
@@ -83,7 +84,8 @@ class CheckpointHook(Hook):
             CheckpointError: it cannot be written.
         """
         self.settle(state)
-        if self._saved_at != state.step and state.consecutive_skipped == 0:
+        gone = on_rank_zero(lambda: self.last_path is not None and not self.last_path.exists())  # deleted meanwhile
+        if (gone or self._saved_at != state.step) and state.consecutive_skipped == 0:
             self._start(state)
             self._poll(wait=True)
 
