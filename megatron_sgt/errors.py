@@ -1,6 +1,7 @@
 """Errors that the user can fix, and the exit codes of every command line of the project."""
 
 import enum
+import errno
 
 
 class ExitCode(enum.IntEnum):
@@ -30,6 +31,10 @@ class ExitCode(enum.IntEnum):
 def first_line(error: BaseException) -> str:
     """What ``error`` says, without what a library adds below; its type where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Disk full, quota used up, file too large for the file system."""
 
 
 class SGTError(Exception):
@@ -64,3 +69,11 @@ class CheckpointError(SGTError):
 
 class DamagedCheckpointError(CheckpointError):
     """A checkpoint that cannot be what was saved. Where the run looks by itself, an older one takes its place."""
+
+
+def of_full_disk(error: OSError) -> SGTError | None:
+    """``error`` for the user, if it says that there is no room; None if it is something else."""
+    if error.errno not in FULL:
+        return None
+    where = error.filename or "the output"
+    return SGTError(f"cannot write {where}: {error.strerror}; make room and start again")

@@ -14,16 +14,15 @@ earlier record), and ``read_metrics`` obeys.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_sgt.errors import DataError
+from megatron_sgt.files import Appender
 
 _NONFINITE = "nonfinite"
 _NAMES = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -94,14 +93,12 @@ class JsonlWriter:
         self._open()
 
     def _open(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         _cut_unfinished_line(self.path)
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+        self._file = Appender(self.path)
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
         """Append one record, wholly or, when the disk is full, not at all."""
-        line = f"{encode(kind, record)}\n".encode()
-        if not self._is_there():
+        if not self._file.is_there():
             self._file.close()
             self._open()
             print(
@@ -109,22 +106,7 @@ class JsonlWriter:
                 f"{record.get('step')}",
                 file=sys.stderr,
             )
-        start = os.fstat(self._file.fileno()).st_size
-        try:
-            written = self._file.write(line)
-            if written != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-        except OSError:
-            self._file.truncate(start)
-            raise
-
-    def _is_there(self) -> bool:
-        try:
-            return os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
-        except FileNotFoundError:
-            return False
-        except (OSError, ValueError):  # a file system that does not answer; a file that could not be made again
-            return not self._file.closed
+        self._file.append(f"{encode(kind, record)}\n".encode())
 
     def advance(self, step: int) -> None:
         """Nothing: a step without a report leaves no trace."""

@@ -36,6 +36,7 @@ _UNREMARKABLE = (
     "train.straggler_threshold",
     "train.replica_check_interval",
     "data.num_workers",
+    "data.allow_validation_leak",
 )
 # What reading the data sets and the tokenizer needs.
 _READERS = {None: (), "sentencepiece": ("sentencepiece",), "huggingface": ("transformers",)}

@@ -127,7 +127,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     writer = JsonlWriter(path)
     writer.write("train", {"step": 1})
-    real = writer._file
+    real = writer._file._file
 
     class Full:
         """Takes half of what it is given, as a file on a full disk does."""
@@ -138,10 +138,10 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(real, name)
 
-    writer._file = Full()
+    writer._file._file = Full()
     with pytest.raises(OSError, match="No space left"):
         writer.write("train", {"step": 2})
-    writer._file = real
+    writer._file._file = real
     writer.write("train", {"step": 3})
     writer.close()
     assert path.read_bytes() == b'{"kind":"train","step":1}\n{"kind":"train","step":3}\n'

@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
-from megatron_sgt.cli import run_main
+from megatron_sgt.cli import path, run_main
 from megatron_sgt.errors import CheckpointError
 
 
 def parse() -> argparse.Namespace:
     """Command-line arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT_OR_ROOT", help="a folder of checkpoints, or one of them")
+    parser.add_argument("checkpoint", type=path, metavar="CKPT_OR_ROOT", help="a folder of checkpoints, or one of them")
     parser.add_argument(
         "--checksums", action="store_true", help="read every byte and compare its checksum, not sizes alone"
     )

@@ -21,14 +21,13 @@ exit codes: 0 nothing was lost; 1 something was, and is reported; 2 usage
 import argparse
 import json
 from functools import partial
-from pathlib import Path
 
 from soak_parts.ranks import start_server
 from soak_parts.run import soak
 from soak_parts.tally import Tallies, Tally, tables
 from soak_parts.workload import LAYOUTS, SAVES
 
-from megatron_sgt.cli import positive, run_main
+from megatron_sgt.cli import path, positive, run_main, seed
 
 
 def main() -> None:
@@ -39,8 +38,8 @@ def main() -> None:
     parser.add_argument(
         "--deaths", type=positive, default=13, metavar="N", help="per layout and kind of saves [%(default)s]"
     )
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="[%(default)s]")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="what the tables show, as JSON")
+    parser.add_argument("--seed", type=seed, default=1, metavar="N", help="[%(default)s]")
+    parser.add_argument("--output", type=path, metavar="FILE.json", help="what the tables show, as JSON")
     args = parser.parse_args()
     start_server()
     tallies = {name: {saves: Tally() for saves in args.saves or SAVES} for name in args.layout or LAYOUTS}
@@ -50,7 +49,7 @@ def main() -> None:
     finally:
         print(tables(tallies))
         if args.output is not None:
-            args.output.write_text(json.dumps(_plain(tallies), indent=1))
+            args.output.write_text(json.dumps(_plain(tallies), indent=1), encoding="utf-8")
 
 
 def _tell(name: str, saves: str, line: str) -> None:

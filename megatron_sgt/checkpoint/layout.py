@@ -39,6 +39,8 @@ COPY_SUFFIX = ".universal"
 """Ends the name of the layout-free copy that a run has made of a checkpoint beside it."""
 GROWTH_STATE = "growth"
 """Where the state of growth lies among those of the hooks in STATE_FILE."""
+DATA_STATE = "data"
+"""Where STATE_FILE says in which orders the run has read its data; checkpoints of older versions do not."""
 _WANTED = (
     f"give a folder that holds global_stepN folders with a {MANIFEST_FILE}, or one such folder; to start from "
     "scratch leave checkpoint.load empty"

@@ -15,6 +15,7 @@ from megatron_sgt.data.gpt_dataset import build_datasets
 from megatron_sgt.data.loader import EvalLoader, TrainLoader
 from megatron_sgt.data.tokenizer import tokenizer_of
 from megatron_sgt.engine.build import Runtime, build_runtime, start_processes
+from megatron_sgt.engine.data_start import DataStart, data_record, data_start, record_at
 from megatron_sgt.engine.deepspeed_config import check_deepspeed
 from megatron_sgt.engine.hooks.base import Hook, RunParts, own_hooks
 from megatron_sgt.engine.hooks.checkpoint import CheckpointHook
@@ -29,7 +30,7 @@ from megatron_sgt.engine.loop import DivergedError, Trainer
 from megatron_sgt.engine.run_folders import CONFIG_FILE, RunFolders
 from megatron_sgt.engine.skipped_ranges import SkippedRanges, batches_outside
 from megatron_sgt.engine.step import TrainState
-from megatron_sgt.errors import CheckpointError, DamagedCheckpointError, ExitCode
+from megatron_sgt.errors import CheckpointError, ConfigError, DamagedCheckpointError, ExitCode
 from megatron_sgt.growth import Schedule
 from megatron_sgt.growth.methods import with_schedule
 from megatron_sgt.guard import Progress, Watch
@@ -102,6 +103,7 @@ class PretrainingRun:
             layout.clear_leftovers(self.config.save_dir)
         self.progress.enter("opening the data")
         datasets = self._open_data()
+        self.data = self._compare_data()
         self.progress.enter("building the model")
         self.runtime: Runtime = build_runtime(self.config, self.groups)
         self.progress.enter("compiling the kernels of the loops")
@@ -115,8 +117,12 @@ class PretrainingRun:
         self._wire(datasets[1])
         if self.start.folder is not None:
             self.progress.enter("loading the checkpoint")
-            self.start = self._load(self.start, self._look_for_start)
+            loaded = self._load(self.start, self._look_for_start)
+            if loaded is not self.start:  # an older one, which may have read other data
+                self.start = loaded
+                self.data = self._compare_data()
             self.state.consumed_samples = self.skipped_ranges.after(self.state.consumed_samples)
+        self.saver.data = self.data.record
         self._report_start()
         self.train_data = datasets[0]
 
@@ -157,15 +163,28 @@ class PretrainingRun:
         check_disk(self.config, precision)
         return find_start(self.config, damaged)
 
+    def _compare_data(self) -> DataStart:
+        return on_rank_zero(lambda: data_start(self.config, self.start))
+
     def _open_data(self) -> Sequence[Any]:
         return build_datasets(self.config, tokenizer_of(self.config.data))
 
     def _open_hub(self) -> MetricsHub:
-        if not self.groups.is_main:
-            return MetricsHub()
-        self.folders.write_config()
+        """Rank 0's has the writers. What cannot be written at the start is refused, on all ranks."""
+        opened: list[MetricsHub] = []
+        on_rank_zero(lambda: opened.append(self._hub_of_rank_zero()))
+        return opened[0] if opened else MetricsHub()
+
+    def _hub_of_rank_zero(self) -> MetricsHub:
         shown = self.config.model_dump()
-        return build_hub(self.config.logging, self.config.train.train_iters, shown, self.folders.check)
+        try:
+            self.folders.write_config()
+            return build_hub(self.config.logging, self.config.train.train_iters, shown, self.folders.check)
+        except OSError as error:
+            raise ConfigError(
+                f"logging.run_dir: cannot write to {self.config.logging.run_dir}: {error.strerror}; make room, or "
+                "choose another folder"
+            ) from error
 
     def _wire(self, valid: Any) -> None:
         """Build the hooks in the order in which they act: growth, report, validate, the user's own, save."""
@@ -224,6 +243,8 @@ class PretrainingRun:
             "skipped": self.start.skipped,
         }
         self.hub.log("resume", record)
+        if self.data.change is not None:
+            self.hub.log("data", data_record(self.data.change, self.state.step))
         if self.groups.is_main and self.groups.tp_size > 1 and most_kept_heads(self.config):
             print(f"LOOPS  {choose_loop_method(self.config)[1]}", flush=True)
         line = loop_backend(self.config, self.runtime.precision, self.groups.device)[1]
@@ -289,6 +310,7 @@ class PretrainingRun:
         if newest.folder is None:
             raise CheckpointError(f"no checkpoint in {self.config.save_dir} is whole; there is none to go back to")
         newest = self._load(newest, look)
+        self.saver.data = record_at(newest.saved, self.saver.data)
         start = self.state.consumed_samples
         self.skipped_ranges.add(start, spike.stop)
         on_rank_zero(self._write_skipped_ranges)  # before a step is taken: a run that dies now must not forget it

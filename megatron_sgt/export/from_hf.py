@@ -58,6 +58,8 @@ class Imported:
     num_parameters: int
     stored_as: tuple[str, ...]
     padding_rows: int
+    left_out: tuple[str, ...]
+    """Files of weights in the folder that are no part of the model."""
 
 
 def import_model(
@@ -114,6 +116,7 @@ def import_model(
         num_parameters=sum(torch.Size(shape).numel() for shape in tensors.shapes.values()),
         stored_as=tuple(sorted({str(dtype).removeprefix("torch.") for dtype in tensors.dtypes.values()})),
         padding_rows=config.model.padded_vocab_size() - model.fields["vocab_size"],
+        left_out=tensors.left_out,
     )
 
 

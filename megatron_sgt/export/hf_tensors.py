@@ -32,7 +32,10 @@ class HFTensors:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         wanted = _index(folder)
-        for name in sorted(set(wanted.values()) or {SINGLE_FILE}):
+        read = set(wanted.values()) or {SINGLE_FILE}
+        self.left_out = tuple(sorted(path.name for path in folder.glob("*.safetensors") if path.name not in read))
+        """Files of weights that are no part of the model: adapters, or another copy of it."""
+        for name in sorted(read):
             self._open(folder / name)
         if absent := sorted(set(wanted) - set(self._file_of)):
             raise CheckpointError(

@@ -22,7 +22,7 @@ AT_STORE = "waiting at the store"
 def oom_kills() -> int:
     """Processes of this control group that the kernel has killed so far because memory ran out; 0 if unknown."""
     try:
-        lines = _MEMORY_EVENTS.read_text().splitlines()
+        lines = _MEMORY_EVENTS.read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0
     counts = dict(line.split() for line in lines if len(line.split()) == 2)

@@ -29,7 +29,7 @@ def own_identity() -> Identity:
     pid = os.getpid()
     stat = _stat(pid)
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         space = f"{boot}/{os.readlink('/proc/self/ns/pid')}"
     except OSError:
         space = ""
@@ -54,7 +54,7 @@ def process_state(process: Identity) -> str | None:
 
 def _stat(pid: int) -> tuple[str, int] | None:
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     except OSError:
         return None
     fields = text.rpartition(")")[2].split()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ class MetricsHub:
     """Hands every report to all writers; with no writers (every rank but 0) it does nothing.
 
     A writer whose destination fails (OSError: full disk, closed pipe, lost network) never stops training:
-    the failure is reported once on stderr, and the writer is tried again with the next record.
+    the failure is reported once on stderr, the writer is tried again with the next record, and ``close`` says how many
+    were lost.
 
     Args:
         may_write: called before each report; raises where another run writes into the folder by now.
@@ -30,7 +32,8 @@ class MetricsHub:
     def __init__(self, writers: Sequence[Writer] = (), may_write: Callable[[], None] = lambda: None) -> None:
         self._may_write = may_write
         self._writers = tuple(writers)
-        self._complained: set[int] = set()
+        self._lost: Counter[int] = Counter()
+        self._reasons: dict[int, str] = {}
 
     def log(self, kind: str, record: Mapping[str, Any]) -> None:
         """Report ``record``; ``time`` (seconds since the epoch) is added.
@@ -52,18 +55,23 @@ class MetricsHub:
         self._each(lambda writer: writer.advance(step))
 
     def close(self) -> None:
-        """Close every writer, also after one of them failed."""
+        """Close every writer, also after one of them failed; say what was lost."""
         self._each(lambda writer: writer.close())
+        for index, count in self._lost.items():
+            name = type(self._writers[index]).__name__
+            print(f"warning: {name} lost {count} reports ({self._reasons[index]})", file=sys.stderr)
+        self._lost.clear()
 
     def _each(self, act: Callable[[Writer], None]) -> None:
         for index, writer in enumerate(self._writers):
             try:
                 act(writer)
             except OSError as error:
-                if index not in self._complained:
-                    self._complained.add(index)
+                if index not in self._reasons:
                     name = type(writer).__name__
                     print(f"warning: {name} cannot write ({error}); training goes on", file=sys.stderr)
+                self._reasons[index] = str(error)
+                self._lost[index] += 1
 
 
 def _check_hook_record(record: Mapping[str, Any]) -> None:

@@ -14,6 +14,8 @@ from tests.architecture.source_tree import PACKAGE, ROOT, Source, python_sources
 LAYERS = {
     "errors": -3,
     "files": -3,
+    "paths": -3,
+    "streams": -3,
     "cli": -2,
     "lease": -2,
     "extensions": -2,
@@ -43,6 +45,8 @@ LAYERS = {
 TORCH_FREE = (
     "errors",
     "files",
+    "paths",
+    "streams",
     "cli",
     "extensions",
     "jsonl",

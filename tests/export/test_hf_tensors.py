@@ -39,6 +39,12 @@ def test_reads_shards_and_single_files(folder: Path, tmp_path_factory: pytest.Te
     assert torch.equal(HFTensors(single).read("a"), A)
 
 
+def test_other_weights_are_left_out_by_name(folder: Path) -> None:
+    assert HFTensors(folder).left_out == ()
+    save_file({"w": torch.zeros(1)}, folder / "adapter_model.safetensors")
+    assert HFTensors(folder).left_out == ("adapter_model.safetensors",)
+
+
 def cut(folder: Path) -> None:
     file = folder / SHARDS[1]
     file.write_bytes(file.read_bytes()[:-2])

@@ -110,7 +110,7 @@ def test_wandb_refusal_is_one_message(wandb: Any, tmp_path: Path) -> None:
     ("module", "make", "option"),
     [
         ("wandb", lambda path: WandbWriter("proj", None, path), "logging.wandb_project"),
-        ("tensorboard.summary.writer.event_file_writer", TensorBoardWriter, "logging.tensorboard"),
+        ("tensorboard.summary.writer.record_writer", TensorBoardWriter, "logging.tensorboard"),
     ],
 )
 def test_a_missing_package_is_named(

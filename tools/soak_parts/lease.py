@@ -26,8 +26,10 @@ def second_start(run: Running, aim: Aim) -> Left:
     seconds = time.monotonic() - begun
     if not run.ranks.alive():
         return Left.GONE
-    if code != ExitCode.CHECKPOINT or seconds > PATIENCE / 4 or "is held by" not in log.read_text():
-        raise Lost(f"a second start ended after {seconds:.1f} s with {code}:\n{log.read_text()[-3000:]}")
+    if code != ExitCode.CHECKPOINT or seconds > PATIENCE / 4 or "is held by" not in log.read_text(encoding="utf-8"):
+        raise Lost(
+            f"a second start ended after {seconds:.1f} s with {code}:\n{log.read_text(encoding='utf-8')[-3000:]}"
+        )
     return Left.ALIVE if run.wait_steps(2 * INTERVAL) else Left.GONE
 
 

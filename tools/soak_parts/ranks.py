@@ -51,7 +51,7 @@ class Ranks:
         self.send(signal.SIGSTOP)
         for process in self.processes:
             stat = Path(f"/proc/{process.pid}/stat")
-            while process.exitcode is None and stat.read_text().rpartition(")")[2].split()[0] != "T":
+            while process.exitcode is None and stat.read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "T":
                 time.sleep(0.001)
 
     def first_code(self, patience: float) -> int | None:

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ class Soak:
         whole = [tag for tag in finished if tag not in self.damaged]
         tracker = root / layout.LATEST_FILE
         # Until the first pointer is there, the newest committed one counts (layout.latest_tag).
-        latest = tracker.read_text().strip() if tracker.exists() else next(iter(finished[::-1]), "")
+        latest = tracker.read_text(encoding="utf-8").strip() if tracker.exists() else next(iter(finished[::-1]), "")
         newest = layout.step_of(latest)
         broken = [problem for tag in whole for problem in checksum_problems(root / tag)]
         nowhere = latest and latest not in finished and latest not in self.damaged
@@ -195,7 +196,7 @@ def soak(
             config = small_config(folder / saves, data, LAYOUTS[name], checkpoint | SAVES[saves], steps)
             run = Soak(config, reference, step_s, chain(kinds, drawn(faults, rng)), rng, tally)
             try:
-                run.run(deaths, lambda line, saves=saves: progress(saves, line))
+                run.run(deaths, partial(progress, saves))
             except Lost as error:
                 kept = shutil.copytree(folder, tempfile.mkdtemp(prefix=f"lost-{name}-{saves}-"), dirs_exist_ok=True)
                 raise Lost(f"{error}\nall files are in {kept}") from error

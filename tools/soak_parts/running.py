@@ -28,7 +28,7 @@ class Running:
     def __init__(self, config: Config, step_s: float) -> None:
         self.run_dir, self.root, self.step_s = Path(config.logging.run_dir), config.save_dir, step_s
         self.config, self.log = (self.run_dir.with_suffix(suffix) for suffix in (".yaml", ".log"))
-        self.config.write_text(config.to_yaml())
+        self.config.write_text(config.to_yaml(), encoding="utf-8")
         self.ranks: Ranks
         self.stopped: Ranks | None = None
         """Earlier ranks that stand still, and believe that the run is theirs."""
@@ -114,4 +114,4 @@ class Running:
 
     def said(self) -> str:
         """The end of what the ranks have printed."""
-        return self.log.read_text(errors="replace")[-3000:] if self.log.exists() else ""
+        return self.log.read_text(encoding="utf-8", errors="replace")[-3000:] if self.log.exists() else ""

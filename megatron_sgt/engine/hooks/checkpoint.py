@@ -11,7 +11,7 @@ from typing import Any
 import deepspeed
 
 from megatron_sgt.checkpoint.find import starts_fresh
-from megatron_sgt.checkpoint.layout import parse_json
+from megatron_sgt.checkpoint.layout import DATA_STATE, parse_json
 from megatron_sgt.checkpoint.load import load_checkpoint
 from megatron_sgt.checkpoint.save import Saver
 from megatron_sgt.config import Config
@@ -57,6 +57,8 @@ class CheckpointHook(Hook):
         self.last_path: Path | None = None
         self.on_saved: Callable[[float], None] = lambda seconds: None
         self._saved_at = -1
+        self.data: list[dict[str, Any]] = []
+        """In which orders the run has read its data (engine/data_start.py)."""
 
     def before_run(self, state: TrainState) -> None:
         """A checkpoint that was just loaded need not be written again."""
@@ -103,7 +105,8 @@ class CheckpointHook(Hook):
 
     def _start(self, state: TrainState) -> None:
         verify_same_plan(self.engine.module, self.groups)
-        saved = {"trainer": state.state_dict(), "hooks": {hook.name: _saved_state(hook) for hook in self.hooks}}
+        hooks = {hook.name: _saved_state(hook) for hook in self.hooks}
+        saved = {"trainer": state.state_dict(), "hooks": hooks, DATA_STATE: self.data}
         self.saver.start(state.step, saved)
 
     def _poll(self, wait: bool) -> None:
