@@ -105,7 +105,8 @@ class Soak:
         self.damaged = {t for t in self.damaged if t not in finished or checksum_problems(root / t)}
         whole = [tag for tag in finished if tag not in self.damaged]
         tracker = root / layout.LATEST_FILE
-        latest = tracker.read_text(encoding="utf-8").strip() if tracker.exists() else ""
+        # Until the first pointer is there, the newest committed one counts (layout.latest_tag).
+        latest = tracker.read_text(encoding="utf-8").strip() if tracker.exists() else next(iter(finished[::-1]), "")
         newest = layout.step_of(latest)
         broken = [problem for tag in whole for problem in checksum_problems(root / tag)]
         nowhere = latest and latest not in finished and latest not in self.damaged

@@ -79,6 +79,12 @@ def test_a_sound_death_is_counted(after_death: Soak) -> None:
     assert after_death.expected_start == 4
 
 
+def test_before_the_first_pointer_is_written_the_committed_one_counts(after_death: Soak) -> None:
+    (after_death.running.root / layout.LATEST_FILE).unlink()
+    after_death._check("killed before latest is written", done=False)
+    assert after_death.expected_start == 4
+
+
 def test_after_our_own_damage_the_one_before_counts(after_death: Soak) -> None:
     after_death._check("deleted file", done=False)
     assert after_death.damaged == {"global_step4"} and after_death.expected_start == 2
