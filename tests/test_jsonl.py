@@ -3,13 +3,13 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_sgt.errors import DataError
 from megatron_sgt.jsonl import JsonlWriter, decode, encode, read_metrics
+from tests.helpers.damage import filling_disk
 
 
 def refuse_constant(name: str) -> None:
@@ -127,21 +127,8 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     writer = JsonlWriter(path)
     writer.write("train", {"step": 1})
-    real = writer._file._file
-
-    class Full:
-        """Takes half of what it is given, as a file on a full disk does."""
-
-        def write(self, data: bytes) -> int:
-            return real.write(data[: len(data) // 2])
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(real, name)
-
-    writer._file._file = Full()
-    with pytest.raises(OSError, match="No space left"):
+    with filling_disk(writer), pytest.raises(OSError, match="No space left"):
         writer.write("train", {"step": 2})
-    writer._file._file = real
     writer.write("train", {"step": 3})
     writer.close()
     assert path.read_bytes() == b'{"kind":"train","step":1}\n{"kind":"train","step":3}\n'

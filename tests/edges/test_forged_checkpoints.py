@@ -34,18 +34,10 @@ from tests.helpers.forging import (
     places,
     signed_again,
     with_value,
-    write_pair,
     write_signed,
 )
 
 STATE, CONFIG, MANIFEST = layout.STATE_FILE, layout.CONFIG_FILE, layout.MANIFEST_FILE
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("forged") / "checkpoints"
-    write_pair(root)
-    return root
 
 
 @pytest.fixture

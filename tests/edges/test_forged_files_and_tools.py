@@ -24,17 +24,9 @@ from tests.helpers.forging import (
     cut,
     replaced,
     signed_again,
-    write_pair,
 )  # fmt: skip
 
 STATE, CONFIG, MANIFEST = layout.STATE_FILE, layout.CONFIG_FILE, layout.MANIFEST_FILE
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("forged") / "checkpoints"
-    write_pair(root)
-    return root
 
 
 TOOLS = {

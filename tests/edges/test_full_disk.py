@@ -20,6 +20,7 @@ from megatron_sgt.metrics import MetricsHub
 from megatron_sgt.metrics.writers import TensorBoardWriter, _as_os_error
 from tests.helpers.attempts import Attempt
 from tests.helpers.commands import ROOT, Finished, run_process, run_script
+from tests.helpers.damage import filling_disk
 from tests.helpers.edges import refused
 from tests.helpers.runs import tiny_config, write_tiny_data
 
@@ -176,19 +177,8 @@ def test_tensorboard_goes_on_when_there_is_room_again(tmp_path: Path) -> None:
 
     writer = TensorBoardWriter(tmp_path)
     writer.write("train", {"step": 1, "loss": 1.0})
-    real = writer._file._file
-
-    class Full:
-        def write(self, data: bytes) -> int:
-            return real.write(data[: len(data) // 2])
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(real, name)
-
-    writer._file._file = Full()  # type: ignore[assignment]
-    with pytest.raises(OSError, match="No space left"):
+    with filling_disk(writer), pytest.raises(OSError, match="No space left"):
         writer.write("train", {"step": 2, "loss": 2.0})
-    writer._file._file = real
     writer.write("train", {"step": 3, "loss": 3.0})
     writer.close()
     events = EventAccumulator(str(tmp_path))

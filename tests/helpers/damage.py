@@ -1,4 +1,4 @@
-"""What happens to files: deleted, cut in half, emptied, one byte flipped; undone afterwards."""
+"""What happens to files: deleted, cut in half, emptied, one byte flipped, written on a full disk; undone afterwards."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 DAMAGES = ("delete", "cut", "empty", "flip")
 
@@ -32,3 +33,23 @@ def harm(path: Path, damage: str) -> None:
         path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
     else:
         path.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"")
+
+
+@contextlib.contextmanager
+def filling_disk(writer: Any) -> Iterator[None]:
+    """Inside the context the :class:`Appender` of ``writer`` meets a disk with room for half of each piece."""
+    appender = writer._file
+    real = appender._file
+
+    class Full:
+        def write(self, data: bytes) -> int:
+            return real.write(data[: len(data) // 2])
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+    appender._file = Full()
+    try:
+        yield
+    finally:
+        appender._file = real
