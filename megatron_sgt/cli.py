@@ -40,7 +40,8 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     except OSError as error:
         code = _lost_output(error)
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the shell: >&-
+            sys.stdout.flush()
     except OSError as error:
         streams.discard(sys.stdout)
         code = code or _lost_output(error)

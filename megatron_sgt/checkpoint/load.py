@@ -80,13 +80,34 @@ def load_checkpoint(
         copy, how = folder, "read from its layout-free form"
     else:
         copy, how = layout_free_copy(folder, groups)
-    made = read_state(copy)[LAYOUT_FREE]
-    load_into_engine(LayoutFreeReader(copy), made["optimizer_step"], made["loss_scale"], config.model, engine, groups)
+    opened: list[tuple[dict[str, Any], LayoutFreeReader, dict[str, Any] | None]] = []
+    # What one rank finds damaged ends the attempt on all, before any weight is changed.
+    gather_or_raise(lambda: opened.append(_open_layout_free(copy, groups)), groups)
+    made, reader, streams = opened[0]
+    load_into_engine(reader, made["optimizer_step"], made["loss_scale"], config.model, engine, groups)
     _restore_counters(engine, state["trainer"])
     if IMPORTED_FROM in made:
         return f"{folder.name}: a model imported from {made[IMPORTED_FROM]}, without optimizer state"
-    streams = _continue_streams(copy, made["source_layout"], state["trainer"]["step"], config, groups)
-    return f"{folder.name}: {_changes(made['source_layout'], here)}; {how}; {streams}"
+    note = "random streams continue"
+    if streams is None:
+        note = _restart_streams(state["trainer"]["step"], config, groups)
+    else:
+        _continue_exactly(streams, copy, groups)
+    return f"{folder.name}: {_changes(made['source_layout'], here)}; {how}; {note}"
+
+
+def _open_layout_free(
+    copy: Path, groups: ParallelGroups
+) -> tuple[dict[str, Any], LayoutFreeReader, dict[str, Any] | None]:
+    """What ``copy`` was made from, its reader, and this rank's random streams where the same ranks have saved them."""
+    made = read_state(copy)[LAYOUT_FREE]
+    source, streams = made.get("source_layout"), None
+    if IMPORTED_FROM not in made and (groups.tp_size, groups.dp_size) == (
+        source["tensor_model_parallel_size"],
+        source["data_parallel_size"],
+    ):
+        streams = _read_streams(copy, groups)
+    return made, LayoutFreeReader(copy), streams
 
 
 def _load_shards(
@@ -124,12 +145,8 @@ def _restore_counters(engine: deepspeed.DeepSpeedEngine, trainer: dict[str, int]
     engine.skipped_steps = trainer["skipped_steps"]
 
 
-def _continue_streams(copy: Path, source: dict[str, Any], step: int, config: Config, groups: ParallelGroups) -> str:
-    """Restore this rank's random streams where it existed before, else start new ones; says which."""
-    same_ranks = source["tensor_model_parallel_size"] == groups.tp_size
-    if same_ranks and source["data_parallel_size"] == groups.dp_size:
-        _continue_exactly(_read_streams(copy, groups), copy, groups)
-        return "random streams continue"
+def _restart_streams(step: int, config: Config, groups: ParallelGroups) -> str:
+    """Start new random streams, for ranks that are not those of the checkpoint; says so."""
     digest = hashlib.sha256(f"{config.train.seed}/{step}".encode()).digest()
     seed_for_training(int.from_bytes(digest[:4], "big"), groups)
     return f"random streams restart from seed {config.train.seed}, step {step} and rank"

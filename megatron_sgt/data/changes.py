@@ -13,6 +13,7 @@ from megatron_sgt.data.blend import Blend
 from megatron_sgt.data.history import INDEXED, DataFile, DataOrder, Span
 from megatron_sgt.data.index_cache import open_split
 from megatron_sgt.data.indexed import sequence_lengths
+from megatron_sgt.data.listing import counted
 from megatron_sgt.data.order import EpochOrder, Reading, Tally, compare, documents_read
 from megatron_sgt.data.splits import SplitPart
 
@@ -63,9 +64,9 @@ class Change:
             at = f"sample {self.sample:,} of {self.samples:,} of epoch {self.epoch:,}"
         yield f"goes on at {at}"
         tally, about = self.tally, "" if self.tally.exact else "about "
-        windows = f", {_count(tally.windows_again, 'window')}" if tally.windows_again else ""
-        again = f"{_count(tally.documents_again, 'document')} ({tally.tokens_again:,} tokens{windows})"
-        skipped = f"{_count(tally.documents_skipped, 'document')} ({tally.tokens_skipped:,} tokens)"
+        windows = f", {counted(tally.windows_again, 'window')}" if tally.windows_again else ""
+        again = f"{counted(tally.documents_again, 'document')} ({tally.tokens_again:,} tokens{windows})"
+        skipped = f"{counted(tally.documents_skipped, 'document')} ({tally.tokens_skipped:,} tokens)"
         if tally.tokens_again:
             yield f"read before and to come again: {about}{again}"
         if tally.tokens_skipped:
@@ -75,10 +76,10 @@ class Change:
 
     def _leak(self) -> Iterator[str]:
         if self.held_out_trained:
-            count = _count(self.held_out_trained, "document")
+            count = counted(self.held_out_trained, "document")
             yield f"held out for validation or test so far, and trained on now: {count}"
         if self.trained_held_out:
-            count = _count(self.trained_held_out, "document")
+            count = counted(self.trained_held_out, "document")
             yield f"trained on so far, and held out for validation or test now: {count}"
 
 
@@ -190,7 +191,3 @@ def _common(one: Iterable[Range], other: Iterable[Range]) -> list[Range]:
     right = _union(other)
     pairs = ((max(a, c), min(b, d)) for a, b in _union(one) for c, d in right)
     return [(first, last) for first, last in pairs if first < last]
-
-
-def _count(number: int | None, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

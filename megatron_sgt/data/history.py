@@ -96,8 +96,10 @@ def _differing_files(then: DataOrder, now: DataOrder) -> Iterator[str]:
     for file in now.files:
         old = before.get(file.prefix)
         if old is not None and not file.same(old):
-            yield f"{file.prefix} has {file.documents:,} documents ({file.tokens:,} tokens), not the {old.documents:,}"
-            f" ({old.tokens:,}) of then"
+            yield (
+                f"{file.prefix} has {file.documents:,} documents ({file.tokens:,} tokens), not the {old.documents:,} "
+                f"({old.tokens:,}) of then"
+            )
     if [file.prefix for file in then.files] != [file.prefix for file in now.files] or then.weights() != now.weights():
         yield f"data.data_path {_blend(then)} -> {_blend(now)}"
 
@@ -131,7 +133,11 @@ def order_of(config: Config) -> DataOrder:
             tokens = int(lengths.sum(dtype=np.int64))
             digests = lengths_digest(lengths), content_digest(prefix, tokens)
             files.append(DataFile(weight, prefix, len(lengths), tokens, *digests))
-    named = data.split if data.dataset == INDEXED else _digest(data.model_dump_json(exclude={"num_workers"}))
+    named = (
+        data.split
+        if data.dataset == INDEXED
+        else _digest(data.model_dump_json(exclude={"num_workers", "allow_validation_leak"}))
+    )
     return DataOrder(data.dataset, config.model.seq_length, config.train.seed, named, data.split_shares(), tuple(files))
 
 

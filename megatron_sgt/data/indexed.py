@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sgt.errors import DataError
+from megatron_sgt.errors import DataError, first_line
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<QBQQ")
@@ -87,12 +87,15 @@ def content_digest(prefix: str, tokens: int) -> str:
     It tells data sets apart whose lengths are the same, and does not depend on the width in which ids are stored.
 
     Raises:
-        DataError: the index is damaged.
+        DataError: the index is damaged, or the tokens are not all there.
     """
     if tokens == 0:
         return hashlib.sha256().hexdigest()
     dtype = _read_index(prefix)[0]
-    ids = np.memmap(prefix + ".bin", dtype=dtype, mode="r", shape=(tokens,))
+    try:
+        ids = np.memmap(prefix + ".bin", dtype=dtype, mode="r", shape=(tokens,))
+    except (OSError, ValueError) as error:  # cut off since its index was written
+        raise DataError(f"{prefix}.bin cannot be read: {first_line(error)}; copy it again") from error
     digest = hashlib.sha256()
     blocks = min(_DIGEST_BLOCKS, -(-tokens // _DIGEST_BLOCK))
     for start in np.linspace(0, max(0, tokens - _DIGEST_BLOCK), blocks).astype(np.int64):

@@ -61,8 +61,8 @@ def data_start(config: Config, start: Start, keep_indices: bool = True) -> DataS
 def record_at(saved: dict[str, Any], record: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The record of a run with ``record`` that goes back to the checkpoint whose state is ``saved``."""
     consumed = saved["trainer"]["consumed_samples"]
-    now = from_json(record, record[-1]["from_sample"])[-1].order
-    return to_json(from_json(saved[DATA_STATE], consumed), now, consumed) if DATA_STATE in saved else record
+    ours = from_json(record, max(consumed, record[-1]["from_sample"]))
+    return to_json(from_json(saved[DATA_STATE], consumed) if DATA_STATE in saved else ours, ours[-1].order, consumed)
 
 
 def data_record(change: Change, step: int) -> DataRecord:

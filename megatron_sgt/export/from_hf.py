@@ -96,9 +96,10 @@ def import_model(
     except DataError as error:  # part of the model that was asked for
         raise CheckpointError(str(error)) from error
     final = root / layout.tag_for(0)
-    with _all_or_nothing(root, final) as temporary:
+    with _all_or_nothing(root, final) as (temporary, lease):
         _write_weights(tensors, config.model, temporary)
         state = _state(f"{source} ({model.model_type})", growth_state(model, config))
+        lease.check()
         num_bytes = _commit(state, config, fingerprint, temporary, final)
         if tokenizer is not None:
             copy_tokenizer(source, root / TOKENIZER_FOLDER, tokenizer)
@@ -106,6 +107,7 @@ def import_model(
         if config_file is None:
             written = root / RUN_FILE
             replace_text(written, run_yaml(config, source, written, bool(model.loops)))
+        lease.check()
         layout.point_to(root, final.name)
     return Imported(
         folder=final,
@@ -145,8 +147,8 @@ def _commit(state: dict[str, Any], config: Config, tokenizer: str | None, tempor
 
 
 @contextmanager
-def _all_or_nothing(root: Path, final: Path) -> Iterator[Path]:
-    """A temporary folder below ``root``; on an error everything that was made is deleted."""
+def _all_or_nothing(root: Path, final: Path) -> Iterator[tuple[Path, Lease]]:
+    """A temporary folder below ``root``, and what holds it; on an error everything that was made is deleted."""
     temporary = temporary_of(final)
     names = (TOKENIZER_FOLDER, RUN_FILE, layout.LATEST_FILE, layout.ITERATION_FILE)
     ours = [temporary, final, *(root / name for name in names)]
@@ -158,7 +160,11 @@ def _all_or_nothing(root: Path, final: Path) -> Iterator[Path]:
                 doomed = []
                 raise CheckpointError(f"{root} holds checkpoints already; choose another folder for the import")
             fresh_folder(temporary)
-            yield temporary
+            try:
+                yield temporary, lease
+            except BaseException:
+                lease.check()  # one that has lost it deletes nothing
+                raise
     except LeaseError:  # nothing of ours is there
         raise
     except BaseException as error:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from megatron_sgt.config.data import TokenizerConfig
-from megatron_sgt.errors import CheckpointError, SGTError
+from megatron_sgt.errors import CheckpointError, LeaseError, SGTError
 from megatron_sgt.export.architecture import TokenIds, generation_config, hf_config, plain_architecture
 from megatron_sgt.export.card import model_card
 from megatron_sgt.export.hf.tokenizer import write_tokenizer
@@ -94,8 +94,11 @@ def _whole_or_nothing(output: Path) -> Iterator[Path]:
                 sync_all(temporary)
                 lease.check()
                 commit(temporary, output)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+            except BaseException:
+                with suppress(LeaseError):  # what lies there may be another's by now
+                    lease.check()
+                    shutil.rmtree(temporary, ignore_errors=True)
+                raise
     except CheckpointError:
         raise
     except SGTError as error:

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_sgt.errors import ExitCode, SGTError, of_full_disk
 from megatron_sgt.launch.environment import RankInfo, discover
+from megatron_sgt.lease import release_all
 
 GRACE = 10.0
 """Seconds in which rank 0 has reported an error that every rank has met. Then its launcher ends the others."""
@@ -115,5 +116,6 @@ def _leave(code: int) -> int:
     """Exit at once where peers may be waiting in a collective: their launcher ends them when this process is gone."""
     if _store() is not None:
         sys.stdout.flush()
+        release_all()
         os._exit(code)
     return code

@@ -9,13 +9,12 @@ from collections.abc import Iterator, Mapping
 
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.launch.rank_info import LOOPBACK, RankInfo, read_int, require_int
+from megatron_sgt.lease.scheduler import SPECIAL_STEPS
 
 PORTS = range(20000, 32000)
 """Default ports: below Linux's ephemeral ports (from 32768), above most services'."""
 PORT_STRIDE = 37
 """Distance between the ports of consecutive jobs, so that their first steps differ; coprime to len(PORTS)."""
-SPECIAL_STEPS = 0xFFFFFFF0
-"""Step ids from here on are no srun step: the batch script, the interactive shell of salloc, ..."""
 
 
 def inside_srun_step(environ: Mapping[str, str]) -> bool:

@@ -122,16 +122,19 @@ class Lease:
             if self._descriptor is None:
                 raise LeaseError(f"{self.subject} is no longer held by this process")
             with suppress(OSError):
-                seen = lease_file.read(self.path)
                 self._note_silence()
-                if seen is None and self._was_silent:  # or the folder is gone: who knows what was there meanwhile
+                silent = self._was_silent
+                seen = lease_file.read(self.path)
+                self._was_silent = False
+                self._note_silence()  # one that lies within this look counts for the next one, too
+                # If the folder is gone after a silence, who knows what was there meanwhile.
+                if seen is None and (silent or self._was_silent):
                     self._lost = LeaseLostError(self._lost_to(None))
                 elif seen is None:
                     seen = self._make_again()
                 if seen is not None and not self._is_own(seen):
                     since = "" if seen.holder is None else f" since {seen.holder.began}"
                     self._lost = LeaseLostError(self._lost_to(f"{name_of(seen.holder, self.path)}{since}"))
-                self._was_silent = False
             if self._lost is not None:
                 raise self._lost
 
@@ -146,8 +149,9 @@ class Lease:
                 return
             with suppress(OSError):
                 lease_file.take_away(self.path, self._is_own)
-            os.close(self._descriptor)
-            self._descriptor = None
+            descriptor, self._descriptor = self._descriptor, None
+            with suppress(OSError):  # a file system may report at last what it could not write
+                os.close(descriptor)
         self._remove_made()
 
     def _take_over(self, seen: Seen) -> bool:
@@ -160,7 +164,7 @@ class Lease:
         who, reason = name_of(seen.holder, self.path), judgement.reason
         if judgement.verdict is Verdict.SILENT:
             self._say(
-                f"{self.subject} is held by {who}, who cannot be asked from here: watched for up to "
+                f"{self.subject} is held by {who}, of whom it is not certain whether it lives: watched for up to "
                 f"{judgement.seconds:.0f} s, then taken over if there is no sign of life"
             )
             if shows_life(self.path, seen, judgement.seconds):
@@ -214,18 +218,20 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._released.wait(self._own.timeout / BEATS_PER_TIMEOUT):
-            with self._lock:
-                self._note_silence()
-                if self._descriptor is None:
-                    continue
-                copy = os.dup(self._descriptor)  # which nobody closes, while the disk takes its time
-                self._beats += 1
-            try:
-                lease_file.rewrite(copy, self._own.encoded(self._beats))
-            except OSError:  # a full or absent disk: the next one may pass
-                pass
-            finally:
-                os.close(copy)
+            with suppress(OSError):  # a full or absent disk, no free descriptor: the next one may pass
+                self._beat_once()
+
+    def _beat_once(self) -> None:
+        with self._lock:
+            self._note_silence()
+            if self._descriptor is None:
+                return
+            copy = os.dup(self._descriptor)  # which nobody closes, while the disk takes its time
+            self._beats += 1
+        try:
+            lease_file.rewrite(copy, self._own.encoded(self._beats))
+        finally:
+            os.close(copy)
 
     def _note_silence(self) -> None:
         """Note whether this process, or its machine, has stood still for so long that it may have counted as dead."""

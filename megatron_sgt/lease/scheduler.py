@@ -21,8 +21,8 @@ _OVER = {
     "BF", "CA", "CD", "CF", "DL", "F", "NF", "OOM", "PD", "PR", "RQ", "RF", "RH", "RV", "SE", "TO",
 }  # fmt: skip
 _UNKNOWN_JOB = "invalid job id"
-_FIRST_SPECIAL_STEP = 0xFFFFFFF0
-"""Step ids from here on are no srun step (see launch/slurm.py)."""
+SPECIAL_STEPS = 0xFFFFFFF0
+"""Step ids from here on are no srun step: the batch script, the interactive shell of salloc, ..."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def own_job(environ: Mapping[str, str] = os.environ) -> Job | None:
     """The job of this process, from its scheduler's variables."""
     if job := environ.get("SLURM_JOB_ID") or environ.get("SLURM_JOBID"):
         step, restarts = environ.get("SLURM_STEP_ID", ""), environ.get("SLURM_RESTART_COUNT", "")
-        if not step.isdigit() or int(step) >= _FIRST_SPECIAL_STEP:
+        if not step.isdigit() or int(step) >= SPECIAL_STEPS:
             step = ""
         cluster = environ.get("SLURM_CLUSTER_NAME", "")
         return Job("Slurm", job, step, int(restarts) if restarts.isdigit() else 0, cluster)

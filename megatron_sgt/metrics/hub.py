@@ -76,11 +76,13 @@ class MetricsHub:
 
 def _check_hook_record(record: Mapping[str, Any]) -> None:
     """Refuse on all ranks what would fail in a writer of rank 0, for which the others would wait."""
-    if missing := {"hook", "values"} - record.keys():
+    if missing := {"step", "hook", "values"} - record.keys():
         raise ValueError(f"a hook's record lacks {', '.join(sorted(missing))}")
+    if not isinstance(record["step"], int) or not isinstance(record["values"], Mapping):
+        raise ValueError(f"the record of hook {record['hook']!r} needs an integer step and a mapping of values")
     try:
         encode("hook", record)
-    except TypeError as error:
+    except (TypeError, RecursionError) as error:
         raise ValueError(f"the record of hook {record['hook']!r} is not JSON-able: {error}") from error
 
 

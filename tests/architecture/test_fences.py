@@ -180,3 +180,14 @@ def test_text_has_an_encoding() -> None:
 )
 def test_the_encoding_rule_sees_what_it_should(text: str, wrong: bool) -> None:
     assert bool(locale_encodings(Source(f"{PACKAGE}/a.py", text))) is wrong
+
+
+def test_no_text_stands_alone() -> None:
+    """Half of a message that is no part of it: a second f-string on a line of its own is a statement."""
+    wrong = [
+        f"{source.path}:{node.lineno}"
+        for source in python_sources()
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.JoinedStr)
+    ]
+    assert not wrong, wrong

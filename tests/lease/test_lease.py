@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import multiprocessing
 import os
 import re
@@ -47,6 +48,23 @@ def test_a_lease_from_its_beginning_to_its_end(tmp_path: Path) -> None:
     assert holder_of(path) is None
     with pytest.raises(LeaseError, match="no longer held"):
         lease.check()
+
+
+def test_the_signs_of_life_outlast_a_moment_without_descriptors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(descriptor: int) -> int:
+        tried.append(descriptor)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    tried: list[int] = []
+    with held(lease_of(tmp_path)):
+        with monkeypatch.context() as patched:
+            patched.setattr("megatron_sgt.lease.lease.os.dup", none_left)
+            time.sleep(3 * TIMEOUT / 12)
+        before = inside(tmp_path).read_bytes()
+        time.sleep(3 * TIMEOUT / 12)
+        assert tried and inside(tmp_path).read_bytes() != before
 
 
 def test_a_second_process_is_refused_and_changes_nothing_the_first_goes_on(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.reshard.convert import commit, write_part
-from megatron_sgt.checkpoint.reshard.source import open_source
+from megatron_sgt.checkpoint.reshard.source import Source, open_source
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.files import fresh_folder, temporary_of
 from megatron_sgt.lease import Lease, beside
@@ -50,10 +50,13 @@ def layout_free_copy(folder: Path, groups: ParallelGroups) -> tuple[Path, str]:
 def _make_copy(folder: Path, copy: Path, lease: Lease, groups: ParallelGroups) -> tuple[Path, str]:
     start = time.perf_counter()
     temporary = temporary_of(copy)
-    gather_or_raise(lambda: _make_room(folder, copy, temporary, lease) if groups.is_main else None, groups)
-    source = open_source(folder)
+    if gather_or_raise(lambda: groups.is_main and _found_or_room(folder, copy, temporary, lease), groups)[0]:
+        return copy, f"read from {copy}"
+    opened: list[Source] = []
+    gather_or_raise(lambda: opened.append(open_source(folder)), groups)
+    source = opened[0]
     drift = max(gather_or_raise(lambda: write_part(source, temporary, groups.rank, groups.world_size), groups))
-    size = gather_or_raise(lambda: commit(source, temporary, copy) if groups.is_main else 0, groups)[0]
+    size = gather_or_raise(lambda: _commit(source, temporary, copy, lease) if groups.is_main else 0, groups)[0]
     text = f"converted into {copy} ({file_size(size)} in {elapsed(time.perf_counter() - start)})"
     if drift:
         text += f"; tensor-parallel copies of replicated weights differed by {drift:.1e}, rank 0's were taken"
@@ -74,13 +77,21 @@ def _is_whole(copy: Path, folder: Path) -> bool:
     return True
 
 
-def _make_room(folder: Path, copy: Path, temporary: Path, lease: Lease) -> None:
-    """Hold the place of the copy, and clear it of what is no whole one."""
+def _commit(source: Source, temporary: Path, copy: Path, lease: Lease) -> int:
+    lease.check()
+    return commit(source, temporary, copy)
+
+
+def _found_or_room(folder: Path, copy: Path, temporary: Path, lease: Lease) -> bool:
+    """Hold the place of the copy. True: another has made it meanwhile; else it is cleared of what is no whole one."""
     try:
         lease.take()
+        if _is_whole(copy, folder):
+            return True
         if copy.exists():
             shutil.rmtree(copy, ignore_errors=True)
         fresh_folder(temporary)
+        return False
     except OSError as error:
         raise CheckpointError(
             f"{folder} was written under another layout and no copy can be made beside it ({error}); run "

@@ -18,10 +18,10 @@ from megatron_sgt.config import Config
 from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.hooks.replicas import verify_loaded, verify_same_plan
 from megatron_sgt.engine.step import StepResult, TrainState
-from megatron_sgt.errors import CheckpointError
+from megatron_sgt.errors import CheckpointError, SGTError
 from megatron_sgt.metrics import MetricsHub
 from megatron_sgt.metrics.records import SaveRecord
-from megatron_sgt.parallel.collectives import on_rank_zero
+from megatron_sgt.parallel.collectives import gather_or_raise, on_rank_zero
 from megatron_sgt.parallel.groups import ParallelGroups
 
 
@@ -105,7 +105,8 @@ class CheckpointHook(Hook):
 
     def _start(self, state: TrainState) -> None:
         verify_same_plan(self.engine.module, self.groups)
-        hooks = {hook.name: _saved_state(hook) for hook in self.hooks}
+        hooks: dict[str, Any] = {}
+        gather_or_raise(lambda: hooks.update({hook.name: _saved_state(hook) for hook in self.hooks}), self.groups)
         saved = {"trainer": state.state_dict(), "hooks": hooks, DATA_STATE: self.data}
         self.saver.start(state.step, saved)
 
@@ -163,13 +164,16 @@ def _saved_state(hook: Hook) -> dict[str, Any]:
     """A copy of a hook's state.
 
     Raises:
-        CheckpointError: on every rank alike, when it cannot be written as JSON.
+        SGTError: it is no dict, or cannot be written as JSON. No CheckpointError, after which training goes on: no
+            later save could succeed.
     """
     state = copy.deepcopy(hook.state_dict())
+    if not isinstance(state, dict):
+        raise SGTError(f"the state of hook {hook.name!r} is a {type(state).__name__}, not a dict")
     try:
         parse_json(json.dumps(state))
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the state of hook {hook.name!r} is not JSON-able: {error}") from error
+        raise SGTError(f"the state of hook {hook.name!r} is not JSON-able: {error}") from error
     return state
 
 

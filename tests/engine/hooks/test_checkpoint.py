@@ -16,7 +16,7 @@ from megatron_sgt.engine.hooks import checkpoint as checkpoint_hook
 from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.hooks.checkpoint import CheckpointHook
 from megatron_sgt.engine.step import StepResult, TrainState
-from megatron_sgt.errors import CheckpointError
+from megatron_sgt.errors import CheckpointError, SGTError
 from megatron_sgt.metrics import MetricsHub
 from tests.helpers.fake_groups import fake_groups
 from tests.helpers.single import small_config
@@ -117,9 +117,12 @@ def test_a_state_that_json_cannot_hold_is_refused_by_name(monkeypatch: pytest.Mo
     """Before any rank begins: rank 0 alone writes the states, and the others would wait for it."""
     bench = Bench(monkeypatch, interval=1)
     bench.counter.value = torch.tensor(1.0)  # type: ignore[assignment]
-    bench.hook.after_step(TrainState(1), GOOD)
-    assert bench.reports == [("save_failed", 1)] and bench.saver._flight is None
-    with pytest.raises(CheckpointError, match=r"the state of hook 'counter' is not JSON-able: .*Tensor"):
+    with pytest.raises(SGTError, match=r"the state of hook 'counter' is not JSON-able: .*Tensor"):
+        bench.hook.after_step(TrainState(1), GOOD)  # not for hours without a checkpoint
+    assert not bench.reports and bench.saver._flight is None
+    bench.counter.value = [1]  # type: ignore[assignment]
+    monkeypatch.setattr(bench.counter, "state_dict", lambda: [1])
+    with pytest.raises(SGTError, match="the state of hook 'counter' is a list, not a dict"):
         bench.hook.after_run(TrainState(1))
 
 
