@@ -44,7 +44,9 @@ def test_a_step_can_be_chosen_and_padding_kept() -> None:
 
 
 def test_code_of_a_folder_runs_only_when_trusted(tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(grown_run.export(), tmp_path / "hf"))
+    # transformers registers the first model class that it loads for a configuration class, whose module is named by the
+    # folder's name and code: under a name that another test of this process trusts, this folder's code would not run.
+    folder = Path(shutil.copytree(grown_run.export(), tmp_path / "with_code_of_its_own"))
     code = folder / "modeling_sgt.py"
     code.write_text(code.read_text() + "\nSGTForCausalLM.theirs = True\n")
     assert not hasattr(open_model(folder).model, "theirs")
