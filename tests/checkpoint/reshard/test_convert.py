@@ -142,3 +142,10 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=rf"file/global_step{STEP}\.tmp cannot be made: .*Not a directory"):
         convert(folder, tmp_path / "file")
+
+
+def test_what_the_run_skips_of_its_data_comes_along(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "from", odd_config(), random_state(odd_config()), (1, 1, 0))
+    (tmp_path / "from" / layout.PASSED_FILE).write_text('{"ranges": [[8, 16]]}')
+    convert(folder, tmp_path / "to")
+    assert layout.read_json(tmp_path / "to" / layout.PASSED_FILE) == {"ranges": [[8, 16]]}
