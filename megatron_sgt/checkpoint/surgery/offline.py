@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.reshard.convert import KEPT, write_tensors
 from megatron_sgt.checkpoint.reshard.layout_free import HELD, LAYOUT_FREE
@@ -103,7 +102,7 @@ def grow_checkpoint(
     with _whole_or_nothing(output) as temporary:
         inner = temporary_of(temporary / tag)
         fresh_folder(inner)
-        write_tensors(inner, weights(growth.new), reader.quantities, reader.whole)
+        write_tensors(inner, reader.parameters(), reader.quantities, reader.whole)
         num_bytes = _commit(opened, config, state, inner, temporary / tag)
         header = _HEADER.format(operator=operator.name, source=source)
         write_text(temporary / RUN_FILE, header + config.to_yaml())

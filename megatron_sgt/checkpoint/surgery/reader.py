@@ -115,6 +115,10 @@ class GrownReader:
         self.quantities: tuple[str, ...] = QUANTITIES if keeps else (WEIGHTS,)
         """What it holds."""
 
+    def parameters(self) -> tuple[Weight, ...]:
+        """Those of the new model."""
+        return weights(self._growth.new)
+
     def shard(self, weight: Weight, quantity: str, model: ModelConfig, tp_size: int = 1, tp_rank: int = 0) -> Tensor:
         """One rank's shard of a parameter's ``quantity``, fp32."""
         return shard(weight, list(self.whole(weight, quantity).values()), model, tp_size, tp_rank)
