@@ -23,17 +23,13 @@ def grown_weight(
     """
     if mapped.zero:
         return old.new_zeros(mapped.shape)
-    new = _gathered(mapped, old)
+    if mapped.is_copy:
+        return old
+    reads = any(len(one.new) and not one.zero for _, one in _with_axes(mapped))
+    new = _set_copies(mapped, initial().to(old) if reads else old.new_zeros(mapped.shape), old, "scale")
     for axis, one in _with_axes(mapped):
-        _multiply(new, axis, one.scale)
-    readers = [(axis, one) for axis, one in _with_axes(mapped) if len(one.new) and not one.zero]
-    if readers:
-        value = initial().to(new)
-        for axis, one in readers:
-            _fill(new, axis, one, value)
-    for axis, one in _with_axes(mapped):
-        if one.zero:
-            _fill(new, axis, one, 0.0)
+        if one.zero and reads:
+            new.index_fill_(axis, torch.from_numpy(one.new), 0.0)
     if mapped.noisy is not None and (drawn := noise()) is not None:
         copies = dict(_with_axes(mapped))[mapped.noisy]
         new += _zero_sum(drawn.to(new), mapped.noisy, copies, old.shape[mapped.noisy]) * new.square().mean().sqrt()
@@ -46,15 +42,11 @@ def grown_moment(mapped: TensorMap, old: Tensor, quantity: str, carried: Carried
     factor = carried.exp_avg if first else carried.exp_avg_sq
     if mapped.is_copy:
         return old if factor == 1.0 else old * factor
-    new = old.new_zeros(mapped.shape) if mapped.zero else _gathered(mapped, old)
-    for axis, one in _with_axes(mapped):
-        if carried.moments != "copy":
-            _multiply(new, axis, one.gradient if first else one.gradient**2)
     seed = 0.0 if first or carried.moments != "seeded" else float(old.mean())
-    if mapped.zero:
-        return new.fill_(seed * factor)
-    for axis, one in _with_axes(mapped):
-        _fill(new, axis, one, seed)
+    new = old.new_full(mapped.shape, seed)
+    if not mapped.zero:
+        factors = None if carried.moments == "copy" else "gradient" if first else "gradient squared"
+        _set_copies(mapped, new, old, factors)
     return new if factor == 1.0 else new.mul_(factor)
 
 
@@ -62,29 +54,20 @@ def _with_axes(mapped: TensorMap) -> list[tuple[int, AxisMap]]:
     return [(axis, one) for axis, one in enumerate(mapped.axes) if one is not None]
 
 
-def _gathered(mapped: TensorMap, old: Tensor) -> Tensor:
-    """Copies of the entries of ``old``; where an entry has no source, anything."""
-    new = old
+def _set_copies(mapped: TensorMap, new: Tensor, old: Tensor, factors: str | None) -> Tensor:
+    """Give those entries of ``new`` that have a source the source's value, times the map's ``factors``."""
+    places = [torch.arange(size) for size in mapped.shape]
     for axis, one in _with_axes(mapped):
-        new = new.index_select(axis, torch.from_numpy(one.index).clamp(min=0))
+        places[axis] = torch.from_numpy((one.index >= 0).nonzero()[0])
+        old = old.index_select(axis, torch.from_numpy(one.index)[places[axis]])
+        if factors is None:
+            continue
+        values = {"scale": one.scale, "gradient": one.gradient, "gradient squared": one.gradient**2}[factors]
+        chosen = torch.as_tensor(values, dtype=old.dtype)[places[axis]]
+        if bool((chosen != 1).any()):
+            old.mul_(chosen.view(-1, *[1] * (old.dim() - axis - 1)))
+    new[tuple(place.view(-1, *[1] * (new.dim() - axis - 1)) for axis, place in enumerate(places))] = old
     return new
-
-
-def _multiply(new: Tensor, axis: int, factors: object) -> None:
-    values = torch.as_tensor(factors, dtype=new.dtype)
-    if bool((values != 1).any()):
-        new.mul_(values.view(-1, *[1] * (new.dim() - axis - 1)))
-
-
-def _fill(new: Tensor, axis: int, one: AxisMap, value: Tensor | float) -> None:
-    """Give the new entries of an axis those of ``value``, a tensor of the new shape or a number."""
-    where = torch.from_numpy(one.new)
-    if not len(where):
-        return
-    if isinstance(value, Tensor):
-        new.index_copy_(axis, where, value.index_select(axis, where))
-    else:
-        new.index_fill_(axis, where, value)
 
 
 def _zero_sum(noise: Tensor, axis: int, one: AxisMap, sources: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from pathlib import Path
@@ -27,6 +28,10 @@ from tests.helpers.reference_growth import in_order
 from tests.helpers.resharding import look_at_state
 
 MSG = {"hidden_size": 30, "ffn_hidden_size": 26, "num_attention_heads": 8, "num_layers": 3}
+
+
+M_MMAP_THRESHOLD = -3
+"""Of the C library's malloc.h."""
 
 
 def reader_of(folder: Path, name: str, options: dict[str, Any], carried: Carried) -> tuple[GrownReader, Config]:
@@ -123,6 +128,7 @@ def anonymous() -> int:
 
 def peak_of_reading(info: RankInfo, folder: Path, name: str, options: dict[str, Any]) -> tuple[int, int]:
     """The most memory beyond that of an idle process, and the largest new tensor with moments."""
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)  # what is freed is gone at once
     reader, config = reader_of(folder, name, options, Carried(STEP, "seeded"))
     table = sorted(weights(config.model), key=lambda weight: -weight.elements)
     for quantity in QUANTITIES:  # what libraries allocate once
