@@ -9,6 +9,8 @@ import pytest
 from megatron_sgt.checkpoint.surgery.growth import WIDTHS, resized
 from megatron_sgt.checkpoint.surgery.operators import OPERATORS
 from megatron_sgt.errors import ConfigError
+from tests.architecture.source_tree import python_sources
+from tests.architecture.test_layers import torch_imports
 from tests.helpers.growing import shape
 from tests.helpers.reference_growth import midas
 
@@ -107,3 +109,11 @@ def test_what_does_not_fit_is_named(name: str, model: dict[str, Any], options: d
     with pytest.raises(ConfigError) as caught:
         OPERATORS[name](shape(**model), options)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_a_method_decides_is_pure() -> None:
+    pure = ("growth.py", "maps.py", "optimizer.py", "config.py", "state.py")
+    sources = python_sources("megatron_sgt/checkpoint/surgery")
+    chosen = [s for s in sources if "/operators/" in s.path or s.path.endswith(pure)]
+    assert len(chosen) == len(OPERATORS) + 1 + len(pure)
+    assert [line for source in chosen for line in torch_imports(source)] == []
