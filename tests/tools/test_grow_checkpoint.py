@@ -49,6 +49,8 @@ def test_says_what_becomes_of_everything(tmp_path: Path) -> None:
     assert "  AdamW goes on from step 5, moments scaled\n" in done.out
     assert "  layers [4, 5] are deeper than 1, the shallowest that loops, so that none is ever selected\n" in done.out
     assert layout.read_json(tmp_path / "a/global_step7/sgt_state.json")["layout_free"]["optimizer_step"] == 5
-    write_checkpoint(tmp_path / "end", odd_config({"train": {"train_iters": 7}}), random_state(odd_config()), (1, 1, 0))
+    config = odd_config({"train": {"train_iters": 7, "exit_interval": 7}})
+    write_checkpoint(tmp_path / "end", config, random_state(config), (1, 1, 0))
     done = run_here(SCRIPT, ["--load", "end", "--operator", "g_stack", "--output", "b"], tmp_path)
-    assert "  the run had reached its last step, 7: set train.train_iters to go on\n" in done.out
+    for name in ("train_iters", "exit_interval"):
+        assert f"  the run had reached its last step, 7: set train.{name} to go on\n" in done.out

@@ -160,9 +160,10 @@ def _whole_or_nothing(output: Path) -> Iterator[Path]:
 
 def _remarks(opened: Opened) -> list[str]:
     notes = []
-    step, last = opened.saved["trainer"]["step"], opened.config.train.train_iters
-    if step >= last:
-        notes.append(f"the run had reached its last step, {last:,}: set train.train_iters to go on")
+    for name in ("train_iters", "exit_interval"):
+        last = getattr(opened.config.train, name)
+        if last is not None and opened.saved["trainer"]["step"] >= last:
+            notes.append(f"the run had reached its last step, {last:,}: set train.{name} to go on")
     if isinstance(opened.tensors, MergedTensors) and opened.tensors.drift:
         notes.append(
             f"tensor-parallel copies of replicated weights differed by {opened.tensors.drift:.1e}, rank 0's were taken"

@@ -156,10 +156,10 @@ def test_split_units_preserve_the_function_and_are_told_apart_by_noise() -> None
         assert torch.allclose(down[:, :20], down[:, 20:], rtol=1e-9, atol=1e-14)
 
 
-@pytest.mark.parametrize("how", ["msg", "compound_grow"])
+@pytest.mark.parametrize("how", ["msg", "compound_grow", "g_stack"])
 def test_every_new_weight_has_changed_after_three_steps(how: str) -> None:
     model = shape(layernorm_epsilon=1e-6)
-    options = {"factor": 2} if how == "compound_grow" else SIZES["all"]
+    options = SIZES["all"] if how == "msg" else {"factor": 2}
     growth, params = OPERATORS[how](model, options), random_params(model)
     start = grown(growth, params)
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
