@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.find import Found, check_checkpoint, find_checkpoint
@@ -14,6 +15,7 @@ from megatron_sgt.config import Config
 from megatron_sgt.errors import CheckpointError
 from tests.helpers.checkpoints import write_plain_checkpoint as make
 from tests.helpers.damage import DAMAGES, damaged, harm
+from tests.helpers.deepspeed_files import counters
 from tests.helpers.fake_groups import fake_groups
 from tests.helpers.single import small_config
 
@@ -64,7 +66,7 @@ def test_resume_never_does_not_mix_two_runs(tmp_path: Path) -> None:
 
 def test_a_whole_checkpoint_passes_and_gives_its_state(tmp_path: Path) -> None:
     folder = make(tmp_path / "global_step7")
-    assert check_checkpoint(folder, small_config())["trainer"] == {"step": 7}
+    assert check_checkpoint(folder, small_config())["trainer"] == counters(7)
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +134,8 @@ def test_a_file_that_the_manifest_does_not_name_is_missed(tmp_path: Path) -> Non
 
 def test_sizes_alone_when_the_user_says_so(tmp_path: Path) -> None:
     folder = make(tmp_path / "global_step7")
+    torch.save({"module": {}, "large": torch.zeros(10**6)}, folder / "mp_rank_00_model_states.pt")
+    manifest.write_manifest(folder, {})
     harm(folder / "mp_rank_00_model_states.pt", "flip")
     groups = fake_groups()
     assert verify_together(folder, small_config(checkpoint={"verify": "sizes"}), groups) is None

@@ -16,18 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_sgt.arch.weight import Weight
-from megatron_sgt.checkpoint.layout import STATE_FILE, read_json
+from megatron_sgt.checkpoint.forms import HELD, IMPORTED_FROM, LAYOUT_FREE, read_state
 from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES, WEIGHTS
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.model.hf_weights import check_shape, shard
-
-LAYOUT_FREE = "layout_free"
-"""Key in sgt_state.json: what a layout-free checkpoint was made from."""
-IMPORTED_FROM = "imported_from"
-"""Key below it: the folder of an imported model; absent in the checkpoint of a run."""
-HELD = "quantities"
-"""Key below it: which of QUANTITIES the folder holds, where that is not all of them."""
 
 
 def file_name(quantity: str, part: int, parts: int) -> str:
@@ -67,7 +60,7 @@ class LayoutFreeReader:
                     raise CheckpointError(f"{path} cannot be read: {error}") from error
                 for name in file.keys():  # noqa: SIM118 (the file is no dictionary)
                     self._file_of[quantity, name] = file
-        made = read_json(folder / STATE_FILE)[LAYOUT_FREE]
+        made = read_state(folder)[LAYOUT_FREE]
         held = (WEIGHTS,) if IMPORTED_FROM in made else QUANTITIES
         self.quantities: tuple[str, ...] = tuple(made.get(HELD, held))
         """What the folder holds."""

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from megatron_sgt.checkpoint.identity import load_file
 from megatron_sgt.checkpoint.reshard.rank_state import WEIGHTS, RankState, common_step
-from megatron_sgt.checkpoint.restricted import load_restricted
 from megatron_sgt.checkpoint.weight_parts import merged
 from megatron_sgt.errors import CheckpointError
 
@@ -19,7 +19,7 @@ class Stage0State(RankState):
     """Weights from the module, moments from torch's optimizer, whose parameters are numbered."""
 
     def __init__(self, model_file: Path) -> None:
-        content = merged(load_restricted(model_file), model_file, load_restricted)
+        content = merged(load_file(model_file), model_file, load_file)
         optimizer = content["optimizer"]
         if "state" not in optimizer:
             raise CheckpointError(f"{model_file}: stage 0 with fp16 cannot be resharded, only fp32")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_sgt.checkpoint.identity import load_file
 from megatron_sgt.checkpoint.reshard.rank_state import (
     MOMENTS,
     WEIGHTS,
@@ -22,7 +23,6 @@ from megatron_sgt.checkpoint.reshard.rank_state import (
     common_step,
     dynamic_scale,
 )
-from megatron_sgt.checkpoint.restricted import load_restricted
 from megatron_sgt.errors import CheckpointError
 
 
@@ -30,8 +30,8 @@ class Stage12State(RankState):
     """Slices of the flat vectors of all data-parallel ranks."""
 
     def __init__(self, model_file: Path, optimizer_files: Sequence[Path]) -> None:
-        groups = load_restricted(model_file)["param_shapes"]
-        ranks = [load_restricted(file)["optimizer_state_dict"] for file in optimizer_files]
+        groups = load_file(model_file)["param_shapes"]
+        ranks = [load_file(file)["optimizer_state_dict"] for file in optimizer_files]
         self.shapes = {name: tuple(shape) for group in groups for name, shape in group.items()}
         self._where = model_file.parent
         self._place = _places(groups, ranks[0].get("param_alignment_paddings"))

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_sgt.checkpoint.identity import load_file
 from megatron_sgt.checkpoint.reshard.rank_state import (
     MOMENTS,
     WEIGHTS,
@@ -20,7 +21,6 @@ from megatron_sgt.checkpoint.reshard.rank_state import (
     common_step,
     dynamic_scale,
 )
-from megatron_sgt.checkpoint.restricted import load_restricted
 from megatron_sgt.errors import CheckpointError
 
 
@@ -28,8 +28,8 @@ class Stage3State(RankState):
     """Parts of each parameter from the vectors of all data-parallel ranks."""
 
     def __init__(self, model_file: Path, optimizer_files: Sequence[Path]) -> None:
-        groups = load_restricted(model_file)["param_shapes"]
-        ranks = [load_restricted(file)["optimizer_state_dict"] for file in optimizer_files]
+        groups = load_file(model_file)["param_shapes"]
+        ranks = [load_file(file)["optimizer_state_dict"] for file in optimizer_files]
         self.shapes = {name: tuple(shape) for group in groups for name, shape in group.items()}
         self._place: dict[str, tuple[int, int, int]] = {}
         for index, group in enumerate(groups):

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgt.checkpoint import layout, manifest
+from megatron_sgt.checkpoint.forms import HELD, LAYOUT_FREE, STAGE
 from megatron_sgt.checkpoint.reshard.convert import KEPT, write_tensors
-from megatron_sgt.checkpoint.reshard.layout_free import HELD, LAYOUT_FREE
 from megatron_sgt.checkpoint.save import growth_fingerprint
 from megatron_sgt.checkpoint.surgery.config import grown_config
 from megatron_sgt.checkpoint.surgery.growth import Growth, Operator
 from megatron_sgt.checkpoint.surgery.maps import has_new_entries, maps_of
 from megatron_sgt.checkpoint.surgery.optimizer import Carried, OptimizerPolicy, carry
 from megatron_sgt.checkpoint.surgery.reader import GrownReader, MergedTensors, Opened, open_any
-from megatron_sgt.checkpoint.surgery.state import STAGE, grown_hooks, stage_of
+from megatron_sgt.checkpoint.surgery.state import grown_hooks, stage_of
 from megatron_sgt.config import Config
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.files import commit, fresh_folder, nearest, temporary_of, write_text

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from megatron_sgt.arch.weight import Weight
 from megatron_sgt.arch.weights import weights
-from megatron_sgt.checkpoint import layout
-from megatron_sgt.checkpoint.reshard.layout_free import LAYOUT_FREE, LayoutFreeReader, is_layout_free
+from megatron_sgt.checkpoint.forms import LAYOUT_FREE, read_config, read_state
+from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader, is_layout_free
 from megatron_sgt.checkpoint.reshard.rank_state import MOMENTS, QUANTITIES, WEIGHTS
 from megatron_sgt.checkpoint.reshard.source import Source, open_source
 from megatron_sgt.checkpoint.surgery.growth import Growth
 from megatron_sgt.checkpoint.surgery.maps import maps_of
 from megatron_sgt.checkpoint.surgery.optimizer import Carried
 from megatron_sgt.checkpoint.surgery.tensors import grown_moment, grown_weight
-from megatron_sgt.config import Config, load_config
+from megatron_sgt.config import Config
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.model.hf_weights import shard
@@ -80,8 +80,7 @@ def open_any(folder: Path) -> Opened:
     Raises:
         CheckpointError: it cannot be read, or does not hold the tensors of its own model.
     """
-    saved = layout.read_json(folder / layout.STATE_FILE)
-    config = load_config(folder / layout.CONFIG_FILE)
+    saved, config = read_state(folder), read_config(folder)
     if not is_layout_free(saved):
         source = open_source(folder)
         scale = source.ranks[0].loss_scale

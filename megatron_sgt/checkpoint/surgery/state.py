@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_sgt.checkpoint.forms import LAYOUT_FREE, STAGE
 from megatron_sgt.checkpoint.layout import GROWTH_STATE
 from megatron_sgt.checkpoint.surgery.growth import Growth
 from megatron_sgt.config import Config
@@ -13,8 +14,6 @@ from megatron_sgt.planning.structure import schedule_of
 
 GROW = "grow"
 """Action of the event that growth of the model leaves among those of the schedule."""
-STAGE = "stage"
-"""Key in the layout-free part of a state: how often the model has grown."""
 SPIKE_STATE = "spike"
 
 
@@ -22,7 +21,7 @@ def stage_of(saved: dict[str, Any]) -> int:
     """How often the model of the saved state has grown."""
     hooks = saved.get("hooks", {}).get(GROWTH_STATE, {})
     events = sum(event.get("action") == GROW for event in hooks.get("events", ()))
-    return max(events, saved.get("layout_free", {}).get(STAGE, 0))
+    return max(events, saved.get(LAYOUT_FREE, {}).get(STAGE, 0))
 
 
 def grown_hooks(
