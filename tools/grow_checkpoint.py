@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 from megatron_sgt.checkpoint.surgery.operators import OPERATORS
 from megatron_sgt.checkpoint.surgery.optimizer import MOMENT_RULES
-from megatron_sgt.cli import run_main
+from megatron_sgt.cli import number, path, run_main, seed, words
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.metrics.units import elapsed, file_size, si
 
@@ -26,9 +25,9 @@ def parse() -> tuple[argparse.Namespace, dict[str, Any]]:
     """Command-line arguments, and of these the options of the operator."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--load", type=Path, required=True, metavar="CKPT", help="a folder of checkpoints, or one of them"
+        "--load", type=path, required=True, metavar="CKPT", help="a folder of checkpoints, or one of them"
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to make")
+    parser.add_argument("--output", type=path, required=True, metavar="DIR", help="the folder to make")
     summaries = "; ".join(f"{name}: {operator.summary}" for name, operator in OPERATORS.items())
     parser.add_argument("--operator", required=True, choices=OPERATORS, help=summaries)
     parser.add_argument(
@@ -38,10 +37,11 @@ def parse() -> tuple[argparse.Namespace, dict[str, Any]]:
     )
     parser.add_argument(
         "--optimizer",
+        type=words,
         metavar="POLICY",
         help="AdamW's step: continue, rewind(N) (to N, kept moments in proportion) or fresh (0, no moments)",
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="of new entries [train.seed]")
+    parser.add_argument("--seed", type=seed, metavar="N", help="of new entries [train.seed]")
     options = _add_options(parser.add_argument_group("options of operators"))
     args = parser.parse_args()
     given = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
@@ -56,7 +56,7 @@ def _add_options(group: Any) -> list[str]:
             known.setdefault(name, []).append(operator.name)
     for name, operators in known.items():
         field = OPERATORS[operators[0]].Options.model_fields[name]
-        kind = float if field.annotation is float else int
+        kind = number if field.annotation is float else int
         group.add_argument(
             "--" + name.replace("_", "-"), type=kind, metavar="N", help=f"({', '.join(operators)}) {field.description}"
         )

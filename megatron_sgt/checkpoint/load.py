@@ -16,13 +16,18 @@ from megatron_sgt.checkpoint.save import layout_of
 from megatron_sgt.checkpoint.shard_files import ShardFiles, redirected_to
 from megatron_sgt.compat.quiet import quiet_logs
 from megatron_sgt.config import Config
-from megatron_sgt.errors import CheckpointError, first_line
+from megatron_sgt.errors import CheckpointError, DamagedCheckpointError, first_line
 from megatron_sgt.parallel.collectives import gather_or_raise
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.parallel.rng import load_rng_state, seed_for_training
 
 if TYPE_CHECKING:
     import deepspeed
+
+_OF_OTHER_FILES = (
+    OSError, RuntimeError, AssertionError, AttributeError, LookupError, TypeError, ValueError, DamagedCheckpointError,
+)  # fmt: skip
+"""What DeepSpeed raises where a file is not what it has written."""
 
 
 def verify_together(folder: Path, config: Config, groups: ParallelGroups) -> str | None:
@@ -103,7 +108,7 @@ def _load_shards(
     try:
         with quiet_logs(), redirected_to(files, engine):
             path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
-    except (OSError, RuntimeError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except _OF_OTHER_FILES as error:  # no DamagedCheckpointError: weights may have been touched
         raise CheckpointError(f"checkpoint {folder} cannot be loaded: {error}") from error
     if path is None:
         raise CheckpointError(f"DeepSpeed found nothing to load in {folder}")

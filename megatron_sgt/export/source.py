@@ -14,7 +14,7 @@ from megatron_sgt.checkpoint.contents import Details, read_contents
 from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader
 from megatron_sgt.checkpoint.reshard.rank_state import WEIGHTS
 from megatron_sgt.checkpoint.reshard.source import Source, open_source
-from megatron_sgt.config import Config, load_config
+from megatron_sgt.config import Config, recorded_config
 from megatron_sgt.errors import CheckpointError, SGTError
 from megatron_sgt.growth import LoopPlan
 
@@ -80,7 +80,7 @@ def open_checkpoint(load: Path, step: int | None = None, keep_padding: bool = Fa
         contents = read_contents(folder, lambda _: [])
         if contents.details is None:
             raise CheckpointError(f"{folder} cannot be read: {'; '.join(contents.problems)}")
-        config = load_config(folder / layout.CONFIG_FILE)
+        config = recorded_config(folder / layout.CONFIG_FILE)
         free = contents.details.layout is None
         reader = LayoutFreeReader(folder) if free else open_source(folder)
     except CheckpointError:

@@ -22,6 +22,7 @@ from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.forms import HELD, LAYOUT_FREE, STAGE
 from megatron_sgt.checkpoint.reshard.convert import KEPT, write_tensors
 from megatron_sgt.checkpoint.save import growth_fingerprint
+from megatron_sgt.checkpoint.shard_files import as_checkpoint_error
 from megatron_sgt.checkpoint.surgery.config import grown_config
 from megatron_sgt.checkpoint.surgery.growth import Growth, Operator
 from megatron_sgt.checkpoint.surgery.maps import has_new_entries, maps_of
@@ -31,6 +32,7 @@ from megatron_sgt.checkpoint.surgery.state import grown_hooks, stage_of
 from megatron_sgt.config import Config
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.files import commit, fresh_folder, nearest, temporary_of, write_text
+from megatron_sgt.lease import Lease, beside, held
 from megatron_sgt.metrics.units import file_size
 from megatron_sgt.planning.parameters import parameter_count
 
@@ -148,14 +150,17 @@ def _commit(opened: Opened, config: Config, state: dict[str, Any], temporary: Pa
 def _whole_or_nothing(output: Path) -> Iterator[Path]:
     """A folder to write into, renamed to ``output`` at the end; after an error nothing is left."""
     temporary = temporary_of(output)
-    try:
-        fresh_folder(temporary)
-        yield temporary
-        commit(temporary, output)
-    except OSError as error:
-        raise CheckpointError(f"{output} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    lease = Lease(beside(output), "a growth", "choose another --output", output)
+    with as_checkpoint_error(f"{output} cannot be written: "), held(lease):
+        if output.exists():  # by one that has just ended
+            raise CheckpointError(f"{output} exists already; choose another folder, or delete it")
+        try:
+            fresh_folder(temporary)
+            yield temporary
+            lease.check()
+            commit(temporary, output)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _remarks(opened: Opened) -> list[str]:

@@ -10,7 +10,8 @@ from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.reshard.convert import convert, weights_of
 from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES
 from megatron_sgt.checkpoint.reshard.source import open_source
-from megatron_sgt.errors import CheckpointError
+from megatron_sgt.errors import CheckpointError, LeaseError
+from megatron_sgt.lease import inside
 from tests.helpers.deepspeed_files import (
     STEP,
     State,
@@ -20,6 +21,7 @@ from tests.helpers.deepspeed_files import (
     write_checkpoint,
     write_manifest,
 )
+from tests.helpers.leases import held_by_another
 
 MODELS: dict[str, dict[str, Any]] = {
     "swiglu": {},
@@ -147,6 +149,19 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 def test_what_the_run_skips_of_its_data_comes_along(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "from", odd_config(), random_state(odd_config()), (1, 1, 0))
-    (tmp_path / "from" / layout.PASSED_FILE).write_text('{"ranges": [[8, 16]]}')
+    (tmp_path / "from" / layout.PASSED_FILE).write_text('{"ranges": [[8, 16]]}', encoding="utf-8")
     convert(folder, tmp_path / "to")
     assert layout.read_json(tmp_path / "to" / layout.PASSED_FILE) == {"ranges": [[8, 16]]}
+
+
+def test_a_folder_that_a_run_writes_into_is_left_alone(tmp_path: Path) -> None:
+    config = odd_config()
+    folder = write_checkpoint(tmp_path / "from", config, random_state(config), (1, 1, 0))
+    with (
+        held_by_another(inside(tmp_path / "to")) as run,
+        pytest.raises(LeaseError, match=rf"pid {run.pid}\b.*--output"),
+    ):
+        convert(folder, tmp_path / "to")
+    assert [path.name for path in (tmp_path / "to").iterdir()] == ["writer.json"]
+    convert(folder, tmp_path / "to")
+    assert not inside(tmp_path / "to").exists()
