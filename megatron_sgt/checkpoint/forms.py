@@ -19,6 +19,10 @@ LAYOUT_FREE = "layout_free"
 """Key in sgt_state.json: what a layout-free checkpoint was made from."""
 IMPORTED_FROM = "imported_from"
 """Key below it: the folder of an imported model; absent in the checkpoint of a run."""
+HELD = "quantities"
+"""Key below it: what of weights and moments it holds, where that is not everything."""
+STAGE = "stage"
+"""Key below it: how often the model has grown, where it has (checkpoint/surgery)."""
 COUNTERS = ("step", "consumed_samples", "skipped_steps", "consecutive_skipped")
 """The counters of the training state."""
 
@@ -128,6 +132,10 @@ def _checked(content: Any) -> dict[str, Any]:
             raise FormError(f"{LAYOUT_FREE}.loss_scale {_is(scale)}, not a number above 0")
         if not isinstance(free.get(IMPORTED_FROM, ""), str):
             raise FormError(f"{LAYOUT_FREE}.{IMPORTED_FROM} {_is(free[IMPORTED_FROM])}, not a text")
+        whole(free.get(STAGE, 0), f"{LAYOUT_FREE}.{STAGE}")
+        held = free.get(HELD, ["weights"])
+        if not isinstance(held, list) or not {"weights"} <= set(map(str, held)) <= {"weights", "exp_avg", "exp_avg_sq"}:
+            raise FormError(f"{LAYOUT_FREE}.{HELD} {_is(held)}, not a list of what a checkpoint holds")
         if IMPORTED_FROM not in free and free.get("source_layout") is None:
             raise FormError(f"{LAYOUT_FREE}.source_layout is missing")
     return state

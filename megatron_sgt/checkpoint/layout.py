@@ -37,6 +37,8 @@ LATEST_FILE = "latest"
 ITERATION_FILE = "latest_checkpointed_iteration.txt"
 COPY_SUFFIX = ".universal"
 """Ends the name of the layout-free copy that a run has made of a checkpoint beside it."""
+PASSED_FILE = "passed_data.json"
+"""Beside the checkpoints of a run: what it skips of its data (engine/skipped_ranges.py)."""
 GROWTH_STATE = "growth"
 """Where the state of growth lies among those of the hooks in STATE_FILE."""
 DATA_STATE = "data"
@@ -241,6 +243,17 @@ def point_to(root: Path, tag: str) -> None:
     mark = f".{secrets.token_hex(4)}"  # of this process alone, see Saver
     files.replace_text(root / LATEST_FILE, tag, mark)
     files.replace_text(root / ITERATION_FILE, f"{step_of(tag)}\n", mark)
+
+
+def carry_passed_data(there: Path, here: Path) -> None:
+    """Let checkpoints in ``here`` skip the data that those in ``there`` do, if here nothing is skipped yet.
+
+    Raises:
+        OSError: the file cannot be read or written.
+    """
+    if (there / PASSED_FILE).is_file() and not (here / PASSED_FILE).exists():
+        with files.replacing(here / PASSED_FILE) as temporary:
+            shutil.copyfile(there / PASSED_FILE, temporary)
 
 
 def file_sizes(folder: Path) -> dict[str, int]:

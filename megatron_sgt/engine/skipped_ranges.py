@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_sgt.checkpoint.forms import fields, whole
-from megatron_sgt.checkpoint.layout import read_json
+from megatron_sgt.checkpoint.layout import PASSED_FILE, read_json
 from megatron_sgt.data.loader import MicroBatch, TrainLoader
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.files import replace_text
-
-PASSED_FILE = "passed_data.json"
 
 
 class SkippedRanges:

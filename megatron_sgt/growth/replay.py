@@ -18,8 +18,9 @@ from typing import Any
 from megatron_sgt.config.base import count
 from megatron_sgt.config.growth import GrowthConfig
 from megatron_sgt.errors import CheckpointError, ConfigError, DataError
+from megatron_sgt.growth.inherit import Inheritance
 from megatron_sgt.growth.plan import GrowthEvent, LayerPlan, LoopPlan
-from megatron_sgt.growth.schedule import Stage
+from megatron_sgt.growth.schedule import Schedule, Stage
 from megatron_sgt.growth.sgt import Action, Grown, SGTSchedule
 from megatron_sgt.jsonl import read_metrics, without_void_records
 
@@ -88,6 +89,14 @@ class ReplaySchedule(SGTSchedule):
     def describe(self, added: str) -> str:
         layers = count(len(self.final_plan().layers), "layer")
         return f"repeats the decisions of {self.config.replay}: {layers}, {added} once fixed"
+
+    def inherit(self, older: Schedule, grown: Inheritance) -> list[str]:
+        """Refused: the record numbers the layers of a model that stays.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError("growth.replay: repeats a growth whose layers have the numbers of the model before it grew")
 
     def adopt(self, plan: LoopPlan) -> None:
         raise ConfigError("growth.replay: repeats growth from its beginning, but the imported model has grown already")

@@ -20,6 +20,7 @@ from megatron_sgt.config.base import Section
 from megatron_sgt.config.growth import GrowthConfig
 from megatron_sgt.errors import ConfigError, DamagedCheckpointError
 from megatron_sgt.growth.identity import check_identity
+from megatron_sgt.growth.inherit import Inheritance
 from megatron_sgt.growth.plan import GrowthEvent, LoopPlan
 
 ENTROPY = "entropy"
@@ -201,6 +202,23 @@ class Schedule(ABC):
             self.restore(state)
         except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
             raise DamagedCheckpointError(f"growth state is damaged: {type(error).__name__}: {error}") from error
+
+    # Models that have become larger
+
+    def inherit(self, older: Schedule, grown: Inheritance) -> list[str]:
+        """Go on where ``older`` stands, the schedule of the model before it got more layers or heads.
+
+        Default: there is nothing to take over where a rule keeps nothing.
+
+        Returns:
+            What a user should know of it, one line each.
+
+        Raises:
+            ConfigError: it cannot go on in this model.
+        """
+        if older.progress():
+            raise ConfigError(f"growth.method: {self.name} has no method inherit, so that its model cannot grow")
+        return []
 
     # Imported models
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from megatron_sgt.config.base import count
 from megatron_sgt.config.growth import GrowthConfig
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth.gates import window_gate
+from megatron_sgt.growth.inherit import Inheritance
 from megatron_sgt.growth.plan import GrowthEvent, LayerPlan, LoopPlan
 from megatron_sgt.growth.schedule import ENTROPY, Schedule, Stage
 from megatron_sgt.growth.select import choose_heads, layer_scores, next_layer, top_k_layers
@@ -295,6 +296,39 @@ class SGTSchedule(Schedule):
             raise ValueError(f"layers {[g['layer'] for g in progress['grown']]} in phase {phase!r}")
         self._ema, self._grown, self._phase = ema, grown, phase
         self._step, self._window_end = step, window_end
+
+    def inherit(self, older: Schedule, grown: Inheritance) -> list[str]:
+        """Selected layers become their heirs; entropies go with the layers and heads.
+
+        Raises:
+            ConfigError: a kept head would get another number, or a decision is due before the EMA has forgotten.
+        """
+        assert isinstance(older, SGTSchedule)
+        if moved := grown.moved(head for layer in older._grown.values() for head in layer.kept_heads):
+            raise ConfigError(
+                f"heads {moved} are kept by looping layers and would get other numbers; let num_query_groups grow in "
+                "proportion to num_attention_heads"
+            )
+        if older._phase != "fixed" and not self.config.exact_ema and older._measures():
+            decision = self.config.first_selection_step if older._phase == "vanilla" else older._window_end
+            begun = decision - memory_steps(self.config.ema_decay)
+            raise ConfigError(
+                f"growth.exact_ema: is false, and the decision of step {decision} rests on the steps from {begun} on, "
+                f"of which a layer that is new at step {older._step} would miss some; grow a checkpoint of before step "
+                f"{begun}, or of step {decision}"
+            )
+        self._ema = grown.entropies(older._ema)
+        self._phase, self._step, self._window_end = older._phase, older._step, older._window_end
+        self._grown = {grown.heirs[n]: replace(layer) for n, layer in older._grown.items()}
+        if self._phase != "selecting" or self.config.direction != "deep_to_shallow":
+            return []
+        bound = min(self._grown)
+        lost = grown.copies_below(bound)
+        return (
+            [f"layers {lost} are deeper than {bound}, the shallowest that loops, so that none is ever selected"]
+            if lost
+            else []
+        )
 
     def _restored(self, entry: Mapping[str, Any]) -> tuple[int, Grown]:
         """A layer of ``progress``; a ValueError for one that this model cannot have grown."""

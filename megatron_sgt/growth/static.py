@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from megatron_sgt.config.growth import GrowthConfig
 from megatron_sgt.errors import ConfigError
+from megatron_sgt.growth.inherit import Inheritance
 from megatron_sgt.growth.plan import GrowthEvent, LayerPlan, LoopPlan
 from megatron_sgt.growth.schedule import Schedule, Stage
 
@@ -36,6 +37,10 @@ class StaticSchedule(Schedule):
     def restore(self, progress: Mapping[str, Any]) -> None:
         if progress["plan"] != self.plan.to_dict():
             raise ValueError(f"plan {progress['plan']!r}")
+
+    def inherit(self, older: Schedule, grown: Inheritance) -> list[str]:
+        """The configuration says everything."""
+        return []
 
     def adopt(self, plan: LoopPlan) -> None:
         if plan != self.plan:

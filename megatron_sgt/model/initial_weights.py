@@ -36,14 +36,22 @@ def draw_weights(gpt: torch.nn.Module, config: Config, groups: ParallelGroups) -
     for weight in weights(model):
         parameter = parameters.pop(weight.megatron)
         if not parameter.is_meta:
-            whole = [_whole(weight, name, model, config.train.seed, where) for name in weight.hf]
+            whole = [initial_value(weight, name, model, config.train.seed, where) for name in weight.hf]
             parameter.copy_(shard(weight, whole, model, groups.tp_size, groups.tp_rank))
     assert not parameters, f"no initial values for {list(parameters)}"
 
 
-def _whole(weight: Weight, name: str, model: ModelConfig, seed: int, where: torch.device) -> Tensor:
+def initial_value(
+    weight: Weight, name: str, model: ModelConfig, seed: int, where: torch.device, stage: int = 0
+) -> Tensor:
+    """The whole initial tensor ``name`` of ``weight``, fp32 on ``where``.
+
+    Args:
+        stage: how often the model has grown; the streams of different stages have nothing in common.
+    """
     value = torch.empty(weight.whole[name], dtype=torch.float32, device=where)
     if weight.kind in ("norm", "bias"):
         return value.fill_(1.0 if weight.kind == "norm" else 0.0)
     std = model.init_method_std / (math.sqrt(2 * model.num_layers) if weight.kind == "residual" else 1.0)
-    return value.normal_(0.0, std, generator=named_generator(seed, name, where))
+    stream = f"{name} of stage {stage}" if stage else name
+    return value.normal_(0.0, std, generator=named_generator(seed, stream, where))

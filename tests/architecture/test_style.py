@@ -16,6 +16,13 @@ MIRROR_FROM_LINES = 20
 # Modules whose tests stand under another name: module path -> test path.
 MIRROR_ELSEWHERE: dict[str, str] = {
     "megatron_sgt/arch/kernels.py": "tests/planning/test_memory.py",
+    "megatron_sgt/checkpoint/surgery/operators/auto_prog.py": "tests/checkpoint/surgery/test_growth.py",
+    "megatron_sgt/checkpoint/surgery/operators/compound_grow.py": "tests/checkpoint/surgery/test_maps.py",
+    "megatron_sgt/checkpoint/surgery/operators/g_stack.py": "tests/checkpoint/surgery/test_growth.py",
+    "megatron_sgt/checkpoint/surgery/operators/grad_stack.py": "tests/checkpoint/surgery/test_growth.py",
+    "megatron_sgt/checkpoint/surgery/operators/lidas.py": "tests/checkpoint/surgery/test_growth.py",
+    "megatron_sgt/checkpoint/surgery/operators/midas.py": "tests/checkpoint/surgery/test_growth.py",
+    "megatron_sgt/checkpoint/surgery/operators/msg.py": "tests/checkpoint/surgery/test_maps.py",
     "megatron_sgt/model/kept_weights.py": "tests/model/test_balanced_loop.py",
     "megatron_sgt/model/linear.py": "tests/model/test_balanced_loop.py",
     "megatron_sgt/ops/loop_projection_triton.py": "tests/ops/test_loop_projection.py",

@@ -16,6 +16,12 @@ from tests.helpers.deepspeed_files import counters
 WHERE = {"tensor_model_parallel_size": 2, "data_parallel_size": 1, "zero_stage": 1, "precision": "fp32"}
 
 
+def free(**made: Any) -> dict[str, Any]:
+    """The state of a layout-free checkpoint that says ``made`` of itself."""
+    made = {"optimizer_step": 1, "loss_scale": None, "source_layout": WHERE, **made}
+    return {"trainer": counters(1), "hooks": {}, "layout": None, "layout_free": made}
+
+
 @pytest.mark.parametrize("value", [None, True, 1.0, "1", -1, 10**400, [1], {}])
 def test_a_whole_number(value: Any) -> None:
     with pytest.raises(FormError, match=r"^steps is .*, not a whole number from 0 on$") as caught:
@@ -41,6 +47,9 @@ def test_a_layout(change: dict[str, Any]) -> None:
         ({"trainer": counters(1), "hooks": {"a": 3}, "layout": WHERE}, "hooks.a is 3"),
         ({"trainer": counters(1), "hooks": {}}, "layout is missing"),
         ({"trainer": counters(1), "hooks": {}, "layout": None}, "layout_free is None"),
+        (free(quantities=["exp_avg"]), "layout_free.quantities is a list"),
+        (free(quantities="weights"), "layout_free.quantities is 'weights'"),
+        (free(stage=-1), "layout_free.stage is -1"),
         ({"trainer": counters(1), "hooks": {"growth": {"schedule": {}}}, "layout": WHERE}, "events is None"),
     ],
 )
@@ -91,6 +100,8 @@ def test_what_was_saved_is_read(tmp_path: Path) -> None:
     folder = write_plain_checkpoint(tmp_path / "global_step3")
     assert read_state(folder)["trainer"] == counters(3)
     assert read_config(folder).model.num_layers == 4
+    layout.write_json(folder / layout.STATE_FILE, free(quantities=["weights"], stage=2))
+    assert read_state(folder)["layout_free"]["stage"] == 2
     (folder / layout.CONFIG_FILE).write_text("model: [")
     with pytest.raises(DamagedCheckpointError, match=r"config\.yaml cannot be read: .*not valid YAML"):
         read_config(folder)

@@ -12,7 +12,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from megatron_sgt.checkpoint.layout import STATE_FILE, read_json
 from megatron_sgt.checkpoint.load import load_checkpoint
 from megatron_sgt.checkpoint.reshard.engine_state import load_into_engine
-from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader
+from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader, ShardReader
 from megatron_sgt.checkpoint.reshard.rank_state import MOMENTS, WEIGHTS
 from megatron_sgt.checkpoint.save import Saver
 from megatron_sgt.config import Config
@@ -43,6 +43,14 @@ def load_and_look(info: RankInfo, config: Config, folder: Path, steps_before: in
     seen["norm"] = _step(engine, config, groups)
     seen["steps_after"] = [float(state["step"]) for state in engine.optimizer.state.values()]
     return seen
+
+
+def look_at_state(info: RankInfo, config: Config, reader: ShardReader, step: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Load what ``reader`` reads into an engine; return the state as DeepSpeed's own getters see it."""
+    groups = start_processes(config, info)
+    engine = build_runtime(config, groups).engine
+    load_into_engine(reader, step, None, config.model, engine, groups)
+    return _state(engine)
 
 
 def _step(engine: Any, config: Config, groups: ParallelGroups) -> float:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+
+from torch import Tensor
 
 from megatron_sgt.arch.weight import Weight
 from megatron_sgt.arch.weights import weights
@@ -28,8 +31,8 @@ from megatron_sgt.errors import CheckpointError
 from megatron_sgt.files import fresh_folder, temporary_of
 from megatron_sgt.lease import Lease, inside
 
-# Entries of a manifest that hold under any layout.
-_KEPT = ("step", "tokens", "growth", "config_sha256", "tokenizer", "code", "run")
+KEPT = ("step", "tokens", "growth", "config_sha256", "tokenizer", "code", "run")
+"""Entries of a manifest that hold under any layout."""
 
 
 def weights_of(source: Source, part: int, parts: int) -> list[Weight]:
@@ -54,27 +57,43 @@ def write_part(source: Source, destination: Path, part: int = 0, parts: int = 1)
         CheckpointError: the files cannot be written.
     """
     chosen = weights_of(source, part, parts)
-    if not chosen:
-        return 0.0
+    drifts = [0.0]
+
+    def merged(weight: Weight, quantity: str) -> dict[str, Tensor]:
+        tensors, drift = source.whole(weight, quantity)
+        drifts.append(drift)
+        return tensors
+
+    if chosen:
+        write_tensors(destination, chosen, QUANTITIES, merged, part, parts)
+    return max(drifts)
+
+
+def write_tensors(
+    destination: Path,
+    chosen: Sequence[Weight],
+    quantities: Sequence[str],
+    whole: Callable[[Weight, str], dict[str, Tensor]],
+    part: int = 0,
+    parts: int = 1,
+) -> None:
+    """Write the files of one part, into which ``whole`` gives one parameter's tensors of a quantity at a time.
+
+    Raises:
+        CheckpointError: the files cannot be written.
+    """
     shapes = {name: shape for weight in chosen for name, shape in weight.whole.items()}
-    drift = 0.0
     with as_checkpoint_error(f"{destination} cannot be written: "), ExitStack() as stack:
         writers = {
             quantity: stack.enter_context(TensorFileWriter(destination / file_name(quantity, part, parts), shapes))
-            for quantity in QUANTITIES
+            for quantity in quantities
         }
         for weight in chosen:
             for quantity, writer in writers.items():
-                drift = max(drift, _write_weight(source, weight, quantity, writer))
-    return drift
-
-
-def _write_weight(source: Source, weight: Weight, quantity: str, writer: TensorFileWriter) -> float:
-    """Merge and write one parameter's ``quantity``; a function, so that its tensors are freed at once."""
-    tensors, drift = source.whole(weight, quantity)
-    for name, tensor in tensors.items():
-        writer.append(name, tensor)
-    return drift
+                tensors = whole(weight, quantity)
+                while tensors:  # each is freed before the next parameter is read
+                    name = next(iter(tensors))
+                    writer.append(name, tensors.pop(name))
 
 
 def commit(source: Source, temporary: Path, final: Path) -> int:
@@ -94,13 +113,14 @@ def commit(source: Source, temporary: Path, final: Path) -> int:
         },
     }
     made_from = manifest.read_manifest(source.folder)
-    about = {name: value for name, value in made_from.items() if name in _KEPT}
+    about = {name: value for name, value in made_from.items() if name in KEPT}
     about["source"] = manifest.digest(made_from)
     with as_checkpoint_error(f"{final} cannot be written: "):
         layout.write_json(temporary / layout.STATE_FILE, state)
         # The random streams, for a load that changes the ZeRO stage alone.
         for file in [source.folder / layout.CONFIG_FILE, *sorted(source.folder.glob("rng_rank_*.pt"))]:
             shutil.copyfile(file, temporary / file.name)
+        layout.carry_passed_data(source.folder.parent, final.parent)
         return manifest.commit_folder(temporary, final, {**about, "layout": None})
 
 

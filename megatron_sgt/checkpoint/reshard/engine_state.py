@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_sgt.arch.weights import weights
-from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader
+from megatron_sgt.checkpoint.reshard.layout_free import ShardReader
 from megatron_sgt.checkpoint.reshard.rank_state import MOMENTS, WEIGHTS
 from megatron_sgt.checkpoint.reshard.source import PREFIX
 from megatron_sgt.config.model import ModelConfig
@@ -55,7 +55,7 @@ class Masters:
 
 
 def load_into_engine(
-    reader: LayoutFreeReader,
+    reader: ShardReader,
     step: int,
     loss_scale: float | None,
     model: ModelConfig,
@@ -159,7 +159,7 @@ def _prepare_states(optimizer: Any, tensors: list[Tensor], step: int) -> dict[st
 
 
 def _read(
-    reader: LayoutFreeReader,
+    reader: ShardReader,
     model: ModelConfig,
     masters: Masters,
     values: dict[str, list[Tensor]],

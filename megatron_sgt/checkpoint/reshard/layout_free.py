@@ -8,14 +8,15 @@ are the zeros of a run's first step.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_sgt.arch.weight import Weight
-from megatron_sgt.checkpoint.forms import IMPORTED_FROM, LAYOUT_FREE, read_state
+from megatron_sgt.checkpoint.forms import HELD, IMPORTED_FROM, LAYOUT_FREE, read_state
 from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES, WEIGHTS
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError
@@ -30,6 +31,15 @@ def file_name(quantity: str, part: int, parts: int) -> str:
 def is_layout_free(state: dict[str, Any]) -> bool:
     """Whether a checkpoint with this saved state is layout-free."""
     return LAYOUT_FREE in state
+
+
+class ShardReader(Protocol):
+    """What an engine's state is read from; ``quantities``: which of QUANTITIES it holds."""
+
+    quantities: tuple[str, ...]
+
+    def shard(self, weight: Weight, quantity: str, model: ModelConfig, tp_size: int = 1, tp_rank: int = 0) -> Tensor:
+        """One rank's shard of a parameter's ``quantity``, fp32."""
 
 
 class LayoutFreeReader:
@@ -50,8 +60,9 @@ class LayoutFreeReader:
                     raise CheckpointError(f"{path} cannot be read: {error}") from error
                 for name in file.keys():  # noqa: SIM118 (the file is no dictionary)
                     self._file_of[quantity, name] = file
-        imported = IMPORTED_FROM in read_state(folder)[LAYOUT_FREE]
-        self.quantities: tuple[str, ...] = (WEIGHTS,) if imported else QUANTITIES
+        made = read_state(folder)[LAYOUT_FREE]
+        held = (WEIGHTS,) if IMPORTED_FROM in made else QUANTITIES
+        self.quantities: tuple[str, ...] = tuple(made.get(HELD, held))
         """What the folder holds."""
 
     def shard(self, weight: Weight, quantity: str, model: ModelConfig, tp_size: int = 1, tp_rank: int = 0) -> Tensor:
@@ -68,6 +79,16 @@ class LayoutFreeReader:
         for name, shape in weight.whole.items():
             check_shape(name, tuple(tensors[name].shape), shape)
         return tensors
+
+    def check_shapes(self, table: Iterable[Weight], quantity: str) -> None:
+        """Check that the folder holds ``quantity`` of every weight of ``table``, without reading any.
+
+        Raises:
+            CheckpointError: a tensor is missing or has another shape.
+        """
+        for weight in table:
+            for name, shape in weight.whole.items():
+                check_shape(name, tuple(self._find(quantity, name).get_slice(name).get_shape()), shape)
 
     def _find(self, quantity: str, name: str) -> Any:
         try:

@@ -147,6 +147,13 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         convert(folder, tmp_path / "file")
 
 
+def test_what_the_run_skips_of_its_data_comes_along(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "from", odd_config(), random_state(odd_config()), (1, 1, 0))
+    (tmp_path / "from" / layout.PASSED_FILE).write_text('{"ranges": [[8, 16]]}', encoding="utf-8")
+    convert(folder, tmp_path / "to")
+    assert layout.read_json(tmp_path / "to" / layout.PASSED_FILE) == {"ranges": [[8, 16]]}
+
+
 def test_a_folder_that_a_run_writes_into_is_left_alone(tmp_path: Path) -> None:
     config = odd_config()
     folder = write_checkpoint(tmp_path / "from", config, random_state(config), (1, 1, 0))

@@ -1,0 +1,39 @@
+"""The configuration of the run that trains a grown model on. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_sgt.checkpoint.surgery.growth import Growth
+from megatron_sgt.config import Config, parse_config
+from megatron_sgt.errors import ConfigError
+
+
+def grown_config(config: Config, growth: Growth) -> Config:
+    """``config`` with the grown model; what names layers names all copies of them.
+
+    Raises:
+        ConfigError: the grown model does not fit the rest of the configuration, or a replay names layers.
+    """
+    if config.growth.replay is not None:
+        raise ConfigError(
+            f"growth.replay: {config.growth.replay} names layers of the model before it grew; a run that repeats a "
+            "recorded growth cannot become deeper or wider"
+        )
+    values: dict[str, Any] = config.model_dump()
+    values["model"] = growth.new.model_dump()
+    values["growth"] |= {
+        name: _copies(growth, getattr(config.growth, name)) for name in ("exclude_layers", "block_loop_layers")
+    }
+    if config.train.recompute_layers is not None:
+        values["train"]["recompute_layers"] = _copies(growth, config.train.recompute_layers)
+    try:
+        return parse_config(values, source="the grown model")
+    except ConfigError as error:
+        raise ConfigError("; ".join(line.strip() for line in str(error).splitlines())) from None
+
+
+def _copies(growth: Growth, layers: Sequence[int]) -> tuple[int, ...]:
+    copies = growth.copies_of_layer
+    return tuple(sorted(new for layer in layers for new in copies[layer]))

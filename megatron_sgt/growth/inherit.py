@@ -1,0 +1,37 @@
+"""What a schedule must know when the model under it gets more layers or heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Inheritance:
+    """How the layers and heads of a model come from those of a smaller one.
+
+    Attributes:
+        layers: the old layer that each new one is a copy of.
+        heirs: for each old layer, the new one that goes on looping if it did.
+        heads: the old head that each new one is a copy of, in every layer; -1: of none.
+    """
+
+    layers: tuple[int, ...]
+    heirs: tuple[int, ...]
+    heads: tuple[int, ...]
+
+    def moved(self, heads: Iterable[int]) -> list[int]:
+        """Those of the old ``heads`` that have another number now."""
+        return sorted({head for head in heads if self.heads[head] != head})
+
+    def entropies(self, table: NDArray[np.float64]) -> NDArray[np.float64]:
+        """A table [layer, head] of the new model: a copy's is its source's, a new head's the mean of its layer."""
+        rows, heads = table[list(self.layers)], np.array(self.heads)
+        return np.where(heads < 0, rows.mean(axis=1, keepdims=True), rows[:, heads])
+
+    def copies_below(self, layer: int) -> list[int]:
+        """New layers deeper than ``layer`` that are nobody's heirs."""
+        return [n for n in range(layer + 1, len(self.layers)) if n not in self.heirs]
