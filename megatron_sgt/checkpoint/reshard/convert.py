@@ -18,7 +18,6 @@ from megatron_sgt.arch.weight import Weight
 from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.reshard.layout_free import LAYOUT_FREE, file_name
-from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES
 from megatron_sgt.checkpoint.reshard.source import Source, open_source
 from megatron_sgt.checkpoint.reshard.tensor_file import TensorFileWriter
 from megatron_sgt.checkpoint.shard_files import as_checkpoint_error
@@ -59,7 +58,7 @@ def write_part(source: Source, destination: Path, part: int = 0, parts: int = 1)
     with as_checkpoint_error(f"{destination} cannot be written: "), ExitStack() as stack:
         writers = {
             quantity: stack.enter_context(TensorFileWriter(destination / file_name(quantity, part, parts), shapes))
-            for quantity in QUANTITIES
+            for quantity in source.quantities
         }
         for weight in chosen:
             for quantity, writer in writers.items():

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from megatron_sgt.checkpoint.restricted import load_restricted
 from megatron_sgt.errors import CheckpointError
 
 WEIGHTS = "weights"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 QUANTITIES = (WEIGHTS, *MOMENTS)
 """What AdamW keeps of every parameter, all fp32 and of the parameter's shape; MOMENTS under torch's names."""
+AVERAGE = "ema"
+"""The average of the weights, of the same kind: one more quantity, in the checkpoints of runs that keep one."""
 
 
 class RankState(ABC):
@@ -29,7 +33,7 @@ class RankState(ABC):
 
     @abstractmethod
     def read(self, name: str, quantity: str) -> Tensor:
-        """One of QUANTITIES of parameter ``name``, fp32 on the CPU, in the parameter's shape."""
+        """One of QUANTITIES of parameter ``name``, fp32 on the CPU, in the parameter's shape; or its AVERAGE."""
 
 
 def common_step(steps: Iterable[Any], where: object) -> int:
@@ -44,6 +48,16 @@ def common_step(steps: Iterable[Any], where: object) -> int:
     if len(found) > 1:
         raise CheckpointError(f"{where}: parameters differ in their AdamW step ({found}); cannot be resharded")
     return found[0]
+
+
+def saved_average(path: Path) -> list[Tensor]:
+    """The average of the weights in one rank's file, in the order of the optimizer's fp32 tensors.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    tensors: list[Tensor] = load_restricted(path)["average"]
+    return tensors
 
 
 def dynamic_scale(optimizer: Mapping[str, Any]) -> float | None:

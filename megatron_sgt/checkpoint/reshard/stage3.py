@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from megatron_sgt.checkpoint.reshard.rank_state import (
+    AVERAGE,
     MOMENTS,
     WEIGHTS,
     RankState,
     common_step,
     dynamic_scale,
+    saved_average,
 )
 from megatron_sgt.checkpoint.restricted import load_restricted
 from megatron_sgt.errors import CheckpointError
@@ -27,7 +29,7 @@ from megatron_sgt.errors import CheckpointError
 class Stage3State(RankState):
     """Parts of each parameter from the vectors of all data-parallel ranks."""
 
-    def __init__(self, model_file: Path, optimizer_files: Sequence[Path]) -> None:
+    def __init__(self, model_file: Path, optimizer_files: Sequence[Path], averages: Sequence[Path] = ()) -> None:
         groups = load_restricted(model_file)["param_shapes"]
         ranks = [load_restricted(file)["optimizer_state_dict"] for file in optimizer_files]
         self.shapes = {name: tuple(shape) for group in groups for name, shape in group.items()}
@@ -57,6 +59,9 @@ class Stage3State(RankState):
         self._parts = {WEIGHTS: [[rank["fp32_flat_groups"][i] for rank in ranks] for i in indices]}
         for quantity in MOMENTS:
             self._parts[quantity] = [[rank["state"][i][quantity] for rank in base] for i in indices]
+        if averages:
+            saved = [saved_average(file) for file in averages]
+            self._parts[AVERAGE] = [[rank[i] for rank in saved] for i in indices]
         self.loss_scale = dynamic_scale(ranks[0])
 
     def read(self, name: str, quantity: str) -> Tensor:
