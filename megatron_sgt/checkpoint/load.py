@@ -128,7 +128,7 @@ def _load_shards(
 def _restore(average: WeightAverage, files: ShardFiles, path: Path) -> None:
     try:
         average.load_state_dict(files.load(str(path)))
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} holds no average of this run's weights: {first_line(error)}") from error
 
 

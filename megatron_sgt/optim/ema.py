@@ -69,7 +69,7 @@ class WeightAverage:
         """Continue from saved values.
 
         Raises:
-            KeyError, TypeError, RuntimeError: they are not those of an average of these shapes.
+            KeyError, TypeError, ValueError, RuntimeError: they are not those of an average of these shapes.
         """
         for tensor, saved in zip(self.tensors, state["average"], strict=True):
             tensor.view(-1).copy_(saved.view(-1))
