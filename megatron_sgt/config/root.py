@@ -83,8 +83,9 @@ class Config(Section):
     @property
     def offload_device(self) -> str:
         """Where the optimizer's state is instead of on the ranks' devices: "cpu", "nvme" or "none"."""
-        section = self.deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
-        return str(section.get("device", "none"))
+        zero = self.deepspeed.get("zero_optimization")
+        section = zero.get("offload_optimizer") if isinstance(zero, dict) else None
+        return str(section.get("device", "none")) if isinstance(section, dict) else "none"
 
     def has_bf16_optimizer(self, precision: str) -> bool:
         """Whether DeepSpeed takes its BF16_Optimizer, which keeps whole fp32 gradients and files of its own."""

@@ -47,7 +47,7 @@ def _valid_rows(valid: Sequence[Record]) -> Iterator[tuple[str, str]]:
     if averaged:
         last = averaged[-1]
         text = f"loss {units.fixed(last['ema_loss'], 3)} (step {last['step']:,}) of the averaged weights"
-        yield "", f"{text} · perplexity {units.perplexity(last['ema_perplexity'])}"
+        yield "ema", f"{text} · perplexity {units.perplexity(last['ema_perplexity'])}"
 
 
 def _start_rows(resumes: Sequence[Record]) -> Iterator[tuple[str, str]]:

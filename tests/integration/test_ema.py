@@ -25,6 +25,8 @@ from megatron_sgt.checkpoint.reshard.convert import convert
 from megatron_sgt.export.evaluate import evaluate, which_samples
 from megatron_sgt.export.hf.open_model import open_model
 from megatron_sgt.launch.rank_info import RankInfo
+from megatron_sgt.planning.parameters import checkpoint_bytes
+from megatron_sgt.planning.state_memory import average_bytes
 from tests.helpers.commands import run_script
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.resharding import load_and_save
@@ -89,6 +91,12 @@ def test_saved_in_the_background_and_resumed_it_is_the_same(folder: Path, tmp_pa
     assert differing_leaves(checkpoint(whole(folder), END), checkpoint(tmp_path, END)) == []
     names = [name for name in checkpoint_leaves(checkpoint(tmp_path, END)) if name.startswith("ema_")]
     assert names == [f"ema_000{rank}_mp_rank_00.pt/average/0" for rank in (0, 1)]
+    files = [path.stat().st_size for path in checkpoint(tmp_path, END).glob("ema*")]
+    planned = [average_bytes(config, 2, "bf16") for _ in files]
+    off = config.model_copy(update={"train": config.train.model_copy(update={"ema_decay": 0.0})})
+    assert sum(planned) == checkpoint_bytes(config, "bf16") - checkpoint_bytes(off, "bf16")
+    # torch.save's own headers, whatever the size
+    assert all(0 < size - share < 3000 for size, share in zip(files, planned, strict=True))
     assert reported(tmp_path, "valid") == [r for r in reported(whole(folder), "valid") if r["step"] == END]
     assert checksum_problems(checkpoint(tmp_path, END)) == []
     assert "an average of the weights, decay 0.75" in describe(read_contents(checkpoint(tmp_path, END), lambda _: []))
