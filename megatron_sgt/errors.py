@@ -54,3 +54,7 @@ class CheckpointError(SGTError):
     """A checkpoint that is missing, damaged or belongs to another model."""
 
     exit_code = ExitCode.CHECKPOINT
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that cannot be what was saved. Where the run looks by itself, an older one takes its place."""

@@ -166,10 +166,15 @@ def read_all(path: str | Path, damaged: list[int]) -> list[dict[str, Any]]:
             continue
         try:
             records.append(decode(line))
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             if number <= len(lines):
                 damaged.append(number)
     return records
+
+
+def _step_of(record: Mapping[str, Any]) -> float:
+    step = record.get("step", 0)
+    return step if isinstance(step, int | float) else 0
 
 
 def without_void_records(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -177,7 +182,7 @@ def without_void_records(records: Iterable[dict[str, Any]]) -> list[dict[str, An
     kept: list[dict[str, Any]] = []
     for record in records:
         if record.get("kind") == "resume":
-            resumed_at = record.get("step", 0)
-            kept = [r for r in kept if resumed_at and r.get("step", 0) <= resumed_at]
+            resumed_at = _step_of(record)
+            kept = [r for r in kept if resumed_at and _step_of(r) <= resumed_at]
         kept.append(record)
     return kept

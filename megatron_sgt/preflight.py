@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sgt.checkpoint.find import check_checkpoint, find_checkpoint, starts_fresh
-from megatron_sgt.checkpoint.layout import CONFIG_FILE, GROWTH_STATE
-from megatron_sgt.config import Config, load_config
+from megatron_sgt.checkpoint.find import Found, check_checkpoint, find_checkpoint, starts_fresh
+from megatron_sgt.checkpoint.forms import read_config
+from megatron_sgt.checkpoint.layout import GROWTH_STATE
+from megatron_sgt.config import Config
 from megatron_sgt.data.prefix import resolve_prefix
 from megatron_sgt.data.tokenizer import resolve_vocab_size, tokenizer_of
-from megatron_sgt.errors import CheckpointError, ConfigError, DataError
+from megatron_sgt.errors import CheckpointError, ConfigError, DamagedCheckpointError, DataError
 from megatron_sgt.files import nearest, unwritable
 from megatron_sgt.metrics.units import file_size
 from megatron_sgt.metrics.writers import check_packages
@@ -140,20 +141,28 @@ def find_start(config: Config, damaged: Mapping[Path, str] | None = None, librar
     Raises:
         CheckpointError: nothing at checkpoint.load, a damaged checkpoint, another model, tokenizer or growth.
     """
-    found = find_checkpoint(config, damaged)
-    if found.folder is None:
-        return Start(None, {})
-    try:
-        there = load_config(found.folder / CONFIG_FILE)
-    except ConfigError as error:
-        raise CheckpointError(f"{found.folder / CONFIG_FILE} cannot be read: {error}") from error
+    known = dict(damaged or {})
+    while True:
+        found = find_checkpoint(config, known)
+        if found.folder is None:
+            return Start(None, {})
+        try:
+            return _start_at(found.folder, found, config, libraries)
+        except DamagedCheckpointError as error:
+            if found.explicit:
+                raise
+            known[found.folder] = str(error)
+
+
+def _start_at(folder: Path, found: Found, config: Config, libraries: bool) -> Start:
+    there = read_config(folder)
     if config.model.vocab_size is None and there.model.vocab_size is not None:
         config = config.with_vocab_size(there.model.vocab_size)
     tokenizer = tokenizer_fingerprint(config) if libraries else None
-    saved = check_checkpoint(found.folder, config, tokenizer)
+    saved = check_checkpoint(folder, config, tokenizer)
     if libraries:
-        _check_growth(found.folder, saved, config)
-    return Start(found.folder, saved, tuple(_changes(there, config)), found.skipped, found.explicit)
+        _check_growth(folder, saved, config, there)
+    return Start(folder, saved, tuple(_changes(there, config)), found.skipped, found.explicit)
 
 
 def tokenizer_fingerprint(config: Config) -> str | None:
@@ -213,18 +222,27 @@ def _data_line(config: Config, absent: Sequence[str]) -> str:
     return f"{len(prefixes)} data sets found, not read: no {', no '.join(absent)} here; the job reads them first"
 
 
-def _check_growth(folder: Path, saved: dict[str, Any], config: Config) -> None:
+def _check_growth(folder: Path, saved: dict[str, Any], config: Config, there: Config) -> None:
+    """``there``: the configuration in the checkpoint. A state that does not even fit that one is damaged."""
     if starts_fresh(saved, GROWTH_STATE):
         return
     from megatron_sgt.growth import build_schedule  # needs NumPy
 
+    if GROWTH_STATE not in saved["hooks"]:
+        raise DamagedCheckpointError(f"checkpoint {folder} holds no growth state")
+    state = saved["hooks"][GROWTH_STATE]["schedule"]
+    acted = state.get("step", 0)
+    if isinstance(acted, int) and acted > saved["trainer"]["step"]:
+        raise DamagedCheckpointError(f"checkpoint {folder}: its growth state is of a later step")
     schedule = build_schedule(config.growth, config.model.num_layers, config.model.num_attention_heads)
     try:
-        schedule.load_state_dict(saved["hooks"][GROWTH_STATE]["schedule"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {folder} holds no growth state: {error!r}") from error
+        schedule.load_state_dict(state)
+    except DamagedCheckpointError as error:
+        raise DamagedCheckpointError(f"checkpoint {folder}: {error}") from error
     except CheckpointError as error:
-        raise CheckpointError(f"checkpoint {folder}: {error}") from error
+        same = there.growth == config.growth and there.growth.replay is None
+        kind = DamagedCheckpointError if same else CheckpointError
+        raise kind(f"checkpoint {folder}: {error}") from error
 
 
 def _changes(there: Config, here: Config) -> Iterator[str]:

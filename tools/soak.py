@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 """Train a small model through hundreds of faults, and check after each that nothing was lost.
 
-python tools/soak.py --deaths 50 --layout tp2-zero1      # any of tp2-zero1 tp2-zero3 dp2-zero1 dp2-zero3; default: all
-python tools/soak.py --deaths 20 --seed 3 --output table.json
+python tools/soak.py                                             # all layouts, 208 deaths
+python tools/soak.py --layout tp2-zero1 --saves async --deaths 50 --seed 3 --output table.json
 
-Ranks are killed at random moments, a good part of them inside a save, get signals, stand still for a while; files of
-the newest checkpoint are truncated, deleted or get one bit flipped; the disk is full. After every death: ``latest``
+Ranks are killed at random moments, a good part of them inside a save or at an exact moment of one (between its files,
+before and after its manifest, before ``latest``, in a deletion), get signals, stand still for a while; files of the
+newest checkpoint are truncated, deleted or get one bit flipped; the disk is full. After every death: ``latest``
 names a checkpoint whose files are all whole, the next start continues from the newest undamaged one, and every step
 repeats the losses, gradient norms and entropies of an uninterrupted run bit for bit. The order of the faults, the
 steps and the ranks that they strike follow from the seed; the moment within a step is the machine's.
@@ -19,33 +20,40 @@ from pathlib import Path
 
 from soak_parts.ranks import start_server
 from soak_parts.run import soak
-from soak_parts.tally import Tally, table
-from soak_parts.workload import LAYOUTS
+from soak_parts.tally import Tallies, Tally, tables
+from soak_parts.workload import LAYOUTS, SAVES
 
 from megatron_sgt.cli import positive, run_main
 
 
 def main() -> None:
-    """Soak the layouts one after the other and print the table."""
+    """Soak the layouts one after the other and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--deaths", type=positive, default=50, metavar="N", help="per layout [%(default)s]")
     parser.add_argument("--layout", choices=LAYOUTS, action="append", help="repeatable [all]")
+    parser.add_argument("--saves", choices=SAVES, action="append", help="repeatable [both]")
+    parser.add_argument(
+        "--deaths", type=positive, default=13, metavar="N", help="per layout and kind of saves [%(default)s]"
+    )
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="[%(default)s]")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="the table as JSON, too")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="what the tables show, as JSON")
     args = parser.parse_args()
     start_server()
-    tallies = {name: Tally() for name in args.layout or LAYOUTS}
+    tallies = {name: {saves: Tally() for saves in args.saves or SAVES} for name in args.layout or LAYOUTS}
     try:
-        for name, tally in tallies.items():
-            soak(name, args.deaths, args.seed, tally, partial(_tell, name))
+        for name, by_saves in tallies.items():
+            soak(name, args.deaths, args.seed, by_saves, partial(_tell, name))
     finally:
-        print(table(tallies))
+        print(tables(tallies))
         if args.output is not None:
-            args.output.write_text(json.dumps({name: vars(tally) for name, tally in tallies.items()}, indent=1))
+            args.output.write_text(json.dumps(_plain(tallies), indent=1))
 
 
-def _tell(name: str, line: str) -> None:
-    print(f"{name}: {line}", flush=True)
+def _tell(name: str, saves: str, line: str) -> None:
+    print(f"{name} {saves}: {line}", flush=True)
+
+
+def _plain(tallies: Tallies) -> dict[str, dict[str, object]]:
+    return {name: {saves: vars(tally) for saves, tally in by.items()} for name, by in tallies.items()}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_sgt.checkpoint import layout
-from megatron_sgt.config import Config, load_config
+from megatron_sgt.checkpoint.forms import LAYOUT_FREE, read_config, read_state
+from megatron_sgt.config import Config
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError, SGTError
 from megatron_sgt.growth import LoopPlan
@@ -181,10 +182,9 @@ def _guarded(check: Check, folder: Path) -> list[str]:
 
 
 def _details(folder: Path) -> Details:
-    state = layout.read_json(folder / layout.STATE_FILE)
-    config = load_config(folder / layout.CONFIG_FILE)
+    state, config = read_state(folder), read_config(folder)
     try:
-        trainer, free = state["trainer"], state.get("layout_free") or {}
+        trainer, free = state["trainer"], state.get(LAYOUT_FREE) or {}
         return Details(
             step=trainer["step"],
             train_iters=config.train.train_iters,

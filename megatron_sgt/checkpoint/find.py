@@ -5,14 +5,15 @@ No torch: a login node uses this too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_sgt.checkpoint import layout, manifest
-from megatron_sgt.config import Config, load_config
-from megatron_sgt.errors import CheckpointError, ConfigError
+from megatron_sgt.checkpoint.forms import read_config, read_state
+from megatron_sgt.config import Config
+from megatron_sgt.errors import CheckpointError
 
 # Model fields that may differ between the run that saved and the one that loads: they shape no weight.
 _FREE_MODEL_FIELDS = {
@@ -67,7 +68,7 @@ def _newest_whole(own: Path, damaged: Mapping[Path, str]) -> Found | None:
         try:
             if folder in damaged:
                 raise CheckpointError(damaged[folder])
-            _verify_quickly(folder)
+            verify_quickly(folder)
         except CheckpointError as error:
             skipped.append(str(error))
             continue
@@ -77,18 +78,53 @@ def _newest_whole(own: Path, damaged: Mapping[Path, str]) -> Found | None:
     return None
 
 
-def _verify_quickly(folder: Path) -> dict[str, Any]:
-    """Check all sizes, the checksums of the small files and the list of files; returns the manifest."""
+@dataclass(frozen=True)
+class Whole:
+    """The small files of a checkpoint whose files are all there, as far as they can be told by their sizes."""
+
+    about: dict[str, Any]
+    state: dict[str, Any]
+    config: Config
+
+
+def verify_quickly(folder: Path) -> Whole:
+    """Check all sizes, the checksums of the small files, the list of files, and that the small files fit each other.
+
+    Raises:
+        DamagedCheckpointError: naming what is wrong.
+    """
     manifest.verify_sizes(folder)
     content = manifest.read_manifest(folder)
     small = layout.expected_files(None)
     listed = content["files"]
     now = manifest.describe_files(folder, small & set(listed))
-    problems = [f"{name} has changed since it was saved" for name in sorted(now) if now[name] != listed[name]]
-    wanted = layout.expected_files(content.get("layout"))
-    problems += [f"{name} is not listed in {layout.MANIFEST_FILE}" for name in sorted(wanted - set(listed))]
+    changed = [name for name in sorted(now) if now[name]["sha256"] != listed[name]["sha256"]]
+    problems = [f"{name} has changed since it was saved" for name in changed]
+    where = content.get("layout")
+    if where and where["tensor_model_parallel_size"] * where["data_parallel_size"] > len(listed):
+        problems.append(f"{layout.MANIFEST_FILE} lists {len(listed)} files for the ranks of its layout")
+    else:
+        missing = sorted(layout.expected_files(where) - set(listed))
+        problems += [f"{name} is not listed in {layout.MANIFEST_FILE}" for name in missing]
     manifest.refuse(folder, problems)
-    return content
+    state, config = read_state(folder), read_config(folder)
+    manifest.refuse(folder, list(_contradictions(folder, content, state)))
+    return Whole(content, state, config)
+
+
+def _contradictions(folder: Path, about: Mapping[str, Any], state: Mapping[str, Any]) -> Iterator[str]:
+    """What the manifest says otherwise than the state; manifests of older versions say less."""
+    step = state["trainer"]["step"]
+    named = layout.named_step(folder.name)
+    if about.get("step", step) != step or (named is not None and named != step):
+        yield f"{layout.STATE_FILE} is of step {step:,}"
+    if about.get("layout", state["layout"]) != state["layout"]:
+        yield f"{layout.STATE_FILE} is of another layout"
+    elif layout.AVERAGE_STATE in state:
+        missing = layout.expected_files(state["layout"], averaged=True) - set(about["files"])
+        yield from (f"{name} is not listed in {layout.MANIFEST_FILE}" for name in sorted(missing))
+    if (config := about.get("config_sha256")) is not None and config != about["files"][layout.CONFIG_FILE]["sha256"]:
+        yield f"{layout.CONFIG_FILE} is another configuration"
 
 
 def _refuse_mixture(own: Path, step: int) -> None:
@@ -115,12 +151,8 @@ def check_checkpoint(folder: Path, config: Config, tokenizer: str | None = None)
     Raises:
         CheckpointError: naming the damaged files or the differing fields.
     """
-    about = _verify_quickly(folder)
-    state = layout.read_json(folder / layout.STATE_FILE)
-    try:
-        saved = load_config(folder / layout.CONFIG_FILE).model.model_dump()
-    except ConfigError as error:
-        raise CheckpointError(f"{folder / layout.CONFIG_FILE} cannot be read: {error}") from error
+    found = verify_quickly(folder)
+    saved = found.config.model.model_dump()
     wanted = config.model.model_dump()
     differing = [
         f"model.{name} is {saved.get(name)} there and {wanted[name]} here"
@@ -129,10 +161,10 @@ def check_checkpoint(folder: Path, config: Config, tokenizer: str | None = None)
     ]
     if differing:
         raise CheckpointError(f"checkpoint {folder} belongs to another model: " + "; ".join(differing))
-    before = about.get("tokenizer")
+    before = found.about.get("tokenizer")
     if tokenizer is not None and before is not None and tokenizer != before:
         raise CheckpointError(
             f"checkpoint {folder} belongs to another tokenizer: its fingerprint is {before} there and {tokenizer} "
             "here, so the same text would become different tokens; set data.tokenizer to the one it was trained with"
         )
-    return state
+    return found.state

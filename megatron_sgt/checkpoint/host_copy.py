@@ -146,6 +146,8 @@ class _Copier:
             copied = type(value)()
             for key, item in value.items():
                 copied[key] = self.copy(item)
+            if attributes := getattr(value, "__dict__", None):  # the versions of modules, on a state dict of torch
+                vars(copied).update({name: self.copy(item) for name, item in attributes.items()})
             return copied
         if type(value) in (list, tuple):
             return type(value)([self.copy(item) for item in value])

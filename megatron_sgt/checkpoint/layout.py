@@ -9,7 +9,7 @@
         rng_rank_00000.pt                random streams, one file per rank
         ema_0000_mp_rank_00.pt           with train.ema_decay: the average of the weights, see ``average_file``
         manifest.json                    every file with its size and SHA-256; written last
-    <root>/global_step1000.tmp/          a save that was not finished; never read
+    <root>/global_step1000.1f0c9a3e.tmp/ a save that was not finished; never read
 
 Pure file-system functions, no process group.
 """
@@ -17,7 +17,9 @@ Pure file-system functions, no process group.
 from __future__ import annotations
 
 import json
+import os
 import re
+import secrets
 import shutil
 from collections.abc import Mapping
 from itertools import product
@@ -25,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgt import files
-from megatron_sgt.errors import CheckpointError
+from megatron_sgt.errors import CheckpointError, DamagedCheckpointError, first_line
 from megatron_sgt.files import TEMPORARY_SUFFIX
 
 STATE_FILE = "sgt_state.json"
@@ -43,8 +45,10 @@ _WANTED = (
     f"give a folder that holds global_stepN folders with a {MANIFEST_FILE}, or one such folder; to start from "
     "scratch leave checkpoint.load empty"
 )
-_TAG = re.compile(r"global_step(\d+)")
+_TAG = re.compile(r"global_step([0-9]+)")
 _MODEL = "_model_states.pt"
+_LARGEST_JSON = 1 << 28
+"""Bytes: a manifest of a million files. Nothing larger is parsed."""
 
 
 def tag_for(step: int) -> str:
@@ -54,8 +58,13 @@ def tag_for(step: int) -> str:
 
 def step_of(tag: str) -> int:
     """The step in a folder name of ``tag_for``; 0 for any other name."""
+    return named_step(tag) or 0
+
+
+def named_step(tag: str) -> int | None:
+    """The step in a folder name of ``tag_for``; None for any other name."""
     match = _TAG.fullmatch(tag)
-    return int(match.group(1)) if match else 0
+    return int(match.group(1)) if match else None
 
 
 def rng_file(rank: int) -> str:
@@ -116,7 +125,15 @@ def finished_tags(root: Path) -> list[str]:
     if not root.is_dir():
         return []
     found = [(int(m.group(1)), p.name) for p in root.iterdir() if (m := _TAG.fullmatch(p.name)) and p.is_dir()]
-    return [name for _, name in sorted(found) if (root / name / MANIFEST_FILE).is_file()]
+    return [name for _, name in sorted(found) if _is_committed(root / name)]
+
+
+def _is_committed(folder: Path) -> bool:
+    """Whether ``folder`` has a manifest; one that may not be looked into counts, so that it is named, not forgotten."""
+    try:
+        return (folder / MANIFEST_FILE).is_file()
+    except PermissionError:
+        return True
 
 
 def latest_tag(root: Path) -> str | None:
@@ -127,13 +144,20 @@ def latest_tag(root: Path) -> str | None:
     """
     tracker = root / LATEST_FILE
     tags = finished_tags(root)
-    if not tracker.is_file():
+    if not os.path.lexists(tracker):
         return tags[-1] if tags else None
-    tag = tracker.read_text().strip()
+    try:
+        with tracker.open("rb") as stream:
+            tag = stream.read(1 << 10).decode().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{tracker} cannot be read: {error}; write one of these into it, or give its folder as checkpoint.load: "
+            f"{', '.join(tags) or 'none'}"
+        ) from error
     if tag not in tags:
         raise CheckpointError(
-            f"{tracker} names {tag!r}, which is not a whole checkpoint; there are: {', '.join(tags) or 'none'}. "
-            f"Write one of these into {tracker}, or give its folder as checkpoint.load"
+            f"{tracker} names {_shortened(tag)}, which is not a whole checkpoint; there are: "
+            f"{', '.join(tags) or 'none'}. Write one of these into {tracker}, or give its folder as checkpoint.load"
         )
     return tag
 
@@ -183,12 +207,39 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        DamagedCheckpointError: it is missing or damaged.
     """
     try:
-        return json.loads(path.read_text())
+        if (size := path.stat().st_size) > _LARGEST_JSON:
+            raise ValueError(f"it has {size:,} bytes")
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise DamagedCheckpointError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text as ``json.dumps`` writes it.
+
+    Raises:
+        ValueError: it is no JSON, or has a key twice, or is nested too deeply.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_without_repetition)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {_shortened(key)} stands twice")
+        found[key] = value
+    return found
+
+
+def _shortened(text: str) -> str:
+    return ascii(text if len(text) <= 60 else f"{text[:60]}...")
 
 
 def point_to(root: Path, tag: str) -> None:
@@ -197,8 +248,9 @@ def point_to(root: Path, tag: str) -> None:
     Raises:
         OSError: the pointer cannot be written.
     """
-    files.replace_text(root / LATEST_FILE, tag)
-    files.replace_text(root / ITERATION_FILE, f"{step_of(tag)}\n")
+    mark = f".{secrets.token_hex(4)}"  # of this process alone, see Saver
+    files.replace_text(root / LATEST_FILE, tag, mark)
+    files.replace_text(root / ITERATION_FILE, f"{step_of(tag)}\n", mark)
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
@@ -238,6 +290,6 @@ def clear_leftovers(root: Path) -> list[str]:
     leftovers = sorted(root.glob(f"global_step*{TEMPORARY_SUFFIX}"))
     for folder in leftovers:
         shutil.rmtree(folder, ignore_errors=True)
-    for name in (LATEST_FILE, ITERATION_FILE):
-        (root / f"{name}{TEMPORARY_SUFFIX}").unlink(missing_ok=True)
+    for pointer in root.glob(f"{LATEST_FILE}*{TEMPORARY_SUFFIX}"):
+        pointer.unlink(missing_ok=True)
     return [folder.name for folder in leftovers]

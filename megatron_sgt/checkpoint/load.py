@@ -8,20 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sgt.checkpoint import layout, manifest
+from megatron_sgt.checkpoint.forms import IMPORTED_FROM, LAYOUT_FREE, read_state
+from megatron_sgt.checkpoint.identity import load_file
 from megatron_sgt.checkpoint.reshard.engine_state import load_into_engine
-from megatron_sgt.checkpoint.reshard.layout_free import (
-    IMPORTED_FROM,
-    LAYOUT_FREE,
-    LayoutFreeReader,
-    is_layout_free,
-)
+from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader, is_layout_free
 from megatron_sgt.checkpoint.reshard.sibling import layout_free_copy
-from megatron_sgt.checkpoint.restricted import load_restricted
 from megatron_sgt.checkpoint.save import layout_of
 from megatron_sgt.checkpoint.shard_files import ShardFiles, redirected_to
 from megatron_sgt.compat.quiet import quiet_logs
 from megatron_sgt.config import Config
-from megatron_sgt.errors import CheckpointError, first_line
+from megatron_sgt.errors import CheckpointError, DamagedCheckpointError, first_line
 from megatron_sgt.optim.ema import WeightAverage
 from megatron_sgt.parallel.collectives import gather_or_raise
 from megatron_sgt.parallel.groups import ParallelGroups
@@ -34,14 +30,20 @@ if TYPE_CHECKING:
 def verify_together(folder: Path, config: Config, groups: ParallelGroups) -> str | None:
     """What is wrong with the bytes of ``folder``, None if nothing; collective, each rank reads a part.
 
-    With ``checkpoint.verify: sizes`` nothing is read.
+    With ``checkpoint.verify: sizes`` a few pieces of every file are read (``files.sample_of``).
 
     Raises:
         CheckpointError: a rank cannot see the folder.
     """
-    if config.checkpoint.verify == "sizes":
-        return None
-    found = gather_or_raise(lambda: manifest.checksum_problems(folder, groups.rank, groups.world_size), groups)
+    few = config.checkpoint.verify == "sizes"
+    if few and groups.is_main and manifest.without_samples(folder):
+        print(
+            f"VERIFY  {folder}: an older version saved it, so that checkpoint.verify=sizes cannot see a file that was "
+            "swapped for another of the same size; checkpoint.verify=checksums can",
+            flush=True,
+        )
+    look = manifest.sample_problems if few else manifest.checksum_problems
+    found = gather_or_raise(lambda: look(folder, groups.rank, groups.world_size), groups)
     try:
         manifest.refuse(folder, list(dict.fromkeys(problem for part in found for problem in part)))
     except CheckpointError as error:
@@ -72,7 +74,7 @@ def load_checkpoint(
     here = layout_of(config, groups)
     if state["layout"] == here:
         kept = average if layout.AVERAGE_STATE in state else None
-        load_rng_state(_load_shards(folder, here, engine, groups, kept), groups.device)
+        _continue_exactly(_load_shards(folder, here, engine, groups, kept), folder, groups)
         if average is not None and kept is None:
             average.start()
         return None
@@ -80,8 +82,7 @@ def load_checkpoint(
         copy, how = folder, "read from its layout-free form"
     else:
         copy, how = layout_free_copy(folder, groups)
-    made = layout.read_json(copy / layout.STATE_FILE)[LAYOUT_FREE]
-    reader = LayoutFreeReader(copy)
+    made, reader = read_state(copy)[LAYOUT_FREE], LayoutFreeReader(copy)
     load_into_engine(reader, made["optimizer_step"], made["loss_scale"], config.model, engine, groups, average)
     _restore_counters(engine, state["trainer"])
     if IMPORTED_FROM in made:
@@ -116,7 +117,7 @@ def _load_shards(
     try:
         with quiet_logs(), redirected_to(files, engine):
             path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
-    except (OSError, RuntimeError, AssertionError, KeyError, ValueError) as error:
+    except (OSError, RuntimeError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {folder} cannot be loaded: {error}") from error
     if path is None:
         raise CheckpointError(f"DeepSpeed found nothing to load in {folder}")
@@ -129,7 +130,7 @@ def _restore(average: WeightAverage, files: ShardFiles, path: Path) -> None:
     try:
         average.load_state_dict(files.load(str(path)))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} holds no average of this run's weights: {first_line(error)}") from error
+        raise DamagedCheckpointError(f"{path} holds no average of this run's weights: {first_line(error)}") from error
 
 
 def _restore_counters(engine: deepspeed.DeepSpeedEngine, trainer: dict[str, int]) -> None:
@@ -143,7 +144,7 @@ def _continue_streams(copy: Path, source: dict[str, Any], step: int, config: Con
     """Restore this rank's random streams where it existed before, else start new ones; says which."""
     same_ranks = source["tensor_model_parallel_size"] == groups.tp_size
     if same_ranks and source["data_parallel_size"] == groups.dp_size:
-        load_rng_state(_read_streams(copy, groups), groups.device)
+        _continue_exactly(_read_streams(copy, groups), copy, groups)
         return "random streams continue"
     digest = hashlib.sha256(f"{config.train.seed}/{step}".encode()).digest()
     seed_for_training(int.from_bytes(digest[:4], "big"), groups)
@@ -151,7 +152,15 @@ def _continue_streams(copy: Path, source: dict[str, Any], step: int, config: Con
 
 
 def _read_streams(folder: Path, groups: ParallelGroups) -> dict[str, Any]:
-    return load_restricted(folder / layout.rng_file(groups.rank), mapped=False)
+    return load_file(folder / layout.rng_file(groups.rank), mapped=False)
+
+
+def _continue_exactly(streams: dict[str, Any], folder: Path, groups: ParallelGroups) -> None:
+    try:
+        load_rng_state(streams, groups.device)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        path = folder / layout.rng_file(groups.rank)
+        raise CheckpointError(f"{path} holds no random streams: {first_line(error)}; copy it again") from error
 
 
 def _changes(there: dict[str, Any], here: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Saving in two phases: every rank writes its part under a temporary name, then rank 0 commits the checkpoint.
 
-    start    an empty folder global_stepN.tmp; every rank's state is written into it, or copied to host memory
+    start    an empty folder global_stepN.X.tmp; every rank's state is written into it, or copied to host memory
     write    every rank's files: written, on disk (fsync), described by size and SHA-256
     commit   when all ranks have: the manifest, the folder's name, then ``latest``, each on disk before the next
 
@@ -12,8 +12,10 @@ before the other ranks have finished, and syncs nothing.)
 from __future__ import annotations
 
 import hashlib
+import secrets
 import shutil
 import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_sgt import __version__
 from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.host_copy import Arena
+from megatron_sgt.checkpoint.identity import Identity
 from megatron_sgt.checkpoint.reshard.deepspeed_info import UNIVERSAL_INFO, universal_info
 from megatron_sgt.checkpoint.reshard.sibling import remove_sibling
 from megatron_sgt.checkpoint.reshard.stage0 import PARAMETER_NAMES
@@ -77,6 +80,7 @@ class _InFlight:
     """A save in progress. ``work``: its running part; ``files``: of all ranks, once written."""
 
     step: int
+    temporary: Path
     state: dict[str, Any]
     begun: float
     work: Future[Any]
@@ -108,6 +112,7 @@ class Saver:
             "config_sha256": hashlib.sha256(config.to_yaml().encode()).hexdigest(),
             **(about or {}),
         }
+        self._run_id: str | None = None
         self._flight: _InFlight | None = None
         self._arena: Arena | None = None
         self._pool: ThreadPoolExecutor | None = None
@@ -132,13 +137,14 @@ class Saver:
         """
         assert self._flight is None, "one save at a time"
         begun = time.perf_counter()
-        temporary = self._temporary(step)
-        self._together(step, partial(_fresh, temporary) if self._groups.is_main else int)
+        name = self._together(step, None, partial(self._fresh, step) if self._groups.is_main else str)[0]
+        temporary = self._root / name
         if self._average is not None:
             state = {**state, layout.AVERAGE_STATE: {"decay": self._average.decay}}
-        files = ShardFiles(self._arena, self._groups.dp_rank, self._groups.dp_size)
+        about = Identity(step, layout_of(self._config, self._groups), self._groups.rank)
+        files = ShardFiles(self._arena, self._groups.dp_rank, self._groups.dp_size, about)
         _hand_over(files, temporary, self._config, self._engine, self._groups, self._average)
-        self._flight = _InFlight(step, state, begun, self._run(files.finish))
+        self._flight = _InFlight(step, temporary, state, begun, self._run(files.finish))
         self._flight.stall_s = time.perf_counter() - begun
 
     def poll(self, wait: bool = False) -> Saved | None:
@@ -153,7 +159,7 @@ class Saver:
             if not wait and largest(int(not flight.work.done()), self._groups):
                 flight.stall_s += time.perf_counter() - entered
                 return None
-            outcomes = self._together(flight.step, flight.work.result)
+            outcomes = self._together(flight.step, flight.temporary, flight.work.result)
             if flight.files is None:
                 flight.files = {name: file for files in outcomes for name, file in files.items()}
                 commits = partial(self._commit, flight) if self._groups.is_main else int
@@ -176,26 +182,41 @@ class Saver:
             future.set_exception(error)
         return future
 
-    def _together(self, step: int, action: Callable[[], Any]) -> list[Any]:
+    def _together(self, step: int, temporary: Path | None, action: Callable[[], Any]) -> list[Any]:
         """``gather_or_raise``; a failure ends the save on every rank and deletes what it has written."""
         try:
             return gather_or_raise(action, self._groups)
         except CheckpointError as error:
             self._finish()
-            on_rank_zero(lambda: shutil.rmtree(self._temporary(step), ignore_errors=True))
+            if temporary is not None:
+                on_rank_zero(partial(shutil.rmtree, temporary, ignore_errors=True))
             raise CheckpointError(
                 f"cannot write checkpoint {self._root / layout.tag_for(step)}: {error}; earlier checkpoints are "
                 "untouched. Make room, or set checkpoint.save to another place, and start again: the run continues "
                 "from the newest one"
             ) from error
 
+    def _id_of_run(self) -> str:
+        """The same in all checkpoints of this folder, whichever process wrote them."""
+        if self._run_id is None:
+            self._run_id = manifest.run_of(self._root) or uuid.uuid4().hex
+        return self._run_id
+
     def _finish(self) -> None:
         self._flight = None
         if self._arena is not None:
             self._arena.reset()
 
-    def _temporary(self, step: int) -> Path:
-        return self._root / f"{layout.tag_for(step)}{layout.TEMPORARY_SUFFIX}"
+    def _fresh(self, step: int) -> str:
+        """Make an empty folder for the save, and return its name, which no other process ever has.
+
+        A run that was stopped inside a save, and goes on after another has taken its folder over, finds nothing under
+        the name that it knows; it would write into the other's save of the same step.
+        """
+        with as_checkpoint_error():
+            temporary = self._root / f"{layout.tag_for(step)}.{secrets.token_hex(4)}{layout.TEMPORARY_SUFFIX}"
+            fresh_folder(temporary)
+            return temporary.name
 
     def _commit(self, flight: _InFlight) -> int:
         where = layout_of(self._config, self._groups)
@@ -205,13 +226,14 @@ class Saver:
             "tokens": samples * self._config.model.seq_length,
             "layout": where,
             **self._about,
+            "run": self._id_of_run(),
             "growth": growth_fingerprint(flight.state),
         }
-        temporary, final = self._temporary(flight.step), self._root / layout.tag_for(flight.step)
+        temporary, final = flight.temporary, self._root / layout.tag_for(flight.step)
         assert flight.files is not None
         with as_checkpoint_error():
             layout.write_json(temporary / layout.STATE_FILE, {**flight.state, "layout": where})
-            (temporary / layout.CONFIG_FILE).write_text(self._config.to_yaml())
+            (temporary / layout.CONFIG_FILE).write_text(self._config.to_yaml(), encoding="utf-8")
             # Ours, and what optimizer offload to NVMe has copied there beside the ranks' files.
             others = [name for name in layout.file_sizes(temporary) if name not in flight.files]
             for name in others:
@@ -235,12 +257,6 @@ def growth_fingerprint(state: dict[str, Any]) -> str | None:
     """A hash of the growth hook's state: checkpoints with equal hashes have grown equally."""
     growth = state.get("hooks", {}).get(layout.GROWTH_STATE)
     return None if growth is None else manifest.digest(growth)
-
-
-def _fresh(temporary: Path) -> None:
-    """An empty folder, in place of what a killed save left, perhaps of more ranks than this run has."""
-    with as_checkpoint_error():
-        fresh_folder(temporary)
 
 
 def _hand_over(

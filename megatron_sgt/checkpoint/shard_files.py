@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from megatron_sgt.checkpoint import layout, weight_parts
 from megatron_sgt.checkpoint.host_copy import Arena, compact_copy, host_copy
+from megatron_sgt.checkpoint.identity import Identity, load_file
 from megatron_sgt.checkpoint.manifest import Files, describe_file
-from megatron_sgt.checkpoint.restricted import load_restricted
 from megatron_sgt.errors import CheckpointError, first_line
 from megatron_sgt.files import sync
 from megatron_sgt.parallel.collectives import wait_for_all
@@ -33,9 +32,13 @@ class ShardFiles:
     Args:
         arena: copy what is to be written, and let ``finish`` write it; None: write at once.
         dp_rank, dp_size: this rank's share of the weights that all data-parallel ranks have (``weight_parts``).
+        about: whose the files are, which is said in them; None where nothing is written.
     """
 
-    def __init__(self, arena: Arena | None = None, dp_rank: int = 0, dp_size: int = 1) -> None:
+    def __init__(
+        self, arena: Arena | None = None, dp_rank: int = 0, dp_size: int = 1, about: Identity | None = None
+    ) -> None:
+        self._about = about
         self._arena = arena
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._kept: list[tuple[Any, Path]] = []
@@ -76,11 +79,11 @@ class ShardFiles:
         if self._problem is not None:
             return
         try:
-            torch.save(content, path)
+            torch.save(content if self._about is None else self._about.stamped(content, path), path)
         except RuntimeError as error:  # torch reports a full disk this way
             raise OSError(first_line(error)) from error
         sync(path)
-        self._files[path.name] = describe_file(path)
+        self._files[path.name] = describe_file(path) | ({} if self._about is None else {"rank": self._about.rank})
 
     def finish(self) -> Files:
         """Write what was kept; returns this rank's files, all on disk.
@@ -99,12 +102,12 @@ class ShardFiles:
         """Read files before DeepSpeed asks for them.
 
         Raises:
-            CheckpointError: see ``load_restricted``.
+            CheckpointError: see ``identity.load_file``.
         """
         for path in paths:
-            content = load_restricted(path, mapped=False)
+            content = load_file(path, mapped=False)
             if layout.is_model_file(path.name):
-                content = weight_parts.merged(content, path, partial(load_restricted, mapped=False))
+                content = weight_parts.merged(content, path, partial(load_file, mapped=False))
             self._read[path] = content
 
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
@@ -113,10 +116,10 @@ class ShardFiles:
         A file that was not read before (rank 0's weights, whose settings every rank compares) is mapped: only what is
         used is read.
         """
-        return self._read.get(Path(path)) or load_restricted(Path(path))
+        return self._read.get(Path(path)) or load_file(Path(path))
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        os.makedirs(path, exist_ok=exist_ok)
+        """Does nothing: checkpoint/save.py has made the folder. If another run has deleted it, it is not made again."""
 
     def create(self, info: Any) -> None:
         """Does nothing: checkpoint/save.py makes and commits the folder."""
@@ -137,12 +140,18 @@ class ShardFiles:
 
 @contextmanager
 def redirected_to(files: ShardFiles, engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
-    """Let ``engine`` write and read its files through ``files`` inside the context."""
+    """Let ``engine`` write and read its files through ``files`` inside the context.
+
+    The scripts that DeepSpeed copies into the folder (zero_to_fp32.py) are left out: they read pickles without
+    restrictions.
+    """
     own, engine.checkpoint_engine = engine.checkpoint_engine, files
+    engine._copy_recovery_script = lambda save_path: None
     try:
         yield
     finally:
         engine.checkpoint_engine = own
+        del engine._copy_recovery_script
 
 
 @contextmanager

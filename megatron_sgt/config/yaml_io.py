@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from megatron_sgt.errors import ConfigError
+from megatron_sgt.errors import ConfigError, first_line
 
 _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 _INT = re.compile(r"^[-+]?[0-9][0-9_]*$")
@@ -78,6 +78,11 @@ def parse_yaml(text: str, source: str) -> Any:
         place = source if mark is None else f"{source}, line {mark.line + 1}"
         detail = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(f"{place}: not valid YAML: {detail}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{source}: not valid YAML: it is nested too deeply") from error
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+        # What a tag asks for and its text is not (!!bool maybe), a number of ten thousand digits.
+        raise ConfigError(f"{source}: not valid YAML: {first_line(error)}") from error
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

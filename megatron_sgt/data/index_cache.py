@@ -27,6 +27,8 @@ EVAL_SEED = 0
 """Validation and test ignore the seed of the run: runs that differ in it are measured on the same samples."""
 VISIBLE_AFTER_SECONDS = 60.0
 """How long a rank waits for rank 0's cache to appear: network file systems list new folders late."""
+_NPY = b"\x93NUMPY"
+"""How NumPy's files begin; what begins otherwise ``numpy.load`` takes for a pickle."""
 
 
 def megatron_datasets() -> ModuleType:
@@ -109,10 +111,27 @@ def open_split(prefix: str, part: SplitPart, seq_length: int, seed: int, folder:
         eod_mask_loss=False,
         create_attention_mask=False,
     )
+    check_indices(folder)
     sequences = gpt.GPTDataset.build_low_level_dataset(prefix, config)
     chosen = np.arange(part.first, part.last, dtype=np.int32)
     split = gpt.Split[part.name]
     return gpt.GPTDataset(sequences, Path(prefix).name, chosen, None, split, config)
+
+
+def check_indices(folder: str) -> None:
+    """Refuse a ``folder`` of indices that holds a pickle: Megatron-Core would run the code in it.
+
+    Raises:
+        DataError: naming the file.
+    """
+    for path in sorted(Path(folder).glob("*.npy")):
+        try:
+            with path.open("rb") as stream:
+                start = stream.read(len(_NPY))
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        if start != _NPY:
+            raise DataError(f"{path} is no NumPy array, not loaded; delete {folder}, and it is built again")
 
 
 def wait_for_folder(folder: str, patience_seconds: float = VISIBLE_AFTER_SECONDS) -> None:

@@ -146,7 +146,7 @@ def _leave_signals_to_the_run(worker: int) -> None:
 
     The loader ends its workers by a message, and a worker without a parent ends by itself.
     """
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)
 
 

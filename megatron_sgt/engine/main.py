@@ -28,8 +28,9 @@ start it
   MPI            mpirun -n 8 python pretrain_sgt.py --config FILE.yaml
 
 stop it
-  SIGTERM, SIGUSR1 or Ctrl-C to any rank: all ranks end the step, save, and leave with 75. The same signal again,
-  more than 3 s later, forces the exit. Under Slurm the run stops by itself before the job's end.
+  SIGTERM, SIGUSR1, Ctrl-C or SIGHUP (a closed terminal; not under nohup) to any rank: all ranks end the step, save,
+  and leave with 75. The same signal again, more than 3 s later, forces the exit. Under Slurm the run stops by itself
+  before the job's end.
 
 exit codes (torchrun ends with 1 whatever its ranks end with)
 """ + "".join(f"  {code:<4} {code.meaning}\n" for code in ExitCode)

@@ -29,7 +29,7 @@ from megatron_sgt.engine.hooks.watched import watched_batches, watched_hooks
 from megatron_sgt.engine.loop import DivergedError, Trainer
 from megatron_sgt.engine.skipped_ranges import SkippedRanges, batches_outside
 from megatron_sgt.engine.step import TrainState
-from megatron_sgt.errors import CheckpointError, ExitCode
+from megatron_sgt.errors import CheckpointError, DamagedCheckpointError, ExitCode
 from megatron_sgt.files import replace_text
 from megatron_sgt.growth import Schedule
 from megatron_sgt.growth.methods import with_schedule
@@ -106,17 +106,31 @@ class PretrainingRun:
         self._wire(datasets[1])
         if self.start.folder is not None:
             self.progress.enter("loading the checkpoint")
-            self.saver.load(self.start.folder, self.start.saved, self.state)
+            self.start = self._load(self.start, self._look_for_start)
             self.state.consumed_samples = self.skipped_ranges.after(self.state.consumed_samples)
         self._report_start()
         self.train_data = datasets[0]
 
-    def _find_start(self, look: Callable[[dict[Path, str]], Start]) -> Start:
+    def _load(self, start: Start, look: Callable[[dict[Path, str]], Start]) -> Start:
+        """Load ``start``, or the newest checkpoint whose files can be read; returns which. Collective."""
+        damaged: dict[Path, str] = {}
+        while True:
+            assert start.folder is not None, "without a whole one _find_start raises"
+            try:
+                self.saver.load(start.folder, start.saved, self.state)
+                return start
+            except DamagedCheckpointError as error:
+                if start.explicit:
+                    raise
+                damaged[start.folder] = str(error)
+            start = self._find_start(look, damaged)
+
+    def _find_start(self, look: Callable[[dict[Path, str]], Start], damaged: dict[Path, str] | None = None) -> Start:
         """The newest whole checkpoint of the run; damaged ones are skipped. Collective.
 
-        ``look``: finds one on rank 0, given those that are known to be damaged.
+        ``look``: finds one on rank 0, given those that are known to be ``damaged``.
         """
-        damaged: dict[Path, str] = {}
+        damaged = {} if damaged is None else damaged
         while True:
             start = on_rank_zero(partial(look, damaged))
             if start.folder is None:
@@ -176,7 +190,8 @@ class PretrainingRun:
             hook.attach(parts)
         self.hooks += self.own_hooks
         intervals = (config.train.replica_check_interval, config.checkpoint.save_interval)
-        self.hooks.append(ReplicaCheckHook(runtime.model, intervals, runtime.engine.zero_optimization_stage(), groups))
+        stage, root = runtime.engine.zero_optimization_stage(), config.save_dir
+        self.hooks.append(ReplicaCheckHook(runtime.model, intervals, stage, groups, root))
         # Saving comes last, so that a checkpoint holds what the other hooks made of the step; what a hook has changed
         # on one rank alone is seen before.
         about = {"tokenizer": tokenizer_fingerprint(config) if groups.is_main else None}
@@ -256,10 +271,11 @@ class PretrainingRun:
         """Load the newest checkpoint, and skip the data between it and the spike for good."""
         self.progress.enter("going back to a checkpoint")
         own = self.config.checkpoint.model_copy(update={"resume": "auto", "load": None})
-        newest = self._find_start(partial(find_start, self.config.model_copy(update={"checkpoint": own})))
+        look = partial(find_start, self.config.model_copy(update={"checkpoint": own}))
+        newest = self._find_start(look)
         if newest.folder is None:
             raise CheckpointError(f"no checkpoint in {self.config.save_dir} is whole; there is none to go back to")
-        self.saver.load(newest.folder, newest.saved, self.state)
+        newest = self._load(newest, look)
         start = self.state.consumed_samples
         self.skipped_ranges.add(start, spike.stop)
         on_rank_zero(self.skipped_ranges.write)  # before a step is taken: a run that dies now must not forget it

@@ -6,9 +6,11 @@ the process, so that a run that is started again from a checkpoint before a rang
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from megatron_sgt.checkpoint.forms import fields, whole
 from megatron_sgt.checkpoint.layout import read_json
 from megatron_sgt.data.loader import MicroBatch, TrainLoader
 from megatron_sgt.errors import CheckpointError
@@ -32,13 +34,18 @@ class SkippedRanges:
             CheckpointError: the file is damaged.
         """
         path = root / PASSED_FILE
-        if not path.is_file():
+        if not os.path.lexists(path):
             return cls(root)
         try:
-            return cls(root, [(int(start), int(stop)) for start, stop in read_json(path)["ranges"]])
-        except (KeyError, TypeError, ValueError) as error:
+            found = read_json(path)
+            ranges = [
+                (whole(start, "the start of a range"), whole(stop, "the end of a range", start))
+                for start, stop in fields(found, "it")["ranges"]
+            ]
+            return cls(root, ranges)
+        except (CheckpointError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{path} is damaged ({error!r}); delete it to train on all data, or copy it again"
+                f"{path} is damaged ({error}); delete it to train on all data, or copy it again"
             ) from error
 
     @classmethod

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint import layout, manifest
-from megatron_sgt.checkpoint.reshard.layout_free import IMPORTED_FROM, LAYOUT_FREE, file_name
+from megatron_sgt.checkpoint.forms import IMPORTED_FROM, LAYOUT_FREE
+from megatron_sgt.checkpoint.reshard.layout_free import file_name
 from megatron_sgt.checkpoint.reshard.rank_state import WEIGHTS
 from megatron_sgt.checkpoint.reshard.tensor_file import TensorFileWriter
 from megatron_sgt.config import Config
@@ -136,7 +137,7 @@ def _state(origin: str, hooks: dict[str, Any]) -> dict[str, Any]:
 def _commit(state: dict[str, Any], config: Config, tokenizer: str | None, temporary: Path, final: Path) -> int:
     """Complete the folder and rename it; returns its size in bytes. ``tokenizer``: its fingerprint."""
     layout.write_json(temporary / layout.STATE_FILE, state)
-    (temporary / layout.CONFIG_FILE).write_text(config.to_yaml())
+    (temporary / layout.CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
     about = {"step": 0, "layout": None, "tokenizer": tokenizer}
     return manifest.commit_folder(temporary, final, about)
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_sgt.config.growth import GrowthConfig
-from megatron_sgt.errors import CheckpointError
+from megatron_sgt.errors import CheckpointError, DamagedCheckpointError
 
 _MONITORING = frozenset({"growth.entropy_after_fixed"})
 """Fields that change what is watched, never what is decided: they may differ between save and load."""
@@ -21,11 +21,12 @@ def check_identity(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
 
     Raises:
         CheckpointError: names each differing field with the checkpoint's and the run's value.
+        DamagedCheckpointError: the state says nothing of them.
     """
     try:
         saved = _fields(state)
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"growth state is damaged: {type(error).__name__}: {error}") from error
+        raise DamagedCheckpointError(f"growth state is damaged: {type(error).__name__}: {error}") from error
     # A field that is younger than the checkpoint had its default then.
     younger = {f"growth.{name}": value for name, value in GrowthConfig().model_dump(mode="json").items()}
     saved, here = {**younger, **saved}, _fields(mine)
@@ -55,4 +56,7 @@ def _fields(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _show(values: Mapping[str, Any], name: str) -> str:
-    return repr(values[name]) if name in values else "absent"
+    if name not in values:
+        return "absent"
+    text = repr(values[name])
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -126,7 +126,7 @@ def read_events(path: Path, config: GrowthConfig, num_layers: int, num_heads: in
     for record in records:
         try:
             event = _parse(record)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
             raise ConfigError(f"growth.replay: {path} holds a damaged growth event: {error!r}") from error
         problem = _problem(event, record, config, (num_layers, num_heads), depth)
         if events and event.step <= events[-1].step:
@@ -157,7 +157,7 @@ def _read_once(path: Path, version: tuple[int, int]) -> list[dict[str, Any]]:
         if not text.lstrip().startswith("["):
             return read_metrics(path)
         return without_void_records(record for record in json.loads(text) if isinstance(record, dict))
-    except (DataError, ValueError) as error:
+    except (DataError, RecursionError, ValueError) as error:
         raise ConfigError(f"growth.replay: {path} is neither a metrics.jsonl nor a JSON list: {error}") from error
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_sgt.config.base import Section
 from megatron_sgt.config.growth import GrowthConfig
-from megatron_sgt.errors import CheckpointError, ConfigError
+from megatron_sgt.errors import ConfigError, DamagedCheckpointError
 from megatron_sgt.growth.identity import check_identity
 from megatron_sgt.growth.plan import GrowthEvent, LoopPlan
 
@@ -188,14 +188,14 @@ class Schedule(ABC):
         """Continue from ``state_dict()``.
 
         Raises:
-            CheckpointError: the state is damaged or belongs to another rule, model or configuration; names every
-                difference.
+            CheckpointError: the state belongs to another rule, model or configuration; names every difference.
+            DamagedCheckpointError: it is damaged.
         """
         check_identity(state, self.identity())
         try:
             self.restore(state)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"growth state is damaged: {type(error).__name__}: {error}") from error
+        except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+            raise DamagedCheckpointError(f"growth state is damaged: {type(error).__name__}: {error}") from error
 
     # Imported models
 

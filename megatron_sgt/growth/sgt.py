@@ -276,15 +276,32 @@ class SGTSchedule(Schedule):
 
     def restore(self, progress: Mapping[str, Any]) -> None:
         ema = np.array(progress["ema"], dtype=np.float64)
-        grown = {
-            int(g["layer"]): Grown(int(g["loops"]), tuple(map(int, g["kept_heads"])), int(g["chosen_at"]))
-            for g in progress["grown"]
-        }
-        phase, step, window_end = progress["phase"], int(progress["step"]), int(progress["window_end"])
+        grown = dict(map(self._restored, progress["grown"]))
+        phase, step, window_end = progress["phase"], progress["step"], progress["window_end"]
         if ema.shape != self._ema.shape or phase not in ("vanilla", "selecting", "fixed"):
             raise ValueError(f"EMA of shape {ema.shape}, phase {phase!r}")
+        if not np.isfinite(ema).all():
+            raise ValueError("an EMA entropy is not finite")
+        if type(step) is not int or type(window_end) is not int:
+            raise ValueError(f"step {step!r}, end of the window {window_end!r}")
+        latest = max((chosen.chosen_at for chosen in grown.values()), default=0)
+        if step < 0 or latest > step or not 0 <= window_end <= step + self.config.window_size:
+            raise ValueError("a step lies where no run can have come to")
+        if len(grown) < len(progress["grown"]) or (bool(grown) != (phase != "vanilla") and phase != "fixed"):
+            raise ValueError(f"layers {[g['layer'] for g in progress['grown']]} in phase {phase!r}")
         self._ema, self._grown, self._phase = ema, grown, phase
         self._step, self._window_end = step, window_end
+
+    def _restored(self, entry: Mapping[str, Any]) -> tuple[int, Grown]:
+        """A layer of ``progress``; a ValueError for one that this model cannot have grown."""
+        layer, loops, chosen_at, kept = entry["layer"], entry["loops"], entry["chosen_at"], tuple(entry["kept_heads"])
+        if not all(type(number) is int for number in (layer, loops, chosen_at, *kept)):
+            raise ValueError(f"layer {layer!r}, loops {loops!r}, kept heads {kept!r}")
+        LayerPlan(loops, kept)  # refuses what no layer can execute
+        possible = 0 <= layer < self.num_layers and 1 <= loops <= self.max_loops and kept[-1] < self.num_heads
+        if not possible or chosen_at < -self.config.window_size:
+            raise ValueError(f"layer {layer} with {loops} loops of heads {list(kept)}")
+        return layer, Grown(loops, kept, chosen_at)
 
     @classmethod
     def settings_for(cls, plan: LoopPlan, num_heads: int) -> dict[str, Any] | None:

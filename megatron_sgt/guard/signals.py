@@ -31,7 +31,10 @@ REPEAT_S = 3.0
 
 @contextlib.contextmanager
 def listening(stop: StopRequests, grace_s: float) -> Iterator[None]:
-    """Let signals reach ``stop`` inside the context; main thread only."""
+    """Let signals reach ``stop`` inside the context; main thread only.
+
+    A SIGHUP that was ignored before stays ignored: so ``nohup`` says that the run outlives its terminal.
+    """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     watch = _Watch(stop, grace_s, reader)
@@ -42,7 +45,8 @@ def listening(stop: StopRequests, grace_s: float) -> Iterator[None]:
         if signum == signal.SIGINT and not stop.training:
             raise KeyboardInterrupt
 
-    handlers = {signum: signal.signal(signum, handler) for signum in SIGNALS}
+    outlived = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+    handlers = {signum: signal.signal(signum, handler) for signum in SIGNALS if signum not in outlived}
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     thread = threading.Thread(target=watch.run, name="signals", daemon=True)
     thread.start()

@@ -13,14 +13,15 @@ from collections.abc import Callable
 
 from megatron_sgt.config import TrainConfig
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""Ask to save and stop: a scheduler's or launcher's SIGTERM, Slurm's warning, Ctrl-C."""
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
+"""Ask to save and stop: a scheduler's or launcher's SIGTERM, a terminal that is gone, Slurm's warning, Ctrl-C."""
 
 
 class Reason(enum.IntEnum):
     """Why a run stops. Of several reasons, on one rank or on many, the largest counts.
 
-    Launchers answer Ctrl-C or a warning with a SIGTERM of their own, so that SIGTERM is the least of the signals.
+    Launchers answer Ctrl-C, a warning or a hang-up with a SIGTERM of their own, so that SIGTERM is the least of the
+    signals; a shell passes a hang-up on to jobs that were warned before, so that SIGHUP is the next.
     Which of two came first is not known: the kernel delivers two pending ones in reverse order.
     """
 
@@ -28,8 +29,9 @@ class Reason(enum.IntEnum):
     JOB_END = 1
     DURATION = 2
     SIGTERM = 3
-    SIGUSR1 = 4
-    SIGINT = 5
+    SIGHUP = 4
+    SIGUSR1 = 5
+    SIGINT = 6
 
     @classmethod
     def of(cls, signum: int) -> Reason:

@@ -94,7 +94,7 @@ export FIRST_EXIT=$logs/first_exit # the code of the task that failed first; sru
 rm -f "$FIRST_EXIT"
 newest() { echo "$(cat "$latest" 2>/dev/null || echo "the beginning")"; }
 newest >>"$job/starts"
-task='trap : USR1 TERM; "$@"; code=$?; ((code == 0)) || (set -C; echo $code >"$FIRST_EXIT") 2>/dev/null; exit $code'
+task='trap : HUP USR1 TERM; "$@"; code=$?; ((code == 0)) || (set -C; echo $code >"$FIRST_EXIT") 2>/dev/null; exit $code'
 
 echo "$(date +%FT%T) job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST; ranks log to $logs"\
 """.splitlines()

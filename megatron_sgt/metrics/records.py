@@ -57,6 +57,19 @@ class TrainRecord(_Record, Throughput, total=False):
     ema_entropy: list[list[float]]  # [layer][head], while the schedule measures it
 
 
+MEASURED = (
+    "loss",
+    "grad_norm",
+    "lr",
+    "consumed_samples",
+    "ema_entropy",
+    "loop_depth",
+    "other_gates",
+    "phase",
+)
+"""Fields of a train record that a run determines: another run of the same configuration has the same, bit for bit."""
+
+
 class ValidRecord(_Record, total=False):
     """One validation, with the structure that inference uses."""
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
-from megatron_sgt.errors import DataError
+from megatron_sgt.config.yaml_io import parse_yaml
+from megatron_sgt.errors import ConfigError, DataError
 from megatron_sgt.jsonl import read_all, without_void_records
 from megatron_sgt.metrics import METRICS_FILE
 
@@ -138,8 +138,8 @@ def load_run(run_dir: Path, name: str | None = None) -> RunData:
 def _read_config(path: Path, notes: list[str]) -> tuple[str | None, Mapping[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
-        config = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        config = parse_yaml(text, str(path))
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
         notes.append(f"{path.name} cannot be read ({type(error).__name__}): the configuration is not shown")
         return None, {}
     return text, config if isinstance(config, dict) else {}

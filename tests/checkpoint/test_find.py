@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.find import Found, check_checkpoint, find_checkpoint
 from megatron_sgt.checkpoint.load import verify_together
 from megatron_sgt.config import Config
 from megatron_sgt.errors import CheckpointError
+from tests.helpers.checkpoints import ZERO_1
 from tests.helpers.checkpoints import write_plain_checkpoint as make
 from tests.helpers.damage import DAMAGES, damaged, harm
+from tests.helpers.deepspeed_files import counters
 from tests.helpers.fake_groups import fake_groups
 from tests.helpers.single import small_config
 
@@ -64,7 +67,7 @@ def test_resume_never_does_not_mix_two_runs(tmp_path: Path) -> None:
 
 def test_a_whole_checkpoint_passes_and_gives_its_state(tmp_path: Path) -> None:
     folder = make(tmp_path / "global_step7")
-    assert check_checkpoint(folder, small_config())["trainer"] == {"step": 7}
+    assert check_checkpoint(folder, small_config())["trainer"] == counters(7)
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +135,8 @@ def test_a_file_that_the_manifest_does_not_name_is_missed(tmp_path: Path) -> Non
 
 def test_sizes_alone_when_the_user_says_so(tmp_path: Path) -> None:
     folder = make(tmp_path / "global_step7")
+    torch.save({"module": {}, "large": torch.zeros(10**6)}, folder / "mp_rank_00_model_states.pt")
+    manifest.write_manifest(folder, {})
     harm(folder / "mp_rank_00_model_states.pt", "flip")
     groups = fake_groups()
     assert verify_together(folder, small_config(checkpoint={"verify": "sizes"}), groups) is None
@@ -160,3 +165,12 @@ def test_what_shapes_no_weight_may_change(tmp_path: Path) -> None:
     folder = make(tmp_path / "global_step7")
     free = {"seq_length": 64, "attention_dropout": 0.1, "hidden_dropout": 0.1, "init_method_std": 0.01}
     check_checkpoint(folder, small_config(model=free, optim={"lr": 5e-4}, train={"seed": 9}))
+
+
+def test_an_average_whose_files_are_not_listed_is_damage(tmp_path: Path) -> None:
+    folder = make(tmp_path / "global_step3")
+    state = layout.read_json(folder / layout.STATE_FILE)
+    layout.write_json(folder / layout.STATE_FILE, {**state, layout.AVERAGE_STATE: {"decay": 0.9}})
+    manifest.write_manifest(folder, {"layout": state["layout"]})
+    with pytest.raises(CheckpointError, match=r"ema_0000_mp_rank_00\.pt is not listed in manifest\.json"):
+        check_checkpoint(folder, small_config(deepspeed=ZERO_1))

@@ -191,11 +191,12 @@ def test_leftovers_of_dead_saves_are_cleared_and_the_rest_stays(tmp_path: Path) 
     make(tmp_path, 1)
     make(tmp_path, 2, whole=False).rename(tmp_path / "global_step2.tmp")
     make(tmp_path, 3, whole=False)
-    (tmp_path / "latest.tmp").write_text("glob")
+    for name in ("latest.tmp", "latest.12345678.tmp", "latest_checkpointed_iteration.txt.12345678.tmp"):
+        (tmp_path / name).write_text("glob")
     (tmp_path / "notes").mkdir()
     assert layout.clear_leftovers(tmp_path) == ["global_step2.tmp"]
     assert names(tmp_path) == {"global_step1", "global_step3", "notes"}
-    assert not (tmp_path / "latest.tmp").exists()
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_removal_cut_short_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,10 +221,35 @@ def test_killed_at_any_point_a_whole_checkpoint_counts(
 
 
 def test_a_new_save_does_not_adopt_the_files_of_a_killed_one(tmp_path: Path) -> None:
-    leftover = tmp_path / "global_step4.tmp"
+    leftover = tmp_path / "global_step4.12345678.tmp"
     leftover.mkdir()
     (leftover / "zero_pp_rank_7_mp_rank_00_optim_states.pt").write_bytes(b"of a rank that this run does not have")
     assert not (save_at(tmp_path, 4).folder / "zero_pp_rank_7_mp_rank_00_optim_states.pt").exists()
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+def test_two_saves_of_the_same_step_do_not_meet(cleared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was stopped inside a save goes on when another has saved the same step, or is about to."""
+    gate, original = threading.Event(), torch.save
+    monkeypatch.setattr(shard_files.torch, "save", lambda *args: (gate.wait(30), original(*args)))
+    former = saver_at(tmp_path, checkpoint={"async_save": True})
+    former.start(4, STATE)
+    monkeypatch.setattr(shard_files.torch, "save", original)
+    if cleared:
+        layout.clear_leftovers(tmp_path)  # as the other's start does
+    other = saver_at(tmp_path)
+    other.start(4, STATE)
+    (ours,) = [path for path in tmp_path.glob("*.tmp") if layout.file_sizes(path)]
+    before = {path.name: path.stat().st_mtime_ns for path in ours.iterdir()}
+    gate.set()
+    if cleared:
+        with pytest.raises(CheckpointError, match="cannot write checkpoint"):
+            former.poll(wait=True)
+        assert list(tmp_path.glob("*.tmp")) == [ours]
+    assert {path.name: path.stat().st_mtime_ns for path in ours.iterdir()} == before
+    saved = other.poll(wait=True)
+    assert saved is not None
+    manifest.verify_checksums(saved.folder)
 
 
 @pytest.mark.parametrize("async_save", [False, True])
@@ -244,7 +269,7 @@ def test_a_write_that_fails_is_explained(
         saver.start(4, STATE)
         with pytest.raises(CheckpointError, match=r"global_step4: No space left on device; earlier .* untouched"):
             saver.poll(wait=True)
-    assert layout.latest_tag(tmp_path) == "global_step2" and not (tmp_path / "global_step4.tmp").exists()
+    assert layout.latest_tag(tmp_path) == "global_step2" and not list(tmp_path.glob("*.tmp"))
     saver.start(6, STATE)
     assert saver.poll(wait=True) is not None, "the next save works again"
 

@@ -47,7 +47,7 @@ def test_the_first_failure_is_told_at_the_end(arena: Arena | None, tmp_path: Pat
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
     torch.save({"module": {}, "trap": Trap(tmp_path / "executed")}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match=r"a\.pt cannot be read: (.|\n)*mkdir"):
+    with pytest.raises(CheckpointError, match=r"a\.pt holds code \(posix\.mkdir\), not loaded"):
         ShardFiles().read([tmp_path / "a.pt"])
     assert not (tmp_path / "executed").exists()
 

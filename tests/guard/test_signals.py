@@ -82,7 +82,7 @@ class Run:
         return self.process.exitcode, self.err.read_text()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_is_a_request(signum: int, tmp_path: Path) -> None:
     assert Run(tmp_path, steps).send(signum).end() == (Reason.of(signum), "")
 
@@ -123,6 +123,17 @@ def test_ctrl_c_interrupts_a_start(tmp_path: Path) -> None:
 
 def test_a_scheduler_that_warns_during_the_start_is_heard(tmp_path: Path) -> None:
     assert Run(tmp_path, steps, training=False).send(signal.SIGUSR1).end() == (Reason.SIGUSR1, "")
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with listening(requests(), 60):
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_IGN
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_everything_is_as_before_afterwards() -> None:

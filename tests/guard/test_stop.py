@@ -23,7 +23,7 @@ def requests(clock: Callable[[], float], job_end: float | None = None, **train: 
     return StopRequests(TrainConfig(**TRAIN, **train), job_end, clock)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGUSR1, signal.SIGINT])
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_launchers_answer_does_not_hide_what_it_answers(signum: int, order: int) -> None:
     asked = requests(Clock())

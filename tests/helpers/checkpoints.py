@@ -11,7 +11,7 @@ from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.save import layout_of
 from megatron_sgt.config import Config
 from megatron_sgt.parallel.rng import rng_state
-from tests.helpers.deepspeed_files import STEP, random_state, write_checkpoint, write_manifest
+from tests.helpers.deepspeed_files import STEP, counters, random_state, write_checkpoint, write_manifest
 from tests.helpers.fake_groups import fake_groups
 from tests.helpers.single import small_config
 
@@ -49,14 +49,8 @@ def write_grown_checkpoint(root: Path, where: tuple[int, int, int] = (2, 1, 1)) 
     config = grown_config()
     folder = write_checkpoint(root, config, random_state(config), where)
     state = layout.read_json(folder / layout.STATE_FILE)
-    trainer = {
-        "step": GROWN_STEP,
-        "consumed_samples": 2 * GROWN_STEP,
-        "skipped_steps": 0,
-        "consecutive_skipped": 0,
-    }
     hooks = {"growth": {"schedule": grown_schedule(config), "events": []}}
-    layout.write_json(folder / layout.STATE_FILE, {**state, "trainer": trainer, "hooks": hooks})
+    layout.write_json(folder / layout.STATE_FILE, {**state, "hooks": hooks})
     write_manifest(folder)
     return folder
 
@@ -66,7 +60,7 @@ def write_plain_checkpoint(folder: Path, tokenizer: str | None = None, **section
     folder.mkdir(parents=True)
     config, step = small_config(**{"deepspeed": ZERO_1, **sections}), layout.step_of(folder.name)
     where = layout_of(config, fake_groups())
-    layout.write_json(folder / layout.STATE_FILE, {"trainer": {"step": step}, "layout": where})
+    layout.write_json(folder / layout.STATE_FILE, {"trainer": counters(step), "layout": where, "hooks": {}})
     (folder / layout.CONFIG_FILE).write_text(config.to_yaml())
     for name in layout.files_of_rank(where, 0, 0):
         torch.save({"step": step, "padding": torch.zeros(1000)}, folder / name)

@@ -208,12 +208,17 @@ def write_checkpoint(
     for rank in range(tp_size * dp_size):
         torch.save({}, folder / layout.rng_file(rank))
     averaged = {layout.AVERAGE_STATE: {"decay": 0.75}} if AVERAGE in state else {}
-    saved = {"layout": where, "trainer": {"step": STEP}, "hooks": {}, **averaged}
+    saved = {"layout": where, "trainer": counters(STEP), "hooks": {}, **averaged}
     layout.write_json(folder / layout.STATE_FILE, saved)
     (folder / layout.CONFIG_FILE).write_text(config.to_yaml())
     write_manifest(folder)
     replace_text(root / layout.LATEST_FILE, folder.name)
     return folder
+
+
+def counters(step: int) -> dict[str, int]:
+    """Of a run that has skipped no step."""
+    return {"step": step, "consumed_samples": 2 * step, "skipped_steps": 0, "consecutive_skipped": 0}
 
 
 def write_manifest(folder: Path) -> None:

@@ -16,19 +16,9 @@ from megatron_sgt.engine.run import PretrainingRun
 from megatron_sgt.jsonl import read_metrics
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.metrics import METRICS_FILE
+from megatron_sgt.metrics.records import MEASURED
 
 VOCAB_SIZE = 64
-MEASURED = (
-    "loss",
-    "grad_norm",
-    "lr",
-    "consumed_samples",
-    "ema_entropy",
-    "loop_depth",
-    "other_gates",
-    "phase",
-)
-"""Fields of a train record that a run determines; the others are times."""
 
 TINY: dict[str, dict[str, Any]] = {
     "model": {

@@ -83,7 +83,7 @@ def run_config(run_dir: Path, data: str, name: str, stop: int | None = None) -> 
 
 def saving(root: Path) -> int:
     """The step of the save that is going on, 0 if there is none."""
-    return max((layout.step_of(path.stem) for path in root.glob("global_step*.tmp")), default=0)
+    return max((layout.step_of(path.name.partition(".")[0]) for path in root.glob("global_step*.tmp")), default=0)
 
 
 def step_reached(root: Path) -> int:

@@ -9,6 +9,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 from megatron_sgt.launch.rank_info import LOOPBACK, RankInfo, free_port, to_environ
+from soak_parts.moments import Armed, watch
 
 RANKS = 2
 
@@ -27,8 +28,10 @@ class Ranks:
 
     def __init__(self, config: Path, log: Path) -> None:
         port = free_port()
+        self.armed: Armed = _context.Array("i", 2 * RANKS, lock=False)
         self.processes = [
-            _context.Process(target=_rank_main, args=(rank, port, str(config), str(log))) for rank in range(RANKS)
+            _context.Process(target=_rank_main, args=(rank, port, str(config), str(log), self.armed))
+            for rank in range(RANKS)
         ]
         for process in self.processes:
             process.start()
@@ -54,7 +57,7 @@ class Ranks:
         return [process.exitcode or 0 for process in self.processes]
 
 
-def _rank_main(rank: int, port: int, config: str, log: str) -> None:
+def _rank_main(rank: int, port: int, config: str, log: str, armed: Armed) -> None:
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -64,6 +67,7 @@ def _rank_main(rank: int, port: int, config: str, log: str) -> None:
     from megatron_sgt.engine.main import main
 
     torch.set_num_threads(1)
+    watch(rank, armed)
     code = main(["--config", config])
     sys.stdout.flush()
     os._exit(code)

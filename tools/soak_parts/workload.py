@@ -13,8 +13,9 @@ STEPS, INTERVAL = 160, 4
 LAYOUTS = {
     f"{name}-zero{stage}": {"tensor_model_parallel_size": size, "zero_stage": stage, "device": "cpu"}
     for name, size in (("tp2", 2), ("dp2", 1))
-    for stage in (1, 3)
+    for stage in (0, 1, 2, 3)
 }
+SAVES = {"sync": {"async_save": False}, "async": {"async_save": True}}
 
 
 def small_config(run_dir: Path, data: str, parallel: dict[str, Any], checkpoint: dict[str, Any]) -> Config:

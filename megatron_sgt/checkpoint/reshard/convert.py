@@ -17,7 +17,8 @@ from pathlib import Path
 from megatron_sgt.arch.weight import Weight
 from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint import layout, manifest
-from megatron_sgt.checkpoint.reshard.layout_free import LAYOUT_FREE, file_name
+from megatron_sgt.checkpoint.forms import LAYOUT_FREE
+from megatron_sgt.checkpoint.reshard.layout_free import file_name
 from megatron_sgt.checkpoint.reshard.source import Source, open_source
 from megatron_sgt.checkpoint.reshard.tensor_file import TensorFileWriter
 from megatron_sgt.checkpoint.shard_files import as_checkpoint_error
@@ -26,7 +27,7 @@ from megatron_sgt.errors import CheckpointError
 from megatron_sgt.files import fresh_folder, temporary_of
 
 # Entries of a manifest that hold under any layout.
-_KEPT = ("step", "tokens", "growth", "config_sha256", "tokenizer", "code")
+_KEPT = ("step", "tokens", "growth", "config_sha256", "tokenizer", "code", "run")
 
 
 def weights_of(source: Source, part: int, parts: int) -> list[Weight]:
@@ -90,7 +91,9 @@ def commit(source: Source, temporary: Path, final: Path) -> int:
             "loss_scale": source.ranks[0].loss_scale,
         },
     }
-    about = {name: value for name, value in manifest.read_manifest(source.folder).items() if name in _KEPT}
+    made_from = manifest.read_manifest(source.folder)
+    about = {name: value for name, value in made_from.items() if name in _KEPT}
+    about["source"] = manifest.digest(made_from)
     with as_checkpoint_error(f"{final} cannot be written: "):
         layout.write_json(temporary / layout.STATE_FILE, state)
         # The random streams, for a load that changes the ZeRO stage alone.

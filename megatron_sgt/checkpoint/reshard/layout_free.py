@@ -15,16 +15,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_sgt.arch.weight import Weight
-from megatron_sgt.checkpoint.layout import AVERAGE_STATE, STATE_FILE, read_json
+from megatron_sgt.checkpoint.forms import IMPORTED_FROM, LAYOUT_FREE, read_state
+from megatron_sgt.checkpoint.layout import AVERAGE_STATE
 from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE, QUANTITIES, WEIGHTS
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.model.hf_weights import check_shape, shard
-
-LAYOUT_FREE = "layout_free"
-"""Key in sgt_state.json: what a layout-free checkpoint was made from."""
-IMPORTED_FROM = "imported_from"
-"""Key below it: the folder of an imported model; absent in the checkpoint of a run."""
 
 
 def file_name(quantity: str, part: int, parts: int) -> str:
@@ -47,7 +43,7 @@ class LayoutFreeReader:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._file_of: dict[tuple[str, str], Any] = {}
-        state = read_json(folder / STATE_FILE)
+        state = read_state(folder)
         imported, averaged = IMPORTED_FROM in state[LAYOUT_FREE], AVERAGE_STATE in state
         self.quantities: tuple[str, ...] = (WEIGHTS,) if imported else (*QUANTITIES, *([AVERAGE] if averaged else []))
         """What the folder holds."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from megatron_sgt.checkpoint.restricted import load_restricted
+from megatron_sgt.checkpoint.identity import load_file
 from megatron_sgt.errors import CheckpointError
 
 WEIGHTS = "weights"
@@ -50,13 +50,16 @@ def common_step(steps: Iterable[Any], where: object) -> int:
     return found[0]
 
 
-def saved_average(path: Path) -> list[Tensor]:
-    """The average of the weights in one rank's file, in the order of the optimizer's fp32 tensors.
+def saved_average(path: Path, moments: Sequence[Tensor]) -> list[Tensor]:
+    """The average of the weights in one rank's file; its tensors have the order and shapes of the rank's ``moments``.
 
     Raises:
-        CheckpointError: the file cannot be read.
+        CheckpointError: the file cannot be read, or they have not.
     """
-    tensors: list[Tensor] = load_restricted(path)["average"]
+    tensors: list[Tensor] = load_file(path)["average"]
+    found, wanted = [tuple(t.shape) for t in tensors], [tuple(t.shape) for t in moments]
+    if found != wanted:
+        raise CheckpointError(f"{path} holds no average of these weights: its shapes are {found[:4]}, not {wanted[:4]}")
     return tensors
 
 

@@ -35,7 +35,7 @@ def layout_free_copy(folder: Path, groups: ParallelGroups) -> tuple[Path, str]:
         CheckpointError: on every rank, when one of them could not write its part.
     """
     copy = sibling_of(folder)
-    if on_rank_zero(lambda: _is_whole(copy)):
+    if on_rank_zero(lambda: _is_whole(copy, folder)):
         return copy, f"read from {copy}"
     start = time.perf_counter()
     temporary = temporary_of(copy)
@@ -49,11 +49,15 @@ def layout_free_copy(folder: Path, groups: ParallelGroups) -> tuple[Path, str]:
     return copy, text
 
 
-def _is_whole(copy: Path) -> bool:
+def _is_whole(copy: Path, folder: Path) -> bool:
+    """Whether ``copy`` is a copy of ``folder``, and whole; if not it is deleted. Older versions noted no origin."""
     if not copy.exists():
         return False
     try:
-        manifest.verify_sizes(copy)
+        manifest.refuse(copy, manifest.sample_problems(copy))
+        origin = manifest.read_manifest(copy).get("source")
+        if origin is not None and origin != manifest.digest(manifest.read_manifest(folder)):
+            raise CheckpointError(f"{copy} was made of another checkpoint")
     except CheckpointError:
         shutil.rmtree(copy, ignore_errors=True)
         return False

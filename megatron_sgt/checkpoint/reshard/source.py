@@ -11,11 +11,11 @@ from torch import Tensor
 from megatron_sgt.arch.weight import Weight
 from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint import layout
+from megatron_sgt.checkpoint.forms import read_config, read_state
 from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE, QUANTITIES, RankState, common_step
 from megatron_sgt.checkpoint.reshard.stage0 import Stage0State
 from megatron_sgt.checkpoint.reshard.stage3 import Stage3State
 from megatron_sgt.checkpoint.reshard.stage12 import Stage12State
-from megatron_sgt.config import load_config
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.model.hf_weights import join
@@ -70,8 +70,8 @@ def open_source(folder: Path) -> Source:
     Raises:
         CheckpointError: its files are not what DeepSpeed writes for its layout, or not of its model.
     """
-    saved = layout.read_json(folder / layout.STATE_FILE)
-    model = load_config(folder / layout.CONFIG_FILE).model
+    saved = read_state(folder)
+    model = read_config(folder).model
     written_under = saved["layout"]
     if written_under is None:
         raise CheckpointError(f"{folder} is layout-free already: it loads under any layout as it is")
@@ -79,7 +79,7 @@ def open_source(folder: Path) -> Source:
         tp_size = written_under["tensor_model_parallel_size"]
         averaged = layout.AVERAGE_STATE in saved
         ranks = [_open_rank(folder, written_under, rank, averaged) for rank in range(tp_size)]
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{folder} cannot be resharded: DeepSpeed's files lack something that version 0.19 writes "
             f"({type(error).__name__}: {error})"

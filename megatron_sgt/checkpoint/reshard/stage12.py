@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_sgt.checkpoint.identity import load_file
 from megatron_sgt.checkpoint.reshard.rank_state import (
     AVERAGE,
     MOMENTS,
@@ -24,7 +25,6 @@ from megatron_sgt.checkpoint.reshard.rank_state import (
     dynamic_scale,
     saved_average,
 )
-from megatron_sgt.checkpoint.restricted import load_restricted
 from megatron_sgt.errors import CheckpointError
 
 
@@ -32,8 +32,8 @@ class Stage12State(RankState):
     """Slices of the flat vectors of all data-parallel ranks."""
 
     def __init__(self, model_file: Path, optimizer_files: Sequence[Path], averages: Sequence[Path] = ()) -> None:
-        groups = load_restricted(model_file)["param_shapes"]
-        ranks = [load_restricted(file)["optimizer_state_dict"] for file in optimizer_files]
+        groups = load_file(model_file)["param_shapes"]
+        ranks = [load_file(file)["optimizer_state_dict"] for file in optimizer_files]
         self.shapes = {name: tuple(shape) for group in groups for name, shape in group.items()}
         self._where = model_file.parent
         self._place = _places(groups, ranks[0].get("param_alignment_paddings"))
@@ -46,7 +46,10 @@ class Stage12State(RankState):
         for quantity in MOMENTS:
             self._parts[quantity] = [[rank[i][quantity] for rank in states] for i in indices]
         if averages:
-            saved = [saved_average(file) for file in averages]
+            saved = [
+                saved_average(file, [rank[i][MOMENTS[0]] for i in indices])
+                for file, rank in zip(averages, states, strict=True)
+            ]
             self._parts[AVERAGE] = [[rank[i] for rank in saved] for i in indices]
         self.loss_scale = dynamic_scale(ranks[0])
 

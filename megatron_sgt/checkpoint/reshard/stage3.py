@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_sgt.checkpoint.identity import load_file
 from megatron_sgt.checkpoint.reshard.rank_state import (
     AVERAGE,
     MOMENTS,
@@ -22,7 +23,6 @@ from megatron_sgt.checkpoint.reshard.rank_state import (
     dynamic_scale,
     saved_average,
 )
-from megatron_sgt.checkpoint.restricted import load_restricted
 from megatron_sgt.errors import CheckpointError
 
 
@@ -30,8 +30,8 @@ class Stage3State(RankState):
     """Parts of each parameter from the vectors of all data-parallel ranks."""
 
     def __init__(self, model_file: Path, optimizer_files: Sequence[Path], averages: Sequence[Path] = ()) -> None:
-        groups = load_restricted(model_file)["param_shapes"]
-        ranks = [load_restricted(file)["optimizer_state_dict"] for file in optimizer_files]
+        groups = load_file(model_file)["param_shapes"]
+        ranks = [load_file(file)["optimizer_state_dict"] for file in optimizer_files]
         self.shapes = {name: tuple(shape) for group in groups for name, shape in group.items()}
         self._place: dict[str, tuple[int, int, int]] = {}
         for index, group in enumerate(groups):
@@ -60,7 +60,10 @@ class Stage3State(RankState):
         for quantity in MOMENTS:
             self._parts[quantity] = [[rank["state"][i][quantity] for rank in base] for i in indices]
         if averages:
-            saved = [saved_average(file) for file in averages]
+            saved = [
+                saved_average(file, [rank["state"][i][MOMENTS[0]] for i in indices])
+                for file, rank in zip(averages, base, strict=True)
+            ]
             self._parts[AVERAGE] = [[rank[i] for rank in saved] for i in indices]
         self.loss_scale = dynamic_scale(ranks[0])
 

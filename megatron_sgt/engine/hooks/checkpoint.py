@@ -11,12 +11,12 @@ from typing import Any
 import deepspeed
 
 from megatron_sgt.checkpoint.find import starts_fresh
-from megatron_sgt.checkpoint.layout import AVERAGE_STATE
+from megatron_sgt.checkpoint.layout import AVERAGE_STATE, parse_json
 from megatron_sgt.checkpoint.load import load_checkpoint
 from megatron_sgt.checkpoint.save import Saver
 from megatron_sgt.config import Config
 from megatron_sgt.engine.hooks.base import Hook
-from megatron_sgt.engine.hooks.replicas import verify_same_plan
+from megatron_sgt.engine.hooks.replicas import verify_loaded, verify_same_plan
 from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.metrics import MetricsHub
@@ -125,9 +125,11 @@ class CheckpointHook(Hook):
         """Continue from the checked checkpoint ``folder`` whose state is ``saved``; collective.
 
         Raises:
-            CheckpointError: the checkpoint does not fit this run.
+            CheckpointError: the checkpoint does not fit this run, or copies of a weight differ.
+            DamagedCheckpointError: its files cannot be read; no weight has been touched.
         """
         note = load_checkpoint(folder, saved, self.config, self.engine, self.groups, self.average)
+        verify_loaded(self.engine, folder, saved, self.groups)
         if note is not None:
             self._say("RESHARD", note)
         if self.average is not None and AVERAGE_STATE not in saved:
@@ -145,7 +147,11 @@ class CheckpointHook(Hook):
             if missing:
                 self._say("HOOKS", f"the checkpoint holds no state of {hook.name!r}: it starts with this run")
             first = copy.deepcopy(self._at_first.get(hook.name, {}))
-            hook.load_state_dict(kept.get(hook.name, first))
+            try:
+                hook.load_state_dict(kept.get(hook.name, first))
+            except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+                what = f"checkpoint {folder}: the state of {hook.name!r} cannot be read"
+                raise CheckpointError(f"{what}: {type(error).__name__}: {error}") from error
         for name in sorted(kept.keys() - {hook.name for hook in self.hooks}):
             self._say(
                 "HOOKS", f"the checkpoint holds the state of {name!r}, which this run does not have: it is dropped"
@@ -164,7 +170,7 @@ def _saved_state(hook: Hook) -> dict[str, Any]:
     """
     state = copy.deepcopy(hook.state_dict())
     try:
-        json.dumps(state)
+        parse_json(json.dumps(state))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the state of hook {hook.name!r} is not JSON-able: {error}") from error
     return state

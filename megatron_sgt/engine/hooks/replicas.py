@@ -5,24 +5,33 @@ not sharded are the same on all tensor-parallel ranks too. Under ZeRO-3 a rank h
 of which the tensor-parallel ranks hold copies where it is not sharded. A flipped bit, or a missing sum of
 gradients, makes copies drift without any error.
 
+They are compared every so many steps, before every save, and after a checkpoint has been loaded.
+
 Cost: one pass over the weights and a gather of two numbers per rank; the rest only after a difference.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_sgt.checkpoint import layout
 from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.step import StepResult, TrainState
-from megatron_sgt.errors import SGTError
+from megatron_sgt.errors import CheckpointError, SGTError
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.model.apply_plan import executed_plan
+from megatron_sgt.parallel.collectives import on_rank_zero
 from megatron_sgt.parallel.groups import ParallelGroups
+
+if TYPE_CHECKING:
+    import deepspeed
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 22
@@ -46,20 +55,42 @@ class ReplicaCheckHook(Hook):
     name = "replicas"
 
     def __init__(
-        self, model: torch.nn.Module, intervals: Sequence[int], zero_stage: int, groups: ParallelGroups
+        self,
+        model: torch.nn.Module,
+        intervals: Sequence[int],
+        zero_stage: int,
+        groups: ParallelGroups,
+        root: Path | None = None,
     ) -> None:
+        """``root``: where the run saves, to name a checkpoint to go back to."""
         self.model = model
+        self.root = root
+        self.equal_at: int | None = None
         self.intervals = [interval for interval in intervals if interval]
         self.zero_stage = zero_stage
         self.groups = groups
 
+    def before_run(self, state: TrainState) -> None:
+        """What was loaded has been compared."""
+        self.equal_at = state.step or None
+
     def after_step(self, state: TrainState, result: StepResult) -> None:
         if result.applied and any(state.step % interval == 0 for interval in self.intervals):
-            verify_replicas(self.model, state.step, self.zero_stage, self.groups)
+            self._compare(state.step)
 
     def after_run(self, state: TrainState) -> None:
         """Compare the end of the run."""
-        verify_replicas(self.model, state.step, self.zero_stage, self.groups)
+        self._compare(state.step)
+
+    def _compare(self, step: int) -> None:
+        try:
+            verify_replicas(self.model, step, self.zero_stage, self.groups)
+        except CorruptionError as error:
+            advice = on_rank_zero(lambda: _advice(self.equal_at, self.root))
+            raise CorruptionError(
+                f"{error}. Nothing was saved. {advice}; if it happens again, exclude the machine of that rank"
+            ) from None
+        self.equal_at = step
 
     def on_stop(self, state: TrainState, reason: int) -> None:
         self.after_run(state)
@@ -103,14 +134,79 @@ def checksum(values: Tensor) -> Tensor:
     return total
 
 
+def _advice(equal_at: int | None, root: Path | None) -> str:
+    """Where to start again: at a checkpoint of a step after which the copies were seen equal, or of one before it."""
+    if equal_at is None:
+        return "They have not been compared before in this run: start again from scratch, or from an older run"
+    when = f"The copies were last equal after step {equal_at:,}"
+    tags = [] if root is None else [t for t in layout.finished_tags(root) if layout.step_of(t) <= equal_at]
+    if root is None or not tags:
+        return f"{when}, and no checkpoint was written by then: start again from scratch"
+    there = root / tags[-1]
+    begun = f"{when}, so the last checkpoint from before the damage is {there}"
+    first = layout.candidates(root)[0][0]
+    if first == tags[-1]:
+        return f"{begun}: start again, the run continues from it"
+    return f"{begun}: write {tags[-1]} into {root / layout.LATEST_FILE} and start again"
+
+
 def verify_replicas(model: torch.nn.Module, step: int, zero_stage: int, groups: ParallelGroups) -> None:
     """Compare all copies; collective.
 
     Raises:
         CorruptionError: on every rank, naming the ranks whose copies differ from the majority's, and the weights.
     """
+    wrong = differing_copies(model, zero_stage, groups)
+    if wrong:
+        ranks, names = _named(wrong)
+        raise CorruptionError(
+            f"after step {step}, weights that must be equal differ: rank {ranks} from the others, in {names}"
+        )
+
+
+def verify_loaded(
+    engine: deepspeed.DeepSpeedEngine, folder: Path, saved: Mapping[str, Any], groups: ParallelGroups
+) -> None:
+    """Compare all copies after the checkpoint ``folder``, whose state is ``saved``, was loaded; collective.
+
+    Raises:
+        CheckpointError: on every rank, naming the ranks that differ, the weights, and the files that they have read.
+    """
     if groups.world_size == 1:
         return
+    wrong = differing_copies(engine.module, engine.zero_optimization_stage(), groups)
+    if not wrong:
+        return
+    where: Mapping[str, Any] | None = saved["layout"]
+    read: dict[str, None] = {}
+    if where is not None and where["tensor_model_parallel_size"] == groups.tp_size:
+        for rank in sorted({rank for found in wrong.values() for rank in found}):
+            dp_rank, tp_rank = divmod(rank, groups.tp_size)
+            if dp_rank < where["data_parallel_size"]:
+                read |= dict.fromkeys(layout.files_of_rank(where, tp_rank, dp_rank))
+    ranks, names = _named(wrong)
+    raise CheckpointError(
+        f"checkpoint {folder}: after loading, weights that must be equal differ: rank {ranks} from the others, in "
+        f"{names}, read from {_first(list(read), 4) or 'all its files'}. Copy it again; to go back to an older one "
+        f"write its name into {folder.parent / layout.LATEST_FILE}; if another differs too, exclude the machine of "
+        "that rank"
+    )
+
+
+def _named(wrong: Mapping[str, Sequence[int]]) -> tuple[str, str]:
+    """The ranks and the weights of ``differing_copies``, for people."""
+    ranks = sorted({rank for found in wrong.values() for rank in found})
+    return ", ".join(map(str, ranks)), _first(list(wrong), 3)
+
+
+def _first(names: Sequence[str], most: int) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def differing_copies(model: torch.nn.Module, zero_stage: int, groups: ParallelGroups) -> dict[str, list[int]]:
+    """Name -> ranks whose copies differ from the majority's, of the weights that must be equal; collective."""
+    if groups.world_size == 1:
+        return {}
     names, sharded, sums = _checksums(model, groups.device)
     shared = sums[~sharded]
     totals = torch.stack([_fold(shared), _fold(sums[sharded])])
@@ -118,7 +214,7 @@ def verify_replicas(model: torch.nn.Module, step: int, zero_stage: int, groups: 
     dist.all_gather(gathered, totals)
     everyone = [tuple(row.tolist()) for row in gathered]
     if not _differing(everyone, zero_stage, groups):
-        return
+        return {}
     tables = [torch.empty_like(sums) for _ in range(groups.world_size)]
     dist.all_gather(tables, sums)
     wrong: dict[str, list[int]] = {}
@@ -128,13 +224,7 @@ def verify_replicas(model: torch.nn.Module, step: int, zero_stage: int, groups: 
         ranks = _differing(pairs, zero_stage, groups)
         if ranks:
             wrong[name] = ranks
-    ranks = sorted({rank for found in wrong.values() for rank in found})
-    shown = ", ".join(list(wrong)[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-    raise CorruptionError(
-        f"after step {step}, weights that must be equal differ: rank {', '.join(map(str, ranks))} from the others, "
-        f"in {shown}. Nothing was saved. Start again from the newest checkpoint; if it happens again, exclude the "
-        "machine of that rank"
-    )
+    return wrong
 
 
 def _checksums(model: torch.nn.Module, device: torch.device) -> tuple[list[str], Tensor, Tensor]:

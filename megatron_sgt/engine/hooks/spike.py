@@ -17,6 +17,7 @@ from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.loop import DivergedError
 from megatron_sgt.engine.skipped_ranges import SkippedRanges
 from megatron_sgt.engine.step import StepResult, TrainState
+from megatron_sgt.errors import CheckpointError
 from megatron_sgt.metrics import MetricsHub
 from megatron_sgt.parallel.collectives import any_rank, mean_over_data_parallel
 from megatron_sgt.parallel.groups import ParallelGroups
@@ -113,7 +114,14 @@ class SpikeHook(Hook):
         return {"losses": list(self.rule.losses)} if self.rule is not None and self.rule.losses else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue; a checkpoint without a window (the rule was off) leaves it empty."""
+        """Continue; a checkpoint without a window (the rule was off) leaves it empty.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
         if self.rule is not None:
             self.rule.losses.clear()
-            self.rule.losses.extend(float(loss) for loss in state.get("losses", ()))
+            losses = state.get("losses", [])
+            if not isinstance(losses, list) or not all(type(loss) in (int, float) for loss in losses):
+                raise CheckpointError("the checkpoint's state of 'spike' is damaged: its losses are no list of numbers")
+            self.rule.losses.extend(map(float, losses))

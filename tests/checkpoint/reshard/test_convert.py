@@ -16,6 +16,7 @@ from megatron_sgt.errors import CheckpointError
 from tests.helpers.deepspeed_files import (
     STEP,
     State,
+    counters,
     odd_config,
     random_state,
     write_checkpoint,
@@ -61,6 +62,20 @@ def test_an_average_of_the_weights_is_one_more_quantity(where: tuple[int, int, i
     assert LayoutFreeReader(folder).quantities == (*QUANTITIES, AVERAGE)
 
 
+@pytest.mark.parametrize("where", [(1, 1, 0), (1, 2, 1), (1, 2, 3)])
+def test_an_average_of_other_weights_is_refused(where: tuple[int, int, int], tmp_path: Path) -> None:
+    config = odd_config()
+    folder = write_checkpoint(tmp_path, config, random_state(config, averaged=True), where)
+    file = folder / layout.average_file({"zero_stage": where[2]}, 0, where[1] - 1)
+    for wrong in ([], [tensor[:-1] for tensor in torch.load(file)["average"]]):
+        torch.save({"average": wrong}, file)
+        with pytest.raises(CheckpointError, match=f"{file.name} holds no average of these weights"):
+            open_source(folder)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=f"{file.name} cannot be read"):
+        open_source(folder)
+
+
 def test_a_checkpoint_without_an_average_gets_none(tmp_path: Path) -> None:
     config = odd_config()
     folder, *_ = convert(write_checkpoint(tmp_path / "from", config, random_state(config), (1, 2, 1)), tmp_path / "to")
@@ -81,7 +96,7 @@ def test_the_merged_state_is_the_one_that_was_sharded(where: tuple[int, int, int
     assert size == sum(layout.file_sizes(final).values())
     assert len(list(final.glob("rng_rank_*.pt"))) == where[0] * where[1]
     saved = layout.read_json(final / layout.STATE_FILE)
-    assert saved["layout"] is None and saved["trainer"] == {"step": STEP}
+    assert saved["layout"] is None and saved["trainer"] == counters(STEP)
     assert saved["layout_free"] == {
         "version": 1,
         "source_layout": layout.read_json(folder / layout.STATE_FILE)["layout"],

@@ -51,6 +51,8 @@ def test_what_cannot_be_converted_is_named(tmp_path: Path) -> None:
 def test_a_layout_free_checkpoint_is_no_source(tmp_path: Path) -> None:
     config = odd_config()
     folder = write_checkpoint(tmp_path, config, random_state(config), (1, 1, 0))
-    layout.write_json(folder / layout.STATE_FILE, {"layout": None})
+    saved = layout.read_json(folder / layout.STATE_FILE)
+    free = {"version": 1, "source_layout": saved["layout"], "optimizer_step": STEP, "loss_scale": None}
+    layout.write_json(folder / layout.STATE_FILE, {**saved, "layout": None, "layout_free": free})
     with pytest.raises(CheckpointError, match="layout-free already"):
         open_source(folder)

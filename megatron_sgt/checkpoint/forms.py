@@ -1,0 +1,147 @@
+"""What the JSON files of a checkpoint must look like: whoever reads them trusts the types that are checked here.
+
+Checksums find what was changed by mistake; a file that was edited by hand, or whose checksums were made anew, is found
+here. No torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_sgt.checkpoint import layout
+from megatron_sgt.config import Config, load_config
+from megatron_sgt.errors import ConfigError, DamagedCheckpointError, first_line
+
+LAYOUT_FREE = "layout_free"
+"""Key in sgt_state.json: what a layout-free checkpoint was made from."""
+IMPORTED_FROM = "imported_from"
+"""Key below it: the folder of an imported model; absent in the checkpoint of a run."""
+COUNTERS = ("step", "consumed_samples", "skipped_steps", "consecutive_skipped")
+"""The counters of the training state."""
+
+_LARGEST_CONFIG = 1 << 24
+_MOST = 1 << 53
+_MOST_RANKS = 1 << 24
+
+
+class FormError(ValueError):
+    """Says what is not as it was written."""
+
+
+def fields(value: Any, place: str) -> Mapping[str, Any]:
+    """``value``, which must be an object.
+
+    Raises:
+        FormError: it is none.
+    """
+    if not isinstance(value, dict):
+        raise FormError(f"{place} {_is(value)}, not an object")
+    return value
+
+
+def whole(value: Any, place: str, least: int = 0, most: int = _MOST) -> int:
+    """``value``, which must be an integer from ``least`` to ``most``.
+
+    Raises:
+        FormError: it is none.
+    """
+    if type(value) is not int or not least <= value <= most:
+        raise FormError(f"{place} {_is(value)}, not a whole number from {least} on")
+    return value
+
+
+def _is(value: Any) -> str:
+    """The value in a few words."""
+    if value is None or isinstance(value, str | bool | int | float):
+        text = ascii(value) if not isinstance(value, int) or abs(value) <= _MOST else "a huge number"
+        return f"is {text if len(text) <= 40 else f'{text[:40]}...'}"
+    return f"is {'a list' if isinstance(value, list) else 'an object'}"
+
+
+def known_layout(value: Any, place: str) -> None:
+    """Check a layout as ``checkpoint.save.layout_of`` makes it; None is that of a layout-free checkpoint.
+
+    Raises:
+        FormError: it is none.
+    """
+    if value is None:
+        return
+    where = fields(value, place)
+    for name in ("tensor_model_parallel_size", "data_parallel_size"):
+        whole(where.get(name), f"{place}.{name}", 1, _MOST_RANKS)
+    whole(where.get("zero_stage"), f"{place}.zero_stage", 0, 3)
+    for name in ("precision", "weight_decay_on", "optimizer"):
+        if not isinstance(where.get(name, ""), str):
+            raise FormError(f"{place}.{name} {_is(where[name])}, not a text")
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration that the checkpoint ``folder`` was saved with.
+
+    Raises:
+        DamagedCheckpointError: it cannot be read.
+    """
+    path = folder / layout.CONFIG_FILE
+    try:
+        if (size := path.stat().st_size) > _LARGEST_CONFIG:
+            raise ConfigError(f"it has {size:,} bytes")
+        return load_config(path)
+    except (OSError, ConfigError) as error:
+        raise DamagedCheckpointError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state in ``folder``: counters of the training state, states of the hooks, layout.
+
+    Raises:
+        DamagedCheckpointError: it cannot be read, or no save has written it.
+    """
+    path = folder / layout.STATE_FILE
+    content = layout.read_json(path)
+    try:
+        return _checked(content)
+    except FormError as error:
+        raise DamagedCheckpointError(f"{path} is damaged: {error}; copy the checkpoint again") from error
+
+
+def _checked(content: Any) -> dict[str, Any]:
+    state = dict(fields(content, "it"))
+    trainer = fields(state.get("trainer"), "trainer")
+    for name in COUNTERS:
+        whole(trainer.get(name), f"trainer.{name}")
+    for name, saved in fields(state.get("hooks"), "hooks").items():
+        fields(saved, f"hooks.{name}")
+    if layout.AVERAGE_STATE in state:
+        decay = fields(state[layout.AVERAGE_STATE], layout.AVERAGE_STATE).get("decay")
+        if not isinstance(decay, float) or not 0 < decay < 1:
+            raise FormError(f"{layout.AVERAGE_STATE}.decay {_is(decay)}, not a number between 0 and 1")
+    _check_growth(state["hooks"].get(layout.GROWTH_STATE))
+    if "layout" not in state:
+        raise FormError("layout is missing")
+    known_layout(state["layout"], "layout")
+    if LAYOUT_FREE in state or state["layout"] is None:
+        free = fields(state.get(LAYOUT_FREE), LAYOUT_FREE)
+        whole(free.get("optimizer_step"), f"{LAYOUT_FREE}.optimizer_step")
+        known_layout(free.get("source_layout"), f"{LAYOUT_FREE}.source_layout")
+        scale = free.get("loss_scale")
+        if scale is not None and (type(scale) not in (int, float) or not 0 < scale < math.inf):
+            raise FormError(f"{LAYOUT_FREE}.loss_scale {_is(scale)}, not a number above 0")
+        if not isinstance(free.get(IMPORTED_FROM, ""), str):
+            raise FormError(f"{LAYOUT_FREE}.{IMPORTED_FROM} {_is(free[IMPORTED_FROM])}, not a text")
+        if IMPORTED_FROM not in free and free.get("source_layout") is None:
+            raise FormError(f"{LAYOUT_FREE}.source_layout is missing")
+    return state
+
+
+def _check_growth(growth: Any) -> None:
+    if growth is None:
+        return
+    fields(growth.get("schedule"), "hooks.growth.schedule")
+    events = growth.get("events")
+    if not isinstance(events, list):
+        raise FormError(f"hooks.growth.events {_is(events)}, not a list")
+    for event in events:
+        fields(event, "an event in hooks.growth.events")

@@ -1,0 +1,64 @@
+"""What the small files of a checkpoint must look like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sgt.checkpoint import layout
+from megatron_sgt.checkpoint.forms import FormError, known_layout, read_config, read_state, whole
+from megatron_sgt.errors import DamagedCheckpointError
+from tests.helpers.checkpoints import write_plain_checkpoint
+from tests.helpers.deepspeed_files import counters
+
+WHERE = {"tensor_model_parallel_size": 2, "data_parallel_size": 1, "zero_stage": 1, "precision": "fp32"}
+
+
+@pytest.mark.parametrize("value", [None, True, 1.0, "1", -1, 10**400, [1], {}])
+def test_a_whole_number(value: Any) -> None:
+    with pytest.raises(FormError, match=r"^steps is .*, not a whole number from 0 on$") as caught:
+        whole(value, "steps")
+    assert len(str(caught.value)) < 100
+
+
+@pytest.mark.parametrize(
+    "change", [{"zero_stage": 4}, {"data_parallel_size": 0}, {"precision": 3}, {"tensor_model_parallel_size": "2"}]
+)
+def test_a_layout(change: dict[str, Any]) -> None:
+    known_layout(WHERE, "layout")
+    known_layout(None, "layout")
+    with pytest.raises(FormError, match=next(iter(change))):
+        known_layout({**WHERE, **change}, "layout")
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({}, "trainer is None"),
+        ({"trainer": {"step": 1}}, "trainer.consumed_samples is None"),
+        ({"trainer": counters(1), "hooks": {"a": 3}, "layout": WHERE}, "hooks.a is 3"),
+        ({"trainer": counters(1), "hooks": {}}, "layout is missing"),
+        ({"trainer": counters(1), "hooks": {}, "layout": None}, "layout_free is None"),
+        ({"trainer": counters(1), "hooks": {}, "layout": WHERE, "ema": 0.9}, "ema is 0.9, not an object"),
+        ({"trainer": counters(1), "hooks": {}, "layout": WHERE, "ema": {"decay": "a"}}, "ema.decay is 'a'"),
+        ({"trainer": counters(1), "hooks": {}, "layout": WHERE, "ema": {"decay": 1.0}}, "ema.decay is 1.0"),
+        ({"trainer": counters(1), "hooks": {"growth": {"schedule": {}}}, "layout": WHERE}, "events is None"),
+    ],
+)
+def test_a_state(state: dict[str, Any], said: str, tmp_path: Path) -> None:
+    layout.write_json(tmp_path / layout.STATE_FILE, state)
+    with pytest.raises(
+        DamagedCheckpointError, match=rf"sgt_state\.json is damaged: .*{said}.*copy the checkpoint again"
+    ):
+        read_state(tmp_path)
+
+
+def test_what_was_saved_is_read(tmp_path: Path) -> None:
+    folder = write_plain_checkpoint(tmp_path / "global_step3")
+    assert read_state(folder)["trainer"] == counters(3)
+    assert read_config(folder).model.num_layers == 4
+    (folder / layout.CONFIG_FILE).write_text("model: [")
+    with pytest.raises(DamagedCheckpointError, match=r"config\.yaml cannot be read: .*not valid YAML"):
+        read_config(folder)
