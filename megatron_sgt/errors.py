@@ -1,6 +1,7 @@
 """Errors that the user can fix, and the exit codes of every command line of the project."""
 
 import enum
+import errno
 
 
 class ExitCode(enum.IntEnum):
@@ -32,6 +33,10 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Disk full, quota used up, file too large for the file system."""
+
+
 class SGTError(Exception):
     """A failure with one clear message: the cause, with the user's values, and the fix."""
 
@@ -50,6 +55,16 @@ class DataError(SGTError):
     exit_code = ExitCode.DATA
 
 
+class LeaseError(SGTError):
+    """Another process writes into the same folder, or has taken it over."""
+
+    exit_code = ExitCode.CHECKPOINT
+
+
+class LeaseLostError(LeaseError):
+    """Another process has taken over the folder that this one was writing into."""
+
+
 class CheckpointError(SGTError):
     """A checkpoint that is missing, damaged or belongs to another model."""
 
@@ -58,3 +73,11 @@ class CheckpointError(SGTError):
 
 class DamagedCheckpointError(CheckpointError):
     """A checkpoint that cannot be what was saved. Where the run looks by itself, an older one takes its place."""
+
+
+def of_full_disk(error: OSError) -> SGTError | None:
+    """``error`` for the user, if it says that there is no room; None if it is something else."""
+    if error.errno not in FULL:
+        return None
+    where = error.filename or "the output"
+    return SGTError(f"cannot write {where}: {error.strerror}; make room and start again")

@@ -8,6 +8,8 @@ Raises:
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +21,7 @@ from typing import Any
 
 TEMPORARY_SUFFIX = ".tmp"
 _CHUNK = 1 << 22
+_NAMES = "surrogateescape"  # in a text, the name of a file that is no UTF-8 has the bytes that it has on the disk
 _SAMPLED_HEAD, _SAMPLED_END, _SAMPLED_PIECE, _SAMPLED_PIECES = 1 << 16, 1 << 18, 1 << 12, 7
 
 
@@ -71,18 +74,58 @@ def replacing(path: Path, mark: str = "") -> Iterator[Path]:
 def replace_text(path: Path, text: str, mark: str = "") -> None:
     """Give ``path`` the content ``text`` (UTF-8) in one atomic step. ``mark``: see ``replacing``."""
     with replacing(path, mark) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors=_NAMES)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` (UTF-8) durably: the file is on disk when this returns."""
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors=_NAMES)
     sync(path)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` durably, for people to read too."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+class Appender:
+    """A file that is only appended to, whose folder is made: each piece is in it wholly or, on a full disk, not at all.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+
+    def append(self, piece: bytes) -> None:
+        """Append ``piece``; it is with the system when this returns.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        start = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(piece) != len(piece):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+        except OSError:
+            with contextlib.suppress(OSError):  # what was wrong is said by the first error
+                self._file.truncate(start)
+            raise
+
+    def is_there(self) -> bool:
+        """Whether the path still leads to the open file: it may have been deleted or moved away."""
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError):  # a file system that does not answer; a file that could not be made again
+            return not self._file.closed
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def fresh_folder(folder: Path) -> None:

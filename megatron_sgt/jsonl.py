@@ -14,15 +14,15 @@ earlier record), and ``read_metrics`` obeys.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_sgt.errors import DataError
+from megatron_sgt.files import Appender
 
 _NONFINITE = "nonfinite"
 _NAMES = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -82,7 +82,7 @@ class JsonlWriter:
     """Appends records to a file, each with the system before ``write`` returns.
 
     The folder is made. A line that an earlier process left unfinished is cut off, so that every line of the
-    file can be parsed.
+    file can be parsed. A file that is deleted or moved away meanwhile is made again, with the next record.
 
     Raises:
         OSError: the record cannot be written.
@@ -90,21 +90,23 @@ class JsonlWriter:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._open()
+
+    def _open(self) -> None:
         _cut_unfinished_line(self.path)
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+        self._file = Appender(self.path)
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
         """Append one record, wholly or, when the disk is full, not at all."""
-        line = f"{encode(kind, record)}\n".encode()
-        start = os.fstat(self._file.fileno()).st_size
-        try:
-            written = self._file.write(line)
-            if written != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-        except OSError:
-            self._file.truncate(start)
-            raise
+        if not self._file.is_there():
+            self._file.close()
+            self._open()
+            print(
+                f"warning: {self.path} was deleted or moved away: it is made again, and begins at step "
+                f"{record.get('step')}",
+                file=sys.stderr,
+            )
+        self._file.append(f"{encode(kind, record)}\n".encode())
 
     def advance(self, step: int) -> None:
         """Nothing: a step without a report leaves no trace."""

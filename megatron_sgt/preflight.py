@@ -36,6 +36,7 @@ _UNREMARKABLE = (
     "train.straggler_threshold",
     "train.replica_check_interval",
     "data.num_workers",
+    "data.allow_validation_leak",
 )
 # What reading the data sets and the tokenizer needs.
 _READERS = {None: (), "sentencepiece": ("sentencepiece",), "huggingface": ("transformers",)}
@@ -231,9 +232,6 @@ def _check_growth(folder: Path, saved: dict[str, Any], config: Config, there: Co
     if GROWTH_STATE not in saved["hooks"]:
         raise DamagedCheckpointError(f"checkpoint {folder} holds no growth state")
     state = saved["hooks"][GROWTH_STATE]["schedule"]
-    acted = state.get("step", 0)
-    if isinstance(acted, int) and acted > saved["trainer"]["step"]:
-        raise DamagedCheckpointError(f"checkpoint {folder}: its growth state is of a later step")
     schedule = build_schedule(config.growth, config.model.num_layers, config.model.num_attention_heads)
     try:
         schedule.load_state_dict(state)
@@ -243,6 +241,8 @@ def _check_growth(folder: Path, saved: dict[str, Any], config: Config, there: Co
         same = there.growth == config.growth and there.growth.replay is None
         kind = DamagedCheckpointError if same else CheckpointError
         raise kind(f"checkpoint {folder}: {error}") from error
+    if (schedule.acted_until or 0) > saved["trainer"]["step"]:
+        raise DamagedCheckpointError(f"checkpoint {folder}: its growth state is of a later step")
 
 
 def _changes(there: Config, here: Config) -> Iterator[str]:

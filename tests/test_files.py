@@ -90,3 +90,25 @@ def test_a_place_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("os.access", lambda *_: False)
     assert files.unwritable(tmp_path) == f"{tmp_path} is not writable"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_sample_is_of_the_size_the_ends_and_pieces_between(tmp_path: Path) -> None:
+    path, size = tmp_path / "file", 10**6
+    path.write_bytes(bytes(size))
+    whole = files.sample_of(path)
+    for place, seen in (
+        (0, True),
+        (1 << 15, True),
+        (100_000, False),
+        (262_144, True),
+        (size - 200_000, True),
+        (size - 1, True),
+    ):
+        path.write_bytes(bytes(place) + b"x" + bytes(size - place - 1))
+        assert (files.sample_of(path) != whole) == seen, place
+    path.write_bytes(bytes(size + 1))
+    assert files.sample_of(path) != whole
+    path.write_bytes(b"a" * 1000)
+    small = files.sample_of(path)
+    path.write_bytes(b"a" * 500 + b"b" + b"a" * 499)
+    assert files.sample_of(path) != small, "a small file is read whole"

@@ -127,7 +127,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     writer = JsonlWriter(path)
     writer.write("train", {"step": 1})
-    real = writer._file
+    real = writer._file._file
 
     class Full:
         """Takes half of what it is given, as a file on a full disk does."""
@@ -138,10 +138,29 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(real, name)
 
-    writer._file = Full()
+    writer._file._file = Full()
     with pytest.raises(OSError, match="No space left"):
         writer.write("train", {"step": 2})
-    writer._file = real
+    writer._file._file = real
     writer.write("train", {"step": 3})
     writer.close()
     assert path.read_bytes() == b'{"kind":"train","step":1}\n{"kind":"train","step":3}\n'
+
+
+@pytest.mark.parametrize("how", ["deleted", "moved", "replaced"])
+def test_a_file_that_went_is_made_again_and_said(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    writer = JsonlWriter(path)
+    writer.write("train", {"step": 1})
+    path.parent.rename(tmp_path / "moved")
+    if how == "deleted":
+        (tmp_path / "moved/metrics.jsonl").unlink()
+    if how == "replaced":
+        path.parent.mkdir()
+        path.write_text('{"kind":"train","step":5}\n')
+    for step in (2, 3):
+        writer.write("train", {"step": step})
+    writer.close()
+    assert steps(path) == [("train", 5)] * (how == "replaced") + [("train", 2), ("train", 3)]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and str(path) in said[0] and "begins at step 2" in said[0]

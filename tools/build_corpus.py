@@ -23,6 +23,10 @@ def main() -> None:
     report = build_corpus(args.output, args.min_bytes, args.overwrite)
     with_tests = ", its test suite included" if report.with_tests else ""
     print(f"{report.path}: {report.documents:,} documents, {file_size(report.text_bytes)} of text{with_tests}")
+    if report.left_out:
+        print(
+            f"left out: {report.left_out} source files that cannot be read, or are no text in the coding they declare"
+        )
 
 
 if __name__ == "__main__":

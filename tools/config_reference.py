@@ -4,7 +4,7 @@
 import argparse
 from pathlib import Path
 
-from megatron_sgt.cli import run_main
+from megatron_sgt.cli import path, run_main
 from megatron_sgt.config.reference import reference
 
 DEFAULT = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
@@ -13,7 +13,7 @@ DEFAULT = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 def main() -> None:
     """Write the file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=DEFAULT, metavar="FILE.md", help="[%(default)s]")
+    parser.add_argument("--output", type=path, default=DEFAULT, metavar="FILE.md", help="[%(default)s]")
     args = parser.parse_args()
     args.output.write_text(reference(), encoding="utf-8")
     print(args.output)

@@ -12,21 +12,20 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
-from megatron_sgt.cli import positive, run_main
+from megatron_sgt.cli import path, positive, run_main
 from megatron_sgt.metrics.units import elapsed, file_size
 
 
 def parse() -> argparse.Namespace:
     """Command-line arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="the Hugging Face folder")
+    parser.add_argument("--input", type=path, required=True, metavar="DIR", help="the Hugging Face folder")
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="CKPT_ROOT", help="folder of checkpoints to write into"
+        "--output", type=path, required=True, metavar="CKPT_ROOT", help="folder of checkpoints to write into"
     )
     parser.add_argument(
-        "--config", type=Path, metavar="F", help="the run that will continue it [one is written to CKPT_ROOT]"
+        "--config", type=path, metavar="F", help="the run that will continue it [one is written to CKPT_ROOT]"
     )
     parser.add_argument(
         "--seq-length",
@@ -61,6 +60,8 @@ def main() -> None:
         f"{done.folder}: {done.model.model_type} with {done.num_parameters:,} parameters "
         f"({', '.join(done.stored_as)}), {file_size(done.num_bytes)} in {elapsed(time.perf_counter() - start)}"
     )
+    if done.left_out:
+        print(f"left out, as no part of the model: {', '.join(done.left_out)}")
     if done.padding_rows:
         print(
             f"the vocabulary has {done.padding_rows} rows of padding, which take part in the softmax: the loss "

@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
-from megatron_sgt.cli import run_main
+from megatron_sgt.cli import path, path_text, run_main
 from megatron_sgt.metrics.units import elapsed, file_size
 
 
@@ -38,9 +37,9 @@ def parse() -> argparse.Namespace:
     """Command-line arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--load", type=Path, required=True, metavar="CKPT", help="a folder of checkpoints, or one of them")
+    add("--load", type=path, required=True, metavar="CKPT", help="a folder of checkpoints, or one of them")
     add("--step", type=int, metavar="N", help="which checkpoint of the folder [the latest]")
-    add("--output", type=Path, required=True, metavar="DIR", help="folder to write; must not exist")
+    add("--output", type=path, required=True, metavar="DIR", help="folder to write; must not exist")
     add(
         "--dtype",
         choices=("bf16", "fp32", "fp16"),
@@ -49,8 +48,8 @@ def parse() -> argparse.Namespace:
     )
     add("--weights", choices=("trained", "ema"), default="trained", help="the trained ones, or their moving average "
         "(train.ema_decay) [%(default)s]")  # fmt: skip
-    add("--tokenizer", metavar="PATH", help="instead of the configuration's: a sentencepiece .model, a tokenizer.json, "
-        "a folder; 'none' to leave it out")  # fmt: skip
+    add("--tokenizer", type=path_text, metavar="PATH", help="instead of the configuration's: a sentencepiece .model, "
+        "a tokenizer.json, a folder; 'none' to leave it out")  # fmt: skip
     add("--training-gates", action="store_true", help="inside a decay window: keep the gates of that step, instead of "
         "those of inference (kept heads 1, others 0)")  # fmt: skip
     add("--keep-padding", action="store_true", help="keep the rows that pad the vocabulary [they are cut off]")

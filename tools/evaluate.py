@@ -11,22 +11,21 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from megatron_sgt.cli import positive, run_main
+from megatron_sgt.cli import path, path_text, positive, run_main, words
 
 
 def parse() -> argparse.Namespace:
     """Command-line arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("model", type=Path, metavar="CKPT_OR_DIR", help="a folder of checkpoints, one of them, or an export")
+    add("model", type=path, metavar="CKPT_OR_DIR", help="a folder of checkpoints, one of them, or an export")
     add("--step", type=int, metavar="N", help="which checkpoint of the folder [the latest]")
-    add("--data", nargs="+", default=[], metavar="PREFIX", help="an indexed data set, or a blend: weight prefix ... "
-        "[a checkpoint: that of its run]")  # fmt: skip
+    add("--data", type=path_text, nargs="+", action="extend", default=[], metavar="PREFIX", help="an indexed data set "
+        "or a blend: weight prefix ... [a checkpoint: that of its run]")  # fmt: skip
     add("--part", choices=("train", "valid", "test", "all"), help="split to read [of --data all; else valid]")
-    add("--split", metavar="A,B,C", help="shares of the splits [a checkpoint: those of its run]")
+    add("--split", type=words, metavar="A,B,C", help="shares of the splits [a checkpoint: those of its run]")
     add("--seq-length", type=positive, metavar="N", help="tokens per sample [the model's context]")
     add(
         "--samples",
@@ -34,15 +33,15 @@ def parse() -> argparse.Namespace:
         metavar="N",
         help="the first N samples [those that the run validates on, else all]",
     )
-    add("--tasks", metavar="A,B", help="tasks of lm-evaluation-harness, by name")
-    add("--include-path", type=Path, metavar="DIR", help="folder of further task definitions")
+    add("--tasks", type=words, metavar="A,B", help="tasks of lm-evaluation-harness, by name")
+    add("--include-path", type=path, metavar="DIR", help="folder of further task definitions")
     add("--num-fewshot", type=int, metavar="N", help="examples before every question [the task's]")
     add("--limit", type=positive, metavar="N", help="questions of every task [all]")
     add("--batch-size", type=positive, default=4, metavar="N", help="sequences at a time [%(default)s]")
     add("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of the weights [auto: bf16 on a "
         "GPU, fp32 on a CPU]")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[%(default)s]")
-    add("--tokenizer", type=Path, metavar="PATH", help="instead of the model's own")
+    add("--tokenizer", type=path, metavar="PATH", help="instead of the model's own")
     add("--trust-remote-code", action="store_true", help="run the model code that a folder brings; without it an SGT "
         "folder is read by this package's own")  # fmt: skip
     add("--json", action="store_true", help="print everything as JSON")

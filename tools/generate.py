@@ -9,59 +9,46 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
-from pathlib import Path
 
-from megatron_sgt.cli import positive, run_main
-from megatron_sgt.errors import DataError
+from megatron_sgt.cli import number, path, positive, run_main, seed, words
+from megatron_sgt.data.prompts import read_prompts
+from megatron_sgt.streams import is_utf8
 
 
 def parse() -> argparse.Namespace:
     """Command-line arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("model", type=Path, metavar="CKPT_OR_DIR", help="a folder of checkpoints, one of them, or an export")
+    add("model", type=path, metavar="CKPT_OR_DIR", help="a folder of checkpoints, one of them, or an export")
     add("--step", type=int, metavar="N", help="which checkpoint of the folder [the latest]")
-    add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
-    add("--prompt-file", type=Path, metavar="FILE", help="one prompt per line")
+    add("--prompt", type=words, action="append", default=[], metavar="TEXT", help="may be given several times")
+    add("--prompt-file", type=path, action="append", default=[], metavar="FILE", help="one prompt per line; may be "
+        "compressed, and given several times")  # fmt: skip
     add("--max-new-tokens", type=positive, default=64, metavar="N", help="[%(default)s]")
     add("--greedy", action="store_true", help="always the most likely token, as --temperature 0")
-    add("--temperature", type=float, default=1.0, metavar="T", help="[%(default)s]")
+    add("--temperature", type=number, default=1.0, metavar="T", help="[%(default)s]")
     add("--top-k", type=int, default=0, metavar="K", help="sample from the K most likely tokens [0: all]")
-    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the most likely tokens that have "
+    add("--top-p", type=number, default=1.0, metavar="P", help="sample from the most likely tokens that have "
         "probability P together [%(default)s]")  # fmt: skip
     add("--num-samples", type=positive, default=1, metavar="N", help="of every prompt [%(default)s]")
-    add("--seed", type=int, default=0, metavar="N", help="of the samples [%(default)s]")
+    add("--seed", type=seed, default=0, metavar="N", help="of the samples [%(default)s]")
     add("--batch-size", type=positive, default=8, metavar="N", help="prompts at a time [%(default)s]")
     add("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of the weights [auto: bf16 on a "
         "GPU, fp32 on a CPU]")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[%(default)s]")
-    add("--tokenizer", type=Path, metavar="PATH", help="instead of the model's own")
+    add("--tokenizer", type=path, metavar="PATH", help="instead of the model's own")
     add("--trust-remote-code", action="store_true", help="run the model code that a folder brings; without it an SGT "
         "folder is read by this package's own")  # fmt: skip
     add("--jsonl", action="store_true", help="print one JSON object per sample")
     return parser.parse_args()
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts of the command line, then those of the file.
-
-    Raises:
-        DataError: the file is no text.
-    """
-    prompts = list(args.prompt)
-    if args.prompt_file is not None:
-        try:
-            prompts += args.prompt_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"--prompt-file {args.prompt_file} cannot be read: {error}") from error
-    return prompts
-
-
 def main() -> None:
     """Generate and print."""
     args = parse()
-    prompts = read_prompts(args)
+    prompts = [*args.prompt, *(prompt for file in args.prompt_file for prompt in read_prompts(file))]
     from megatron_sgt.compat.quiet import quiet_imports
 
     quiet_imports()
@@ -91,7 +78,7 @@ def main() -> None:
     )
     for sample in generate(opened, prompts, sampling, args.batch_size):
         if args.jsonl:
-            print(json.dumps(asdict(sample), ensure_ascii=False), flush=True)
+            print(json.dumps(asdict(sample), ensure_ascii=not is_utf8(sys.stdout)), flush=True)
         else:
             print(f"{sample.prompt}{sample.text}{'' if sample.ended else ' …'}\n", flush=True)
 

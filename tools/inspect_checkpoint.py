@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
-from megatron_sgt.cli import run_main
+from megatron_sgt.cli import path, run_main
 from megatron_sgt.errors import CheckpointError
 
 
 def parse() -> argparse.Namespace:
     """Command-line arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT_OR_ROOT", help="a folder of checkpoints, or one of them")
+    parser.add_argument("checkpoint", type=path, metavar="CKPT_OR_ROOT", help="a folder of checkpoints, or one of them")
     parser.add_argument(
         "--checksums", action="store_true", help="read every byte and compare its checksum, not sizes alone"
     )
@@ -35,6 +34,7 @@ def main() -> int:
     from megatron_sgt.checkpoint.contents import is_checkpoint, read_contents, read_root
     from megatron_sgt.checkpoint.describe import describe, describe_root
     from megatron_sgt.checkpoint.manifest import checksum_problems, size_problems
+    from megatron_sgt.lease import holder_of, inside
 
     check = checksum_problems if args.checksums else size_problems
     if not args.checkpoint.exists():
@@ -46,6 +46,10 @@ def main() -> int:
         root = read_root(args.checkpoint, check)
         text, values = describe_root(root), root.to_dict()
         whole = root.problem is None and all(one.status != "damaged" for one in root.checkpoints)
+    root_folder = args.checkpoint.parent if is_checkpoint(args.checkpoint) else args.checkpoint
+    if holder := holder_of(inside(root_folder)):
+        text += f"\n\nheld by {holder.name} since {holder.began}, which may be changing it"
+        values["held_by"] = holder.name
     print(json.dumps(values, indent=1) if args.json else text)
     return 0 if whole else CheckpointError.exit_code
 

@@ -13,9 +13,10 @@ import argparse
 import json
 from pathlib import Path
 
-from megatron_sgt.cli import positive, run_main
+from megatron_sgt.cli import path, positive, run_main, warn, words
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.config.base import count
+from megatron_sgt.config.loader import repeated
 from megatron_sgt.config.presets import PRESETS
 from megatron_sgt.data.tokenizer import build_tokenizer, resolve_vocab_size
 from megatron_sgt.planning.hardware import GPUS, find_gpu
@@ -41,12 +42,14 @@ def share(text: str) -> float:
 def parse() -> argparse.Namespace:
     """Command-line arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE.yaml", help="the run")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values over those of the file")
+    parser.add_argument("--config", type=path, required=True, metavar="FILE.yaml", help="the run")
     parser.add_argument(
-        "--preset", metavar="NAME", help=f"the file's run as a baseline or ablation: {', '.join(PRESETS)}"
+        "overrides", type=words, nargs="*", metavar="section.key=value", help="values over those of the file"
     )
-    parser.add_argument("--gpu", default="h100", metavar="NAME", help=f"{', '.join(GPUS)} [%(default)s]")
+    parser.add_argument(
+        "--preset", type=words, metavar="NAME", help=f"the file's run as a baseline or ablation: {', '.join(PRESETS)}"
+    )
+    parser.add_argument("--gpu", type=words, default="h100", metavar="NAME", help=f"{', '.join(GPUS)} [%(default)s]")
     parser.add_argument("--nodes", type=positive, default=1, metavar="N", help="nodes [%(default)s]")
     parser.add_argument("--gpus-per-node", type=positive, default=8, metavar="N", help="ranks of a node [%(default)s]")
     parser.add_argument(
@@ -82,6 +85,7 @@ def with_vocabulary(config: Config, given: int | None) -> tuple[Config, list[str
 def main() -> None:
     """Print the plan."""
     args = parse()
+    warn(repeated(args.overrides))
     config, notes = with_vocabulary(load_config(args.config, args.overrides, args.preset), args.vocab_size)
     machine = Machine(find_gpu(args.gpu), args.gpus_per_node)
     world_size = args.nodes * args.gpus_per_node

@@ -3,8 +3,9 @@
 
 import argparse
 
-from megatron_sgt.cli import output, run_main
+from megatron_sgt.cli import output, path_text, run_main, words, zero_or_more
 from megatron_sgt.config.data import TokenizerConfig
+from megatron_sgt.data.inputs import BAD_HELP, INPUT_HELP
 from megatron_sgt.data.preprocess import PreprocessOptions, default_workers, describe, preprocess
 
 
@@ -12,12 +13,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--input",
+        type=path_text,
         nargs="+",
         action="extend",
         required=True,
         metavar="PATH",
-        help="files, or folders to search for known suffixes: .jsonl, .json, .ndjson (an object per line), "
-        ".txt, .md (one document per file), all of these with .gz or .zst, and .parquet",
+        help=INPUT_HELP,
     )
     parser.add_argument(
         "--output-prefix",
@@ -33,13 +34,18 @@ def parse_arguments() -> argparse.Namespace:
         help="[%(default)s]",
     )
     parser.add_argument(
-        "--tokenizer-model", required=True, metavar="PATH", help=".model file; tokenizer.json or its folder"
+        "--tokenizer-model",
+        type=path_text,
+        required=True,
+        metavar="PATH",
+        help=".model file; tokenizer.json or its folder",
     )
     parser.add_argument(
         "--json-keys",
+        type=words,
         nargs="+",
+        action="extend",
         metavar="KEY",
-        default=["text"],
         help="keys or columns, one data set each [text]",
     )
     parser.add_argument(
@@ -52,6 +58,7 @@ def parse_arguments() -> argparse.Namespace:
         default=default_workers(),
         help="processes [the CPU cores: %(default)s]",
     )
+    parser.add_argument("--max-bad-documents", type=zero_or_more, metavar="N", default=0, help=BAD_HELP)
     parser.add_argument("--append-eod", action="store_true", help="end every document with the end-of-text token")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing data set")
     parser.add_argument("--checksum", action="store_true", help="print the sha256 of the .bin")
@@ -69,11 +76,12 @@ def main() -> None:
         inputs=tuple(args.input),
         output_prefix=args.output_prefix,
         tokenizer=TokenizerConfig(type=args.tokenizer_type, model=args.tokenizer_model),
-        json_keys=tuple(args.json_keys),
+        json_keys=tuple(args.json_keys or ("text",)),
         input_format=args.input_format,
         num_workers=args.workers,
         append_eod=args.append_eod,
         overwrite=args.overwrite,
+        max_bad_documents=args.max_bad_documents,
     )
     for line in describe(preprocess(options), options, args.checksum):
         print(line)

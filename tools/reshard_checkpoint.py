@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
-from megatron_sgt.cli import run_main
+from megatron_sgt.cli import path, run_main
 from megatron_sgt.metrics.units import elapsed, file_size
 
 
@@ -22,9 +21,9 @@ def parse() -> argparse.Namespace:
     """Command-line arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--load", type=Path, required=True, metavar="CKPT", help="a folder of checkpoints, or one of them"
+        "--load", type=path, required=True, metavar="CKPT", help="a folder of checkpoints, or one of them"
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of checkpoints to write into")
+    parser.add_argument("--output", type=path, required=True, metavar="DIR", help="folder of checkpoints to write into")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="write with N processes [%(default)s]")
     args = parser.parse_args()
     if args.processes < 1:

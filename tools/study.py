@@ -12,8 +12,9 @@ from pathlib import Path
 from study_parts.results import markdown, outcome_of, times_markdown
 from study_parts.runner import Job, run_jobs
 
-from megatron_sgt.cli import positive, run_main
+from megatron_sgt.cli import number, path, positive, run_main, warn, words
 from megatron_sgt.config import Config, load_config
+from megatron_sgt.config.loader import repeated
 from megatron_sgt.config.presets import PRESETS
 from megatron_sgt.errors import ConfigError
 
@@ -23,13 +24,17 @@ SCRIPT = Path(__file__).resolve().parents[1] / "pretrain_sgt.py"
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE.yaml", help="the run to vary")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values over those of the file")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of all runs and tables")
-    parser.add_argument("--presets", default=",".join(PRESETS), metavar="A,B,...", help="default: all [%(default)s]")
+    parser.add_argument("--config", type=path, required=True, metavar="FILE.yaml", help="the run to vary")
+    parser.add_argument(
+        "overrides", type=words, nargs="*", metavar="section.key=value", help="values over those of the file"
+    )
+    parser.add_argument("--output", type=path, required=True, metavar="DIR", help="folder of all runs and tables")
+    parser.add_argument(
+        "--presets", type=words, default=",".join(PRESETS), metavar="A,B,...", help="default: all [%(default)s]"
+    )
     parser.add_argument("--seeds", type=positive, default=2, metavar="N", help="seeds 1 to N [%(default)s]")
     parser.add_argument("--at-once", type=positive, default=1, metavar="N", help="runs side by side [%(default)s]")
-    parser.add_argument("--minutes", type=float, metavar="M", help="stop (saving) after so long; default: to the end")
+    parser.add_argument("--minutes", type=number, metavar="M", help="stop (saving) after so long; default: to the end")
     parser.add_argument("--ranks", type=positive, default=1, metavar="N", help="ranks of one run [%(default)s]")
     return parser.parse_intermixed_args()
 
@@ -74,14 +79,16 @@ def describe(config: Config, seeds: int) -> str:
 def main() -> int:
     """Run a slice, write the tables of what is finished, say whether anything is left."""
     args = arguments()
+    warn(repeated(args.overrides))
     jobs = jobs_of(args)
     left = run_jobs(jobs, args.at_once, None if args.minutes is None else 60 * args.minutes, print)
     found = [outcome_of(job.run_dir, job.preset, job.seed) for job in jobs]
     outcomes = [outcome for outcome in found if outcome is not None]
     note = describe(load_config(args.config, args.overrides), args.seeds)
     shared = "one run at a time" if args.at_once == 1 else f"{args.at_once} runs side by side, which disturb each other"
-    (args.output / "table.md").write_text(markdown(outcomes, note))
-    (args.output / "times.md").write_text(times_markdown(outcomes, f"Median of the last half of the steps; {shared}."))
+    (args.output / "table.md").write_text(markdown(outcomes, note), encoding="utf-8")
+    times = times_markdown(outcomes, f"Median of the last half of the steps; {shared}.")
+    (args.output / "times.md").write_text(times, encoding="utf-8")
     first = [job.run_dir for job in jobs if job.seed == 1 and job.finished]
     if len(first) > 1:
         from megatron_sgt.reporting.compare import write_comparison

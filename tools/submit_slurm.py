@@ -14,14 +14,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from megatron_sgt.cli import positive, run_main
+from megatron_sgt.cli import job_path, path, positive, run_main, sbatch_option, script_path, warn, words
 from megatron_sgt.config import Config, load_config
+from megatron_sgt.config.loader import repeated
 from megatron_sgt.config.presets import PRESETS
 from megatron_sgt.launch.job_environment import script_environment
 from megatron_sgt.launch.sbatch import SlurmJob, fit_runtime, sbatch_script
+from megatron_sgt.paths import expand_for_job
 from megatron_sgt.preflight import check_job
 from megatron_sgt.submit.job import job_folder, job_name, latest_file, outside_folders, submit, write_job
 
@@ -30,11 +31,11 @@ def parse() -> argparse.Namespace:
     """Command-line arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--config", type=Path, required=True, metavar="FILE.yaml", help="the run; see examples/configs")
-    add("overrides", nargs="*", metavar="section.key=value", help="values over those of the file")
-    add("--preset", metavar="NAME", help=f"the file's run as a baseline or ablation: {', '.join(PRESETS)}")
+    add("--config", type=path, required=True, metavar="FILE.yaml", help="the run; see examples/configs")
+    add("overrides", type=words, nargs="*", metavar="section.key=value", help="values over those of the file")
+    add("--preset", type=words, metavar="NAME", help=f"the file's run as a baseline or ablation: {', '.join(PRESETS)}")
     _resources(add)
-    add("--name", help="of the job; one job of a name runs at a time [the run directory]")
+    add("--name", type=words, help="of the job; one job of a name runs at a time [the run directory]")
     add(
         "--warn",
         type=positive,
@@ -43,18 +44,20 @@ def parse() -> argparse.Namespace:
         help="for the last save, before the limit [180]",
     )
     add("--retries", type=int, default=3, metavar="N", help="restarts in a row from the same checkpoint [3]")
-    add("--container", metavar="IMAGE", help=".sqsh or docker://... for pyxis, .sif for Apptainer")
+    add("--container", type=job_path, metavar="IMAGE", help=".sqsh or docker://... for pyxis, .sif for Apptainer")
     add("--runtime", choices=("pyxis", "apptainer"), help="[what the name of the image says]")
     add(
         "--mount",
+        type=script_path,
         action="append",
         default=[],
         metavar="DIR",
         help="more folders for the container; repeatable",
     )
-    add("--python", help="interpreter of the ranks [this one; python in a container]")
+    add("--python", type=job_path, help="interpreter of the ranks [this one; python in a container]")
     add(
         "--env",
+        type=words,
         action="append",
         default=[],
         metavar="NAME=VALUE",
@@ -77,16 +80,18 @@ def _resources(add: Callable[..., Any]) -> None:
     add("--cpus-per-task", type=positive, default=8, metavar="N", help="[%(default)s]")
     add(
         "--mem",
+        type=words,
         metavar="SIZE",
         help="memory of each node, as 480G; 0 is all of it [what the partition gives]",
     )
     add("--exclusive", action="store_true", help="no other jobs on the nodes")
-    add("--time", metavar="D-HH:MM:SS", help="time limit of one start of the job")
-    add("--partition")
-    add("--account")
-    add("--qos")
+    add("--time", type=words, metavar="D-HH:MM:SS", help="time limit of one start of the job")
+    add("--partition", type=words)
+    add("--account", type=words)
+    add("--qos", type=words)
     add(
         "--sbatch",
+        type=sbatch_option,
         action="append",
         default=[],
         metavar="=--OPTION",
@@ -122,7 +127,8 @@ def describe(args: argparse.Namespace, config: Config) -> SlurmJob:
 def main() -> None:
     """Check, write, submit."""
     args = parse()
-    config = load_config(args.config, args.overrides, args.preset)
+    warn(repeated(args.overrides))
+    config = load_config(args.config, args.overrides, args.preset, expand_for_job)
     job = describe(args, config)
     found = check_job(config, job.nodes * job.tasks_per_node, "cuda" if job.gpus_per_node else "cpu")
     for subject, finding in found:

@@ -15,14 +15,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_sgt.cli import output, positive
+from megatron_sgt.cli import output, path, positive
 from megatron_sgt.guard.ending import place, run_rank
 
 
 def parse() -> argparse.Namespace:
     """Command-line arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="trajectory file (safetensors)")
+    parser.add_argument("file", type=path, help="trajectory file (safetensors)")
     parser.add_argument("--out", type=output, required=True, metavar="FILE", help="file to write, with the same keys")
     parser.add_argument("--tensor-parallel", type=positive, default=1, metavar="N", help="tensor-parallel size")
     parser.add_argument("--zero", type=int, default=1, choices=(0, 1, 2, 3), help="DeepSpeed ZeRO stage")

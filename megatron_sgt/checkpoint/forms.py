@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgt.checkpoint import layout
-from megatron_sgt.config import Config, load_config
+from megatron_sgt.config import Config, recorded_config
 from megatron_sgt.errors import ConfigError, DamagedCheckpointError, first_line
 
 LAYOUT_FREE = "layout_free"
@@ -88,7 +88,7 @@ def read_config(folder: Path) -> Config:
     try:
         if (size := path.stat().st_size) > _LARGEST_CONFIG:
             raise ConfigError(f"it has {size:,} bytes")
-        return load_config(path)
+        return recorded_config(path)
     except (OSError, ConfigError) as error:
         raise DamagedCheckpointError(f"{path} cannot be read: {first_line(error)}") from error
 
@@ -119,6 +119,7 @@ def _checked(content: Any) -> dict[str, Any]:
         if not isinstance(decay, float) or not 0 < decay < 1:
             raise FormError(f"{layout.AVERAGE_STATE}.decay {_is(decay)}, not a number between 0 and 1")
     _check_growth(state["hooks"].get(layout.GROWTH_STATE))
+    _check_data(state.get(layout.DATA_STATE, []), trainer["consumed_samples"])
     if "layout" not in state:
         raise FormError("layout is missing")
     known_layout(state["layout"], "layout")
@@ -145,3 +146,40 @@ def _check_growth(growth: Any) -> None:
         raise FormError(f"hooks.growth.events {_is(events)}, not a list")
     for event in events:
         fields(event, "an event in hooks.growth.events")
+
+
+def _check_data(orders: Any, consumed: int) -> None:
+    """What data/history.py has written: from which sample on the run has read in which order."""
+    before, place = 0, layout.DATA_STATE
+    for entry in _listed(orders, place):
+        before = whole(
+            fields(entry, f"an entry of {place}").get("from_sample"), f"{place}.from_sample", before, consumed
+        )
+        whole(entry.get("seq_length"), f"{place}.seq_length", 1)
+        whole(entry.get("seed"), f"{place}.seed", 0, (1 << 64) - 1)
+        shares = [_share(share, f"{place}.shares") for share in _listed(entry.get("shares"), f"{place}.shares")]
+        if len(shares) != 3:
+            raise FormError(f"{place}.shares has {len(shares)} numbers, not 3")
+        files = _listed(entry.get("files"), f"{place}.files")
+        for file in files:
+            weight = _share(fields(file, f"an entry of {place}.files").get("weight"), f"{place}.files.weight")
+            whole(file.get("documents"), f"{place}.files.documents")
+            whole(file.get("tokens"), f"{place}.files.tokens")
+            if weight * (1 << 18) < 1:
+                raise FormError(f"{place}.files.weight is too small")
+        texts = [entry.get("dataset"), entry.get("split")]
+        texts += [file.get(name) for file in files for name in ("prefix", "lengths", "content")]
+        if not all(isinstance(text, str) for text in texts):
+            raise FormError(f"an entry of {place} lacks a text")
+
+
+def _listed(value: Any, place: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise FormError(f"{place} {_is(value)}, not a list")
+    return value
+
+
+def _share(value: Any, place: str) -> float:
+    if type(value) not in (int, float) or not 0 <= value <= 1:
+        raise FormError(f"{place} {_is(value)}, not a number from 0 to 1")
+    return float(value)

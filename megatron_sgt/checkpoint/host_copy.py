@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import mmap
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from megatron_sgt.parallel.device import lock_pages
 
 _ALIGNMENT = 64
 _LEAST_CHUNK = 1 << 20
+
+T = TypeVar("T")
 
 
 class _Chunk:
@@ -146,9 +148,7 @@ class _Copier:
             copied = type(value)()
             for key, item in value.items():
                 copied[key] = self.copy(item)
-            if attributes := getattr(value, "__dict__", None):  # the versions of modules, on a state dict of torch
-                vars(copied).update({name: self.copy(item) for name, item in attributes.items()})
-            return copied
+            return self._with_attributes(value, copied)
         if type(value) in (list, tuple):
             return type(value)([self.copy(item) for item in value])
         return value if isinstance(value, (str, bytes, int, float, torch.Size)) else copy.deepcopy(value)
@@ -163,8 +163,17 @@ class _Copier:
             _bytes_of(held).copy_(_bytes_of(storage), non_blocking=True)
         view = torch.empty(0, dtype=source.dtype).set_(held, source.storage_offset(), source.size(), source.stride())
         if isinstance(tensor, torch.nn.Parameter):
-            return torch.nn.Parameter(view, requires_grad=tensor.requires_grad)
-        return view.requires_grad_(tensor.requires_grad)
+            return self._with_attributes(tensor, torch.nn.Parameter(view, requires_grad=tensor.requires_grad))
+        return self._with_attributes(tensor, view.requires_grad_(tensor.requires_grad))
+
+    def _with_attributes(self, value: Any, copied: T) -> T:
+        """``copied`` with the attributes of ``value``, which are pickled too.
+
+        The versions of modules on a state dict of torch, DeepSpeed's names of its flat tensors.
+        """
+        if attributes := getattr(value, "__dict__", None):
+            vars(copied).update({name: self.copy(item) for name, item in attributes.items()})
+        return copied
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:

@@ -29,6 +29,7 @@ from typing import Any
 from megatron_sgt import files
 from megatron_sgt.errors import CheckpointError, DamagedCheckpointError, first_line
 from megatron_sgt.files import TEMPORARY_SUFFIX
+from megatron_sgt.lease import LEASE_FILE, beside, holder_of
 
 STATE_FILE = "sgt_state.json"
 CONFIG_FILE = "config.yaml"
@@ -41,6 +42,8 @@ GROWTH_STATE = "growth"
 """Where the state of growth lies among those of the hooks in STATE_FILE."""
 AVERAGE_STATE = "ema"
 """Key in STATE_FILE of a checkpoint that holds an average of the weights: its decay."""
+DATA_STATE = "data"
+"""Where STATE_FILE says in which orders the run has read its data; checkpoints of older versions do not."""
 _WANTED = (
     f"give a folder that holds global_stepN folders with a {MANIFEST_FILE}, or one such folder; to start from "
     "scratch leave checkpoint.load empty"
@@ -286,8 +289,15 @@ def remove(folder: Path) -> None:
 
 
 def clear_leftovers(root: Path) -> list[str]:
-    """Delete what killed saves, deletions and conversions have left; returns the names."""
+    """Delete what killed saves, deletions and conversions have left; returns the names.
+
+    A conversion of another run that starts from a checkpoint here is going on, and stays.
+    """
+    for lease in root.glob(f"global_step*.{LEASE_FILE}"):
+        if holder_of(lease) is None:
+            lease.unlink(missing_ok=True)
     leftovers = sorted(root.glob(f"global_step*{TEMPORARY_SUFFIX}"))
+    leftovers = [folder for folder in leftovers if not beside(folder.with_suffix("")).exists()]
     for folder in leftovers:
         shutil.rmtree(folder, ignore_errors=True)
     for pointer in root.glob(f"{LATEST_FILE}*{TEMPORARY_SUFFIX}"):

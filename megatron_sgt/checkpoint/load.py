@@ -26,6 +26,11 @@ from megatron_sgt.parallel.rng import load_rng_state, seed_for_training
 if TYPE_CHECKING:
     import deepspeed
 
+_OF_OTHER_FILES = (
+    OSError, RuntimeError, AssertionError, AttributeError, LookupError, TypeError, ValueError, DamagedCheckpointError,
+)  # fmt: skip
+"""What DeepSpeed raises where a file is not what it has written."""
+
 
 def verify_together(folder: Path, config: Config, groups: ParallelGroups) -> str | None:
     """What is wrong with the bytes of ``folder``, None if nothing; collective, each rank reads a part.
@@ -117,7 +122,7 @@ def _load_shards(
     try:
         with quiet_logs(), redirected_to(files, engine):
             path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
-    except (OSError, RuntimeError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except _OF_OTHER_FILES as error:  # no DamagedCheckpointError: weights may have been touched
         raise CheckpointError(f"checkpoint {folder} cannot be loaded: {error}") from error
     if path is None:
         raise CheckpointError(f"DeepSpeed found nothing to load in {folder}")

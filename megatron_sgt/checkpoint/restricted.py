@@ -6,8 +6,9 @@ plain values, with the few classes that DeepSpeed adds. Their constructors set a
 
 from __future__ import annotations
 
-import pickle
+import io
 import pickletools
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +41,8 @@ def load_restricted(path: Path, mapped: bool = True) -> dict[str, Any]:
         DamagedCheckpointError: the file cannot be read, or holds a class that is not on the list: code.
     """
     try:
-        with torch.serialization.safe_globals(allowed_classes()):
+        with torch.serialization.safe_globals(allowed_classes()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other versions of pickle, which are read or refused
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged pickle provokes any of them
         raise DamagedCheckpointError(f"{path} {_problem(path, error)}") from error
@@ -53,7 +55,7 @@ def _problem(path: Path, error: Exception) -> str:
     text = str(error)
     if "TorchScript" in text:
         return "holds code (a TorchScript archive), not loaded"
-    if isinstance(error, pickle.UnpicklingError) and (names := _unknown_names(path)):
+    if not isinstance(error, OSError) and (names := _unknown_names(path)):
         return f"holds code ({', '.join(names[:3])}), not loaded"
     cause = text.partition(_ADVICE)[2].strip()
     if cause:
@@ -86,12 +88,21 @@ def _pickle_of(path: Path) -> bytes:
 
 
 def _names_in(content: bytes) -> Iterator[str]:
-    """module.name of every import, as far as ``content`` can be followed."""
+    """module.name of every import in the pickles of ``content``, as far as they can be followed."""
+    stream = io.BytesIO(content)
+    while stream.tell() < len(content):
+        before = stream.tell()
+        yield from _names_in_one(stream)
+        if stream.tell() == before:
+            return
+
+
+def _names_in_one(stream: io.BytesIO) -> Iterator[str]:
     texts: list[str] = []
     memo: dict[int, str] = {}
     count = 0
     try:
-        for code, value, _ in pickletools.genops(content):
+        for code, value, _ in pickletools.genops(stream):
             if code.name in ("GLOBAL", "INST"):
                 yield ".".join(str(value).split(" ", 1))
             elif code.name == "STACK_GLOBAL" and len(texts) > 1:
@@ -106,4 +117,4 @@ def _names_in(content: bytes) -> Iterator[str]:
             elif code.name in ("BINGET", "LONG_BINGET") and isinstance(value, int):
                 texts.append(memo.get(value, ""))
     except (ValueError, IndexError):
-        return
+        stream.seek(0, io.SEEK_END)

@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,7 +92,11 @@ class _InFlight:
 class Saver:
     """Saves checkpoints, one at a time; every method is collective.
 
-    ``about``: for the manifest (JSON-able). ``average``: of the weights, to be saved beside them.
+    Args:
+        about: for the manifest (JSON-able).
+        may_write: called by rank 0 before each change of the folder, in whatever thread makes it; a LeaseError of it
+            (another run holds the folder by now) passes through, and nothing of that run is touched.
+        average: of the weights, to be saved beside them.
     """
 
     def __init__(
@@ -100,9 +105,11 @@ class Saver:
         engine: deepspeed.DeepSpeedEngine,
         groups: ParallelGroups,
         about: dict[str, Any] | None = None,
+        may_write: Callable[[], None] = lambda: None,
         average: WeightAverage | None = None,
     ) -> None:
         self._config = config
+        self._may_write = may_write
         self._engine = engine
         self._groups = groups
         self._average = average
@@ -214,11 +221,13 @@ class Saver:
         the name that it knows; it would write into the other's save of the same step.
         """
         with as_checkpoint_error():
+            self._may_write()
             temporary = self._root / f"{layout.tag_for(step)}.{secrets.token_hex(4)}{layout.TEMPORARY_SUFFIX}"
             fresh_folder(temporary)
             return temporary.name
 
     def _commit(self, flight: _InFlight) -> int:
+        self._may_write()
         where = layout_of(self._config, self._groups)
         samples = flight.state["trainer"].get("consumed_samples", 0)
         about = {
@@ -242,14 +251,19 @@ class Saver:
             if missing := layout.expected_files(where, layout.AVERAGE_STATE in flight.state) - set(files):
                 raise CheckpointError(f"files of this layout are missing: {', '.join(sorted(missing)[:5])}")
             manifest.write_manifest(temporary, {**about, "tag": final.name}, files)
+            self._may_write()
             if final.exists():  # the same step again, after a resume from an older checkpoint
                 remove_sibling(final)
                 layout.remove(final)
+                self._may_write()
             commit(temporary, final)
+            self._may_write()
             layout.point_to(self._root, final.name)
         options = self._config.checkpoint
-        for pruned in layout.prune(self._root, options.keep_last, options.keep_every):
-            remove_sibling(self._root / pruned)
+        self._may_write()
+        with suppress(FileNotFoundError):  # somebody else has deleted it
+            for pruned in layout.prune(self._root, options.keep_last, options.keep_every):
+                remove_sibling(self._root / pruned)
         return sum(file["bytes"] for file in files.values())
 
 

@@ -2,7 +2,7 @@
 
 from megatron_sgt.config.data import DataConfig, TokenizerConfig
 from megatron_sgt.config.growth import GrowthConfig
-from megatron_sgt.config.loader import load_config, parse_config
+from megatron_sgt.config.loader import load_config, parse_config, recorded_config
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.config.optim import OptimConfig
 from megatron_sgt.config.parallel import ParallelConfig
@@ -22,4 +22,5 @@ __all__ = [
     "TrainConfig",
     "load_config",
     "parse_config",
+    "recorded_config",
 ]

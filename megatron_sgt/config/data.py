@@ -1,20 +1,20 @@
 """Where the text comes from and how it becomes tokens."""
 
+import re
 from collections.abc import Iterator
 from os import PathLike
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from megatron_sgt.config.base import Choice, Section
+from megatron_sgt.config.base import Choice, PathText, Section, shown
 
 
 class TokenizerConfig(Section):
     """The tokenizer that made the data set."""
 
     type: Literal["sentencepiece", "huggingface"] = Field(description="Library that reads the tokenizer.")
-    model: str = Field(
-        min_length=1,
+    model: PathText = Field(
         description="sentencepiece: the .model file; huggingface: a folder, or the name of a cached model.",
     )
 
@@ -33,37 +33,51 @@ class DataConfig(Section):
         description="Where the samples come from; indexed: the .bin/.idx pairs of data_path. Another one makes of the "
         "settings of this section what it likes.",
     )
-    data_path: tuple[str, ...] = Field(
+    data_path: tuple[PathText, ...] = Field(
         default=(),
-        description="Prefix of a .bin/.idx pair, or a blend [weight, prefix, weight, prefix, ...].",
+        description="Prefix of a .bin/.idx pair, or a blend [weight, prefix, weight, prefix, ...], also as one text: "
+        "'0.3 a 0.7 b'.",
     )
     split: str = Field(
         default="949,50,1",
         description="Shares of the documents for training, validation and test, in any unit.",
     )
-    data_cache_path: str | None = Field(
+    data_cache_path: PathText | None = Field(
         default=None, description="Folder of the sample indices; null: data_cache in logging.run_dir."
     )
     tokenizer: TokenizerConfig | None = Field(
         default=None, description="null: the data is already tokens, and model.vocab_size must be set."
     )
-    num_workers: int = Field(default=0, ge=0, description="Processes that read samples ahead, per rank; 0: none.")
+    allow_validation_leak: bool = Field(
+        default=False,
+        description="Go on from a checkpoint although documents that it held out for validation or test are trained on "
+        "now, or the reverse: after another split, or with other files.",
+    )
+    num_workers: int = Field(
+        default=0, ge=0, le=1024, description="Processes that read samples ahead, per rank; 0: none."
+    )
 
     @field_validator("data_path", mode="before")
     @classmethod
     def _as_strings(cls, value: Any) -> Any:
         if isinstance(value, str):
-            return (value,)
+            return tuple(_words(value))
         if isinstance(value, (list, tuple)):
-            return tuple(_weight_text(item) for item in value)
+            parts = [part for item in value for part in (item if isinstance(item, (list, tuple)) else (item,))]
+            return tuple(text for part in parts for text in (_words(part) if isinstance(part, str) else (_text(part),)))
+        if isinstance(value, dict):
+            raise ValueError(f"{shown(value)} is a mapping; write a blend as [weight, prefix, weight, prefix, ...]")
         return value
 
     def problems(self) -> Iterator[str]:
         if len(self.data_path) > 1 and (len(self.data_path) % 2 or not all(map(_is_weight, self.data_path[::2]))):
+            hint = "" if any(map(_is_weight, self.data_path)) else f"; alike: [1, {', 1, '.join(self.data_path)}]"
             yield (
                 f"data_path: {list(self.data_path)} is neither one prefix nor a blend "
-                "[weight, prefix, weight, prefix, ...] with weights above 0"
+                f"[weight, prefix, weight, prefix, ...] with weights above 0{hint}"
             )
+        elif self.data_path and not all(share > 0 for share, _ in self.blend()):
+            yield f"data_path: the weights {list(self.data_path[::2])} are too far apart: one's share would be 0"
         try:
             self.split_shares()
         except ValueError:
@@ -86,7 +100,21 @@ class DataConfig(Section):
         return train, valid, test
 
 
-def _weight_text(item: Any) -> Any:
+def _words(text: str) -> list[str]:
+    """``text``, or its words where it is a blend in Megatron's form: "0.3 a 0.7 b", also with commas or percent."""
+    found = re.split(r"[\s,]+", text.strip(" \t,"))
+    if len(found) % 2 or not all(_is_weight(_fraction(weight)) for weight in found[::2]):
+        return [_fraction(text)]
+    return [_fraction(word) if index % 2 == 0 else word for index, word in enumerate(found)]
+
+
+def _fraction(text: str) -> str:
+    """A percentage as a number; any other text as it is."""
+    number = text.strip().removesuffix("%")
+    return repr(float(number) / 100) if number != text.strip() and _is_weight(number) else text
+
+
+def _text(item: Any) -> Any:
     is_number = isinstance(item, (int, float)) and not isinstance(item, bool)
     return repr(item) if is_number else item
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from megatron_sgt import extensions
-from megatron_sgt.config.base import Choice, Section, shown
+from megatron_sgt.config.base import MOST_SEED, Choice, PathText, Section, shown
 from megatron_sgt.config.problems import explain
 from megatron_sgt.errors import ConfigError
 
@@ -34,7 +34,9 @@ class GrowthConfig(Section):
     )
     top_k_layers: int = Field(default=3, gt=0, description="Layers of highest entropy that a decision considers.")
     max_selected_layers: int = Field(default=3, gt=0, description="Layers that may loop in the end.")
-    max_loop_depth: int = Field(default=1, gt=0, description="Most additional attention passes of one layer (K_max).")
+    max_loop_depth: int = Field(
+        default=1, gt=0, le=1000, description="Most additional attention passes of one layer (K_max)."
+    )
     num_keep_heads: int = Field(default=2, gt=0, description="Heads that go on looping in a selected layer.")
     decay_type: Literal["linear", "cosine", "exponential"] = Field(
         default="linear",
@@ -56,7 +58,7 @@ class GrowthConfig(Section):
         default="highest",
         description="Which heads of a selected layer are kept, by their entropy; all: every head.",
     )
-    seed: int = Field(default=0, ge=0, description="Seed of head_choice random.")
+    seed: int = Field(default=0, ge=0, le=MOST_SEED, description="Seed of head_choice random.")
     entropy_after_fixed: bool = Field(
         default=False, description="Go on measuring entropy once the structure is fixed (monitoring only)."
     )
@@ -65,13 +67,15 @@ class GrowthConfig(Section):
         description="Measure entropy in every step before the structure is fixed; false: only in the last steps "
         "before a decision, whose outcome the earlier ones can no longer change in fp32.",
     )
-    replay: str | None = Field(
+    replay: PathText | None = Field(
         default=None,
         description="Repeat the decisions of this recorded run (its metrics.jsonl, or a JSON list of growth events) "
         "instead of measuring and deciding; null: decide.",
     )
     block_loop_layers: tuple[int, ...] = Field(default=(), description="Layers that block_loop executes again.")
-    block_loop_count: int = Field(default=1, gt=0, description="Additional executions of each of block_loop_layers.")
+    block_loop_count: int = Field(
+        default=1, gt=0, le=1000, description="Additional executions of each of block_loop_layers."
+    )
 
     def problems(self) -> Iterator[str]:
         yield from self._method_problems()

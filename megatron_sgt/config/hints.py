@@ -131,8 +131,9 @@ def unknown_key(root: type[BaseModel], path: tuple[str, ...]) -> str:
     name = key.lstrip("-").replace("-", "_")
     section = section_at(root, tuple(parents))
     siblings = list(section.model_fields) if section is not None else []
-    if name in siblings:
-        return f"{line}; did you mean '{name}'?"
+    for meant in (name, f"{parents[-1]}_{name}" if parents else name):  # train.iters: train.train_iters
+        if meant in siblings:
+            return f"{line}; did you mean '{meant}'?"
     keys = all_keys(root)
     misplaced = [known for known in keys if known.rpartition(".")[2] == name]
     if misplaced:

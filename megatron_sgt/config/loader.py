@@ -2,31 +2,35 @@
 
 import copy
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_sgt.config.base import EXPAND, shown
 from megatron_sgt.config.presets import preset_values
 from megatron_sgt.config.problems import explain
 from megatron_sgt.config.root import Config
-from megatron_sgt.config.yaml_io import parse_yaml, read_mapping
+from megatron_sgt.config.yaml_io import parse_value, read_mapping
 from megatron_sgt.errors import ConfigError
+from megatron_sgt.paths import as_recorded, expand
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), preset: str | None = None) -> Config:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), preset: str | None = None, fill_in: Callable[[str], str] = expand
+) -> Config:
     """Read a configuration.
 
     path: YAML file. Its key ``base:`` names another one (relative to it) whose values it overrides key by key.
-    overrides: ``section.key=value`` each, the value in YAML. preset: a name of presets.py, whose values override the
-    file's and are overridden by the overrides.
+    overrides: ``section.key=value`` each, the value as ``parse_value`` reads it. preset: a name of presets.py, whose
+    values override the file's and are overridden by the overrides. fill_in: what is made of every path (paths.py).
 
     Raises:
         ConfigError: file missing or not YAML, a cycle of ``base:``, unknown keys, bad values; all at once.
     """
     path = Path(path)
-    values = _read_with_bases(path, ())
+    values = _read_with_bases(path, (), fill_in)
     if preset is not None:
         preview = copy.deepcopy(values)  # a preset depends on the number of layers, which may be overridden
         for override in overrides:
@@ -34,11 +38,33 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), preset: str | N
         values = _merge(values, preset_values(preset, preview))
     for override in overrides:
         _apply_override(values, override)
-    return parse_config(values, source=str(path))
+    return parse_config(values, str(path), fill_in)
 
 
-def parse_config(values: Mapping[str, Any], source: str = "configuration") -> Config:
-    """Validate plain values, as read from YAML.
+def recorded_config(path: Path) -> Config:
+    """The configuration that a run has recorded, in a checkpoint or beside its metrics: its paths as they were there.
+
+    Raises:
+        ConfigError: as ``load_config``.
+    """
+    return load_config(path, fill_in=as_recorded)
+
+
+def repeated(overrides: Sequence[str]) -> list[str]:
+    """One line for every override that a later one takes back, wholly or with the section that it is in."""
+    lines = []
+    names = [override.partition("=")[0].strip() for override in overrides]
+    for index, name in enumerate(names):
+        later = [other for other in range(index + 1, len(names)) if f"{name}.".startswith(f"{names[other]}.")]
+        if later:
+            lines.append(f"{overrides[index]} has no effect: {overrides[later[-1]]} follows")
+    return lines
+
+
+def parse_config(
+    values: Mapping[str, Any], source: str = "configuration", fill_in: Callable[[str], str] = expand
+) -> Config:
+    """Validate plain values, as read from YAML. fill_in: what is made of every path.
 
     Raises:
         ConfigError: with one line per problem.
@@ -46,7 +72,7 @@ def parse_config(values: Mapping[str, Any], source: str = "configuration") -> Co
     # A section with every line commented out is empty, not null.
     sections = {key: {} if value is None and key in Config.model_fields else value for key, value in values.items()}
     try:
-        return Config.model_validate(sections)
+        return Config.model_validate(sections, context={EXPAND: fill_in})
     except ValidationError as error:
         lines = explain(error, Config)
     if len(lines) == 1:
@@ -54,7 +80,7 @@ def parse_config(values: Mapping[str, Any], source: str = "configuration") -> Co
     raise ConfigError("\n  ".join([f"{source}: {len(lines)} problems", *lines]))
 
 
-def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+def _read_with_bases(path: Path, chain: tuple[Path, ...], fill_in: Callable[[str], str]) -> dict[str, Any]:
     """Return the values of a file over those of its base. ``chain``: the files that led here."""
     real = path.resolve()
     if real in chain:
@@ -68,7 +94,11 @@ def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     base = values.pop("base")
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base: must be the path of another YAML file, got {base!r}")
-    return _merge(_read_with_bases(path.parent / base, (*chain, real)), values)
+    try:
+        below = path.parent / fill_in(base)
+    except ValueError as error:
+        raise ConfigError(f"{path}: base: {error}") from None
+    return _merge(_read_with_bases(below, (*chain, real), fill_in), values)
 
 
 def _missing_file(path: Path, chain: tuple[Path, ...]) -> str:
@@ -94,14 +124,18 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"override '{override}': must be section.key=value, e.g. train.train_iters=100")
-    value = parse_yaml(text, f"override '{override}'")
+        raise ConfigError(
+            f"override {shown(override)}: must be section.key=value in one word, e.g. train.train_iters=100"
+        )
+    if name.startswith("--"):
+        raise ConfigError(f"override {shown(override)}: settings are given without dashes: {name.lstrip('-')}=...")
+    value = parse_value(text, f"override {shown(override)}")
     target = values
     for depth, key in enumerate(keys[:-1], start=1):
         inner = target.get(key)
         if inner is None:
             inner = target[key] = {}
         elif not isinstance(inner, dict):
-            raise ConfigError(f"override '{override}': {'.'.join(keys[:depth])} is {inner!r}, not a section")
+            raise ConfigError(f"override {shown(override)}: {'.'.join(keys[:depth])} is {inner!r}, not a section")
         target = inner
     target[keys[-1]] = value

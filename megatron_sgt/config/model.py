@@ -15,10 +15,10 @@ SWIGLU_MULTIPLE = 64
 class ModelConfig(Section):
     """A LLaMA-style decoder. What may be derived from other fields is, when the section is validated."""
 
-    num_layers: int = Field(gt=0, description="Number of transformer layers.")
-    hidden_size: int = Field(gt=0, description="Width of the residual stream.")
-    num_attention_heads: int = Field(gt=0, description="Number of query heads per layer.")
-    seq_length: int = Field(gt=1, description="Tokens per training sequence.")
+    num_layers: int = Field(gt=0, le=10_000, description="Number of transformer layers.")
+    hidden_size: int = Field(gt=0, le=2**20, description="Width of the residual stream.")
+    num_attention_heads: int = Field(gt=0, le=2**16, description="Number of query heads per layer.")
+    seq_length: int = Field(gt=1, le=2**26, description="Tokens per training sequence.")
     vocab_size: int | None = Field(
         default=None,
         gt=0,
@@ -33,16 +33,21 @@ class ModelConfig(Section):
         "Width inside the MLP; null: 8/3 of hidden_size rounded up to a multiple of 64 for swiglu, "
         "4 times hidden_size otherwise.",
         gt=0,
+        le=2**24,
     )
     num_query_groups: int = derived(
         "Number of key/value heads, each shared by num_attention_heads / num_query_groups query heads; "
         "null: num_attention_heads (no sharing).",
         gt=0,
+        le=2**16,
     )
-    kv_channels: int = derived("Size of one head; null: hidden_size / num_attention_heads, which must divide.", gt=0)
+    kv_channels: int = derived(
+        "Size of one head; null: hidden_size / num_attention_heads, which must divide.", gt=0, le=2**16
+    )
     make_vocab_size_divisible_by: int = Field(
         default=128,
         gt=0,
+        le=2**20,
         description="The vocabulary is padded to a multiple of this; tensor_model_parallel_size divides it.",
     )
     normalization: Literal["RMSNorm", "LayerNorm"] = Field(

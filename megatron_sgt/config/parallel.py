@@ -5,14 +5,16 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_sgt.config.base import Section
+from megatron_sgt.config.base import MOST_MINUTES, Section
+
+MOST_RANKS = 1_000_000
 
 
 class ParallelConfig(Section):
     """Sizes of the parallel groups, under Megatron's names; the rest of the world is data parallel."""
 
     tensor_model_parallel_size: int = Field(
-        default=1, gt=0, description="Ranks that share every layer (heads, MLP, vocabulary)."
+        default=1, gt=0, le=MOST_RANKS, description="Ranks that share every layer (heads, MLP, vocabulary)."
     )
     pipeline_model_parallel_size: int = Field(default=1, gt=0, description="Not supported: must be 1.")
     context_parallel_size: int = Field(default=1, gt=0, description="Not supported: must be 1.")
@@ -36,7 +38,7 @@ class ParallelConfig(Section):
         description="Where to train; auto: on GPUs if there are any (nccl), else on CPUs (gloo).",
     )
     distributed_timeout_minutes: float = Field(
-        default=10.0, gt=0, description="A collective that waits longer than this ends the run."
+        default=10.0, gt=0, le=MOST_MINUTES, description="A collective that waits longer than this ends the run."
     )
 
     def problems(self) -> Iterator[str]:

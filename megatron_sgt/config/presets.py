@@ -64,4 +64,7 @@ def preset_values(name: str, values: Mapping[str, Any]) -> Values:
     num_layers = model.get("num_layers")
     # A model without layers is refused later, together with all other problems.
     growth = PRESETS[name](num_layers if isinstance(num_layers, int) else 1 << 30)
-    return {"growth": growth, "logging": {"run_dir": f"{logging.get('run_dir', 'runs/default')}-{name}"}}
+    run_dir = logging.get("run_dir", "runs/default")
+    if not isinstance(run_dir, str):  # refused later
+        return {"growth": growth}
+    return {"growth": growth, "logging": {"run_dir": f"{run_dir}-{name}"}}

@@ -15,11 +15,11 @@ _REQUIREMENTS = {
     "dict_type": "must be a mapping",
     "finite_number": "must be a finite number",
     "float_type": "must be a number",
-    "greater_than": "must be > {gt:g}",
-    "greater_than_equal": "must be >= {ge:g}",
+    "greater_than": "must be > {gt}",
+    "greater_than_equal": "must be >= {ge}",
     "int_type": "must be an integer",
-    "less_than": "must be < {lt:g}",
-    "less_than_equal": "must be <= {le:g}",
+    "less_than": "must be < {lt}",
+    "less_than_equal": "must be <= {le}",
     "literal_error": "must be {expected}",
     "model_type": "must be a mapping",
     "string_too_short": "must not be empty",
@@ -45,11 +45,16 @@ def _lines(item: dict[str, Any], root: type[BaseModel]) -> Iterator[str]:
     elif kind == "value_error":
         yield f"{where}: {context['error']}"
     else:
-        requirement = _REQUIREMENTS.get(kind, item["msg"]).format(**context)
-        yield f"{where}: {requirement}, got {shown(item['input'])}{_choice_hint(item['input'], context)}"
+        bounds = {name: f"{value:g}" if isinstance(value, float) else value for name, value in context.items()}
+        requirement = _REQUIREMENTS.get(kind, item["msg"]).format(**bounds)
+        yield f"{where}: {requirement}, got {shown(item['input'])}{_hint(item['input'], kind, context)}"
 
 
-def _choice_hint(value: Any, context: dict[str, Any]) -> str:
+def _hint(value: Any, kind: str, context: dict[str, Any]) -> str:
+    if kind == "int_type" and isinstance(value, float) and value.is_integer():
+        return f"; write {int(value)}" if abs(value) < 1e15 else ""
+    if kind == "string_type" and isinstance(value, int | float):
+        return "; put it into quotes" if not isinstance(value, bool) else ""
     choices = re.findall(r"'([^']*)'", context.get("expected", ""))
     close = difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) else []
     return f"; did you mean '{close[0]}'?" if close else ""

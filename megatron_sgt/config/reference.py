@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from megatron_sgt.config.base import Choice, section_class, shown
+from megatron_sgt.config.base import MOST_SEED, Choice, is_path, section_class, shown
 from megatron_sgt.config.presets import PRESETS, preset_values
 from megatron_sgt.config.root import Config
 
@@ -24,6 +24,18 @@ Made by `python tools/config_reference.py`; a test holds it against the classes 
 A configuration is one YAML file of the sections below. `base: other.yaml` takes another file's values first. On the
 command line, `section.key=value` goes over the file, and `--preset NAME` between the two. Unknown keys are refused
 with a suggestion; `python pretrain_sgt.py --config FILE --print-config` shows every value that a run gets.
+
+**Paths.** `~`, `~user`, `$NAME` and `${NAME}` are filled in where the command runs, in every path of the configuration
+and of all command lines. A variable that is not set, or empty, is refused, and so are line breaks. What a run records
+holds the path itself. `tools/submit_slurm.py` refuses what belongs to the job (`$SLURM_...`, `$TMPDIR`), except in
+`--mount` and `--env`, which the job's shell fills in; ranks that mean different run folders are refused.
+
+**Values.** Files are YAML with the numbers and booleans of YAML 1.2: `1e-4` is a number, `010` is 10, `yes`, `on` and
+`12:30` are text; the same key twice is refused. In an override the text behind `=` is taken as it stands, `exp #1`,
+`a: b` and `- a` too; only quotes, `[...]` and `{...}` are read as YAML, and nothing at all is null. `~` alone is the
+home folder in an override and null in a file. An override that a later one takes back is said.
+
+**Numbers.** Integers without another bound end at 2147483647, other numbers at 1e+30; infinities and NaN are refused.
 """
 
 
@@ -62,16 +74,25 @@ def _leaves(prefix: str, section: type[BaseModel]) -> Iterator[tuple[str, FieldI
 
 def _type(field: FieldInfo) -> str:
     text = _type_name(field.annotation)
+    if is_path(field.annotation, field.metadata):
+        text = text.replace("text", "path")
     for bound in field.metadata:
         if isinstance(bound, Choice):
             text = ", ".join(f"`{name}`" for name in bound.built_in) + ", or a registered name"
-        text += "".join(f" {sign} {getattr(bound, name):g}" for name, sign in _BOUNDS.items() if hasattr(bound, name))
-        text += ", not empty" if hasattr(bound, "min_length") else ""
+        for name, sign in _BOUNDS.items():
+            if hasattr(bound, name):
+                text += f" {sign} {_bound(getattr(bound, name))}"
     return text
+
+
+def _bound(number: float) -> str:
+    return "2^63 - 1" if number == MOST_SEED else f"{number:g}" if isinstance(number, float) else str(number)
 
 
 def _type_name(annotation: Any) -> str:
     origin, inside = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_name(inside[0])
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in inside)
     if origin in (Union, UnionType):

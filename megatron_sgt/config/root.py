@@ -1,12 +1,12 @@
 """The whole configuration: all sections, and the rules between them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
-from megatron_sgt.config.base import Section, shown
+from megatron_sgt.config.base import EXPAND, Section, shown
 from megatron_sgt.config.data import DataConfig
 from megatron_sgt.config.growth import GrowthConfig
 from megatron_sgt.config.hints import misspelt_deepspeed_key
@@ -16,6 +16,7 @@ from megatron_sgt.config.parallel import ParallelConfig
 from megatron_sgt.config.run import CheckpointConfig, LoggingConfig, TrainConfig, resolve_precision
 from megatron_sgt.config.yaml_io import dump_yaml
 from megatron_sgt.errors import ConfigError
+from megatron_sgt.paths import expand
 
 ZERO_0_HALF = "{} with zero_stage 0 reports wrong gradient norms; use parallel.zero_stage 1, or train.precision fp32"
 
@@ -36,6 +37,11 @@ class Config(Section):
         description="DeepSpeed JSON keys for experts, merged over the generated ones. A value that "
         "contradicts another section is refused; 'auto' takes that section's value.",
     )
+
+    @field_validator("deepspeed", mode="after")
+    @classmethod
+    def _fill_in_paths(cls, values: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        return _with_paths(values, (info.context or {}).get(EXPAND, expand))
 
     def problems(self) -> Iterator[str]:
         for check in (check_model, check_growth, check_parallel, check_steps, check_deepspeed):
@@ -159,6 +165,21 @@ class Config(Section):
     def to_yaml(self) -> str:
         """Return the resolved configuration; ``load_config`` of it gives an equal Config."""
         return dump_yaml(self.model_dump())
+
+
+def _with_paths(values: dict[str, Any], how: Callable[[str], str]) -> dict[str, Any]:
+    """DeepSpeed's settings with every path filled in: nvme_path, output_path, output_file and their like."""
+    filled = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            value = _with_paths(value, how)
+        elif isinstance(value, str) and value and key.endswith(("path", "dir", "file", "folder")):
+            try:
+                value = how(value)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
+        filled[key] = value
+    return filled
 
 
 def check_model(cfg: Config) -> Iterator[str]:

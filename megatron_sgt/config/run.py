@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_sgt.config.base import Section
+from megatron_sgt.config.base import MOST_MINUTES, MOST_SECONDS, MOST_SEED, PathText, Section
 
 
 def resolve_precision(wanted: str, device: str) -> str:
@@ -26,7 +26,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto", description="Type of weights and activations; auto: bf16 on GPUs, fp32 on CPUs."
     )
-    seed: int = Field(default=1234, ge=0, description="Seed of initial weights, dropout and data order.")
+    seed: int = Field(default=1234, ge=0, le=MOST_SEED, description="Seed of initial weights, dropout and data order.")
     eval_interval: int = Field(default=0, ge=0, description="Validate every so many steps; 0: never.")
     eval_iters: int = Field(default=10, gt=0, description="Global batches of one validation.")
     max_consecutive_skipped_steps: int = Field(
@@ -38,12 +38,14 @@ class TrainConfig(Section):
     hang_timeout_seconds: float = Field(
         default=300.0,
         ge=0,
+        le=MOST_SECONDS,
         description="A rank that makes no progress in an ordinary step for so long ends the run, with the stacks of "
         "all ranks; 0: never.",
     )
     slow_phase_timeout_seconds: float = Field(
         default=1800.0,
         gt=0,
+        le=MOST_SECONDS,
         description="The same for the start, the first step, validation and saving, and for waiting until rank 0 has "
         "built indices or converted a checkpoint. (A collective gives up after parallel.distributed_timeout_minutes.)",
     )
@@ -55,17 +57,20 @@ class TrainConfig(Section):
     exit_duration_minutes: float | None = Field(
         default=None,
         gt=0,
+        le=MOST_MINUTES,
         description="Save and stop, to be started again, after so many minutes of this process; null: no limit.",
     )
     exit_before_job_end_minutes: float = Field(
         default=2.0,
         ge=0,
+        le=MOST_MINUTES,
         description="Under Slurm (SLURM_JOB_END_TIME): save and stop so long before the job's end, and earlier by "
         "the time that the longest save has taken.",
     )
     exit_grace_seconds: float = Field(
         default=300.0,
         gt=0,
+        le=MOST_SECONDS,
         description="After a request to stop, the running step and then the save may take so long each; then the "
         "exit is forced.",
     )
@@ -132,15 +137,17 @@ class TrainConfig(Section):
         "which they act (docs/extending.md).",
     )
     threads_per_rank: int | None = Field(
-        default=None, gt=0, description="CPU threads of one rank; null: torch's choice."
+        default=None, gt=0, le=4096, description="CPU threads of one rank; null: torch's choice."
     )
 
 
 class CheckpointConfig(Section):
     """Where checkpoints are written, how often, and what a run starts from."""
 
-    save: str | None = Field(default=None, description="Folder for checkpoints; null: checkpoints in logging.run_dir.")
-    load: str | None = Field(
+    save: PathText | None = Field(
+        default=None, description="Folder for checkpoints; null: checkpoints in logging.run_dir."
+    )
+    load: PathText | None = Field(
         default=None,
         description="Start from this checkpoint: a folder of checkpoints (its latest) or one global_stepN. "
         "Finding none is an error.",
@@ -159,6 +166,13 @@ class CheckpointConfig(Section):
         description="Copy the state to host memory and write it while training goes on. Needs as much free host "
         "memory as the checkpoint takes.",
     )
+    writer_timeout_seconds: float = Field(
+        default=120.0,
+        ge=1,
+        le=3600,
+        description="A run holds its folders with a lease, which it renews twelve times in so long. Another start "
+        "that cannot ask after its process or its Slurm job takes them over after this time without a sign of life.",
+    )
     verify: Literal["checksums", "sizes"] = Field(
         default="checksums",
         description="What is checked of a checkpoint before it is loaded: every byte, shared among the ranks, or "
@@ -169,7 +183,7 @@ class CheckpointConfig(Section):
 class LoggingConfig(Section):
     """Where the run writes, and what it shows."""
 
-    run_dir: str = Field(default="runs/default", min_length=1, description="Folder of everything that the run writes.")
+    run_dir: PathText = Field(default="runs/default", description="Folder of everything that the run writes.")
     log_interval: int = Field(default=10, gt=0, description="Print a line every so many steps.")
     tensorboard: bool = Field(default=False, description="Write TensorBoard events into run_dir.")
     wandb_project: str | None = Field(default=None, description="Weights & Biases project; null: not used.")

@@ -1,16 +1,21 @@
-"""YAML for configurations: numbers and booleans of YAML 1.2, no duplicate keys.
+"""YAML for configurations: numbers and booleans of YAML 1.2, no duplicate keys; and the values of overrides.
 
 PyYAML follows YAML 1.1, where ``6e-4`` is text, ``on`` is true and ``010`` is 8, and silently uses the last of several
 equal keys.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
 
 from megatron_sgt.errors import ConfigError, first_line
+
+MOST_DEPTH, MOST_VALUES = 50, 100_000
+_TOO_LARGE = f"nested more than {MOST_DEPTH} deep, or more than {MOST_VALUES:,} values; no configuration is"
+_BEGIN_YAML = ("'", '"', "[", "{")
 
 _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 _INT = re.compile(r"^[-+]?[0-9][0-9_]*$")
@@ -35,7 +40,7 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key_node, _ in node.value:
             is_merge = key_node.tag == "tag:yaml.org,2002:merge"
-            key = key_node.value
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "[...]"
             if not is_merge and key_node.tag != "tag:yaml.org,2002:str":
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
             if key in seen:
@@ -64,25 +69,70 @@ _Dumper.add_representer(
 )
 
 
+def parse_value(text: str, source: str) -> Any:
+    """Return the value of an override: quoted texts, lists and mappings in brackets as in YAML; nothing is null.
+
+    Anything else is a number, a boolean, null, or text as it stands: no sign in it has a meaning, so that nothing
+    behind `` #`` is lost and ``a: b`` or ``- a`` need no quotes. ``~`` is text too, since a path may be one.
+
+    Raises:
+        ConfigError: naming ``source``.
+    """
+    text = text.strip()
+    if text.startswith(_BEGIN_YAML):
+        value = parse_yaml(text, source)
+        end = yaml.compose(text, Loader=_Loader).end_mark.index
+        if rest := text[end:].strip():
+            raise ConfigError(f"{source}: {rest!r} stands behind the value; put all of it into quotes")
+        return value
+    if "\n" in text or "\r" in text:
+        raise ConfigError(f"{source}: a value of several lines; write lists and mappings in brackets")
+    if text == "~":
+        return text
+    loader = _Loader("")
+    tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+    if tag.rpartition(":")[2] not in ("bool", "int", "float", "null"):
+        return text
+    return _built(lambda: loader.construct_document(yaml.ScalarNode(tag, text)), source)
+
+
 def parse_yaml(text: str, source: str) -> Any:
     """Return the value of a YAML text.
 
     Raises:
         ConfigError: naming ``source`` and the line.
     """
+    # A subclass of SafeLoader: builds plain values only.
+    value = _built(lambda: yaml.load(text, Loader=_Loader), source)
+    _check_size(value, source)
+    return value
+
+
+def _built(build: Callable[[], Any], source: str) -> Any:
     try:
-        # A subclass of SafeLoader: builds plain values only.
-        return yaml.load(text, Loader=_Loader)
+        return build()
+    except RecursionError:
+        raise ConfigError(f"{source}: {_TOO_LARGE}") from None
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+        # What a tag asks for and its text is not (!!bool maybe), a number of ten thousand digits.
+        raise ConfigError(f"{source}: not valid YAML: {first_line(error)}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = source if mark is None else f"{source}, line {mark.line + 1}"
         detail = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(f"{place}: not valid YAML: {detail}") from error
-    except RecursionError as error:
-        raise ConfigError(f"{source}: not valid YAML: it is nested too deeply") from error
-    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
-        # What a tag asks for and its text is not (!!bool maybe), a number of ten thousand digits.
-        raise ConfigError(f"{source}: not valid YAML: {first_line(error)}") from error
+
+
+def _check_size(value: Any, source: str) -> None:
+    """Refuse what an anchor has made endless or huge, before anything walks over it."""
+    waiting, count = [(value, 1)], 0
+    while waiting:
+        item, depth = waiting.pop()
+        count += 1
+        if depth > MOST_DEPTH or count > MOST_VALUES:
+            raise ConfigError(f"{source}: {_TOO_LARGE}")
+        inside = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+        waiting += [(one, depth + 1) for one in inside]
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -34,6 +34,12 @@ class Blend:
         source = int(self._source[slot])
         return source, period * self.counts[source] + int(self._rank[slot])
 
+    def drawn(self, samples: int) -> tuple[int, ...]:
+        """How many of the first ``samples`` samples of the blend are drawn from each data set."""
+        periods, slots = divmod(samples, len(self._source))
+        rest = np.bincount(self._source[:slots], minlength=len(self.counts))
+        return tuple(periods * count + int(more) for count, more in zip(self.counts, rest, strict=True))
+
 
 def round_to_period(weights: Sequence[float]) -> tuple[int, ...]:
     """Integers proportional to ``weights`` that sum to PERIOD (1 for a single one), by largest remainders.

@@ -25,6 +25,8 @@ class CorpusReport:
     text_bytes: int
     """UTF-8 bytes of the documents."""
     with_tests: bool
+    left_out: int
+    """Source files that cannot be read, or are no text in the coding that they declare."""
 
 
 def build_corpus(
@@ -33,17 +35,20 @@ def build_corpus(
     """Write ``output`` as jsonl ({"text": …}), one document per source file, in sorted order.
 
     Installed packages are omitted, and so is the library's own test suite unless the rest is smaller than
-    ``min_bytes``. Files that cannot be decoded are skipped. ``root``: a folder instead of the standard library's.
+    ``min_bytes``. Files that cannot be decoded are left out and counted. ``root``: a folder instead of the
+    standard library's.
 
     Raises:
-        DataError: the text is too small even then, or ``output`` exists and may not be overwritten.
+        DataError: the text is too small even then, a folder cannot be read, or ``output`` exists and may not be
+            overwritten.
     """
     target = Path(output)
     if target.exists() and not overwrite:
         raise DataError(f"{output} exists already; choose another name or give --overwrite")
     folder = Path(root or sysconfig.get_path("stdlib"))
     for with_tests in (False, True):
-        documents = [text for text in map(_read, _sources(folder, with_tests)) if text]
+        read = [_read(path) for path in _sources(folder, with_tests)]
+        documents = [text for text in read if text]
         size = sum(len(text.encode()) for text in documents)
         if size >= min_bytes:
             break
@@ -56,16 +61,20 @@ def build_corpus(
     with replacing(target) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as stream:
         for text in documents:
             stream.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-    return CorpusReport(output, len(documents), size, with_tests)
+    return CorpusReport(output, len(documents), size, with_tests, read.count(None))
 
 
 def _sources(folder: Path, with_tests: bool) -> Iterator[Path]:
     excluded = NEVER if with_tests else NEVER | TESTS
     found = []
-    for directory, subdirectories, names in os.walk(folder):
+    for directory, subdirectories, names in os.walk(folder, onerror=_refuse):
         subdirectories[:] = [name for name in subdirectories if name not in excluded]
         found += [Path(directory, name) for name in names if name.endswith(".py")]
     return iter(sorted(found, key=lambda path: path.relative_to(folder).parts))
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
 
 def _read(path: Path) -> str | None:

@@ -16,7 +16,7 @@ from multiprocessing import connection, get_context, parent_process
 import numpy as np
 
 from megatron_sgt.config.data import TokenizerConfig
-from megatron_sgt.data.readers import Chunk, parse
+from megatron_sgt.data.documents import BadDocument, Chunk, parse
 from megatron_sgt.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_sgt.errors import SGTError
 
@@ -41,6 +41,8 @@ class EncodedChunk:
     num_repaired: int
     """Texts in which characters that are no Unicode text (lone surrogates) were replaced by ``?``."""
     bytes_read: int
+    num_bad: int = 0
+    first_bad: BadDocument | None = None
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,16 @@ class Encoder:
     dtype: str
 
     def __call__(self, chunk: Chunk) -> EncodedChunk:
-        """Tokenize every document; a bad one is a DataError with file and line."""
+        """Tokenize every document; bad ones are counted, for the caller to judge."""
         ending = [self.tokenizer.eod] if self.append_eod else []
         tokens: list[list[np.ndarray]] = [[] for _ in self.keys]
         empty = [0] * len(self.keys)
         repaired = 0
+        bad: list[BadDocument] = []
         for document in parse(chunk, self.keys):
+            if isinstance(document, BadDocument):
+                bad.append(document)
+                continue
             for k, text in enumerate(document):
                 clean = text if text.isascii() else text.encode("utf-8", "replace").decode()
                 repaired += clean != text
@@ -76,7 +82,7 @@ class Encoder:
             )
             for documents, num_empty in zip(tokens, empty, strict=True)
         )
-        return EncodedChunk(keys, repaired, chunk.bytes_read)
+        return EncodedChunk(keys, repaired, chunk.bytes_read, len(bad), next(iter(bad), None))
 
 
 def encode_chunks(
@@ -90,7 +96,6 @@ def encode_chunks(
     """Encode ``chunks`` in order; a bounded number of them is in memory at any time.
 
     Raises:
-        DataError: a bad document.
         SGTError: a worker process dies.
     """
     arguments = (config, tuple(keys), append_eod, dtype)

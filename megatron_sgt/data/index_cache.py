@@ -53,6 +53,19 @@ def megatron_datasets() -> ModuleType:
     return gpt_dataset
 
 
+def index_folder(
+    prefix: str,
+    parts: tuple[SplitPart, ...],
+    lengths_digest: str,
+    seq_length: int,
+    seed: int,
+    cache_root: str,
+) -> Path:
+    """Where ``build_index_cache`` keeps the indices."""
+    key = json.dumps([lengths_digest, [[p.first, p.last] for p in parts], seq_length, seed, megatron_version()])
+    return Path(cache_root) / f"{Path(prefix).name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+
 def build_index_cache(
     prefix: str,
     parts: tuple[SplitPart, ...],
@@ -66,11 +79,10 @@ def build_index_cache(
     Raises:
         DataError: ``cache_root`` cannot be written.
     """
-    key = json.dumps([lengths_digest, [[p.first, p.last] for p in parts], seq_length, seed, megatron_version()])
-    name = f"{Path(prefix).name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    folder = Path(cache_root) / name
+    folder = index_folder(prefix, parts, lengths_digest, seq_length, seed, cache_root)
     if folder.is_dir():
         return str(folder)
+    name = folder.name
     try:
         Path(cache_root).mkdir(parents=True, exist_ok=True)
         unfinished = tempfile.mkdtemp(prefix=f"{name}.unfinished-", dir=cache_root)

@@ -24,6 +24,7 @@ DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"
 CHECKED_TOKENS = 1 << 25
 """Up to this many tokens all ids are checked; of a larger set, an even sample of this size."""
 _WINDOW = 1 << 20
+_DIGEST_BLOCKS, _DIGEST_BLOCK = 64, 1 << 13
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,31 @@ def check_indexed_dataset(
         )
     if vocab_size is not None and tokens:
         _check_ids(prefix, dtype, tokens, vocab_size)
-    digest = hashlib.sha256(np.ascontiguousarray(lengths).data).hexdigest()
-    return IndexedInfo(prefix, len(lengths), len(boundaries) - 1, tokens, dtype.name, digest)
+    return IndexedInfo(prefix, len(lengths), len(boundaries) - 1, tokens, dtype.name, lengths_digest(lengths))
+
+
+def lengths_digest(lengths: np.ndarray) -> str:
+    """SHA-256 of the lengths of sequences (int32)."""
+    return hashlib.sha256(np.ascontiguousarray(lengths).data).hexdigest()
+
+
+def content_digest(prefix: str, tokens: int) -> str:
+    """SHA-256 of an even sample of the first ``tokens`` ids of a data set, at most _DIGEST_BLOCKS blocks.
+
+    It tells data sets apart whose lengths are the same, and does not depend on the width in which ids are stored.
+
+    Raises:
+        DataError: the index is damaged.
+    """
+    if tokens == 0:
+        return hashlib.sha256().hexdigest()
+    dtype = _read_index(prefix)[0]
+    ids = np.memmap(prefix + ".bin", dtype=dtype, mode="r", shape=(tokens,))
+    digest = hashlib.sha256()
+    blocks = min(_DIGEST_BLOCKS, -(-tokens // _DIGEST_BLOCK))
+    for start in np.linspace(0, max(0, tokens - _DIGEST_BLOCK), blocks).astype(np.int64):
+        digest.update(ids[start : start + _DIGEST_BLOCK].astype("<i8").data)
+    return digest.hexdigest()
 
 
 def sequence_lengths(prefix: str) -> np.ndarray:

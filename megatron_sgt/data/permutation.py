@@ -8,8 +8,11 @@ a library update cannot change the order of a resumed run.
 import hashlib
 from math import isqrt
 
+import numpy as np
+
 _MASK = (1 << 64) - 1
 _ROUNDS = 8
+_AT_ONCE = 1 << 20
 
 
 class RandomPermutation:
@@ -41,6 +44,27 @@ class RandomPermutation:
             index = self._shuffle_grid(index)
         return index
 
+    def places(self, elements: np.ndarray) -> np.ndarray:
+        """The inverse: at which positions ``elements`` stand, as int64 of their shape [m]."""
+        found = np.empty(len(elements), np.int64)
+        for start in range(0, len(elements), _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            values = self._unshuffle_grid(elements[part].astype(np.uint64))
+            while len(outside := np.flatnonzero(values >= self.n)):
+                values[outside] = self._unshuffle_grid(values[outside])
+            found[part] = values
+        return found
+
+    def _unshuffle_grid(self, values: np.ndarray) -> np.ndarray:
+        width, height = np.uint64(self._width), np.uint64(self._height)
+        y, x = np.divmod(values, width)
+        for step, key in reversed(list(enumerate(self._round_keys))):
+            if step % 2 == 0:
+                x = (x + width - _mix_all(y ^ np.uint64(key)) % width) % width
+            else:
+                y = (y + height - _mix_all(x ^ np.uint64(key)) % height) % height
+        return y * width + x
+
     def _shuffle_grid(self, index: int) -> int:
         y, x = divmod(index, self._width)
         for step, key in enumerate(self._round_keys):
@@ -57,3 +81,11 @@ def _mix(value: int) -> int:
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return value ^ (value >> 31)
+
+
+def _mix_all(values: np.ndarray) -> np.ndarray:
+    """``_mix`` of every element of an array of uint64, which wraps around as the mask makes Python's integers do."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

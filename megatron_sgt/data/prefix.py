@@ -29,7 +29,17 @@ def resolve_prefix(path: str) -> tuple[str, str | None]:
                 "tools/preprocess_data.py again"
             )
         tried.append(prefix + ".idx")
-    raise DataError(f"no indexed data set at {path} (looked for {', '.join(tried)}){_neighbours(path)}")
+    raise DataError(f"no indexed data set at {path} (looked for {', '.join(tried)}){_hint(path) or _neighbours(path)}")
+
+
+def _hint(path: str) -> str:
+    """What was probably meant by what is no path, or not yet a data set."""
+    if Path(path).is_file():
+        return f"; {path} is no indexed data set: tools/preprocess_data.py makes one of it"
+    words = path.replace(",", " ").split()
+    if len(words) > 1 and any(Path(f"{word}{end}.idx").is_file() for word in words for end in ("", DEFAULT_SUFFIX)):
+        return "; several data sets are a blend: data.data_path='[weight, prefix, weight, prefix]'"
+    return ""
 
 
 def _neighbours(path: str) -> str:

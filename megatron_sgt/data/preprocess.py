@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from megatron_sgt.config.data import TokenizerConfig
+from megatron_sgt.data.documents import BadDocuments
 from megatron_sgt.data.encoding import EncodedKey, encode_chunks
-from megatron_sgt.data.progress import Progress
-from megatron_sgt.data.readers import Kind, find_files, read_chunks
+from megatron_sgt.data.inputs import Kind, find_inputs
+from megatron_sgt.data.progress import Progress, note
+from megatron_sgt.data.readers import read_chunks
 from megatron_sgt.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_sgt.errors import DataError
 from megatron_sgt.files import commit, sha256_of, sync, temporary_of
@@ -40,6 +42,8 @@ class PreprocessOptions:
     num_workers: int = 1
     append_eod: bool = False
     overwrite: bool = False
+    max_bad_documents: int = 0
+    """So many are left out and counted; one more is an error."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ class PreprocessReport:
     """One per key."""
     repaired: int
     """Texts with invalid Unicode, repaired."""
+    bad: str | None
+    """What to say of bad documents, if there were any."""
     seconds: float
 
     @property
@@ -75,13 +81,17 @@ def preprocess(options: PreprocessOptions) -> PreprocessReport:
     50 bytes per document for the index.
 
     Raises:
-        DataError: unreadable input, a bad line (with file and line), output that exists (without ``overwrite``), no
-            document with a token at all.
+        DataError: unreadable input, more bad documents than ``max_bad_documents`` (the first with file and line),
+            output that exists (without ``overwrite``), no document with a token at all.
     """
-    files = find_files(options.inputs, options.input_format)
+    _check_keys(options.json_keys)
+    found = find_inputs(options.inputs, options.input_format)
+    for line in found.notes:
+        note(line)
+    bad = BadDocuments(options.max_bad_documents)
     tokenizer = build_tokenizer(options.tokenizer)
     dtype = "uint16" if tokenizer.vocab_size < UINT16_BELOW else "int32"
-    total_bytes = sum(file.path.stat().st_size for file in files)
+    total_bytes = sum(file.size for file in found.files)
     repaired = 0
     with contextlib.ExitStack() as stack:
         writers = [
@@ -93,7 +103,7 @@ def preprocess(options: PreprocessOptions) -> PreprocessReport:
         encoded_chunks = stack.enter_context(
             contextlib.closing(
                 encode_chunks(
-                    read_chunks(files, options.json_keys),
+                    read_chunks(found.files, options.json_keys, say=note),
                     options.tokenizer,
                     options.json_keys,
                     options.append_eod,
@@ -103,14 +113,16 @@ def preprocess(options: PreprocessOptions) -> PreprocessReport:
             )
         )
         for chunk in encoded_chunks:
+            bad.add(chunk.num_bad, chunk.first_bad)
             for writer, encoded in zip(writers, chunk.keys, strict=True):
                 writer.add(encoded)
             repaired += chunk.num_repaired
             progress.update(chunk.bytes_read, writers[0].documents, sum(writer.tokens for writer in writers))
+        others = writers[0].documents + writers[0].empty
         for writer in writers:
-            writer.commit(_metadata(tokenizer, options))
+            writer.commit(_metadata(tokenizer, options) | _bad_metadata(bad, others))
     datasets = tuple(WrittenDataset(w.prefix, w.documents, w.tokens, w.empty) for w in writers)
-    return PreprocessReport(datasets, repaired, time.monotonic() - start)
+    return PreprocessReport(datasets, repaired, bad.line(others), time.monotonic() - start)
 
 
 class DatasetWriter:
@@ -208,6 +220,17 @@ def _metadata(tokenizer: Tokenizer, options: PreprocessOptions) -> dict[str, Any
     }
 
 
+def _bad_metadata(bad: BadDocuments, others: int) -> dict[str, Any]:
+    first = {"bad_share": bad.share(others), "first_bad_document": str(bad.first)} if bad.count else {}
+    return {"bad_documents": bad.count, **first}
+
+
+def _check_keys(keys: Sequence[str]) -> None:
+    repeated = sorted({key for key in keys if keys.count(key) > 1})
+    if repeated:
+        raise DataError(f"--json-keys names {repeated[0]!r} more than once; each key makes one data set")
+
+
 def default_workers() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -223,6 +246,8 @@ def describe(report: PreprocessReport, options: PreprocessOptions, checksum: boo
             lines.append(f"sha256 {sha256_of(Path(dataset.prefix + '.bin'))}  {dataset.prefix}.bin")
     if report.repaired:
         lines.append(f"{report.repaired:,} texts contained invalid Unicode characters, which were replaced by '?'")
+    if report.bad:
+        lines.append(report.bad)
     if not options.append_eod:
         lines.append("note: documents are not separated; --append-eod ends each with the end-of-text token")
     lines.append(

@@ -10,6 +10,11 @@ from megatron_sgt.metrics.units import duration
 LINE_EVERY_SECONDS = 30.0
 
 
+def note(line: str) -> None:
+    """Tell the user of something that is no error, on stderr."""
+    print(f"note: {line}", file=sys.stderr, flush=True)
+
+
 class Progress:
     """Shows progress through ``total_bytes``, results so far, rate and time left, on stderr."""
 

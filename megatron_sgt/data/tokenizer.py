@@ -62,7 +62,10 @@ class SentencePieceTokenizer(Tokenizer):
         file = Path(path)
         if not file.is_file():
             raise DataError(f"tokenizer model {path} does not exist; tools/train_tokenizer.py makes one")
-        self._bytes = file.read_bytes()
+        try:
+            self._bytes = file.read_bytes()
+        except OSError as error:
+            raise DataError(f"tokenizer model {path} cannot be read: {error.strerror}") from error
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(self._bytes)
@@ -94,7 +97,7 @@ class TokenizersJson(Tokenizer):
             self._tokenizer = tokenizers.Tokenizer.from_file(path)
         except Exception as error:  # the library raises the bare Exception
             raise DataError(
-                f"{path} is not a tokenizer.json: {error}; give one that Hugging Face's tokenizers have "
+                f"{path} is not a tokenizer.json: {first_line(error)}; give one that Hugging Face's tokenizers have "
                 "written, or set data.tokenizer.type to sentencepiece"
             ) from error
         self._tokenizer.no_truncation()
@@ -102,7 +105,7 @@ class TokenizersJson(Tokenizer):
         self._path = Path(path)
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         eod = next((vocab[token] for token in EOD_CANDIDATES if token in vocab), None)
-        super().__init__(f"huggingface {path}", max(vocab.values()) + 1, eod)
+        super().__init__(f"huggingface {path}", _size(vocab, path), eod)
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -138,7 +141,7 @@ class AutoTokenizerFolder(Tokenizer):
         eod = tokenizer.eos_token_id
         if eod is None:
             eod = next((self._vocab[token] for token in EOD_CANDIDATES if token in self._vocab), None)
-        super().__init__(f"huggingface {path}", max(self._vocab.values()) + 1, eod)
+        super().__init__(f"huggingface {path}", _size(self._vocab, path), eod)
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
@@ -154,6 +157,13 @@ class AutoTokenizerFolder(Tokenizer):
                 digest.update(name.encode() + b"\0" + file.read_bytes())
         digest.update(json.dumps(sorted(self._vocab.items()), ensure_ascii=True).encode())
         return digest.hexdigest()
+
+
+def _size(vocab: dict[str, int], path: str) -> int:
+    """The largest id plus 1."""
+    if not vocab:
+        raise DataError(f"the tokenizer in {path} has an empty vocabulary: damaged; copy it again")
+    return max(vocab.values()) + 1
 
 
 def build_tokenizer(config: TokenizerConfig) -> Tokenizer:

@@ -9,7 +9,10 @@ from typing import Literal
 
 import sentencepiece
 
-from megatron_sgt.data.readers import InputFile, Kind, find_files, parse, read_chunks
+from megatron_sgt.data.documents import BadDocument, BadDocuments, parse
+from megatron_sgt.data.inputs import InputFile, Kind, find_inputs
+from megatron_sgt.data.progress import note
+from megatron_sgt.data.readers import read_chunks
 from megatron_sgt.errors import DataError
 from megatron_sgt.files import replacing
 
@@ -22,8 +25,10 @@ PIECE_CHARACTERS = 4000
 """Documents are cut at line ends into pieces of this size: sentencepiece skips long "sentences"."""
 NUM_THREADS = 8
 """Fixed: the sums of unigram training, and so the model, depend on it."""
-EXPANSION = {"": 1, ".gz": 5, ".zst": 5}
-"""Assumed ratio of text to file size, to decide how thinly to sample."""
+EXPANSION = 5
+"""Assumed ratio of text to size of a compressed file, to decide how thinly to sample."""
+LEFT_SHARE = 0.25
+"""A sample that is full when more than this share of the input is unread is said."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,20 @@ class TokenizerReport:
     """UTF-8 bytes of the sample."""
     bytes_per_token: float
     """Over the last documents of the sample, up to a megabyte."""
+    bad: str | None
+    """What to say of bad documents, if there were any."""
+
+
+@dataclass
+class Sample:
+    """Documents to train on, and what was met on the way to them."""
+
+    documents: list[str]
+    bad: BadDocuments
+    read: int = 0
+    """Good documents that were looked at."""
+    left: float = 0.0
+    """Share of the input that is behind the last one."""
 
 
 def train_tokenizer(
@@ -50,6 +69,7 @@ def train_tokenizer(
     sample_bytes: int = SAMPLE_BYTES,
     seed: int = 0,
     overwrite: bool = False,
+    max_bad_documents: int = 0,
 ) -> TokenizerReport:
     """Train on a sample of the documents and write the model to ``output``. Equal arguments give equal bytes.
 
@@ -58,11 +78,18 @@ def train_tokenizer(
     decoding reproduces the text; the one exception is U+2581 (▁), sentencepiece's sign for a space.
 
     Raises:
-        DataError: unreadable input, no text, ``output`` exists, a vocabulary size that the text does not allow.
+        DataError: unreadable input, more bad documents than ``max_bad_documents``, no text, ``output`` exists, a
+            vocabulary size that the text does not allow.
     """
     if Path(output).exists() and not overwrite:
         raise DataError(f"{output} exists already; choose another name or give --overwrite")
-    sample = sample_documents(find_files(inputs, input_format), json_key, sample_bytes, seed)
+    found = find_inputs(inputs, input_format)
+    for line in found.notes:
+        note(line)
+    drawn = sample_documents(found.files, json_key, sample_bytes, seed, max_bad_documents)
+    sample = drawn.documents
+    if drawn.left > LEFT_SHARE:
+        note(f"the sample was full before the last {100 * drawn.left:.0f} % of the input; see --sample-bytes")
     if not sample:
         raise DataError(f"no text to train a tokenizer on in {', '.join(inputs)}")
     model = _train(sample, vocab_size, model_type)
@@ -76,6 +103,7 @@ def train_tokenizer(
         documents=len(sample),
         text_bytes=sum(len(text.encode("utf-8", "replace")) for text in sample),
         bytes_per_token=_bytes_per_token(processor.encode, sample),
+        bad=drawn.bad.line(drawn.read),
     )
 
 
@@ -109,24 +137,34 @@ def _train(sample: Sequence[str], vocab_size: int, model_type: ModelType) -> byt
     return model.getvalue()
 
 
-def sample_documents(files: Sequence[InputFile], key: str, sample_bytes: int, seed: int) -> list[str]:
+def sample_documents(
+    files: Sequence[InputFile], key: str, sample_bytes: int, seed: int, max_bad_documents: int = 0
+) -> Sample:
     """Non-empty documents of all files, about ``sample_bytes`` in all.
 
     Each is taken or not by a hash of (seed, its number), so the sample is even and repeatable.
+
+    Raises:
+        DataError: unreadable input, or more than ``max_bad_documents`` bad ones.
     """
-    estimate = sum(file.path.stat().st_size * EXPANSION[file.compression] for file in files)
+    estimate = sum(file.size * (EXPANSION if file.compression else 1) for file in files)
     keep_below = min(1.0, sample_bytes / max(1, estimate))
-    documents: list[str] = []
-    taken = number = 0
-    for chunk in read_chunks(files, (key,)):
-        for (text,) in parse(chunk, (key,)):
-            number += 1
-            if text and _unit_hash(seed, number) < keep_below:
-                documents.append(text)
+    sample = Sample([], BadDocuments(max_bad_documents))
+    size, taken = sum(file.size for file in files), 0
+    for chunk in read_chunks(files, (key,), say=note):
+        for document in parse(chunk, (key,)):
+            if isinstance(document, BadDocument):
+                sample.bad.add(1, document)
+                continue
+            (text,) = document
+            sample.read += 1
+            if text and _unit_hash(seed, sample.read) < keep_below:
+                sample.documents.append(text)
                 taken += len(text)
         if taken >= sample_bytes:
+            sample.left = 1 - chunk.bytes_read / max(1, size)
             break
-    return documents
+    return sample
 
 
 def pieces(documents: Sequence[str]) -> Iterator[str]:

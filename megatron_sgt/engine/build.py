@@ -17,11 +17,13 @@ from megatron_sgt.compat.mpu import DeepSpeedMPU
 from megatron_sgt.config import Config
 from megatron_sgt.engine.deepspeed_config import deepspeed_config
 from megatron_sgt.engine.prepare import prepare_process
+from megatron_sgt.errors import ConfigError
 from megatron_sgt.launch.environment import RankInfo, to_environ
 from megatron_sgt.model.gpt import LanguageModel, build_model
 from megatron_sgt.model.hf_weights import megatron_shard
 from megatron_sgt.optim.optimizer import build_optimizer
 from megatron_sgt.optim.param_groups import parameter_groups
+from megatron_sgt.parallel.collectives import gather_or_raise
 from megatron_sgt.parallel.device import select_device
 from megatron_sgt.parallel.groups import ParallelGroups, initialize_groups
 from megatron_sgt.parallel.placement import check_placement
@@ -57,7 +59,29 @@ def start_processes(config: Config, info: RankInfo) -> ParallelGroups:
     prepare_deepspeed(device)
     groups = initialize_groups(config.parallel, info, device)
     check_placement(groups)
+    check_folders_agree(config, groups)
     return groups
+
+
+def check_folders_agree(config: Config, groups: ParallelGroups) -> None:
+    """Check that all ranks mean the same folders. Collective.
+
+    Raises:
+        ConfigError: on every rank, if one reads another, as where a variable of its path differs between nodes.
+    """
+    folders = {
+        "logging.run_dir": os.path.abspath(config.logging.run_dir),
+        "checkpoint.save": os.path.abspath(config.save_dir),
+        "checkpoint.load": config.checkpoint.load and os.path.abspath(config.checkpoint.load),
+    }
+    for rank, others in enumerate(gather_or_raise(lambda: folders, groups)):
+        for name, folder in folders.items():
+            if others[name] != folder:
+                low, high = sorted(((groups.rank, folder), (rank, others[name])))
+                raise ConfigError(
+                    f"{name} is {low[1]} for rank {low[0]}, but {high[1]} for rank {high[0]}: write a path without a "
+                    "variable or a folder that differs between them"
+                )
 
 
 def build_runtime(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from megatron_sgt.config import Config
 from megatron_sgt.config.base import count
 from megatron_sgt.data.sources import validate_data
+from megatron_sgt.engine.data_start import data_start
 from megatron_sgt.engine.deepspeed_config import check_deepspeed
 from megatron_sgt.engine.hooks.base import own_hooks
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth import LoopPlan
+from megatron_sgt.lease import holder_of, inside
 from megatron_sgt.parallel.device import device_type
 from megatron_sgt.planning.describe import growth_line, model_line
 from megatron_sgt.planning.flops import step_flops
@@ -42,8 +45,9 @@ def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:
     data, start, disk = validate_data(config), find_start(config), check_disk(config, precision)
     rows = [("model", model_line(config)), ("growth", growth_line(config))]
     rows += _batch_rows(config, world_size)
+    change = data_start(config, start, keep_indices=False).change
     rows += [("data", data.line()), ("checkpoint", disk), ("start", start.sentence(config))]
-    notes = [*data.notes, *_start_notes(config, start)]
+    notes = [*data.notes, *_start_notes(config, start), *([] if change is None else [change.line()])]
     if assumed:
         notes.append(f"planned for {count(world_size, 'rank')}; --world-size N plans for another number")
     rows += [("note", note) for note in notes]
@@ -51,6 +55,9 @@ def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:
 
 
 def _start_notes(config: Config, start: Start) -> Iterator[str]:
+    for folder in dict.fromkeys((Path(config.logging.run_dir), config.save_dir)):
+        if holder := holder_of(inside(folder)):
+            yield f"{folder} is held by {holder.name} since {holder.began}: this run is refused while that one lives"
     if problem := start.problem(config):
         yield problem
     if start.changed:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
+import sys
 from typing import NoReturn
 
-from megatron_sgt import __version__
+from megatron_sgt import __version__, streams
+from megatron_sgt.cli import path, warn, words
 from megatron_sgt.config import Config, load_config
-from megatron_sgt.config.hints import unknown_key
+from megatron_sgt.config.hints import all_keys, unknown_key
+from megatron_sgt.config.loader import repeated
 from megatron_sgt.config.presets import PRESETS
 from megatron_sgt.engine.prepare import prepare_process
-from megatron_sgt.errors import ConfigError, ExitCode
+from megatron_sgt.errors import ConfigError, ExitCode, of_full_disk
 from megatron_sgt.guard.ending import place, run_rank
 from megatron_sgt.guard.signals import listening
 from megatron_sgt.guard.stop import StopRequests
@@ -45,8 +47,16 @@ class _Parser(argparse.ArgumentParser):
         words = message.removeprefix(prefix).split() if message.startswith(prefix) else []
         flags = [word.partition("=")[0] for word in words if word.startswith("--")]
         hints = ["settings are given as section.key=value, without dashes"] if flags else []
-        hints += [unknown_key(Config, (flag,)) for flag in flags]
+        hints += [_meant(flag) for flag in flags]
         raise ConfigError("\n  ".join([message, *hints]) + f"\n{self.format_usage().rstrip()}")
+
+
+def _meant(flag: str) -> str:
+    """The setting that ``flag`` (--num-layers, --model.num-layers) was probably to set."""
+    name = flag.lstrip("-").replace("-", "_")
+    if name in all_keys(Config):
+        return f"write {name}=... for {flag}"
+    return unknown_key(Config, tuple(name.split(".")) if "." in name else (flag,))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -57,10 +67,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE.yaml", help="the run; see examples/configs")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values over those of the file")
+    parser.add_argument("--config", type=path, required=True, metavar="FILE.yaml", help="the run; see examples/configs")
     parser.add_argument(
-        "--preset", metavar="NAME", help=f"the file's run as a baseline or ablation: {', '.join(PRESETS)}"
+        "overrides", type=words, nargs="*", metavar="section.key=value", help="values over those of the file"
+    )
+    parser.add_argument(
+        "--preset", type=words, metavar="NAME", help=f"the file's run as a baseline or ablation: {', '.join(PRESETS)}"
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the run's shape and exit")
@@ -74,18 +86,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run; return the exit code. A user's mistake is reported once, whatever the number of ranks."""
+    streams.make_readable()
     return run_rank(lambda: _main(parse(arguments)))
 
 
 def _main(args: argparse.Namespace) -> int:
     info = place()
     config = load_config(args.config, args.overrides, args.preset)
+    if info.rank == 0:
+        warn(repeated(args.overrides))
     if args.print_config:
         if info.rank == 0:
-            print(config.to_yaml(), end="")
+            return _show(config.to_yaml())
     elif args.dry_run:
         if info.rank == 0:
-            _dry_run(config, info, args.world_size)
+            return _show(_dry_run(config, info, args.world_size) + "\n")
     else:
         stop = StopRequests(config.train, job_end(os.environ))
         with listening(stop, config.train.exit_grace_seconds):
@@ -93,17 +108,37 @@ def _main(args: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
-def _dry_run(config: Config, info: RankInfo, world_size: int | None) -> None:
+def _show(text: str) -> ExitCode:
+    """Print what the command was asked for: without it the command has failed."""
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        streams.discard(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            return ExitCode.BROKEN_PIPE
+        raise of_full_disk(error) or error from error
+    return ExitCode.DONE
+
+
+def _dry_run(config: Config, info: RankInfo, world_size: int | None) -> str:
     from megatron_sgt.engine.dry_run import dry_run
 
     if world_size is not None and world_size < 1:
         raise ConfigError(f"--world-size: must be above 0, got {world_size}")
     assumed = world_size is None and info.launcher == "single"
     smallest = config.parallel.tensor_model_parallel_size
-    print(dry_run(config, world_size or max(info.world_size, smallest if assumed else 1), assumed))
+    return dry_run(config, world_size or max(info.world_size, smallest if assumed else 1), assumed)
 
 
 def _train(config: Config, info: RankInfo, stop: StopRequests) -> int:
+    streams.outlive_full_disks()
+    try:
+        return _train_and_report(config, info, stop)
+    finally:
+        streams.report_losses()
+
+
+def _train_and_report(config: Config, info: RankInfo, stop: StopRequests) -> int:
     if info.rank == 0:  # a sign of life: the imports that follow take seconds
         ranks = "1 rank" if info.world_size == 1 else f"{info.world_size} ranks"
         launcher = "alone" if info.launcher == "single" else f"started by {info.launcher}"

@@ -15,6 +15,7 @@ from megatron_sgt.data.gpt_dataset import build_datasets
 from megatron_sgt.data.loader import EvalLoader, TrainLoader
 from megatron_sgt.data.tokenizer import tokenizer_of
 from megatron_sgt.engine.build import Runtime, build_runtime, start_processes
+from megatron_sgt.engine.data_start import DataStart, data_record, data_start, record_at
 from megatron_sgt.engine.deepspeed_config import check_deepspeed
 from megatron_sgt.engine.hooks.base import Hook, RunParts, own_hooks
 from megatron_sgt.engine.hooks.checkpoint import CheckpointHook
@@ -27,10 +28,10 @@ from megatron_sgt.engine.hooks.straggler import StragglerHook
 from megatron_sgt.engine.hooks.validation import EvalHook
 from megatron_sgt.engine.hooks.watched import watched_batches, watched_hooks
 from megatron_sgt.engine.loop import DivergedError, Trainer
+from megatron_sgt.engine.run_folders import CONFIG_FILE, RunFolders
 from megatron_sgt.engine.skipped_ranges import SkippedRanges, batches_outside
 from megatron_sgt.engine.step import TrainState
-from megatron_sgt.errors import CheckpointError, DamagedCheckpointError, ExitCode
-from megatron_sgt.files import replace_text
+from megatron_sgt.errors import CheckpointError, ConfigError, DamagedCheckpointError, ExitCode
 from megatron_sgt.growth import Schedule
 from megatron_sgt.growth.methods import with_schedule
 from megatron_sgt.guard import Progress, Watch
@@ -87,12 +88,23 @@ class PretrainingRun:
         self.groups: ParallelGroups = start_processes(self.config, info)
         if watch is not None:
             watch.connect()
+        self.folders = RunFolders(self.config)
+        self.folders.take()
+        try:
+            self._prepare()
+        except BaseException:
+            self.folders.release()
+            raise
+
+    def _prepare(self) -> None:
+        """All that comes before the first step, in folders that this run alone writes into."""
         # If every rank looked, they might see different folders on a network file system.
         self.start: Start = self._find_start(self._look_for_start)
         if self.groups.is_main:
             layout.clear_leftovers(self.config.save_dir)
         self.progress.enter("opening the data")
         datasets = self._open_data()
+        self.data = self._compare_data()
         self.progress.enter("building the model")
         self.runtime: Runtime = build_runtime(self.config, self.groups)
         self.progress.enter("compiling the kernels of the loops")
@@ -100,14 +112,18 @@ class PretrainingRun:
         self.schedule = schedule_of(self.config)
         self.hub = self._open_hub()
         self.skipped_ranges: SkippedRanges = on_rank_zero(
-            lambda: SkippedRanges.at_start(self.start.folder, config.save_dir)
+            lambda: SkippedRanges.at_start(self.start.folder, self.config.save_dir)
         )
         self.state = TrainState()
         self._wire(datasets[1])
         if self.start.folder is not None:
             self.progress.enter("loading the checkpoint")
-            self.start = self._load(self.start, self._look_for_start)
+            loaded = self._load(self.start, self._look_for_start)
+            if loaded is not self.start:  # an older one, which may have read other data
+                self.start = loaded
+                self.data = self._compare_data()
             self.state.consumed_samples = self.skipped_ranges.after(self.state.consumed_samples)
+        self.saver.data = self.data.record
         self._report_start()
         self.train_data = datasets[0]
 
@@ -148,16 +164,28 @@ class PretrainingRun:
         check_disk(self.config, precision)
         return find_start(self.config, damaged)
 
+    def _compare_data(self) -> DataStart:
+        return on_rank_zero(lambda: data_start(self.config, self.start))
+
     def _open_data(self) -> Sequence[Any]:
         return build_datasets(self.config, tokenizer_of(self.config.data))
 
     def _open_hub(self) -> MetricsHub:
-        if not self.groups.is_main:
-            return MetricsHub()
-        run_dir = Path(self.config.logging.run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        replace_text(run_dir / "config.yaml", self.config.to_yaml())
-        return build_hub(self.config.logging, self.config.train.train_iters, self.config.model_dump())
+        """Rank 0's has the writers. What cannot be written at the start is refused, on all ranks."""
+        opened: list[MetricsHub] = []
+        on_rank_zero(lambda: opened.append(self._hub_of_rank_zero()))
+        return opened[0] if opened else MetricsHub()
+
+    def _hub_of_rank_zero(self) -> MetricsHub:
+        shown = self.config.model_dump()
+        try:
+            self.folders.write_config()
+            return build_hub(self.config.logging, self.config.train.train_iters, shown, self.folders.check)
+        except OSError as error:
+            raise ConfigError(
+                f"logging.run_dir: cannot write to {self.config.logging.run_dir}: {error.strerror}; make room, or "
+                "choose another folder"
+            ) from error
 
     def _wire(self, valid: Any) -> None:
         """Build the hooks in the order in which they act: average, growth, report, validate, the user's own, save."""
@@ -196,9 +224,16 @@ class PretrainingRun:
         # on one rank alone is seen before.
         about = {"tokenizer": tokenizer_fingerprint(config) if groups.is_main else None}
         self.saver = CheckpointHook(
-            config, runtime.engine, [self.growth, self.spike], self.hub, groups, about, self.own_hooks,
+            config,
+            runtime.engine,
+            [self.growth, self.spike],
+            self.hub,
+            groups,
+            about,
+            self.own_hooks,
+            self.folders.check,
             None if ema is None else ema.average,
-        )  # fmt: skip
+        )
         self.saver.on_saved = self.stop.note_save
         self.hooks.append(self.saver)
 
@@ -212,6 +247,8 @@ class PretrainingRun:
             "skipped": self.start.skipped,
         }
         self.hub.log("resume", record)
+        if self.data.change is not None:
+            self.hub.log("data", data_record(self.data.change, self.state.step))
         if self.groups.is_main and self.groups.tp_size > 1 and most_kept_heads(self.config):
             print(f"LOOPS  {choose_loop_method(self.config)[1]}", flush=True)
         line = loop_backend(self.config, self.runtime.precision, self.groups.device)[1]
@@ -240,6 +277,7 @@ class PretrainingRun:
             raise
         finally:
             self.hub.close()
+            self.folders.release()
         # No rank takes another's exit for a loss, however long rank 0 takes to close its reports.
         barrier(self.groups)
         return code
@@ -276,9 +314,10 @@ class PretrainingRun:
         if newest.folder is None:
             raise CheckpointError(f"no checkpoint in {self.config.save_dir} is whole; there is none to go back to")
         newest = self._load(newest, look)
+        self.saver.data = record_at(newest.saved, self.saver.data)
         start = self.state.consumed_samples
         self.skipped_ranges.add(start, spike.stop)
-        on_rank_zero(self.skipped_ranges.write)  # before a step is taken: a run that dies now must not forget it
+        on_rank_zero(self._write_skipped_ranges)  # before a step is taken: a run that dies now must not forget it
         self.state.consumed_samples = self.skipped_ranges.after(start)
         there = {
             "step": self.state.step,
@@ -287,6 +326,10 @@ class PretrainingRun:
         }
         self.hub.log("resume", {**there, "searched": self.config.save_dir, "changed": ()})
         self.hub.log("rollback", {**there, **spike.record(), "passed_samples": spike.stop - start})
+
+    def _write_skipped_ranges(self) -> None:
+        self.folders.check()
+        self.skipped_ranges.write()
 
     def _can_go_back(self) -> bool:
         """Collective."""
@@ -310,7 +353,7 @@ class PretrainingRun:
             "paths": {
                 "checkpoint": self.saver.last_path or self.start.folder,
                 "metrics": run_dir / METRICS_FILE,
-                "config": run_dir / "config.yaml",
+                "config": run_dir / CONFIG_FILE,
             },
         }
         if self.eval is not None and self.eval.last_ema_loss is not None:

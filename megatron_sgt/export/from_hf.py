@@ -24,7 +24,7 @@ from megatron_sgt.checkpoint.reshard.rank_state import WEIGHTS
 from megatron_sgt.checkpoint.reshard.tensor_file import TensorFileWriter
 from megatron_sgt.config import Config
 from megatron_sgt.config.model import ModelConfig
-from megatron_sgt.errors import CheckpointError, DataError
+from megatron_sgt.errors import CheckpointError, DataError, LeaseError
 from megatron_sgt.export.continued_run import RUN_FILE, fitting_config, growth_state, run_config, run_yaml
 from megatron_sgt.export.hf.families import HFModel, read_model
 from megatron_sgt.export.hf_tensors import HFTensors
@@ -36,6 +36,7 @@ from megatron_sgt.export.tokenizers import (
     tokenizer_in,
 )
 from megatron_sgt.files import fresh_folder, replace_text, temporary_of
+from megatron_sgt.lease import Lease, held, inside
 from megatron_sgt.model.hf_weights import check_tensors
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -57,6 +58,8 @@ class Imported:
     num_parameters: int
     stored_as: tuple[str, ...]
     padding_rows: int
+    left_out: tuple[str, ...]
+    """Files of weights in the folder that are no part of the model."""
 
 
 def import_model(
@@ -92,8 +95,6 @@ def import_model(
         fingerprint = check_tokenizers(source, tokenizer, config if config_file else None, model.fields["vocab_size"])
     except DataError as error:  # part of the model that was asked for
         raise CheckpointError(str(error)) from error
-    if layout.finished_tags(root):
-        raise CheckpointError(f"{root} holds checkpoints already; choose another folder for the import")
     final = root / layout.tag_for(0)
     with _all_or_nothing(root, final) as temporary:
         _write_weights(tensors, config.model, temporary)
@@ -115,6 +116,7 @@ def import_model(
         num_parameters=sum(torch.Size(shape).numel() for shape in tensors.shapes.values()),
         stored_as=tuple(sorted({str(dtype).removeprefix("torch.") for dtype in tensors.dtypes.values()})),
         padding_rows=config.model.padded_vocab_size() - model.fields["vocab_size"],
+        left_out=tensors.left_out,
     )
 
 
@@ -149,9 +151,16 @@ def _all_or_nothing(root: Path, final: Path) -> Iterator[Path]:
     names = (TOKENIZER_FOLDER, RUN_FILE, layout.LATEST_FILE, layout.ITERATION_FILE)
     ours = [temporary, final, *(root / name for name in names)]
     doomed = [path for path in ours if not path.exists()] if root.exists() else [root]
+    lease = Lease(inside(root), "an import", "choose another --output")
     try:
-        fresh_folder(temporary)
-        yield temporary
+        with held(lease):
+            if layout.finished_tags(root):  # by one that has just ended
+                doomed = []
+                raise CheckpointError(f"{root} holds checkpoints already; choose another folder for the import")
+            fresh_folder(temporary)
+            yield temporary
+    except LeaseError:  # nothing of ours is there
+        raise
     except BaseException as error:
         for path in doomed:
             if path.is_dir():

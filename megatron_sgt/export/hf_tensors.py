@@ -32,7 +32,10 @@ class HFTensors:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         wanted = _index(folder)
-        for name in sorted(set(wanted.values()) or {SINGLE_FILE}):
+        read = set(wanted.values()) or {SINGLE_FILE}
+        self.left_out = tuple(sorted(path.name for path in folder.glob("*.safetensors") if path.name not in read))
+        """Files of weights that are no part of the model: adapters, or another copy of it."""
+        for name in sorted(read):
             self._open(folder / name)
         if absent := sorted(set(wanted) - set(self._file_of)):
             raise CheckpointError(
@@ -79,6 +82,9 @@ def _index(folder: Path) -> dict[str, str]:
         )
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(file) for name, file in found.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        wanted = {str(name): str(file) for name, file in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error!r}") from error
+    if elsewhere := [file for file in wanted.values() if Path(file).name != file or not file.isprintable()]:
+        raise CheckpointError(f"{path} names {ascii(elsewhere[0])[:80]}, which is no file of its folder")
+    return wanted

@@ -14,7 +14,7 @@ from megatron_sgt.checkpoint.contents import Details, read_contents
 from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader
 from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE, WEIGHTS
 from megatron_sgt.checkpoint.reshard.source import Source, open_source
-from megatron_sgt.config import Config, load_config
+from megatron_sgt.config import Config, recorded_config
 from megatron_sgt.errors import CheckpointError, SGTError
 from megatron_sgt.growth import LoopPlan
 
@@ -93,7 +93,7 @@ def open_checkpoint(
                 f"{folder} holds no average of the weights: its run had train.ema_decay 0; export its weights "
                 "(--weights trained)"
             )
-        config = load_config(folder / layout.CONFIG_FILE)
+        config = recorded_config(folder / layout.CONFIG_FILE)
         free = contents.details.layout is None
         reader = LayoutFreeReader(folder) if free else open_source(folder)
     except CheckpointError:

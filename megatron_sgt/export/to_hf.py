@@ -19,6 +19,7 @@ from megatron_sgt.export.shards import write_weights
 from megatron_sgt.export.source import ExportSource, open_checkpoint
 from megatron_sgt.files import commit, fresh_folder, sync_all, temporary_of, write_json, write_text
 from megatron_sgt.growth import LoopPlan
+from megatron_sgt.lease import Lease, beside, held
 from megatron_sgt.model.mcore_config import DTYPES
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -86,19 +87,23 @@ def export_checkpoint(
 def _whole_or_nothing(output: Path) -> Iterator[Path]:
     """A folder to write into, renamed to ``output`` at the end; after an error nothing is left."""
     temporary = temporary_of(output)
+    lease = Lease(beside(output), "an export", "choose another --output", output)
     try:
-        fresh_folder(temporary)
-        yield temporary
-        sync_all(temporary)
-        commit(temporary, output)
+        with held(lease):
+            fresh_folder(temporary)
+            try:
+                yield temporary
+                sync_all(temporary)
+                lease.check()
+                commit(temporary, output)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     except CheckpointError:
         raise
     except SGTError as error:
         raise CheckpointError(str(error)) from error
     except OSError as error:
         raise CheckpointError(f"{output} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write(source: ExportSource, plan: LoopPlan, options: ExportOptions, temporary: Path, output: Path) -> Export:

@@ -139,6 +139,11 @@ class Schedule(ABC):
         """The step at which gates that fade now will be 0; None while none do."""
         return None
 
+    @property
+    def acted_until(self) -> int | None:
+        """The last step that it has acted after; None: it does not remember."""
+        return None
+
     def selected_at(self) -> dict[int, int]:
         """Layer -> the step after which it was selected, in the order of selection; not of an imported model."""
         return {}

@@ -238,6 +238,10 @@ class SGTSchedule(Schedule):
     def window_end(self) -> int | None:
         return self._window_end if self._phase == "selecting" else None
 
+    @property
+    def acted_until(self) -> int:
+        return self._step
+
     def selected_at(self) -> dict[int, int]:
         return {n: grown.chosen_at for n, grown in self._grown.items() if grown.chosen_at > 0}
 

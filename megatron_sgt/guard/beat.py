@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from megatron_sgt.guard.processes import Identity, process_state, visible
 from megatron_sgt.guard.progress import Mark
+from megatron_sgt.lease.process import Identity, process_state, visible
 
 STALE_SECONDS = 60.0
 """A rank of another node that has been silent for this long in an ordinary step is lost, with its node."""

@@ -13,6 +13,7 @@ from megatron_sgt.guard.beat import Beat, behind
 from megatron_sgt.guard.exit_protocol import ExitProtocol
 from megatron_sgt.guard.report import Failure, guess_loss, state_words
 from megatron_sgt.guard.store_channel import StoreGoneError
+from megatron_sgt.lease import process
 
 BEAT_SECONDS = 1.0
 GATHER_SECONDS = 3 * BEAT_SECONDS
@@ -30,7 +31,7 @@ class Diagnosis:
     """
 
     exit: ExitProtocol
-    identities: list[processes.Identity]
+    identities: list[process.Identity]
     keeper: bool
     queued: bool = False
 
@@ -57,9 +58,9 @@ class Diagnosis:
         """State of the visible ranks by the operating system: gone, stopped, ...; "" for an ordinary one."""
         own = self.identities[self.exit.rank]
         return {
-            rank: state_words(processes.process_state(identity))
+            rank: state_words(process.process_state(identity))
             for rank, identity in enumerate(self.identities)
-            if processes.visible(identity, own)
+            if process.visible(identity, own)
         }
 
     def loss(self, dead: list[int], own_beat: Beat) -> tuple[Failure, list[str]]:

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from megatron_sgt.errors import ExitCode, SGTError
+from megatron_sgt.errors import ExitCode, SGTError, of_full_disk
 from megatron_sgt.launch.environment import RankInfo, discover
 
 GRACE = 10.0
@@ -39,16 +39,26 @@ def run_rank(work: Callable[[], int | None]) -> int:
     except SGTError as error:
         _report(error, _known_place())
         return _leave(error.exit_code)
+    except OSError as error:
+        full = of_full_disk(error)
+        if full is None:
+            return _report_bug()
+        _report(full, _known_place())
+        return _leave(full.exit_code)
     except KeyboardInterrupt:
         info = _known_place()
         if info is None or info.rank == 0:
             print("interrupted: the steps since the newest checkpoint are lost", file=sys.stderr)
         return _leave(ExitCode.INTERRUPTED)
     except Exception:
-        info = _known_place()
-        rank = "" if info is None or info.world_size == 1 else f"[rank {info.rank}] "
-        print(f"{rank}{traceback.format_exc()}", file=sys.stderr, flush=True)
-        return _leave(ExitCode.CRASH)
+        return _report_bug()
+
+
+def _report_bug() -> int:
+    info = _known_place()
+    rank = "" if info is None or info.world_size == 1 else f"[rank {info.rank}] "
+    print(f"{rank}{traceback.format_exc()}", file=sys.stderr, flush=True)
+    return _leave(ExitCode.CRASH)
 
 
 def _known_place() -> RankInfo | None:

@@ -18,6 +18,7 @@ from typing import NoReturn, TypeVar
 from megatron_sgt.guard import flight_recorder
 from megatron_sgt.guard.report import Failure
 from megatron_sgt.guard.store_channel import StoreChannel, StoreGoneError, bounded
+from megatron_sgt.lease import release_all
 
 T = TypeVar("T")
 
@@ -84,11 +85,11 @@ class ExitProtocol:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             own = path.with_name(f"first.{self.rank}")
-            own.write_text(text)
+            own.write_text(text, encoding="utf-8")
             try:
                 os.link(own, path)  # whole or not at all, for one of all ranks
             except FileExistsError:
-                text = path.read_text()
+                text = path.read_text(encoding="utf-8")
             own.unlink()
         except OSError:  # no file system either: better reported twice than not at all
             pass
@@ -104,7 +105,7 @@ class ExitProtocol:
     def claimed_file(self) -> str | None:
         """The failure that was claimed in the file, as text; None if none was."""
         try:
-            return (self.folder / FIRST_FILE).read_text()
+            return (self.folder / FIRST_FILE).read_text(encoding="utf-8")
         except OSError:
             return None
 
@@ -140,7 +141,7 @@ class ExitProtocol:
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
         name = f"rank_{self.rank:05d}.stacks.txt"
         if self._write(name, f"{why}\n"):
-            with (self.folder / name).open("a") as file:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
 
     def dump_collectives(self) -> None:
@@ -161,7 +162,7 @@ class ExitProtocol:
     def _write(self, name: str, text: str) -> bool:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / name).write_text(text)
+            (self.folder / name).write_text(text, encoding="utf-8")
         except OSError as error:
             print(f"cannot write {self.folder / name}: {error}", file=sys.stderr)
             return False
@@ -171,4 +172,5 @@ class ExitProtocol:
         """End this process at once: its training thread may be blocked in a collective for good."""
         sys.stdout.flush()
         sys.stderr.flush()
+        release_all()
         os._exit(code)

@@ -25,6 +25,7 @@ from types import FrameType
 
 from megatron_sgt.errors import ExitCode
 from megatron_sgt.guard.stop import SIGNALS, Reason, StopRequests, named
+from megatron_sgt.lease import release_all
 
 REPEAT_S = 3.0
 
@@ -113,6 +114,7 @@ def _force(cause: str) -> None:
     text = f"forced exit: {cause}. The newest finished checkpoint is whole; the steps since are lost\n"
     with contextlib.suppress(OSError):
         os.write(2, text.encode())
+    release_all()
     _leave(ExitCode.FORCED)
 
 

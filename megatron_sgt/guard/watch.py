@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from megatron_sgt.config import Config
-from megatron_sgt.errors import SGTError
+from megatron_sgt.errors import LeaseLostError, SGTError
 from megatron_sgt.guard import flight_recorder, processes
 from megatron_sgt.guard.beat import Beat, Listener, dead_ranks, next_visible
 from megatron_sgt.guard.diagnosis import BEAT_SECONDS, Diagnosis
@@ -31,12 +31,15 @@ from megatron_sgt.guard.progress import Progress
 from megatron_sgt.guard.report import Failure, guess_error, is_consequence, is_timeout
 from megatron_sgt.guard.store_channel import StoreChannel, StoreGoneError
 from megatron_sgt.launch.rank_info import RankInfo
+from megatron_sgt.lease import process
 
 TICK_SECONDS = 0.5
 MAX_TICK_SECONDS = 2.0
 """What a tick counts for at most: time in which the whole process was suspended is no hang."""
 SEARCH_SECONDS = 6.0
 """How long a rank whose peer is gone looks for the reason."""
+FOLLOW_SECONDS = 2 * BEAT_SECONDS + 0.5
+"""How long rank 0, which may keep the store, stays when it alone has met what ends the run."""
 RESUME = "start the run again: it goes on from the newest checkpoint"
 ADVICE = f"{RESUME}; if it happens again, exclude that node"
 
@@ -72,7 +75,7 @@ class Watch:
             return
         attempt = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         everyone: list[Any] = [None] * self._info.world_size
-        dist.all_gather_object(everyone, (processes.own_identity(), attempt))
+        dist.all_gather_object(everyone, (process.own_identity(), attempt))
         store = dist.distributed_c10d._get_default_store()
         folder = self._failures / everyone[0][1]
         self._exit = ExitProtocol(self._info.rank, self._info.world_size, folder, StoreChannel(store))
@@ -100,6 +103,8 @@ class Watch:
             return
         if isinstance(error, SGTError):
             self._exit.claim(self._own_failure("mistake", str(error), error.exit_code))
+            if isinstance(error, LeaseLostError):  # rank 0's alone: the others hear of it while its store is there
+                time.sleep(FOLLOW_SECONDS)
         elif is_consequence(error):
             self._search(error, self._diagnosis)
         elif is_timeout(error):
@@ -125,7 +130,7 @@ class Watch:
             if self._exit.is_taken:
                 self._exit.leave(1)
 
-    def _exchange_beats(self, channel: StoreChannel, identities: list[processes.Identity]) -> None:
+    def _exchange_beats(self, channel: StoreChannel, identities: list[process.Identity]) -> None:
         rank, number, listener = self._info.rank, 0, Listener()
         neighbour = next_visible(rank, identities)
         ahead = (rank + 1) % self._info.world_size
@@ -141,7 +146,7 @@ class Watch:
             if heard:
                 listener.hear(ahead, Beat.from_text(heard), time.monotonic())
             gone: list[int] = []
-            if neighbour is not None and processes.process_state(identities[neighbour]) is None:
+            if neighbour is not None and process.process_state(identities[neighbour]) is None:
                 gone = [neighbour]
             elif neighbour != ahead and listener.is_lost(ahead, time.monotonic()):
                 gone = [ahead]

@@ -61,7 +61,7 @@ def _header(job: SlurmJob) -> list[str]:
         *([f"--gpus-per-node={job.gpus_per_node}"] if job.gpus_per_node else []),
         "--distribution=block:block",
         *job.options,
-        f"--output={job.folder}/%j.log",
+        f"--output={job.folder.replace('%', '%%')}/%j.log",
         "--open-mode=append",
         f"--signal=USR1@{job.warn_seconds}",
         "--requeue",
@@ -102,7 +102,8 @@ echo "$(date +%FT%T) job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, on $S
 
 def _srun(job: SlurmJob) -> list[str]:
     srun = 'srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK"'
-    lines = [f'{srun} --open-mode=append --output="$logs/rank-%4t.log"']
+    logs = "${logs//%/%%}" if "%" in job.folder else "$logs"  # in names of files % is a sign of Slurm's
+    lines = [f'{srun} --open-mode=append --output="{logs}/rank-%4t.log"']
     inside: list[str] = []
     if job.container and job.runtime == "pyxis":
         mounts = ",".join(f"{folder}:{folder}" for folder in ("$PWD", *job.mounts))

@@ -18,6 +18,7 @@ _SGT: dict[str, LineFormat] = {
     "save": lines.save_line,
     "save_failed": lines.save_failed_line,
     "resume": lines.resume_line,
+    "data": lines.data_line,
     "ranks": lines.ranks_line,
     "rollback": lines.rollback_line,
     "stop": lines.stop_line,

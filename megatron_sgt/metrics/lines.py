@@ -178,6 +178,11 @@ def resume_line(record: Record, paint: Paint = plain) -> str:
     return "\n".join([*(f"{paint('bad', 'SKIP')}  {why}" for why in record.get("skipped") or ()), resumed])
 
 
+def data_line(record: Record, paint: Paint = plain) -> str:
+    """What another order of the data means for the run that goes on."""
+    return f"{paint('warn', 'DATA')}  {record['line']}"
+
+
 def save_failed_line(record: Record, paint: Paint = plain) -> str:
     """A checkpoint that could not be written; training continues."""
     return f"{paint('bad', 'NOT SAVED')}  step {record['step']:,}  {record['reason']}"

@@ -123,6 +123,21 @@ class ResumeRecord(_Record, total=False):
     changed: tuple[str, ...] | list[str]  # settings unlike the checkpoint's: "train.train_iters 8 -> 12"
 
 
+class DataRecord(_Record, total=False):
+    """A resumed run reads its data in another order than before: what that means. Without counts where unknown."""
+
+    line: str
+    changed: tuple[str, ...] | list[str]
+    tokens_again: int  # read before, and again before the new order's place is made good
+    documents_again: int
+    windows_again: int | None  # samples of the new order that hold such a token
+    tokens_skipped: int  # not read, but taken for read
+    documents_skipped: int
+    exact: bool  # False: estimated from a sample of the documents
+    held_out_trained: int  # documents held out before that are trained on
+    trained_held_out: int
+
+
 class RanksRecord(_Record, total=False):
     """How the ranks' own work compares. The last four fields: a rank that is newly found to hold up the others."""
 
@@ -184,6 +199,7 @@ RECORDS: dict[str, type] = {
     "save": SaveRecord,
     "save_failed": SaveFailedRecord,
     "resume": ResumeRecord,
+    "data": DataRecord,
     "rollback": RollbackRecord,
     "stop": StopRecord,
     "hook": HookRecord,

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
+import os
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
 from megatron_sgt.config.run import LoggingConfig
-from megatron_sgt.errors import ConfigError
-from megatron_sgt.files import replace_text
+from megatron_sgt.errors import ConfigError, first_line
+from megatron_sgt.files import Appender, replace_text
 
 # Constants of a run and the axis itself make no curve.
 _NO_CURVE = (
@@ -82,7 +86,7 @@ def _import_for(option: str, module: str, package: str) -> ModuleType:
 
 
 class TensorBoardWriter:
-    """Event files in ``directory``.
+    """Event files in ``directory``; a new one where the last was deleted or moved away.
 
     After a resume at step N, TensorBoard drops the points of later steps that the attempt before has written.
 
@@ -92,13 +96,25 @@ class TensorBoardWriter:
 
     def __init__(self, directory: str | Path) -> None:
         option = "logging.tensorboard"
-        events = _import_for(option, "tensorboard.summary.writer.event_file_writer", "tensorboard")
+        records = _import_for(option, "tensorboard.summary.writer.record_writer", "tensorboard")
         self._event_pb2 = _import_for(option, "tensorboard.compat.proto.event_pb2", "tensorboard")
         self._summary_pb2 = _import_for(option, "tensorboard.compat.proto.summary_pb2", "tensorboard")
-        self._writer = events.EventFileWriter(str(directory))
+        self._framed = records.RecordWriter
+        self._directory = Path(directory)
+        self._open()
+
+    def _open(self) -> None:
+        now = time.time()
+        # TensorBoard's own writer has a thread, which ends at the first error.
+        name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+        self._file = Appender(self._directory / name)
+        self._add(self._event_pb2.Event(wall_time=now, file_version="brain.Event:2"))
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
         step, when = int(record["step"]), float(record.get("time", time.time()))
+        if not self._file.is_there():
+            self._file.close()
+            self._open()
         pb2 = self._event_pb2
         if kind == "resume":
             start = pb2.SessionLog(status=pb2.SessionLog.START)
@@ -109,14 +125,18 @@ class TensorBoardWriter:
                 for tag, value in scalars(kind, record).items()
             ]
             event = pb2.Event(wall_time=when, step=step, summary=self._summary_pb2.Summary(value=values))
-        self._writer.add_event(event)
-        self._writer.flush()
+        self._add(event)
+
+    def _add(self, event: Any) -> None:
+        piece = io.BytesIO()
+        self._framed(piece).write(event.SerializeToString())
+        self._file.append(piece.getvalue())
 
     def advance(self, step: int) -> None:
         """Nothing: only reports make points."""
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
 
 
 class WandbWriter:
@@ -161,13 +181,26 @@ class WandbWriter:
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
         curves = scalars(kind, record)
-        if kind == "summary":
-            self._run.summary.update(curves)
-        elif kind not in ("resume", "rollback", "stop", "save_failed"):
-            self._run.log({"step": int(record["step"]), **curves})
+        with _as_os_error():
+            if kind == "summary":
+                self._run.summary.update(curves)
+            elif kind not in ("resume", "data", "rollback", "stop", "save_failed"):
+                self._run.log({"step": int(record["step"]), **curves})
 
     def advance(self, step: int) -> None:
         """Nothing: only reports make points."""
 
     def close(self) -> None:
-        self._run.finish()
+        with _as_os_error():
+            self._run.finish()
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    """What the client raises, of types of its own, is a destination that fails like a full disk."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {first_line(error)}") from error

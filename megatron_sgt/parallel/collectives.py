@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_sgt.errors import SGTError
+from megatron_sgt.errors import SGTError, of_full_disk
 
 if TYPE_CHECKING:
     from megatron_sgt.parallel.groups import ParallelGroups
@@ -118,6 +118,8 @@ def wait_for_all() -> None:
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return work(), None
+    except OSError as error:
+        return None, of_full_disk(error) or error
     except Exception as error:
         return None, error
 

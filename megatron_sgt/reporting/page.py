@@ -83,6 +83,7 @@ class Page:
             f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(self.title)}</title>'
             f"<style>{_STYLE}</style></head><body>{''.join(self._body)}</body></html>\n",
             encoding="utf-8",
+            errors="backslashreplace",  # the name of a folder may be no UTF-8
         )
         files = [path]
         for name, data in self._pictures:

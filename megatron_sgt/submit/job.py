@@ -74,7 +74,9 @@ def submit(script: Path) -> str:
         raise ConfigError(
             f"{script} is written, but there is no sbatch on PATH; submit it on a login node: sbatch {script}"
         )
-    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["sbatch", "--parsable", str(script)], capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
     if done.returncode:
         raise SGTError(f"Slurm refuses {script}: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout.strip().split(";")[0]

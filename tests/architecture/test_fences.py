@@ -127,3 +127,56 @@ def test_the_library_rule_sees_what_it_should(path: str, text: str, wrong: bool)
 )
 def test_the_device_rule_sees_what_it_should(path: str, text: str, wrong: bool) -> None:
     assert bool(misplaced_cuda(Source(f"{PACKAGE}/{path}", text))) is wrong
+
+
+# Calls that open a text file or the output of a process; its encoding would be that of the locale.
+TEXT_FUNCTIONS = {"open", "read_text", "write_text", "fdopen", "NamedTemporaryFile", "TemporaryFile"}
+PROCESSES = {"run", "Popen", "check_output"}
+NOT_OF_FILES = {"tokenize.open", "os.open", "gzip.open", "files.write_text", "write_text"}
+
+
+def locale_encodings(source: Source) -> list[str]:
+    """Text that is read or written in whatever encoding the locale has."""
+    wrong = []
+    for node in ast.walk(source.tree):
+        if not isinstance(node, ast.Call) or ast.unparse(node.func) in NOT_OF_FILES:
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        of_path = isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) not in ("os", "io")
+        place = 0 if of_path or name.endswith("File") else 1
+        mode = given.get("mode") or (ast.unparse(node.args[place]) if len(node.args) > place else "'r'")
+        is_text = name.endswith("_text") or (mode.startswith(("'", '"')) and "b" not in mode)
+        if (name in TEXT_FUNCTIONS and is_text) or (name in PROCESSES and "text" in given):
+            wrong += [] if "encoding" in given else [f"{source.path}:{node.lineno} {ast.unparse(node)[:80]}"]
+    return wrong
+
+
+def test_text_has_an_encoding() -> None:
+    sources = [source for source in python_sources() if not source.path.startswith("tests/")]
+    assert {"pretrain_sgt.py", "tools/study.py", f"{PACKAGE}/files.py"} <= {source.path for source in sources}
+    wrong = [line for source in sources for line in locale_encodings(source)]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("open(path)", True),
+        ("open(path, 'w')", True),
+        ("open(path, 'rb')", False),
+        ("open(path, encoding='utf-8')", False),
+        ("path.open('a')", True),
+        ("path.open('ab')", False),
+        ("path.read_text()", True),
+        ("path.write_text(text, encoding='utf-8')", False),
+        ("write_text(path, text)", False),
+        ("os.open(path, os.O_RDONLY)", False),
+        ("os.fdopen(descriptor, 'w')", True),
+        ("subprocess.run(command, text=True)", True),
+        ("subprocess.run(command, encoding='utf-8')", False),
+        ("subprocess.run(command)", False),
+    ],
+)
+def test_the_encoding_rule_sees_what_it_should(text: str, wrong: bool) -> None:
+    assert bool(locale_encodings(Source(f"{PACKAGE}/a.py", text))) is wrong

@@ -14,7 +14,10 @@ from tests.architecture.source_tree import PACKAGE, ROOT, Source, python_sources
 LAYERS = {
     "errors": -3,
     "files": -3,
+    "paths": -3,
+    "streams": -3,
     "cli": -2,
+    "lease": -2,
     "extensions": -2,
     "jsonl": -2,
     "config": -1,
@@ -42,9 +45,12 @@ LAYERS = {
 TORCH_FREE = (
     "errors",
     "files",
+    "paths",
+    "streams",
     "cli",
     "extensions",
     "jsonl",
+    "lease",
     "config",
     "arch",
     "growth",

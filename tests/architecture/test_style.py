@@ -23,6 +23,8 @@ MIRROR_ELSEWHERE: dict[str, str] = {
     "megatron_sgt/ops/loop_attention_triton.py": "tests/ops/test_loop_attention.py",
     "megatron_sgt/ops/loop_attention_backward_triton.py": "tests/ops/test_loop_attention.py",
     "megatron_sgt/ops/entropy_triton.py": "tests/ops/test_entropy.py",
+    "megatron_sgt/data/changes.py": "tests/edges/test_resume_changes.py",
+    "megatron_sgt/data/history.py": "tests/edges/test_resume_changes.py",
     "megatron_sgt/growth/identity.py": "tests/growth/test_schedule.py",
     "megatron_sgt/reporting/curves.py": "tests/reporting/test_report.py",
     "megatron_sgt/reporting/page.py": "tests/reporting/test_report.py",

@@ -55,6 +55,41 @@ def test_a_state(state: dict[str, Any], said: str, tmp_path: Path) -> None:
         read_state(tmp_path)
 
 
+FILE = {"weight": 1.0, "prefix": "a", "documents": 3, "tokens": 9, "lengths": "0a", "content": "0b"}
+ORDER = {
+    "from_sample": 0, "dataset": "indexed", "seq_length": 8, "seed": 2**63, "split": "9,1", "shares": [0.9, 0.1, 0.0],
+    "files": [FILE],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "orders",
+    [
+        3,
+        [3],
+        [{**ORDER, "from_sample": 10**6}],
+        [{**ORDER, "from_sample": 5}, ORDER],
+        [{**ORDER, "seq_length": 0}],
+        [{**ORDER, "seed": -1}],
+        [{**ORDER, "split": None}],
+        [{**ORDER, "shares": [1.0, 0.0]}],
+        [{**ORDER, "shares": [2.0, 0.0, 0.0]}],
+        [{**ORDER, "files": {}}],
+        [{**ORDER, "files": [{**FILE, "weight": 1e-9}]}],
+        [{**ORDER, "files": [{**FILE, "documents": "3"}]}],
+        [{**ORDER, "files": [{**FILE, "content": 1}]}],
+    ],
+)
+def test_a_record_of_the_data(orders: Any, tmp_path: Path) -> None:
+    state = {"trainer": {**counters(1), "consumed_samples": 9}, "hooks": {}, "layout": WHERE}
+    whole_one = [ORDER, {**ORDER, "from_sample": 9}]
+    layout.write_json(tmp_path / layout.STATE_FILE, {**state, "data": whole_one})
+    assert read_state(tmp_path)["data"] == whole_one
+    layout.write_json(tmp_path / layout.STATE_FILE, {**state, "data": orders})
+    with pytest.raises(DamagedCheckpointError, match=r"sgt_state\.json is damaged: .*data"):
+        read_state(tmp_path)
+
+
 def test_what_was_saved_is_read(tmp_path: Path) -> None:
     folder = write_plain_checkpoint(tmp_path / "global_step3")
     assert read_state(folder)["trainer"] == counters(3)

@@ -172,3 +172,17 @@ def test_a_forked_process_does_not_get_the_memory() -> None:
         os._exit(0)
     os.waitpid(child, 0)
     assert os.read(reader, 6) == b"absent"
+
+
+def test_attributes_are_copied_with_what_bears_them() -> None:
+    """torch pickles them: the versions of modules on a state dict, DeepSpeed's names on its flat tensors."""
+    state = torch.nn.Linear(2, 2).state_dict()
+    flat = torch.ones(3)
+    flat.ds_id = "0_26"  # type: ignore[attr-defined]
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.shared = [flat]  # type: ignore[attr-defined]
+    value = {"module": state, "flat": flat, "weight": weight}
+    copied = host_copy(value, Arena(pinned=False))
+    assert saved(copied) == saved(value)
+    assert copied["module"]._metadata == state._metadata is not copied["module"]._metadata
+    assert copied["weight"].shared[0] is copied["flat"]

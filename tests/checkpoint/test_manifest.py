@@ -53,3 +53,24 @@ def test_a_manifest_of_another_version_is_refused(tmp_path: Path) -> None:
         (tmp_path / layout.MANIFEST_FILE).write_text(json.dumps(content))
         with pytest.raises(CheckpointError, match=r"manifest\.json is damaged, or not of this version"):
             manifest.read_manifest(tmp_path)
+
+
+def test_samples_see_another_file_of_the_same_size(folder: Path) -> None:
+    name, other = (f"mp_rank_0{rank}_model_states.pt" for rank in (0, 1))
+    assert manifest.sample_problems(folder) == [] and not manifest.without_samples(folder)
+    with damaged(folder / name, "flip"):
+        (folder / name).write_bytes((folder / other).read_bytes())
+        if manifest.size_problems(folder) == []:
+            assert manifest.sample_problems(folder) == [f"{name} is not the file that was saved"]
+    with damaged(folder / name, "cut"):
+        assert "bytes instead of" in manifest.sample_problems(folder)[0]
+
+
+def test_the_name_of_a_run_is_that_of_its_newest_readable_checkpoint(tmp_path: Path) -> None:
+    assert manifest.run_of(tmp_path / "absent") is None
+    for step, run in ((1, "old"), (2, "new"), (3, "unreadable")):
+        folder = tmp_path / layout.tag_for(step)
+        folder.mkdir()
+        manifest.write_manifest(folder, {"run": run})
+    (folder / layout.MANIFEST_FILE).write_text("{")
+    assert manifest.run_of(tmp_path) == "new"

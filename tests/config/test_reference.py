@@ -32,4 +32,4 @@ def test_types_bounds_and_defaults() -> None:
     assert "| `growth.ema_decay` | number ≥ 0 < 1 | `0.5` |" in text
     assert "| `growth.exclude_layers` | list of integers | `[0]` |" in text
     assert "| `data.tokenizer.type` | `sentencepiece`, `huggingface` | required |" in text
-    assert "| `checkpoint.load` | text or null | `null` |" in text
+    assert "| `checkpoint.load` | path or null | `null` |" in text

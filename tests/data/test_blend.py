@@ -43,3 +43,11 @@ def test_ranks_go_on_over_the_period() -> None:
 
 def test_one_data_set_needs_no_blend() -> None:
     assert [Blend([3.0])[i] for i in (0, 1, 12345)] == [(0, 0), (0, 1), (0, 12345)]
+
+
+@pytest.mark.parametrize("samples", [0, 1, 7, 1000, PERIOD - 1, PERIOD, 2 * PERIOD + 5])
+def test_how_many_are_drawn_is_what_is_drawn(samples: int) -> None:
+    blend = Blend([0.5, 0.2, 0.3])
+    last = dict.fromkeys(range(3), -1) | dict(blend[i] for i in range(max(0, samples - 100), samples))
+    assert sum(blend.drawn(samples)) == samples
+    assert all(last[d] in (-1, count - 1) for d, count in enumerate(blend.drawn(samples)))

@@ -44,6 +44,7 @@ def test_what_is_taken(library: Path, tmp_path: Path) -> None:
     own = ["z = 2\n", "b = 1\n", "# coding: latin-1\ns = 'é'\n"]
     report = build_corpus(str(tmp_path / "a.jsonl"), min_bytes=10, root=str(library))
     assert read(tmp_path / "a.jsonl") == own and not report.with_tests
+    assert report.left_out == 1
     report = build_corpus(str(tmp_path / "b.jsonl"), min_bytes=45, root=str(library))
     assert sorted(read(tmp_path / "b.jsonl")) == sorted([*own, "test\n", "test\n"]) and report.with_tests
     with pytest.raises(DataError, match=r"hold 49 bytes of text, fewer than 1,000"):

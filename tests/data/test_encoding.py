@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 
 from megatron_sgt.config import TokenizerConfig
+from megatron_sgt.data.documents import Chunk
 from megatron_sgt.data.encoding import Encoder, encode_chunks
-from megatron_sgt.data.readers import Chunk
 from megatron_sgt.data.tokenizer import build_tokenizer
 from megatron_sgt.errors import SGTError
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_sgt.data.indexed import check_indexed_dataset, read_metadata, sequence_lengths
+from megatron_sgt.data.indexed import check_indexed_dataset, content_digest, read_metadata, sequence_lengths
 from megatron_sgt.errors import DataError
 from tests.helpers.datasets import write_dataset
 
@@ -34,6 +34,14 @@ def test_digest_follows_the_lengths(prefix: str, tmp_path: Path) -> None:
     other = write_dataset(tmp_path / "other", [3, 1, 4, 2, 4])
     assert check_indexed_dataset(same).lengths_digest == digest
     assert check_indexed_dataset(other).lengths_digest != digest
+
+
+def test_the_digest_of_the_content_tells_equal_lengths_apart(tmp_path: Path) -> None:
+    one, other = (write_dataset(tmp_path / str(start), [300, 500], start) for start in (0, 1))
+    longer = write_dataset(tmp_path / "longer", [300, 500, 7])
+    assert content_digest(one, 800) != content_digest(other, 800)
+    assert content_digest(longer, 800) == content_digest(one, 800) != content_digest(longer, 807)
+    assert content_digest(one, 0) == content_digest(other, 0)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 from collections import Counter
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
+from megatron_sgt.data import permutation
 from megatron_sgt.data.permutation import RandomPermutation
 
 
@@ -26,6 +28,13 @@ def test_order_of_a_published_run_stays_the_same() -> None:
 
 
 PINNED = [363245540654, 139986986290, 254451878720]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 1009, 10**12])
+def test_the_inverse_undoes_it(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(permutation, "_AT_ONCE", 100)
+    perm, positions = RandomPermutation(n, (1, 2)), range(0, n, max(1, n // 1000))
+    assert perm.places(np.array([perm[i] for i in positions])).tolist() == list(positions)
 
 
 def test_places_are_uniform() -> None:

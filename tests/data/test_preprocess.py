@@ -61,6 +61,12 @@ def test_several_keys(tmp_path: Path, sp_model: str) -> None:
     assert [(d.documents, d.empty) for d in report.datasets] == [(2, 0), (1, 1)]
 
 
+def test_a_key_twice(tmp_path: Path, sp_model: str) -> None:
+    source = write(tmp_path / "a.jsonl", [{"text": "layer"}])
+    with pytest.raises(DataError, match="--json-keys names 'text' more than once"):
+        preprocess(options(sp_model, source, tmp_path / "out", json_keys=("text", "text")))
+
+
 def test_empty_documents_and_broken_unicode(tmp_path: Path, sp_model: str) -> None:
     source = write(tmp_path / "a.jsonl", [{"text": ""}, {"text": "a\ud800b"}, {"text": ""}])
     report = preprocess(options(sp_model, source, tmp_path / "out", append_eod=True))

@@ -95,6 +95,12 @@ def test_missing_and_damaged_files(kind: str, tmp_path: Path, capfd: pytest.Capt
     assert capfd.readouterr().err == "", "the libraries print nothing beside the message"
 
 
+def test_an_empty_vocabulary_is_damage(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text('{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}')
+    with pytest.raises(DataError, match=r"t\.json has an empty vocabulary"):
+        build_tokenizer(TokenizerConfig(type="huggingface", model=str(tmp_path / "t.json")))
+
+
 def test_vocabulary_of_the_model(sp_model: str) -> None:
     tokenizer = build_tokenizer(TokenizerConfig(type="sentencepiece", model=sp_model))
     assert resolve_vocab_size(None, tokenizer) == 320

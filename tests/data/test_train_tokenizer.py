@@ -1,10 +1,11 @@
+import gzip
 import json
 from pathlib import Path
 
 import pytest
 
 from megatron_sgt.config import TokenizerConfig
-from megatron_sgt.data.readers import find_files
+from megatron_sgt.data.inputs import find_inputs
 from megatron_sgt.data.tokenizer import build_tokenizer
 from megatron_sgt.data.train_tokenizer import PIECE_CHARACTERS, pieces, sample_documents, train_tokenizer
 from megatron_sgt.errors import DataError
@@ -38,15 +39,24 @@ def test_round_trip_and_repeatable(
 def test_sample_is_even_and_repeatable(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"{i:06d}" + "x" * 94}) + "\n" for i in range(5000)]
     (tmp_path / "a.jsonl").write_text("".join(lines))
-    files = find_files([str(tmp_path / "a.jsonl")])
-    sample = sample_documents(files, "text", 100_000, seed=1)
-    assert sample == sample_documents(files, "text", 100_000, seed=1)
-    assert sample != sample_documents(files, "text", 100_000, seed=2)
+    files = find_inputs([str(tmp_path / "a.jsonl")]).files
+    sample = sample_documents(files, "text", 100_000, seed=1).documents
+    assert sample == sample_documents(files, "text", 100_000, seed=1).documents
+    assert sample != sample_documents(files, "text", 100_000, seed=2).documents
     numbers = [int(text[:6]) for text in sample]
     assert numbers == sorted(numbers)
     assert 700 < len(sample) < 1050
     assert 2200 < sum(numbers) / len(numbers) < 2800, "taken from the whole corpus, not from its beginning"
-    assert len(sample_documents(files, "text", 10**9, seed=1)) == 5000
+    assert len(sample_documents(files, "text", 10**9, seed=1).documents) == 5000
+
+
+def test_a_sample_that_is_full_early_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Text of small files that shrinks much more than is assumed: the last of them are not looked at."""
+    line = json.dumps({"text": "the quick brown fox jumps over the lazy dog " * 40}) + "\n"
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress(line.encode() * 6000))
+    train_tokenizer([str(tmp_path)], str(tmp_path / "x.model"), 290, sample_bytes=100_000)
+    assert "the sample was full before the last " in capsys.readouterr().err
 
 
 def test_pieces_lose_nothing() -> None:

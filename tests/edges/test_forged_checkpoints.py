@@ -22,15 +22,15 @@ from megatron_sgt.config import Config
 from megatron_sgt.engine.skipped_ranges import PASSED_FILE, SkippedRanges
 from megatron_sgt.errors import CheckpointError, SGTError
 from megatron_sgt.growth.methods import build_schedule
-from megatron_sgt.reporting.run_data import load_run
 from tests.helpers.checkpoints import grown_config
-from tests.helpers.commands import run_here
-from tests.helpers.edges import refused
 from tests.helpers.forging import (
     DEEP,
+    EDITS,
+    LATEST,
     NEWER,
     OLDER,
     VALUES,
+    as_folder,
     places,
     signed_again,
     with_value,
@@ -39,51 +39,6 @@ from tests.helpers.forging import (
 )
 
 STATE, CONFIG, MANIFEST = layout.STATE_FILE, layout.CONFIG_FILE, layout.MANIFEST_FILE
-Edit = Callable[[Path], None]
-
-
-def replaced(by: bytes) -> Edit:
-    return lambda path: path.write_bytes(by) and None
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def flipped(path: Path) -> None:
-    whole = path.read_bytes()
-    path.write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])
-
-
-def as_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def linked_nowhere(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("nowhere")
-
-
-def key_twice(path: Path) -> None:
-    text = path.read_text()
-    first = text.lstrip().partition("\n")[2].partition("\n")[0]  # the first line with a key
-    path.write_text(text.replace(first, f"{first}\n{first}", 1))
-
-
-EDITS: dict[str, Edit] = {
-    "cut": cut,
-    "empty": replaced(b""),
-    "flipped": flipped,
-    "not UTF-8": replaced(b"\xff\xfe\x00"),
-    "deep": replaced(DEEP.encode()),
-    "ten thousand digits": replaced(b"1" * 10_000),
-    "tagged": replaced(b"!!python/object/apply:os.mkdir [executed]\n"),
-    "a tag's wrong text": replaced(b"model: !!bool perhaps\n"),
-    "key twice": key_twice,
-    "folder": as_folder,
-    "link to nowhere": linked_nowhere,
-}
 
 
 @pytest.fixture(scope="module")
@@ -264,17 +219,6 @@ def test_sizes_and_layouts_that_nothing_can_have(root: Path, monkeypatch: pytest
     assert "bytes" in passed_over(root)
 
 
-LATEST: dict[str, Edit] = {
-    "not UTF-8": replaced(b"\xff\xfe"),
-    "elsewhere": replaced(b"../../elsewhere"),
-    "endless": replaced(b"x" * (1 << 20)),
-    "lines": replaced(b"a\nb\n"),
-    "a step of many digits": replaced(b"global_step" + b"9" * 5000),
-    "folder": as_folder,
-    "link to nowhere": linked_nowhere,
-}
-
-
 @pytest.mark.parametrize("what", LATEST)
 def test_whatever_latest_holds_the_newest_is_found(what: str, root: Path) -> None:
     LATEST[what](root / "latest")
@@ -314,64 +258,6 @@ def test_damaged_ranges_of_passed_data_are_refused(tmp_path: Path) -> None:
     as_folder(tmp_path / PASSED_FILE)
     with pytest.raises(CheckpointError, match="is damaged"):
         SkippedRanges.read(tmp_path)
-
-
-TOOLS = {
-    "tools/reshard_checkpoint.py": ["--load", "CKPT", "--output", "OUT"],
-    "tools/convert_to_hf.py": ["--load", "CKPT", "--output", "OUT", "--skip-parity"],
-    "tools/evaluate.py": ["CKPT", "--device", "cpu"],
-    "tools/generate.py": ["CKPT", "--device", "cpu", "--prompt", "a"],
-}
-TOOL_EDITS: list[tuple[str, Edit]] = [
-    *((name, edit) for name in (MANIFEST, STATE, CONFIG) for edit in (cut, EDITS["deep"], EDITS["tagged"], as_folder)),
-    (STATE, replaced(b"[]")),
-    (STATE, replaced(b'{"trainer": null, "hooks": [], "layout": 3}')),
-    ("latest", LATEST["not UTF-8"]),
-    ("latest", LATEST["elsewhere"]),
-]
-
-
-def damage(root: Path, name: str, edit: Edit) -> None:
-    """Edit ``latest``, or a file of the newer checkpoint, whose manifest is made to fit it."""
-    edit(root / name if name == "latest" else root / NEWER / name)
-    if name in (STATE, CONFIG) and (root / NEWER / name).is_file():
-        signed_again(root / NEWER, name)
-
-
-@pytest.mark.parametrize("tool", TOOLS)
-def test_tools_refuse_in_one_line(tool: str, template: Path, tmp_path: Path) -> None:
-    every = 1 if tool == "tools/reshard_checkpoint.py" else 5  # the others read a checkpoint alike
-    for number, (name, edit) in enumerate(TOOL_EDITS[::every]):
-        root = tmp_path / str(number)
-        shutil.copytree(template, root)
-        damage(root, name, edit)
-        given = {"CKPT": str(root), "OUT": str(tmp_path / f"out{number}")}
-        refused(run_here(tool, [given.get(word, word) for word in TOOLS[tool]], tmp_path), 4, "latest|global_step9")
-        assert not (tmp_path / f"out{number}" / NEWER).exists()
-
-
-def test_what_inspect_and_report_say(template: Path, tmp_path: Path) -> None:
-    for number, (name, edit) in enumerate(TOOL_EDITS):
-        root = tmp_path / str(number)
-        shutil.copytree(template, root)
-        damage(root, name, edit)
-        found = run_here("tools/inspect_checkpoint.py", [str(root)], tmp_path)
-        assert found.code == 4 and "Traceback" not in found.err + found.out, (name, found)
-        assert "damaged" in found.out or "latest" in found.out
-
-
-def test_what_a_report_says_of_damaged_files(tmp_path: Path) -> None:
-    lines = ['{"kind":"train","step":1}', '{"kind":"resume","step":"x"}', DEEP, '{"kind":"train","step":null}']
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    for edit in ("deep", "tagged", "a tag's wrong text", "ten thousand digits", "folder", "not UTF-8"):
-        path = tmp_path / "config.yaml"
-        path.write_text("model: {}\n")
-        EDITS[edit](path)
-        notes = load_run(tmp_path).notes
-        assert any("config.yaml cannot be read" in note for note in notes), (edit, notes)
-        assert any("1 line(s) of metrics.jsonl cannot be read" in note for note in notes)
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    refused(run_here("tools/summarize_run.py", [str(tmp_path)], tmp_path), 3, "line 3 is no metrics record")
 
 
 def test_a_folder_with_another_step_in_its_name_is_found(root: Path) -> None:

@@ -3,10 +3,16 @@ wants to say to that terminal keeps it from saving."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import signal
 import sys
+import termios
+import threading
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -102,3 +108,38 @@ def test_under_launchers(
     assert job.end() == codes, "".join(path.read_text() for path in sorted(tmp_path.glob("log*")))
     wait_for_end(tmp_path / "run")
     check_saved(tmp_path / "run", "SIGHUP")
+
+
+def take_terminal(name: str, rank: int) -> None:
+    """Make the terminal ``name`` that of this process, and its stdin, stdout and stderr, as ssh and a shell do."""
+    os.setsid()
+    terminal = os.open(name, os.O_RDWR)
+    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+    for number in (0, 1, 2):
+        os.dup2(terminal, number)
+    # As Python opens them at its start: a stream remembers whether its file could seek.
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def test_the_terminal_is_closed(data: str, tmp_path: Path) -> None:
+    """The kernel sends the signal; every later write to the terminal fails with EIO."""
+    ours, theirs = pty.openpty()
+    reader = threading.Thread(target=drain, args=(ours, gone := threading.Event()))
+    reader.start()
+    with attempt(tmp_path, configured(tmp_path, data), 1, partial(take_terminal, os.ttyname(theirs))) as run:
+        run.wait_for_step(tmp_path / "run", 3)
+        os.close(theirs)
+        gone.set()
+        reader.join()
+        assert run.wait([0], PATIENCE) == [ExitCode.SAVED], run.finished()
+    check_saved(tmp_path / "run", "SIGHUP")
+
+
+def drain(terminal: int, gone: threading.Event) -> None:
+    """Read what is shown, then close the terminal."""
+    os.set_blocking(terminal, False)
+    while not gone.wait(0.02):
+        with suppress(BlockingIOError):
+            os.read(terminal, 1 << 16)
+    os.close(terminal)

@@ -16,12 +16,14 @@ from megatron_sgt.checkpoint.reshard.layout_free import file_name
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.data.gpt_dataset import build_datasets
 from megatron_sgt.engine.build import build_runtime, start_processes
-from megatron_sgt.errors import CheckpointError
+from megatron_sgt.errors import CheckpointError, LeaseError
 from megatron_sgt.export import from_hf
 from megatron_sgt.export.from_hf import import_model
 from megatron_sgt.launch.rank_info import RankInfo
+from megatron_sgt.lease import inside
 from tests.helpers.commands import snapshot
 from tests.helpers.hf_folders import FAMILIES, VOCAB_SIZE, save_hf_model
+from tests.helpers.leases import held_by_another
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import pretrain, reported, write_tiny_data
 from tests.helpers.tokenizers import write_hf_tokenizer
@@ -209,3 +211,13 @@ def test_a_folder_with_checkpoints_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds checkpoints already"):
         import_model(tmp_path / "hf", tmp_path / "root")
     assert snapshot(tmp_path) == before
+
+
+def test_an_import_into_the_folder_of_a_run_is_refused(tmp_path: Path) -> None:
+    save_hf_model(tmp_path / "hf", "qwen3")
+    with (
+        held_by_another(inside(tmp_path / "root")) as run,
+        pytest.raises(LeaseError, match=rf"pid {run.pid}\b.*--output"),
+    ):
+        import_model(tmp_path / "hf", tmp_path / "root")
+    assert [path.name for path in (tmp_path / "root").iterdir()] == ["writer.json"]

@@ -39,6 +39,12 @@ def test_reads_shards_and_single_files(folder: Path, tmp_path_factory: pytest.Te
     assert torch.equal(HFTensors(single).read("a"), A)
 
 
+def test_other_weights_are_left_out_by_name(folder: Path) -> None:
+    assert HFTensors(folder).left_out == ()
+    save_file({"w": torch.zeros(1)}, folder / "adapter_model.safetensors")
+    assert HFTensors(folder).left_out == ("adapter_model.safetensors",)
+
+
 def cut(folder: Path) -> None:
     file = folder / SHARDS[1]
     file.write_bytes(file.read_bytes()[:-2])
@@ -83,3 +89,10 @@ def test_damage_is_named(folder: Path, damage: Callable[[Path], None], says: str
     with pytest.raises(CheckpointError) as found:
         HFTensors(folder)
     assert says in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/passwd", "a\x00b"])
+def test_an_index_names_only_files_of_its_folder(name: str, folder: Path) -> None:
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError, match="which is no file of its folder"):
+        HFTensors(folder)

@@ -14,9 +14,11 @@ from megatron_sgt.checkpoint.reshard.rank_state import WEIGHTS
 from megatron_sgt.config.data import TokenizerConfig
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.export.to_hf import MODEL_CODE, ExportOptions, export_checkpoint
+from megatron_sgt.lease import beside
 from tests.helpers.checkpoints import grown_config, write_grown_checkpoint
 from tests.helpers.commands import snapshot
 from tests.helpers.deepspeed_files import random_state, write_manifest
+from tests.helpers.leases import held_by_another
 
 FP32 = ExportOptions(dtype="fp32")
 
@@ -121,3 +123,17 @@ def test_nothing_that_exists_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(CheckpointError, match=r"file/out.* cannot be"):
         export_checkpoint(tmp_path / "ckpt", tmp_path / "file" / "out", options=FP32)
+
+
+def test_two_exports_into_one_place_do_not_write_into_each_other(tmp_path: Path) -> None:
+    write_grown_checkpoint(tmp_path / "ckpt")
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp/of the other").touch()
+    with (
+        held_by_another(beside(tmp_path / "out")) as other,
+        pytest.raises(CheckpointError, match=rf"pid {other.pid}\b.*--output"),
+    ):
+        export_checkpoint(tmp_path / "ckpt", tmp_path / "out", options=FP32)
+    assert (tmp_path / "out.tmp/of the other").exists() and not (tmp_path / "out").exists()
+    export_checkpoint(tmp_path / "ckpt", tmp_path / "out", options=FP32)
+    assert {path.name for path in tmp_path.iterdir()} == {"ckpt", "out"}

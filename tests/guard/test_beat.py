@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from megatron_sgt.guard.beat import Beat, Listener, behind, dead_ranks, next_visible
-from megatron_sgt.guard.processes import Identity, own_identity
 from megatron_sgt.guard.progress import Mark
+from megatron_sgt.lease.process import Identity, own_identity
 
 BEAT = Beat.of(3, Mark("train", 7, 40, 1.0, True), oom_kills=0, shm=0.5)
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_sgt.guard import diagnosis, processes
+from megatron_sgt.guard import diagnosis
 from megatron_sgt.guard.beat import Beat
 from megatron_sgt.guard.diagnosis import Diagnosis
 from megatron_sgt.guard.exit_protocol import ExitProtocol
-from megatron_sgt.guard.processes import Identity
 from megatron_sgt.guard.store_channel import StoreChannel
+from megatron_sgt.lease import process
+from megatron_sgt.lease.process import Identity
 
 BEAT = Beat(5, "train", 7, 40, True, 0, 0.1)
 RANKS = [Identity(host, host, 100 + n, 1) for n, host in enumerate(("a", "a", "b", "b"))]
@@ -32,7 +33,7 @@ class Scene:
         self.call = Diagnosis(ExitProtocol(0, 4, folder, self.channel), RANKS, keeper=True)
         self.beat([0, 1, 2, 3], BEAT)
         monkeypatch.setattr(diagnosis.time, "sleep", self._wait)
-        monkeypatch.setattr(processes, "process_state", lambda identity: self.states[identity.pid - 100])
+        monkeypatch.setattr(process, "process_state", lambda identity: self.states[identity.pid - 100])
         monkeypatch.setattr(diagnosis.os, "kill", lambda pid, number: self.killed.append((pid, number)))
 
     def beat(self, ranks: list[int], beat: Beat) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +79,60 @@ def with_value(value: Any, path: tuple[Any, ...], new: Any) -> Any:
         holder = holder[key]
     holder[path[-1]] = new
     return changed
+
+
+Edit = Callable[[Path], None]
+
+
+def replaced(by: bytes) -> Edit:
+    return lambda path: path.write_bytes(by) and None
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flipped(path: Path) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])
+
+
+def as_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def linked_nowhere(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+def key_twice(path: Path) -> None:
+    text = path.read_text()
+    first = text.lstrip().partition("\n")[2].partition("\n")[0]  # the first line with a key
+    path.write_text(text.replace(first, f"{first}\n{first}", 1))
+
+
+EDITS: dict[str, Edit] = {
+    "cut": cut,
+    "empty": replaced(b""),
+    "flipped": flipped,
+    "not UTF-8": replaced(b"\xff\xfe\x00"),
+    "deep": replaced(DEEP.encode()),
+    "ten thousand digits": replaced(b"1" * 10_000),
+    "tagged": replaced(b"!!python/object/apply:os.mkdir [executed]\n"),
+    "a tag's wrong text": replaced(b"model: !!bool perhaps\n"),
+    "key twice": key_twice,
+    "folder": as_folder,
+    "link to nowhere": linked_nowhere,
+}
+
+LATEST: dict[str, Edit] = {
+    "not UTF-8": replaced(b"\xff\xfe"),
+    "elsewhere": replaced(b"../../elsewhere"),
+    "endless": replaced(b"x" * (1 << 20)),
+    "lines": replaced(b"a\nb\n"),
+    "a step of many digits": replaced(b"global_step" + b"9" * 5000),
+    "folder": as_folder,
+    "link to nowhere": linked_nowhere,
+}

@@ -78,6 +78,12 @@ def run_with_mishaps(info: RankInfo, config: Config) -> None:
     run.train()
 
 
+def start_again(info: RankInfo, config: Config) -> None:
+    """A start that goes on from there and trains no step; for ``run_on_ranks``."""
+    allow_fp16()
+    PretrainingRun(config, info).hub.close()
+
+
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Everything that the run wrote, what its rollback made void included."""
@@ -95,6 +101,8 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         deepspeed={"fp16": {"initial_scale_power": 4}},
     )  # fmt: skip
     run_on_ranks(2, run_with_mishaps, config)
+    other_seed = config.train.model_copy(update={"seed": config.train.seed + 1})
+    run_on_ranks(2, start_again, config.model_copy(update={"train": other_seed}))
     damaged: list[int] = []
     found = read_all(folder / "run/metrics.jsonl", damaged)
     assert damaged == []

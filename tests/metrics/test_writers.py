@@ -1,5 +1,6 @@
 """TensorBoard files read back with TensorBoard's own reader; W&B through a stand-in for its package."""
 
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -110,7 +111,7 @@ def test_wandb_refusal_is_one_message(wandb: Any, tmp_path: Path) -> None:
     ("module", "make", "option"),
     [
         ("wandb", lambda path: WandbWriter("proj", None, path), "logging.wandb_project"),
-        ("tensorboard.summary.writer.event_file_writer", TensorBoardWriter, "logging.tensorboard"),
+        ("tensorboard.summary.writer.record_writer", TensorBoardWriter, "logging.tensorboard"),
     ],
 )
 def test_a_missing_package_is_named(
@@ -129,3 +130,14 @@ def test_packages_are_looked_for_before_the_run(monkeypatch: pytest.MonkeyPatch)
         check_packages(LoggingConfig(tensorboard=True))
     with pytest.raises(ConfigError, match=r"logging.wandb_project is set.*pip install wandb"):
         check_packages(LoggingConfig(wandb_project="p"))
+
+
+def test_tensorboard_goes_on_in_a_new_file_when_its_folder_went(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    writer = TensorBoardWriter(tmp_path / "tensorboard")
+    writer.write("train", TRAIN)
+    shutil.rmtree(tmp_path / "tensorboard")
+    writer.write("train", {**TRAIN, "step": 4})
+    writer.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [4]

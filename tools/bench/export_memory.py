@@ -92,7 +92,7 @@ def write_checkpoint(folder: Path, config: Any) -> tuple[int, int]:
         },
     }
     layout.write_json(folder / layout.STATE_FILE, state)
-    (folder / layout.CONFIG_FILE).write_text(config.to_yaml())
+    (folder / layout.CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
     manifest.write_manifest(folder, {})
     largest = max(TP * math.prod(shape) for shape in shapes.values())
     return size * TP, largest
@@ -105,7 +105,7 @@ def watch(command: list[str]) -> tuple[float, float, float]:
     peaks = {"RssAnon": 0.0, "VmRSS": 0.0}
     while process.poll() is None:
         try:
-            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            lines = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8").splitlines()
         except OSError:  # it has just ended
             break
         for name, _, value in (line.partition(":") for line in lines):

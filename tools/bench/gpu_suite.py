@@ -28,7 +28,7 @@ from gpu_parts.report import markdown
 from gpu_parts.rows import PARTS, table
 from gpu_parts.targets import verdicts
 
-from megatron_sgt.cli import positive, run_main
+from megatron_sgt.cli import path, positive, run_main
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, DRY_RESULTS = ROOT / "benchmarks/results", ROOT / "runs/gpu_suite"
@@ -43,7 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--part", choices=PARTS, action="append", help="these rows alone; repeatable")
     parser.add_argument("--list", action="store_true", help="name the rows, measure nothing")
     parser.add_argument("--readme", action="store_true", help="show the newest result in README.md, measure nothing")
-    parser.add_argument("--out", type=Path, help="folder of the result (a dry run's: runs/gpu_suite)")
+    parser.add_argument("--out", type=path, help="folder of the result (a dry run's: runs/gpu_suite)")
     parser.add_argument("--minutes", type=positive, default=7, help="time for everything [%(default)s]")
     args = parser.parse_args()
     args.out = args.out or (DRY_RESULTS if args.dry_run else RESULTS)

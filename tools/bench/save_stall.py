@@ -21,7 +21,7 @@ import torch
 
 import megatron_sgt.engine  # noqa: F401  quiets the libraries that the next lines import
 from megatron_sgt.checkpoint.save import Saver
-from megatron_sgt.cli import positive, run_main
+from megatron_sgt.cli import path, positive, run_main
 from megatron_sgt.config import Config, parse_config
 from megatron_sgt.engine.build import build_runtime, start_processes
 from megatron_sgt.engine.step import train_step
@@ -59,7 +59,7 @@ def parse() -> argparse.Namespace:
         )
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=1, help="ZeRO stage")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dir", type=Path, help="where to save (default: the system's temporary folder)")
+    parser.add_argument("--dir", type=path, help="where to save (default: the system's temporary folder)")
     return parser.parse_args()
 
 

@@ -14,7 +14,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_sgt.cli import positive, run_main
+from megatron_sgt.cli import number, positive, run_main, words
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.planning.flops import step_flops
@@ -32,13 +32,13 @@ PRECISION = "bf16"
 def parse() -> argparse.Namespace:
     """Command-line arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(GPUS)} [%(default)s]")
+    parser.add_argument("--gpu", type=words, default="h100", help=f"one of {', '.join(GPUS)} [%(default)s]")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES, metavar="SIZE")
     parser.add_argument("--gpus", nargs="+", type=positive, default=COUNTS, metavar="N")
     parser.add_argument("--gpus-per-node", type=positive, default=8, metavar="N")
-    parser.add_argument("--kernel-efficiency", type=float, default=0.65, metavar="X", help="share of the peak [0.65]")
-    parser.add_argument("--link-efficiency", type=float, default=0.8, metavar="X", help="share of a link [0.8]")
-    parser.add_argument("--latency", type=float, default=10e-6, metavar="S", help="of a collective [1e-5 s]")
+    parser.add_argument("--kernel-efficiency", type=number, default=0.65, metavar="X", help="share of the peak [0.65]")
+    parser.add_argument("--link-efficiency", type=number, default=0.8, metavar="X", help="share of a link [0.8]")
+    parser.add_argument("--latency", type=number, default=10e-6, metavar="S", help="of a collective [1e-5 s]")
     return parser.parse_args()
 
 

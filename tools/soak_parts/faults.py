@@ -4,34 +4,18 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from enum import Enum
 from functools import partial
 from typing import NamedTuple
 
 from megatron_sgt.checkpoint import layout
 from megatron_sgt.errors import ExitCode
+from soak_parts.aim import Aim, Left
 from soak_parts.disk import DAMAGES, filled
-from soak_parts.moments import MOMENTS, arm, disarm, held
+from soak_parts.lease import killed_holder, second_start, stopped_holder
+from soak_parts.moments import MOMENTS, disarm
 from soak_parts.ranks import RANKS
 from soak_parts.running import PATIENCE, Lost, Running
 from soak_parts.workload import INTERVAL
-
-
-class Left(Enum):
-    """What a fault leaves of the ranks."""
-
-    ALIVE = "they go on"
-    DYING = "they end, or are to be ended"
-    GONE = "they have ended by themselves before it came"
-
-
-class Aim(NamedTuple):
-    """Where a fault strikes: the rank, and what its strike draws (0 to 1: when; a generator for all else)."""
-
-    rank: int
-    fraction: float
-    rng: random.Random
-
 
 Strike = Callable[[Running, Aim], Left]
 
@@ -61,13 +45,12 @@ def _kill_in_save(run: Running, aim: Aim, all_ranks: bool, late: bool = False) -
 
 def _kill_at(run: Running, aim: Aim, moment: str) -> Left:
     """Hold a thread of a rank at the moment for up to two saves, then kill the rank, or the other one, or all."""
-    armed = run.ranks.armed
-    rank = arm(armed, aim.rank, moment, aim.rng)
-    if not run.wait(lambda: held(armed, rank), poll=0.001):
+    rank = run.hold_at(moment, aim.rank, aim.rng)
+    if rank is None:
         return Left.GONE
     time.sleep(aim.fraction * 2 * INTERVAL * run.step_s)
     run.ranks.send(signal.SIGKILL, *aim.rng.choice(([rank], [1 - rank], range(RANKS))))
-    disarm(armed, rank)
+    disarm(run.ranks.armed)
     return Left.DYING
 
 
@@ -105,6 +88,9 @@ FAULTS = {
     "SIGUSR1 to one rank": Fault(2, partial(_signal, number=signal.SIGUSR1)),
     # The damage itself comes after the death (run.py).
     **{name: Fault(2, partial(_kill, all_ranks=True)) for name in DAMAGES},
+    "second start": Fault(2, second_start),
+    "killed holder": Fault(2, killed_holder),
+    "stopped holder": Fault(2, stopped_holder),
     "full disk": Fault(2, _full_disk),
     "slow rank": Fault(2, _slow_rank),
 }

@@ -90,6 +90,7 @@ def held(armed: Armed, rank: int) -> bool:
     return armed[2 * rank] == _HELD
 
 
-def disarm(armed: Armed, rank: int) -> None:
+def disarm(armed: Armed) -> None:
     """Await nothing, and let go of what is held."""
-    armed[2 * rank] = 0
+    for place in range(len(armed)):
+        armed[place] = 0

@@ -46,6 +46,23 @@ class Ranks:
             if self.processes[rank].exitcode is None:
                 os.kill(self.processes[rank].pid or 0, number)
 
+    def freeze(self) -> None:
+        """Stop all ranks, and return when they stand still (state "T" of proc(5))."""
+        self.send(signal.SIGSTOP)
+        for process in self.processes:
+            stat = Path(f"/proc/{process.pid}/stat")
+            while process.exitcode is None and stat.read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "T":
+                time.sleep(0.001)
+
+    def first_code(self, patience: float) -> int | None:
+        """The exit code of the rank that leaves first, None if none does. The others are killed, as launchers do."""
+        deadline = time.monotonic() + patience
+        while self.alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        codes = [process.exitcode for process in self.processes if process.exitcode is not None]
+        self.end(0.0)
+        return codes[0] if codes else None
+
     def end(self, patience: float) -> list[int]:
         """Exit codes. What has not left after ``patience`` seconds is killed, as launchers do."""
         deadline = time.monotonic() + patience

@@ -4,8 +4,9 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from megatron_sgt.checkpoint import layout
 from megatron_sgt.checkpoint.manifest import checksum_problems
 from megatron_sgt.config import Config
 from megatron_sgt.metrics.records import MEASURED
+from soak_parts.aim import Aim, Left
 from soak_parts.disk import DAMAGES, damage, small_disk
-from soak_parts.faults import FAULTS, Aim, Left, drawn
+from soak_parts.faults import FAULTS, drawn
 from soak_parts.ranks import RANKS
 from soak_parts.running import Lost, Running
 from soak_parts.tally import Tally
@@ -41,6 +43,7 @@ class Soak:
         tally: Tally,
     ) -> None:
         self.config, self.reference, self.step_s = config, reference, step_s
+        self.steps = len(reference)
         self.kinds, self.rng, self.tally = kinds, rng, tally
 
     def run(self, deaths: int, progress: Callable[[str], None]) -> None:
@@ -52,9 +55,15 @@ class Soak:
         started, tally = time.monotonic(), self.tally
         while tally.deaths.total() < deaths:
             self._start_anew()
-            while tally.deaths.total() < deaths and not self._live_and_die():
-                progress(f"{tally.deaths.total()} deaths, {tally.inside} inside a save, at step {self.running.step()}")
-                tally.wall_s = time.monotonic() - started
+            try:
+                while tally.deaths.total() < deaths and not self._live_and_die():
+                    now = f"{tally.inside} inside a save, at step {self.running.step()}"
+                    progress(f"{tally.deaths.total()} deaths, {now}")
+                    tally.wall_s = time.monotonic() - started
+                self.running.see_to_the_end()
+                self._compare()
+            finally:
+                self.running.leave()
 
     def _start_anew(self) -> None:
         self.running = Running(self.config, self.step_s)
@@ -67,9 +76,9 @@ class Soak:
         kind, left = "no fault", Left.ALIVE
         try:
             while left is Left.ALIVE:
-                kind, aim, steps = next(self.kinds, ""), self._aim(), self.rng.randint(1, 2 * INTERVAL)
+                kind, aim, steps = next(self.kinds), self._aim(), self.rng.randint(1, 2 * INTERVAL)
                 left = Left.GONE
-                if self.running.wait_steps(steps if kind else STEPS):
+                if self.running.wait_steps(steps):
                     left = FAULTS[kind].strike(self.running, aim)
                     self.tally.faults[kind] += left is not Left.GONE
         finally:
@@ -77,8 +86,8 @@ class Soak:
         done = codes == [0] * RANKS
         if left is Left.GONE and not done:
             raise Lost(f"the run ended by itself with {codes}:\n{self.running.said()}")
-        if done and self.running.step() != STEPS:
-            raise Lost(f"the run says that it is done at step {self.running.step()} of {STEPS}")
+        if done and self.running.step() != self.steps:
+            raise Lost(f"the run says that it is done at step {self.running.step()} of {self.steps}")
         self._check(kind, done)
         return done
 
@@ -96,7 +105,8 @@ class Soak:
         self.damaged = {t for t in self.damaged if t not in finished or checksum_problems(root / t)}
         whole = [tag for tag in finished if tag not in self.damaged]
         tracker = root / layout.LATEST_FILE
-        latest = tracker.read_text().strip() if tracker.exists() else ""
+        # Until the first pointer is there, the newest committed one counts (layout.latest_tag).
+        latest = tracker.read_text(encoding="utf-8").strip() if tracker.exists() else next(iter(finished[::-1]), "")
         newest = layout.step_of(latest)
         broken = [problem for tag in whole for problem in checksum_problems(root / tag)]
         nowhere = latest and latest not in finished and latest not in self.damaged
@@ -144,7 +154,7 @@ def reference_of(config: Config) -> tuple[dict[int, dict[str, Any]], float]:
     running.start()
     codes = running.ranks.end(600)
     records = [record for record in running.records() if record["kind"] == "train"]
-    if any(codes) or [record["step"] for record in records] != list(range(1, STEPS + 1)):
+    if any(codes) or [record["step"] for record in records] != list(range(1, config.train.train_iters + 1)):
         raise Lost(f"the reference run ended with {codes}: {running.said()}")
     seconds = sorted(b["time"] - a["time"] for a, b in pairwise(records))
     return {r["step"]: {name: r.get(name) for name in MEASURED} for r in records}, seconds[len(seconds) // 2]
@@ -154,13 +164,20 @@ Progress = Callable[[str, str], None]
 
 
 def soak(
-    name: str, deaths: int, seed: int, tallies: dict[str, Tally], progress: Progress, kinds: list[str] | None = None
+    name: str,
+    deaths: int,
+    seed: int,
+    tallies: dict[str, Tally],
+    progress: Progress,
+    kinds: Sequence[str] = (),
+    steps: int = STEPS,
 ) -> None:
     """Soak one layout with each kind of saves that ``tallies`` counts, so many deaths each.
 
     Args:
         progress: is given the kind of saves and a line.
-        kinds: the faults that come, in this order; None: random ones.
+        kinds: the faults that come first, in this order; then random ones.
+        steps: of the run.
 
     Raises:
         Lost: with what was lost, and where the files are kept.
@@ -172,14 +189,14 @@ def soak(
             del faults["full disk"]
         folder = Path(place)
         data = write_data(folder)
-        reference, step_s = reference_of(small_config(folder / "reference", data, LAYOUTS[name], {}))
+        reference, step_s = reference_of(small_config(folder / "reference", data, LAYOUTS[name], {}, steps))
         for saves, tally in tallies.items():
             rng = random.Random(f"{seed}/{name}/{saves}")
             checkpoint = {"save": str(folder / _DISK / saves), "save_interval": INTERVAL, "keep_last": 3}
-            config = small_config(folder / saves, data, LAYOUTS[name], checkpoint | SAVES[saves])
-            run = Soak(config, reference, step_s, iter(kinds) if kinds else drawn(faults, rng), rng, tally)
+            config = small_config(folder / saves, data, LAYOUTS[name], checkpoint | SAVES[saves], steps)
+            run = Soak(config, reference, step_s, chain(kinds, drawn(faults, rng)), rng, tally)
             try:
-                run.run(deaths, lambda line, saves=saves: progress(saves, line))
+                run.run(deaths, partial(progress, saves))
             except Lost as error:
                 kept = shutil.copytree(folder, tempfile.mkdtemp(prefix=f"lost-{name}-{saves}-"), dirs_exist_ok=True)
                 raise Lost(f"{error}\nall files are in {kept}") from error

@@ -10,6 +10,8 @@ from megatron_sgt.data.encoding import EncodedKey
 from megatron_sgt.data.preprocess import DatasetWriter
 
 STEPS, INTERVAL = 160, 4
+LEASE_TIMEOUT = 5.0
+"""Seconds without a sign of life after which another start takes the run over."""
 LAYOUTS = {
     f"{name}-zero{stage}": {"tensor_model_parallel_size": size, "zero_stage": stage, "device": "cpu"}
     for name, size in (("tp2", 2), ("dp2", 1))
@@ -18,8 +20,10 @@ LAYOUTS = {
 SAVES = {"sync": {"async_save": False}, "async": {"async_save": True}}
 
 
-def small_config(run_dir: Path, data: str, parallel: dict[str, Any], checkpoint: dict[str, Any]) -> Config:
-    """A run of STEPS quick steps that grows twice."""
+def small_config(
+    run_dir: Path, data: str, parallel: dict[str, Any], checkpoint: dict[str, Any], steps: int = STEPS
+) -> Config:
+    """A run of quick steps that grows twice."""
     return parse_config(
         {
             "model": {
@@ -31,9 +35,9 @@ def small_config(run_dir: Path, data: str, parallel: dict[str, Any], checkpoint:
             "parallel": parallel,
             # Keeps ZeRO where there is one data-parallel rank (Config.zero_stage_on).
             "deepspeed": {"zero_optimization": {"stage": parallel["zero_stage"]}},
-            "train": {"train_iters": STEPS, "micro_batch_size": 2, "global_batch_size": 4},
+            "train": {"train_iters": steps, "micro_batch_size": 2, "global_batch_size": 4},
             "data": {"data_path": [data], "data_cache_path": f"{data}_cache", "split": "1,0,0"},
-            "checkpoint": checkpoint,
+            "checkpoint": {"writer_timeout_seconds": LEASE_TIMEOUT, **checkpoint},
             "logging": {"run_dir": str(run_dir), "log_interval": 1, "progress_bar": "off"},
         }
     )  # fmt: skip

@@ -89,7 +89,7 @@ def _has_ended(one: _Running, tell: Callable[[str], None]) -> bool:
     one.log.close()
     if code not in (ExitCode.DONE, ExitCode.SAVED):
         log = one.job.run_dir / "console.log"
-        tail = log.read_text(errors="replace")[-1500:]
+        tail = log.read_text(encoding="utf-8", errors="replace")[-1500:]
         raise SGTError(f"{one.job.name} ended with code {code}; the end of {log}:\n{tail}")
     state = "done" if code == ExitCode.DONE else "saved, goes on in the next slice"
     tell(f"{one.job.name}: {state} after {time.monotonic() - one.started:.0f} s")

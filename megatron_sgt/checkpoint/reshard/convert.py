@@ -25,6 +25,7 @@ from megatron_sgt.checkpoint.shard_files import as_checkpoint_error
 from megatron_sgt.compat.quiet import quiet_imports
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.files import fresh_folder, temporary_of
+from megatron_sgt.lease import Lease, inside
 
 # Entries of a manifest that hold under any layout.
 _KEPT = ("step", "tokens", "growth", "config_sha256", "tokenizer", "code", "run")
@@ -113,6 +114,7 @@ def convert(folder: Path, root: Path, processes: int = 1) -> tuple[Path, int, fl
 
     Raises:
         CheckpointError: ``folder`` is damaged or cannot be converted, or ``root`` has such a checkpoint.
+        LeaseError: a run or another command writes into ``root``.
     """
     manifest.verify_checksums(folder)
     source = open_source(folder)
@@ -121,18 +123,29 @@ def convert(folder: Path, root: Path, processes: int = 1) -> tuple[Path, int, fl
     if final.exists():
         raise CheckpointError(f"{final} exists already; choose another folder, or delete it")
     temporary = temporary_of(final)
+    lease = Lease(inside(root), "a conversion", "choose another --output")
     with as_checkpoint_error(f"{temporary} cannot be made: "):
-        fresh_folder(temporary)
-    if processes == 1:
-        drift = write_part(source, temporary)
-    else:
-        # Not forked: a fork would lose the threads that the libraries have started.
-        fresh = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, fresh, quiet_imports) as pool:
-            drift = max(pool.map(partial(_convert_part, folder, temporary, processes), range(processes)))
-    size = commit(source, temporary, final)
-    layout.point_to(root, tag)
+        lease.take()
+    try:
+        with as_checkpoint_error(f"{temporary} cannot be made: "):
+            fresh_folder(temporary)
+        drift = _write_parts(source, folder, temporary, processes)
+        lease.check()
+        size = commit(source, temporary, final)
+        lease.check()
+        layout.point_to(root, tag)
+    finally:
+        lease.release()
     return final, size, drift
+
+
+def _write_parts(source: Source, folder: Path, temporary: Path, processes: int) -> float:
+    if processes == 1:
+        return write_part(source, temporary)
+    # Not forked: a fork would lose the threads that the libraries have started.
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, fresh, quiet_imports) as pool:
+        return max(pool.map(partial(_convert_part, folder, temporary, processes), range(processes)))
 
 
 def _convert_part(folder: Path, destination: Path, parts: int, part: int) -> float:

@@ -11,6 +11,7 @@ from megatron_sgt.checkpoint.reshard.convert import commit, write_part
 from megatron_sgt.checkpoint.reshard.source import open_source
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.files import fresh_folder, temporary_of
+from megatron_sgt.lease import Lease, beside
 from megatron_sgt.metrics.units import elapsed, file_size
 from megatron_sgt.parallel.collectives import gather_or_raise, on_rank_zero
 from megatron_sgt.parallel.groups import ParallelGroups
@@ -33,13 +34,23 @@ def layout_free_copy(folder: Path, groups: ParallelGroups) -> tuple[Path, str]:
 
     Raises:
         CheckpointError: on every rank, when one of them could not write its part.
+        LeaseError: on every rank, when another run is making it.
     """
     copy = sibling_of(folder)
     if on_rank_zero(lambda: _is_whole(copy, folder)):
         return copy, f"read from {copy}"
+    # It lies beside the checkpoint, which may be another run's, and more than one may start from.
+    lease = Lease(beside(copy), "a run that converts it", "convert it once with tools/reshard_checkpoint.py", copy)
+    try:
+        return _make_copy(folder, copy, lease, groups)
+    finally:
+        lease.release()
+
+
+def _make_copy(folder: Path, copy: Path, lease: Lease, groups: ParallelGroups) -> tuple[Path, str]:
     start = time.perf_counter()
     temporary = temporary_of(copy)
-    gather_or_raise(lambda: _make_room(folder, temporary) if groups.is_main else None, groups)
+    gather_or_raise(lambda: _make_room(folder, copy, temporary, lease) if groups.is_main else None, groups)
     source = open_source(folder)
     drift = max(gather_or_raise(lambda: write_part(source, temporary, groups.rank, groups.world_size), groups))
     size = gather_or_raise(lambda: commit(source, temporary, copy) if groups.is_main else 0, groups)[0]
@@ -50,7 +61,7 @@ def layout_free_copy(folder: Path, groups: ParallelGroups) -> tuple[Path, str]:
 
 
 def _is_whole(copy: Path, folder: Path) -> bool:
-    """Whether ``copy`` is a copy of ``folder``, and whole; if not it is deleted. Older versions noted no origin."""
+    """Whether ``copy`` is a copy of ``folder``, and whole. Older versions noted no origin."""
     if not copy.exists():
         return False
     try:
@@ -59,13 +70,16 @@ def _is_whole(copy: Path, folder: Path) -> bool:
         if origin is not None and origin != manifest.digest(manifest.read_manifest(folder)):
             raise CheckpointError(f"{copy} was made of another checkpoint")
     except CheckpointError:
-        shutil.rmtree(copy, ignore_errors=True)
         return False
     return True
 
 
-def _make_room(folder: Path, temporary: Path) -> None:
+def _make_room(folder: Path, copy: Path, temporary: Path, lease: Lease) -> None:
+    """Hold the place of the copy, and clear it of what is no whole one."""
     try:
+        lease.take()
+        if copy.exists():
+            shutil.rmtree(copy, ignore_errors=True)
         fresh_folder(temporary)
     except OSError as error:
         raise CheckpointError(

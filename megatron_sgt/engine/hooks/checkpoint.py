@@ -11,7 +11,7 @@ from typing import Any
 import deepspeed
 
 from megatron_sgt.checkpoint.find import starts_fresh
-from megatron_sgt.checkpoint.layout import AVERAGE_STATE, parse_json
+from megatron_sgt.checkpoint.layout import AVERAGE_STATE, DATA_STATE, parse_json
 from megatron_sgt.checkpoint.load import load_checkpoint
 from megatron_sgt.checkpoint.save import Saver
 from megatron_sgt.config import Config
@@ -22,6 +22,7 @@ from megatron_sgt.errors import CheckpointError
 from megatron_sgt.metrics import MetricsHub
 from megatron_sgt.metrics.records import SaveRecord
 from megatron_sgt.optim.ema import WeightAverage
+from megatron_sgt.parallel.collectives import on_rank_zero
 from megatron_sgt.parallel.groups import ParallelGroups
 
 
@@ -45,6 +46,7 @@ class CheckpointHook(Hook):
         groups: ParallelGroups,
         about: dict[str, Any] | None = None,
         own: Sequence[Hook] = (),
+        may_write: Callable[[], None] = lambda: None,
         average: WeightAverage | None = None,
     ) -> None:
         self.config = config
@@ -54,10 +56,12 @@ class CheckpointHook(Hook):
         self.hub = hub
         self.groups = groups
         self.average = average
-        self.saver = Saver(config, engine, groups, about, average)
+        self.saver = Saver(config, engine, groups, about, may_write, average)
         self.last_path: Path | None = None
         self.on_saved: Callable[[float], None] = lambda seconds: None
         self._saved_at = -1
+        self.data: list[dict[str, Any]] = []
+        """In which orders the run has read its data (engine/data_start.py)."""
 
     def before_run(self, state: TrainState) -> None:
         """A checkpoint that was just loaded need not be written again."""
@@ -85,7 +89,8 @@ class CheckpointHook(Hook):
             CheckpointError: it cannot be written.
         """
         self.settle(state)
-        if self._saved_at != state.step and state.consecutive_skipped == 0:
+        gone = on_rank_zero(lambda: self.last_path is not None and not self.last_path.exists())  # deleted meanwhile
+        if (gone or self._saved_at != state.step) and state.consecutive_skipped == 0:
             self._start(state)
             self._poll(wait=True)
 
@@ -103,7 +108,8 @@ class CheckpointHook(Hook):
 
     def _start(self, state: TrainState) -> None:
         verify_same_plan(self.engine.module, self.groups)
-        saved = {"trainer": state.state_dict(), "hooks": {hook.name: _saved_state(hook) for hook in self.hooks}}
+        hooks = {hook.name: _saved_state(hook) for hook in self.hooks}
+        saved = {"trainer": state.state_dict(), "hooks": hooks, DATA_STATE: self.data}
         self.saver.start(state.step, saved)
 
     def _poll(self, wait: bool) -> None:

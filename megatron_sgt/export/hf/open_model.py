@@ -109,7 +109,12 @@ def _open_folder(path: Path, dtype: str, trust_remote_code: bool) -> OpenModel:
     from transformers import AutoModelForCausalLM
 
     HFTensors(path)  # finds missing and damaged shards, and names them
-    options: dict[str, Any] = {"dtype": DTYPES[dtype], "local_files_only": True, "output_loading_info": True}
+    options: dict[str, Any] = {
+        "dtype": DTYPES[dtype],
+        "local_files_only": True,
+        "output_loading_info": True,
+        "use_safetensors": True,  # never a pickle that lies beside them
+    }
     try:
         with quiet():
             if trust_remote_code:

@@ -12,7 +12,8 @@ from megatron_sgt.checkpoint.reshard.convert import convert, weights_of
 from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader
 from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE, QUANTITIES
 from megatron_sgt.checkpoint.reshard.source import open_source
-from megatron_sgt.errors import CheckpointError
+from megatron_sgt.errors import CheckpointError, LeaseError
+from megatron_sgt.lease import inside
 from tests.helpers.deepspeed_files import (
     STEP,
     State,
@@ -22,6 +23,7 @@ from tests.helpers.deepspeed_files import (
     write_checkpoint,
     write_manifest,
 )
+from tests.helpers.leases import held_by_another
 
 MODELS: dict[str, dict[str, Any]] = {
     "swiglu": {},
@@ -177,3 +179,16 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=rf"file/global_step{STEP}\.tmp cannot be made: .*Not a directory"):
         convert(folder, tmp_path / "file")
+
+
+def test_a_folder_that_a_run_writes_into_is_left_alone(tmp_path: Path) -> None:
+    config = odd_config()
+    folder = write_checkpoint(tmp_path / "from", config, random_state(config), (1, 1, 0))
+    with (
+        held_by_another(inside(tmp_path / "to")) as run,
+        pytest.raises(LeaseError, match=rf"pid {run.pid}\b.*--output"),
+    ):
+        convert(folder, tmp_path / "to")
+    assert [path.name for path in (tmp_path / "to").iterdir()] == ["writer.json"]
+    convert(folder, tmp_path / "to")
+    assert not inside(tmp_path / "to").exists()

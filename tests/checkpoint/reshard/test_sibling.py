@@ -5,10 +5,12 @@ import pytest
 from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader
 from megatron_sgt.checkpoint.reshard.sibling import layout_free_copy, remove_sibling, sibling_of
-from megatron_sgt.errors import CheckpointError
+from megatron_sgt.errors import CheckpointError, LeaseError
+from megatron_sgt.lease import beside
 from tests.helpers.commands import snapshot
 from tests.helpers.deepspeed_files import odd_config, random_state, write_checkpoint, write_manifest
 from tests.helpers.fake_groups import fake_groups
+from tests.helpers.leases import held_by_another
 
 
 @pytest.fixture
@@ -70,3 +72,15 @@ def test_a_checkpoint_that_cannot_be_converted_is_named(folder: Path) -> None:
     write_manifest(folder)
     with pytest.raises(CheckpointError, match="mp_rank_01_model_states"):
         layout_free_copy(folder, fake_groups())
+
+
+def test_two_runs_that_convert_one_checkpoint_do_not_write_into_each_others_copy(folder: Path) -> None:
+    copy = sibling_of(folder)
+    going_on = copy.with_name(f"{copy.name}.tmp")
+    going_on.mkdir()
+    with held_by_another(beside(copy)) as other:
+        with pytest.raises(LeaseError, match=rf"pid {other.pid}\b.*reshard_checkpoint"):
+            layout_free_copy(folder, fake_groups())
+        assert layout.clear_leftovers(folder.parent) == [] and going_on.exists(), "the other's"
+    assert layout.clear_leftovers(folder.parent) == [going_on.name], "its writer was killed"
+    assert not beside(copy).exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -145,6 +146,37 @@ def test_when_it_compares(monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = ReplicaCheckHook(torch.nn.Linear(1, 1), (0, 0), 1, fake_groups())
     nothing.after_step(TrainState(step=0), StepResult(torch.tensor(1.0), 1.0, True, 0.1, 0.1))
     assert seen[-1] == 14
+
+
+@pytest.mark.parametrize(
+    ("equal", "latest", "said"),
+    [
+        (6, "global_step4", "last equal after step 6, so the last checkpoint .* is .*global_step4: start again"),
+        (6, "global_step8", "is .*global_step4: write global_step4 into .*latest and start again"),
+        (9, "global_step8", "last equal after step 9, so the last checkpoint .* is .*global_step8: start again"),
+        (3, "global_step8", "last equal after step 3, and no checkpoint was written by then: start again from scratch"),
+        (0, "global_step8", "have not been compared before in this run"),
+    ],
+)
+def test_the_advice_is_a_checkpoint_from_before(
+    equal: int, latest: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the newest one: what lies after the last comparison may hold the damage."""
+
+    def verify(model: Any, step: int, *rest: Any) -> None:
+        if step > equal:
+            raise CorruptionError(f"after step {step}, weights that must be equal differ")
+
+    monkeypatch.setattr("megatron_sgt.engine.hooks.replicas.verify_replicas", verify)
+    for step in (4, 8):
+        (tmp_path / f"global_step{step}").mkdir()
+        (tmp_path / f"global_step{step}" / "manifest.json").touch()
+    (tmp_path / "latest").write_text(latest)
+    hook = ReplicaCheckHook(torch.nn.Linear(1, 1), (3,), 1, fake_groups(), tmp_path)
+    hook.before_run(TrainState())
+    with pytest.raises(CorruptionError, match=rf"after step {equal + 3}, .* differ\. Nothing was saved\. .*{said}"):
+        for step in range(3, 15, 3):
+            hook.after_step(TrainState(step=step), StepResult(torch.tensor(1.0), 1.0, True, 0.1, 0.1))
 
 
 def _verify(info: RankInfo, heads: tuple[tuple[int, ...], ...]) -> str:

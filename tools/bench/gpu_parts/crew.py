@@ -36,7 +36,7 @@ class Worker:
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
             start_new_session=True,  # its children die with it
         )
         self.answers: queue.Queue[str | None] = queue.Queue()

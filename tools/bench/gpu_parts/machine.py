@@ -178,7 +178,10 @@ def _number(text: str) -> float | None:
 def output_of(command: list[str]) -> str:
     """What a program prints; nothing where it is absent, fails or hangs."""
     try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=False
+        )
+        return done.stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
 

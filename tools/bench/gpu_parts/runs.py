@@ -36,7 +36,7 @@ def golden(machine: Machine) -> Iterator[dict[str, Any]]:
             "--device",
             machine.device.type,
         ]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace", check=False)
     lines = [line for line in done.stdout.splitlines() if "difference" in line]
     detail = "; ".join(" ".join(line.replace("max |difference|", "").split()) for line in lines)
     passed = done.returncode == 0
