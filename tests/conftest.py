@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 TESTS = Path(__file__).parent
+# Under nohup, SIGHUP is ignored here and by every process that a test starts, and runs heed that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 LONGEST = (
     "slurm/test_jobs.py",
     "docs/test_pages.py",

@@ -100,12 +100,12 @@ def test_a_start_is_refused_on_all_ranks(error: int, data: str, tmp_path: Path) 
 
 def fail_to_write(number: int) -> None:
     """Let the run's own configuration meet an error of the file system."""
-    from megatron_sgt.engine import run
+    from megatron_sgt.engine import run_folders
 
     def broken(path: Path, text: str) -> None:
         raise OSError(number, os.strerror(number), str(path))
 
-    run.replace_text = broken  # type: ignore[assignment]
+    run_folders.replace_text = broken  # type: ignore[assignment]
 
 
 def no_quota(rank: int) -> None:

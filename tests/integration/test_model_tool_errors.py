@@ -79,7 +79,7 @@ MISTAKES = (
     Mistake("convert_from_hf", "--input llama --output new", 4, ("280 ids, the model knows 96",), give_wrong_tokenizer),
     Mistake("generate", "run", 3, ("no prompts", "--prompt-file")),
     Mistake("generate", "run --prompt the --prompt=", 3, ("prompt 2 of 2 is empty",)),
-    Mistake("generate", "run --prompt-file no.txt", 3, ("--prompt-file no.txt cannot be read",)),
+    Mistake("generate", "run --prompt-file no.txt", 3, ("cannot read no.txt: No such file",)),
     Mistake("generate", "run --prompt the --max-new-tokens 99", 3, ("--max-new-tokens 99", "48")),
     Mistake("generate", "run --prompt the --greedy --num-samples 2", 2, ("--num-samples 2",)),
     Mistake("generate", "run --prompt the --top-p 7", 2, ("--top-p 7.0",)),

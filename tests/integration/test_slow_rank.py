@@ -59,7 +59,10 @@ def save_and_load(info: RankInfo, folder: Path) -> list[str]:
         slow(sibling, "commit", 0)
         slow(LayoutFreeReader, "shard", 1)
         saver = Saver(config, engine, groups)
-        saver.start(1, {"trainer": {"step": 1, "consumed_samples": 4, "skipped_steps": 0}, "hooks": {}})
+        saver.start(
+            1,
+            {"trainer": {"step": 1, "consumed_samples": 4, "skipped_steps": 0, "consecutive_skipped": 0}, "hooks": {}},
+        )
         saved = saver.poll(wait=True)
         assert saved is not None
         copy, _ = sibling.layout_free_copy(saved.folder, groups)

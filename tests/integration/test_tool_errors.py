@@ -63,7 +63,7 @@ MISTAKES = (
     data("preprocess_data", "--input", "good.jsonl", "--output-prefix", "new", *TOKENIZE, "--json-keys", "body",
          says=("good.jsonl:1", "'body'", "['text']", "--json-keys")),
     data("preprocess_data", "--input", "latin.txt", "--output-prefix", "new", *TOKENIZE,
-         says=("latin.txt is not UTF-8", "convert it or leave it out")),
+         says=("latin.txt: not UTF-8 text", "convert it or leave it out")),
     data("preprocess_data", "--input", "good.jsonl", "--output-prefix", "old", *TOKENIZE,
          says=("old_text_document.bin", "exists already", "give --overwrite")),
     data("preprocess_data", "--input", "good.jsonl", "--output-prefix", "new", "--tokenizer-model", "nope.model",
