@@ -6,6 +6,7 @@ model; the result is parity.json in it.
 
 python tools/convert_to_hf.py --load runs/a/checkpoints --output a_hf
 python tools/convert_to_hf.py --load runs/a/checkpoints --step 1000 --output a_hf --dtype fp32
+python tools/convert_to_hf.py --load runs/a/checkpoints --output a_ema_hf --weights ema
 
 Exit code 1 when the two are not the same model: the folder is then called DIR.failed.
 """
@@ -45,6 +46,8 @@ def parse() -> argparse.Namespace:
         default="bf16",
         help="of the stored weights [%(default)s]",
     )
+    add("--weights", choices=("trained", "ema"), default="trained", help="the trained ones, or their moving average "
+        "(train.ema_decay) [%(default)s]")  # fmt: skip
     add("--tokenizer", type=path_text, metavar="PATH", help="instead of the configuration's: a sentencepiece .model, "
         "a tokenizer.json, a folder; 'none' to leave it out")  # fmt: skip
     add("--training-gates", action="store_true", help="inside a decay window: keep the gates of that step, instead of "
@@ -77,6 +80,7 @@ def main() -> int:
     tokenizer = None if args.tokenizer in (None, "none") else TokenizerConfig.at(args.tokenizer)
     options = ExportOptions(
         dtype=args.dtype,
+        averaged=args.weights == "ema",
         training_gates=args.training_gates,
         keep_padding=args.keep_padding,
         tokenizer=tokenizer,
@@ -87,7 +91,8 @@ def main() -> int:
     start = time.perf_counter()
     export, parity = checked_export(args.load, args.output, step=args.step, options=options, mode=mode)
     size = file_size(export.weight_bytes)
-    print(f"EXPORT  {export.source.folder} -> {export.folder}: {size} of {args.dtype} weights")
+    kind = "averaged weights" if export.options.averaged else "weights"
+    print(f"EXPORT  {export.source.folder} -> {export.folder}: {size} of {args.dtype} {kind}")
     print(f"MODEL   {export.architecture}: {export.why}")
     if export.drift:
         print(f"NOTE    tensor-parallel copies of replicated weights differed by up to {export.drift:.1e}; rank 0's "

@@ -50,7 +50,10 @@ class GrowthContents:
 
 @dataclass(frozen=True)
 class Details:
-    """What the small files say. ``layout``: None where any layout can read it; ``origin``: of an import."""
+    """What the small files say. ``layout``: None where any layout can read it; ``origin``: of an import.
+
+    ``ema_decay``: of the average of the weights that it holds; None without one.
+    """
 
     step: int
     train_iters: int
@@ -62,6 +65,7 @@ class Details:
     model: ModelConfig
     parameters: int
     growth: GrowthContents
+    ema_decay: float | None = None
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,7 @@ def _details(folder: Path) -> Details:
             model=config.model,
             parameters=parameter_count(config.model),
             growth=_growth(config, state["hooks"].get("growth")),
+            ema_decay=(state.get(layout.AVERAGE_STATE) or {}).get("decay"),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / layout.STATE_FILE} is damaged: {error!r}") from error

@@ -99,6 +99,8 @@ def _details(details: Details) -> Iterator[tuple[str, str]]:
         )
     else:
         yield "layout", ", ".join(f"{name} {value}" for name, value in details.layout.items())
+    if details.ema_decay is not None:
+        yield "ema", f"an average of the weights, decay {details.ema_decay:g}"
     yield "growth", _growth(details.growth)
     for layer in details.growth.layers:
         yield "", _layer(layer)

@@ -120,6 +120,9 @@ def _contradictions(folder: Path, about: Mapping[str, Any], state: Mapping[str, 
         yield f"{layout.STATE_FILE} is of step {step:,}"
     if about.get("layout", state["layout"]) != state["layout"]:
         yield f"{layout.STATE_FILE} is of another layout"
+    elif layout.AVERAGE_STATE in state:
+        missing = layout.expected_files(state["layout"], averaged=True) - set(about["files"])
+        yield from (f"{name} is not listed in {layout.MANIFEST_FILE}" for name in sorted(missing))
     if (config := about.get("config_sha256")) is not None and config != about["files"][layout.CONFIG_FILE]["sha256"]:
         yield f"{layout.CONFIG_FILE} is another configuration"
 

@@ -20,7 +20,7 @@ LAYOUT_FREE = "layout_free"
 IMPORTED_FROM = "imported_from"
 """Key below it: the folder of an imported model; absent in the checkpoint of a run."""
 HELD = "quantities"
-"""Key below it: what of weights and moments it holds, where that is not everything."""
+"""Key below it: what of weights, moments and average it holds, where that is not everything."""
 STAGE = "stage"
 """Key below it: how often the model has grown, where it has (checkpoint/surgery)."""
 COUNTERS = ("step", "consumed_samples", "skipped_steps", "consecutive_skipped")
@@ -29,6 +29,7 @@ COUNTERS = ("step", "consumed_samples", "skipped_steps", "consecutive_skipped")
 _LARGEST_CONFIG = 1 << 24
 _MOST = 1 << 53
 _MOST_RANKS = 1 << 24
+_QUANTITIES = {"weights", "exp_avg", "exp_avg_sq", "ema"}
 
 
 class FormError(ValueError):
@@ -118,6 +119,10 @@ def _checked(content: Any) -> dict[str, Any]:
         whole(trainer.get(name), f"trainer.{name}")
     for name, saved in fields(state.get("hooks"), "hooks").items():
         fields(saved, f"hooks.{name}")
+    if layout.AVERAGE_STATE in state:
+        decay = fields(state[layout.AVERAGE_STATE], layout.AVERAGE_STATE).get("decay")
+        if not isinstance(decay, float) or not 0 < decay < 1:
+            raise FormError(f"{layout.AVERAGE_STATE}.decay {_is(decay)}, not a number between 0 and 1")
     _check_growth(state["hooks"].get(layout.GROWTH_STATE))
     _check_data(state.get(layout.DATA_STATE, []), trainer["consumed_samples"])
     if "layout" not in state:
@@ -134,7 +139,7 @@ def _checked(content: Any) -> dict[str, Any]:
             raise FormError(f"{LAYOUT_FREE}.{IMPORTED_FROM} {_is(free[IMPORTED_FROM])}, not a text")
         whole(free.get(STAGE, 0), f"{LAYOUT_FREE}.{STAGE}")
         held = free.get(HELD, ["weights"])
-        if not isinstance(held, list) or not {"weights"} <= set(map(str, held)) <= {"weights", "exp_avg", "exp_avg_sq"}:
+        if not isinstance(held, list) or not {"weights"} <= set(map(str, held)) <= _QUANTITIES:
             raise FormError(f"{LAYOUT_FREE}.{HELD} {_is(held)}, not a list of what a checkpoint holds")
         if IMPORTED_FROM not in free and free.get("source_layout") is None:
             raise FormError(f"{LAYOUT_FREE}.source_layout is missing")

@@ -7,6 +7,7 @@
         config.yaml                      the resolved configuration
         mp_rank_00_model_states.pt ...   see ``files_of_rank``
         rng_rank_00000.pt                random streams, one file per rank
+        ema_0000_mp_rank_00.pt           with train.ema_decay: the average of the weights, see ``average_file``
         manifest.json                    every file with its size and SHA-256; written last
     <root>/global_step1000.1f0c9a3e.tmp/ a save that was not finished; never read
 
@@ -41,6 +42,8 @@ PASSED_FILE = "passed_data.json"
 """Beside the checkpoints of a run: what it skips of its data (engine/skipped_ranges.py)."""
 GROWTH_STATE = "growth"
 """Where the state of growth lies among those of the hooks in STATE_FILE."""
+AVERAGE_STATE = "ema"
+"""Key in STATE_FILE of a checkpoint that holds an average of the weights: its decay."""
 DATA_STATE = "data"
 """Where STATE_FILE says in which orders the run has read its data; checkpoints of older versions do not."""
 _WANTED = (
@@ -89,6 +92,11 @@ def part_file(model_file: str, dp_rank: int) -> str:
     return f"weights_{dp_rank:04d}_{model_file.removesuffix(_MODEL)}.pt"
 
 
+def average_file(where: Mapping[str, Any], tp_rank: int, dp_rank: int) -> str:
+    """The file of one rank's average of the weights; at ZeRO 0 all data-parallel ranks have the first one's."""
+    return f"ema_{dp_rank if where['zero_stage'] else 0:04d}_mp_rank_{tp_rank:02d}.pt"
+
+
 def files_of_rank(where: Mapping[str, Any], tp_rank: int, dp_rank: int) -> tuple[str, ...]:
     """DeepSpeed's files that one rank reads: its weights, and above ZeRO 0 its part of the optimizer state.
 
@@ -101,14 +109,19 @@ def files_of_rank(where: Mapping[str, Any], tp_rank: int, dp_rank: int) -> tuple
     return (model, optimizer) if where["zero_stage"] else (model,)
 
 
-def expected_files(where: Mapping[str, Any] | None) -> set[str]:
-    """The files that every checkpoint of a layout has; of a layout-free one (None) those of every kind."""
+def expected_files(where: Mapping[str, Any] | None, averaged: bool = False) -> set[str]:
+    """The files that every checkpoint of a layout has; of a layout-free one (None) those of every kind.
+
+    ``averaged``: it holds an average of the weights.
+    """
     names = {STATE_FILE, CONFIG_FILE}
     if where is None:
         return names
     tp_size, dp_size = where["tensor_model_parallel_size"], where["data_parallel_size"]
     for tp_rank, dp_rank in product(range(tp_size), range(dp_size)):
         names |= {*files_of_rank(where, tp_rank, dp_rank)}
+        if averaged:
+            names.add(average_file(where, tp_rank, dp_rank))
     return names | {rng_file(rank) for rank in range(tp_size * dp_size)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from megatron_sgt.checkpoint.shard_files import ShardFiles, redirected_to
 from megatron_sgt.compat.quiet import quiet_logs
 from megatron_sgt.config import Config
 from megatron_sgt.errors import CheckpointError, DamagedCheckpointError, first_line
+from megatron_sgt.optim.ema import WeightAverage
 from megatron_sgt.parallel.collectives import gather_or_raise
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.parallel.rng import load_rng_state, seed_for_training
@@ -60,11 +62,13 @@ def load_checkpoint(
     config: Config,
     engine: deepspeed.DeepSpeedEngine,
     groups: ParallelGroups,
+    average: WeightAverage | None = None,
 ) -> str | None:
     """Load weights, optimizer and random streams of this rank from a checked ``folder``; collective.
 
     Under the same layout DeepSpeed reads its own files and everything continues bit for bit. Under another layout a
     layout-free copy is made beside it, once, and read. ``state``: what ``check_checkpoint`` returned for ``folder``.
+    ``average``: of the weights; it starts from the loaded weights where the checkpoint holds none.
 
     Returns:
         One line for the log about another layout; None for the same.
@@ -74,7 +78,10 @@ def load_checkpoint(
     """
     here = layout_of(config, groups)
     if state["layout"] == here:
-        _continue_exactly(_load_shards(folder, here, engine, groups), folder, groups)
+        kept = average if layout.AVERAGE_STATE in state else None
+        _continue_exactly(_load_shards(folder, here, engine, groups, kept), folder, groups)
+        if average is not None and kept is None:
+            average.start()
         return None
     if is_layout_free(state):
         copy, how = folder, "read from its layout-free form"
@@ -84,7 +91,7 @@ def load_checkpoint(
     # What one rank finds damaged ends the attempt on all, before any weight is changed.
     gather_or_raise(lambda: opened.append(_open_layout_free(copy, groups)), groups)
     made, reader, streams = opened[0]
-    load_into_engine(reader, made["optimizer_step"], made["loss_scale"], config.model, engine, groups)
+    load_into_engine(reader, made["optimizer_step"], made["loss_scale"], config.model, engine, groups, average)
     _restore_counters(engine, state["trainer"])
     if IMPORTED_FROM in made:
         return f"{folder.name}: a model imported from {made[IMPORTED_FROM]}, without optimizer state"
@@ -111,9 +118,13 @@ def _open_layout_free(
 
 
 def _load_shards(
-    folder: Path, where: dict[str, Any], engine: deepspeed.DeepSpeedEngine, groups: ParallelGroups
+    folder: Path,
+    where: dict[str, Any],
+    engine: deepspeed.DeepSpeedEngine,
+    groups: ParallelGroups,
+    average: WeightAverage | None,
 ) -> dict[str, Any]:
-    """Let DeepSpeed read its own files; returns this rank's random streams.
+    """Let DeepSpeed read its own files, and ``average`` its own; returns this rank's random streams.
 
     Learning rate, weight decay and constants stay this run's. All files are read before any weight is changed.
     """
@@ -123,7 +134,10 @@ def _load_shards(
     ]
     files = ShardFiles()
     paths = [folder / name for name in layout.files_of_rank(where, groups.tp_rank, groups.dp_rank)]
-    gather_or_raise(lambda: files.read(paths), groups)
+    averaged = folder / layout.average_file(where, groups.tp_rank, groups.dp_rank)
+    gather_or_raise(lambda: files.read(paths if average is None else [*paths, averaged]), groups)
+    if average is not None:
+        gather_or_raise(partial(_restore, average, files, averaged), groups)
     streams: dict[str, Any] = {}
     gather_or_raise(lambda: streams.update(_read_streams(folder, groups)), groups)
     try:
@@ -136,6 +150,13 @@ def _load_shards(
     for group, ours in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(ours)
     return streams
+
+
+def _restore(average: WeightAverage, files: ShardFiles, path: Path) -> None:
+    try:
+        average.load_state_dict(files.load(str(path)))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise DamagedCheckpointError(f"{path} holds no average of this run's weights: {first_line(error)}") from error
 
 
 def _restore_counters(engine: deepspeed.DeepSpeedEngine, trainer: dict[str, int]) -> None:

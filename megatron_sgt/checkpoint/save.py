@@ -36,6 +36,7 @@ from megatron_sgt.compat.quiet import quiet_logs
 from megatron_sgt.config import Config
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.files import commit, fresh_folder, sync
+from megatron_sgt.optim.ema import WeightAverage
 from megatron_sgt.parallel.collectives import gather_or_raise, largest, on_rank_zero
 from megatron_sgt.parallel.device import synchronize
 from megatron_sgt.parallel.groups import ParallelGroups
@@ -95,6 +96,7 @@ class Saver:
         about: for the manifest (JSON-able).
         may_write: called by rank 0 before each change of the folder, in whatever thread makes it; a LeaseError of it
             (another run holds the folder by now) passes through, and nothing of that run is touched.
+        average: of the weights, to be saved beside them.
     """
 
     def __init__(
@@ -104,11 +106,13 @@ class Saver:
         groups: ParallelGroups,
         about: dict[str, Any] | None = None,
         may_write: Callable[[], None] = lambda: None,
+        average: WeightAverage | None = None,
     ) -> None:
         self._config = config
         self._may_write = may_write
         self._engine = engine
         self._groups = groups
+        self._average = average
         self._root = config.save_dir
         self._about = {
             "code": f"megatron_sgt {__version__}",
@@ -130,7 +134,7 @@ class Saver:
     def prepare(self) -> None:
         """Allocate the memory of asynchronous saves, so that the first save is as fast as the others."""
         if self._arena is not None:
-            self._arena.reserve(_estimated_bytes(self._engine, self._groups))
+            self._arena.reserve(_estimated_bytes(self._engine, self._groups, self._average))
 
     def start(self, step: int, state: dict[str, Any]) -> None:
         """Begin the save after ``step`` optimizer steps, when no other is in flight. ``state``: of trainer and hooks.
@@ -142,9 +146,11 @@ class Saver:
         begun = time.perf_counter()
         name = self._together(step, None, partial(self._fresh, step) if self._groups.is_main else str)[0]
         temporary = self._root / name
+        if self._average is not None:
+            state = {**state, layout.AVERAGE_STATE: {"decay": self._average.decay}}
         about = Identity(step, layout_of(self._config, self._groups), self._groups.rank)
         files = ShardFiles(self._arena, self._groups.dp_rank, self._groups.dp_size, about)
-        _hand_over(files, temporary, self._config, self._engine, self._groups)
+        _hand_over(files, temporary, self._config, self._engine, self._groups, self._average)
         self._flight = _InFlight(step, temporary, state, begun, self._run(files.finish))
         self._flight.stall_s = time.perf_counter() - begun
 
@@ -242,7 +248,7 @@ class Saver:
             for name in others:
                 sync(temporary / name)
             files = flight.files | manifest.describe_files(temporary, others)
-            if missing := layout.expected_files(where) - set(files):
+            if missing := layout.expected_files(where, layout.AVERAGE_STATE in flight.state) - set(files):
                 raise CheckpointError(f"files of this layout are missing: {', '.join(sorted(missing)[:5])}")
             manifest.write_manifest(temporary, {**about, "tag": final.name}, files)
             self._may_write()
@@ -273,6 +279,7 @@ def _hand_over(
     config: Config,
     engine: deepspeed.DeepSpeedEngine,
     groups: ParallelGroups,
+    average: WeightAverage | None,
 ) -> None:
     with quiet_logs(), redirected_to(files, engine):  # DeepSpeed reports every file on every rank
         engine.save_checkpoint(
@@ -283,6 +290,9 @@ def _hand_over(
         )
     if groups.dp_rank and engine.zero_optimization_stage() < 3:
         files.save_share(engine.module.state_dict(), temporary / layout.model_file(groups.tp_rank))
+    if average is not None and _has_own_part(engine, groups):
+        file = layout.average_file(layout_of(config, groups), groups.tp_rank, groups.dp_rank)
+        files.save(average.state_dict(), temporary / file)
     files.save(rng_state(groups.device), temporary / layout.rng_file(groups.rank))
     synchronize(groups.device)
 
@@ -297,7 +307,14 @@ def _client_state(config: Config, engine: deepspeed.DeepSpeedEngine) -> dict[str
     return state
 
 
-def _estimated_bytes(engine: deepspeed.DeepSpeedEngine, groups: ParallelGroups) -> int:
+def _has_own_part(engine: deepspeed.DeepSpeedEngine, groups: ParallelGroups) -> bool:
+    """Whether this rank has optimizer state to write: at ZeRO 0 all data-parallel ranks have the first one's."""
+    return bool(engine.zero_optimization_stage()) or groups.dp_rank == 0
+
+
+def _estimated_bytes(
+    engine: deepspeed.DeepSpeedEngine, groups: ParallelGroups, average: WeightAverage | None = None
+) -> int:
     """Bytes of this rank's state, slightly overestimated; AdamW's moments appear with the first step."""
     parameters = list(engine.module.parameters())
     count = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
@@ -307,6 +324,7 @@ def _estimated_bytes(engine: deepspeed.DeepSpeedEngine, groups: ParallelGroups) 
         largest_one = max(p.numel() for p in parameters) if groups.dp_size > 1 else 0
         weights = (count // groups.dp_size + largest_one) * parameters[0].element_size()
     optimizer = 8 * count if stage == 0 else 12 * -(-count // groups.dp_size)
-    if stage == 0 and groups.dp_rank:
+    optimizer += 0 if average is None else average.num_bytes
+    if not _has_own_part(engine, groups):
         optimizer = 0
     return int(1.02 * (weights + optimizer)) + (1 << 22)

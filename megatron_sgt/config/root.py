@@ -84,8 +84,14 @@ class Config(Section):
     @property
     def offloads_optimizer(self) -> bool:
         """Whether the optimizer's state and update are on the CPU (or NVMe) instead of the ranks' devices."""
-        section = self.deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
-        return bool(section.get("device", "none") != "none")
+        return self.offload_device != "none"
+
+    @property
+    def offload_device(self) -> str:
+        """Where the optimizer's state is instead of on the ranks' devices: "cpu", "nvme" or "none"."""
+        zero = self.deepspeed.get("zero_optimization")
+        section = zero.get("offload_optimizer") if isinstance(zero, dict) else None
+        return str(section.get("device", "none")) if isinstance(section, dict) else "none"
 
     def has_bf16_optimizer(self, precision: str) -> bool:
         """Whether DeepSpeed takes its BF16_Optimizer, which keeps whole fp32 gradients and files of its own."""
@@ -282,6 +288,11 @@ def check_deepspeed(cfg: Config) -> Iterator[str]:
         value = values.get(key, "auto")
         if value != "auto" and (value != expected or isinstance(value, bool) != isinstance(expected, bool)):
             yield f"deepspeed.{path}: {shown(value)} contradicts {owner}; leave it out, or write 'auto'"
+    if cfg.train.ema_decay and cfg.offload_device == "nvme":
+        yield (
+            f"train.ema_decay: {cfg.train.ema_decay:g} needs the fp32 weights in memory; set "
+            "deepspeed.zero_optimization.offload_optimizer.device to cpu instead of nvme, or ema_decay to 0"
+        )
     name, train = "gradient_accumulation_steps", cfg.train
     steps = cfg.deepspeed.get(name, "auto")
     if steps == "auto":

@@ -90,6 +90,13 @@ class TrainConfig(Section):
         gt=0,
         description="The run stops at a spike after it went back so often, restarts included.",
     )
+    ema_decay: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Keep an exponential moving average of the weights, with this decay per applied step; it is "
+        "validated beside the weights, saved, resumed and exported (docs/checkpoints.md). 0: none.",
+    )
     replica_check_interval: int = Field(
         default=0,
         ge=0,

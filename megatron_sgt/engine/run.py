@@ -19,6 +19,7 @@ from megatron_sgt.engine.data_start import DataStart, data_record, data_start, r
 from megatron_sgt.engine.deepspeed_config import check_deepspeed
 from megatron_sgt.engine.hooks.base import Hook, RunParts, own_hooks
 from megatron_sgt.engine.hooks.checkpoint import CheckpointHook
+from megatron_sgt.engine.hooks.ema import EmaHook
 from megatron_sgt.engine.hooks.growth import GrowthHook
 from megatron_sgt.engine.hooks.log import LogHook
 from megatron_sgt.engine.hooks.replicas import ReplicaCheckHook
@@ -187,7 +188,7 @@ class PretrainingRun:
             ) from error
 
     def _wire(self, valid: Any) -> None:
-        """Build the hooks in the order in which they act: growth, report, validate, the user's own, save."""
+        """Build the hooks in the order in which they act: average, growth, report, validate, the user's own, save."""
         config, groups, runtime = self.config, self.groups, self.runtime
         self.log = LogHook(config, self.schedule, self.hub, groups, runtime.precision)
         self.growth = GrowthHook(self.schedule, runtime.model, runtime.model.meter, groups, self.log.on_growth)
@@ -195,7 +196,9 @@ class PretrainingRun:
         self.straggler = StragglerHook(
             runtime.model, config.logging.log_interval, config.train.straggler_threshold, self.hub, groups
         )
-        self.hooks: list[Hook] = [self.spike, self.growth, self.log, self.straggler]
+        decay = config.train.ema_decay
+        ema = EmaHook(runtime.engine, decay, groups) if decay else None
+        self.hooks: list[Hook] = [self.spike, *([ema] if ema else []), self.growth, self.log, self.straggler]
         self.eval: EvalHook | None = None
         if config.train.eval_interval and valid is not None:
             loader = EvalLoader(
@@ -208,7 +211,7 @@ class PretrainingRun:
                 pin_memory=groups.device.type != "cpu",
             )
             interval = config.train.eval_interval
-            self.eval = EvalHook(runtime.engine, loader, interval, self.schedule, self.hub, groups)
+            self.eval = EvalHook(runtime.engine, loader, interval, self.schedule, self.hub, groups, ema)
             self.hooks.append(self.eval)
         parts = RunParts(config, groups, runtime.model, runtime.engine, self.schedule, self.hub)
         for hook in self.own_hooks:
@@ -229,6 +232,7 @@ class PretrainingRun:
             about,
             self.own_hooks,
             self.folders.check,
+            None if ema is None else ema.average,
         )
         self.saver.on_saved = self.stop.note_save
         self.hooks.append(self.saver)
@@ -352,4 +356,6 @@ class PretrainingRun:
                 "config": run_dir / CONFIG_FILE,
             },
         }
+        if self.eval is not None and self.eval.last_ema_loss is not None:
+            record["valid_ema_loss"] = self.eval.last_ema_loss
         self.hub.log("summary", record)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_sgt.checkpoint.contents import LoopingLayer
+from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE
 from megatron_sgt.export.source import ExportSource
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.metrics.units import si
@@ -32,7 +33,7 @@ def model_card(source: ExportSource, plan: LoopPlan, config: dict[str, Any], tra
         f"# {title}",
         "",
         f"Pretrained with megatron_sgt ({_PAPER}): step {details.step:,} of {details.train_iters:,}, "
-        f"{details.tokens:,} tokens, growth phase `{details.growth.phase}`.",
+        f"{details.tokens:,} tokens, growth phase `{details.growth.phase}`.{_averaged(source)}",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -53,6 +54,12 @@ def model_card(source: ExportSource, plan: LoopPlan, config: dict[str, Any], tra
         code = "`configuration_sgt.py`, `attention_sgt.py`, `modeling_sgt.py`"
         lines += ["## Custom code", "", _CUSTOM.format(files=code), ""]
     return "\n".join(lines)
+
+
+def _averaged(source: ExportSource) -> str:
+    if source.quantity != AVERAGE:
+        return ""
+    return f" These weights are the moving average over the run's steps, decay {source.details.ema_decay:g}."
 
 
 def _shape(source: ExportSource, config: dict[str, Any]) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.contents import Details, read_contents
 from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader
-from megatron_sgt.checkpoint.reshard.rank_state import WEIGHTS
+from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE, WEIGHTS
 from megatron_sgt.checkpoint.reshard.source import Source, open_source
 from megatron_sgt.config import Config, recorded_config
 from megatron_sgt.errors import CheckpointError, SGTError
@@ -40,7 +40,8 @@ def find_checkpoint(load: Path, step: int | None = None) -> Path:
 class ExportSource:
     """An opened checkpoint. ``vocab_rows``: rows of the vocabulary that ``read`` returns.
 
-    ``names``: every whole tensor's Hugging Face name and shape, in the order of ``read``.
+    ``names``: every whole tensor's Hugging Face name and shape, in the order of ``read``. ``quantity``: what it reads,
+    the weights or their AVERAGE.
     """
 
     folder: Path
@@ -49,6 +50,7 @@ class ExportSource:
     vocab_rows: int
     names: dict[str, tuple[int, ...]]
     _weights: Source | LayoutFreeReader
+    quantity: str = WEIGHTS
 
     def plan(self, training_gates: bool = False) -> LoopPlan:
         """What the model executes: at inference kept heads alone, or with the gates of the step that was saved."""
@@ -61,25 +63,36 @@ class ExportSource:
     def read(self, weight: Weight) -> tuple[dict[str, Tensor], float]:
         """One parameter's whole fp32 tensors by Hugging Face name, and by how much its copies differed."""
         if isinstance(self._weights, Source):
-            tensors, drift = self._weights.whole(weight, WEIGHTS)
+            tensors, drift = self._weights.whole(weight, self.quantity)
         else:
-            tensors, drift = self._weights.whole(weight, WEIGHTS), 0.0
+            tensors, drift = self._weights.whole(weight, self.quantity), 0.0
         if weight.split == "vocab":
             tensors = {name: tensor[: self.vocab_rows] for name, tensor in tensors.items()}
         return tensors, drift
 
 
-def open_checkpoint(load: Path, step: int | None = None, keep_padding: bool = False) -> ExportSource:
-    """Open a checkpoint of any layout, without process group or weights; ``keep_padding``: of the vocabulary.
+def open_checkpoint(
+    load: Path, step: int | None = None, keep_padding: bool = False, averaged: bool = False
+) -> ExportSource:
+    """Open a checkpoint of any layout, without process group or weights.
+
+    Args:
+        keep_padding: of the vocabulary.
+        averaged: read the moving average of the weights instead of the weights.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged or unreadable.
+        CheckpointError: the checkpoint is missing, damaged or unreadable, or holds no average.
     """
     folder = find_checkpoint(load, step)
     try:
         contents = read_contents(folder, lambda _: [])
         if contents.details is None:
             raise CheckpointError(f"{folder} cannot be read: {'; '.join(contents.problems)}")
+        if averaged and contents.details.ema_decay is None:
+            raise CheckpointError(
+                f"{folder} holds no average of the weights: its run had train.ema_decay 0; export its weights "
+                "(--weights trained)"
+            )
         config = recorded_config(folder / layout.CONFIG_FILE)
         free = contents.details.layout is None
         reader = LayoutFreeReader(folder) if free else open_source(folder)
@@ -94,4 +107,5 @@ def open_checkpoint(load: Path, step: int | None = None, keep_padding: bool = Fa
         for weight in weights(config.model)
         for name, shape in weight.whole.items()
     }
-    return ExportSource(folder, config, contents.details, rows, names, reader)
+    quantity = AVERAGE if averaged else WEIGHTS
+    return ExportSource(folder, config, contents.details, rows, names, reader, quantity)

@@ -30,13 +30,15 @@ MODEL_CODE = ("configuration_sgt.py", "attention_sgt.py", "modeling_sgt.py")
 class ExportOptions:
     """How to export.
 
-    dtype: "fp32", "bf16" or "fp16", of the stored weights. training_gates: inside a decay window, the gates of the
+    dtype: "fp32", "bf16" or "fp16", of the stored weights. averaged: the moving average of the weights
+    (train.ema_decay) instead of them. training_gates: inside a decay window, the gates of the
     saved step instead of those of inference. keep_padding: keep the rows that pad the vocabulary. tokenizer: instead
     of the one in the checkpoint's configuration; write_tokenizer: False leaves it out. max_shard_bytes: of one
     weight file.
     """
 
     dtype: str = "bf16"
+    averaged: bool = False
     training_gates: bool = False
     keep_padding: bool = False
     tokenizer: TokenizerConfig | None = None
@@ -75,7 +77,7 @@ def export_checkpoint(
     options = options or ExportOptions()
     if output.exists():
         raise CheckpointError(f"{output} exists already; choose another folder, or delete it")
-    source = open_checkpoint(load, step, options.keep_padding)
+    source = open_checkpoint(load, step, options.keep_padding, options.averaged)
     plan = source.plan(options.training_gates)
     with _whole_or_nothing(output) as temporary:
         return _write(source, plan, options, temporary, output)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-QUICK_PHASES = frozenset({"train", "data", "growth", "log"})
+QUICK_PHASES = frozenset({"train", "data", "ema", "growth", "log"})
 """Parts of an ordinary step. Starting, validating, saving and the first step of a process may take longer."""
 
 

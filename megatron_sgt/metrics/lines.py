@@ -134,7 +134,7 @@ def growth_line(record: Record, paint: Paint = plain) -> str:
 
 
 def valid_line(record: Record, paint: Paint = plain) -> str:
-    """Validation loss and perplexity."""
+    """Validation loss and perplexity, and those of the averaged weights where there are such."""
     batches, seconds = record.get("batches"), record.get("seconds")
     extent = [] if batches is None else [f"{batches:,} batches"]
     extent += [] if seconds is None else [units.elapsed(seconds)]
@@ -143,6 +143,8 @@ def valid_line(record: Record, paint: Paint = plain) -> str:
             f"{paint('good', 'VALID')} step {record['step']:,}",
             _number(record, "loss", "loss", 3, paint),
             _part(record, "perplexity", lambda ppl: f"ppl {units.perplexity(ppl)}"),
+            _number(record, "ema_loss", "ema loss", 3, paint),
+            _part(record, "ema_perplexity", lambda ppl: f"ema ppl {units.perplexity(ppl)}"),
             f"({', '.join(extent)})" if extent else None,
         )
     )
@@ -239,6 +241,7 @@ def summary_line(record: Record, paint: Paint = plain) -> str:
                 _part(record, "reason", str),
                 loss,
                 _number(record, "valid_loss", "valid loss", 3, paint),
+                _number(record, "valid_ema_loss", "ema valid loss", 3, paint),
                 _part(record, "growth_events", lambda n: f"{n} growth event{'' if n == 1 else 's'}"),
                 _part(record, "consumed_tokens", lambda n: f"{units.si(n, ' ')} tokens"),
                 _part(record, "tokens_per_second", lambda rate: f"{units.si(rate, ' ')} tok/s"),

@@ -51,6 +51,8 @@ def valid_line(record: Mapping[str, Any], paint: Paint = plain) -> str:
     text = f" validation loss at iteration {record['step']} |"
     text += _field(record, "loss", "lm loss value: {:.6E}")
     text += _field(record, "perplexity", "lm loss PPL: {:.6E}")
+    text += _field(record, "ema_loss", "ema lm loss value: {:.6E}")
+    text += _field(record, "ema_perplexity", "ema lm loss PPL: {:.6E}")
     rule = "-" * (len(text) + 1)
     return "\n".join((rule, text, rule))
 

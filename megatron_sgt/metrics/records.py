@@ -75,6 +75,8 @@ class ValidRecord(_Record, total=False):
 
     loss: float
     perplexity: float
+    ema_loss: float  # of the averaged weights, with train.ema_decay
+    ema_perplexity: float
     batches: int  # micro-batches per rank
     seconds: float
 
@@ -181,6 +183,7 @@ class SummaryRecord(_Record, total=False):
     first_loss: float | None  # None where the run began at a checkpoint
     loss: float | None
     valid_loss: float | None
+    valid_ema_loss: float  # of the averaged weights, with train.ema_decay
     growth_events: int
     seconds: float
     consumed_tokens: int

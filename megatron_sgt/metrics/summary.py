@@ -43,6 +43,11 @@ def _valid_rows(valid: Sequence[Record]) -> Iterator[tuple[str, str]]:
     if valid:
         curve = " -> ".join(f"{units.fixed(v['loss'], 3)} (step {v['step']:,})" for v in (valid[0], valid[-1]))
         yield "validation", f"loss {curve} · perplexity {units.perplexity(valid[-1]['perplexity'])}"
+    averaged = [v for v in valid if v.get("ema_loss") is not None]
+    if averaged:
+        last = averaged[-1]
+        text = f"loss {units.fixed(last['ema_loss'], 3)} (step {last['step']:,}) of the averaged weights"
+        yield "ema", f"{text} · perplexity {units.perplexity(last['ema_perplexity'])}"
 
 
 def _start_rows(resumes: Sequence[Record]) -> Iterator[tuple[str, str]]:

@@ -26,10 +26,11 @@ def parameters_by_part(model: ModelConfig) -> dict[Part, int]:
 
 
 def checkpoint_bytes(config: Config, precision: str) -> int:
-    """Bytes of one checkpoint: weights, AdamW's moments, and the fp32 copy of the weights where there is one.
+    """Bytes of one checkpoint: weights, AdamW's moments, and the fp32 copy and average of them where there are such.
 
     (As under ZeRO, though fp32 on one data-parallel rank has no such copy: ``Config.zero_stage_on``.)
     """
     copied = precision != "fp32" or config.parallel.zero_stage > 0
-    per_parameter = ELEMENT_BYTES[precision] + (3 if copied else 2) * ELEMENT_BYTES["fp32"]
+    in_fp32 = 2 + copied + bool(config.train.ema_decay)
+    per_parameter = ELEMENT_BYTES[precision] + in_fp32 * ELEMENT_BYTES["fp32"]
     return parameter_count(config.model) * per_parameter

@@ -18,6 +18,7 @@ _MEMORY_ROWS = {
     "weights": "weights",
     "gradients": "gradients",
     "optimizer": "optimizer state",
+    "average": "average of the weights",
     "buffers": "buffers (buckets, gathering)",
     "layers": "activations of layers",
     "loops": "activations of loops",

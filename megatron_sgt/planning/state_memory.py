@@ -18,13 +18,15 @@ type than e without it, a rank's part of the sum is held beside the sum when it 
 stage 3 (at most stage3_max_live_parameters), kept weights of balanced loops, and Megatron's gather buffer of sequence
 parallelism.
 
-With offload_optimizer the last column is on the host, under stage 3 the gradients too.
+With offload_optimizer the last column is on the host, under stage 3 the gradients too. With train.ema_decay an average
+of the weights lies beside the tensors that AdamW steps: 4n bytes at stage 0, 4n/dp above.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_sgt.arch.weights import weights
 from megatron_sgt.config import Config
 from megatron_sgt.planning.parameters import ELEMENT_BYTES, parameter_count
 
@@ -36,16 +38,17 @@ _FP32 = 4
 
 @dataclass(frozen=True)
 class State:
-    """Bytes that live from step to step (``gradients``: from backward to update)."""
+    """Bytes that live from step to step (``gradients``: from backward to update; ``average``: of train.ema_decay)."""
 
     weights: int
     gradients: int
     optimizer: int
     buffers: int
+    average: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.buffers
+        return self.weights + self.gradients + self.optimizer + self.buffers + self.average
 
 
 def state_memory(config: Config, world_size: int, precision: str) -> State:
@@ -65,7 +68,30 @@ def state_memory(config: Config, world_size: int, precision: str) -> State:
         buffers=_reduce_buffers(config, stage, precision, count, share)
         + (gathered if stage == 3 else 0)
         + (stream if parallel.sequence_parallel else 0),
+        average=0 if config.offloads_optimizer else average_bytes(config, world_size, precision),
     )
+
+
+def average_bytes(config: Config, world_size: int, precision: str) -> int:
+    """Bytes of the average of the weights on one rank, 0 without train.ema_decay; on the host with offload_optimizer.
+
+    Exact: ZeRO 1 and 2 pad each group of parameters to a multiple of twice the data-parallel ranks, ZeRO 3 each
+    parameter to a multiple of them.
+    """
+    if not config.train.ema_decay:
+        return 0
+    ranks, stage = config.data_parallel_size(world_size), config.zero_stage_on(world_size, precision)
+    table = [(w.decays, w.on_rank(config.parallel.tensor_model_parallel_size)) for w in weights(config.model)]
+    if stage == 0:
+        return _FP32 * sum(size for _, size in table)
+    if stage == 3:
+        return _FP32 * sum(-(-size // ranks) for _, size in table)
+    apart = config.optim.weight_decay_on == "matrices"
+    groups = [
+        sum(size for decays, size in table if not apart or decays is kind)
+        for kind in ((True, False) if apart else (True,))
+    ]
+    return _FP32 * sum(2 * -(-size // (2 * ranks)) for size in groups)
 
 
 def _gradients(config: Config, stage: int, precision: str, count: int, share: int) -> int:

@@ -17,6 +17,7 @@ def loss_figure(run: RunData) -> Figure | None:
     """Training and validation loss, growth marked; losses that are not finite are marked on the upper edge."""
     steps, losses = run.series("train", "loss")
     valid_steps, valid = run.series("valid", "loss")
+    ema_steps, ema = run.series("valid", "ema_loss")
     if not len(steps) and not len(valid_steps):
         return None
     figure, (axes,) = style.new_figure(4.0)
@@ -33,6 +34,9 @@ def loss_figure(run: RunData) -> Figure | None:
             linewidth=1.2,
             label="validation loss",
         )
+    if len(ema_steps):
+        look: dict[str, Any] = {"color": style.GREEN, "marker": "s", "markersize": 4, "linewidth": 1.2}
+        axes.plot(ema_steps, ema, label="validation loss, averaged weights", **look)
     if not finite.all():
         axes.plot(
             steps[~finite],
@@ -146,6 +150,8 @@ def headline(run: RunData) -> list[tuple[str, str]]:
         found.append(("validation loss", units.fixed(valid[-1].get("loss"), 3)))
         if valid[-1].get("perplexity") is not None:
             found.append(("perplexity", units.perplexity(valid[-1]["perplexity"])))
+        if valid[-1].get("ema_loss") is not None:
+            found.append(("validation loss, averaged weights", units.fixed(valid[-1]["ema_loss"], 3)))
     _, flops = run.cumulative("model_flops_per_step")
     if len(flops):
         found.append(("model FLOPs", units.si(float(flops[-1]), " ")))

@@ -13,6 +13,7 @@ from megatron_sgt.checkpoint.find import Found, check_checkpoint, find_checkpoin
 from megatron_sgt.checkpoint.load import verify_together
 from megatron_sgt.config import Config
 from megatron_sgt.errors import CheckpointError
+from tests.helpers.checkpoints import ZERO_1
 from tests.helpers.checkpoints import write_plain_checkpoint as make
 from tests.helpers.damage import DAMAGES, damaged, harm
 from tests.helpers.deepspeed_files import counters
@@ -164,3 +165,12 @@ def test_what_shapes_no_weight_may_change(tmp_path: Path) -> None:
     folder = make(tmp_path / "global_step7")
     free = {"seq_length": 64, "attention_dropout": 0.1, "hidden_dropout": 0.1, "init_method_std": 0.01}
     check_checkpoint(folder, small_config(model=free, optim={"lr": 5e-4}, train={"seed": 9}))
+
+
+def test_an_average_whose_files_are_not_listed_is_damage(tmp_path: Path) -> None:
+    folder = make(tmp_path / "global_step3")
+    state = layout.read_json(folder / layout.STATE_FILE)
+    layout.write_json(folder / layout.STATE_FILE, {**state, layout.AVERAGE_STATE: {"decay": 0.9}})
+    manifest.write_manifest(folder, {"layout": state["layout"]})
+    with pytest.raises(CheckpointError, match=r"ema_0000_mp_rank_00\.pt is not listed in manifest\.json"):
+        check_checkpoint(folder, small_config(deepspeed=ZERO_1))

@@ -50,6 +50,9 @@ def test_a_layout(change: dict[str, Any]) -> None:
         (free(quantities=["exp_avg"]), "layout_free.quantities is a list"),
         (free(quantities="weights"), "layout_free.quantities is 'weights'"),
         (free(stage=-1), "layout_free.stage is -1"),
+        ({"trainer": counters(1), "hooks": {}, "layout": WHERE, "ema": 0.9}, "ema is 0.9, not an object"),
+        ({"trainer": counters(1), "hooks": {}, "layout": WHERE, "ema": {"decay": "a"}}, "ema.decay is 'a'"),
+        ({"trainer": counters(1), "hooks": {}, "layout": WHERE, "ema": {"decay": 1.0}}, "ema.decay is 1.0"),
         ({"trainer": counters(1), "hooks": {"growth": {"schedule": {}}}, "layout": WHERE}, "events is None"),
     ],
 )

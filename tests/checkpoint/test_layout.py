@@ -116,6 +116,17 @@ def test_what_a_layout_has(sizes: tuple[int, int], stage: int, precision: str, s
     assert len(layout.expected_files(None)) == 2
 
 
+def test_an_average_is_a_file_of_every_rank_that_has_its_own_part() -> None:
+    where = {"tensor_model_parallel_size": 2, "data_parallel_size": 2, "precision": "bf16"}
+    for stage, ours in (
+        (0, {"0000_mp_rank_00", "0000_mp_rank_01"}),
+        (3, {f"000{d}_mp_rank_0{t}" for d in (0, 1) for t in (0, 1)}),
+    ):
+        names = {**where, "zero_stage": stage}
+        more = layout.expected_files(names, averaged=True) - layout.expected_files(names)
+        assert more == {f"ema_{name}.pt" for name in ours}
+
+
 def test_a_rank_reads_two_files_and_one_without_zero() -> None:
     where = {"zero_stage": 1, "precision": "fp32"}
     assert layout.files_of_rank(where, 1, 2) == (

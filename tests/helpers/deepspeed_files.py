@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint import layout, manifest
-from megatron_sgt.checkpoint.reshard.rank_state import MOMENTS, QUANTITIES, WEIGHTS
+from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE, MOMENTS, QUANTITIES, WEIGHTS
 from megatron_sgt.checkpoint.reshard.stage0 import PARAMETER_NAMES
 from megatron_sgt.config import Config
 from megatron_sgt.files import replace_text
@@ -40,13 +40,13 @@ def odd_config(sections: dict[str, dict[str, Any]] | None = None, **model: Any) 
     return small_config(**{"growth": {"method": "vanilla"}, **(sections or {}), "model": {**shape, **model}})
 
 
-def random_state(config: Config, seed: int = 0) -> State:
-    """Whole tensors under Hugging Face names, the vocabulary with its padding rows."""
+def random_state(config: Config, seed: int = 0, averaged: bool = False) -> State:
+    """Whole tensors under Hugging Face names, the vocabulary with its padding rows; ``averaged``: an AVERAGE, too."""
     model = config.model
     whole = model.model_copy(update={"vocab_size": model.padded_vocab_size()})
     generator = torch.Generator().manual_seed(seed)
     state: State = {}
-    for quantity in QUANTITIES:
+    for quantity in (*QUANTITIES, *([AVERAGE] if averaged else [])):
         fused = {}
         for weight in weights(whole):
             fused[weight.megatron] = torch.randn(weight.shard_shape(1), generator=generator)
@@ -69,7 +69,21 @@ def groups_of(names: Sequence[str], state: State, weight_decay_on: str) -> list[
     return [[name for name in names if (state[WEIGHTS][name].dim() >= 2) is matrix] for matrix in (True, False)]
 
 
-def write_stage0(path: Path, state: State, groups: Sequence[Sequence[str]], step: int = STEP) -> None:
+def no_average(dp_rank: int) -> Path:
+    raise AssertionError("a state with an average needs a file for it")
+
+
+def _write_average(path: Path, tensors: list[Tensor]) -> None:
+    torch.save({"average": tensors}, path)
+
+
+def write_stage0(
+    path: Path,
+    state: State,
+    groups: Sequence[Sequence[str]],
+    step: int = STEP,
+    average_file: Callable[[int], Path] = no_average,
+) -> None:
     """mp_rank_XX_model_states.pt of an unsharded run."""
     names = [name for group in groups for name in group]
     states = {
@@ -78,6 +92,8 @@ def write_stage0(path: Path, state: State, groups: Sequence[Sequence[str]], step
     }
     content = {"module": state[WEIGHTS], "optimizer": {"state": states}, PARAMETER_NAMES: names}
     torch.save(content, path)
+    if AVERAGE in state:
+        _write_average(average_file(0), [state[AVERAGE][name] for name in names])
 
 
 def write_stage12(
@@ -89,6 +105,7 @@ def write_stage12(
     *,
     aligned: int = 1,
     change: Callable[[dict[str, Any]], None] = lambda content: None,
+    average_file: Callable[[int], Path] = no_average,
 ) -> None:
     """Model and optimizer files of ZeRO 1 or 2.
 
@@ -119,6 +136,8 @@ def write_stage12(
         }
         change(content)
         torch.save({"optimizer_state_dict": content}, optimizer_file(rank))
+        if AVERAGE in state:
+            _write_average(average_file(rank), parts[AVERAGE])
 
 
 def _flat(values: Mapping[str, Tensor], names: Sequence[str], paddings: Sequence[int], unit: int) -> Tensor:
@@ -134,6 +153,7 @@ def write_stage3(
     groups: Sequence[Sequence[str]],
     dp_size: int,
     change: Callable[[dict[str, Any]], None] = lambda content: None,
+    average_file: Callable[[int], Path] = no_average,
 ) -> None:
     """Model and optimizer files of ZeRO 3. groups: the names of each sub-group."""
     shapes = [{name: state[WEIGHTS][name].shape for name in group} for group in groups]
@@ -156,6 +176,8 @@ def write_stage3(
         }
         change(content)
         torch.save({"optimizer_state_dict": content}, optimizer_file(rank))
+        if AVERAGE in state:
+            _write_average(average_file(rank), flat[AVERAGE])
 
 
 def write_checkpoint(
@@ -174,15 +196,20 @@ def write_checkpoint(
         def optimizer_file(dp_rank: int, tp_rank: int = tp_rank) -> Path:
             return folder / layout.files_of_rank(where, tp_rank, dp_rank)[1]
 
+        def average_file(dp_rank: int, tp_rank: int = tp_rank) -> Path:
+            return folder / layout.average_file(where, tp_rank, dp_rank)
+
         if stage == 0:
-            write_stage0(model, shards, groups)
+            write_stage0(model, shards, groups, average_file=average_file)
         elif stage == 3:
-            write_stage3(model, optimizer_file, shards, groups, dp_size)
+            write_stage3(model, optimizer_file, shards, groups, dp_size, average_file=average_file)
         else:
-            write_stage12(model, optimizer_file, shards, groups, dp_size)
+            write_stage12(model, optimizer_file, shards, groups, dp_size, average_file=average_file)
     for rank in range(tp_size * dp_size):
         torch.save({}, folder / layout.rng_file(rank))
-    layout.write_json(folder / layout.STATE_FILE, {"layout": where, "trainer": counters(STEP), "hooks": {}})
+    averaged = {layout.AVERAGE_STATE: {"decay": 0.75}} if AVERAGE in state else {}
+    saved = {"layout": where, "trainer": counters(STEP), "hooks": {}, **averaged}
+    layout.write_json(folder / layout.STATE_FILE, saved)
     (folder / layout.CONFIG_FILE).write_text(config.to_yaml())
     write_manifest(folder)
     replace_text(root / layout.LATEST_FILE, folder.name)

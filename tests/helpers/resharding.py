@@ -17,6 +17,7 @@ from megatron_sgt.checkpoint.reshard.rank_state import MOMENTS, WEIGHTS
 from megatron_sgt.checkpoint.save import Saver
 from megatron_sgt.config import Config
 from megatron_sgt.engine.build import build_runtime, start_processes
+from megatron_sgt.engine.hooks.ema import EmaHook
 from megatron_sgt.engine.step import train_step
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.parallel.groups import ParallelGroups
@@ -89,10 +90,11 @@ def load_and_save(info: RankInfo, config: Config, folder: Path, root: Path) -> s
     groups = start_processes(config, info)
     engine = build_runtime(config, groups).engine
     saved = read_json(folder / STATE_FILE)
-    note = load_checkpoint(folder, saved, config, engine, groups)
+    average = EmaHook(engine, config.train.ema_decay, groups).average if config.train.ema_decay else None
+    note = load_checkpoint(folder, saved, config, engine, groups, average)
     state = {"trainer": saved["trainer"], "hooks": saved["hooks"]}
     elsewhere = config.checkpoint.model_copy(update={"save": str(root)})
-    saver = Saver(config.model_copy(update={"checkpoint": elsewhere}), engine, groups)
+    saver = Saver(config.model_copy(update={"checkpoint": elsewhere}), engine, groups, average=average)
     saver.start(saved["trainer"]["step"], state)
     saver.poll(wait=True)
     return note

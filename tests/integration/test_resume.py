@@ -29,8 +29,8 @@ DROPOUT = {"model": {"hidden_dropout": 0.1, "attention_dropout": 0.1}}
 
 
 def zero(stage: int, precision: str) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Two data-parallel ranks with dropout; stage 3 with weights that are really spread."""
-    sections = {**DROPOUT, "parallel": {"zero_stage": stage}, "train": {"precision": precision}}
+    """Two data-parallel ranks with dropout and an average of the weights; at stage 3 they are really spread."""
+    sections = {**DROPOUT, "parallel": {"zero_stage": stage}, "train": {"precision": precision, "ema_decay": 0.75}}
     if stage == 3:
         sections["deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     return 2, sections
@@ -93,13 +93,14 @@ def test_the_stops_are_where_they_claim_to_be(data: str, tmp_path: Path) -> None
 
 
 def test_the_comparison_covers_weights_optimizer_and_random_streams(data: str, tmp_path: Path) -> None:
-    root = run(tmp_path / "run", data, 2, {}, exit_interval=3)
+    root = run(tmp_path / "run", data, 2, {}, exit_interval=3, ema_decay=0.75)
     leaves = checkpoint_leaves(root / "global_step3")
     for part in (
         "word_embeddings.weight",
         "exp_avg_sq",
         "single_partition_of_fp32_groups",
         "rng_rank_00001.pt",
+        "ema_0001_mp_rank_00.pt/average/0",
     ):
         assert any(part in name for name in leaves), part
 

@@ -136,6 +136,8 @@ def test_growth_line_of_the_end() -> None:
 def test_valid_line() -> None:
     record = {"step": 1250, "loss": 3.437, "perplexity": 31.09, "batches": 40, "seconds": 6.0}
     assert lines.valid_line(record) == "VALID step 1,250  loss 3.437  ppl 31.1  (40 batches, 6.0 s)"
+    averaged = {"step": 9, "loss": 3.4, "perplexity": 30.0, "ema_loss": 3.25, "ema_perplexity": 25.8}
+    assert lines.valid_line(averaged) == "VALID step 9  loss 3.400  ppl 30.0  ema loss 3.250  ema ppl 25.8"
     bad = {"step": 2, "loss": math.nan, "perplexity": math.nan}
     assert lines.valid_line(bad, marked) == "<good:VALID> step 2  <bad:loss NaN>  ppl NaN"
 
@@ -182,6 +184,11 @@ def test_summary_line() -> None:
     )
     assert "<bad:loss 9.010 -> NaN>" in lines.summary_line({**record, "loss": math.nan}, marked)
     assert lines.summary_line({"step": 3, "growth_events": 1}) == "DONE  step 3  1 growth event"
+
+
+def test_the_summary_has_both_validation_losses() -> None:
+    record = {"step": 6, "loss": 5.5, "valid_loss": 5.75, "valid_ema_loss": 5.6, "reason": "finished", "exit_code": 0}
+    assert lines.summary_line(record) == ("DONE  step 6  finished  loss 5.500  valid loss 5.750  ema valid loss 5.600")
 
 
 def test_a_run_that_was_asked_to_stop_says_so_twice() -> None:

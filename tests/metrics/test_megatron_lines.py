@@ -48,5 +48,7 @@ def test_valid_and_save_lines() -> None:
     rule, text, same_rule = megatron_lines.valid_line({"step": 100, "loss": 6.0, "perplexity": 403.4}).split("\n")
     assert text == (" validation loss at iteration 100 | lm loss value: 6.000000E+00 | lm loss PPL: 4.034000E+02 |")
     assert rule == same_rule == "-" * (len(text) + 1)
+    averaged = megatron_lines.valid_line({"step": 1, "loss": 6.0, "ema_loss": 5.0, "ema_perplexity": 148.4})
+    assert " | ema lm loss value: 5.000000E+00 | ema lm loss PPL: 1.484000E+02 |" in averaged
     saved = megatron_lines.save_line({"step": 100, "path": "runs/x"})
     assert saved == "  successfully saved checkpoint from iteration     100 to runs/x"

@@ -95,7 +95,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         growth={"first_selection_step": 2, "window_size": 1},
         train={
             "train_iters": STOP_AT + 2, "precision": "fp16", "eval_interval": 10, "straggler_threshold": 0.25,
-            "spike_sigma": 8.0, "spike_window_steps": 4,
+            "spike_sigma": 8.0, "spike_window_steps": 4, "ema_decay": 0.75,
         },
         checkpoint={"save_interval": SAVED_AT, "keep_last": 1},
         deepspeed={"fp16": {"initial_scale_power": 4}},

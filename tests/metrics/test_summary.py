@@ -28,12 +28,13 @@ def test_a_whole_run() -> None:
         {"kind": "save", "step": 120, "path": "ckpt/global_step120"},
         {"kind": "resume", "step": 120, "path": "ckpt/global_step120"},
         TRAIN[1],
-        {"kind": "valid", "step": 200, "loss": 4.5, "perplexity": 90.0},
+        {"kind": "valid", "step": 200, "loss": 4.5, "perplexity": 90.0, "ema_loss": 4.25, "ema_perplexity": 70.1},
     ]
     text = run_summary(records, Path("runs/x"))
     rows = dict(line.split(maxsplit=1) for line in text.splitlines())
     assert rows["train"] == "step 200 of 200 · loss 7.500 (step 1) -> 4.250"
     assert rows["validation"] == "loss 5.000 (step 50) -> 4.500 (step 200) · perplexity 90.0"
+    assert rows["ema"] == "loss 4.250 (step 200) of the averaged weights · perplexity 70.1"
     assert rows["growth"].startswith("step 30  layer 4 selected")
     assert "[0,3]" in rows["growth"]
     assert rows["resumed"] == "at step 120"

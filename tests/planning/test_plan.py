@@ -91,6 +91,19 @@ def test_balanced_passes_send_less_than_naive_ones_and_vanilla_none() -> None:
     assert {item["part"] for item in vanilla["traffic"]["per_step"]}.isdisjoint({"loops", "entropy"})
 
 
+def test_an_average_of_the_weights_takes_four_bytes_per_parameter_shared_like_the_optimizer() -> None:
+    """7B at tensor parallel 2, ZeRO-1 over 16 ranks, where nothing is padded; and off, nothing."""
+    config, plan = plan_of("sgt_7b", 32, "train.ema_decay=0.999")
+    _, without = plan_of("sgt_7b", 32)
+    count = parameter_count(config.model)
+    for moment in ("now", "window", "final"):
+        assert plan["memory"][moment]["average"] == 4 * parameter_count(config.model, 2) // 16
+        assert without["memory"][moment]["average"] == 0
+        more = plan["memory"][moment]["total"] - without["memory"][moment]["total"]
+        assert more == plan["memory"][moment]["average"]
+    assert plan["checkpoint"]["bytes"] - without["checkpoint"]["bytes"] == 4 * count
+
+
 def test_checkpoints() -> None:
     config, plan = plan_of("sgt_7b", 32)
     assert plan["checkpoint"] == {"bytes": 14 * parameter_count(config.model), "saves": 32, "kept": 3}

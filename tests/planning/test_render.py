@@ -56,6 +56,11 @@ def test_the_rows_of_a_grown_run() -> None:
     assert "of the usable 73.6 GB: fits" in text
 
 
+def test_an_average_of_the_weights_has_a_row_where_there_is_one() -> None:
+    on, off = (text_of("sgt_7b", 32, "h100", *overrides) for overrides in (["train.ema_decay=0.999"], []))
+    assert "  average of the weights " in on and "average of the weights" not in off
+
+
 def test_what_does_not_fit_says_so_in_the_bar_and_in_a_warning() -> None:
     text = text_of("sgt_13b", 8, "a100-40gb")
     assert "[########################################]" in text

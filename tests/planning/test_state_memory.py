@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from megatron_sgt.arch.weights import weights
 from megatron_sgt.engine.build import build_runtime, start_processes
 from megatron_sgt.engine.step import train_step
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.planning.parameters import parameter_count
-from megatron_sgt.planning.state_memory import state_memory
+from megatron_sgt.planning.state_memory import average_bytes, state_memory
 from tests.helpers.fp16_on_cpu import allow_fp16
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.single import random_batch, small_config
@@ -86,6 +87,28 @@ def _bytes(before: dict[int, torch.Tensor]) -> int:
 def test_weights_gradients_and_optimizer_by_zero_stage() -> None:
     for rank, wrong in enumerate(run_on_ranks(2, live_state, timeout=300)):
         assert not wrong, f"rank {rank}:\n" + "\n".join(wrong)
+
+
+def test_zero_3_pads_each_parameter_of_an_average_and_zero_2_each_group() -> None:
+    """Against the parts of three ranks, counted one by one; the built ones: tests/engine/hooks/test_ema.py."""
+    odd = {"hidden_size": 20, "num_attention_heads": 2, "kv_channels": 4, "ffn_hidden_size": 14, "vocab_size": 128}
+    optim = {"weight_decay_on": "matrices"}
+    sizes = [(w.decays, w.elements) for w in weights(small_config(model=odd).model)]
+    expected = {
+        0: sum(size for _, size in sizes),
+        2: sum(-(-sum(size for decays, size in sizes if decays is kind) // 6) * 2 for kind in (True, False)),
+        3: sum(-(-size // 3) for _, size in sizes),
+    }
+    for stage, elements in expected.items():
+        sections: dict[str, Any] = {"model": odd, "optim": optim, "parallel": {"zero_stage": stage}}
+        config = small_config(**sections, train={"ema_decay": 0.9})
+        assert average_bytes(config, 3, "fp32") == state_memory(config, 3, "fp32").average == 4 * elements
+        assert average_bytes(small_config(**sections), 3, "fp32") == 0
+    assert 4 * expected[3] * 3 > 4 * expected[0]
+    there = small_config(
+        deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, train={"ema_decay": 0.9}
+    )
+    assert state_memory(there, 2, "bf16").average == 0 < average_bytes(there, 2, "bf16")
 
 
 def test_what_is_offloaded_lies_elsewhere() -> None:

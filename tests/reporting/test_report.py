@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
+from megatron_sgt.jsonl import encode
 from megatron_sgt.reporting import curves, structure, style
 from megatron_sgt.reporting.report import write_report
 from megatron_sgt.reporting.run_data import load_run
@@ -69,6 +70,17 @@ def test_a_loss_that_is_not_finite_is_drawn(tmp_path: Path) -> None:
     assert figure is not None
     (bad,) = [line for line in figure.axes[0].lines if line.get_label() == "loss not finite"]
     assert bad.get_xdata().tolist() == [2.0]
+
+
+def test_the_loss_of_the_averaged_weights_is_a_curve_of_its_own(tmp_path: Path) -> None:
+    valid = [encode("valid", {"step": s, "time": 1.0, "loss": 4.5, "ema_loss": 4.0 - s / 10}) for s in (1, 2)]
+    run = load_run(write_run(tmp_path / "run", [train(1), train(2), *valid]))
+    figure = curves.loss_figure(run)
+    assert figure is not None
+    drawn = {line.get_label(): line.get_ydata().tolist() for line in figure.axes[0].lines}
+    assert drawn["validation loss"] == [4.5, 4.5]
+    assert drawn["validation loss, averaged weights"] == [3.9, 3.8]
+    assert dict(curves.headline(run))["validation loss, averaged weights"] == "3.800"
 
 
 def test_growth_is_drawn_where_it_happened(grown: Path) -> None:

@@ -4,6 +4,7 @@
 python tools/bench/step_overhead.py                      # 3 layers x 2 heads of an 8-layer model
 python tools/bench/step_overhead.py --state window       # all heads of those layers loop
 python tools/bench/step_overhead.py --profile            # where the extra time goes
+python tools/bench/step_overhead.py --ema                # an average of the weights (train.ema_decay) instead of loops
 python tools/bench/step_overhead.py --peer transformers  # the vanilla step against transformers' Llama instead
 
 The peer is ``LlamaForCausalLM`` of the same shape in fp32, with torch's attention (sdpa), its gradient norm clipped
@@ -24,6 +25,7 @@ import torch
 from megatron_sgt.cli import positive, run_main
 from megatron_sgt.config import Config, parse_config
 from megatron_sgt.engine.build import build_runtime, start_processes
+from megatron_sgt.engine.hooks.ema import EmaHook
 from megatron_sgt.engine.step import train_step
 from megatron_sgt.errors import SGTError
 from megatron_sgt.growth import LayerPlan, LoopPlan
@@ -65,6 +67,7 @@ def parse() -> argparse.Namespace:
         )
     parser.add_argument("--state", choices=("fixed", "window"), default="fixed", help="structure to measure")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--ema", action="store_true", help="compare the vanilla step with and without train.ema_decay")
     parser.add_argument(
         "--peer", choices=("transformers",), help="compare the vanilla step with this library's, in fp32"
     )
@@ -96,6 +99,7 @@ def run_config(args: argparse.Namespace) -> Config:
                 "global_batch_size": args.batch,
                 "threads_per_rank": args.threads,
                 "precision": "fp32" if args.peer else "auto",
+                "ema_decay": 0.999 if args.ema else 0.0,
             },
             "parallel": {"device": args.device},
         }
@@ -110,15 +114,24 @@ def grown_plan(args: argparse.Namespace) -> LoopPlan:
     return LoopPlan(args.layers, tuple((n, layer) for n in range(args.layers - args.loop_layers, args.layers)))
 
 
-def step_timer(config: Config) -> tuple[Callable[[LoopPlan], Seconds], torch.device]:
-    """Build model and engine; the function returned runs one training step and times it."""
+def step_timer(config: Config) -> tuple[Callable[..., Seconds], torch.device]:
+    """Build model and engine; the function returned runs one training step and times it.
+
+    Its arguments: a plan, and whether the step updates an average of the weights.
+    """
     groups = start_processes(config, discover({}))
     runtime = build_runtime(config, groups)
     batch = random_batch(config)
+    average = EmaHook(runtime.engine, config.train.ema_decay, groups).average if config.train.ema_decay else None
 
-    def run(plan: LoopPlan) -> Seconds:
+    def run(plan: LoopPlan, averaged: bool = False) -> Seconds:
+        def step() -> None:
+            train_step(runtime.engine, [batch], LEARNING_RATE, CLIP_GRAD, groups)
+            if averaged and average is not None:
+                average.update()
+
         apply_plan(runtime.model, plan)
-        return timed(lambda: train_step(runtime.engine, [batch], LEARNING_RATE, CLIP_GRAD, groups), groups.device)
+        return timed(step, groups.device)
 
     return run, groups.device
 
@@ -192,6 +205,11 @@ def main() -> None:
     if args.peer:
         run, device = step_timer(config)
         report_times({args.peer: peer_timer(config, device), "vanilla": lambda: run(vanilla)}, args.pairs)
+        return
+    if args.ema:
+        run, _ = step_timer(config)
+        print(f"an average of {parameter_count(config.model):,} weights")
+        report_times({"vanilla": lambda: run(vanilla), "averaged": lambda: run(vanilla, True)}, args.pairs)
         return
     base, more = (step_flops(config.model, plan, args.batch) for plan in (vanilla, grown))
     print(f"{args.state}: {args.loop_layers} of {args.layers} layers, {args.loop_heads} of {args.heads} heads")

@@ -22,7 +22,6 @@ from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.forms import LAYOUT_FREE
 from megatron_sgt.checkpoint.reshard.layout_free import file_name
-from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES
 from megatron_sgt.checkpoint.reshard.source import Source, open_source
 from megatron_sgt.checkpoint.reshard.tensor_file import TensorFileWriter
 from megatron_sgt.checkpoint.shard_files import as_checkpoint_error
@@ -65,7 +64,7 @@ def write_part(source: Source, destination: Path, part: int = 0, parts: int = 1)
         return tensors
 
     if chosen:
-        write_tensors(destination, chosen, QUANTITIES, merged, part, parts)
+        write_tensors(destination, chosen, source.quantities, merged, part, parts)
     return max(drifts)
 
 

@@ -10,7 +10,8 @@ Learning rate, weight decay and AdamW's constants stay those of this run's confi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,11 @@ from torch import Tensor
 
 from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint.reshard.layout_free import ShardReader
-from megatron_sgt.checkpoint.reshard.rank_state import MOMENTS, WEIGHTS
+from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE, MOMENTS, WEIGHTS
 from megatron_sgt.checkpoint.reshard.source import PREFIX
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError
+from megatron_sgt.optim.ema import WeightAverage
 from megatron_sgt.parallel.collectives import gather_or_raise
 from megatron_sgt.parallel.groups import ParallelGroups
 
@@ -61,29 +63,49 @@ def load_into_engine(
     model: ModelConfig,
     engine: deepspeed.DeepSpeedEngine,
     groups: ParallelGroups,
+    average: WeightAverage | None = None,
 ) -> None:
     """Set fp32 weights, AdamW's moments and ``step``, fp16's ``loss_scale``, and the model's weights; collective.
+
+    ``average``: of the weights, set too; from the loaded weights where the reader has none.
 
     Raises:
         CheckpointError: a tensor is missing, or the optimizer is offloaded to NVMe.
     """
-    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    optimizer = engine.optimizer
     if getattr(optimizer, "swap_optimizer", False):
         raise CheckpointError("a run with optimizer offload to NVMe can load no other layout's checkpoint")
-    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    with masters_changed(engine):
+        masters = masters_of(engine, groups)
+        _check_names(model, masters)
+        values = _prepare_states(optimizer, masters.tensors, step)
+        if average is not None and AVERAGE in reader.quantities:
+            values[AVERAGE] = average.zeroed()
+        # Together: collectives follow, and one rank may read for longer than another.
+        gather_or_raise(lambda: _read(reader, model, masters, values, groups), groups)
+        if average is not None and AVERAGE not in values:
+            average.start()
+        if loss_scale is not None and getattr(optimizer, "dynamic_loss_scale", False):
+            optimizer.loss_scaler.cur_scale = loss_scale
+
+
+@contextmanager
+def masters_changed(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
+    """Inside, what AdamW steps may be changed; at the end the model computes with it. Collective.
+
+    After an error inside nothing is done: other ranks may not come to the collectives.
+    """
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:
         optimizer.checkpoint_event_prologue()
-    masters = _masters(optimizer, stage, names, groups)
-    _check_names(model, masters)
-    values = _prepare_states(optimizer, masters.tensors, step)
-    # Together: collectives follow, and one rank may read for longer than another.
-    gather_or_raise(lambda: _read(reader, model, masters, values, groups), groups)
-    if loss_scale is not None and getattr(optimizer, "dynamic_loss_scale", False):
-        optimizer.loss_scaler.cur_scale = loss_scale
+    yield
     _refresh_model(optimizer, stage)
 
 
-def _masters(optimizer: Any, stage: int, names: dict[int, str], groups: ParallelGroups) -> Masters:
+def masters_of(engine: deepspeed.DeepSpeedEngine, groups: ParallelGroups) -> Masters:
+    """The fp32 tensors that AdamW steps on this rank of any stage, and where each parameter lies in them."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     masters = Masters()
     if stage == 0:
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
@@ -167,7 +189,7 @@ def _read(
 ) -> None:
     for weight in weights(model):
         stretches = masters.stretches[PREFIX + weight.megatron]
-        for quantity in reader.quantities if stretches else ():
+        for quantity in [q for q in reader.quantities if q in values] if stretches else ():
             shard = reader.shard(weight, quantity, model, groups.tp_size, groups.tp_rank).flatten()
             for s in stretches:
                 values[quantity][s.master][s.start : s.start + s.length] = shard[s.source : s.source + s.length]

@@ -1,9 +1,9 @@
 """A layout-free checkpoint: whole tensors, from which every rank reads its shard.
 
 Beside the usual files (sgt_state.json with ``layout`` null, config.yaml, manifest.json) there are for each
-quantity (weights, exp_avg, exp_avg_sq; all fp32) one or more safetensors files. Their names are Hugging Face's; the
-vocabulary has its padding rows, which AdamW updates like the others. An imported model has only weights: its moments
-are the zeros of a run's first step.
+quantity (weights, exp_avg, exp_avg_sq; ema where the run kept an average of its weights; all fp32) one or more
+safetensors files. Their names are Hugging Face's; the vocabulary has its padding rows, which AdamW updates like the
+others. An imported model has only weights: its moments are the zeros of a run's first step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from megatron_sgt.arch.weight import Weight
 from megatron_sgt.checkpoint.forms import HELD, IMPORTED_FROM, LAYOUT_FREE, read_state
-from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES, WEIGHTS
+from megatron_sgt.checkpoint.layout import AVERAGE_STATE
+from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE, QUANTITIES, WEIGHTS
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.model.hf_weights import check_shape, shard
@@ -52,7 +53,12 @@ class LayoutFreeReader:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._file_of: dict[tuple[str, str], Any] = {}
-        for quantity in QUANTITIES:
+        state = read_state(folder)
+        made, average = state[LAYOUT_FREE], (AVERAGE,) if AVERAGE_STATE in state else ()
+        usual = (WEIGHTS,) if IMPORTED_FROM in made else (*QUANTITIES, *average)
+        self.quantities: tuple[str, ...] = tuple(made.get(HELD, usual))
+        """What the folder holds."""
+        for quantity in self.quantities:
             for path in sorted(folder.glob(f"{quantity}-*-of-*.safetensors")):
                 try:
                     file = safe_open(path, "pt")
@@ -60,10 +66,6 @@ class LayoutFreeReader:
                     raise CheckpointError(f"{path} cannot be read: {error}") from error
                 for name in file.keys():  # noqa: SIM118 (the file is no dictionary)
                     self._file_of[quantity, name] = file
-        made = read_state(folder)[LAYOUT_FREE]
-        held = (WEIGHTS,) if IMPORTED_FROM in made else QUANTITIES
-        self.quantities: tuple[str, ...] = tuple(made.get(HELD, held))
-        """What the folder holds."""
 
     def shard(self, weight: Weight, quantity: str, model: ModelConfig, tp_size: int = 1, tp_rank: int = 0) -> Tensor:
         """One rank's shard of a parameter's ``quantity``, fp32; at most three copies exist in the meantime."""

@@ -12,7 +12,7 @@ from megatron_sgt.arch.weight import Weight
 from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint import layout
 from megatron_sgt.checkpoint.forms import read_config, read_state
-from megatron_sgt.checkpoint.reshard.rank_state import RankState, common_step
+from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE, QUANTITIES, RankState, common_step
 from megatron_sgt.checkpoint.reshard.stage0 import Stage0State
 from megatron_sgt.checkpoint.reshard.stage3 import Stage3State
 from megatron_sgt.checkpoint.reshard.stage12 import Stage12State
@@ -37,6 +37,11 @@ class Source:
     ranks: list[RankState]
 
     @property
+    def quantities(self) -> tuple[str, ...]:
+        """What the checkpoint holds of every parameter."""
+        return (*QUANTITIES, AVERAGE) if layout.AVERAGE_STATE in self.saved else QUANTITIES
+
+    @property
     def step(self) -> int:
         """AdamW's step.
 
@@ -46,7 +51,7 @@ class Source:
         return common_step((rank.step for rank in self.ranks), self.folder)
 
     def whole(self, weight: Weight, quantity: str) -> tuple[dict[str, Tensor], float]:
-        """One parameter's ``quantity`` (of QUANTITIES), merged from all tensor-parallel ranks.
+        """One parameter's ``quantity`` (of ``quantities``), merged from all tensor-parallel ranks.
 
         Returns:
             Its whole fp32 tensors by Hugging Face name, and the largest difference between the ranks' copies
@@ -72,7 +77,8 @@ def open_source(folder: Path) -> Source:
         raise CheckpointError(f"{folder} is layout-free already: it loads under any layout as it is")
     try:
         tp_size = written_under["tensor_model_parallel_size"]
-        ranks = [_open_rank(folder, written_under, rank) for rank in range(tp_size)]
+        averaged = layout.AVERAGE_STATE in saved
+        ranks = [_open_rank(folder, written_under, rank, averaged) for rank in range(tp_size)]
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{folder} cannot be resharded: DeepSpeed's files lack something that version 0.19 writes "
@@ -87,10 +93,11 @@ def open_source(folder: Path) -> Source:
     return Source(folder, padded, saved, ranks)
 
 
-def _open_rank(folder: Path, where: dict[str, Any], tp_rank: int) -> RankState:
+def _open_rank(folder: Path, where: dict[str, Any], tp_rank: int, averaged: bool) -> RankState:
     ranks = range(where["data_parallel_size"])
     files = [[folder / name for name in layout.files_of_rank(where, tp_rank, dp_rank)] for dp_rank in ranks]
+    averages = [folder / layout.average_file(where, tp_rank, dp_rank) for dp_rank in ranks] if averaged else []
     if where["zero_stage"] == 0:
-        return Stage0State(files[0][0])
+        return Stage0State(files[0][0], averages)
     kind = Stage3State if where["zero_stage"] == 3 else Stage12State
-    return kind(files[0][0], [optimizer for _, optimizer in files])
+    return kind(files[0][0], [optimizer for _, optimizer in files], averages)

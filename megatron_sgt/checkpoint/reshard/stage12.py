@@ -17,11 +17,13 @@ from torch import Tensor
 
 from megatron_sgt.checkpoint.identity import load_file
 from megatron_sgt.checkpoint.reshard.rank_state import (
+    AVERAGE,
     MOMENTS,
     WEIGHTS,
     RankState,
     common_step,
     dynamic_scale,
+    saved_average,
 )
 from megatron_sgt.errors import CheckpointError
 
@@ -29,7 +31,7 @@ from megatron_sgt.errors import CheckpointError
 class Stage12State(RankState):
     """Slices of the flat vectors of all data-parallel ranks."""
 
-    def __init__(self, model_file: Path, optimizer_files: Sequence[Path]) -> None:
+    def __init__(self, model_file: Path, optimizer_files: Sequence[Path], averages: Sequence[Path] = ()) -> None:
         groups = load_file(model_file)["param_shapes"]
         ranks = [load_file(file)["optimizer_state_dict"] for file in optimizer_files]
         self.shapes = {name: tuple(shape) for group in groups for name, shape in group.items()}
@@ -43,6 +45,12 @@ class Stage12State(RankState):
         self.step = common_step((state["step"] for rank in states for state in rank), self._where)
         for quantity in MOMENTS:
             self._parts[quantity] = [[rank[i][quantity] for rank in states] for i in indices]
+        if averages:
+            saved = [
+                saved_average(file, [rank[i][MOMENTS[0]] for i in indices])
+                for file, rank in zip(averages, states, strict=True)
+            ]
+            self._parts[AVERAGE] = [[rank[i] for rank in saved] for i in indices]
         self.loss_scale = dynamic_scale(ranks[0])
 
     def read(self, name: str, quantity: str) -> Tensor:

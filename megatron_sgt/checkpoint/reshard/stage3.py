@@ -15,11 +15,13 @@ from torch import Tensor
 
 from megatron_sgt.checkpoint.identity import load_file
 from megatron_sgt.checkpoint.reshard.rank_state import (
+    AVERAGE,
     MOMENTS,
     WEIGHTS,
     RankState,
     common_step,
     dynamic_scale,
+    saved_average,
 )
 from megatron_sgt.errors import CheckpointError
 
@@ -27,7 +29,7 @@ from megatron_sgt.errors import CheckpointError
 class Stage3State(RankState):
     """Parts of each parameter from the vectors of all data-parallel ranks."""
 
-    def __init__(self, model_file: Path, optimizer_files: Sequence[Path]) -> None:
+    def __init__(self, model_file: Path, optimizer_files: Sequence[Path], averages: Sequence[Path] = ()) -> None:
         groups = load_file(model_file)["param_shapes"]
         ranks = [load_file(file)["optimizer_state_dict"] for file in optimizer_files]
         self.shapes = {name: tuple(shape) for group in groups for name, shape in group.items()}
@@ -57,6 +59,12 @@ class Stage3State(RankState):
         self._parts = {WEIGHTS: [[rank["fp32_flat_groups"][i] for rank in ranks] for i in indices]}
         for quantity in MOMENTS:
             self._parts[quantity] = [[rank["state"][i][quantity] for rank in base] for i in indices]
+        if averages:
+            saved = [
+                saved_average(file, [rank["state"][i][MOMENTS[0]] for i in indices])
+                for file, rank in zip(averages, base, strict=True)
+            ]
+            self._parts[AVERAGE] = [[rank[i] for rank in saved] for i in indices]
         self.loss_scale = dynamic_scale(ranks[0])
 
     def read(self, name: str, quantity: str) -> Tensor:

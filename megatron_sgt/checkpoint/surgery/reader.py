@@ -17,7 +17,7 @@ from megatron_sgt.arch.weight import Weight
 from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint.forms import LAYOUT_FREE, read_config, read_state
 from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader, is_layout_free
-from megatron_sgt.checkpoint.reshard.rank_state import MOMENTS, QUANTITIES, WEIGHTS
+from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE, MOMENTS, WEIGHTS
 from megatron_sgt.checkpoint.reshard.source import Source, open_source
 from megatron_sgt.checkpoint.surgery.growth import Growth
 from megatron_sgt.checkpoint.surgery.maps import maps_of
@@ -34,7 +34,7 @@ _CPU = torch.device("cpu")
 
 
 class WholeTensors(Protocol):
-    """Whatever holds whole tensors; ``quantities``: which of QUANTITIES."""
+    """Whatever holds whole tensors; ``quantities``: which of QUANTITIES, and AVERAGE where there is one."""
 
     quantities: tuple[str, ...]
 
@@ -48,10 +48,9 @@ class MergedTensors:
     ``drift``: the largest difference so far between tensor-parallel copies of a replicated parameter.
     """
 
-    quantities: tuple[str, ...] = QUANTITIES
-
     def __init__(self, source: Source) -> None:
         self.source = source
+        self.quantities = source.quantities
         self.drift = 0.0
 
     def whole(self, weight: Weight, quantity: str) -> dict[str, Tensor]:
@@ -111,7 +110,8 @@ class GrownReader:
         self._stage = stage
         self._maps = maps_of(growth)
         keeps = carried.keeps_moments and set(MOMENTS) <= set(tensors.quantities)
-        self.quantities: tuple[str, ...] = QUANTITIES if keeps else (WEIGHTS,)
+        average = (AVERAGE,) if AVERAGE in tensors.quantities else ()
+        self.quantities: tuple[str, ...] = (WEIGHTS, *(MOMENTS if keeps else ()), *average)
         """What it holds."""
 
     def parameters(self) -> tuple[Weight, ...]:
@@ -135,7 +135,7 @@ class GrownReader:
         grown: dict[str, Tensor] = {}
         for mapped in made.tensors:
             source = old.pop(mapped.source)
-            if quantity == WEIGHTS:
+            if quantity in (WEIGHTS, AVERAGE):
                 grown[mapped.name] = grown_weight(
                     mapped,
                     source,

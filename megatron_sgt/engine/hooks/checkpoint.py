@@ -11,7 +11,7 @@ from typing import Any
 import deepspeed
 
 from megatron_sgt.checkpoint.find import starts_fresh
-from megatron_sgt.checkpoint.layout import DATA_STATE, parse_json
+from megatron_sgt.checkpoint.layout import AVERAGE_STATE, DATA_STATE, parse_json
 from megatron_sgt.checkpoint.load import load_checkpoint
 from megatron_sgt.checkpoint.save import Saver
 from megatron_sgt.config import Config
@@ -21,12 +21,13 @@ from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.errors import CheckpointError, SGTError
 from megatron_sgt.metrics import MetricsHub
 from megatron_sgt.metrics.records import SaveRecord
+from megatron_sgt.optim.ema import WeightAverage
 from megatron_sgt.parallel.collectives import gather_or_raise, on_rank_zero
 from megatron_sgt.parallel.groups import ParallelGroups
 
 
 class CheckpointHook(Hook):
-    """Saves the engine, the counters and the state of ``hooks`` and of the user's ``own``.
+    """Saves the engine, the counters, ``average`` and the state of ``hooks`` and of the user's ``own``.
 
     After a skipped step nothing is saved until a step has been applied again: a checkpoint is never written
     in the middle of a divergence. A save at the interval that fails (a full disk) is reported and retried at the
@@ -46,6 +47,7 @@ class CheckpointHook(Hook):
         about: dict[str, Any] | None = None,
         own: Sequence[Hook] = (),
         may_write: Callable[[], None] = lambda: None,
+        average: WeightAverage | None = None,
     ) -> None:
         self.config = config
         self.engine = engine
@@ -53,7 +55,8 @@ class CheckpointHook(Hook):
         self._at_first = {hook.name: copy.deepcopy(hook.state_dict()) for hook in own}
         self.hub = hub
         self.groups = groups
-        self.saver = Saver(config, engine, groups, about, may_write)
+        self.average = average
+        self.saver = Saver(config, engine, groups, about, may_write, average)
         self.last_path: Path | None = None
         self.on_saved: Callable[[float], None] = lambda seconds: None
         self._saved_at = -1
@@ -132,10 +135,14 @@ class CheckpointHook(Hook):
             CheckpointError: the checkpoint does not fit this run, or copies of a weight differ.
             DamagedCheckpointError: its files cannot be read; no weight has been touched.
         """
-        note = load_checkpoint(folder, saved, self.config, self.engine, self.groups)
+        note = load_checkpoint(folder, saved, self.config, self.engine, self.groups, self.average)
         verify_loaded(self.engine, folder, saved, self.groups)
-        if note is not None and self.groups.is_main:
-            print(f"RESHARD  {note}", flush=True)
+        if note is not None:
+            self._say("RESHARD", note)
+        if self.average is not None and AVERAGE_STATE not in saved:
+            self._say("EMA", "the checkpoint holds no average of the weights: it starts from the checkpoint's weights")
+        elif self.average is None and AVERAGE_STATE in saved:
+            self._say("EMA", "the checkpoint holds an average of the weights: it is dropped, as train.ema_decay is 0")
         state.load_state_dict(saved["trainer"])
         kept = saved["hooks"]
         for hook in self.hooks:
@@ -145,7 +152,7 @@ class CheckpointHook(Hook):
             if missing and hook.name not in self._at_first:
                 raise CheckpointError(f"checkpoint {folder} holds no state of {hook.name!r}")
             if missing:
-                self._say(f"the checkpoint holds no state of {hook.name!r}: it starts with this run")
+                self._say("HOOKS", f"the checkpoint holds no state of {hook.name!r}: it starts with this run")
             first = copy.deepcopy(self._at_first.get(hook.name, {}))
             try:
                 hook.load_state_dict(kept.get(hook.name, first))
@@ -153,11 +160,13 @@ class CheckpointHook(Hook):
                 what = f"checkpoint {folder}: the state of {hook.name!r} cannot be read"
                 raise CheckpointError(f"{what}: {type(error).__name__}: {error}") from error
         for name in sorted(kept.keys() - {hook.name for hook in self.hooks}):
-            self._say(f"the checkpoint holds the state of {name!r}, which this run does not have: it is dropped")
+            self._say(
+                "HOOKS", f"the checkpoint holds the state of {name!r}, which this run does not have: it is dropped"
+            )
 
-    def _say(self, note: str) -> None:
+    def _say(self, label: str, note: str) -> None:
         if self.groups.is_main:
-            print(f"HOOKS  {note}", flush=True)
+            print(f"{label}  {note}", flush=True)
 
 
 def _saved_state(hook: Hook) -> dict[str, Any]:

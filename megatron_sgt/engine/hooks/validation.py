@@ -8,6 +8,7 @@ import deepspeed
 
 from megatron_sgt.data.loader import EvalLoader
 from megatron_sgt.engine.hooks.base import Hook
+from megatron_sgt.engine.hooks.ema import EmaHook
 from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.evaluation.perplexity import mean_loss, perplexity
 from megatron_sgt.growth import Schedule
@@ -18,7 +19,7 @@ from megatron_sgt.parallel.groups import ParallelGroups
 
 
 class EvalHook(Hook):
-    """Measures the loss on the same validation samples every time.
+    """Measures the loss on the same validation samples every time; with ``ema`` that of the averaged weights, too.
 
     The structure is the one that inference uses: inside a decay window the fading heads take no part.
     """
@@ -34,6 +35,7 @@ class EvalHook(Hook):
         schedule: Schedule,
         hub: MetricsHub,
         groups: ParallelGroups,
+        ema: EmaHook | None = None,
     ) -> None:
         self.engine = engine
         self.batches = batches
@@ -41,7 +43,9 @@ class EvalHook(Hook):
         self.schedule = schedule
         self.hub = hub
         self.groups = groups
+        self.ema = ema
         self.last_loss: float | None = None
+        self.last_ema_loss: float | None = None
         self._measured_at = -1
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
@@ -59,6 +63,9 @@ class EvalHook(Hook):
         module = self.engine.module
         apply_plan(module, self.schedule.plan.inference())
         loss = mean_loss(self.engine, self.batches, self.groups)
+        if self.ema is not None:
+            with self.ema.swapped_in():
+                self.last_ema_loss = mean_loss(self.engine, self.batches, self.groups)
         apply_plan(module, self.schedule.plan)
         self.last_loss = loss
         record: ValidRecord = {
@@ -68,4 +75,6 @@ class EvalHook(Hook):
             "batches": len(self.batches),
             "seconds": time.perf_counter() - start,
         }
+        if self.last_ema_loss is not None:
+            record |= {"ema_loss": self.last_ema_loss, "ema_perplexity": perplexity(self.last_ema_loss)}
         self.hub.log("valid", record)

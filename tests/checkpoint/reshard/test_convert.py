@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ from safetensors.torch import load_file
 from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.reshard.convert import convert, weights_of
-from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES
+from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader
+from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE, QUANTITIES
 from megatron_sgt.checkpoint.reshard.source import open_source
 from megatron_sgt.errors import CheckpointError, LeaseError
 from megatron_sgt.lease import inside
@@ -35,10 +37,10 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def read_all(folder: Path) -> State:
+def read_all(folder: Path, quantities: Sequence[str] = QUANTITIES) -> State:
     return {
         quantity: {n: t for file in folder.glob(f"{quantity}-*") for n, t in load_file(file).items()}
-        for quantity in QUANTITIES
+        for quantity in quantities
     }
 
 
@@ -48,6 +50,38 @@ def same(one: State, other: State) -> bool:
         and all(torch.equal(tensor, other[quantity][name]) for name, tensor in one[quantity].items())
         for quantity in QUANTITIES
     )
+
+
+@pytest.mark.parametrize("where", [(2, 2, 0), (2, 3, 1), (1, 2, 2), (2, 2, 3), (1, 3, 3)])
+def test_an_average_of_the_weights_is_one_more_quantity(where: tuple[int, int, int], tmp_path: Path) -> None:
+    config = odd_config()
+    state = random_state(config, averaged=True)
+    folder, *_ = convert(write_checkpoint(tmp_path / "from", config, state, where), tmp_path / "to")
+    found = read_all(folder, [*QUANTITIES, AVERAGE])
+    assert same(found, state)
+    assert found[AVERAGE].keys() == state[AVERAGE].keys()
+    assert all(torch.equal(tensor, state[AVERAGE][name]) for name, tensor in found[AVERAGE].items())
+    assert LayoutFreeReader(folder).quantities == (*QUANTITIES, AVERAGE)
+
+
+@pytest.mark.parametrize("where", [(1, 1, 0), (1, 2, 1), (1, 2, 3)])
+def test_an_average_of_other_weights_is_refused(where: tuple[int, int, int], tmp_path: Path) -> None:
+    config = odd_config()
+    folder = write_checkpoint(tmp_path, config, random_state(config, averaged=True), where)
+    file = folder / layout.average_file({"zero_stage": where[2]}, 0, where[1] - 1)
+    for wrong in ([], [tensor[:-1] for tensor in torch.load(file)["average"]]):
+        torch.save({"average": wrong}, file)
+        with pytest.raises(CheckpointError, match=f"{file.name} holds no average of these weights"):
+            open_source(folder)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=f"{file.name} cannot be read"):
+        open_source(folder)
+
+
+def test_a_checkpoint_without_an_average_gets_none(tmp_path: Path) -> None:
+    config = odd_config()
+    folder, *_ = convert(write_checkpoint(tmp_path / "from", config, random_state(config), (1, 2, 1)), tmp_path / "to")
+    assert LayoutFreeReader(folder).quantities == QUANTITIES and not list(folder.glob("ema*"))
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -7,9 +7,10 @@ import torch
 
 from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint.reshard.convert import convert
-from megatron_sgt.checkpoint.reshard.engine_state import _prepare_states, load_into_engine
-from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES
+from megatron_sgt.checkpoint.reshard.engine_state import _prepare_states, load_into_engine, masters_of
+from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE, QUANTITIES
 from megatron_sgt.errors import CheckpointError
+from megatron_sgt.optim.ema import WeightAverage
 from tests.helpers.deepspeed_files import STEP, odd_config, random_state, rank_state, write_checkpoint
 from tests.helpers.fake_groups import fake_groups
 from tests.helpers.ranks import run_on_ranks
@@ -127,16 +128,41 @@ class NumberReader:
         return torch.arange(float(shape.numel())).view(shape)
 
 
-def test_a_dynamic_loss_scale_continues() -> None:
-    model = odd_config(num_layers=1).model
-    state = rank_state(odd_config(num_layers=1), random_state(odd_config(num_layers=1)))["weights"]
+def numbered() -> tuple[Any, dict[str, torch.nn.Parameter], Any, Any]:
+    """A model of one layer, its parameters, a reader of numbers for them, and an engine without ZeRO."""
+    config = odd_config(num_layers=1)
+    state = rank_state(config, random_state(config))["weights"]
     module = torch.nn.Module()
     module.named_parameters = lambda *a, **k: iter(parameters.items())  # type: ignore[method-assign]
     parameters = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in state.items()}
-    optimizer: Any = torch.optim.AdamW(parameters.values())
+    reader = NumberReader({name: tensor.shape for name, tensor in state.items()})
+    return config.model, parameters, reader, fake_engine(torch.optim.AdamW(parameters.values()), module)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_an_average_is_read_or_starts_from_the_weights_that_were_read(held: bool) -> None:
+    model, parameters, reader, engine = numbered()
+    reader.quantities = (*QUANTITIES, AVERAGE) if held else QUANTITIES
+    shard = reader.shard
+    reader.shard = lambda entry, quantity, *rest: shard(entry) + (1000 if quantity == AVERAGE else 0)
+    average = WeightAverage(masters_of(engine, fake_groups()).tensors, 0.9)
+    load_into_engine(reader, 3, None, model, engine, fake_groups(), average)
+    for tensor, parameter in zip(average.tensors, parameters.values(), strict=True):
+        assert torch.equal(tensor, parameter.data + (1000 if held else 0))
+
+
+def test_a_run_without_an_average_leaves_a_held_one_out() -> None:
+    model, parameters, reader, engine = numbered()
+    reader.quantities = (*QUANTITIES, AVERAGE)
+    load_into_engine(reader, 3, None, model, engine, fake_groups())
+    assert all(torch.equal(p.data.flatten(), torch.arange(float(p.numel()))) for p in parameters.values())
+
+
+def test_a_dynamic_loss_scale_continues() -> None:
+    model, parameters, reader, engine = numbered()
+    optimizer = engine.optimizer
     optimizer.dynamic_loss_scale, optimizer.loss_scaler = True, SimpleNamespace(cur_scale=65536.0)
-    reader: Any = NumberReader({name: tensor.shape for name, tensor in state.items()})
-    load_into_engine(reader, 3, 64.0, model, fake_engine(optimizer, module), fake_groups())
+    load_into_engine(reader, 3, 64.0, model, engine, fake_groups())
     assert optimizer.loss_scaler.cur_scale == 64.0
     for weight in weights(model):
         loaded = parameters[f"gpt.{weight.megatron}"].data

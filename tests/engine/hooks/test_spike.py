@@ -118,7 +118,7 @@ SPIKE_AT, SAVED_AT, END = 7, 4, 12
 
 
 def spiked_config(run_dir: Path, data: str, **train: Any) -> Config:
-    spike = {"spike_sigma": 8.0, "spike_window_steps": 4, "train_iters": END, "eval_interval": 0}
+    spike = {"spike_sigma": 8.0, "spike_window_steps": 4, "train_iters": END, "eval_interval": 0, "ema_decay": 0.75}
     return tiny_config(run_dir, data, train={**spike, **train}, checkpoint={"save_interval": SAVED_AT, "keep_last": 0})
 
 
