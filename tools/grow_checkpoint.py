@@ -14,11 +14,11 @@ import argparse
 import time
 from typing import Any
 
-from megatron_sgt.checkpoint.surgery.operators import OPERATORS
-from megatron_sgt.checkpoint.surgery.optimizer import MOMENT_RULES
 from megatron_sgt.cli import number, path, run_main, seed, words
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.metrics.units import elapsed, file_size, si
+from megatron_sgt.stages.operators import OPERATORS
+from megatron_sgt.stages.optimizer import MOMENT_RULES
 
 
 def parse() -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -56,10 +56,11 @@ def _add_options(group: Any) -> list[str]:
             known.setdefault(name, []).append(operator.name)
     for name, operators in known.items():
         field = OPERATORS[operators[0]].Options.model_fields[name]
-        kind = number if field.annotation is float else int
-        group.add_argument(
-            "--" + name.replace("_", "-"), type=kind, metavar="N", help=f"({', '.join(operators)}) {field.description}"
-        )
+        flag, text = "--" + name.replace("_", "-"), f"({', '.join(operators)}) {field.description}"
+        if field.annotation is float:
+            group.add_argument(flag, type=number, metavar="X", help=text)
+        else:
+            group.add_argument(flag, type=int, metavar="N", help=text)
     return list(known)
 
 

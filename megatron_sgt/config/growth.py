@@ -14,6 +14,41 @@ METHODS = ("sgt", "vanilla", "block_loop")
 """The built-in ones."""
 
 
+class StageConfig(Section):
+    """The end of a stage of the run, and how the model grows there."""
+
+    until_steps: int | None = Field(
+        default=None, gt=0, description="Applied optimizer steps of the run after which the model grows."
+    )
+    until_tokens: int | None = Field(
+        default=None,
+        gt=0,
+        description="The same in trained tokens, rounded up to a whole step; one of both.",
+    )
+    operator: str = Field(description="How it grows: `g_stack`, `midas`, `msg`, ... (growing.md).")
+    options: dict[str, Any] = Field(default_factory=dict, description="Settings of the operator.")
+    moments: Literal["copy", "scaled", "seeded", "fresh"] | None = Field(
+        default=None, description="What becomes of AdamW's moments (growing.md); null: as in the operator's source."
+    )
+    optimizer: str | None = Field(
+        default=None,
+        description="What becomes of AdamW's step: `continue`, `rewind(N)` or `fresh`; null: as in the operator's "
+        "source.",
+    )
+    lr_policy: str = Field(
+        default="continue",
+        description="Learning rate of the new stage: `continue`; `rewarm(N)`: rises again over N steps; "
+        "`rewind(STEP)`: goes back to that of STEP, and the rest of the curve is stretched over the rest of the run.",
+    )
+    weights: Literal["weights", "ema"] = Field(
+        default="weights", description="What the new model is made of: the weights, or their average (train.ema_decay)."
+    )
+
+    def problems(self) -> Iterator[str]:
+        if (self.until_steps is None) == (self.until_tokens is None):
+            yield "until_steps: give it or until_tokens, and not both"
+
+
 class GrowthConfig(Section):
     """The growth method and its schedule. Defaults are those of the paper (arXiv 2603.23998)."""
 
@@ -75,6 +110,12 @@ class GrowthConfig(Section):
     block_loop_layers: tuple[int, ...] = Field(default=(), description="Layers that block_loop executes again.")
     block_loop_count: int = Field(
         default=1, gt=0, le=1000, description="Additional executions of each of block_loop_layers."
+    )
+
+    stages: tuple[StageConfig, ...] = Field(
+        default=(),
+        description="Stages of a model that becomes deeper or wider while it trains: `model` is that of the first, and "
+        "each entry ends a stage (growing.md). Empty: the shape stays.",
     )
 
     def problems(self) -> Iterator[str]:

@@ -26,7 +26,14 @@ from tests.helpers.edges import refused
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import TINY, tiny_config, write_tiny_data
 
-NO_PATHS = {"data.split", "logging.wandb_project", "logging.wandb_name"}
+NO_PATHS = {
+    "data.split",
+    "logging.wandb_project",
+    "logging.wandb_name",
+    "growth.stages.operator",
+    "growth.stages.optimizer",
+    "growth.stages.lr_policy",
+}
 """Settings of any text that are no paths; one that is added must be told apart here or by its type."""
 TEXT_ARGUMENTS = {"words", "number_of_bytes"}
 PATH_ARGUMENTS = {"path", "path_text", "job_path", "script_path", "output", "sbatch_option"}

@@ -10,10 +10,10 @@ from torch import Tensor
 from megatron_sgt.arch.weight import Weight
 from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint.reshard.rank_state import WEIGHTS
-from megatron_sgt.checkpoint.surgery.growth import Growth
-from megatron_sgt.checkpoint.surgery.optimizer import Carried
 from megatron_sgt.checkpoint.surgery.reader import GrownReader
 from megatron_sgt.config.model import ModelConfig
+from megatron_sgt.stages.growth import Growth
+from megatron_sgt.stages.optimizer import Carried
 from tests.helpers.reference_sgt import forward
 
 SHAPE: dict[str, Any] = {

@@ -12,14 +12,14 @@ import torch
 from megatron_sgt.checkpoint.reshard.engine_state import load_into_engine
 from megatron_sgt.checkpoint.reshard.rank_state import MOMENTS, WEIGHTS
 from megatron_sgt.checkpoint.surgery.offline import grow_checkpoint
-from megatron_sgt.checkpoint.surgery.operators import OPERATORS
-from megatron_sgt.checkpoint.surgery.optimizer import OptimizerPolicy, carry
 from megatron_sgt.checkpoint.surgery.reader import GrownReader, open_any
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.engine.build import build_runtime, start_processes
 from megatron_sgt.engine.step import train_step
 from megatron_sgt.launch.rank_info import RankInfo
+from megatron_sgt.stages.operators import OPERATORS
+from megatron_sgt.stages.optimizer import OptimizerPolicy, carry
 from tests.helpers.deepspeed_files import STEP, State, odd_config, random_state, write_checkpoint
 from tests.helpers.growing import logits
 from tests.helpers.ranks import run_on_ranks

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sgt.checkpoint import layout
-from megatron_sgt.checkpoint.surgery.operators import OPERATORS
 from megatron_sgt.config import load_config
+from megatron_sgt.stages.operators import OPERATORS
 from tests.helpers.checkpoints import write_grown_checkpoint
 from tests.helpers.commands import run_here, snapshot
 from tests.helpers.deepspeed_files import odd_config, random_state, write_checkpoint

@@ -23,10 +23,6 @@ from megatron_sgt.checkpoint.forms import HELD, LAYOUT_FREE, STAGE
 from megatron_sgt.checkpoint.reshard.convert import KEPT, write_tensors
 from megatron_sgt.checkpoint.save import growth_fingerprint
 from megatron_sgt.checkpoint.shard_files import as_checkpoint_error
-from megatron_sgt.checkpoint.surgery.config import grown_config
-from megatron_sgt.checkpoint.surgery.growth import Growth, Operator
-from megatron_sgt.checkpoint.surgery.maps import has_new_entries, maps_of
-from megatron_sgt.checkpoint.surgery.optimizer import Carried, OptimizerPolicy, carry
 from megatron_sgt.checkpoint.surgery.reader import GrownReader, MergedTensors, Opened, open_any
 from megatron_sgt.checkpoint.surgery.state import grown_hooks, stage_of
 from megatron_sgt.config import Config
@@ -35,6 +31,10 @@ from megatron_sgt.files import commit, fresh_folder, nearest, temporary_of, writ
 from megatron_sgt.lease import Lease, beside, held
 from megatron_sgt.metrics.units import file_size
 from megatron_sgt.planning.parameters import parameter_count
+from megatron_sgt.stages.config import grown_config
+from megatron_sgt.stages.growth import Growth, Operator
+from megatron_sgt.stages.maps import has_new_entries, maps_of
+from megatron_sgt.stages.optimizer import Carried, OptimizerPolicy, carry
 
 RUN_FILE = "config.yaml"
 _FP32 = 4

@@ -19,9 +19,6 @@ from megatron_sgt.checkpoint.forms import LAYOUT_FREE, read_config, read_state
 from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader, is_layout_free
 from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE, MOMENTS, WEIGHTS
 from megatron_sgt.checkpoint.reshard.source import Source, open_source
-from megatron_sgt.checkpoint.surgery.growth import Growth
-from megatron_sgt.checkpoint.surgery.maps import maps_of
-from megatron_sgt.checkpoint.surgery.optimizer import Carried
 from megatron_sgt.checkpoint.surgery.tensors import grown_moment, grown_weight
 from megatron_sgt.config import Config
 from megatron_sgt.config.model import ModelConfig
@@ -29,6 +26,9 @@ from megatron_sgt.errors import CheckpointError
 from megatron_sgt.model.hf_weights import shard
 from megatron_sgt.model.initial_weights import initial_value
 from megatron_sgt.parallel.rng import named_generator
+from megatron_sgt.stages.growth import Growth
+from megatron_sgt.stages.maps import maps_of
+from megatron_sgt.stages.optimizer import Carried
 
 _CPU = torch.device("cpu")
 

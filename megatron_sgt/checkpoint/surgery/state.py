@@ -6,11 +6,11 @@ from typing import Any
 
 from megatron_sgt.checkpoint.forms import LAYOUT_FREE, STAGE
 from megatron_sgt.checkpoint.layout import GROWTH_STATE
-from megatron_sgt.checkpoint.surgery.growth import Growth
 from megatron_sgt.config import Config
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.growth.inherit import Inheritance
 from megatron_sgt.planning.structure import schedule_of
+from megatron_sgt.stages.growth import Growth
 
 GROW = "grow"
 """Action of the event that growth of the model leaves among those of the schedule."""

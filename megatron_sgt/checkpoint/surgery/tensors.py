@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_sgt.checkpoint.reshard.rank_state import MOMENTS
-from megatron_sgt.checkpoint.surgery.maps import AxisMap, TensorMap
-from megatron_sgt.checkpoint.surgery.optimizer import Carried
+from megatron_sgt.stages.maps import AxisMap, TensorMap
+from megatron_sgt.stages.optimizer import Carried
 
 
 def grown_weight(

@@ -16,7 +16,6 @@ from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader
 from megatron_sgt.checkpoint.reshard.rank_state import WEIGHTS
 from megatron_sgt.checkpoint.surgery import offline
 from megatron_sgt.checkpoint.surgery.offline import GrownCheckpoint, grow_checkpoint
-from megatron_sgt.checkpoint.surgery.operators import OPERATORS
 from megatron_sgt.config import load_config
 from megatron_sgt.errors import CheckpointError, ConfigError
 from megatron_sgt.export.architecture import plain_architecture
@@ -26,6 +25,7 @@ from megatron_sgt.export.parity import check_parity
 from megatron_sgt.export.to_hf import ExportOptions, export_checkpoint
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.preflight import find_start
+from megatron_sgt.stages.operators import OPERATORS
 from tests.helpers.checkpoints import write_grown_checkpoint
 from tests.helpers.commands import snapshot
 from tests.helpers.deepspeed_files import STEP, odd_config, random_state, write_checkpoint

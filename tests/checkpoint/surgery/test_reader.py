@@ -16,12 +16,12 @@ from megatron_sgt.checkpoint.reshard.convert import convert
 from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader, ShardReader
 from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES, WEIGHTS
 from megatron_sgt.checkpoint.surgery.offline import grow_checkpoint
-from megatron_sgt.checkpoint.surgery.operators import OPERATORS
-from megatron_sgt.checkpoint.surgery.optimizer import Carried
 from megatron_sgt.checkpoint.surgery.reader import GrownReader, open_any
 from megatron_sgt.config import Config
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.launch.rank_info import RankInfo
+from megatron_sgt.stages.operators import OPERATORS
+from megatron_sgt.stages.optimizer import Carried
 from tests.helpers.deepspeed_files import STEP, State, odd_config, random_state, rank_state, write_checkpoint
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.reference_growth import in_order

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from megatron_sgt.checkpoint.surgery.config import grown_config
-from megatron_sgt.checkpoint.surgery.operators import OPERATORS
 from megatron_sgt.checkpoint.surgery.state import grown_hooks, stage_of
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.planning.structure import schedule_of
+from megatron_sgt.stages.config import grown_config
+from megatron_sgt.stages.operators import OPERATORS
 from tests.helpers.checkpoints import GROWN_STEP, grown_schedule
 from tests.helpers.checkpoints import grown_config as looping_config
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megatron_sgt.checkpoint.reshard.rank_state import MOMENTS
-from megatron_sgt.checkpoint.surgery.operators import OPERATORS
-from megatron_sgt.checkpoint.surgery.optimizer import Carried
+from megatron_sgt.stages.operators import OPERATORS
+from megatron_sgt.stages.optimizer import Carried
 from tests.helpers.growing import Params, grown, random_params, shape
 from tests.helpers.reference_growth import in_order
 

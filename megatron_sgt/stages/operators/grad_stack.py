@@ -5,9 +5,9 @@ With n blocks of b layers the new model is B_1 ... B_n B_n. The rest as in midas
 
 from __future__ import annotations
 
-from megatron_sgt.checkpoint.surgery.growth import Growth, Operator, blocks_of, repeated
-from megatron_sgt.checkpoint.surgery.operators.midas import Options
 from megatron_sgt.config.model import ModelConfig
+from megatron_sgt.stages.growth import Growth, Operator, blocks_of, repeated
+from megatron_sgt.stages.operators.midas import Options
 
 
 def grow(model: ModelConfig, options: Options) -> Growth:

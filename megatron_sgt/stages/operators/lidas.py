@@ -7,10 +7,10 @@ after them, as in MIDAS, is an assumption. A model of one block has no block aft
 
 from __future__ import annotations
 
-from megatron_sgt.checkpoint.surgery.growth import Growth, Operator, blocks_of, repeated
-from megatron_sgt.checkpoint.surgery.operators.midas import Options
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import ConfigError
+from megatron_sgt.stages.growth import Growth, Operator, blocks_of, repeated
+from megatron_sgt.stages.operators.midas import Options
 
 
 def grow(model: ModelConfig, options: Options) -> Growth:

@@ -21,10 +21,10 @@ from collections.abc import Iterator
 
 from pydantic import Field
 
-from megatron_sgt.checkpoint.surgery.growth import Growth, Operator, resized
 from megatron_sgt.config.base import Section
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import ConfigError
+from megatron_sgt.stages.growth import Growth, Operator, resized
 
 
 class Options(Section):

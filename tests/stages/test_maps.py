@@ -12,12 +12,12 @@ from megatron_sgt import extensions
 from megatron_sgt.arch.ffn import FFNKind
 from megatron_sgt.arch.weight import Weight, linear
 from megatron_sgt.arch.weights import weights
-from megatron_sgt.checkpoint.surgery.growth import Growth, resized
-from megatron_sgt.checkpoint.surgery.maps import has_new_entries, maps_of
-from megatron_sgt.checkpoint.surgery.operators import OPERATORS
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.model.initial_weights import initial_value
+from megatron_sgt.stages.growth import Growth, resized
+from megatron_sgt.stages.maps import has_new_entries, maps_of
+from megatron_sgt.stages.operators import OPERATORS
 from tests.helpers.growing import Params, gap, grown, logits, random_params, shape
 from tests.helpers.reference_growth import in_order, split_units, wider
 from tests.helpers.reference_sgt import next_token_loss

@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from megatron_sgt.checkpoint.surgery.optimizer import OptimizerPolicy, carry
 from megatron_sgt.config.optim import OptimConfig
 from megatron_sgt.errors import ConfigError
+from megatron_sgt.stages.optimizer import OptimizerPolicy, carry
 
 BETA1, STEP = 0.9, 2000
 

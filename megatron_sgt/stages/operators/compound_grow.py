@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from megatron_sgt.checkpoint.surgery.growth import Growth, Operator, resized
 from megatron_sgt.config.base import Section
 from megatron_sgt.config.model import ModelConfig
+from megatron_sgt.stages.growth import Growth, Operator, resized
 
 
 class Options(Section):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_sgt.checkpoint.surgery.growth import Growth
 from megatron_sgt.config import Config, parse_config
 from megatron_sgt.errors import ConfigError
+from megatron_sgt.stages.growth import Growth
 
 
 def grown_config(config: Config, growth: Growth) -> Config:

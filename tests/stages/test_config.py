@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sgt.checkpoint.surgery.config import grown_config
-from megatron_sgt.checkpoint.surgery.operators import OPERATORS
 from megatron_sgt.errors import ConfigError
+from megatron_sgt.stages.config import grown_config
+from megatron_sgt.stages.operators import OPERATORS
 from tests.helpers.single import small_config
 
 

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from megatron_sgt.arch.weight import Shape, Weight
 from megatron_sgt.arch.weights import layer_weights, weights
-from megatron_sgt.checkpoint.surgery.growth import Growth
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import ConfigError
+from megatron_sgt.stages.growth import Growth
 
 HIDDEN = "hidden_size"
 
