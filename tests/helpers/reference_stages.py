@@ -201,8 +201,8 @@ def learning_rate(step: int, optim: dict[str, Any], last: int, stages: list[Stag
         number = int(count.strip(")") or 0)
         if step <= first:
             break
-        if policy == "rewarm":
-            place, factor = float(step), min(1.0, (step - first) / number)
+        if policy == "rewarm":  # on the curve that the stage before was on
+            factor = min(1.0, (step - first) / number)
         elif policy == "rewind":
             place, factor = number + (step - first) * (last - number) / (last - first), 1.0
         else:

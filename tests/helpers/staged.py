@@ -13,10 +13,16 @@ from megatron_sgt.arch.weights import weights
 from megatron_sgt.config import Config, parse_config
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.data.gpt_dataset import build_datasets
+from megatron_sgt.engine.hooks.base import Hook, RunParts
+from megatron_sgt.engine.run import PretrainingRun
+from megatron_sgt.engine.step import StepResult, TrainState
+from megatron_sgt.launch.rank_info import RankInfo
+from megatron_sgt.model.apply_plan import sgt_layers
 from megatron_sgt.model.initial_weights import initial_value
 from megatron_sgt.stages.stages import stages_of
 from tests.helpers.reference_growth import Params
 from tests.helpers.reference_stages import train
+from tests.helpers.runs import reported, tiny_config
 
 FIRST, SECOND, LAST = 3, 6, 9
 """Steps after which the model grows, and the end."""
@@ -153,9 +159,7 @@ def by_reference(data: str, method: str) -> list[tuple[float, float, float]]:
     def draw(number: int) -> Params:
         return initial(models[number], seed, number)
 
-    return train(
-        draw(0), model_of(method), METHODS[method], OPTIM, samples(config), draw, seed, ema_decay_of(method)
-    )
+    return train(draw(0), model_of(method), METHODS[method], OPTIM, samples(config), draw, seed, ema_decay_of(method))
 
 
 def initial(model: ModelConfig, seed: int, stage: int) -> Params:
@@ -171,3 +175,63 @@ def samples(config: Config) -> tuple[Tensor, Tensor]:
     assert all(bool(sample["loss_mask"].all()) for sample in found)
     tokens, labels = (torch.stack([sample[name] for sample in found]) for name in ("tokens", "labels"))
     return tokens.view(-1, count, tokens.shape[1]), labels.view(-1, count, labels.shape[1])
+
+
+INSIDE, DECIDES, END = 4, 9, 12
+"""Steps after which a looping run grows, inside a window and with a decision, and its end."""
+LOOPING: list[dict[str, Any]] = [
+    {"until_steps": INSIDE, "operator": "midas", "options": {"block_size": 1}, "lr_policy": "rewarm(3)"},
+    {
+        "until_steps": DECIDES, "operator": "msg", "optimizer": "rewind(5)",
+        "options": {"hidden_size": 40, "ffn_hidden_size": 56, "num_attention_heads": 6, "num_layers": 7},
+    },
+]  # fmt: skip
+
+
+class Counting(Hook):
+    """A hook of a user's own, which says in its state what it has been attached to and what it has seen."""
+
+    name = "counting"
+
+    def __init__(self) -> None:
+        self.layers: list[int] = []
+        self.norms = 0.0
+
+    def attach(self, parts: RunParts) -> None:
+        self.parts = parts
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        assert self.parts.engine.module is self.parts.model
+        assert self.parts.schedule.num_layers == self.parts.config.model.num_layers == len(sgt_layers(self.parts.model))
+        self.layers.append(self.parts.config.model.num_layers)
+        self.norms += result.grad_norm
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"layers": self.layers, "norms": self.norms}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.layers, self.norms = list(state["layers"]), float(state["norms"])
+
+
+def looping_config(run_dir: Path, data: str, /, **sections: dict[str, Any]) -> Config:
+    """A run with loops that grow, dropout and an average of its weights, in three stages."""
+    ours: dict[str, dict[str, Any]] = {
+        "model": {"kv_channels": 8, "hidden_dropout": 0.1, "attention_dropout": 0.1},
+        "growth": {"stages": LOOPING},
+        "train": {"train_iters": END, "eval_interval": 0, "ema_decay": EMA_DECAY},
+        "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+    }
+    return tiny_config(
+        run_dir, data, **{name: {**ours.get(name, {}), **sections.get(name, {})} for name in {*ours, *sections}}
+    )
+
+
+def pretrain_counting(info: RankInfo, config: Config) -> None:
+    """Train to the end with a hook of one's own; for ``run_on_ranks``."""
+    PretrainingRun(config, info, hooks=[Counting()]).train()
+
+
+def grow_records(run_dir: Path) -> dict[int, dict[str, Any]]:
+    """Step -> how the model grew there, without what only the process that has seen both models can say."""
+    records = {record["step"]: record for record in reported(run_dir, "grow")}
+    return {step: {k: v for k, v in record.items() if k != "probe_loss_before"} for step, record in records.items()}
