@@ -184,14 +184,12 @@ def undisturbed(folder: Path, name: str) -> Path:
 def kill(config: Config, strike: Strike, marker: Path) -> None:
     """Start, wait for the strike, kill what is left."""
     marker.unlink(missing_ok=True)
-    with running_on_ranks(2, train_until_struck, config, strike, marker) as pids:
+    with running_on_ranks(2, train_until_struck, config, strike, marker):
         deadline = time.monotonic() + TIMEOUT_S
         while not (marker.exists() and marker.read_bytes()):
             assert time.monotonic() < deadline, f"{strike} did not come"
             time.sleep(0.005)
         time.sleep(random.Random(str(strike)).uniform(0, 0.1))
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("case", share_of(CASES, SHARE))

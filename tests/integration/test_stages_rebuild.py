@@ -64,10 +64,13 @@ def states(run_dir: Path, step: int) -> dict[str, Any]:
     return read_json(run_dir / f"checkpoints/global_step{step}" / STATE_FILE)
 
 
-@pytest.mark.parametrize("case", share_of(EVERY, SHARE), ids=lambda case: "-".join(map(str, case)))
-def test_grown_in_the_process_is_grown_in_a_new_one(case: Case, data: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "tp_size", "zero", "precision"), share_of(EVERY, SHARE))
+def test_grown_in_the_process_is_grown_in_a_new_one(
+    kind: str, tp_size: int, zero: int, precision: str, data: str, tmp_path: Path
+) -> None:
+    case = (kind, tp_size, zero, precision)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    first, second, last = KINDS[case[0]]
+    first, second, last = KINDS[kind]
     run_on_ranks(2, pretrain_counting, config_of(case, whole, data))
     for stop in (first, second, None):
         run_on_ranks(2, pretrain_counting, config_of(case, parts, data, stop))
@@ -85,7 +88,7 @@ def test_grown_in_the_process_is_grown_in_a_new_one(case: Case, data: str, tmp_p
         assert states(whole, step) == states(parts, step)
     layers = states(whole, last)["hooks"]["counting"]["layers"]
     assert len(layers) == last and len(set(layers)) > 1, "an own hook sees every model"
-    if case[0] == "looping":
+    if kind == "looping":
         assert sum(expected[-1]["loop_depth"]) >= 2 and expected[first]["other_gates"], "inside a window"
 
 
