@@ -6,14 +6,21 @@ hooks and every bit of the checkpoints (fp32 masters, moments, the average, rand
 
 from __future__ import annotations
 
+import gc
+import weakref
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_sgt.checkpoint.layout import STATE_FILE, read_json
 from megatron_sgt.config import Config
+from megatron_sgt.engine.hooks.base import Hook, RunParts
+from megatron_sgt.engine.run import PretrainingRun
+from megatron_sgt.engine.step import StepResult, TrainState
+from megatron_sgt.launch.rank_info import RankInfo
 from tests.helpers.exhaustive import share_of
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import differing_leaves, measured_steps, pretrain, reported, write_tiny_data
@@ -115,3 +122,62 @@ def test_a_boundary_at_one_layout_is_passed_at_another(method: str, name: str, d
         assert other["consumed_samples"] == one["consumed_samples"]
         assert other["loss"] == pytest.approx(one["loss"], abs=1e-5)
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+
+
+REBUILDS = 5
+
+
+class Alive(Hook):
+    """Counts tensors that are alive in each stage, and the engines and models of the stages before."""
+
+    name = "alive"
+
+    def __init__(self) -> None:
+        self.made: list[tuple[weakref.ref[Any], weakref.ref[Any]]] = []
+        self.tensors: list[int] = []
+        self.loops: list[int] = []
+        self.begun = 0
+
+    def attach(self, parts: RunParts) -> None:
+        self.parts = parts
+        self.made.append((weakref.ref(parts.engine), weakref.ref(parts.model)))
+
+    def before_run(self, state: TrainState) -> None:
+        self.begun = state.step
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        if state.step != self.begun + 2:
+            return
+        gc.collect()
+        self.tensors.append(sum(isinstance(one, torch.Tensor) for one in gc.get_objects()))
+        self.loops.append(sum(self.parts.schedule.plan.loops))
+        assert all(old() is None for pair in self.made[:-1] for old in pair), "an old engine or model is alive"
+
+
+def count_alive(info: RankInfo, config: Config) -> tuple[list[int], list[int], int]:
+    """Tensors and loops in each stage; how many engines there were."""
+    hook = Alive()
+    PretrainingRun(config, info, hooks=[hook]).train()
+    return hook.tensors, hook.loops, len(hook.made)
+
+
+@pytest.mark.parametrize(("tp_size", "zero"), share_of(product((1, 2), range(4)), [(2, 3)]))
+def test_nothing_is_left_of_the_engines_before(tp_size: int, zero: int, data: str, tmp_path: Path) -> None:
+    """Sparse loops included, which hold weights of their own."""
+    stages = [
+        {"until_steps": 5 + 3 * n, "operator": "msg", "options": {"ffn_hidden_size": 56 + 8 * n}}
+        for n in range(REBUILDS)
+    ]
+    loops = {"first_selection_step": 1, "window_size": 1, "max_selected_layers": 1, "max_loop_depth": 1}
+    config = looping_config(
+        tmp_path,
+        data,
+        growth={"stages": stages, **loops},
+        train={"train_iters": 5 + 3 * REBUILDS},
+        parallel={"tensor_model_parallel_size": tp_size, "zero_stage": zero, "device": "cpu"},
+        deepspeed={"zero_optimization": {"stage": zero, "stage3_param_persistence_threshold": 0}} if zero else {},
+    )
+    for tensors, passes, engines in run_on_ranks(2, count_alive, config):
+        assert engines == 1 + REBUILDS == len(tensors)
+        assert len(set(tensors[1:])) == 1, tensors
+        assert passes[1:] == [1] * REBUILDS
