@@ -35,7 +35,7 @@ class Grown:
     @cached_property
     def new_entries(self) -> bool:
         """Whether some entries of the new model are copies of none."""
-        return has_new_entries(maps_of(self.growth))
+        return has_new_entries(maps_of(self.growth.with_a_vocabulary))
 
     def carried(self, step: int, config: Config) -> Carried:
         """What goes on of AdamW after ``step`` updates.
