@@ -237,8 +237,8 @@ def _auto_prog(target: Target) -> tuple[dict[str, Any], list[Values], Values]:
         for end, before, after in zip(prop_boundaries(target.steps, 4, 0), depths, depths[1:], strict=False)
         if after > before
     ]
-    # An average over more than a stage would be of weights long gone.
-    decay = target.train.ema_decay or min(AUTO_PROG_DECAY, max(0.5, 1 - 16 / target.steps))
+    # An average over more than a tenth of a stage would be of weights long gone.
+    decay = target.train.ema_decay or min(AUTO_PROG_DECAY, max(0.5, 1 - 40 / target.steps))
     return {"num_layers": depths[0]}, stages, {"train": {"ema_decay": round(decay, 6)}}
 
 

@@ -58,7 +58,7 @@ def test_a_model_of_24_layers_grows_as_in_the_sources() -> None:
     prog = loaded("auto-prog", "sgt_300m")
     assert [options["num_layers"] for _, options in plan(prog)] == [16, 20, 24]
     assert (prog.model.num_layers, prog.growth.stages[0].weights) == (12, "ema")
-    assert prog.train.ema_decay == pytest.approx(1 - 16 / 4768, abs=1e-6)
+    assert prog.train.ema_decay == pytest.approx(1 - 40 / 4768, abs=1e-6)
 
 
 def test_a_large_run_is_stacked_when_the_fit_says() -> None:
