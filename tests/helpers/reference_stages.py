@@ -27,6 +27,30 @@ BETAS, EPS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 1e-8, 0.1, 1.0
 
 
 @dataclass
+class Ramp:
+    """MSG's mask, which is k / N in the step after k of the grown model; 1 from the N-th on.
+
+    ``begun``: k. ``steps``: N. ``units``: how many old ones stand in front of new ones, ``layers``: how many old ones.
+    """
+
+    steps: int
+    units: int
+    layers: int
+    begun: int = 0
+
+    def faded(self, weights: Params) -> Params:
+        """``weights`` with the mask in those that make new units, and in those that new layers write with."""
+        mask = min(1.0, self.begun / self.steps)
+        found = dict(weights)
+        for name, weight in weights.items():
+            if "gate_proj" in name:
+                found[name] = torch.cat([weight[: self.units], mask * weight[self.units :]])
+            elif ("o_proj" in name or "down_proj" in name) and int(name.split(".")[2]) >= self.layers:
+                found[name] = mask * weight
+        return found
+
+
+@dataclass
 class Decoder:
     """A model in training. ``step``: AdamW's; ``average``: of the weights, None: none is kept."""
 
@@ -37,6 +61,7 @@ class Decoder:
     exp_avg: Params = field(default_factory=dict)
     exp_avg_sq: Params = field(default_factory=dict)
     average: Params | None = None
+    ramp: Ramp | None = None
 
     @property
     def layers(self) -> int:
@@ -48,6 +73,8 @@ class Decoder:
             "num_layers": self.layers, "num_attention_heads": self.heads, "norm_eps": self.epsilon, "rope_theta": 1e4,
         }  # fmt: skip
         gates = torch.ones(self.layers, self.heads)
+        if self.ramp is not None:
+            weights = self.ramp.faded(weights)
         scores, _ = forward(weights, tokens, settings, [0] * self.layers, gates, {})
         return torch.nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten())
 
@@ -66,6 +93,8 @@ class Decoder:
             self.exp_avg[name], self.exp_avg_sq[name] = m, v
             unbiased = m / (1 - BETAS[0] ** self.step), v / (1 - BETAS[1] ** self.step)
             self.weights[name] = weight * (1 - lr * WEIGHT_DECAY) - lr * unbiased[0] / (unbiased[1].sqrt() + EPS)
+        if self.ramp is not None:
+            self.ramp.begun += 1
         if self.average is not None:
             self.average = {n: decay * a + (1 - decay) * self.weights[n] for n, a in self.average.items()}
         return float(loss.detach()), norm
@@ -129,24 +158,32 @@ def _carry(new: Decoder, step: int, stage: StageValues) -> None:
 
 
 def _msg(old: Decoder, options: dict[str, Any], drawn: Params, rule: str, weights: Params) -> Decoder:
-    """Wider, then deeper by copies that write nothing."""
+    """Wider, then deeper by copies that write nothing; with a ramp by whole copies, and units that are all random."""
     first = "model.layers.0.self_attn"
     hidden, before = options.get("hidden_size", old.weights["model.norm.weight"].numel()), old.layers
     width = old.weights["model.norm.weight"].numel()
-    ffn = options.get("ffn_hidden_size", old.weights["model.layers.0.mlp.gate_proj.weight"].shape[0])
+    units = old.weights["model.layers.0.mlp.gate_proj.weight"].shape[0]
+    ffn = options.get("ffn_hidden_size", units)
     size = old.weights[f"{first}.q_proj.weight"].shape[0] // old.heads
     groups = old.weights[f"{first}.k_proj.weight"].shape[0] // size
     share, heads = old.heads // groups, options.get("num_attention_heads", old.heads)
     order = [layer % before for layer in range(options.get("num_layers", before))]
+    ramp = Ramp(options["ramp_steps"], units, before) if options.get("ramp_steps") else None
 
     def silent(name: str) -> bool:
-        return ".layers." in name and int(name.split(".")[2]) >= before and ("o_proj" in name or "down_proj" in name)
+        writes = ".layers." in name and ("o_proj" in name or "down_proj" in name)
+        return ramp is None and writes and int(name.split(".")[2]) >= before
 
     def widened(params: Params) -> Params:
         params = wider(in_order(params, order), hidden, ffn, drawn, size, (heads // share, share))
-        return {name: torch.zeros_like(tensor) if silent(name) else tensor for name, tensor in params.items()}
+        for name, tensor in params.items():
+            if silent(name):
+                params[name] = torch.zeros_like(tensor)
+            elif ramp is not None and "down_proj" in name:
+                params[name] = torch.cat([tensor[:, :units], drawn[name][:, units:]], dim=1)
+        return params
 
-    new = Decoder(widened(weights), heads, old.epsilon * width / hidden)
+    new = Decoder(widened(weights), heads, old.epsilon * width / hidden, ramp=ramp)
     new.average = None if old.average is None else widened(old.average)
     qk_norm = f"{first}.q_norm.weight" in old.weights
     for target, source, power in ((new.exp_avg, old.exp_avg, 1), (new.exp_avg_sq, old.exp_avg_sq, 2)):

@@ -23,7 +23,7 @@ from soak_parts.moments import MOMENTS, paths_of
 from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.surgery.reader import GrownReader
 from megatron_sgt.config import Config
-from megatron_sgt.engine import loop
+from megatron_sgt.engine import loop, stage
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.preflight import find_start
 from tests.helpers.exhaustive import share_of
@@ -61,7 +61,7 @@ class Strike(NamedTuple):
 
 FUNCTIONS: dict[str, tuple[Any, str]] = {
     "step": (loop, "train_step"),
-    "release": (deepspeed.DeepSpeedEngine, "destroy"),
+    "release": (stage, "release_engine"),
     "build": (deepspeed, "initialize"),
     "read": (GrownReader, "whole"),
 }
