@@ -22,6 +22,7 @@ from megatron_sgt.engine.hooks.checkpoint import CheckpointHook
 from megatron_sgt.engine.hooks.ema import EmaHook
 from megatron_sgt.engine.hooks.growth import GrowthHook
 from megatron_sgt.engine.hooks.log import LogHook
+from megatron_sgt.engine.hooks.ramp import RampHook
 from megatron_sgt.engine.hooks.replicas import ReplicaCheckHook
 from megatron_sgt.engine.hooks.spike import LossSpike, SpikeHook
 from megatron_sgt.engine.hooks.straggler import StragglerHook
@@ -40,6 +41,7 @@ from megatron_sgt.launch.environment import RankInfo
 from megatron_sgt.metrics import METRICS_FILE, MetricsHub, build_hub
 from megatron_sgt.metrics.records import ResumeRecord, SummaryRecord
 from megatron_sgt.model.loop_backend import loop_backend
+from megatron_sgt.model.ramp import RampMask
 from megatron_sgt.model.warm_up import warm_up_loops
 from megatron_sgt.ops.attention import describe_attention
 from megatron_sgt.parallel.collectives import barrier, on_rank_zero
@@ -188,7 +190,7 @@ class PretrainingRun:
             ) from error
 
     def _wire(self, valid: Any) -> None:
-        """Build the hooks in the order in which they act: average, growth, report, validate, the user's own, save."""
+        """Build the hooks in the order in which they act: average, ramp, growth, report, validate, the user's, save."""
         config, groups, runtime = self.config, self.groups, self.runtime
         self.log = LogHook(config, self.schedule, self.hub, groups, runtime.precision)
         self.growth = GrowthHook(self.schedule, runtime.model, runtime.model.meter, groups, self.log.on_growth)
@@ -198,7 +200,10 @@ class PretrainingRun:
         )
         decay = config.train.ema_decay
         ema = EmaHook(runtime.engine, decay, groups) if decay else None
-        self.hooks: list[Hook] = [self.spike, *([ema] if ema else []), self.growth, self.log, self.straggler]
+        self.hooks: list[Hook] = [self.spike, *([ema] if ema else [])]
+        if config.growth.ramp is not None:
+            self.hooks.append(RampHook(config.growth.ramp, RampMask(runtime.model, config, groups)))
+        self.hooks += [self.growth, self.log, self.straggler]
         self.eval: EvalHook | None = None
         if config.train.eval_interval and valid is not None:
             loader = EvalLoader(

@@ -102,11 +102,16 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
         stages.append(Stage(number, begun, last, current, grown))
         try:
             grown = _grown(settings, current, last)
-            current = grown_config(current, grown.growth)
+            current = grown_config(current, grown.growth, last)
             grown.carried(last, current)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
         begun = last
+    if grown is not None and current.growth.ramp is not None and current.growth.ramp.end > config.train.train_iters:
+        raise ConfigError(
+            f"growth.stages[{len(stages) - 1}]: the model is faded in until step {current.growth.ramp.end:,}, but the "
+            f"run ends at train.train_iters {config.train.train_iters:,}; choose fewer ramp_steps, or train longer"
+        )
     stages.append(Stage(len(stages), begun, config.train.train_iters, current, grown))
     return tuple(stages)
 
