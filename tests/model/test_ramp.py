@@ -131,6 +131,17 @@ def test_it_is_exact_in_the_weights(kind: str, growth: str) -> None:
     assert gap(found, exact) <= 1e-12 and gap(unmasked, exact) > 0.01
 
 
+def test_half_precision_stays_half_precision() -> None:
+    """A mask of another type would make everything behind it fp32."""
+    _, new, _, after = configs("gelu with biases", "both")
+    half, exact = (masked(new, after, 0.3, dtype) for dtype in (torch.bfloat16, torch.float64))
+    with torch.no_grad():
+        inner, bias = half.gpt.decoder.layers[5].mlp.linear_fc1(torch.ones(3, 1, 64, dtype=torch.bfloat16))
+    assert inner.dtype == bias.dtype == torch.bfloat16 and bool(inner[:, :, 96:].any())
+    found, expected = logits(half, new).double(), logits(exact, new)
+    assert float((found - expected).norm() / expected.norm()) < 0.1
+
+
 @pytest.mark.parametrize("value", [0.0, 0.25])
 def test_gradients_of_new_parts_come_with_the_mask(value: float) -> None:
     """At 0 all are exactly 0, as stages/ramp.py derives; above, none of a unit's three and of a layer's matrices is."""

@@ -36,7 +36,10 @@ OPTIONS = {"ffn_hidden_size": 28, "num_layers": 3, "ramp_steps": RAMP}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one rank": {},
     "one rank, accumulation 1": {"micro": 4},
-    "tensor parallel": {"ranks": 2, "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
+    "tensor parallel": {
+        "ranks": 2, "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "zero_stage": 1},
+        "deepspeed": {"zero_optimization": {"stage": 1}},
+    },
     "tensor parallel, recomputed": {
         "ranks": 2, "parallel": {"tensor_model_parallel_size": 2, "zero_stage": 2},
         "train": {"recompute_granularity": "full"}, "deepspeed": {"zero_optimization": {"stage": 2}},
