@@ -26,7 +26,7 @@ from megatron_sgt.stages.optimizer import OptimizerPolicy, carry
 from tests.helpers.deepspeed_files import STEP, State, odd_config, random_state, write_checkpoint
 from tests.helpers.growing import logits
 from tests.helpers.ranks import run_on_ranks
-from tests.helpers.runs import measured_steps, pretrain, tiny_config, write_tiny_data
+from tests.helpers.runs import measured_steps, pretrain, reported, tiny_config, write_tiny_data
 from tests.helpers.single import random_batch
 from tests.helpers.variants import hf_of
 
@@ -186,17 +186,26 @@ def test_every_new_weight_learns_once_there_is_a_mask(source: Path) -> None:
 
 
 def test_an_interruption_inside_the_ramp_changes_no_bit(tmp_path: Path) -> None:
-    """The next ten losses, norms and all else that a step measures."""
-    settings: dict[str, dict[str, Any]] = {
-        "train": {"train_iters": 15, "exit_interval": 2, "eval_interval": 0},
-    }
-    run_on_ranks(1, pretrain, tiny_config(tmp_path / "old", write_tiny_data(tmp_path), **settings))
-    for folder, steps, ends in (("whole", 8, ["null"]), ("parts", 8, ["5", "null"]), ("short", 1, ["4"])):
-        options = {"ffn_hidden_size": 64, "num_layers": 6, "ramp_steps": steps}
-        made = grow_checkpoint(tmp_path / "old/checkpoints", tmp_path / folder, OPERATORS["msg"], options)
-        for end in ends:
-            run_on_ranks(1, pretrain, load_config(made.config_file, [f"train.exit_interval={end}"]))
-    whole, parts, short = (measured_steps(tmp_path / name / "run") for name in ("whole", "parts", "short"))
-    assert [step["step"] for step in parts] == list(range(3, 16))
+    """The next ten losses, norms and all else that a step measures; the same from a checkpoint grown by the tool."""
+    data, options = write_tiny_data(tmp_path), {"ffn_hidden_size": 64, "num_layers": 6, "ramp_steps": 8}
+
+    def run(name: str, end: int | None, ramp_steps: int = 8, **growth: Any) -> None:
+        stage = {"until_steps": 2, "operator": "msg", "options": {**options, "ramp_steps": ramp_steps}}
+        train = {"train_iters": 15, "exit_interval": end, "eval_interval": 0}
+        config = tiny_config(tmp_path / name, data, train=train, growth={"stages": [stage], **growth})
+        run_on_ranks(1, pretrain, config)
+
+    run("whole", None)
+    run("parts", 5)
+    run("parts", None)
+    run("short", 4, ramp_steps=1)
+    run("old", 2, stages=[])
+    made = grow_checkpoint(tmp_path / "old/checkpoints", tmp_path / "tool", OPERATORS["msg"], options)
+    run_on_ranks(1, pretrain, load_config(made.config_file, ["train.exit_interval=6"]))
+    whole, parts, short = (measured_steps(tmp_path / name) for name in ("whole", "parts", "short"))
+    assert [step["step"] for step in parts] == list(range(1, 16))
     assert parts == whole
-    assert short[0] == whole[0] and short[1]["loss"] != whole[1]["loss"], "the first step is at mask 0, the next is not"
+    assert measured_steps(tmp_path / "tool/run") == whole[2:6]
+    assert short[2] == whole[2] and short[3]["loss"] != whole[3]["loss"], "the first step is at mask 0, the next is not"
+    (grow,) = reported(tmp_path / "whole", "grow")
+    assert grow["probe_loss_after"] == pytest.approx(grow["probe_loss_before"], abs=1e-6)
