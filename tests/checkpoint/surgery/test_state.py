@@ -54,7 +54,7 @@ def test_loops_go_to_their_heirs(name: str, options: dict[str, Any], looping: li
 
 
 def test_losses_are_forgotten_where_they_will_jump() -> None:
-    assert "spike" not in grow("g_stack", {"factor": 2})[0]
+    assert grow("g_stack", {"factor": 2})[0]["spike"] == {}
     assert grow("msg", {"num_layers": 6})[0]["spike"] == {"losses": [1.0]}
 
 
