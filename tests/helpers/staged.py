@@ -100,6 +100,11 @@ METHODS: dict[str, list[dict[str, Any]]] = {
         ({"num_layers": 3, "hidden_size": 28, "ffn_hidden_size": 24}, "scaled", "rewind(1)", "rewind(2)"),
         ({"num_layers": 4, "hidden_size": 32, "num_attention_heads": 8}, "scaled", "continue", "rewarm(2)"),
     ),
+    "msg_ramp": stages(
+        "msg",
+        ({"ffn_hidden_size": 28, "num_layers": 3, "ramp_steps": 3}, "scaled", "continue", "continue"),
+        ({"num_layers": 5, "ramp_steps": 2}, "scaled", "rewind(2)", "rewarm(2)"),
+    ),
     "compound_grow": stages(
         "compound_grow",
         ({"factor": 2, "noise": 0.0}, "scaled", "continue", "continue"),
