@@ -43,8 +43,8 @@ def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:
     precision = precision_of(config)
     check_deepspeed(config, world_size, precision)
     config = with_vocabulary(config)
-    data, start, disk = validate_data(config), find_start(config), check_disk(config, precision)
     stages = stages_of(config)
+    data, start, disk = validate_data(config), find_start(config), check_disk(config, precision)
     several = [("stages", stages_line(stages))] if len(stages) > 1 else []
     rows = [("model", model_line(config)), *several, ("growth", growth_line(stages[-1].config))]
     rows += _batch_rows(stages, world_size)
