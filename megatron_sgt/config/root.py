@@ -295,11 +295,6 @@ def check_deepspeed(cfg: Config) -> Iterator[str]:
             f"train.ema_decay: {cfg.train.ema_decay:g} needs the fp32 weights in memory; set "
             "deepspeed.zero_optimization.offload_optimizer.device to cpu instead of nvme, or ema_decay to 0"
         )
-    if cfg.growth.stages and cfg.offload_device == "nvme":
-        yield (
-            "growth.stages: a model whose optimizer is offloaded to NVMe cannot grow; set "
-            "deepspeed.zero_optimization.offload_optimizer.device to cpu instead of nvme, or remove the stages"
-        )
     name, train = "gradient_accumulation_steps", cfg.train
     steps = cfg.deepspeed.get(name, "auto")
     if steps == "auto":
