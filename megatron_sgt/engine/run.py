@@ -192,7 +192,9 @@ class PretrainingRun:
         config, groups, runtime = self.config, self.groups, self.runtime
         self.log = LogHook(config, self.schedule, self.hub, groups, runtime.precision)
         self.growth = GrowthHook(self.schedule, runtime.model, runtime.model.meter, groups, self.log.on_growth)
-        self.spike = SpikeHook(config.train, self.skipped_ranges, self._can_go_back, self.hub, groups)
+        self.spike = SpikeHook(
+            config.train, self.skipped_ranges, self._can_go_back, self.hub, groups, config.seq_lengths
+        )
         self.straggler = StragglerHook(
             runtime.model, config.logging.log_interval, config.train.straggler_threshold, self.hub, groups
         )

@@ -6,9 +6,10 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_sgt.config import Config
+from megatron_sgt.config.lengths import LengthSpan
 from megatron_sgt.growth import ENTROPY, LoopPlan
 from megatron_sgt.planning.advice import other_layouts, warnings
-from megatron_sgt.planning.flops import overhead, step_flops
+from megatron_sgt.planning.flops import at_length, batch_flops, overhead, step_flops
 from megatron_sgt.planning.hardware import USABLE
 from megatron_sgt.planning.loop_cost import choose_loop_method
 from megatron_sgt.planning.memory import activation_memory
@@ -54,7 +55,7 @@ def make_plan(config: Config, world_size: int, machine: Machine, mfu: float, pre
             "global_batch_size": train.global_batch_size,
             "micro_batch_size": train.micro_batch_size,
             "accumulation": config.num_micro_batches(world_size),
-            "tokens_per_step": train.global_batch_size * model.seq_length,
+            "tokens_per_step": config.tokens_per_step,
         },
         "memory": {
             "limit": USABLE * machine.gpu.memory,
@@ -66,7 +67,7 @@ def make_plan(config: Config, world_size: int, machine: Machine, mfu: float, pre
         "compute": _compute(config, stretches),
         "run": {
             "steps": train.train_iters,
-            "tokens": train.train_iters * train.global_batch_size * model.seq_length,
+            "tokens": train.train_iters * config.tokens_per_step,
             "flops": total,
             "mfu": mfu,
             "days": total / (world_size * peak * mfu) / 86400,
@@ -105,22 +106,26 @@ def _checkpoint(config: Config, precision: str) -> dict[str, Any]:
 
 
 def _compute(config: Config, stretches: list[Stretch]) -> list[dict[str, Any]]:
-    batch, tokens = config.train.global_batch_size, config.train.global_batch_size * config.model.seq_length
-    entries: list[dict[str, Any]] = []
-    for stretch in stretches:
-        flops = step_flops(config.model, stretch.plan, batch).model
-        entries.append(
-            {
-                "phase": stretch.phase,
-                "first_step": stretch.first,
-                "last_step": stretch.last,
-                "loops": sum(layer.loops + layer.block_loops for layer in stretch.plan),
-                "flops_per_token": flops / tokens,
-                "overhead": overhead(config.model, stretch.plan),
-                "flops": flops * stretch.steps,
-            }
-        )
-    return entries
+    return [
+        _stretch(config, stretch, span)
+        for stretch in stretches
+        for span in config.seq_lengths.within(stretch.first, stretch.last)
+    ]
+
+
+def _stretch(config: Config, stretch: Stretch, span: LengthSpan) -> dict[str, Any]:
+    """Steps of one structure and one sequence length."""
+    flops = batch_flops(config, stretch.plan, span.seq_length).model
+    return {
+        "phase": stretch.phase,
+        "first_step": span.first,
+        "last_step": span.last,
+        "seq_length": span.seq_length,
+        "loops": sum(layer.loops + layer.block_loops for layer in stretch.plan),
+        "flops_per_token": flops / config.tokens_per_step,
+        "overhead": overhead(at_length(config.model, span.seq_length), stretch.plan),
+        "flops": flops * (span.last - span.first + 1),
+    }
 
 
 def _traffic(config: Config, world_size: int, precision: str) -> dict[str, Any]:

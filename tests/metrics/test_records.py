@@ -92,6 +92,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         folder / "run",
         write_tiny_data(folder),
         parallel={"zero_stage": 1},
+        data={"seq_length_curriculum": [{"until_steps": 2, "seq_length": 8}]},
         growth={"first_selection_step": 2, "window_size": 1},
         train={
             "train_iters": STOP_AT + 2, "precision": "fp16", "eval_interval": 10, "straggler_threshold": 0.25,

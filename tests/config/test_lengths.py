@@ -1,0 +1,64 @@
+"""The curriculum of lengths: which step has which, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_sgt.config.lengths import LengthSpan, SequenceLengths, check_lengths
+
+RISING = SequenceLengths(48, ends=(4, 6), shorter=(12, 24))
+
+
+def test_every_step_has_the_length_of_its_entry_and_then_the_full_one() -> None:
+    assert [RISING.at(step) for step in range(1, 9)] == [12, 12, 12, 12, 24, 24, 48, 48]
+    assert [RISING.pieces_at(step) for step in (4, 5, 7)] == [4, 2, 1]
+    assert [step for step in range(1, 99) if RISING.changes_at(step)] == [5, 7]
+    assert RISING.every == (12, 24, 48)
+    assert RISING.text() == "12 until step 4, 24 until step 6, then 48"
+
+
+def test_without_a_curriculum_every_step_has_the_full_length() -> None:
+    plain = SequenceLengths(48)
+    assert {plain.at(step) for step in range(1, 9)} == {48} and not any(map(plain.changes_at, range(1, 9)))
+    assert (plain.every, plain.text()) == ((48,), "")
+    assert list(plain.within(3, 9)) == [LengthSpan(3, 9, 48)]
+
+
+def test_an_entry_of_the_same_length_is_no_change() -> None:
+    assert not SequenceLengths(48, (4, 6), (24, 24)).changes_at(5)
+
+
+@pytest.mark.parametrize(("first", "last"), [(1, 9), (1, 4), (4, 5), (5, 6), (5, 5), (7, 9), (2, 7)])
+def test_spans_divide_the_steps_without_gap_or_overlap(first: int, last: int) -> None:
+    found = [
+        (step, span.seq_length) for span in RISING.within(first, last) for step in range(span.first, span.last + 1)
+    ]
+    assert found == [(step, RISING.at(step)) for step in range(first, last + 1)]
+    assert len(list(RISING.within(first, last))) == len({length for _, length in found})
+
+
+def problems(ends: tuple[int, ...], shorter: tuple[int, ...], ranks: int = 1, sharer: str | None = None) -> list[str]:
+    return list(check_lengths(SequenceLengths(48, ends, shorter), ranks, sharer))
+
+
+def test_lengths_divide_the_full_one() -> None:
+    where = "data.seq_length_curriculum"
+    assert problems((4, 6), (10, 24)) == [
+        f"{where}[0].seq_length: 10 does not divide model.seq_length 48; nearest that do: 8, 12"
+    ]
+    assert problems((4,), (96,)) == [
+        f"{where}[0].seq_length: 96 does not divide model.seq_length 48; nearest that do: 48"
+    ]
+    assert problems((4,), (48,)) == [], "the full length is one, too"
+
+
+def test_entries_end_one_after_the_other() -> None:
+    expected = "data.seq_length_curriculum[1]: ends at step 4, which is not after step 4 where it begins"
+    assert problems((4, 4), (12, 24)) == [expected]
+
+
+def test_ranks_that_share_a_sequence_need_whole_shares() -> None:
+    assert problems((4,), (6,), 4) == []
+    assert problems((4,), (12,), 4, "parallel.sequence_parallel") == []
+    (said,) = problems((4,), (6,), 4, "parallel.sequence_parallel")
+    assert said.endswith("6 is not a multiple of tensor_model_parallel_size 4, which parallel.sequence_parallel needs")
