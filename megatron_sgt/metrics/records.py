@@ -63,7 +63,6 @@ MEASURED = (
     "grad_norm",
     "lr",
     "consumed_samples",
-    "seq_length",
     "ema_entropy",
     "loop_depth",
     "other_gates",

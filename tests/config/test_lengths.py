@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from megatron_sgt.config import Config, parse_config
 from megatron_sgt.config.lengths import LengthSpan, SequenceLengths, check_lengths
+from megatron_sgt.errors import ConfigError
 
 RISING = SequenceLengths(48, ends=(4, 6), shorter=(12, 24))
 
@@ -62,3 +66,35 @@ def test_ranks_that_share_a_sequence_need_whole_shares() -> None:
     assert problems((4,), (12,), 4, "parallel.sequence_parallel") == []
     (said,) = problems((4,), (6,), 4, "parallel.sequence_parallel")
     assert said.endswith("6 is not a multiple of tensor_model_parallel_size 4, which parallel.sequence_parallel needs")
+
+
+def config(*entries: dict[str, Any], **parallel: Any) -> Config:
+    shape = {"num_layers": 5, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 48, "vocab_size": 64}
+    train = {"train_iters": 10, "micro_batch_size": 2, "global_batch_size": 8}
+    data = {"seq_length_curriculum": list(entries)}
+    sections = {"model": {**shape, "seq_length": 32}, "train": train, "data": data, "parallel": parallel}
+    return parse_config({**sections, "optim": {"lr": 1e-3}})
+
+
+def test_tokens_are_counted_in_whole_steps_of_full_samples() -> None:
+    made = config({"until_tokens": 1000, "seq_length": 8}, {"until_steps": 9, "seq_length": 16})
+    assert made.tokens_per_step == 8 * 32
+    assert made.seq_lengths == SequenceLengths(32, ends=(4, 9), shorter=(8, 16))
+    assert parse_config(made.model_dump()) == made
+
+
+@pytest.mark.parametrize(
+    ("length", "parallel", "message"),
+    [
+        (3, {}, "3 does not divide model.seq_length 32; nearest that do: 2, 4"),
+        (1, {}, "must be > 1, got 1"),
+        (2, {"sequence_parallel": True}, "4, which parallel.sequence_parallel needs"),
+        (2, {"loop_method": "balanced"}, "4, which parallel.loop_method balanced needs"),
+    ],
+)
+def test_a_configuration_with_a_wrong_length_is_refused(length: int, parallel: dict[str, Any], message: str) -> None:
+    ranks = 4 if parallel else 1
+    with pytest.raises(ConfigError) as refused:
+        config({"until_steps": 2, "seq_length": length}, tensor_model_parallel_size=ranks, **parallel)
+    (line,) = str(refused.value).splitlines()
+    assert "data.seq_length_curriculum[0].seq_length: " in line and line.endswith(message)

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from megatron_sgt.config import Config, load_config, parse_config
-from megatron_sgt.config.lengths import SequenceLengths
 from megatron_sgt.errors import ConfigError
 
 VALUES: dict[str, dict[str, Any]] = {
@@ -48,26 +47,6 @@ def make(**sections: dict[str, Any]) -> Config:
             "model.make_vocab_size_divisible_by: 2 is not a multiple of tensor_model_parallel_size 4",
         ),
         ({"model": {"vocab_size": None}}, "model.vocab_size: is required when data.tokenizer is null"),
-        (
-            {"data": {"seq_length_curriculum": [{"until_steps": 2, "seq_length": 3}]}, "model": {"seq_length": 32}},
-            "data.seq_length_curriculum[0].seq_length: 3 does not divide model.seq_length 32; nearest that do: 2, 4",
-        ),
-        (
-            {
-                "data": {"seq_length_curriculum": [{"until_steps": 2, "seq_length": 2}]},
-                "model": {"seq_length": 32},
-                "parallel": {"tensor_model_parallel_size": 4, "sequence_parallel": True},
-            },
-            "2 is not a multiple of tensor_model_parallel_size 4, which parallel.sequence_parallel needs",
-        ),
-        (
-            {
-                "data": {"seq_length_curriculum": [{"until_steps": 2, "seq_length": 2}]},
-                "model": {"seq_length": 32},
-                "parallel": {"tensor_model_parallel_size": 4, "loop_method": "balanced"},
-            },
-            "2 is not a multiple of tensor_model_parallel_size 4, which parallel.loop_method balanced needs",
-        ),
         (
             {"growth": {"exclude_layers": [0, 6]}},
             "growth.exclude_layers: [6] outside the model's layers 0..5",
@@ -135,14 +114,6 @@ def test_cross_checks(sections: dict[str, Any], message: str) -> None:
 )
 def test_what_the_cross_checks_allow(sections: dict[str, Any]) -> None:
     make(**sections)
-
-
-def test_tokens_of_the_curriculum_are_counted_in_whole_steps() -> None:
-    entries = [{"until_tokens": 1000, "seq_length": 8}, {"until_steps": 9, "seq_length": 16}]
-    config = make(data={"seq_length_curriculum": entries}, model={"seq_length": 32})
-    assert config.tokens_per_step == 8 * 32
-    assert config.seq_lengths == SequenceLengths(32, ends=(4, 9), shorter=(8, 16))
-    assert parse_config(config.model_dump()) == config
 
 
 def test_all_broken_rules_are_told_at_once() -> None:
