@@ -98,3 +98,9 @@ def test_a_configuration_with_a_wrong_length_is_refused(length: int, parallel: d
         config({"until_steps": 2, "seq_length": length}, tensor_model_parallel_size=ranks, **parallel)
     (line,) = str(refused.value).splitlines()
     assert "data.seq_length_curriculum[0].seq_length: " in line and line.endswith(message)
+
+
+def test_the_curriculum_of_deepspeed_is_refused_with_the_name_of_ours() -> None:
+    values = config({"until_steps": 2, "seq_length": 8}).model_dump()
+    with pytest.raises(ConfigError, match="deepspeed.curriculum_learning: is refused.* data.seq_length_curriculum$"):
+        parse_config({**values, "deepspeed": {"curriculum_learning": {"enabled": True}}})

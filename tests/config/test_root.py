@@ -188,7 +188,6 @@ def test_world_that_tensor_parallel_does_not_divide() -> None:
         ({"gradient_accumulation_steps": True}, "must be 'auto' or an integer above 0, got true"),
         ({"optimizer": {"type": "Adam"}}, "deepspeed.optimizer: is refused"),
         ({"scheduler": {}}, "deepspeed.scheduler: is refused"),
-        ({"curriculum_learning": {}}, "deepspeed.curriculum_learning: is refused, a curriculum of lengths is data."),
         (
             {"zero_optimisation": {}},
             "unknown key 'deepspeed.zero_optimisation'; did you mean 'zero_optimization'?",
