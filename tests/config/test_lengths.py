@@ -102,5 +102,5 @@ def test_a_configuration_with_a_wrong_length_is_refused(length: int, parallel: d
 
 def test_the_curriculum_of_deepspeed_is_refused_with_the_name_of_ours() -> None:
     values = config({"until_steps": 2, "seq_length": 8}).model_dump()
-    with pytest.raises(ConfigError, match="deepspeed.curriculum_learning: is refused.* data.seq_length_curriculum$"):
+    with pytest.raises(ConfigError, match=r"deepspeed.curriculum_learning: is refused.* data.seq_length_curriculum$"):
         parse_config({**values, "deepspeed": {"curriculum_learning": {"enabled": True}}})
