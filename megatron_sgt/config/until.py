@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from pydantic import Field
 
-from megatron_sgt.config.base import Section
+from megatron_sgt.config.base import MOST_TOKENS, Section
 
 
 class Until(Section):
@@ -16,6 +16,7 @@ class Until(Section):
     until_tokens: int | None = Field(
         default=None,
         gt=0,
+        le=MOST_TOKENS,
         description="The same in trained tokens, rounded up to a whole step; one of both.",
     )
 

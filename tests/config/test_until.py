@@ -17,6 +17,7 @@ from megatron_sgt.config.until import Until
         ({"until_tokens": 1}, 1),
         ({"until_tokens": 300}, 3),
         ({"until_tokens": 301}, 4),
+        ({"until_tokens": 10**15}, 10**13),
     ],
 )
 def test_an_entry_ends_with_a_whole_step(given: dict[str, int], last: int) -> None:
