@@ -15,8 +15,9 @@ from study_parts.runner import Job, run_jobs
 from megatron_sgt.cli import number, path, positive, run_main, warn, words
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.config.loader import repeated
-from megatron_sgt.config.presets import PRESETS
+from megatron_sgt.config.presets import BASELINES
 from megatron_sgt.errors import ConfigError
+from megatron_sgt.stages.presets import preset_named
 
 SCRIPT = Path(__file__).resolve().parents[1] / "pretrain_sgt.py"
 
@@ -29,9 +30,7 @@ def arguments() -> argparse.Namespace:
         "overrides", type=words, nargs="*", metavar="section.key=value", help="values over those of the file"
     )
     parser.add_argument("--output", type=path, required=True, metavar="DIR", help="folder of all runs and tables")
-    parser.add_argument(
-        "--presets", type=words, default=",".join(PRESETS), metavar="A,B,...", help="default: all [%(default)s]"
-    )
+    parser.add_argument("--presets", type=words, default=",".join(BASELINES), metavar="A,B,...", help="[%(default)s]")
     parser.add_argument("--seeds", type=positive, default=2, metavar="N", help="seeds 1 to N [%(default)s]")
     parser.add_argument("--at-once", type=positive, default=1, metavar="N", help="runs side by side [%(default)s]")
     parser.add_argument("--minutes", type=number, metavar="M", help="stop (saving) after so long; default: to the end")
@@ -56,7 +55,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
                 f"growth.seed={seed}",
                 f"logging.run_dir={run_dir}",
             ]
-            config = load_config(args.config, settings, preset)
+            config = load_config(args.config, settings, preset_named(preset))
             if not config.train.eval_interval:
                 raise ConfigError("a study compares validation losses: set train.eval_interval")
             command = [sys.executable, *(launcher if args.ranks > 1 else []), str(SCRIPT)]

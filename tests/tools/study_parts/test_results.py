@@ -15,7 +15,7 @@ from study_parts.results import (
     times_markdown,
 )
 
-from megatron_sgt.config.presets import PRESETS
+from megatron_sgt.config.presets import BASELINES
 from megatron_sgt.jsonl import encode
 
 CLAIM = Claim("a is better", "a", "b")
@@ -87,7 +87,7 @@ def test_pages_name_the_claims_that_can_be_judged() -> None:
 
 
 def test_claims_are_about_presets_that_exist() -> None:
-    assert {name for claim in CLAIMS for name in (claim.better, claim.worse)} <= set(PRESETS)
+    assert {name for claim in CLAIMS for name in (claim.better, claim.worse)} <= set(BASELINES)
 
 
 def lines(last_step: int, valid_at: int) -> str:
