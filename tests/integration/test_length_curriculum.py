@@ -16,7 +16,8 @@ from megatron_sgt.data.gpt_dataset import build_datasets
 from megatron_sgt.metrics.records import TrainRecord
 from tests.helpers.exhaustive import share_of
 from tests.helpers.ranks import run_on_ranks
-from tests.helpers.reference_sgt import ReferenceSchedule, forward
+from tests.helpers.reference_growth import in_order
+from tests.helpers.reference_sgt import Params, ReferenceSchedule, forward
 from tests.helpers.runs import differing_leaves, measured_steps, pretrain, reported, tiny_config, write_tiny_data
 from tests.helpers.single import single_model
 from tests.helpers.variants import hf_of, leaves, reference_settings
@@ -62,18 +63,27 @@ def whole_run(root: Path, where: Layout = (1, False, 1, 0)) -> Path:
     return folder
 
 
-@cache
-def by_reference(root: Path) -> list[dict[str, Any]]:
-    """The same steps in one file of plain PyTorch: samples in order, cut by slices."""
-    config = run_config(root / "reference", data_in(root))
-    torch.manual_seed(0)
-    params = leaves(hf_of(single_model(config), config))
+class Reference:
+    """A model, its optimizer and its schedule in plain PyTorch."""
+
+    def __init__(self, config: Config, params: Params) -> None:
+        layers = len({name.split(".")[2] for name in params if name.startswith("model.layers.")})
+        self.params = leaves(params)
+        self.model = {**reference_settings(config), "num_layers": layers}
+        self.optimizer = torch.optim.AdamW(self.params.values(), lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+        self.schedule = ReferenceSchedule(config.growth.model_dump(), layers, config.model.num_attention_heads)
+
+
+def by_reference(config: Config, stacked_after: int | None = None) -> list[dict[str, Any]]:
+    """The same steps, samples in order and cut by slices; the layers are stacked after step ``stacked_after``."""
+    reference = Reference(config, hf_of(single_model(config), config))
     samples = build_datasets(config, None)[0]
-    optimizer = torch.optim.AdamW(params.values(), lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    growth = {**config.growth.model_dump(), "direction": "deep_to_shallow"}
-    schedule = ReferenceSchedule(growth, config.model.num_layers, config.model.num_attention_heads)
     found = []
     for step, length in enumerate(LENGTHS):
+        if step == stacked_after:
+            layers = 2 * list(range(config.model.num_layers))
+            reference = Reference(config, in_order({n: p.detach() for n, p in reference.params.items()}, layers))
+        params, schedule, optimizer = reference.params, reference.schedule, reference.optimizer
         optimizer.zero_grad()
         losses, entropies = [], []
         gates = torch.tensor(schedule.gates)
@@ -84,7 +94,7 @@ def by_reference(root: Path) -> list[dict[str, Any]]:
                 for begin in range(0, 16, length)
             ]
             tokens, labels = (torch.stack([one[name] for one in cuts]) for name in ("tokens", "labels"))
-            scores, measured = forward(params, tokens, reference_settings(config), schedule.loops, gates, {})
+            scores, measured = forward(params, tokens, reference.model, schedule.loops, gates, {})
             loss = torch.nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten()) / 4
             loss.backward()
             losses.append(float(loss.detach()))
@@ -105,6 +115,11 @@ def by_reference(root: Path) -> list[dict[str, Any]]:
     return found
 
 
+@cache
+def expected_steps(root: Path) -> list[dict[str, Any]]:
+    return by_reference(run_config(root / "reference", data_in(root)))
+
+
 @pytest.mark.parametrize(
     ("tp_size", "sharded", "dp_size", "stage"),
     share_of(EVERY, [(1, False, 1, 0), (2, True, 1, 1), (1, False, 2, 3)]),
@@ -113,7 +128,7 @@ def test_steps_are_those_of_plain_pytorch_on_the_same_pieces(
     tp_size: int, sharded: bool, dp_size: int, stage: int, root: Path
 ) -> None:
     steps = measured_steps(whole_run(root, (tp_size, sharded, dp_size, stage)))
-    for number, (step, expected) in enumerate(zip(steps, by_reference(root), strict=True)):
+    for number, (step, expected) in enumerate(zip(steps, expected_steps(root), strict=True)):
         assert step["loss"] == pytest.approx(expected["loss"], abs=3e-5), number
         assert step["grad_norm"] == pytest.approx(expected["norm"], rel=1e-5), number
         assert step["loop_depth"] == expected["loops"], number
@@ -157,3 +172,27 @@ def test_the_full_length_is_no_curriculum(root: Path) -> None:
     folder = "checkpoints/global_step4"
     assert differing_leaves(root / "none" / folder, root / "full" / folder) == []
     assert reported(root / "full", "length") == []
+
+
+def test_a_growing_model_keeps_the_curriculum_in_one_process_and_in_two(root: Path) -> None:
+    """The model is stacked between two lengths that the entries change two steps before and two after."""
+    after = 5
+    stage = {"until_steps": after, "operator": "g_stack", "options": {"factor": 2}}
+    sections = {"model": {"num_layers": 2}, "growth": {"method": "vanilla", "stages": [stage]}}
+    where = (2, True, 1, 1)
+    for name, stops in (("one", [None]), ("two", [after, None])):
+        for stop in stops:
+            changes = {**sections, "train": {"exit_interval": stop}}
+            run_on_ranks(2, pretrain, run_config(root / name, data_in(root), where, **changes))
+    steps = measured_steps(root / "one")
+    assert measured_steps(root / "two") == steps
+    plain = {"model": {"num_layers": 2}, "growth": {"method": "vanilla"}}
+    for step, expected in zip(
+        steps, by_reference(run_config(root / "plain", data_in(root), **plain), after), strict=True
+    ):
+        assert step["loss"] == pytest.approx(expected["loss"], abs=3e-5), step["step"]
+        assert step["grad_norm"] == pytest.approx(expected["norm"], rel=1e-5), step["step"]
+    assert tuple(record["seq_length"] for record in reported(root / "one", "train")) == LENGTHS
+    (grow,) = reported(root / "one", "grow")
+    (shorter,) = [r["model_flops_per_step"] for r in reported(root / "one", "train") if r["step"] == after]
+    assert grow["flops_per_token_before"] == shorter / (8 * 16), "at the length that goes on"
