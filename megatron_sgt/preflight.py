@@ -202,7 +202,12 @@ def check_job(config: Config, world_size: int, device: str) -> list[tuple[str, s
     tokenizer = config.data.tokenizer
     needed = ("numpy", *_READERS[None if tokenizer is None else tokenizer.type])
     absent = [name for name in needed if importlib.util.find_spec(name) is None]
-    data, disk = _data_line(config, absent), check_disk(config, precision)
+    largest = config
+    if not absent:
+        from megatron_sgt.stages.stages import stages_of  # needs NumPy
+
+        largest = stages_of(config)[-1].config
+    data, disk = _data_line(config, absent), check_disk(largest, precision)
     start = find_start(config, libraries=not absent)
     if problem := start.problem(config):
         raise ConfigError(problem)

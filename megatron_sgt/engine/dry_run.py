@@ -21,6 +21,7 @@ from megatron_sgt.planning.layout import batch_line, layout_line
 from megatron_sgt.planning.loop_cost import choose_loop_method
 from megatron_sgt.planning.structure import most_kept_heads
 from megatron_sgt.preflight import Start, check_disk, check_surroundings, find_start, with_vocabulary
+from megatron_sgt.stages.stages import stages_of
 
 
 def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:
@@ -42,7 +43,8 @@ def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:
     precision = precision_of(config)
     check_deepspeed(config, world_size, precision)
     config = with_vocabulary(config)
-    data, start, disk = validate_data(config), find_start(config), check_disk(config, precision)
+    stages = stages_of(config)
+    data, start, disk = validate_data(config), find_start(config), check_disk(stages[-1].config, precision)
     rows = [("model", model_line(config)), ("growth", growth_line(config))]
     rows += _batch_rows(config, world_size)
     change = data_start(config, start, keep_indices=False).change
