@@ -2,9 +2,9 @@
 
 Triton compiles a program at its first launch. Without a warm-up that would be in the middle of a run, at the first
 growth and at the end of its window, with all ranks waiting and the watch counting. So every kind of loop pass that the
-schedule can bring is executed once, forward and backward, on zeros of the run's own shapes: everything that Triton
-specialises on (types, integers that are 1 or divisible by 16, splits of the keys) is then as in training. The model
-is not touched, no random number is drawn, and no rank is waited for.
+schedule can bring is executed once, forward and backward, on zeros of the run's own shapes, at each of its sequence
+lengths: everything that Triton specialises on (types, integers that are 1 or divisible by 16, splits of the keys) is
+then as in training. The model is not touched, no random number is drawn, and no rank is waited for.
 """
 
 from __future__ import annotations
