@@ -28,6 +28,10 @@ class LengthSpan:
     last: int
     seq_length: int
 
+    @property
+    def steps(self) -> int:
+        return self.last - self.first + 1
+
 
 @dataclass(frozen=True)
 class SequenceLengths:

@@ -16,7 +16,7 @@ from megatron_sgt.growth import LoopPlan
 from megatron_sgt.lease import holder_of, inside
 from megatron_sgt.parallel.device import device_type
 from megatron_sgt.planning.describe import growth_line, model_line
-from megatron_sgt.planning.flops import batch_flops
+from megatron_sgt.planning.flops import flops_between
 from megatron_sgt.planning.layout import batch_line, layout_line
 from megatron_sgt.planning.loop_cost import choose_loop_method
 from megatron_sgt.planning.structure import most_kept_heads
@@ -73,11 +73,8 @@ def _loop_rows(config: Config) -> list[tuple[str, str]]:
 
 
 def _batch_rows(config: Config, world_size: int) -> list[tuple[str, str]]:
-    steps, vanilla, lengths = config.train.train_iters, LoopPlan.empty(config.model.num_layers), config.seq_lengths
-    flops = sum(
-        batch_flops(config, vanilla, span.seq_length).model * (span.last - span.first + 1)
-        for span in lengths.within(1, steps)
-    )
+    steps, lengths = config.train.train_iters, config.seq_lengths
+    flops = flops_between(config, LoopPlan.empty(config.model.num_layers), 1, steps)
     return [
         ("layout", layout_line(config, world_size, _shown_precision(config))),
         *_loop_rows(config),

@@ -44,6 +44,12 @@ def batch_flops(config: Config, plan: LoopPlan, seq_length: int) -> Flops:
     return step_flops(at_length(config.model, seq_length), plan, config.tokens_per_step // seq_length)
 
 
+def flops_between(config: Config, plan: LoopPlan, first: int, last: int) -> int:
+    """Model FLOPs of steps ``first`` to ``last`` of ``plan``, both inclusive, each at its length."""
+    spans = config.seq_lengths.within(first, last)
+    return sum(span.steps * batch_flops(config, plan, span.seq_length).model for span in spans)
+
+
 def at_length(model: ModelConfig, seq_length: int) -> ModelConfig:
     """``model`` on sequences of ``seq_length`` tokens."""
     return model.model_copy(update={"seq_length": seq_length})

@@ -124,7 +124,7 @@ def _stretch(config: Config, stretch: Stretch, span: LengthSpan) -> dict[str, An
         "loops": sum(layer.loops + layer.block_loops for layer in stretch.plan),
         "flops_per_token": flops / config.tokens_per_step,
         "overhead": overhead(at_length(config.model, span.seq_length), stretch.plan),
-        "flops": flops * (span.last - span.first + 1),
+        "flops": flops * span.steps,
     }
 
 
