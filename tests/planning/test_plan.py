@@ -16,6 +16,7 @@ from megatron_sgt.planning.parameters import parameter_count
 from megatron_sgt.planning.plan import make_plan
 from megatron_sgt.planning.step_time import Machine
 from megatron_sgt.planning.structure import final_plan
+from megatron_sgt.stages.stages import stages_of
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.yaml"))
 MACHINE = Machine(find_gpu("h100"))
