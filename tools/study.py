@@ -1,21 +1,26 @@
 #!/usr/bin/env python
-"""Repeat the paper's comparison: train presets x seeds from one configuration, then write the table.
+"""Train contenders x seeds from one configuration, then write the table that compares them.
+
+The paper's comparison (presets), or with --growing the ways to one final model at equal FLOPs: from scratch, by models
+that become deeper or wider while they train, by SGT.
 
 Runs resume where they were stopped, so that a study can be made in slices: call it again until it says that it is
 complete. table.md (perplexity, FLOPs) is reproducible; times.md is what this machine took.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
+from study_parts.contenders import PAPER, Contender, Study
+from study_parts.growing import GROWING
 from study_parts.results import markdown, outcome_of, times_markdown
 from study_parts.runner import Job, run_jobs
 
 from megatron_sgt.cli import number, path, positive, run_main, warn, words
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.config.loader import repeated
-from megatron_sgt.config.presets import PRESETS
 from megatron_sgt.errors import ConfigError
 
 SCRIPT = Path(__file__).resolve().parents[1] / "pretrain_sgt.py"
@@ -29,9 +34,9 @@ def arguments() -> argparse.Namespace:
         "overrides", type=words, nargs="*", metavar="section.key=value", help="values over those of the file"
     )
     parser.add_argument("--output", type=path, required=True, metavar="DIR", help="folder of all runs and tables")
-    parser.add_argument(
-        "--presets", type=words, default=",".join(PRESETS), metavar="A,B,...", help="default: all [%(default)s]"
-    )
+    parser.add_argument("--growing", action="store_true", help="compare ways to grow, at the FLOPs of the file's run")
+    names = "; ".join(f"{kind}: {', '.join(study.names)}" for kind, study in (("default", PAPER), ("growing", GROWING)))
+    parser.add_argument("--only", type=words, metavar="A,B,...", help=f"some of the contenders ({names})")
     parser.add_argument("--seeds", type=positive, default=2, metavar="N", help="seeds 1 to N [%(default)s]")
     parser.add_argument("--at-once", type=positive, default=1, metavar="N", help="runs side by side [%(default)s]")
     parser.add_argument("--minutes", type=number, metavar="M", help="stop (saving) after so long; default: to the end")
@@ -39,7 +44,21 @@ def arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def jobs_of(args: argparse.Namespace) -> list[Job]:
+def contenders_of(study: Study, args: argparse.Namespace) -> list[Contender]:
+    """What is compared.
+
+    Raises:
+        ConfigError: a name is unknown, or a contender does not fit the configuration.
+    """
+    names = study.names if args.only is None else tuple(args.only.split(","))
+
+    def load(preset: str, settings: tuple[str, ...]) -> Config:
+        return load_config(args.config, [*args.overrides, *settings], preset)
+
+    return study.contenders(load, names)
+
+
+def jobs_of(contenders: list[Contender], args: argparse.Namespace) -> list[Job]:
     """The runs, seed by seed, so that early slices give whole comparisons.
 
     Raises:
@@ -48,31 +67,32 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}"]
     jobs = []
     for seed in range(1, args.seeds + 1):
-        for preset in args.presets.split(","):
-            run_dir = args.output / f"{preset}-seed{seed}"
+        for one in contenders:
+            run_dir = args.output / f"{one.name}-seed{seed}"
             settings = [
                 *args.overrides,
+                *one.settings,
                 f"train.seed={seed}",
                 f"growth.seed={seed}",
-                f"logging.run_dir={run_dir}",
+                f"logging.run_dir={json.dumps(str(run_dir), ensure_ascii=False)}",  # in quotes: a name may be a number
             ]
-            config = load_config(args.config, settings, preset)
+            config = load_config(args.config, settings, one.preset)
             if not config.train.eval_interval:
                 raise ConfigError("a study compares validation losses: set train.eval_interval")
             command = [sys.executable, *(launcher if args.ranks > 1 else []), str(SCRIPT)]
-            command += ["--config", str(args.config), "--preset", preset, *settings]
-            jobs.append(Job(preset, seed, run_dir, tuple(command)))
+            command += ["--config", str(args.config), "--preset", one.preset, *settings]
+            jobs.append(Job(one.name, seed, run_dir, tuple(command)))
     return jobs
 
 
-def describe(config: Config, seeds: int) -> str:
+def describe(study: Study, config: Config, seeds: int) -> str:
     """One sentence on what was trained."""
     model, train = config.model, config.train
     tokens = train.train_iters * train.global_batch_size * model.seq_length
     return (
         f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads, "
         f"T = {model.seq_length}; {train.train_iters:,} steps of {train.global_batch_size} sequences, {tokens:,} "
-        f"tokens; seeds 1 to {seeds}, each with the same data order and initial weights for all presets."
+        f"tokens{study.terms.format(seeds=seeds)}"
     )
 
 
@@ -80,21 +100,25 @@ def main() -> int:
     """Run a slice, write the tables of what is finished, say whether anything is left."""
     args = arguments()
     warn(repeated(args.overrides))
-    jobs = jobs_of(args)
+    study = GROWING if args.growing else PAPER
+    contenders = contenders_of(study, args)
+    jobs = jobs_of(contenders, args)
     left = run_jobs(jobs, args.at_once, None if args.minutes is None else 60 * args.minutes, print)
-    found = [outcome_of(job.run_dir, job.preset, job.seed) for job in jobs]
+    found = [outcome_of(job.run_dir, job.contender, job.seed) for job in jobs]
     outcomes = [outcome for outcome in found if outcome is not None]
-    note = describe(load_config(args.config, args.overrides), args.seeds)
+    note = describe(study, load_config(args.config, args.overrides), args.seeds)
+    about = {one.name: one.about for one in contenders} if args.growing else None
+    page = markdown(outcomes, note, study.baseline, study.claims, about)
+    (args.output / "table.md").write_text(page, encoding="utf-8")
     shared = "one run at a time" if args.at_once == 1 else f"{args.at_once} runs side by side, which disturb each other"
-    (args.output / "table.md").write_text(markdown(outcomes, note), encoding="utf-8")
-    times = times_markdown(outcomes, f"Median of the last half of the steps; {shared}.")
+    times = times_markdown(outcomes, f"Median of the last half of the steps; {shared}.", study.baseline)
     (args.output / "times.md").write_text(times, encoding="utf-8")
-    first = [job.run_dir for job in jobs if job.seed == 1 and job.finished]
+    first = [job for job in jobs if job.seed == 1 and job.finished]
     if len(first) > 1:
         from megatron_sgt.reporting.compare import write_comparison
 
-        write_comparison(first, args.output / "compare", [job.preset for job in jobs if job.run_dir in first])
-    print(markdown(outcomes, note))
+        write_comparison([job.run_dir for job in first], args.output / "compare", [job.contender for job in first])
+    print(page)
     state = "complete" if not left else f"{len(left)} of {len(jobs)} runs are not finished; call it again to go on"
     print(f"{args.output / 'table.md'}: {state}")
     return 0
