@@ -16,6 +16,7 @@ from megatron_sgt.checkpoint.find import Found, check_checkpoint, find_checkpoin
 from megatron_sgt.checkpoint.forms import read_config
 from megatron_sgt.checkpoint.layout import GROWTH_STATE
 from megatron_sgt.config import Config
+from megatron_sgt.config.base import count
 from megatron_sgt.data.prefix import resolve_prefix
 from megatron_sgt.data.tokenizer import resolve_vocab_size, tokenizer_of
 from megatron_sgt.errors import CheckpointError, ConfigError, DamagedCheckpointError, DataError
@@ -111,15 +112,24 @@ def check_surroundings(config: Config) -> None:
     check_folders(config)
 
 
-def check_disk(config: Config, precision: str) -> str:
-    """The room for checkpoints and the size of one, in words.
+def check_disk(config: Config, precision: str, libraries: bool = True) -> str:
+    """The room for checkpoints and the size of one, in words; of a model that grows, the largest.
+
+    Args:
+        libraries: False leaves out what needs NumPy: the stages after the first.
 
     Raises:
         CheckpointError: not one fits.
+        ConfigError: the stages of the run are refused.
     """
     if config.model.vocab_size is None:  # the tokenizer's, which may not be readable here
         config = config.with_vocab_size(1)
     size, keep = checkpoint_bytes(config, precision), config.checkpoint.keep_last
+    stages = config.growth.stages if libraries else ()
+    if stages:
+        from megatron_sgt.planning.stages import largest_checkpoint  # needs NumPy
+
+        size = largest_checkpoint(config, precision)
     free = shutil.disk_usage(nearest(config.save_dir)).free
     if free < size:
         raise CheckpointError(
@@ -127,7 +137,9 @@ def check_disk(config: Config, precision: str) -> str:
             "make room, or set checkpoint.save to another place"
         )
     kept = f"{keep} kept" if keep else "all kept"
-    return f"about {file_size(size)} each, {kept}; {file_size(free)} free for {config.save_dir}"
+    each = "the largest" if stages else "each"
+    kept += f" and {count(len(stages), 'save')} between stages" if stages else ""
+    return f"about {file_size(size)} {each}, {kept}; {file_size(free)} free for {config.save_dir}"
 
 
 def find_start(config: Config, damaged: Mapping[Path, str] | None = None, libraries: bool = True) -> Start:
@@ -193,17 +205,31 @@ def check_job(config: Config, world_size: int, device: str) -> list[tuple[str, s
     tokenizer = config.data.tokenizer
     needed = ("numpy", *_READERS[None if tokenizer is None else tokenizer.type])
     absent = [name for name in needed if importlib.util.find_spec(name) is None]
-    data, disk = _data_line(config, absent), check_disk(config, precision)
+    data, disk = _data_line(config, absent), check_disk(config, precision, libraries="numpy" not in absent)
     start = find_start(config, libraries=not absent)
     if problem := start.problem(config):
         raise ConfigError(problem)
     return [
         ("layout", shape),
         ("batch", batch),
+        *_stages_row(config, absent),
         ("data", data),
         ("disk", disk),
         ("start", start.sentence(config)),
     ]
+
+
+def _stages_row(config: Config, absent: Sequence[str]) -> list[tuple[str, str]]:
+    """The models that the run passes through, if it is not one; refuses those that cannot be trained."""
+    if not config.growth.stages:
+        return []
+    if "numpy" in absent:
+        return [("stages", f"{1 + len(config.growth.stages)}, not checked: no numpy here; the job checks them first")]
+    from megatron_sgt.planning.describe import stages_line  # needs NumPy
+    from megatron_sgt.stages.stages import stages_of
+
+    known = config if config.model.vocab_size is not None else config.with_vocab_size(1)
+    return [("stages", stages_line(stages_of(known)))]
 
 
 def _data_line(config: Config, absent: Sequence[str]) -> str:

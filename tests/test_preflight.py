@@ -14,6 +14,7 @@ from megatron_sgt.config import Config
 from megatron_sgt.errors import CheckpointError, ConfigError, DataError
 from megatron_sgt.growth import build_schedule
 from megatron_sgt.planning.parameters import checkpoint_bytes, parameter_count
+from megatron_sgt.stages.stages import stages_of
 from tests.helpers.checkpoints import write_plain_checkpoint
 from tests.helpers.runs import TINY, tiny_config, write_tiny_data
 from tests.helpers.single import small_config
@@ -162,6 +163,23 @@ def test_size_of_a_checkpoint(precision: str, stage: int, per_parameter: int) ->
     config = small_config(parallel={"zero_stage": stage})
     size = checkpoint_bytes(config, precision)
     assert size == per_parameter * parameter_count(config.model)
+
+
+def test_the_largest_stage_must_fit_the_disk(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = [{"until_steps": 5, "operator": "g_stack", "options": {"factor": 4}}]
+    growing = config(tmp_path, data, growth={"stages": stages}, checkpoint={"keep_last": 2})
+    large = checkpoint_bytes(stages_of(growing)[1].config, "fp32")
+    assert large > checkpoint_bytes(growing, "fp32")
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: type("Usage", (), {"free": large}))
+    rows = dict(preflight.check_job(growing, 2, "cpu"))
+    assert "the largest, 2 kept and 1 save between stages; " in rows["disk"]
+    assert "g_stack after step 5: 20 layers" in rows["stages"]
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: type("Usage", (), {"free": large - 1}))
+    with pytest.raises(CheckpointError, match="a checkpoint takes about"):
+        preflight.check_job(growing, 2, "cpu")
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None if name == "numpy" else "found")
+    rows = dict(preflight.check_job(growing, 2, "cpu"))
+    assert rows["stages"] == "2, not checked: no numpy here; the job checks them first" and "each, 2" in rows["disk"]
 
 
 def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from megatron_sgt import extensions
-from megatron_sgt.config.base import MOST_SEED, Choice, PathText, Section, shown
+from megatron_sgt.config.base import MOST_SEED, MOST_TOKENS, Choice, PathText, Section, shown
 from megatron_sgt.config.problems import explain
 from megatron_sgt.errors import ConfigError
 
@@ -23,6 +23,7 @@ class StageConfig(Section):
     until_tokens: int | None = Field(
         default=None,
         gt=0,
+        le=MOST_TOKENS,
         description="The same in trained tokens, rounded up to a whole step; one of both.",
     )
     operator: str = Field(description="How it grows: `g_stack`, `midas`, `msg`, ... (growing.md).")

@@ -98,6 +98,35 @@ class GrowthRecord(_Record, total=False):
     ema_entropy: list[list[float]]  # [layer][head] that the decision was taken from
 
 
+class GrowRecord(_Record, total=False):
+    """A new stage: the model has become deeper or wider (stages/). The process that builds it writes it, each time."""
+
+    stage: int  # that begins, from 1; the first one has no record
+    operator: str
+    options: dict[str, object]  # of the operator, as the configuration gives them
+    moments: str
+    optimizer: str
+    lr_policy: str
+    weights: str  # what the new model is made of: weights or ema
+    preserves: bool  # whether it computes what the old one does
+    layers: list[int]  # by new layer: the old one that it is a copy of
+    heirs: list[int]  # by old layer: the new one that goes on looping if it did
+    loop_depth: list[int]  # K_l by new layer
+    kept_heads: dict[str, list[int]]  # new layer -> heads
+    notes: list[str]  # what a user should know of the schedule
+    sizes_before: dict[str, int]  # num_layers, hidden_size, ffn_hidden_size, num_attention_heads, num_query_groups
+    sizes_after: dict[str, int]
+    parameters_before: int
+    parameters_after: int
+    flops_per_token_before: float  # forward and backward, with the loops of that moment
+    flops_per_token_after: float
+    probe_loss_before: float | None  # of the same sequences; None where this process has not seen the old model
+    probe_loss_after: float
+    consumed_samples: int
+    consumed_tokens: int
+    seconds: float  # from the end of the old stage to the first step of the new one, the save included
+
+
 class SaveRecord(_Record, total=False):
     """A checkpoint that is whole."""
 
@@ -196,6 +225,7 @@ RECORDS: dict[str, type] = {
     "ranks": RanksRecord,
     "valid": ValidRecord,
     "growth": GrowthRecord,
+    "grow": GrowRecord,
     "save": SaveRecord,
     "save_failed": SaveFailedRecord,
     "resume": ResumeRecord,

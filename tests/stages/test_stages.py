@@ -57,6 +57,7 @@ def test_each_stage_has_its_own_model() -> None:
 @pytest.mark.parametrize(
     ("stages", "sections", "message"),
     [
+        ([{"until_tokens": 11_000_000_000, **MIDAS}], {}, r"stages\[0\]: ends at step 171,875,000, but the run at"),
         ([{"until_steps": 3, "operator": "gstack"}], {}, r"stages\[0\]: operator 'gstack': .* did you mean 'g_stack'"),
         ([{"until_steps": 3, **MIDAS}, {"until_steps": 3, **MIDAS}], {},
          r"stages\[1\]: ends at step 3, which is not after"),
