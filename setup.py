@@ -31,7 +31,7 @@ EXTRAS_REQUIRE = {
     "gpu": ["triton>=3.6; platform_system == 'Linux'"],
     "mpi": ["mpi4py"],
     "eval": ["lm-eval[hf]>=0.4.9"],
-    "data": ["pyarrow", "zstandard"],
+    "data": ["pyarrow>=16", "zstandard"],
     "report": ["matplotlib"],
     "logging": ["tensorboard", "wandb"],
     "dev": [
@@ -40,7 +40,7 @@ EXTRAS_REQUIRE = {
             "pytest-xdist",
             "ruff",
             "mypy",
-            "pyarrow",
+            "pyarrow>=16",
             "zstandard",
             "tensorboard",
             "matplotlib",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_sgt.cli import path, run_main
 from megatron_sgt.config.reference import reference
+from megatron_sgt.stages.presets import GROWING
 
 DEFAULT = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 
@@ -15,7 +16,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=path, default=DEFAULT, metavar="FILE.md", help="[%(default)s]")
     args = parser.parse_args()
-    args.output.write_text(reference(), encoding="utf-8")
+    growing = {name: preset.summary for name, preset in GROWING.items()}
+    args.output.write_text(reference(growing), encoding="utf-8")
     print(args.output)
 
 

@@ -41,6 +41,12 @@ def parse() -> tuple[argparse.Namespace, dict[str, Any]]:
         metavar="POLICY",
         help="AdamW's step: continue, rewind(N) (to N, kept moments in proportion) or fresh (0, no moments)",
     )
+    parser.add_argument(
+        "--weights",
+        choices=("weights", "ema"),
+        default="weights",
+        help="what the new model is made of; ema: the average that train.ema_decay keeps [%(default)s]",
+    )
     parser.add_argument("--seed", type=seed, metavar="N", help="of new entries [train.seed]")
     options = _add_options(parser.add_argument_group("options of operators"))
     args = parser.parse_args()
@@ -81,7 +87,9 @@ def main() -> None:
     from megatron_sgt.planning.parameters import parameter_count
 
     start = time.perf_counter()
-    done = grow_checkpoint(args.load, args.output, operator, options, args.moments, args.optimizer, args.seed)
+    done = grow_checkpoint(
+        args.load, args.output, operator, options, args.moments, args.optimizer, args.seed, args.weights
+    )
     old, new = done.growth.old, done.growth.new
     print(
         f"{operator.name}: {si(parameter_count(old), ' ')} -> {si(parameter_count(new), ' ')} parameters, the function "

@@ -17,12 +17,12 @@ from megatron_sgt.cli import path, positive, run_main, warn, words
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.config.base import count
 from megatron_sgt.config.loader import repeated
-from megatron_sgt.config.presets import PRESETS
 from megatron_sgt.data.tokenizer import build_tokenizer, resolve_vocab_size
 from megatron_sgt.planning.hardware import GPUS, find_gpu
 from megatron_sgt.planning.plan import make_plan
 from megatron_sgt.planning.render import render
 from megatron_sgt.planning.step_time import Machine
+from megatron_sgt.stages.presets import PRESETS, preset_named
 
 ASSUMED_VOCABULARY = 32_000
 
@@ -47,7 +47,7 @@ def parse() -> argparse.Namespace:
         "overrides", type=words, nargs="*", metavar="section.key=value", help="values over those of the file"
     )
     parser.add_argument(
-        "--preset", type=words, metavar="NAME", help=f"the file's run as a baseline or ablation: {', '.join(PRESETS)}"
+        "--preset", type=words, metavar="NAME", help=f"the file's run by another method: {', '.join(PRESETS)}"
     )
     parser.add_argument("--gpu", type=words, default="h100", metavar="NAME", help=f"{', '.join(GPUS)} [%(default)s]")
     parser.add_argument("--nodes", type=positive, default=1, metavar="N", help="nodes [%(default)s]")
@@ -86,7 +86,8 @@ def main() -> None:
     """Print the plan."""
     args = parse()
     warn(repeated(args.overrides))
-    config, notes = with_vocabulary(load_config(args.config, args.overrides, args.preset), args.vocab_size)
+    config = load_config(args.config, args.overrides, preset_named(args.preset))
+    config, notes = with_vocabulary(config, args.vocab_size)
     machine = Machine(find_gpu(args.gpu), args.gpus_per_node)
     world_size = args.nodes * args.gpus_per_node
     precision = config.precision_on("cpu" if config.parallel.device == "cpu" else "cuda")

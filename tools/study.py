@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Train contenders x seeds from one configuration, then write the table that compares them.
+"""Train presets x seeds from one configuration, then write the table that compares them.
 
-The paper's comparison (presets), or with --growing the ways to one final model at equal FLOPs: from scratch, by models
-that become deeper or wider while they train, by SGT.
+The paper's comparison; or with --growing the ways to one final model at equal FLOPs: from scratch, by models that
+become deeper or wider while they train, by SGT.
 
 Runs resume where they were stopped, so that a study can be made in slices: call it again until it says that it is
 complete. table.md (perplexity, FLOPs) is reproducible; times.md is what this machine took.
@@ -11,10 +11,10 @@ complete. table.md (perplexity, FLOPs) is reproducible; times.md is what this ma
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-from study_parts.contenders import PAPER, Contender, Study
-from study_parts.growing import GROWING
+from study_parts.contenders import GROWING, PAPER, Contender, Study
 from study_parts.results import markdown, outcome_of, times_markdown
 from study_parts.runner import Job, run_jobs
 
@@ -22,6 +22,7 @@ from megatron_sgt.cli import number, path, positive, run_main, warn, words
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.config.loader import repeated
 from megatron_sgt.errors import ConfigError
+from megatron_sgt.stages.presets import preset_named
 
 SCRIPT = Path(__file__).resolve().parents[1] / "pretrain_sgt.py"
 
@@ -35,8 +36,8 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=path, required=True, metavar="DIR", help="folder of all runs and tables")
     parser.add_argument("--growing", action="store_true", help="compare ways to grow, at the FLOPs of the file's run")
-    names = "; ".join(f"{kind}: {', '.join(study.names)}" for kind, study in (("default", PAPER), ("growing", GROWING)))
-    parser.add_argument("--only", type=words, metavar="A,B,...", help=f"some of the contenders ({names})")
+    shown = f"default: {', '.join(PAPER.presets)}; with --growing: {', '.join(GROWING.presets)}"
+    parser.add_argument("--presets", type=words, metavar="A,B,...", help=f"[{shown}]")
     parser.add_argument("--seeds", type=positive, default=2, metavar="N", help="seeds 1 to N [%(default)s]")
     parser.add_argument("--at-once", type=positive, default=1, metavar="N", help="runs side by side [%(default)s]")
     parser.add_argument("--minutes", type=number, metavar="M", help="stop (saving) after so long; default: to the end")
@@ -44,18 +45,13 @@ def arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def contenders_of(study: Study, args: argparse.Namespace) -> list[Contender]:
-    """What is compared.
+def load(args: argparse.Namespace, preset: str, settings: Iterable[str]) -> Config:
+    """The configuration of one run: the file's, under a preset, with the command line's overrides and ``settings``.
 
     Raises:
-        ConfigError: a name is unknown, or a contender does not fit the configuration.
+        ConfigError: something is wrong with it.
     """
-    names = study.names if args.only is None else tuple(args.only.split(","))
-
-    def load(preset: str, settings: tuple[str, ...]) -> Config:
-        return load_config(args.config, [*args.overrides, *settings], preset)
-
-    return study.contenders(load, names)
+    return load_config(args.config, [*args.overrides, *settings], preset_named(preset))
 
 
 def jobs_of(contenders: list[Contender], args: argparse.Namespace) -> list[Job]:
@@ -68,20 +64,19 @@ def jobs_of(contenders: list[Contender], args: argparse.Namespace) -> list[Job]:
     jobs = []
     for seed in range(1, args.seeds + 1):
         for one in contenders:
-            run_dir = args.output / f"{one.name}-seed{seed}"
+            run_dir = args.output / f"{one.preset}-seed{seed}"
             settings = [
-                *args.overrides,
                 *one.settings,
                 f"train.seed={seed}",
                 f"growth.seed={seed}",
                 f"logging.run_dir={json.dumps(str(run_dir), ensure_ascii=False)}",  # in quotes: a name may be a number
             ]
-            config = load_config(args.config, settings, one.preset)
+            config = load(args, one.preset, settings)
             if not config.train.eval_interval:
                 raise ConfigError("a study compares validation losses: set train.eval_interval")
             command = [sys.executable, *(launcher if args.ranks > 1 else []), str(SCRIPT)]
-            command += ["--config", str(args.config), "--preset", one.preset, *settings]
-            jobs.append(Job(one.name, seed, run_dir, tuple(command)))
+            command += ["--config", str(args.config), "--preset", one.preset, *args.overrides, *settings]
+            jobs.append(Job(one.preset, seed, run_dir, tuple(command)))
     return jobs
 
 
@@ -101,23 +96,24 @@ def main() -> int:
     args = arguments()
     warn(repeated(args.overrides))
     study = GROWING if args.growing else PAPER
-    contenders = contenders_of(study, args)
+    presets = study.presets if args.presets is None else tuple(args.presets.split(","))
+    contenders = study.contenders(lambda preset, more: load(args, preset, more), presets)
     jobs = jobs_of(contenders, args)
     left = run_jobs(jobs, args.at_once, None if args.minutes is None else 60 * args.minutes, print)
-    found = [outcome_of(job.run_dir, job.contender, job.seed) for job in jobs]
+    found = [outcome_of(job.run_dir, job.preset, job.seed) for job in jobs]
     outcomes = [outcome for outcome in found if outcome is not None]
     note = describe(study, load_config(args.config, args.overrides), args.seeds)
-    about = {one.name: one.about for one in contenders} if args.growing else None
-    page = markdown(outcomes, note, study.baseline, study.claims, about)
-    (args.output / "table.md").write_text(page, encoding="utf-8")
+    trains = {one.preset: one.trains for one in contenders} if study.equal_flops else None
+    page = markdown(outcomes, note, study.claims, trains)
     shared = "one run at a time" if args.at_once == 1 else f"{args.at_once} runs side by side, which disturb each other"
-    times = times_markdown(outcomes, f"Median of the last half of the steps; {shared}.", study.baseline)
+    (args.output / "table.md").write_text(page, encoding="utf-8")
+    times = times_markdown(outcomes, f"Median of the last half of the steps; {shared}.")
     (args.output / "times.md").write_text(times, encoding="utf-8")
-    first = [job for job in jobs if job.seed == 1 and job.finished]
+    first = [job.run_dir for job in jobs if job.seed == 1 and job.finished]
     if len(first) > 1:
         from megatron_sgt.reporting.compare import write_comparison
 
-        write_comparison([job.run_dir for job in first], args.output / "compare", [job.contender for job in first])
+        write_comparison(first, args.output / "compare", [job.preset for job in jobs if job.run_dir in first])
     print(page)
     state = "complete" if not left else f"{len(left)} of {len(jobs)} runs are not finished; call it again to go on"
     print(f"{args.output / 'table.md'}: {state}")

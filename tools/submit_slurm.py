@@ -19,11 +19,11 @@ from typing import Any
 from megatron_sgt.cli import job_path, path, positive, run_main, sbatch_option, script_path, warn, words
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.config.loader import repeated
-from megatron_sgt.config.presets import PRESETS
 from megatron_sgt.launch.job_environment import script_environment
 from megatron_sgt.launch.sbatch import SlurmJob, fit_runtime, sbatch_script
 from megatron_sgt.paths import expand_for_job
 from megatron_sgt.preflight import check_job
+from megatron_sgt.stages.presets import PRESETS, preset_named
 from megatron_sgt.submit.job import job_folder, job_name, latest_file, outside_folders, submit, write_job
 
 
@@ -33,7 +33,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--config", type=path, required=True, metavar="FILE.yaml", help="the run; see examples/configs")
     add("overrides", type=words, nargs="*", metavar="section.key=value", help="values over those of the file")
-    add("--preset", type=words, metavar="NAME", help=f"the file's run as a baseline or ablation: {', '.join(PRESETS)}")
+    add("--preset", type=words, metavar="NAME", help=f"the file's run by another method: {', '.join(PRESETS)}")
     _resources(add)
     add("--name", type=words, help="of the job; one job of a name runs at a time [the run directory]")
     add(
@@ -128,7 +128,7 @@ def main() -> None:
     """Check, write, submit."""
     args = parse()
     warn(repeated(args.overrides))
-    config = load_config(args.config, args.overrides, args.preset, expand_for_job)
+    config = load_config(args.config, args.overrides, preset_named(args.preset), expand_for_job)
     job = describe(args, config)
     found = check_job(config, job.nodes * job.tasks_per_node, "cuda" if job.gpus_per_node else "cpu")
     for subject, finding in found:

@@ -6,6 +6,7 @@ plain values, with the few classes that DeepSpeed adds. Their constructors set a
 
 from __future__ import annotations
 
+import errno
 import io
 import pickletools
 import warnings
@@ -16,10 +17,12 @@ from typing import Any
 
 import torch
 
-from megatron_sgt.errors import DamagedCheckpointError, first_line
+from megatron_sgt.errors import CheckpointError, DamagedCheckpointError, first_line
 
 _ADVICE = "WeightsUnpickler error: "
 """Stands before the cause, and behind torch's advice to read the file without restrictions."""
+_OF_THIS_NODE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.ESTALE, errno.ETIMEDOUT}
+"""Errors that say nothing of the file: an older checkpoint would not be read either, or should not be."""
 _LOOKED_AT = 1 << 24
 """Bytes of a refused pickle that are searched for the names in it."""
 
@@ -39,12 +42,17 @@ def load_restricted(path: Path, mapped: bool = True) -> dict[str, Any]:
 
     Raises:
         DamagedCheckpointError: the file cannot be read, or holds a class that is not on the list: code.
+        CheckpointError: this node cannot read it now, whatever it holds.
     """
     try:
         with torch.serialization.safe_globals(allowed_classes()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of other versions of pickle, which are read or refused
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except MemoryError as error:
+        raise CheckpointError(f"{path} cannot be read: this node is out of memory") from error
     except Exception as error:  # a damaged pickle provokes any of them
+        if isinstance(error, OSError) and error.errno in _OF_THIS_NODE:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
         raise DamagedCheckpointError(f"{path} {_problem(path, error)}") from error
     if not isinstance(content, dict):
         raise DamagedCheckpointError(f"{path} cannot be read: it holds a {type(content).__name__}, not a dict")

@@ -26,10 +26,10 @@ SECTION_PROBLEMS = "section_problems"
 MOST_INTEGER = 2**31 - 1
 MOST_NUMBER = 1e30
 """Bounds of every setting that names no other: 32-bit integers, and what fp32 holds."""
+MOST_TOKENS = 10**18
+"""More than any run has."""
 MOST_SEED = 2**63 - 1
 """Seeds are 64-bit integers of torch, and every rank adds a little to them."""
-MOST_TOKENS = 10**15
-"""More than there is text for; the runs of large models count beyond 32 bits."""
 MOST_SECONDS, MOST_MINUTES = 1e8, 1e6
 """What timers and the collectives' timeouts hold, with room to spare."""
 

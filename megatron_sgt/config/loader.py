@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_sgt.config.base import EXPAND, shown
-from megatron_sgt.config.presets import preset_values
+from megatron_sgt.config.presets import Preset
 from megatron_sgt.config.problems import explain
 from megatron_sgt.config.root import Config
 from megatron_sgt.config.yaml_io import parse_value, read_mapping
@@ -18,26 +18,34 @@ from megatron_sgt.paths import as_recorded, expand
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), preset: str | None = None, fill_in: Callable[[str], str] = expand
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    preset: Preset | None = None,
+    fill_in: Callable[[str], str] = expand,
 ) -> Config:
     """Read a configuration.
 
     path: YAML file. Its key ``base:`` names another one (relative to it) whose values it overrides key by key.
-    overrides: ``section.key=value`` each, the value as ``parse_value`` reads it. preset: a name of presets.py, whose
-    values override the file's and are overridden by the overrides. fill_in: what is made of every path (paths.py).
+    overrides: ``section.key=value`` each, the value as ``parse_value`` reads it. preset: its values override the file's
+    and are overridden by the overrides; those of the model alone lie over both, as it makes them of both. fill_in: what
+    is made of every path (paths.py).
 
     Raises:
         ConfigError: file missing or not YAML, a cycle of ``base:``, unknown keys, bad values; all at once.
     """
     path = Path(path)
     values = _read_with_bases(path, (), fill_in)
+    chosen: dict[str, Any] = {}
     if preset is not None:
-        preview = copy.deepcopy(values)  # a preset depends on the number of layers, which may be overridden
+        preview = copy.deepcopy(values)  # a preset depends on sizes that may be overridden
         for override in overrides:
             _apply_override(preview, override)
-        values = _merge(values, preset_values(preset, preview))
+        chosen = preset(preview)
+        values = _merge(values, chosen)
     for override in overrides:
         _apply_override(values, override)
+    if "model" in chosen:
+        values = _merge(values, {"model": chosen["model"]})
     return parse_config(values, str(path), fill_in)
 
 

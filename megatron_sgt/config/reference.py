@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from megatron_sgt.config.base import MOST_SEED, Choice, is_path, section_class, shown
-from megatron_sgt.config.presets import PRESETS, preset_values
+from megatron_sgt.config.presets import BASELINES
 from megatron_sgt.config.root import Config
 
 _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -39,9 +39,9 @@ home folder in an override and null in a file. An override that a later one take
 """
 
 
-def reference() -> str:
-    """The whole reference as Markdown."""
-    return "\n".join([_HEAD, *_sections(Config), *_presets()]) + "\n"
+def reference(growing: Mapping[str, str]) -> str:
+    """The whole reference as Markdown. ``growing``: the presets of models that grow, and what they do."""
+    return "\n".join([_HEAD, *_sections(Config), *_presets(growing)]) + "\n"
 
 
 def _sections(config: type[BaseModel]) -> Iterator[str]:
@@ -113,7 +113,7 @@ def _default(field: FieldInfo) -> str:
     return f"`{shown(value)}`"
 
 
-def _presets() -> Iterator[str]:
+def _presets(growing: Mapping[str, str]) -> Iterator[str]:
     yield "## Presets\n"
     yield (
         "`--preset NAME` trains the file's run as a baseline or an ablation: it changes the growth section alone, and "
@@ -121,7 +121,16 @@ def _presets() -> Iterator[str]:
     )
     yield "| preset | growth settings |"
     yield "| --- | --- |"
-    for name in PRESETS:
-        values = preset_values(name, {"model": {"num_layers": 24}})["growth"]
+    for name, values_for in BASELINES.items():
+        values = values_for(24)
         settings = ", ".join(f"`{key}: {shown(value)}`" for key, value in values.items() if value not in ([], None))
         yield f"| `{name}` | {settings} |"
+    yield (
+        "\nThese train it as a model that becomes deeper or wider ([growing.md](growing.md)). The file's `model`, with "
+        "what the command line says of it, is the final one: the first stage's follows from it, and `growth.stages` "
+        "from layers and steps. `--print-config` shows both.\n"
+    )
+    yield "| preset | the first stage, and how it grows |"
+    yield "| --- | --- |"
+    for name, summary in growing.items():
+        yield f"| `{name}` | {summary} |"

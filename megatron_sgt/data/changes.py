@@ -96,7 +96,8 @@ def find_change(spans: Sequence[Span], now: DataOrder, indices: Indices) -> Chan
     if any(order.dataset != INDEXED for order in (now, *(span.order for span in spans))):
         return replace(change, unknown=("what is read again or skipped of a registered data set is not known",))
     found = [_File(file, places, spans, now, indices) for file, places in _distinct(now)]
-    tally = sum((file.tally() for file in found), Tally())
+    begun = spans[0].start
+    tally = None if begun else sum((file.tally() for file in found), Tally())
     if len(now.files) == 1:
         epoch, sample = divmod(consumed, found[0].samples)
         change = replace(change, sample=sample, samples=found[0].samples, epoch=epoch + 1)
@@ -105,7 +106,10 @@ def find_change(spans: Sequence[Span], now: DataOrder, indices: Indices) -> Chan
         tally=tally,
         held_out_trained=sum(file.held_out_trained() for file in found),
         trained_held_out=sum(file.trained_held_out() for file in found),
-        unknown=tuple(_replaced(spans, now, found)),
+        unknown=(
+            *([f"what was read before sample {begun:,} is not recorded"] if begun else []),
+            *_replaced(spans, now, found),
+        ),
     )
 
 

@@ -12,7 +12,6 @@ from megatron_sgt.cli import path, warn, words
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.config.hints import all_keys, unknown_key
 from megatron_sgt.config.loader import repeated
-from megatron_sgt.config.presets import PRESETS
 from megatron_sgt.engine.prepare import prepare_process
 from megatron_sgt.errors import ConfigError, ExitCode, of_full_disk
 from megatron_sgt.guard.ending import place, run_rank
@@ -20,6 +19,7 @@ from megatron_sgt.guard.signals import listening
 from megatron_sgt.guard.stop import StopRequests
 from megatron_sgt.launch.environment import RankInfo
 from megatron_sgt.launch.slurm import job_end
+from megatron_sgt.stages.presets import PRESETS, preset_named
 
 _EPILOG = """\
 start it
@@ -72,7 +72,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "overrides", type=words, nargs="*", metavar="section.key=value", help="values over those of the file"
     )
     parser.add_argument(
-        "--preset", type=words, metavar="NAME", help=f"the file's run as a baseline or ablation: {', '.join(PRESETS)}"
+        "--preset", type=words, metavar="NAME", help=f"the file's run by another method: {', '.join(PRESETS)}"
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the run's shape and exit")
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(args: argparse.Namespace) -> int:
     info = place()
-    config = load_config(args.config, args.overrides, args.preset)
+    config = load_config(args.config, args.overrides, preset_named(args.preset))
     if info.rank == 0:
         warn(repeated(args.overrides))
     if args.print_config:

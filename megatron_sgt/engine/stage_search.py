@@ -13,14 +13,11 @@ from functools import partial
 from pathlib import Path
 from statistics import mean, median
 
-from torch import Tensor
-
-from megatron_sgt.arch.weight import Weight
 from megatron_sgt.checkpoint import manifest
 from megatron_sgt.checkpoint.layout import GROWTH_STATE
 from megatron_sgt.checkpoint.reshard.engine_state import load_into_engine
 from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE, WEIGHTS
-from megatron_sgt.checkpoint.surgery.reader import GrownReader, Opened, WholeTensors, open_any
+from megatron_sgt.checkpoint.surgery.reader import GrownReader, Opened, open_any
 from megatron_sgt.checkpoint.surgery.state import grown_hooks
 from megatron_sgt.config import Config, parse_config
 from megatron_sgt.data.gpt_dataset import build_datasets
@@ -55,19 +52,6 @@ class Measured:
 
     losses: dict[int, float]
     seconds: dict[int, float]
-
-
-class Averaged:
-    """The average of a checkpoint's weights, as its weights."""
-
-    quantities: tuple[str, ...] = (WEIGHTS,)
-
-    def __init__(self, tensors: WholeTensors) -> None:
-        self._tensors = tensors
-
-    def whole(self, weight: Weight, quantity: str) -> dict[str, Tensor]:
-        """See WholeTensors."""
-        return self._tensors.whole(weight, AVERAGE)
 
 
 def supernet_config(config: Config, growth: Growth) -> Config:
@@ -135,8 +119,8 @@ class StageSearch:
         )
 
     def _load(self, opened: Opened, growth: Growth) -> None:
-        tensors = Averaged(opened.tensors) if self.averaged else opened.tensors
-        reader = GrownReader(tensors, growth, Carried(0, "fresh"), self.config.train.seed, stage=1)
+        made_of = AVERAGE if self.averaged else WEIGHTS
+        reader = GrownReader(opened.tensors, growth, Carried(0, "fresh"), self.config.train.seed, 1, made_of)
         load_into_engine(reader, 0, opened.loss_scale, growth.new, self._runtime.engine, self.groups)
 
     def run(self, steps: int, tell: Callable[[int, dict[int, float]], None]) -> Measured:

@@ -8,6 +8,22 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_sgt.errors import ConfigError
+
+
+def refuse_half_measured(step: int, decision: int, memory: int) -> None:
+    """Check that a model grows after ``step`` before the ``memory`` steps are measured that ``decision`` rests on.
+
+    Raises:
+        ConfigError: it does not, so that a new layer would miss some of them.
+    """
+    begun = decision - memory
+    if begun <= step:
+        raise ConfigError(
+            f"growth.exact_ema: is false, and the decision of step {decision} rests on the steps from {begun} on, of "
+            f"which a layer that is new at step {step} would miss some; grow before step {begun}, or at step {decision}"
+        )
+
 
 @dataclass(frozen=True)
 class Inheritance:

@@ -220,6 +220,17 @@ class Schedule(ABC):
             raise ConfigError(f"growth.method: {self.name} has no method inherit, so that its model cannot grow")
         return []
 
+    def check_growth(self, step: int, grown: Inheritance) -> None:
+        """Check, before a run, that its model may grow after ``step`` whatever is decided until then.
+
+        ``inherit`` knows what was decided, and may refuse less. Default: a rule that keeps something must have it.
+
+        Raises:
+            ConfigError: see ``inherit``.
+        """
+        if type(self).inherit is Schedule.inherit:
+            self.inherit(self, grown)
+
     # Imported models
 
     @classmethod

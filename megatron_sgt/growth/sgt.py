@@ -19,7 +19,7 @@ from megatron_sgt.config.base import count
 from megatron_sgt.config.growth import GrowthConfig
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth.gates import window_gate
-from megatron_sgt.growth.inherit import Inheritance
+from megatron_sgt.growth.inherit import Inheritance, refuse_half_measured
 from megatron_sgt.growth.plan import GrowthEvent, LayerPlan, LoopPlan
 from megatron_sgt.growth.schedule import ENTROPY, Schedule, Stage
 from megatron_sgt.growth.select import choose_heads, layer_scores, next_layer, top_k_layers
@@ -81,6 +81,11 @@ class SGTSchedule(Schedule):
         With exact_ema: false only in the last ``memory_steps`` steps before the next possible decision.
         """
         return self.probes if self._measures() else frozenset()
+
+    @property
+    def _measures_all(self) -> bool:
+        """Whether every step before the structure is fixed is measured."""
+        return self.config.exact_ema or self.config.entropy_after_fixed
 
     def _measures(self) -> bool:
         if self.config.entropy_after_fixed:
@@ -309,14 +314,9 @@ class SGTSchedule(Schedule):
                 f"heads {moved} are kept by looping layers and would get other numbers; let num_query_groups grow in "
                 "proportion to num_attention_heads"
             )
-        if older._phase != "fixed" and not self.config.exact_ema and older._measures():
+        if older._phase != "fixed" and not self._measures_all:
             decision = self.config.first_selection_step if older._phase == "vanilla" else older._window_end
-            begun = decision - memory_steps(self.config.ema_decay)
-            raise ConfigError(
-                f"growth.exact_ema: is false, and the decision of step {decision} rests on the steps from {begun} on, "
-                f"of which a layer that is new at step {older._step} would miss some; grow a checkpoint of before step "
-                f"{begun}, or of step {decision}"
-            )
+            refuse_half_measured(older._step, decision, memory_steps(self.config.ema_decay))
         self._ema = grown.entropies(older._ema)
         self._phase, self._step, self._window_end = older._phase, older._step, older._window_end
         self._grown = {grown.heirs[n]: replace(layer) for n, layer in older._grown.items()}
@@ -329,6 +329,28 @@ class SGTSchedule(Schedule):
             if lost
             else []
         )
+
+    def check_growth(self, step: int, grown: Inheritance) -> None:
+        """See Schedule: any head may be kept from the first selection on, and any decision be the last one.
+
+        Raises:
+            ConfigError: as ``inherit``.
+        """
+        cfg = self.config
+        if step >= cfg.first_selection_step and (moved := grown.moved(range(self.num_heads))):
+            raise ConfigError(
+                f"heads {moved} would get other numbers, but looping layers keep heads from "
+                f"growth.first_selection_step {cfg.first_selection_step} on; let num_query_groups grow in proportion "
+                "to num_attention_heads, or the model grow before"
+            )
+        decisions = range(
+            cfg.first_selection_step,
+            cfg.first_selection_step + cfg.max_selected_layers * cfg.max_loop_depth * cfg.window_size + 1,
+            cfg.window_size,
+        )
+        decision = next((one for one in decisions if one > step), None)
+        if decision is not None and not self._measures_all:
+            refuse_half_measured(step, decision, memory_steps(cfg.ema_decay))
 
     def _restored(self, entry: Mapping[str, Any]) -> tuple[int, Grown]:
         """A layer of ``progress``; a ValueError for one that this model cannot have grown."""

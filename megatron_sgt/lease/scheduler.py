@@ -20,7 +20,6 @@ _OVER = {
     "PENDING", "PREEMPTED", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "REVOKED", "SPECIAL_EXIT", "TIMEOUT",
     "BF", "CA", "CD", "CF", "DL", "F", "NF", "OOM", "PD", "PR", "RQ", "RF", "RH", "RV", "SE", "TO",
 }  # fmt: skip
-_UNKNOWN_JOB = "invalid job id"
 SPECIAL_STEPS = 0xFFFFFFF0
 """Step ids from here on are no srun step: the batch script, the interactive shell of salloc, ..."""
 
@@ -72,21 +71,19 @@ def own_job(environ: Mapping[str, str] = os.environ) -> Job | None:
 
 
 def job_is_over(job: str) -> bool | None:
-    """Whether the Slurm job has ended or waits in the queue again; None without an answer."""
+    """Whether the Slurm job has ended or waits in the queue again; None without an answer.
+
+    A job that Slurm does not know is no answer: it forgets an ended one after minutes, but another controller than the
+    one that is asked here may run it.
+    """
     if not re.fullmatch(r"[\w.+\[\]-]+", job) or job.startswith("-"):  # of a lease that somebody has edited
         return None
     if shutil.which("squeue"):
         said = _answer(["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T"])
-        if said == "":  # forgotten: some minutes after its end
-            return True
     else:
         said = _answer(["scontrol", "--oneliner", "show", "job", job])
-        said = said and " ".join(re.findall(r"JobState=(\w+)", said) or [_UNKNOWN_JOB] * (_UNKNOWN_JOB in said.lower()))
-    if said is None:
-        return None
-    if _UNKNOWN_JOB in said.lower():
-        return True
-    states = set(re.findall(r"\b[A-Z_]+\b", said))
+        said = said and " ".join(re.findall(r"JobState=(\w+)", said))
+    states = set(re.findall(r"\b[A-Z_]+\b", said or ""))
     if states & _RUNS:
         return False
     return True if states and states <= _OVER else None
@@ -102,7 +99,7 @@ def step_is_over(job: str, step: str) -> bool | None:
 
 
 def _answer(command: list[str]) -> str | None:
-    """What Slurm says, its complaint where it knows no such job; None where it does not answer."""
+    """What Slurm says; None where it does not answer, or complains."""
     try:
         process = subprocess.Popen(
             command,
@@ -117,11 +114,9 @@ def _answer(command: list[str]) -> str | None:
         return None
     with process:
         try:
-            out, complaint = process.communicate(timeout=ANSWER_SECONDS)
+            out, _ = process.communicate(timeout=ANSWER_SECONDS)
         except subprocess.TimeoutExpired:
             with suppress(ProcessLookupError):  # with all that it has started
                 os.killpg(process.pid, signal.SIGKILL)
             return None
-    if process.returncode == 0:
-        return out.strip()
-    return complaint if _UNKNOWN_JOB in complaint.lower() else None
+    return out.strip() if process.returncode == 0 else None

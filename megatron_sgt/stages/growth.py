@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -43,6 +43,14 @@ class Growth:
     def heads(self) -> tuple[int, ...]:
         """The old head that each new one is a copy of; -1: of none."""
         return self.widths.get("num_attention_heads", tuple(range(self.old.num_attention_heads)))
+
+    @property
+    def with_a_vocabulary(self) -> Growth:
+        """The same where the tokenizer is not known yet, for what does not depend on it."""
+        if self.old.vocab_size is not None:
+            return self
+        old, new = (model.model_copy(update={"vocab_size": 1}) for model in (self.old, self.new))
+        return replace(self, old=old, new=new)
 
     @property
     def copies_of_layer(self) -> tuple[tuple[int, ...], ...]:

@@ -16,6 +16,7 @@ from megatron_sgt.errors import ConfigError
 from megatron_sgt.stages.config import grown_config
 from megatron_sgt.stages.growth import Growth, Operator
 from megatron_sgt.stages.learning_rate import RatePolicy
+from megatron_sgt.stages.limits import check_optimizer, check_schedule
 from megatron_sgt.stages.maps import has_new_entries, maps_of
 from megatron_sgt.stages.operators import operator_named
 from megatron_sgt.stages.optimizer import Carried, OptimizerPolicy, carry
@@ -35,7 +36,7 @@ class Grown:
     @cached_property
     def new_entries(self) -> bool:
         """Whether some entries of the new model are copies of none."""
-        return has_new_entries(maps_of(self.growth))
+        return has_new_entries(maps_of(self.growth.with_a_vocabulary))
 
     def carried(self, step: int, config: Config) -> Carried:
         """What goes on of AdamW after ``step`` updates.
@@ -85,8 +86,10 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
 
     Raises:
         ConfigError: an operator or its options do not fit the model, a grown model does not fit the run, the stages
-            are not in order, or what becomes of the optimizer would spoil it.
+            are not in order, the schedule or the optimizer cannot go on, or what becomes of the latter would spoil it.
     """
+    if config.growth.stages:
+        check_optimizer(config)
     stages: list[Stage] = []
     begun, grown, current = 0, None, _without_stages(config)
     for number, settings in enumerate(config.growth.stages):
@@ -102,11 +105,12 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
         stages.append(Stage(number, begun, last, current, grown))
         try:
             grown = _grown(settings, current, last)
-            current = grown_config(current, grown.growth)
-            grown.carried(last, current)
+            after = grown_config(current, grown.growth)
+            check_schedule(current, grown.growth, last)
+            grown.carried(last, after)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
-        begun = last
+        begun, current = last, after
     stages.append(Stage(len(stages), begun, config.train.train_iters, current, grown))
     return tuple(stages)
 

@@ -1,3 +1,4 @@
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from megatron_sgt.checkpoint.restricted import load_restricted
-from megatron_sgt.errors import CheckpointError
+from megatron_sgt.errors import CheckpointError, DamagedCheckpointError
 
 
 class Executed:
@@ -48,3 +49,19 @@ def test_missing_and_cut_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "file.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match=r"file\.pt cannot be read"):
         load_restricted(tmp_path / "file.pt")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError()])
+def test_what_this_node_cannot_do_is_no_damage(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run passes over damaged checkpoints, and would lose the steps of a whole one."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    torch.save({}, tmp_path / "file.pt")
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(CheckpointError, match=r"file\.pt cannot be read: (Too many|this node)") as caught:
+        load_restricted(tmp_path / "file.pt")
+    assert not isinstance(caught.value, DamagedCheckpointError)

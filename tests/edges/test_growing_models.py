@@ -98,6 +98,8 @@ CASES: dict[str, tuple[str, list[str], Callable[[Path], None] | None, int, str]]
     "measured_late": ("looping", G_STACK, measured_late, 2, r"growth\.exact_ema: is false, and the decision of step 8"),
     "another_shape": ("plain", G_STACK, damage_shape, 4, r"unexpected parameters or shapes"),
     "damaged": ("plain", G_STACK, lose_a_file, 4, r"is damaged: sgt_state\.json is missing"),
+    "no_average": ("plain", [*G_STACK, "--weights", "ema"], None, 4, r"holds no average of the weights"),
+    "weights_of_what": ("plain", [*G_STACK, "--weights", "mean"], None, 2, r"argument --weights: invalid choice"),
     "no_checkpoint": ("nowhere", G_STACK, None, 4, r"no checkpoint at"),
 }  # fmt: skip
 

@@ -357,6 +357,15 @@ def test_a_checkpoint_without_a_record(begun: Path, walks: str, tmp_path: Path) 
     assert told is not None and old == f"{told}; the checkpoint does not say what its files held: taken as they are now"
 
 
+def test_what_came_before_the_first_record_is_not_counted(folder: Path) -> None:
+    """The files of a checkpoint without a record had moved; records begin where the run went on."""
+    before, now = Data(folder), Data(folder, seq_length=8)
+    known, cut = (find_change([Span(before.order(), first, 9)], now.order(), now.indices) for first in (0, 4))
+    assert known is not None and known.tally is not None and known.unknown == ()
+    assert cut is not None and cut.tally is None and cut.unknown == ("what was read before sample 4 is not recorded",)
+    assert "read before and to come again" not in cut.line() and "not recorded" in cut.line()
+
+
 def test_a_registered_data_set_is_not_guessed_at(folder: Path) -> None:
     before = Data(folder).order()
     registered = replace(before, dataset="mine", files=())

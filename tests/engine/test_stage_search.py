@@ -11,10 +11,11 @@ from megatron.core import parallel_state
 
 from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE, WEIGHTS
-from megatron_sgt.checkpoint.surgery.reader import open_any
+from megatron_sgt.checkpoint.surgery.reader import GrownReader, open_any
 from megatron_sgt.config import Config
+from megatron_sgt.engine import stage_search
 from megatron_sgt.engine.build import start_processes
-from megatron_sgt.engine.stage_search import Averaged, StageSearch, inherited_plan, supernet_config
+from megatron_sgt.engine.stage_search import StageSearch, inherited_plan, supernet_config
 from megatron_sgt.errors import DataError
 from megatron_sgt.growth import LayerPlan
 from megatron_sgt.launch.rank_info import RankInfo
@@ -24,6 +25,7 @@ from tests.helpers.commands import snapshot
 from tests.helpers.deepspeed_files import random_state, write_checkpoint
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import tiny_config, write_tiny_data
+from tests.helpers.single import single_groups
 
 STEPS = 6
 DEPTHS = (2, 3, 4)
@@ -82,11 +84,20 @@ def test_all_ranks_of_every_layout_find_the_same(checkpoint: Path) -> None:
     assert snapshot(checkpoint) == before
 
 
-def test_the_supernet_is_made_of_the_average(checkpoint: Path) -> None:
-    tensors, first = open_any(checkpoint).tensors, weights(config_at(checkpoint.parent.parent).model)[0]
-    (average,), (trained,) = (tensors.whole(first, quantity).values() for quantity in (AVERAGE, WEIGHTS))
-    (found,) = Averaged(tensors).whole(first, WEIGHTS).values()
-    assert torch.equal(found, average) and not torch.equal(found, trained)
+def test_the_supernet_is_made_of_the_average(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint.parent.parent
+    loaded: list[GrownReader] = []
+    monkeypatch.setattr(stage_search, "load_into_engine", lambda reader, *_: loaded.append(reader))
+    config = config_at(folder)
+    groups = single_groups(config)
+    StageSearch(checkpoint, config, supernet(config.model, DEPTHS), DEPTHS, groups)
+    whole = open_any(checkpoint).tensors
+    first = weights(config.model)[0]
+    found, averaged, trained = (
+        next(iter(tensors.whole(first, quantity).values()))
+        for tensors, quantity in ((loaded[0], WEIGHTS), (whole, AVERAGE), (whole, WEIGHTS))
+    )
+    assert torch.equal(found, averaged) and not torch.equal(found, trained)
 
 
 def test_layers_go_on_looping_in_the_supernet(tmp_path: Path) -> None:

@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 
 from megatron_sgt.config import Config, load_config
+from megatron_sgt.config.growth import GrowthConfig
 from megatron_sgt.config.model import ModelConfig
+from megatron_sgt.stages.presets import preset_named
+from megatron_sgt.stages.stages import stages_of
+from megatron_sgt.stages.timing import g_stack_time, prop_boundaries
 
 FOLDER = Path(__file__).parents[2] / "examples" / "configs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -44,6 +48,16 @@ def differences(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -
     return found
 
 
+GROWING = {
+    "g_stack_7b": "vanilla_7b",
+    "midas_1.2b": "vanilla_1.2b",
+    "msg_1.2b": "vanilla_1.2b",
+    "compound_grow_1.2b": "vanilla_1.2b",
+    "auto_prog_1.2b": "vanilla_1.2b",
+}
+"""Runs of growing models, and the one whose model they end with."""
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_loads_and_round_trips(name: str, tmp_path: Path) -> None:
     cfg = load(name)
@@ -56,6 +70,7 @@ def test_the_set_is_complete() -> None:
     expected = {f"{kind}_{size}" for kind in ("sgt", "vanilla") for size in SIZES}
     expected |= {"quickstart", "vanilla_quickstart", "block_loop_300m"}
     expected |= {"sgt_300m_lowest_heads", "sgt_300m_shallow_first", "study_cpu", "study_gpu", "study_growing"}
+    expected |= set(GROWING)
     assert set(NAMES) == expected
     assert len({load(name).logging.run_dir for name in NAMES}) == len(NAMES)
 
@@ -100,6 +115,40 @@ def test_recipe_of_the_paper(label: str) -> None:
     assert optim.lr <= 6e-4
     assert growth.first_selection_step == growth.window_size == optim.lr_warmup_iters
     assert growth.first_selection_step + growth.max_selected_layers * growth.window_size < cfg.train.train_iters
+
+
+@pytest.mark.parametrize(("name", "twin"), GROWING.items())
+def test_a_growing_model_becomes_its_twin(name: str, twin: str) -> None:
+    config = load(name)
+    stages = stages_of(config)
+    wanted = load(twin).model.model_copy(update={"seq_length": config.model.seq_length})
+    assert stages[-1].config.model == wanted and stages[0].config.model != wanted
+    layouts = [(stage.config.num_micro_batches(32), stage.config.data_parallel_size(32)) for stage in stages]
+    assert len(set(layouts)) == 1
+    for stage in stages:
+        assert replace_model(stage.config, wanted) == replace_model(config, wanted)
+
+
+def replace_model(config: Config, model: ModelConfig) -> Config:
+    """``config`` with ``model`` and no growth section."""
+    return config.model_copy(update={"model": model, "growth": GrowthConfig()})
+
+
+def test_growing_models_have_the_numbers_of_their_sources() -> None:
+    stack = load("g_stack_7b")
+    ends = [stage.last for stage in stages_of(stack)]
+    tokens_per_step = stack.train.global_batch_size * stack.model.seq_length
+    assert tokens_per_step == pytest.approx(2e6, rel=0.05)
+    assert [end * tokens_per_step for end in ends] == pytest.approx([10.5e9, 300e9], rel=1e-3)
+    assert g_stack_time(7e9, 300e9).fitted == pytest.approx(20.5e9, rel=1e-2)
+    midas = load("midas_1.2b")
+    assert tuple(stage.until_steps for stage in midas.growth.stages) == prop_boundaries(midas.train.train_iters, 6, 2)
+    for operator, preset in (("midas", "midas"), ("grad_stack", "grad-stack")):
+        same = load_config(FOLDER / "vanilla_1.2b.yaml", preset=preset_named(preset))
+        stages = tuple(stage.model_copy(update={"operator": operator}) for stage in midas.growth.stages)
+        assert (same.model, same.growth.stages) == (midas.model, stages)
+    depths = [stage.config.model.num_layers for stage in stages_of(load("auto_prog_1.2b"))]
+    assert depths == [12, 16, 20, 24]
 
 
 def test_300m_is_the_paper_to_the_number() -> None:

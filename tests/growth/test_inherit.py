@@ -88,15 +88,45 @@ def test_entropies_that_are_measured_late_must_be_measured_in_full(step: int, re
         sgt(5, **settings).inherit(older, INSERTED)
 
 
+@pytest.mark.parametrize("step", [74, 75, 76, 99, 100, 175, 176, 199, 200, 299, 300, 500])
+@pytest.mark.parametrize("measured", [{"exact_ema": False}, {}, {"exact_ema": False, "entropy_after_fixed": True}])
+def test_what_a_run_would_meet_is_known_before_it(step: int, measured: dict[str, bool]) -> None:
+    """Of a run that decides whenever it may, at steps 100, 200 and 300."""
+    settings = {"ema_decay": 0.5, "first_selection_step": 100, "window_size": 100, **measured}
+    older = trained(sgt(**settings), step)
+    refusals = []
+    for check in (
+        lambda: sgt(5, **settings).inherit(older, INSERTED),
+        lambda: sgt(**settings).check_growth(step, INSERTED),
+    ):
+        try:
+            check()
+            refusals.append("")
+        except ConfigError as error:
+            refusals.append(str(error))
+    assert refusals[0] == refusals[1]
+    assert bool(refusals[0]) == (measured == {"exact_ema": False} and step in (76, 99, 176, 199, 299))
+
+
+def test_heads_may_move_before_any_is_kept() -> None:
+    moved = Inheritance((0, 1, 2, 3), (0, 1, 2, 3), (0, -1, 1))
+    sgt().check_growth(1, moved)
+    with pytest.raises(ConfigError, match=r"heads \[1\] would get other numbers, .*first_selection_step 2 on"):
+        sgt().check_growth(2, moved)
+
+
 def test_other_rules() -> None:
     assert Vanilla(GrowthConfig(method="vanilla"), 5, 2).inherit(Vanilla(GrowthConfig(), 4, 2), INSERTED) == []
     looping = GrowthConfig(method="block_loop", block_loop_layers=(1, 2))
     assert BlockLoop(looping, 5, 2).inherit(BlockLoop(looping, 4, 2), INSERTED) == []
-    with pytest.raises(ConfigError, match="upwards has no method inherit"):
-        upwards().inherit(upwards(), INSERTED)
+    for refused in (lambda: upwards().inherit(upwards(), INSERTED), lambda: upwards().check_growth(1, INSERTED)):
+        with pytest.raises(ConfigError, match="upwards has no method inherit"):
+            refused()
+    BlockLoop(looping, 4, 2).check_growth(1, INSERTED)
 
     class Forgetful(Upwards):
         def progress(self) -> dict[str, Any]:
             return {}
 
     assert upwards().inherit(upwards(Forgetful), INSERTED) == []
+    upwards(Forgetful).check_growth(1, INSERTED)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sgt.config.presets import PRESETS
+from megatron_sgt.config.presets import BASELINES
 from megatron_sgt.metrics import METRICS_FILE
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import TINY, measured_steps, pretrain, reported, tiny_config, write_tiny_data
@@ -20,7 +20,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 def runs(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one run per preset."""
     folder = tmp_path_factory.mktemp("runs")
-    for name, preset in PRESETS.items():
+    for name, preset in BASELINES.items():
         growth = {**TINY["growth"], **preset(TINY["model"]["num_layers"])}
         run_on_ranks(1, pretrain, tiny_config(folder / name, data, growth=growth, checkpoint={"save_interval": 0}))
     return folder
@@ -33,7 +33,7 @@ def losses(folder: Path) -> list[float]:
 def test_same_data_and_weights_until_they_differ(runs: Path) -> None:
     first_selection = TINY["growth"]["first_selection_step"]
     plain = losses(runs / "vanilla")
-    for name in PRESETS:
+    for name in BASELINES:
         found = losses(runs / name)
         assert len(found) == len(plain)
         if name.startswith("block"):

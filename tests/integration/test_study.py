@@ -23,7 +23,7 @@ def test_table_is_reproducible_to_the_digit(tmp_path: Path) -> None:
     tables = []
     for name in ("one", "two"):
         command = [sys.executable, str(ROOT / "tools/study.py"), "--config", "c.yaml", "--output", name]
-        command += ["--only", "vanilla,sgt", "--seeds", "1", "--at-once", "2"]
+        command += ["--presets", "vanilla,sgt", "--seeds", "1", "--at-once", "2"]
         done = run_process(command, tmp_path)
         assert done.code == 0, done.err + done.out
         assert "complete" in done.out

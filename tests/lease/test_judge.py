@@ -84,7 +84,12 @@ def test_who_has_left_the_folder_or_is_this_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("answer", "verdict"),
-    [("echo RUNNING", Verdict.ALIVE), ("true", Verdict.GONE), ("exit 1", Verdict.SILENT)],
+    [
+        ("echo RUNNING", Verdict.ALIVE),
+        ("echo COMPLETED", Verdict.GONE),
+        ("true", Verdict.SILENT),
+        ("exit 1", Verdict.SILENT),
+    ],
 )
 def test_slurm_is_asked_for_a_job_elsewhere(
     answer: str, verdict: Verdict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

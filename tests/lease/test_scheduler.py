@@ -33,8 +33,8 @@ def say(folder: Path, text: str, program: str = "squeue") -> None:
         ("printf 'PENDING\\nRUNNING\\n'", False),  # of a heterogeneous job
         ("echo PENDING", True),
         ("printf 'COMPLETED\\nCANCELLED\\n'", True),
-        ("true", True),
-        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", True),
+        ("true", None),  # forgotten, or another controller's
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", None),
         ("echo COMPLETING", None),  # may be saving
         ("echo 'Unable to contact slurm controller' >&2; exit 1", None),
         ("echo NEW_STATE", None),
@@ -57,7 +57,7 @@ def test_without_squeue_scontrol_is_asked_and_without_both_nobody(slurm: Path, m
     say(slurm, "echo 'JobId=7 JobName=RUNNING JobState=TIMEOUT Reason=None'", "scontrol")
     assert job_is_over("7") is True
     say(slurm, "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", "scontrol")
-    assert job_is_over("7") is True
+    assert job_is_over("7") is None
     monkeypatch.setenv("PATH", str(slurm / "nothing"))
     assert job_is_over("7") is None
 
@@ -91,7 +91,7 @@ def test_whose_job(slurm: Path) -> None:
     assert there.is_over(there) is None, "one step: torchrun has moved rank 0"
     assert there.is_over(dataclasses.replace(there, step="0")) is True, "srun again in one job"
     assert dataclasses.replace(there, cluster="a").is_over(dataclasses.replace(other, cluster="b")) is None
-    say(slurm, "true")
+    say(slurm, "echo COMPLETED")
     assert dataclasses.replace(there, cluster="a").is_over(None) is None, "perhaps another controller was asked"
     assert there.is_over(None) is True
     assert Job("PBS", "7").is_over(other) is None

@@ -16,7 +16,8 @@ MIDAS = {"operator": "midas", "options": {"block_size": 2}}
 
 
 def staged(*stages: dict[str, Any], **sections: dict[str, Any]) -> Any:
-    return small_config(growth={"stages": list(stages), "exclude_layers": [0]}, **sections)
+    growth = {"stages": list(stages), "exclude_layers": [0], **sections.pop("growth", {})}
+    return small_config(growth=growth, **sections)
 
 
 def test_one_stage_without_growth() -> None:
@@ -75,6 +76,13 @@ def test_each_stage_has_its_own_model() -> None:
         ([{"until_steps": 3, **MIDAS, "weights": "ema"}], {}, r"no average of the weights; set train\.ema_decay"),
         ([{"until_steps": 3, "operator": "msg", "options": {"ffn_hidden_size": 128}}],
          {"optim": {"adam_beta2": 0.999}}, r"stages\[0\]: optimizer continue with moments scaled"),
+        ([{"until_steps": 3, **MIDAS}], {"growth": {"method": "sgt", "replay": "a.jsonl"}}, r"replay: a\.jsonl names"),
+        ([{"until_steps": 3, **MIDAS}],
+         {"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}}},
+         r"stages: deepspeed\.zero_optimization\.offload_optimizer\.device is nvme"),
+        ([{"until_steps": 3, "operator": "msg", "options": {"num_attention_heads": 8, "num_query_groups": 2}}],
+         {"model": {"num_query_groups": 2}, "growth": {"first_selection_step": 3}},
+         r"stages\[0\]: heads .* would get other numbers"),
         ([{"until_steps": 3, "operator": "msg", "options": HEADS}],
          {"parallel": {"tensor_model_parallel_size": 2}}, r"stages\[0\]: the grown model: .*num_attention_heads: 5"),
     ],

@@ -23,7 +23,7 @@ Verdict = Literal["seen", "not seen", "undecided"]
 class Outcome:
     """How one run ended. ``flops``: of the whole run; ``step_seconds``: median of its last half."""
 
-    contender: str
+    preset: str
     seed: int
     valid_loss: float
     flops: float
@@ -32,12 +32,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Row:
-    """One contender over its seeds. Overheads are fractions over the baseline of the same seeds, None without it.
+    """One preset over its seeds. Overheads are fractions over vanilla of the same seeds, None without vanilla.
 
     ``perplexity_error``: standard error of the mean; None with a single seed.
     """
 
-    contender: str
+    preset: str
     seeds: int
     perplexity: float
     perplexity_error: float | None
@@ -59,7 +59,7 @@ class Claim:
 _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
-def outcome_of(run_dir: Path, contender: str, seed: int) -> Outcome | None:
+def outcome_of(run_dir: Path, preset: str, seed: int) -> Outcome | None:
     """The outcome of a run that has reached its last step and validated there; None if it has not."""
     try:
         run = load_run(run_dir)
@@ -73,21 +73,21 @@ def outcome_of(run_dir: Path, contender: str, seed: int) -> Outcome | None:
         return None
     _, seconds = run.series("train", "step_time_s")
     late = seconds[len(seconds) // 2 :]
-    return Outcome(contender, seed, float(valid[-1]["loss"]), float(flops[-1]), float(median(late)))
+    return Outcome(preset, seed, float(valid[-1]["loss"]), float(flops[-1]), float(median(late)))
 
 
-def rows_of(outcomes: Sequence[Outcome], baseline: str) -> list[Row]:
-    """One row per contender, in the order in which they first appear."""
-    contenders = list(dict.fromkeys(o.contender for o in outcomes))
-    base = {o.seed: o for o in outcomes if o.contender == baseline}
-    return [_row(contender, [o for o in outcomes if o.contender == contender], base) for contender in contenders]
+def rows_of(outcomes: Sequence[Outcome]) -> list[Row]:
+    """One row per preset, in the order in which they first appear."""
+    presets = list(dict.fromkeys(o.preset for o in outcomes))
+    base = {o.seed: o for o in outcomes if o.preset == "vanilla"}
+    return [_row(preset, [o for o in outcomes if o.preset == preset], base) for preset in presets]
 
 
-def _row(contender: str, runs: Sequence[Outcome], base: Mapping[int, Outcome]) -> Row:
+def _row(preset: str, runs: Sequence[Outcome], base: Mapping[int, Outcome]) -> Row:
     perplexities = [math.exp(o.valid_loss) for o in runs]
     pairs = [(o, base[o.seed]) for o in runs if o.seed in base]
     return Row(
-        contender=contender,
+        preset=preset,
         seeds=len(runs),
         perplexity=mean(perplexities),
         perplexity_error=stdev(perplexities) / math.sqrt(len(runs)) if len(runs) > 1 else None,
@@ -102,7 +102,7 @@ def judge(claim: Claim, outcomes: Sequence[Outcome]) -> tuple[Verdict, str]:
     "seen" or "not seen" when 0 lies outside of the 95 % confidence interval (Student's t) of the mean difference in
     loss, "undecided" otherwise and with fewer than two seeds. FLOPs follow from the configuration: no interval.
     """
-    by = {(o.contender, o.seed): o for o in outcomes}
+    by = {(o.preset, o.seed): o for o in outcomes}
     seeds = sorted(s for p, s in by if p == claim.better and (claim.worse, s) in by)
     pairs = [(by[claim.better, s], by[claim.worse, s]) for s in seeds]
     if not pairs:
@@ -122,38 +122,34 @@ def judge(claim: Claim, outcomes: Sequence[Outcome]) -> tuple[Verdict, str]:
 
 
 def markdown(
-    outcomes: Sequence[Outcome],
-    note: str,
-    baseline: str,
-    claims: Sequence[Claim],
-    about: Mapping[str, str] | None = None,
+    outcomes: Sequence[Outcome], note: str, claims: Sequence[Claim], trains: Mapping[str, str] | None = None
 ) -> str:
     """The study as a page of Markdown.
 
     Args:
         note: what was trained, in a sentence.
-        about: a few words on each contender; None: its name says everything.
+        trains: what each preset trains, in a few words; None: its name says it.
     """
-    rows = rows_of(outcomes, baseline)
-    names = ["contender", *(["trained steps"] if about else [])]
-    head = [*names, "seeds", f"FLOPs of the run over {baseline}", "validation perplexity, mean ± standard error"]
+    rows, trains = rows_of(outcomes), trains or {}
+    head = ["preset", *(["trained steps"] if trains else []), "seeds", "FLOPs of the run over vanilla"]
+    head.append("validation perplexity, mean ± standard error")
     lines = ["# Study", "", note, "", _cells(head), _cells(["---"] * len(head))]
     for row in rows:
         error = "" if row.perplexity_error is None else f" ± {row.perplexity_error:.3f}"
-        words = [about[row.contender]] if about else []
-        cells = [row.contender, *words, str(row.seeds), _percent(row.flops_overhead), f"{row.perplexity:.3f}{error}"]
-        lines.append(_cells(cells))
+        steps = [trains[row.preset]] if trains else []
+        flops = _percent(row.flops_overhead)
+        lines.append(_cells([row.preset, *steps, str(row.seeds), flops, f"{row.perplexity:.3f}{error}"]))
     lines += ["", "| the sources' order | at this size | measured |", "| --- | --- | --- |"]
-    found = {row.contender for row in rows}
-    for claim in (claim for claim in claims if {claim.better, claim.worse} <= found):
+    presets = {row.preset for row in rows}
+    for claim in (claim for claim in claims if {claim.better, claim.worse} <= presets):
         lines.append(_cells([claim.text, *judge(claim, outcomes)]))
     return "\n".join(lines) + "\n"
 
 
-def times_markdown(outcomes: Sequence[Outcome], note: str, baseline: str) -> str:
+def times_markdown(outcomes: Sequence[Outcome], note: str) -> str:
     """The measured times, which no two executions share. ``note``: how the runs shared the machine."""
-    lines = ["# Measured time", "", note, "", f"| contender | time per step over {baseline} |", "| --- | --- |"]
-    lines += [_cells([row.contender, _percent(row.time_overhead)]) for row in rows_of(outcomes, baseline)]
+    lines = ["# Measured time", "", note, "", "| preset | time per step over vanilla |", "| --- | --- |"]
+    lines += [_cells([row.preset, _percent(row.time_overhead)]) for row in rows_of(outcomes)]
     return "\n".join(lines) + "\n"
 
 

@@ -25,7 +25,7 @@ POLL_SECONDS = 0.2
 class Job:
     """One run of the study; ``command`` starts or resumes it."""
 
-    contender: str
+    preset: str
     seed: int
     run_dir: Path
     command: tuple[str, ...]
@@ -33,12 +33,12 @@ class Job:
     @property
     def name(self) -> str:
         """As people read it."""
-        return f"{self.contender}, seed {self.seed}"
+        return f"{self.preset}, seed {self.seed}"
 
     @property
     def finished(self) -> bool:
         """Whether the run has ended with a validation of its last step."""
-        return outcome_of(self.run_dir, self.contender, self.seed) is not None
+        return outcome_of(self.run_dir, self.preset, self.seed) is not None
 
 
 @dataclass

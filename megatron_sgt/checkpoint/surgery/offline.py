@@ -21,6 +21,7 @@ from typing import Any
 from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.forms import HELD, LAYOUT_FREE, STAGE
 from megatron_sgt.checkpoint.reshard.convert import KEPT, write_tensors
+from megatron_sgt.checkpoint.reshard.rank_state import WEIGHTS
 from megatron_sgt.checkpoint.save import growth_fingerprint
 from megatron_sgt.checkpoint.shard_files import as_checkpoint_error
 from megatron_sgt.checkpoint.surgery.reader import GrownReader, MergedTensors, Opened, open_any
@@ -65,6 +66,7 @@ def grow_checkpoint(
     moments: str | None = None,
     optimizer: str | None = None,
     seed: int | None = None,
+    made_of: str = WEIGHTS,
 ) -> GrownCheckpoint:
     """Grow the checkpoint ``load`` (a folder of checkpoints, or one of them) into the folder ``output``.
 
@@ -72,9 +74,10 @@ def grow_checkpoint(
         options: of ``operator``.
         moments, optimizer: what becomes of AdamW's moments and step (optimizer.py); None: the operator's choice.
         seed: of new entries; None: train.seed.
+        made_of: what becomes the new weights: WEIGHTS, or their AVERAGE.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, ``output`` exists or cannot be written.
+        CheckpointError: the checkpoint cannot be read or holds no average, ``output`` exists or cannot be written.
         ConfigError: the options do not fit the model, or the grown model not the run.
     """
     if output.exists():
@@ -89,7 +92,8 @@ def grow_checkpoint(
     carried = carry(opened.step, policy, moments or operator.moments, config.optim, new_entries)
     hooks, notes = grown_hooks(opened.saved, operator.name, growth, opened.config, config)
     stage = stage_of(opened.saved) + 1
-    reader = GrownReader(opened.tensors, growth, carried, config.train.seed if seed is None else seed, stage)
+    seed = config.train.seed if seed is None else seed
+    reader = GrownReader(opened.tensors, growth, carried, seed, stage, made_of)
     _check_room(output, parameter_count(growth.new) * _FP32 * len(reader.quantities))
     made: dict[str, Any] = {
         **opened.saved.get(LAYOUT_FREE, {"version": 1, "source_layout": opened.source_layout}),

@@ -97,12 +97,28 @@ class GrownReader:
         carried: what goes on of AdamW.
         seed, stage: new entries are functions of them and of the tensor's name; ``stage``: from 1, how often the model
             has grown.
+        made_of: what becomes the new weights: WEIGHTS, or their AVERAGE.
 
     Raises:
+        CheckpointError: there is no average.
         ConfigError: the table of weights does not say how this model can grow.
     """
 
-    def __init__(self, tensors: WholeTensors, growth: Growth, carried: Carried, seed: int, stage: int) -> None:
+    def __init__(
+        self,
+        tensors: WholeTensors,
+        growth: Growth,
+        carried: Carried,
+        seed: int,
+        stage: int,
+        made_of: str = WEIGHTS,
+    ) -> None:
+        if made_of not in tensors.quantities:
+            raise CheckpointError(
+                "the checkpoint holds no average of the weights for the model to grow from; grow from the weights, or "
+                "train with train.ema_decay before"
+            )
+        self._made_of = made_of
         self._tensors = tensors
         self._growth = growth
         self._carried = carried
@@ -131,7 +147,7 @@ class GrownReader:
         made = self._maps.get(weight.megatron)
         if made is None or made.new != weight:
             raise CheckpointError(f"the grown model has no {weight.megatron} of the shapes {list(weight.shapes)}")
-        old = self._tensors.whole(made.old, quantity)
+        old = self._tensors.whole(made.old, self._made_of if quantity == WEIGHTS else quantity)
         grown: dict[str, Tensor] = {}
         for mapped in made.tensors:
             source = old.pop(mapped.source)

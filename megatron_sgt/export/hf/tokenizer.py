@@ -93,6 +93,7 @@ def _write_sentencepiece(model: Path, tokenizer: Tokenizer, folder: Path, max_le
 def _copy_hugging_face(source: Path, tokenizer: Tokenizer, folder: Path) -> TokenIds:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    offline = {"local_files_only": True, "trust_remote_code": False}
     try:
         eos: int | None = tokenizer.eod
     except DataError:
@@ -110,6 +111,6 @@ def _copy_hugging_face(source: Path, tokenizer: Tokenizer, folder: Path) -> Toke
         named = {} if end is None else {"eos_token": end, "pad_token": end}
         write_json(folder / "tokenizer_config.json", settings | named)
     else:
-        AutoTokenizer.from_pretrained(str(source), local_files_only=True).save_pretrained(folder)
-    loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        AutoTokenizer.from_pretrained(str(source), **offline).save_pretrained(folder)
+    loaded = AutoTokenizer.from_pretrained(folder, **offline)
     return TokenIds(loaded.bos_token_id, eos, loaded.pad_token_id if loaded.pad_token_id is not None else eos)

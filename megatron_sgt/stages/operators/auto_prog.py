@@ -2,8 +2,8 @@
 
 From l to m layers, l < m <= 2l, each of the last m - l layers is followed by its copy: 6 to 9 is 0 1 2 3 3 4 4 5 5.
 
-The authors copy from an exponential moving average of the weights and make a new optimizer in each stage; what is
-copied here is what the checkpoint holds. The function changes at once.
+The authors copy from an exponential moving average of the weights (``weights: ema``) and make a new optimizer in each
+stage. The function changes at once.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch
 from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint.reshard.convert import convert
 from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader, ShardReader
-from megatron_sgt.checkpoint.reshard.rank_state import QUANTITIES, WEIGHTS
+from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE, MOMENTS, QUANTITIES, WEIGHTS
 from megatron_sgt.checkpoint.surgery.offline import grow_checkpoint
 from megatron_sgt.checkpoint.surgery.reader import GrownReader, open_any
 from megatron_sgt.config import Config
@@ -66,6 +66,47 @@ def test_every_form_of_a_checkpoint_grows_into_the_same(where: tuple[int, int, i
     assert all(torch.equal(wider[q][name], again[q][name]) for q in QUANTITIES for name in again[q])
     fresh, _ = reader_of(folder, "msg", MSG, Carried(0, "fresh"))
     assert fresh.quantities == (WEIGHTS,)
+
+
+@pytest.mark.parametrize("where", [(2, 2, 1), None])
+def test_a_model_grows_from_the_average_of_its_weights(where: tuple[int, int, int] | None, tmp_path: Path) -> None:
+    config = odd_config({"train": {"ema_decay": 0.75}})
+    state = random_state(config, averaged=True)
+    folder = write_checkpoint(tmp_path / "from", config, state, where or (1, 1, 0))
+    opened = open_any(folder if where else convert(folder, tmp_path / "free")[0])
+    growth = OPERATORS["auto_prog"](config.model, {"num_layers": 3})
+    found = {}
+    for made_of in (WEIGHTS, AVERAGE):
+        reader = GrownReader(opened.tensors, growth, Carried(STEP, "copy"), seed=3, stage=1, made_of=made_of)
+        found[made_of] = read_all(reader, config.model_copy(update={"model": growth.new}))
+    assert set(found[AVERAGE]) == {*QUANTITIES, AVERAGE}
+    for quantity, source in [(WEIGHTS, AVERAGE), (AVERAGE, AVERAGE), *((moment, moment) for moment in MOMENTS)]:
+        expected = in_order(state[source], [0, 1, 1])
+        assert all(torch.equal(found[AVERAGE][quantity][name], expected[name]) for name in expected)
+    assert all(torch.equal(t, in_order(state[WEIGHTS], [0, 1, 1])[name]) for name, t in found[WEIGHTS][WEIGHTS].items())
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_from_an_average_equal_to_the_weights_comes_the_same(name: str, tmp_path: Path) -> None:
+    config = odd_config({"train": {"ema_decay": 0.75}})
+    state = random_state(config, averaged=True)
+    state[AVERAGE] = {key: tensor.clone() for key, tensor in state[WEIGHTS].items()}
+    opened = open_any(write_checkpoint(tmp_path, config, state, (1, 1, 0)))
+    options = {"auto_prog": {"num_layers": 4}, "msg": MSG, "g_stack": {}, "compound_grow": {}}
+    growth = OPERATORS[name](config.model, options.get(name, {"block_size": 2}))
+    grown = config.model_copy(update={"model": growth.new})
+    one, other = (
+        read_all(GrownReader(opened.tensors, growth, Carried(STEP, "scaled"), 3, 1, made_of), grown)
+        for made_of in (WEIGHTS, AVERAGE)
+    )
+    assert all(torch.equal(one[q][key], other[q][key]) for q in (*QUANTITIES, AVERAGE) for key in one[q])
+
+
+def test_a_checkpoint_without_an_average_cannot_grow_from_it(tmp_path: Path) -> None:
+    opened = open_any(write_checkpoint(tmp_path, odd_config(), random_state(odd_config()), (1, 1, 0)))
+    growth = OPERATORS["g_stack"](odd_config().model, {})
+    with pytest.raises(CheckpointError, match=r"holds no average of the weights .* train\.ema_decay"):
+        GrownReader(opened.tensors, growth, Carried(0, "fresh"), 3, 1, AVERAGE)
 
 
 def test_shards_are_those_of_the_whole(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_a_slice_stops_and_the_next_goes_on(tmp_path: Path) -> None:
     jobs = [job(tmp_path, "quick", 0.1), job(tmp_path, "slow", 60.0), job(tmp_path, "waiting", 0.1)]
     told: list[str] = []
     left = run_jobs(jobs, 1, 1.5, told.append)
-    assert [j.contender for j in left] == ["slow", "waiting"] and (tmp_path / "slow" / "saved").exists()
+    assert [j.preset for j in left] == ["slow", "waiting"] and (tmp_path / "slow" / "saved").exists()
     assert any("slow, seed 1: stopped with code 75" in line for line in told)
     assert not (tmp_path / "waiting").exists()
     assert run_jobs(jobs, 1, None, told.append) == []

@@ -1,0 +1,38 @@
+"""What a run whose model grows cannot do, seen before it starts. No torch."""
+
+from __future__ import annotations
+
+from megatron_sgt.config import Config
+from megatron_sgt.errors import ConfigError
+from megatron_sgt.growth import build_schedule
+from megatron_sgt.growth.inherit import Inheritance
+from megatron_sgt.stages.growth import Growth
+
+
+def check_optimizer(config: Config) -> None:
+    """Check that the state of the optimizer can go into a model of another shape.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    name = config.optim.optimizer
+    if name != "adamw":
+        raise ConfigError(
+            f"growth.stages: optim.optimizer is {name}, and only what adamw keeps of each weight is known to grow; set "
+            "optim.optimizer: adamw, or remove growth.stages"
+        )
+    if config.offload_device == "nvme":
+        raise ConfigError(
+            "growth.stages: deepspeed.zero_optimization.offload_optimizer.device is nvme, from where no state can be "
+            "taken into a larger model; set it to cpu, or remove growth.stages"
+        )
+
+
+def check_schedule(config: Config, growth: Growth, step: int) -> None:
+    """Check that the schedule of ``config``, which has the old model, can go on when the model grows after ``step``.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    schedule = build_schedule(config.growth, config.model.num_layers, config.model.num_attention_heads)
+    schedule.check_growth(step, Inheritance(growth.layers, growth.heirs, growth.heads))

@@ -1,0 +1,128 @@
+"""Presets of models that grow: all of one file end with the file's model, after the file's steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sgt.config import Config, load_config
+from megatron_sgt.config.presets import BASELINES
+from megatron_sgt.errors import ConfigError
+from megatron_sgt.stages.presets import GROWING, PRESETS, preset_named
+from megatron_sgt.stages.stages import stages_of
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
+QUICKSTART = ("quickstart", "model.num_layers=8")
+FILES = [QUICKSTART, ("sgt_300m",), ("sgt_7b",), ("sgt_70b",)]
+SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+
+
+def loaded(preset: str | None, name: str, *overrides: str) -> Config:
+    return load_config(EXAMPLES / f"{name}.yaml", overrides, preset_named(preset))
+
+
+def small(preset: str, *overrides: str) -> Config:
+    return loaded(preset, *QUICKSTART, *overrides)
+
+
+def plan(config: Config) -> list[tuple[int, dict[str, Any]]]:
+    return [(stage.until_steps or 0, stage.options) for stage in config.growth.stages]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file[0])
+@pytest.mark.parametrize("preset", GROWING)
+def test_ends_with_the_model_of_the_file(preset: str, file: tuple[str, ...]) -> None:
+    config, plain = loaded(preset, *file), loaded(None, *file)
+    stages = stages_of(config)
+    assert len(stages) >= 2
+    final, wanted = stages[-1].config.model, plain.model
+    epsilon = final.layernorm_epsilon
+    assert final.model_copy(update={"layernorm_epsilon": wanted.layernorm_epsilon}) == wanted
+    assert epsilon == pytest.approx(wanted.layernorm_epsilon, rel=1e-12)
+    assert stages[0].config.model != wanted
+    assert config.logging.run_dir == f"{plain.logging.run_dir}-{preset}"
+    same = {"parallel", "optim", "data", "checkpoint", *(["train"] if preset != "auto-prog" else [])}
+    assert config.model_dump(include=same) == plain.model_dump(include=same)
+    assert config.growth.method == ("sgt" if preset.startswith("sgt") else "vanilla")
+
+
+def test_a_model_of_24_layers_grows_as_in_the_sources() -> None:
+    midas = loaded("midas", "sgt_300m", "train.train_iters=10000")
+    assert plan(midas) == [(step, {"block_size": 4}) for step in (109, 548, 1537, 3295, 6042)]
+    assert midas.model.num_layers == 4
+    (stack,) = loaded("g-stack-4", "sgt_300m").growth.stages
+    assert stack.until_steps == 476  # a tenth of 4768: the fit says 11.7 of 20 billion tokens
+    assert (stack.options, stack.lr_policy) == ({"factor": 4}, "rewarm(250)")
+    prog = loaded("auto-prog", "sgt_300m")
+    assert [options["num_layers"] for _, options in plan(prog)] == [16, 20, 24]
+    assert (prog.model.num_layers, prog.growth.stages[0].weights) == (12, "ema")
+    assert prog.train.ema_decay == pytest.approx(1 - 40 / 4768, abs=1e-6)
+
+
+def test_a_large_run_is_stacked_when_the_fit_says() -> None:
+    long = loaded("g-stack-4", "sgt_7b", "train.train_iters=500000")  # 2.1 T tokens
+    (stack,) = long.growth.stages
+    tokens = (stack.until_steps or 0) * long.train.global_batch_size * long.model.seq_length
+    assert tokens == pytest.approx(10.6e9, rel=0.05)  # 11.1 with the vocabulary and D = 2 T
+
+
+def test_msg_grows_in_the_order_of_its_script() -> None:
+    config = small("msg")
+    assert [getattr(config.model, name) for name in SIZES] == [2, 64, 96, 2, 2]
+    assert config.model.kv_channels == 32
+    assert plan(config) == [
+        (16, {"ffn_hidden_size": 384}),
+        (32, {"num_layers": 4}),
+        (48, {"hidden_size": 128}),
+        (64, {"num_attention_heads": 4, "num_query_groups": 4}),
+        (80, {"num_layers": 8}),
+    ]
+    assert [stage.lr_policy for stage in config.growth.stages] == ["rewind(10)"] * 2 + ["continue"] * 3
+    late = small("msg-ffn", "optim.adam_beta2=0.999").growth.stages
+    assert [stage.optimizer for stage in late] == ["rewind(10)"]
+    stages_of(small("msg", "optim.adam_beta2=0.999"))
+
+
+def test_the_command_line_says_the_final_model() -> None:
+    config = loaded("g-stack-2", "quickstart", "model.num_layers=12", "growth.exclude_layers=[0,1]")
+    assert (config.model.num_layers, config.growth.exclude_layers) == (6, (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "message"),
+    [
+        ("g-stack-4", ["model.num_layers=6"], "model.num_layers 6 is no multiple of 4"),
+        ("midas", ["model.num_layers=7"], "model.num_layers 7 is not 2 to 6 blocks of layers"),
+        ("lidas", ["model.num_layers=6", "train.train_iters=2"], "train_iters 2 has no step for each of 3 stages"),
+        ("lidas", ["model.num_layers=9"], "is not 2 to 6 blocks of an even number of layers"),
+        ("compound-grow", ["model.ffn_hidden_size=390"], "model.ffn_hidden_size 390 is no multiple of 4"),
+        ("auto-prog", ["model.num_layers=1", "growth.top_k_layers=1", "growth.exclude_layers=[]"], "has no half"),
+        ("g-stack-2", ["train.train_iters=1", "optim.lr_warmup_iters=0"], "none is left to grow after"),
+        ("midas", ["growth.stages=[{until_steps: 3, operator: midas}]"], "growth.stages has stages already"),
+    ],
+)
+def test_what_cannot_grow_is_refused(preset: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"--preset {preset}: .*{message}"):
+        small(preset, *overrides)
+
+
+def test_loops_that_the_first_stage_has_no_layers_for() -> None:
+    with pytest.raises(ConfigError, match=r"growth\.top_k_layers: 3 is above the 2 layers"):
+        loaded("sgt-g-stack-2", "quickstart")
+
+
+@pytest.mark.parametrize("wrong", ["model=5", "model.num_layers=x", "train=[1]", "parallel=3", "logging=2"])
+def test_a_wrong_file_is_explained_as_without_a_preset(wrong: str) -> None:
+    with pytest.raises(ConfigError, match=wrong.partition("=")[0]):
+        small("g-stack-2", wrong)
+
+
+def test_names() -> None:
+    assert set(PRESETS) == {*BASELINES, *GROWING}
+    assert preset_named(None) is None
+    with pytest.raises(ConfigError, match=r"choose one of vanilla, .*g-stack-2.*did you mean 'sgt-lowest-heads'"):
+        preset_named("sgt-lowest-head")
+    with pytest.raises(ConfigError, match="did you mean 'g-stack-2'"):
+        preset_named("g_stack-2")
