@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgt.checkpoint.find import Found, check_checkpoint, find_checkpoint, starts_fresh
-from megatron_sgt.checkpoint.forms import read_config
+from megatron_sgt.checkpoint.forms import read_config, read_state
 from megatron_sgt.checkpoint.layout import GROWTH_STATE
 from megatron_sgt.config import Config
 from megatron_sgt.config.base import count
@@ -172,6 +172,12 @@ def _start_at(folder: Path, found: Found, config: Config, libraries: bool) -> St
     if config.model.vocab_size is None and there.model.vocab_size is not None:
         config = config.with_vocab_size(there.model.vocab_size)
     tokenizer = tokenizer_fingerprint(config) if libraries else None
+    if libraries:
+        from megatron_sgt.checkpoint.place import place_of  # needs NumPy
+
+        config = place_of(config, folder, read_state(folder), there.model).there.config
+    elif config.growth.stages:  # which of them it belongs to is not known here
+        config = config.model_copy(update={"model": there.model})
     saved = check_checkpoint(folder, config, tokenizer)
     if libraries:
         _check_growth(folder, saved, config, there)

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.forms import read_config, read_state
 from megatron_sgt.config import Config
+from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError
 
 # Model fields that may differ between the run that saved and the one that loads: they shape no weight.
@@ -143,6 +144,16 @@ def starts_fresh(saved: dict[str, Any], hook: str) -> bool:
     return hook not in saved["hooks"] and saved["trainer"]["step"] == 0
 
 
+def differing_sizes(there: ModelConfig, here: ModelConfig) -> list[str]:
+    """Fields in which the model of a checkpoint and that of a run differ, so that its weights do not fit."""
+    saved, wanted = there.model_dump(), here.model_dump()
+    return [
+        f"model.{name} is {saved.get(name)} there and {wanted[name]} here"
+        for name in wanted
+        if name not in _FREE_MODEL_FIELDS and saved.get(name) != wanted[name]
+    ]
+
+
 def check_checkpoint(folder: Path, config: Config, tokenizer: str | None = None) -> dict[str, Any]:
     """Check that ``folder`` is whole and fits the model of ``config``; return its saved state.
 
@@ -152,14 +163,7 @@ def check_checkpoint(folder: Path, config: Config, tokenizer: str | None = None)
         CheckpointError: naming the damaged files or the differing fields.
     """
     found = verify_quickly(folder)
-    saved = found.config.model.model_dump()
-    wanted = config.model.model_dump()
-    differing = [
-        f"model.{name} is {saved.get(name)} there and {wanted[name]} here"
-        for name in wanted
-        if name not in _FREE_MODEL_FIELDS and saved.get(name) != wanted[name]
-    ]
-    if differing:
+    if differing := differing_sizes(found.config.model, config.model):
         raise CheckpointError(f"checkpoint {folder} belongs to another model: " + "; ".join(differing))
     before = found.about.get("tokenizer")
     if tokenizer is not None and before is not None and tokenizer != before:

@@ -124,6 +124,7 @@ def _checked(content: Any) -> dict[str, Any]:
         if not isinstance(decay, float) or not 0 < decay < 1:
             raise FormError(f"{layout.AVERAGE_STATE}.decay {_is(decay)}, not a number between 0 and 1")
     _check_growth(state["hooks"].get(layout.GROWTH_STATE))
+    _check_stages(state.get(layout.STAGES_STATE, []))
     _check_data(state.get(layout.DATA_STATE, []), trainer["consumed_samples"])
     if "layout" not in state:
         raise FormError("layout is missing")
@@ -155,6 +156,17 @@ def _check_growth(growth: Any) -> None:
         raise FormError(f"hooks.growth.events {_is(events)}, not a list")
     for event in events:
         fields(event, "an event in hooks.growth.events")
+
+
+def _check_stages(stages: Any) -> None:
+    """What stages/stages.py has written: how each stage but the first began."""
+    before, place = 0, layout.STAGES_STATE
+    for record in _listed(stages, place):
+        before = whole(fields(record, f"an entry of {place}").get("step"), f"{place}.step", before + 1)
+        fields(record.get("options"), f"{place}.options")
+        for name in ("operator", "moments", "optimizer", "lr_policy", "weights"):
+            if not isinstance(record.get(name), str):
+                raise FormError(f"{place}.{name} {_is(record.get(name))}, not a text")
 
 
 def _check_data(orders: Any, consumed: int) -> None:

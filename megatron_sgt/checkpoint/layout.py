@@ -44,6 +44,8 @@ GROWTH_STATE = "growth"
 """Where the state of growth lies among those of the hooks in STATE_FILE."""
 AVERAGE_STATE = "ema"
 """Key in STATE_FILE of a checkpoint that holds an average of the weights: its decay."""
+STAGES_STATE = "stages"
+"""Key in STATE_FILE of a checkpoint whose model has grown in the run: how each stage but the first began."""
 DATA_STATE = "data"
 """Where STATE_FILE says in which orders the run has read its data; checkpoints of older versions do not."""
 _WANTED = (

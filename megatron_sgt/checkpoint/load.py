@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.forms import IMPORTED_FROM, LAYOUT_FREE, read_state
 from megatron_sgt.checkpoint.identity import load_file
+from megatron_sgt.checkpoint.place import Place
 from megatron_sgt.checkpoint.reshard.engine_state import load_into_engine
 from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader, is_layout_free
 from megatron_sgt.checkpoint.reshard.sibling import layout_free_copy
 from megatron_sgt.checkpoint.save import layout_of
 from megatron_sgt.checkpoint.shard_files import ShardFiles, redirected_to
+from megatron_sgt.checkpoint.surgery.reader import GrownReader, open_any
+from megatron_sgt.checkpoint.surgery.state import grown_hooks, stage_of
 from megatron_sgt.compat.quiet import quiet_logs
 from megatron_sgt.config import Config
 from megatron_sgt.errors import CheckpointError, DamagedCheckpointError, first_line
@@ -103,18 +106,80 @@ def load_checkpoint(
     return f"{folder.name}: {_changes(made['source_layout'], here)}; {how}; {note}"
 
 
+def grown_state(state: dict[str, Any], place: Place) -> tuple[dict[str, Any], list[str]]:
+    """The state of a stage's last checkpoint as that of the next stage, and what a user should know of it.
+
+    Raises:
+        CheckpointError: the state is damaged.
+        ConfigError: the schedule cannot go on in the grown model.
+    """
+    here = place.here
+    assert here.grown is not None, "the first stage has not grown"
+    name, growth = here.grown.operator.name, here.grown.growth
+    hooks, notes = grown_hooks(state, name, growth, place.there.config, here.config)
+    return {**state, "hooks": hooks}, notes
+
+
+def load_grown(
+    folder: Path,
+    state: dict[str, Any],
+    place: Place,
+    engine: deepspeed.DeepSpeedEngine,
+    groups: ParallelGroups,
+    average: WeightAverage | None = None,
+) -> str | None:
+    """Load the last checkpoint of a stage into the ``engine`` of the next, through its growth; collective.
+
+    Every rank reads what it needs from the files of all ranks, whatever layout they were saved under; nothing is
+    written. The process that has saved them and a fresh one get the same numbers. ``state``: that of the checkpoint.
+
+    Returns:
+        One line for the log about another layout; None for the same.
+
+    Raises:
+        CheckpointError: the files cannot be read.
+    """
+    config = place.here.config
+    opened: list[tuple[GrownReader, int, float | None, dict[str, Any] | None, dict[str, Any] | None]] = []
+    gather_or_raise(lambda: opened.append(_open_grown(folder, state, place, groups)), groups)
+    reader, step, scale, where, streams = opened[0]
+    load_into_engine(reader, step, scale, config.model, engine, groups, average)
+    _restore_counters(engine, state["trainer"])
+    note = "random streams continue"
+    if streams is None:
+        note = _restart_streams(state["trainer"]["step"], config, groups)
+    else:
+        _continue_exactly(streams, folder, groups)
+    here = layout_of(config, groups)
+    return None if where == here else f"{folder.name}: {_changes(where or {}, here)}; read as it grows; {note}"
+
+
+def _open_grown(
+    folder: Path, state: dict[str, Any], place: Place, groups: ParallelGroups
+) -> tuple[GrownReader, int, float | None, dict[str, Any] | None, dict[str, Any] | None]:
+    """A reader, AdamW's step, the loss scale, the layout that it was saved under, this rank's random streams."""
+    config, grown = place.here.config, place.here.grown
+    assert grown is not None
+    opened = open_any(folder)
+    carried = grown.carried(opened.step, config)
+    reader = GrownReader(opened.tensors, grown.growth, carried, config.train.seed, stage_of(state) + 1)
+    where = opened.source_layout
+    return reader, carried.step, opened.loss_scale, where, _streams_of(folder, where, groups)
+
+
+def _streams_of(folder: Path, where: dict[str, Any] | None, groups: ParallelGroups) -> dict[str, Any] | None:
+    """This rank's random streams, where the same ranks have saved them."""
+    ranks = None if where is None else (where["tensor_model_parallel_size"], where["data_parallel_size"])
+    return _read_streams(folder, groups) if ranks == (groups.tp_size, groups.dp_size) else None
+
+
 def _open_layout_free(
     copy: Path, groups: ParallelGroups
 ) -> tuple[dict[str, Any], LayoutFreeReader, dict[str, Any] | None]:
     """What ``copy`` was made from, its reader, and this rank's random streams where the same ranks have saved them."""
     made = read_state(copy)[LAYOUT_FREE]
-    source, streams = made.get("source_layout"), None
-    if IMPORTED_FROM not in made and (groups.tp_size, groups.dp_size) == (
-        source["tensor_model_parallel_size"],
-        source["data_parallel_size"],
-    ):
-        streams = _read_streams(copy, groups)
-    return made, LayoutFreeReader(copy), streams
+    where = None if IMPORTED_FROM in made else made["source_layout"]
+    return made, LayoutFreeReader(copy), _streams_of(copy, where, groups)
 
 
 def _load_shards(

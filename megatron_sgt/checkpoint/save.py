@@ -131,6 +131,13 @@ class Saver:
     def in_flight(self) -> bool:
         return self._flight is not None
 
+    def close(self) -> None:
+        """Release the memory and the thread of asynchronous saves; none may be in flight."""
+        assert self._flight is None, "settle first"
+        if self._pool is not None:
+            self._pool.shutdown()
+        self._arena = None
+
     def prepare(self) -> None:
         """Allocate the memory of asynchronous saves, so that the first save is as fast as the others."""
         if self._arena is not None:

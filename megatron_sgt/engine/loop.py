@@ -15,9 +15,10 @@ from megatron_sgt.engine.loss_scale import SkipRule
 from megatron_sgt.engine.step import Batch, StepResult, TrainState, train_step
 from megatron_sgt.errors import SGTError
 from megatron_sgt.guard.stop import StopRequests
-from megatron_sgt.optim.schedule import learning_rate
+from megatron_sgt.optim.schedule import rate_of_run
 from megatron_sgt.parallel.collectives import any_rank, largest
 from megatron_sgt.parallel.groups import ParallelGroups
+from megatron_sgt.stages.stages import Stage, stages_of
 
 
 class DivergedError(SGTError):
@@ -26,7 +27,10 @@ class DivergedError(SGTError):
 
 @dataclass
 class Trainer:
-    """What the loop drives: engine, counters, hooks in the order in which they act."""
+    """What the loop drives: engine, counters, hooks in the order in which they act.
+
+    ``stages``: all of the run, for its learning rates; None: ``config`` is the run's own, and has one stage.
+    """
 
     config: Config
     groups: ParallelGroups
@@ -34,12 +38,14 @@ class Trainer:
     state: TrainState
     hooks: Sequence[Hook]
     stop: StopRequests
+    stages: Sequence[Stage] | None = None
 
-    def run(self, micro_batches: Iterator[Batch], last_step: int) -> int:
+    def run(self, micro_batches: Iterator[Batch], last_step: int, between: bool = False) -> int:
         """Train until optimizer step ``last_step``, or until a request to stop.
 
         Args:
             micro_batches: this rank's micro-batches in data order, starting at ``state.consumed_samples``.
+            between: ``last_step`` ends a stage, and not the run.
 
         Returns:
             0 at ``last_step``; the reason for which all ranks have stopped before (see guard/stop.py).
@@ -50,6 +56,7 @@ class Trainer:
         """
         train = self.config.train
         accumulation = self.config.num_micro_batches(self.groups.world_size)
+        stages = stages_of(self.config) if self.stages is None else self.stages
         for hook in self.hooks:
             hook.before_run(self.state)
         self.engine.train()
@@ -57,11 +64,9 @@ class Trainer:
         self.stop.training = True
         ended = time.perf_counter()
         while self.state.step < last_step:
-            if reason := self._agreed_reason():
-                for hook in self.hooks:
-                    hook.on_stop(self.state, reason)
+            if reason := self._stopped():
                 return reason
-            lr = learning_rate(self.state.step + 1, self.config.optim, train.train_iters)
+            lr = rate_of_run(self.state.step + 1, stages)
             batches = (next(micro_batches) for _ in range(accumulation))
             skips.before_step()
             result = train_step(self.engine, batches, lr, self.config.optim.clip_grad, self.groups)
@@ -78,8 +83,8 @@ class Trainer:
                     "these. Resume from it with a lower optim.lr, or with another train.seed to pass over the data"
                 )
         for hook in self.hooks:
-            hook.after_run(self.state)
-        return 0
+            hook.after_stage(self.state) if between else hook.after_run(self.state)
+        return self._stopped() if between else 0
 
     def _after_step(self, result: StepResult) -> float:
         """Let the hooks act; return the seconds for which they have held training up."""
@@ -91,8 +96,8 @@ class Trainer:
                 paused += time.perf_counter() - begun
         return paused
 
-    def _agreed_reason(self) -> int:
-        """The reason for which all ranks stop now, 0 if they go on; collective.
+    def _stopped(self) -> int:
+        """The reason for which all ranks stop now, once the hooks know of it; 0 if they go on; collective.
 
         One all-reduce of 4 bytes, read on the host. The step before ended with the host reading its gradient norm, so
         that on a GPU no queued work delays this.
@@ -100,6 +105,8 @@ class Trainer:
         reason = largest(self.stop.pending(), self.groups)
         if reason:
             self.stop.on_agreed(reason)
+            for hook in self.hooks:
+                hook.on_stop(self.state, reason)
         return reason
 
     def _lost(self, result: StepResult, skips: SkipRule) -> bool:

@@ -15,6 +15,7 @@ _SGT: dict[str, LineFormat] = {
     "train": lines.train_line,
     "valid": lines.valid_line,
     "growth": lines.growth_line,
+    "grow": lines.grow_line,
     "save": lines.save_line,
     "save_failed": lines.save_failed_line,
     "resume": lines.resume_line,

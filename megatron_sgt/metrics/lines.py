@@ -133,6 +133,28 @@ def growth_line(record: Record, paint: Paint = plain) -> str:
     return paint("event", "GROW") + "  " + _join(parts)
 
 
+def grow_line(record: Record, paint: Paint = plain) -> str:
+    """A new stage: how the model has become larger, and what that did to the loss; one line more for each note."""
+    before, after = record.get("sizes_before") or {}, record.get("sizes_after") or {}
+    grown = [f"{name} {before[name]:,} -> {size:,}" for name, size in after.items() if before.get(name) != size]
+    parameters = [units.si(record[f"parameters_{when}"], " ") for when in ("before", "after")]
+    more = record["flops_per_token_after"] / record["flops_per_token_before"] - 1
+    losses = [units.fixed(record.get(f"probe_loss_{when}"), 3) for when in ("before", "after")]
+    line = _join(
+        (
+            f"{paint('event', 'STAGE')} step {record['step']:,}",
+            f"stage {record['stage']} begins: {record['operator']}",
+            ", ".join(grown),
+            f"{' -> '.join(parameters)} parameters",
+            f"{100 * more:+.1f} % FLOPs",
+            f"loss {losses[1]}" if record.get("probe_loss_before") is None else f"loss {' -> '.join(losses)}",
+            None if record["lr_policy"] == "continue" else f"lr {record['lr_policy']}",
+            _part(record, "seconds", lambda seconds: f"({units.elapsed(seconds)})"),
+        )
+    )
+    return "\n".join([line, *(f"{paint('warn', 'NOTE')}  {note}" for note in record.get("notes") or ())])
+
+
 def valid_line(record: Record, paint: Paint = plain) -> str:
     """Validation loss and perplexity, and those of the averaged weights where there are such."""
     batches, seconds = record.get("batches"), record.get("seconds")

@@ -29,6 +29,7 @@ _NO_CURVE = (
     "lagging_rank",
     "spike_step",
     "layer",
+    "stage",
     "fade_until_step",
     "memory_total_gb",
 )
@@ -176,7 +177,7 @@ class WandbWriter:
             ) from error
         replace_text(id_file, f"{self._run.id}\n")
         # W&B's own step may not go back, as ours does on a resume: ours is one more curve, and the x axis.
-        for kind in ("train", "valid", "growth", "save", "hook"):
+        for kind in ("train", "valid", "growth", "grow", "save", "hook"):
             self._run.define_metric(f"{kind}/*", step_metric="step")
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:

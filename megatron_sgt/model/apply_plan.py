@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 
@@ -11,16 +11,16 @@ from megatron_sgt.model.layer import SGTLayer
 from megatron_sgt.parallel.packed_copy import on_device
 
 # Layers are built once. Walking all modules of a deep model takes milliseconds, and training asks several times
-# a step.
-_LAYERS: WeakKeyDictionary[torch.nn.Module, list[SGTLayer]] = WeakKeyDictionary()
+# a step. A layer may refer to its model (ZeRO-3's hooks do), so that references to layers would keep the model.
+_LAYERS: WeakKeyDictionary[torch.nn.Module, list[ref[SGTLayer]]] = WeakKeyDictionary()
 
 
 def sgt_layers(model: torch.nn.Module) -> list[SGTLayer]:
     """The model's SGT layers, shallow to deep."""
     if model not in _LAYERS:
         found = [module for module in model.modules() if isinstance(module, SGTLayer)]
-        _LAYERS[model] = sorted(found, key=lambda layer: layer.layer_id)
-    return _LAYERS[model]
+        _LAYERS[model] = [ref(layer) for layer in sorted(found, key=lambda layer: layer.layer_id)]
+    return [layer for made in _LAYERS[model] if (layer := made()) is not None]
 
 
 def apply_plan(model: torch.nn.Module, plan: LoopPlan) -> None:

@@ -1,20 +1,39 @@
-"""Learning-rate schedules: pure functions of the optimizer step."""
+"""Learning-rate schedules: pure functions of the optimizer step and of the stages of the run."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from megatron_sgt import extensions
 from megatron_sgt.config.optim import OptimConfig
+from megatron_sgt.stages.stages import Stage
 
-Curve = Callable[[int, OptimConfig, int], float]
+Curve = Callable[[float, OptimConfig, int], float]
 """Learning rate of an optimizer step after the warm-up: (step, settings, last step of the decay) -> lr."""
 
 
-def learning_rate(step: int, config: OptimConfig, train_iters: int) -> float:
-    """Learning rate of optimizer step ``step``, counted from 1.
+def rate_of_run(step: int, stages: Sequence[Stage]) -> float:
+    """Learning rate of optimizer step ``step``, counted from 1, of a run with ``stages`` (all of them, in order).
+
+    The decay ends where that of the whole run does. Each stage's policy (stages/learning_rate.py) changes the place on
+    the curve, or the factor, that the stage before it has left; ``continue`` changes neither.
+    """
+    config = stages[-1].config
+    place: float = step
+    factor = 1.0
+    for stage in stages:
+        if stage.grown is None or step <= stage.first or stage.grown.rate.kind == "continue":
+            continue
+        moved, factor = stage.grown.rate.place(step, stage.first, config.lr_decay_iters)
+        if stage.grown.rate.kind == "rewind":
+            place = moved
+    return factor * learning_rate(place, config.optim, config.train.train_iters)
+
+
+def learning_rate(step: float, config: OptimConfig, train_iters: int) -> float:
+    """Learning rate at optimizer step ``step``, counted from 1; a stage may ask for a place between two steps.
 
     Warm-up is linear, step 1 having lr / lr_warmup_iters (not 0). After it the curve of ``lr_decay_style`` decides:
     one of CURVES, or a ``Curve`` that is registered under the entry-point group ``megatron_sgt.lr_schedules``. With r
@@ -35,25 +54,25 @@ def _curve(name: str) -> Curve:
     return CURVES[name] if name in CURVES else extensions.load("lr_schedules", name)
 
 
-def _constant(step: int, config: OptimConfig, end: int) -> float:
+def _constant(step: float, config: OptimConfig, end: int) -> float:
     return config.lr
 
 
-def _linear(step: int, config: OptimConfig, end: int) -> float:
+def _linear(step: float, config: OptimConfig, end: int) -> float:
     return config.min_lr + (config.lr - config.min_lr) * (1.0 - _passed(step, config.lr_warmup_iters, end))
 
 
-def _cosine(step: int, config: OptimConfig, end: int) -> float:
+def _cosine(step: float, config: OptimConfig, end: int) -> float:
     ratio = _passed(step, config.lr_warmup_iters, end)
     return config.min_lr + (config.lr - config.min_lr) * (1.0 + math.cos(math.pi * ratio)) / 2.0
 
 
-def _wsd(step: int, config: OptimConfig, end: int) -> float:
+def _wsd(step: float, config: OptimConfig, end: int) -> float:
     start = max(config.lr_warmup_iters, end - (config.lr_wsd_decay_iters or 0))
     return config.min_lr + (config.lr - config.min_lr) * (1.0 - _passed(step, start, end))
 
 
-def _passed(step: int, start: int, end: int) -> float:
+def _passed(step: float, start: int, end: int) -> float:
     return min(1.0, max(0.0, (step - start) / max(1, end - start)))
 
 

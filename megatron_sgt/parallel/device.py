@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 
 import torch
@@ -90,6 +91,19 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done all work queued so far (no-op on a CPU)."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def empty_caches(device: torch.device) -> None:
+    """Return memory that torch keeps for tensors that are gone, and forget what it has compiled for their shapes.
+
+    On a CPU torch keeps no memory.
+    """
+    if (dynamo := sys.modules.get("torch._dynamo")) is not None:  # its import takes seconds
+        dynamo.reset()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch._C._host_emptyCache()  # page-locked host memory
 
 
 def lock_pages(memory: torch.Tensor) -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from megatron_sgt.config import Config, load_config
-from megatron_sgt.engine import run as run_module
+from megatron_sgt.engine import session as session_module
+from megatron_sgt.engine import stage as stage_module
 from megatron_sgt.engine.loop import DivergedError
 from megatron_sgt.engine.run import PretrainingRun
 from megatron_sgt.errors import CheckpointError, ConfigError, DataError
@@ -95,7 +96,7 @@ def test_mistakes_are_refused_before_any_process_group(
     def never(*_: object) -> None:
         raise AssertionError("a process group was started")
 
-    monkeypatch.setattr("megatron_sgt.engine.run.start_processes", never)
+    monkeypatch.setattr("megatron_sgt.engine.session.start_processes", never)
     batches = tiny_config(tmp_path, data, train={"global_batch_size": 6, "micro_batch_size": 2})
     with pytest.raises(ConfigError, match="batch sizes do not multiply: global_batch_size 6"):
         PretrainingRun(batches, RankInfo(0, 2, 0, 2, LOOPBACK, 29500, "torchrun"))
@@ -142,19 +143,20 @@ def look_inside(info: RankInfo, config: Config) -> tuple[Any, ...]:
     pinned memory, here and where the device is another."""
     watch = mock.Mock(progress=Progress())
     found: list[Any] = []
-    with mock.patch.object(run_module, "warm_up_loops") as warm_up:
+    with mock.patch.object(stage_module, "warm_up_loops") as warm_up:
         warm_up.side_effect = lambda *_: found.append(watch.progress.mark)
         run = PretrainingRun(config, info, watch=watch)
     found = [found[0].phase, found[0].quick]
     for device in (torch.device("cpu"), torch.device("meta")):
         run.groups = replace(run.groups, device=device)
         with (
-            mock.patch.object(run_module, "TrainLoader") as train,
-            mock.patch.object(run_module, "EvalLoader") as valid,
-            mock.patch.object(run_module, "StragglerHook"),  # asks the device for its events
+            mock.patch.object(session_module, "TrainLoader") as train,
+            mock.patch.object(stage_module, "EvalLoader") as valid,
+            mock.patch.object(stage_module, "StragglerHook"),  # asks the device for its events
         ):
-            run._wire(run.train_data)
-            run._open_loader(0)
+            run.valid_data = run.train_data
+            run.stage.wire()
+            run.open_loader(0)
         found += [call.kwargs["pin_memory"] for call in (train.call_args, valid.call_args)]
     return tuple(found)
 

@@ -102,7 +102,9 @@ def grow_checkpoint(
         HELD: list(reader.quantities),
         STAGE: stage,
     }
-    state = {**opened.saved, "hooks": hooks, "layout": None, LAYOUT_FREE: made}
+    # The stages of a run that has grown are history: the grown model is the first of a run of its own.
+    kept = {name: value for name, value in opened.saved.items() if name != layout.STAGES_STATE}
+    state = {**kept, "hooks": hooks, "layout": None, LAYOUT_FREE: made}
     config = _moved(config, output)
     tag = layout.tag_for(opened.saved["trainer"]["step"])
     with _whole_or_nothing(output) as temporary:

@@ -48,6 +48,6 @@ def grown_hooks(
         event = after.event(saved["trainer"]["step"], GROW).to_dict()
         events.append(event | {"operator": operator, "layers": list(growth.layers)})
         hooks[GROWTH_STATE] = {"schedule": after.state_dict(), "events": events}
-    if not growth.preserves:
-        hooks.pop(SPIKE_STATE, None)
+    if not growth.preserves and SPIKE_STATE in hooks:
+        hooks[SPIKE_STATE] = {}
     return hooks, notes

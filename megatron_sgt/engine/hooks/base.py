@@ -29,9 +29,12 @@ _OTHER_PHASES = ("train", "data")
 """What the watch calls the loop's own parts of a step (guard/progress.py)."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunParts:
-    """What a user's hook may look at. ``hub`` has writers on rank 0 alone: every rank may call it."""
+    """What a user's hook may look at. ``hub`` has writers on rank 0 alone: every rank may call it.
+
+    When the model has been replaced by a larger one (docs/growing.md), model and engine are gone from here.
+    """
 
     config: Config
     groups: ParallelGroups
@@ -39,6 +42,10 @@ class RunParts:
     engine: deepspeed.DeepSpeedEngine
     schedule: Schedule
     hub: MetricsHub
+
+    def release(self) -> None:
+        """Forget the model and the engine."""
+        del self.model, self.engine
 
 
 class Hook:
@@ -52,16 +59,26 @@ class Hook:
     pauses = False
 
     def attach(self, parts: RunParts) -> None:
-        """Called once, on a user's hook: the run is built, and no checkpoint is loaded yet."""
+        """Called on a user's hook: the run is built, and no checkpoint is loaded yet.
+
+        Once; of a model that grows (docs/growing.md), once for each stage. A hook that keeps the model or the engine
+        elsewhere than in ``parts`` keeps their memory until then.
+        """
 
     def before_run(self, state: TrainState) -> None:
-        """After a checkpoint was loaded and before the first step; again after a rollback."""
+        """After a checkpoint was loaded and before the first step; again after a rollback, and in each new stage."""
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         """After every step, applied or skipped; ``state`` counts it already."""
 
+    def after_stage(self, state: TrainState) -> None:
+        """After the last step of a stage that another follows: the model is about to be replaced by a larger one.
+
+        A user's hook gets the new parts through ``attach``, then its own state through ``load_state_dict``.
+        """
+
     def after_run(self, state: TrainState) -> None:
-        """Once, after the last step."""
+        """Once, after the last step of the run."""
 
     def on_stop(self, state: TrainState, reason: int) -> None:
         """Instead of ``after_run``, when the run was asked to stop (see guard/stop.py): keep it short."""

@@ -11,8 +11,9 @@ from typing import Any
 import deepspeed
 
 from megatron_sgt.checkpoint.find import starts_fresh
-from megatron_sgt.checkpoint.layout import AVERAGE_STATE, DATA_STATE, parse_json
-from megatron_sgt.checkpoint.load import load_checkpoint
+from megatron_sgt.checkpoint.layout import AVERAGE_STATE, DATA_STATE, STAGES_STATE, parse_json
+from megatron_sgt.checkpoint.load import grown_state, load_checkpoint, load_grown
+from megatron_sgt.checkpoint.place import Place
 from megatron_sgt.checkpoint.save import Saver
 from megatron_sgt.config import Config
 from megatron_sgt.engine.hooks.base import Hook
@@ -52,7 +53,8 @@ class CheckpointHook(Hook):
         self.config = config
         self.engine = engine
         self.hooks = [*hooks, *own]
-        self._at_first = {hook.name: copy.deepcopy(hook.state_dict()) for hook in own}
+        self.at_first = {hook.name: copy.deepcopy(hook.state_dict()) for hook in own}
+        """The states of the user's hooks before the first step, for checkpoints that do not hold them."""
         self.hub = hub
         self.groups = groups
         self.average = average
@@ -62,6 +64,8 @@ class CheckpointHook(Hook):
         self._saved_at = -1
         self.data: list[dict[str, Any]] = []
         """In which orders the run has read its data (engine/data_start.py)."""
+        self.stages: list[dict[str, Any]] = []
+        """How the stages of the run began, up to the present one (stages/stages.py)."""
 
     def before_run(self, state: TrainState) -> None:
         """A checkpoint that was just loaded need not be written again."""
@@ -94,6 +98,14 @@ class CheckpointHook(Hook):
             self._start(state)
             self._poll(wait=True)
 
+    def after_stage(self, state: TrainState) -> None:
+        """Save the end of the stage, of which the next one is made.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        self.after_run(state)
+
     def settle(self, state: TrainState) -> None:
         """Wait for the save in flight, if there is one; report it if it fails. Collective."""
         try:
@@ -111,6 +123,8 @@ class CheckpointHook(Hook):
         hooks: dict[str, Any] = {}
         gather_or_raise(lambda: hooks.update({hook.name: _saved_state(hook) for hook in self.hooks}), self.groups)
         saved = {"trainer": state.state_dict(), "hooks": hooks, DATA_STATE: self.data}
+        if self.stages:
+            saved[STAGES_STATE] = self.stages
         self.saver.start(state.step, saved)
 
     def _poll(self, wait: bool) -> None:
@@ -128,14 +142,27 @@ class CheckpointHook(Hook):
         }
         self.hub.log("save", record)
 
-    def load(self, folder: Path, saved: dict[str, Any], state: TrainState) -> None:
+    def load(self, folder: Path, saved: dict[str, Any], state: TrainState, place: Place | None = None) -> list[str]:
         """Continue from the checked checkpoint ``folder`` whose state is ``saved``; collective.
+
+        Args:
+            place: where it lies among the stages of the run; None: in the only one.
+
+        Returns:
+            What a user should know of the growth of the model, if it grows here; one line each.
 
         Raises:
             CheckpointError: the checkpoint does not fit this run, or copies of a weight differ.
+            ConfigError: the schedule cannot go on in the grown model.
             DamagedCheckpointError: its files cannot be read; no weight has been touched.
         """
-        note = load_checkpoint(folder, saved, self.config, self.engine, self.groups, self.average)
+        notes: list[str] = []
+        if place is None or not place.grows:
+            note = load_checkpoint(folder, saved, self.config, self.engine, self.groups, self.average)
+        else:
+            grown, notes = grown_state(saved, place)
+            note = load_grown(folder, saved, place, self.engine, self.groups, self.average)
+            saved = grown
         verify_loaded(self.engine, folder, saved, self.groups)
         if note is not None:
             self._say("RESHARD", note)
@@ -149,11 +176,11 @@ class CheckpointHook(Hook):
             if starts_fresh(saved, hook.name):
                 continue
             missing = hook.name not in kept and hook.state_dict()
-            if missing and hook.name not in self._at_first:
+            if missing and hook.name not in self.at_first:
                 raise CheckpointError(f"checkpoint {folder} holds no state of {hook.name!r}")
             if missing:
                 self._say("HOOKS", f"the checkpoint holds no state of {hook.name!r}: it starts with this run")
-            first = copy.deepcopy(self._at_first.get(hook.name, {}))
+            first = copy.deepcopy(self.at_first.get(hook.name, {}))
             try:
                 hook.load_state_dict(kept.get(hook.name, first))
             except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
@@ -163,6 +190,7 @@ class CheckpointHook(Hook):
             self._say(
                 "HOOKS", f"the checkpoint holds the state of {name!r}, which this run does not have: it is dropped"
             )
+        return notes
 
     def _say(self, label: str, note: str) -> None:
         if self.groups.is_main:

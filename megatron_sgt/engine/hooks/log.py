@@ -67,6 +67,10 @@ class LogHook(Hook):
         if self._last is not None and self._losses:
             self._report(state, self._last)
 
+    def after_stage(self, state: TrainState) -> None:
+        """No record sums up steps of two models."""
+        self.after_run(state)
+
     def on_stop(self, state: TrainState, reason: int) -> None:
         self.after_run(state)
         self.hub.log("stop", {"step": state.step, "reason": named(reason)})

@@ -82,6 +82,11 @@ class ReplicaCheckHook(Hook):
         """Compare the end of the run."""
         self._compare(state.step)
 
+    def after_stage(self, state: TrainState) -> None:
+        """What follows is made of these weights."""
+        if self.equal_at != state.step:
+            self._compare(state.step)
+
     def _compare(self, step: int) -> None:
         try:
             verify_replicas(self.model, step, self.zero_stage, self.groups)

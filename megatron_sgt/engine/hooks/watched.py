@@ -32,6 +32,10 @@ class _WatchedHook(Hook):
         self._hook.after_step(state, result)
         self._progress.enter("train", state.step + 1)
 
+    def after_stage(self, state: TrainState) -> None:
+        self._progress.enter(self.name, state.step)
+        self._hook.after_stage(state)
+
     def after_run(self, state: TrainState) -> None:
         self._progress.enter(self.name, state.step)
         self._hook.after_run(state)

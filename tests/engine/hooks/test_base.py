@@ -16,7 +16,7 @@ from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.errors import ConfigError
 from tests.helpers.single import small_config
 
-METHODS = ("attach", "before_run", "after_step", "after_run", "on_stop", "state_dict", "load_state_dict")
+METHODS = ("attach", "before_run", "after_step", "after_stage", "after_run", "on_stop", "state_dict", "load_state_dict")
 
 
 def hook_classes() -> list[type[Any]]:
@@ -45,7 +45,7 @@ def test_names_are_keys_of_the_checkpoint_and_so_differ() -> None:
     assert sorted(names) == sorted(BUILT_IN)
 
 
-@pytest.mark.parametrize("method", ["before_run", "after_run"])
+@pytest.mark.parametrize("method", ["before_run", "after_stage", "after_run"])
 def test_the_base_does_and_keeps_nothing(method: str) -> None:
     hook, state = Hook(), TrainState(3, 6)
     getattr(hook, method)(state)

@@ -28,6 +28,9 @@ class Noting(Hook):
     def after_step(self, state: TrainState, result: StepResult) -> None:
         self._note("step", result.applied)
 
+    def after_stage(self, state: TrainState) -> None:
+        self._note("stage")
+
     def after_run(self, state: TrainState) -> None:
         self._note("after")
 
@@ -52,11 +55,13 @@ def test_calls_are_phases() -> None:
     hook.after_step(state, StepResult(torch.tensor(1.0), 1.0, True, 0.1, 0.1))
     assert (progress.mark.place, progress.mark.quick) == ("step 5 (train)", True)
     hook.on_stop(state, 15)
+    hook.after_stage(state)
     hook.after_run(state)
     assert inner.seen == [
         ("before", "step 3 (eval)", False),
         ("step", True, "step 4 (eval)", False),
         ("stop", 15, "step 4 (eval)", False),
+        ("stage", "step 4 (eval)", False),
         ("after", "step 4 (eval)", False),
     ]
     assert (hook.name, hook.state_dict()) == ("eval", {"kept": 1})

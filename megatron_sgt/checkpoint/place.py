@@ -1,0 +1,85 @@
+"""Where a checkpoint lies among the stages of a run: which one has saved it, and which goes on from it. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sgt.checkpoint.find import differing_sizes
+from megatron_sgt.checkpoint.layout import STAGES_STATE
+from megatron_sgt.config import Config
+from megatron_sgt.config.model import ModelConfig
+from megatron_sgt.errors import CheckpointError, ConfigError
+from megatron_sgt.stages.operators import operator_named
+from megatron_sgt.stages.stages import Stage, stage_after, stages_of
+
+
+@dataclass(frozen=True)
+class Place:
+    """``there``: the stage that the checkpoint was saved in; ``here``: the one that trains the next step."""
+
+    there: Stage
+    here: Stage
+
+    @property
+    def grows(self) -> bool:
+        """Whether the checkpoint is the last one of its stage, so that the model grows when it is loaded."""
+        return self.here.index > self.there.index
+
+
+def place_of(config: Config, folder: Path, saved: Mapping[str, Any], model: ModelConfig) -> Place:
+    """The place of the checkpoint ``folder``, whose state is ``saved``, in a run of ``config``.
+
+    Args:
+        model: of the checkpoint. One of the run's first stage has no history in this run, whatever came before.
+
+    Raises:
+        CheckpointError: the run has had other stages than those of ``config``, or would have by that step.
+        ConfigError: the stages of ``config`` are not valid.
+    """
+    stages, step = stages_of(config), saved["trainer"]["step"]
+    records: Sequence[Mapping[str, Any]] = saved.get(STAGES_STATE, ())
+    if not config.growth.stages or not differing_sizes(model, stages[0].config.model):
+        records = ()
+    here = stage_after(stages, step)
+    problem = next(_differences(records, stages, step), None)
+    if problem is None and here.index > len(records) + (step == here.first):
+        late = stages[len(records)]
+        problem = (
+            f"growth.stages[{late.index}] ends at step {late.last:,}, after which the run that saved it has not grown"
+        )
+    if problem is not None:
+        raise CheckpointError(
+            f"checkpoint {folder} is at step {step:,}, and {problem}: stages that have begun cannot change. Restore "
+            "growth.stages, or start a new run"
+        )
+    return Place(stages[len(records)], here)
+
+
+def _differences(records: Sequence[Mapping[str, Any]], stages: tuple[Stage, ...], step: int) -> Iterator[str]:
+    for number, record in enumerate(records):
+        where = f"growth.stages[{number}]"
+        if number + 1 == len(stages):
+            yield f"its model has grown {len(records)} times, but {where} is missing"
+            return
+        there, here = _comparable(record), _comparable(stages[number + 1].record())
+        if there["step"] != here["step"]:
+            yield f"{where} ended at step {there['step']:,} there and ends at step {here['step']:,} here"
+        for name in there | here:
+            if there.get(name) != here.get(name):
+                yield f"{where}.{name} was {there.get(name)!r} there and is {here.get(name)!r} here"
+    if len(records) and stages[len(records)].first > step:
+        yield f"growth.stages[{len(records) - 1}] ends later, at step {stages[len(records)].first:,}"
+
+
+def _comparable(record: Mapping[str, Any]) -> dict[str, Any]:
+    """``record`` with all options of its operator, also those that were left at their defaults."""
+    found = dict(record)
+    try:
+        operator = operator_named(found["operator"])
+        found["options"] = operator.Options.model_validate(found["options"]).model_dump(mode="json")
+    except (ConfigError, ValueError):  # of another version: compared as it is
+        pass
+    return found

@@ -1,0 +1,111 @@
+"""What of a run lasts as long as its process, while stages with models of different sizes come and go."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_sgt.config import Config
+from megatron_sgt.data.gpt_dataset import build_datasets
+from megatron_sgt.data.loader import TrainLoader
+from megatron_sgt.data.tokenizer import tokenizer_of
+from megatron_sgt.engine.build import start_processes
+from megatron_sgt.engine.hooks.base import Hook, own_hooks
+from megatron_sgt.engine.run_folders import RunFolders
+from megatron_sgt.engine.skipped_ranges import SkippedRanges
+from megatron_sgt.engine.step import TrainState
+from megatron_sgt.errors import ConfigError
+from megatron_sgt.guard import Progress, Watch
+from megatron_sgt.guard.stop import StopRequests
+from megatron_sgt.launch.environment import RankInfo
+from megatron_sgt.metrics import MetricsHub, build_hub
+from megatron_sgt.parallel.collectives import on_rank_zero
+from megatron_sgt.parallel.groups import ParallelGroups
+from megatron_sgt.preflight import check_surroundings, tokenizer_fingerprint, with_vocabulary
+from megatron_sgt.stages.stages import stages_of
+
+
+class Session:
+    """Process groups, folders, data, reports and counters of one run. Collective over all ranks.
+
+    Attributes:
+        config: of the whole run; that of a stage has no ``growth.stages``.
+        stages: of the run, all validated.
+        train_data, valid_data: the data sets, None before ``open_data`` or where there is no such split.
+        data_record: in which orders the run has read its data.
+
+    Raises:
+        ConfigError, DataError: what the user can correct, most of it before any process group.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        info: RankInfo,
+        stop: StopRequests | None = None,
+        watch: Watch | None = None,
+        hooks: Sequence[Hook] = (),
+    ) -> None:
+        self.stop = StopRequests(config.train) if stop is None else stop
+        self.progress = Progress() if watch is None else watch.progress
+        config.num_micro_batches(info.world_size)  # refuse the batch arithmetic before any process group
+        check_surroundings(config)
+        self.own_hooks = own_hooks(config, hooks)
+        self.own_at_first = {hook.name: copy.deepcopy(hook.state_dict()) for hook in self.own_hooks}
+        self.config = with_vocabulary(config)
+        self.stages = stages_of(self.config)
+        self.groups: ParallelGroups = start_processes(self.config, info)
+        if watch is not None:
+            watch.connect()
+        self.folders = RunFolders(self.config)
+        self.state = TrainState()
+        self.hub = MetricsHub()
+        self.skipped_ranges = SkippedRanges(self.config.save_dir)
+        self.train_data: Any = None
+        self.valid_data: Any = None
+        self.data_record: list[dict[str, Any]] = []
+        self.folders.take()
+
+    def open_data(self) -> None:
+        """Open the data sets; collective."""
+        self.train_data, self.valid_data, *_ = build_datasets(self.config, tokenizer_of(self.config.data))
+
+    def open_loader(self, consumed_samples: int) -> TrainLoader:
+        """This rank's micro-batches of training from a place in the data order on."""
+        return TrainLoader(
+            self.train_data,
+            self.config.train.micro_batch_size,
+            self.config.num_micro_batches(self.groups.world_size),
+            self.groups.dp_rank,
+            self.groups.dp_size,
+            consumed_samples,
+            self.config.data.num_workers,
+            pin_memory=self.groups.device.type != "cpu",
+        )
+
+    def about(self) -> dict[str, Any]:
+        """What the manifests of checkpoints say of the run."""
+        return {"tokenizer": tokenizer_fingerprint(self.config) if self.groups.is_main else None}
+
+    def open_hub(self) -> None:
+        """Rank 0's hub has the writers. What cannot be written at the start is refused, on all ranks."""
+        opened: list[MetricsHub] = []
+        on_rank_zero(lambda: opened.append(self._hub_of_rank_zero()))
+        self.hub = opened[0] if opened else MetricsHub()
+
+    def _hub_of_rank_zero(self) -> MetricsHub:
+        shown = self.config.model_dump()
+        try:
+            self.folders.write_config()
+            return build_hub(self.config.logging, self.config.train.train_iters, shown, self.folders.check)
+        except OSError as error:
+            raise ConfigError(
+                f"logging.run_dir: cannot write to {self.config.logging.run_dir}: {error.strerror}; make room, or "
+                "choose another folder"
+            ) from error
+
+    def write_skipped_ranges(self) -> None:
+        """For rank 0."""
+        self.folders.check()
+        self.skipped_ranges.write()

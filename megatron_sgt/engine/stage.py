@@ -1,0 +1,204 @@
+"""One stage of a run, built: its model, its engine, and the hooks that act on them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from megatron_sgt.checkpoint import layout
+from megatron_sgt.checkpoint.place import Place
+from megatron_sgt.compat.release import release_engine
+from megatron_sgt.data.loader import EvalLoader, TrainLoader
+from megatron_sgt.engine.build import Runtime, build_runtime
+from megatron_sgt.engine.hooks.base import Hook, RunParts
+from megatron_sgt.engine.hooks.checkpoint import CheckpointHook
+from megatron_sgt.engine.hooks.ema import EmaHook
+from megatron_sgt.engine.hooks.growth import GrowthHook
+from megatron_sgt.engine.hooks.log import LogHook
+from megatron_sgt.engine.hooks.replicas import ReplicaCheckHook
+from megatron_sgt.engine.hooks.spike import SpikeHook
+from megatron_sgt.engine.hooks.straggler import LagRule, StragglerHook
+from megatron_sgt.engine.hooks.validation import EvalHook
+from megatron_sgt.engine.hooks.watched import watched_batches, watched_hooks
+from megatron_sgt.engine.loop import Trainer
+from megatron_sgt.engine.session import Session
+from megatron_sgt.engine.step import Batch
+from megatron_sgt.evaluation.perplexity import mean_loss
+from megatron_sgt.growth import LoopPlan
+from megatron_sgt.model.apply_plan import apply_plan
+from megatron_sgt.model.warm_up import warm_up_loops
+from megatron_sgt.parallel.collectives import on_rank_zero
+from megatron_sgt.parallel.device import empty_caches
+from megatron_sgt.planning.structure import schedule_of
+from megatron_sgt.stages.stages import Stage
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the reports of a stage go on with from those of the one before."""
+
+    first_loss: float | None
+    last_loss: float | None
+    valid_loss: float | None
+    valid_ema_loss: float | None
+    tokens_per_second: float | None
+    lags: dict[str, LagRule]
+    last_path: Path | None
+
+
+class RunningStage:
+    """The parts of one stage, wired together. Collective over all ranks.
+
+    After ``wire`` its ``hooks`` are in the order in which they act: average, growth, report, validate, the user's own,
+    save. ``eval`` is None where nothing is validated.
+    """
+
+    def __init__(self, session: Session, stage: Stage) -> None:
+        self.session = session
+        self.stage = stage
+        self.config = stage.config
+        session.progress.enter("building the model")
+        self.runtime: Runtime = build_runtime(self.config, session.groups)
+        session.progress.enter("compiling the kernels of the loops")
+        warm_up_loops(self.config, session.groups, self.runtime.precision)
+        self.schedule = schedule_of(self.config)
+        self.hooks: list[Hook] = []
+
+    def wire(self, before: Measured | None = None) -> None:
+        """Build the hooks, once the session has a hub. ``before``: of the stage that this one follows, if it does."""
+        session, config, groups, runtime = self.session, self.config, self.session.groups, self.runtime
+        hub = session.hub
+        self.log = LogHook(config, self.schedule, hub, groups, runtime.precision)
+        self.growth = GrowthHook(self.schedule, runtime.model, runtime.model.meter, groups, self.log.on_growth)
+        self.spike = SpikeHook(config.train, session.skipped_ranges, self._can_go_back, hub, groups)
+        self.straggler = StragglerHook(
+            runtime.model, config.logging.log_interval, config.train.straggler_threshold, hub, groups
+        )
+        decay = config.train.ema_decay
+        ema = EmaHook(runtime.engine, decay, groups) if decay else None
+        self.hooks = [self.spike, *([ema] if ema else []), self.growth, self.log, self.straggler]
+        self.eval: EvalHook | None = None
+        if config.train.eval_interval and session.valid_data is not None:
+            loader = self._eval_loader()
+            self.eval = EvalHook(runtime.engine, loader, config.train.eval_interval, self.schedule, hub, groups, ema)
+            self.hooks.append(self.eval)
+        self.parts = RunParts(config, groups, runtime.model, runtime.engine, self.schedule, hub)
+        for hook in session.own_hooks:
+            hook.attach(self.parts)
+        self.hooks += session.own_hooks
+        intervals = (config.train.replica_check_interval, config.checkpoint.save_interval)
+        zero, root = runtime.engine.zero_optimization_stage(), config.save_dir
+        self.hooks.append(ReplicaCheckHook(runtime.model, intervals, zero, groups, root))
+        # Saving comes last, so that a checkpoint holds what the other hooks made of the step; what a hook has changed
+        # on one rank alone is seen before.
+        self.saver = self._saver(ema)
+        self.hooks.append(self.saver)
+        if before is not None:
+            self._go_on_from(before)
+
+    def _eval_loader(self) -> EvalLoader:
+        train, groups = self.config.train, self.session.groups
+        return EvalLoader(
+            self.session.valid_data,
+            train.micro_batch_size,
+            self.config.num_micro_batches(groups.world_size),
+            groups.dp_rank,
+            groups.dp_size,
+            train.eval_iters,
+            pin_memory=groups.device.type != "cpu",
+        )
+
+    def _saver(self, ema: EmaHook | None) -> CheckpointHook:
+        session = self.session
+        saver = CheckpointHook(
+            self.config,
+            self.runtime.engine,
+            [self.growth, self.spike],
+            session.hub,
+            session.groups,
+            session.about(),
+            session.own_hooks,
+            session.folders.check,
+            None if ema is None else ema.average,
+        )
+        saver.at_first = session.own_at_first
+        saver.stages = [stage.record() for stage in session.stages[1 : self.stage.index + 1]]
+        saver.data = session.data_record
+        saver.on_saved = session.stop.note_save
+        return saver
+
+    def _go_on_from(self, before: Measured) -> None:
+        self.log.first_loss, self.log.last_loss = before.first_loss, before.last_loss
+        self.log.tokens_per_second = before.tokens_per_second
+        self.straggler.rules = before.lags
+        self.saver.last_path = before.last_path
+        if self.eval is not None:
+            self.eval.last_loss, self.eval.last_ema_loss = before.valid_loss, before.valid_ema_loss
+
+    def measured(self) -> Measured:
+        """For the reports of the stage that follows, and for the summary."""
+        return Measured(
+            self.log.first_loss,
+            self.log.last_loss,
+            None if self.eval is None else self.eval.last_loss,
+            None if self.eval is None else self.eval.last_ema_loss,
+            self.log.tokens_per_second,
+            self.straggler.rules,
+            self.saver.last_path,
+        )
+
+    def load(self, folder: Path, saved: dict[str, Any], place: Place) -> list[str]:
+        """Continue from a checked checkpoint; see ``CheckpointHook.load``."""
+        self.session.progress.enter("growing the model" if place.grows else "loading the checkpoint")
+        return self.saver.load(folder, saved, self.session.state, place)
+
+    def train(self, batches: Iterator[Batch], last_step: int, between: bool) -> int:
+        """See ``Trainer.run``."""
+        session = self.session
+        hooks = watched_hooks(self.hooks, session.progress)
+        engine, stages = self.runtime.engine, session.stages
+        trainer = Trainer(self.config, session.groups, engine, session.state, hooks, session.stop, stages)
+        timed = self.straggler.timed(watched_batches(batches, session.progress))
+        return trainer.run(timed, last_step, between)
+
+    def probe_batches(self) -> list[Batch]:
+        """The first micro-batch of validation, else of what is trained next, for losses before and after growth."""
+        session, train = self.session, self.config.train
+        valid = session.valid_data
+        start = session.state.consumed_samples if valid is None else 0
+        data, groups = session.train_data if valid is None else valid, session.groups
+        count = self.config.num_micro_batches(groups.world_size)
+        loader = TrainLoader(data, train.micro_batch_size, count, groups.dp_rank, groups.dp_size, start)
+        return list(islice(loader, 1))
+
+    def probe_loss(self, batches: list[Batch]) -> float:
+        """Mean loss of ``batches`` on all ranks, with the structure that inference uses; collective."""
+        self.session.progress.enter("measuring the loss before and after growth")
+        apply_plan(self.runtime.model, self.schedule.plan.inference())
+        loss = mean_loss(self.runtime.engine, batches, self.session.groups)
+        apply_plan(self.runtime.model, self.schedule.plan)
+        return loss
+
+    def _can_go_back(self) -> bool:
+        """Collective."""
+        self.saver.settle(self.session.state)
+        return on_rank_zero(lambda: bool(layout.finished_tags(self.config.save_dir)))
+
+    def close(self) -> None:
+        """Free the model, the engine and what they hold, of which nothing can be used any more.
+
+        The caller must hold no other part of this stage.
+        """
+        self.session.progress.enter("releasing the model")
+        apply_plan(self.runtime.model, LoopPlan.empty(self.config.model.num_layers))
+        self.parts.release()
+        self.saver.saver.close()
+        release_engine(self.runtime.engine)
+        session = self.session
+        vars(self).clear()
+        gc.collect()
+        empty_caches(session.groups.device)
