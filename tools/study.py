@@ -22,6 +22,7 @@ from megatron_sgt.cli import number, path, positive, run_main, warn, words
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.config.loader import repeated
 from megatron_sgt.errors import ConfigError
+from megatron_sgt.preflight import with_vocabulary
 from megatron_sgt.stages.presets import preset_named
 
 SCRIPT = Path(__file__).resolve().parents[1] / "pretrain_sgt.py"
@@ -97,7 +98,7 @@ def main() -> int:
     warn(repeated(args.overrides))
     study = GROWING if args.growing else PAPER
     presets = study.presets if args.presets is None else tuple(args.presets.split(","))
-    contenders = study.contenders(lambda preset, more: load(args, preset, more), presets)
+    contenders = study.contenders(lambda preset, more: with_vocabulary(load(args, preset, more)), presets)
     jobs = jobs_of(contenders, args)
     left = run_jobs(jobs, args.at_once, None if args.minutes is None else 60 * args.minutes, print)
     found = [outcome_of(job.run_dir, job.preset, job.seed) for job in jobs]
