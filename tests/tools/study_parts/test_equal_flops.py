@@ -46,7 +46,7 @@ def test_all_runs_cost_the_same_and_end_with_the_same_model(preset: str) -> None
 
 
 def test_the_table_says_what_is_trained() -> None:
-    assert contender("vanilla")[0].trains == "8 layers: 200"
+    assert contender("vanilla")[0].trains == "8 layers: 150"
     for preset, units in (("g-stack-4", ["2 layers", "8 layers"]), ("msg-ffn", ["48 units", "192 units"])):
         found, _, stages = contender(preset)
         steps = [stage.last - stage.first for stage in stages]
