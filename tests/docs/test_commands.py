@@ -78,7 +78,7 @@ def _script_problems(script: str, arguments: list[str]) -> list[str]:
             wrong += [] if flag in known else [f"{script} has no {flag}"]
         elif re.fullmatch(r"[a-z_]+(\.[a-z_0-9]+)+=.*", word):
             key = word.partition("=")[0]
-            if not key.startswith("deepspeed.") and f"| `{key}` |" not in reference():
+            if not key.startswith("deepspeed.") and f"| `{key}` |" not in reference({}):
                 wrong.append(f"no setting {key}")
         elif word.startswith(("examples/", "tests/")) and not (ROOT / word).exists():
             wrong.append(f"no such file: {word}")
