@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sgt.checkpoint import layout
-from megatron_sgt.checkpoint.forms import read_config
+from megatron_sgt.checkpoint.forms import read_config, read_state
 from megatron_sgt.cli import path, positive, warn, words
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.config.loader import repeated
@@ -75,9 +75,10 @@ def config_of(folder: Path, args: argparse.Namespace) -> Config:
         raise ConfigError(f"{foreign[0]}: model and growth are those of the checkpoint; remove it")
     config = given.model_copy(update={"model": there.model, "growth": there.growth})
     supernet(config.model, args.depths)
+    step = read_state(folder)["trainer"]["step"]
     for depth in args.depths:
         if depth > config.model.num_layers:
-            grown_config(config, OPERATORS["auto_prog"](config.model, {"num_layers": depth}))
+            grown_config(config, OPERATORS["auto_prog"](config.model, {"num_layers": depth}), step)
     return config
 
 

@@ -54,15 +54,15 @@ class Measured:
     seconds: dict[int, float]
 
 
-def supernet_config(config: Config, growth: Growth) -> Config:
-    """The configuration that trains the supernet ``growth``.
+def supernet_config(config: Config, growth: Growth, step: int) -> Config:
+    """The configuration that trains the supernet ``growth`` of a checkpoint after ``step`` steps.
 
     It has ZeRO, so that a layer without a gradient is treated alike under every layout: as if it were zero.
 
     Raises:
         ConfigError: the supernet does not fit the run.
     """
-    values = grown_config(config, growth).model_dump()
+    values = grown_config(config, growth, step).model_dump()
     stage = max(1, config.parallel.zero_stage)
     values["parallel"]["zero_stage"] = stage
     values["deepspeed"]["zero_optimization"] = {**values["deepspeed"].get("zero_optimization", {}), "stage": stage}
@@ -92,7 +92,7 @@ class StageSearch:
         self.step: int = opened[0].saved["trainer"]["step"]
         self.averaged = AVERAGE in opened[0].tensors.quantities
         self.depths = tuple(depths)
-        self.config, self.groups = supernet_config(config, growth), groups
+        self.config, self.groups = supernet_config(config, growth, self.step), groups
         whole = inherited_plan(opened[0], config, self.config, growth)
         layers = set(range(growth.new.num_layers))
         self._plans = {d: whole.skipping(layers - set(executed_layers(growth, d))) for d in self.depths}

@@ -105,7 +105,7 @@ def test_layers_go_on_looping_in_the_supernet(tmp_path: Path) -> None:
     opened = open_any(write_grown_checkpoint(tmp_path, (1, 1, 1)))
     config = grown_config()
     growth = supernet(config.model, (4, 6, 8))
-    plan = inherited_plan(opened, config, supernet_config(config, growth), growth)
+    plan = inherited_plan(opened, config, supernet_config(config, growth, 7), growth)
     assert plan.num_layers == 8
     assert dict(plan.layers) == {2: LayerPlan(1, (1, 2)), 6: LayerPlan(2, (0, 3))}
 
