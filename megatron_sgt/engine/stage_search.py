@@ -152,8 +152,9 @@ class StageSearch:
         apply_plan(engine.module, self._plans[depth])
         rate = learning_rate(self.step + step, config.optim, config.train.train_iters)
         batches = [next(self._batches) for _ in range(config.num_micro_batches(self.groups.world_size))]
+        pieces = config.seq_lengths.pieces_at(self.step + step)
         start = time.perf_counter()
-        train_step(engine, batches, rate, config.optim.clip_grad, self.groups)
+        train_step(engine, batches, rate, config.optim.clip_grad, self.groups, pieces)
         synchronize(self.groups.device)
         return time.perf_counter() - start
 
