@@ -155,7 +155,7 @@ def _compute(plan: dict[str, Any], config: Config) -> Iterator[str]:
         phase = entry["phase"] + (f", stage {entry['stage']}" if "stage" in entry else "")
         phase += f", T {entry['seq_length']:,}" if config.seq_lengths.ends else ""
         yield (
-            f"  {phase:<20}{_steps(entry):>26}{entry['loops']:>8}{si(entry['flops_per_token'], ' '):>18}"
+            f"  {phase}{_steps(entry):>{46 - len(phase)}}{entry['loops']:>8}{si(entry['flops_per_token'], ' '):>18}"
             f"{100 * entry['overhead']:>+9.2f} %{entry['flops']:>13.3g}"
         )
     whole = sum(entry["flops"] for entry in plan["compute"])
