@@ -75,7 +75,7 @@ def pass_flops(model: ModelConfig, layer: int, sequences: int, entropy: bool = F
 def _layer_flops(model: ModelConfig, layer: int, plan: LayerPlan, sequences: int, entropy: bool) -> Flops:
     once = pass_flops(model, layer, sequences, entropy)
     total = Flops()
-    for _ in range(1 + plan.block_loops):
+    for _ in range(plan.executions):
         total += once.attention + once.mlp
     if plan.loops == 0:
         return total

@@ -24,6 +24,7 @@ PLANS = {
     "fixed": ((1, LayerPlan(1, (0, 3))), (2, LayerPlan(2, (1,))), (3, LayerPlan(1, (2, 3)))),
     "window and fixed": ((2, LayerPlan(1, (0, 3), 0.5)), (3, LayerPlan(2, (0, 1)))),
     "block loop": ((1, LayerPlan(block_loops=1)), (2, LayerPlan(block_loops=2))),
+    "sub-net": ((1, LayerPlan(skipped=True)), (2, LayerPlan(1, (0, 2)))),
 }
 MODELS = {
     "multi-head": {},
