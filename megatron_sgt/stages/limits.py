@@ -21,11 +21,6 @@ def check_optimizer(config: Config) -> None:
             f"growth.stages: optim.optimizer is {name}, and only what adamw keeps of each weight is known to grow; set "
             "optim.optimizer: adamw, or remove growth.stages"
         )
-    if config.offload_device == "nvme":
-        raise ConfigError(
-            "growth.stages: deepspeed.zero_optimization.offload_optimizer.device is nvme, from where no state can be "
-            "taken into a larger model; set it to cpu, or remove growth.stages"
-        )
 
 
 def check_schedule(config: Config, growth: Growth, step: int) -> None:

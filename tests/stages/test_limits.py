@@ -47,17 +47,6 @@ def test_a_schedule_that_cannot_go_on() -> None:
         stages_of(config(growth={**STAGES, "method": "upwards"}))
 
 
-@pytest.mark.parametrize("device", ["none", "cpu", "nvme"])
-def test_where_the_optimizer_is(device: str) -> None:
-    offload = {"device": device, **({"nvme_path": "/nowhere"} if device == "nvme" else {})}
-    offloaded = config(deepspeed={"zero_optimization": {"offload_optimizer": offload}})
-    if device != "nvme":
-        check_optimizer(offloaded)
-        return
-    with pytest.raises(ConfigError, match=r"offload_optimizer\.device is nvme.*set it to cpu"):
-        check_optimizer(offloaded)
-
-
 def test_static_loops_go_on() -> None:
     looped = config(growth={**STAGES, "method": "block_loop", "block_loop_layers": [1, 2]})
     assert stages_of(looped)[1].config.growth.block_loop_layers == (1, 2, 5, 6)
