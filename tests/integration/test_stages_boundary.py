@@ -1,4 +1,4 @@
-"""What a boundary does to a running job: the function, every new weight, memory, FLOPs, and the model exported."""
+"""What a boundary does to a running job: every new weight, memory, FLOPs, and the model that is exported."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from megatron_sgt.metrics import METRICS_FILE
 from megatron_sgt.stages.optimizer import Carried
 from megatron_sgt.stages.stages import stages_of
 from tests.helpers import staged
+from tests.helpers.exhaustive import share_of
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.reference_growth import Params
 from tests.helpers.runs import pretrain, reported, write_tiny_data
@@ -32,7 +33,6 @@ from tests.helpers.staged import FIRST, LAST, SECOND, samples, staged_config
 
 M_MMAP_THRESHOLD = -3
 """Of the C library's malloc.h."""
-PRESERVED = 1e-6
 
 
 @pytest.fixture(scope="module")
@@ -82,16 +82,6 @@ def test_every_weight_of_a_grown_model_trains(method: str, folder: Path) -> None
             rows = seen if "embed_tokens" in name else slice(None)
             still = three[name][rows] == tensor[rows]
             assert not still.any(), f"{name}: {int(still.sum())} of {still.numel()} entries after three steps"
-
-
-@pytest.mark.parametrize(
-    ("method", "preserves"), [("msg_all", True), ("compound_grow_noise", True), ("g_stack", False)]
-)
-def test_the_loss_before_and_after(method: str, preserves: bool, folder: Path) -> None:
-    for record in reported(run(folder, method)[0], "grow"):
-        gap = abs(record["probe_loss_before"] - record["probe_loss_after"])
-        assert record["preserves"] is preserves
-        assert gap <= PRESERVED if preserves else gap > 1e-3
 
 
 def test_a_step_costs_what_the_blocks_of_its_stage_cost(folder: Path) -> None:
@@ -167,7 +157,7 @@ def memory_of_the_boundary(info: RankInfo, config: Config) -> tuple[int, int, in
     return before, peak, after
 
 
-@pytest.mark.parametrize("zero", [0, 1, 3])
+@pytest.mark.parametrize("zero", share_of((0, 1, 3), [3]))
 def test_the_surgery_needs_memory_for_one_tensor(zero: int, folder: Path, tmp_path: Path) -> None:
     model = {"hidden_size": 192, "num_attention_heads": 4, "kv_channels": 48, "vocab_size": 16000, "num_layers": 1}
     stage = {"until_steps": 1, "operator": "msg", "options": {"hidden_size": 256}, "moments": "seeded"}
@@ -183,8 +173,8 @@ def test_the_surgery_needs_memory_for_one_tensor(zero: int, folder: Path, tmp_pa
     )
     ((before, peak, after),) = run_on_ranks(1, memory_of_the_boundary, config)
     largest = len(QUANTITIES) * 4 * 16000 * 256
-    assert peak - max(before, after) <= 1.2 * largest
     print(f"zero {zero}: {before / 1e6:.0f} MB, at most {peak / 1e6:.0f}, then {after / 1e6:.0f}; {largest / 1e6:.0f}")
+    assert 0.2 * largest < peak - max(before, after) <= 1.2 * largest
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ ELSEWHERE = list(product(("g_stack", "msg_all", "auto_prog_ema", "compound_grow_
     ("method", "name"), share_of(ELSEWHERE, [("msg_all", "tp1_dp2_zero3"), ("auto_prog_ema", "tp1_zero0")])
 )
 def test_a_boundary_at_one_layout_is_passed_at_another(method: str, name: str, data: str, tmp_path: Path) -> None:
-    """Two tensor-parallel ranks with ZeRO 1 up to the first boundary, then all of the rest elsewhere."""
+    """Two tensor-parallel ranks with ZeRO 1 up to the first boundary; elsewhere past the second, and back again."""
     zero = {"zero_optimization": {"stage": 1}}
     here = {"parallel": {"tensor_model_parallel_size": 2, "zero_stage": 1, "device": "cpu"}, "deepspeed": zero}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -116,7 +116,9 @@ def test_a_boundary_at_one_layout_is_passed_at_another(method: str, name: str, d
     tp_size, dp_size, stage = LAYOUTS[name]
     parallel = {"tensor_model_parallel_size": tp_size, "zero_stage": stage, "device": "cpu"}
     elsewhere = {"parallel": parallel, "deepspeed": {"zero_optimization": {"stage": stage}} if stage else {}}
-    run_on_ranks(tp_size * dp_size, pretrain, staged_config(parts, data, method, **elsewhere))
+    stop = {"train": {"exit_interval": SECOND + 1}}
+    run_on_ranks(tp_size * dp_size, pretrain, staged_config(parts, data, method, **elsewhere, **stop))
+    run_on_ranks(2, pretrain, staged_config(parts, data, method, **here))
     for one, other in zip(measured_steps(whole), measured_steps(parts), strict=True):
         assert other["step"] == one["step"] and other["lr"] == one["lr"]
         assert other["consumed_samples"] == one["consumed_samples"]

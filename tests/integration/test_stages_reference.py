@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
+from megatron_sgt.checkpoint import layout
 from tests.helpers import staged
 from tests.helpers.exhaustive import share_of
 from tests.helpers.ranks import run_on_ranks
-from tests.helpers.runs import measured_steps, pretrain, write_tiny_data
-from tests.helpers.staged import METHODS, by_reference, staged_config
+from tests.helpers.runs import measured_steps, pretrain, reported, write_tiny_data
+from tests.helpers.staged import FIRST, LAST, METHODS, SECOND, by_reference, staged_config
 
+PRESERVED = 1e-6
+"""Between the losses before and after a growth that preserves the function, in fp32."""
 LOSS, NORM = 3e-5, 1e-5
 """Absolute and relative; in fact both are below 1e-6."""
 LAYOUTS = [(tp_size, zero) for tp_size in (1, 2) for zero in (0, 1, 3)]
@@ -50,6 +53,13 @@ def test_three_stages_are_those_of_plain_pytorch(
         assert step["lr"] == pytest.approx(rate, rel=1e-12), step["step"]
         assert step["loss"] == pytest.approx(loss, abs=LOSS), step["step"]
         assert step["grad_norm"] == pytest.approx(norm, rel=NORM), step["step"]
+    boundaries = reported(tmp_path, "grow")
+    assert [record["step"] for record in boundaries] == [FIRST, SECOND]
+    for record in boundaries:
+        gap = abs(record["probe_loss_before"] - record["probe_loss_after"])
+        assert gap <= PRESERVED if record["preserves"] else gap > 1e-3
+    kept = [layout.step_of(tag) for tag in layout.finished_tags(config.save_dir)]
+    assert kept == [FIRST, SECOND, LAST], "without an interval, what the model grows from is saved and kept"
 
 
 @pytest.mark.parametrize(
