@@ -205,6 +205,8 @@ def check_growth(cfg: Config) -> Iterator[str]:
         outside = [layer for layer in getattr(growth, name) if not 0 <= layer < num_layers]
         if outside:
             yield f"growth.{name}: {outside} outside the model's layers 0..{num_layers - 1}"
+    if growth.ramp is not None:
+        yield from (f"growth.ramp.{line}" for line in growth.ramp.misfits(num_layers, cfg.model.ffn_hidden_size))
     if growth.method != "sgt":
         return
     if growth.num_keep_heads > num_heads and growth.head_choice != "all":

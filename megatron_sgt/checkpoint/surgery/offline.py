@@ -86,7 +86,7 @@ def grow_checkpoint(
     manifest.verify_checksums(source)
     opened = open_any(source)
     growth = operator(opened.config.model, options)
-    config = grown_config(opened.config, growth)
+    config = grown_config(opened.config, growth, opened.saved["trainer"]["step"])
     new_entries = has_new_entries(maps_of(growth))
     policy = OptimizerPolicy.parse(optimizer or operator.optimizer)
     carried = carry(opened.step, policy, moments or operator.moments, config.optim, new_entries)
