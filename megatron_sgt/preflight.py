@@ -16,6 +16,8 @@ from megatron_sgt.checkpoint.find import Found, check_checkpoint, find_checkpoin
 from megatron_sgt.checkpoint.forms import read_config, read_state
 from megatron_sgt.checkpoint.layout import GROWTH_STATE
 from megatron_sgt.config import Config
+from megatron_sgt.config.base import count
+from megatron_sgt.config.lengths import SequenceLengths
 from megatron_sgt.data.prefix import resolve_prefix
 from megatron_sgt.data.tokenizer import resolve_vocab_size, tokenizer_of
 from megatron_sgt.errors import CheckpointError, ConfigError, DamagedCheckpointError, DataError
@@ -38,6 +40,7 @@ _UNREMARKABLE = (
     "data.num_workers",
     "data.allow_validation_leak",
 )
+_LENGTHS = "data.seq_length_curriculum"
 # What reading the data sets and the tokenizer needs.
 _READERS = {None: (), "sentencepiece": ("sentencepiece",), "huggingface": ("transformers",)}
 
@@ -111,15 +114,24 @@ def check_surroundings(config: Config) -> None:
     check_folders(config)
 
 
-def check_disk(config: Config, precision: str) -> str:
-    """The room for checkpoints and the size of one, in words. ``config``: of the stage with the largest ones.
+def check_disk(config: Config, precision: str, libraries: bool = True) -> str:
+    """The room for checkpoints and the size of one, in words; of a model that grows, the largest.
+
+    Args:
+        libraries: False leaves out what needs NumPy: the stages after the first.
 
     Raises:
         CheckpointError: not one fits.
+        ConfigError: the stages of the run are refused.
     """
     if config.model.vocab_size is None:  # the tokenizer's, which may not be readable here
         config = config.with_vocab_size(1)
     size, keep = checkpoint_bytes(config, precision), config.checkpoint.keep_last
+    stages = config.growth.stages if libraries else ()
+    if stages:
+        from megatron_sgt.planning.stages import largest_checkpoint  # needs NumPy
+
+        size = largest_checkpoint(config, precision)
     free = shutil.disk_usage(nearest(config.save_dir)).free
     if free < size:
         raise CheckpointError(
@@ -127,7 +139,9 @@ def check_disk(config: Config, precision: str) -> str:
             "make room, or set checkpoint.save to another place"
         )
     kept = f"{keep} kept" if keep else "all kept"
-    return f"about {file_size(size)} each, {kept}; {file_size(free)} free for {config.save_dir}"
+    each = "the largest" if stages else "each"
+    kept += f" and {count(len(stages), 'save')} between stages" if stages else ""
+    return f"about {file_size(size)} {each}, {kept}; {file_size(free)} free for {config.save_dir}"
 
 
 def find_start(config: Config, damaged: Mapping[Path, str] | None = None, libraries: bool = True) -> Start:
@@ -169,7 +183,8 @@ def _start_at(folder: Path, found: Found, config: Config, libraries: bool) -> St
     saved = check_checkpoint(folder, config, tokenizer)
     if libraries:
         _check_growth(folder, saved, config, there)
-    return Start(folder, saved, tuple(_changes(there, config)), found.skipped, found.explicit)
+    changes = tuple(_changes(there, config, saved["trainer"]["step"]))
+    return Start(folder, saved, changes, found.skipped, found.explicit)
 
 
 def tokenizer_fingerprint(config: Config) -> str | None:
@@ -199,22 +214,31 @@ def check_job(config: Config, world_size: int, device: str) -> list[tuple[str, s
     tokenizer = config.data.tokenizer
     needed = ("numpy", *_READERS[None if tokenizer is None else tokenizer.type])
     absent = [name for name in needed if importlib.util.find_spec(name) is None]
-    largest = config
-    if not absent:
-        from megatron_sgt.stages.stages import stages_of  # needs NumPy
-
-        largest = stages_of(config)[-1].config
-    data, disk = _data_line(config, absent), check_disk(largest, precision)
+    data, disk = _data_line(config, absent), check_disk(config, precision, libraries="numpy" not in absent)
     start = find_start(config, libraries=not absent)
     if problem := start.problem(config):
         raise ConfigError(problem)
     return [
         ("layout", shape),
         ("batch", batch),
+        *_stages_row(config, absent),
         ("data", data),
         ("disk", disk),
         ("start", start.sentence(config)),
     ]
+
+
+def _stages_row(config: Config, absent: Sequence[str]) -> list[tuple[str, str]]:
+    """The models that the run passes through, if it is not one; refuses those that cannot be trained."""
+    if not config.growth.stages:
+        return []
+    if "numpy" in absent:
+        return [("stages", f"{1 + len(config.growth.stages)}, not checked: no numpy here; the job checks them first")]
+    from megatron_sgt.planning.describe import stages_line  # needs NumPy
+    from megatron_sgt.stages.stages import stages_of
+
+    known = config if config.model.vocab_size is not None else config.with_vocab_size(1)
+    return [("stages", stages_line(stages_of(known)))]
 
 
 def _data_line(config: Config, absent: Sequence[str]) -> str:
@@ -256,11 +280,22 @@ def _check_growth(folder: Path, saved: dict[str, Any], config: Config, there: Co
         raise DamagedCheckpointError(f"checkpoint {folder}: its growth state is of a later step")
 
 
-def _changes(there: Config, here: Config) -> Iterator[str]:
+def _changes(there: Config, here: Config, step: int) -> Iterator[str]:
+    """Settings of the run that differ from those of the checkpoint, which is of ``step``."""
     before, now = dict(_leaves(there.model_dump())), dict(_leaves(here.model_dump()))
     for name in before | now:
-        if before.get(name) != now.get(name) and not name.startswith(_UNREMARKABLE):
+        if before.get(name) == now.get(name) or name.startswith(_UNREMARKABLE):
+            continue
+        if name == _LENGTHS:
+            yield _other_lengths(there.seq_lengths, here.seq_lengths, step)
+        else:
             yield f"{name} {before.get(name)} -> {now.get(name)}"
+
+
+def _other_lengths(before: SequenceLengths, now: SequenceLengths, step: int) -> str:
+    trained = [list(lengths.within(1, step)) if step else [] for lengths in (before, now)]
+    past = "" if trained[0] == trained[1] else f" (of the {step:,} steps that are trained, too: they stay as they were)"
+    return f"{_LENGTHS} {before.text() or 'none'} -> {now.text() or 'none'}{past}"
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -14,6 +14,7 @@ from megatron_sgt.config import Config
 from megatron_sgt.errors import CheckpointError, ConfigError, DataError
 from megatron_sgt.growth import build_schedule
 from megatron_sgt.planning.parameters import checkpoint_bytes, parameter_count
+from megatron_sgt.stages.stages import stages_of
 from tests.helpers.checkpoints import write_plain_checkpoint
 from tests.helpers.runs import TINY, tiny_config, write_tiny_data
 from tests.helpers.single import small_config
@@ -60,11 +61,27 @@ def test_places(tmp_path: Path) -> None:
 def test_changed_settings_are_named() -> None:
     there = small_config(optim={"lr": 0.5}, logging={"run_dir": "a"}, train={"exit_interval": 3})
     here = small_config(optim={"lr": 0.25}, logging={"run_dir": "b"}, deepspeed={"amp": {"enabled": False}})
-    assert list(preflight._changes(there, here)) == [
+    assert list(preflight._changes(there, here, 3)) == [
         "optim.lr 0.5 -> 0.25",
         "deepspeed.amp.enabled None -> False",
     ]
-    assert list(preflight._changes(here, here)) == []
+    assert list(preflight._changes(here, here, 3)) == []
+
+
+def test_another_curriculum_says_whether_it_changes_the_past() -> None:
+    plain, one, two = (
+        small_config(data={"seq_length_curriculum": [{"until_steps": n, "seq_length": 16} for n in ends]})
+        for ends in ((), (4,), (4, 8))
+    )
+    name = "data.seq_length_curriculum"
+    assert list(preflight._changes(one, two, 4)) == [
+        f"{name} 16 until step 4, then 32 -> 16 until step 4, 16 until step 8, then 32"
+    ]
+    past = " (of the 5 steps that are trained, too: they stay as they were)"
+    assert list(preflight._changes(two, one, 5)) == [
+        f"{name} 16 until step 4, 16 until step 8, then 32 -> 16 until step 4, then 32{past}"
+    ]
+    assert list(preflight._changes(plain, one, 0)) == [f"{name} none -> 16 until step 4, then 32"]
 
 
 def test_tells_the_shape_of_the_run(tmp_path: Path, data: str) -> None:
@@ -162,6 +179,23 @@ def test_size_of_a_checkpoint(precision: str, stage: int, per_parameter: int) ->
     config = small_config(parallel={"zero_stage": stage})
     size = checkpoint_bytes(config, precision)
     assert size == per_parameter * parameter_count(config.model)
+
+
+def test_the_largest_stage_must_fit_the_disk(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = [{"until_steps": 5, "operator": "g_stack", "options": {"factor": 4}}]
+    growing = config(tmp_path, data, growth={"stages": stages}, checkpoint={"keep_last": 2})
+    large = checkpoint_bytes(stages_of(growing)[1].config, "fp32")
+    assert large > checkpoint_bytes(growing, "fp32")
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: type("Usage", (), {"free": large}))
+    rows = dict(preflight.check_job(growing, 2, "cpu"))
+    assert "the largest, 2 kept and 1 save between stages; " in rows["disk"]
+    assert "g_stack after step 5: 20 layers" in rows["stages"]
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: type("Usage", (), {"free": large - 1}))
+    with pytest.raises(CheckpointError, match="a checkpoint takes about"):
+        preflight.check_job(growing, 2, "cpu")
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None if name == "numpy" else "found")
+    rows = dict(preflight.check_job(growing, 2, "cpu"))
+    assert rows["stages"] == "2, not checked: no numpy here; the job checks them first" and "each, 2" in rows["disk"]
 
 
 def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_sgt.config import Config
@@ -15,13 +15,13 @@ from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.lease import holder_of, inside
 from megatron_sgt.parallel.device import device_type
-from megatron_sgt.planning.describe import growth_line, model_line
-from megatron_sgt.planning.flops import step_flops
+from megatron_sgt.planning.describe import growth_line, model_line, stages_line
+from megatron_sgt.planning.flops import flops_between
 from megatron_sgt.planning.layout import batch_line, layout_line
 from megatron_sgt.planning.loop_cost import choose_loop_method
 from megatron_sgt.planning.structure import most_kept_heads
 from megatron_sgt.preflight import Start, check_disk, check_surroundings, find_start, with_vocabulary
-from megatron_sgt.stages.stages import stages_of
+from megatron_sgt.stages.stages import Stage, stages_of
 
 
 def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:
@@ -44,9 +44,10 @@ def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:
     check_deepspeed(config, world_size, precision)
     config = with_vocabulary(config)
     stages = stages_of(config)
-    data, start, disk = validate_data(config), find_start(config), check_disk(stages[-1].config, precision)
-    rows = [("model", model_line(config)), ("growth", growth_line(config))]
-    rows += _batch_rows(config, world_size)
+    data, start, disk = validate_data(config), find_start(config), check_disk(config, precision)
+    several = [("stages", stages_line(stages))] if len(stages) > 1 else []
+    rows = [("model", model_line(config)), *several, ("growth", growth_line(stages[-1].config))]
+    rows += _batch_rows(stages, world_size)
     change = data_start(config, start, keep_indices=False).change
     rows += [("data", data.line()), ("checkpoint", disk), ("start", start.sentence(config))]
     notes = [*data.notes, *_start_notes(config, start), *([] if change is None else [change.line()])]
@@ -72,17 +73,22 @@ def _loop_rows(config: Config) -> list[tuple[str, str]]:
     return [("loops", choose_loop_method(config)[1])]
 
 
-def _batch_rows(config: Config, world_size: int) -> list[tuple[str, str]]:
-    steps, batch = config.train.train_iters, config.train.global_batch_size
-    flops = step_flops(config.model, LoopPlan.empty(config.model.num_layers), batch).model
+def _batch_rows(stages: Sequence[Stage], world_size: int) -> list[tuple[str, str]]:
+    config = stages[-1].config
+    steps, lengths = config.train.train_iters, config.seq_lengths
+    flops = sum(
+        flops_between(stage.config, LoopPlan.empty(stage.config.model.num_layers), stage.first + 1, stage.last)
+        for stage in stages
+    )
     return [
         ("layout", layout_line(config, world_size, _shown_precision(config))),
         *_loop_rows(config),
         ("batch", batch_line(config, world_size)),
+        *([("lengths", lengths.text())] if lengths.ends else []),
         (
             "run",
-            f"{steps:,} steps · {steps * batch * config.model.seq_length:,} tokens · "
-            f"{flops * steps:.3g} FLOPs before growth",
+            f"{steps:,} steps · {steps * config.tokens_per_step:,} tokens · "
+            f"{flops:.3g} FLOPs {'before growth' if len(stages) == 1 else 'without loops'}",
         ),
     ]
 

@@ -78,7 +78,8 @@ class RunningStage:
         hub = session.hub
         self.log = LogHook(config, self.schedule, hub, groups, runtime.precision)
         self.growth = GrowthHook(self.schedule, runtime.model, runtime.model.meter, groups, self.log.on_growth)
-        self.spike = SpikeHook(config.train, session.skipped_ranges, self._can_go_back, hub, groups)
+        lengths = config.seq_lengths
+        self.spike = SpikeHook(config.train, session.skipped_ranges, self._can_go_back, hub, groups, lengths)
         self.straggler = StragglerHook(
             runtime.model, config.logging.log_interval, config.train.straggler_threshold, hub, groups
         )

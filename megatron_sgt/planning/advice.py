@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 from megatron_sgt.arch.weights import layer_weights
 from megatron_sgt.config import Config, TrainConfig, parse_config
 from megatron_sgt.errors import ConfigError
-from megatron_sgt.growth import LoopPlan
 from megatron_sgt.metrics.units import file_size
 from megatron_sgt.planning.hardware import USABLE
 from megatron_sgt.planning.loop_cost import choose_loop_method, loop_flops
 from megatron_sgt.planning.memory import peak_memory
 from megatron_sgt.planning.parameters import parameter_count
+from megatron_sgt.planning.stages import StagePlan
 from megatron_sgt.planning.step_time import Machine
-from megatron_sgt.planning.structure import most_kept_heads, schedule_of, timeline
+from megatron_sgt.planning.structure import most_kept_heads, schedule_of
 
 SMALL_SHARE = 250_000
 """Elements of a layer per rank below which ZeRO-3 sends many small messages."""
@@ -23,31 +23,36 @@ RECOMPUTE: tuple[str, ...] = get_args(TrainConfig.model_fields["recompute_granul
 """Every granularity that the configuration knows."""
 
 
-def warnings(config: Config, world_size: int, machine: Machine, precision: str) -> Iterator[str]:
+def warnings(stages: Sequence[StagePlan], world_size: int, machine: Machine, precision: str) -> Iterator[str]:
     """One sentence each, the worst first."""
-    yield from _memory(config, world_size, machine, precision)
-    yield from schedule_of(config).advice(config.train.train_iters)
-    yield from _loops(config)
-    yield from _layout(config, world_size, machine)
+    last = stages[-1].config
+    yield from _memory(stages, world_size, machine, precision)
+    yield from schedule_of(last).advice(last.train.train_iters)
+    yield from _loops(last)
+    yield from _layout(last, world_size, machine)
 
 
-def _memory(config: Config, world_size: int, machine: Machine, precision: str) -> Iterator[str]:
-    plans = {stretch.plan for stretch in timeline(config)}
+def _memory(stages: Sequence[StagePlan], world_size: int, machine: Machine, precision: str) -> Iterator[str]:
     limit = USABLE * machine.gpu.memory
-    first = peak_memory(config, [timeline(config)[0].plan], world_size, precision)
-    worst = peak_memory(config, plans, world_size, precision)
+    beginning = stages[0]
+    first = peak_memory(beginning.config, [beginning.stretches[0].plan], world_size, precision)
+    peaks = [one.peak(world_size, precision) for one in stages]
+    worst = max(peaks)
     if worst <= limit:
         return
-    when = "from the start" if first > limit else "only after growth: the run would end in the middle"
+    begun = next(n for n, peak in enumerate(peaks) if peak > limit)
+    when = f"only in stage {begun}" if begun else "only after growth"
+    when = "from the start" if first > limit else f"{when}: the run would end in the middle"
     text = f"does not fit: {file_size(worst)} per rank of {file_size(limit)} usable, {when}"
-    ways = list(_ways_to_fit(config, plans, world_size, precision, limit))
+    ways = list(_ways_to_fit(stages, world_size, precision, limit))
     if ways:
         yield f"{text}; it fits with {', or '.join(ways)}"
     else:
         yield f"{text}; no single change is enough: combine more GPUs, tensor parallelism, ZeRO-3 and full recompute"
 
 
-def _ways_to_fit(config: Config, plans: set[LoopPlan], world_size: int, precision: str, limit: float) -> Iterator[str]:
+def _ways_to_fit(stages: Sequence[StagePlan], world_size: int, precision: str, limit: float) -> Iterator[str]:
+    config = stages[-1].config
     train, parallel = config.train, config.parallel
     changes: list[dict[str, Any]] = []
     if train.micro_batch_size > 1:
@@ -58,23 +63,30 @@ def _ways_to_fit(config: Config, plans: set[LoopPlan], world_size: int, precisio
     tensor = 2 * parallel.tensor_model_parallel_size
     changes.append({"parallel.tensor_model_parallel_size": tensor, "parallel.sequence_parallel": True})
     for change in changes:
-        try:
-            other = changed(config, change)
-            other.num_micro_batches(world_size)
-        except ConfigError:
-            continue
-        size = peak_memory(other, plans, world_size, precision)
-        if size <= limit:
+        size = _peak_with(change, stages, world_size, precision)
+        if size is not None and size <= limit:
             shown = " ".join(f"{name}={str(value).lower()}" for name, value in change.items() if value is not None)
             yield f"{shown} ({file_size(size)})"
 
 
-def other_layouts(config: Config, world_size: int, precision: str) -> list[dict[str, Any]]:
+def _peak_with(change: dict[str, Any], stages: Sequence[StagePlan], world_size: int, precision: str) -> int | None:
+    """The peak of the run with other settings; None where they contradict the rest, in any stage."""
+    sizes = []
+    for one in stages:
+        try:
+            other = changed(one.config, change)
+            other.num_micro_batches(world_size)
+        except ConfigError:
+            return None
+        sizes.append(peak_memory(other, one.plans, world_size, precision))
+    return max(sizes)
+
+
+def other_layouts(stages: Sequence[StagePlan], world_size: int, precision: str) -> list[dict[str, Any]]:
     """Bytes on the fullest rank at the worst moment: one row per ZeRO stage, one entry per recompute granularity.
 
-    None where the two contradict the rest of ``config``.
+    None where the two contradict the rest of the configuration.
     """
-    plans = {stretch.plan for stretch in timeline(config)}
 
     def peak(stage: int, granularity: str) -> int | None:
         if stage == 0 and precision != "fp32":
@@ -82,10 +94,7 @@ def other_layouts(config: Config, world_size: int, precision: str) -> list[dict[
         change = {"parallel.zero_stage": stage, "train.recompute_granularity": granularity}
         if granularity == "none":
             change["train.recompute_layers"] = None
-        try:
-            return peak_memory(changed(config, change), plans, world_size, precision)
-        except ConfigError:
-            return None
+        return _peak_with(change, stages, world_size, precision)
 
     return [
         {"zero_stage": stage, **{granularity: peak(stage, granularity) for granularity in RECOMPUTE}}
@@ -131,7 +140,8 @@ def _layout(config: Config, world_size: int, machine: Machine) -> Iterator[str]:
         )
     elif node % tensor:
         yield f"tensor parallel {tensor} does not divide nodes of {node} GPUs: some groups reach over two nodes"
-    if tensor > 1 and not parallel.sequence_parallel and config.model.seq_length % tensor == 0:
+    even = all(length % tensor == 0 for length in config.seq_lengths.every)
+    if tensor > 1 and not parallel.sequence_parallel and even:
         yield (
             "activations are replicated over tensor-parallel ranks; parallel.sequence_parallel=true stores a "
             f"{_fraction(tensor)} of those outside the matrix products, with the same bytes sent"

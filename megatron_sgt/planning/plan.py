@@ -6,16 +6,18 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_sgt.config import Config
+from megatron_sgt.config.lengths import LengthSpan
 from megatron_sgt.growth import ENTROPY, LoopPlan
 from megatron_sgt.planning.advice import other_layouts, warnings
-from megatron_sgt.planning.flops import overhead, step_flops
+from megatron_sgt.planning.flops import at_length, batch_flops, overhead, step_flops
 from megatron_sgt.planning.hardware import USABLE
 from megatron_sgt.planning.loop_cost import choose_loop_method
 from megatron_sgt.planning.memory import activation_memory
 from megatron_sgt.planning.parameters import checkpoint_bytes, parameter_count, parameters_by_part
+from megatron_sgt.planning.stages import StagePlan, plan_stages, stage_table
 from megatron_sgt.planning.state_memory import state_memory
 from megatron_sgt.planning.step_time import NOT_CALIBRATED, Machine, step_time
-from megatron_sgt.planning.structure import Stretch, final_plan, schedule_of, timeline
+from megatron_sgt.planning.structure import FIXED, Stretch, final_plan, schedule_of
 from megatron_sgt.planning.traffic import LoopMethod, loop_pass_traffic, step_traffic
 
 METHODS: tuple[LoopMethod, ...] = ("owner", "balanced")
@@ -26,20 +28,25 @@ ERROR_BARS = (
     "traffic: exact to the byte for tensor parallelism and ZeRO 0-3 (4 ranks); calls of ZeRO-3 are a bound",
     "step time: assumed efficiencies, measured nowhere; days rest on the stated MFU alone",
 )
+BOUNDARY_ERROR = "boundaries between stages: assumed rates of storage and cores, measured nowhere"
 
 
 def make_plan(config: Config, world_size: int, machine: Machine, mfu: float, precision: str) -> dict[str, Any]:
     """The plan of ``config`` on ``world_size`` ranks. ``mfu``: model FLOPs over peak FLOPs, in (0, 1].
 
+    Of a run of several stages, ``stages`` has a row for each; parameters, traffic and step time are those of the last
+    one, memory that of the stage with the fullest rank.
+
     Raises:
-        ConfigError: the ranks or the batch do not divide, or the peak is not known.
+        ConfigError: the ranks or the batch do not divide, the peak is not known, or the stages are refused.
     """
-    train, model = config.train, config.model
-    stretches = timeline(config)
-    total = sum(entry["flops"] for entry in _compute(config, stretches))
-    peak = machine.gpu.peak(precision)
-    return {
-        "parameters": {"total": parameter_count(model), **parameters_by_part(model)},
+    train = config.train
+    stages = plan_stages(config)
+    last, fullest = stages[-1].config, max(stages, key=lambda one: one.peak(world_size, precision))
+    compute = [entry for one in stages for entry in _compute(one, several=len(stages) > 1)]
+    total, peak = sum(entry["flops"] for entry in compute), machine.gpu.peak(precision)
+    plan: dict[str, Any] = {
+        "parameters": {"total": parameter_count(last.model), **parameters_by_part(last.model)},
         "layout": {
             "world_size": world_size,
             "gpus_per_node": machine.gpus_per_node,
@@ -48,43 +55,47 @@ def make_plan(config: Config, world_size: int, machine: Machine, mfu: float, pre
             "data_parallel": config.data_parallel_size(world_size),
             "zero_stage": config.zero_stage_on(world_size, precision),
             "precision": precision,
-            "loop_method": choose_loop_method(config)[0],
+            "loop_method": choose_loop_method(last)[0],
         },
         "batch": {
             "global_batch_size": train.global_batch_size,
             "micro_batch_size": train.micro_batch_size,
             "accumulation": config.num_micro_batches(world_size),
-            "tokens_per_step": train.global_batch_size * model.seq_length,
+            "tokens_per_step": config.tokens_per_step,
         },
         "memory": {
             "limit": USABLE * machine.gpu.memory,
-            **{
-                name: _memory(config, plan, world_size, precision) for name, plan in _moments(config, stretches).items()
-            },
+            **{name: _memory(fullest.config, plan, world_size, precision) for name, plan in _moments(fullest).items()},
         },
-        "peak_by_layout": other_layouts(config, world_size, precision),
-        "compute": _compute(config, stretches),
+        "peak_by_layout": other_layouts(stages, world_size, precision),
+        "compute": compute,
         "run": {
             "steps": train.train_iters,
-            "tokens": train.train_iters * train.global_batch_size * model.seq_length,
+            "tokens": sum(one.tokens for one in stages),
             "flops": total,
             "mfu": mfu,
             "days": total / (world_size * peak * mfu) / 86400,
         },
-        "checkpoint": _checkpoint(config, precision),
-        "traffic": _traffic(config, world_size, precision),
-        "step_time": _step_times(config, world_size, machine, precision),
-        "warnings": list(warnings(config, world_size, machine, precision)),
+        "checkpoint": _checkpoint(last, precision),
+        "traffic": _traffic(last, world_size, precision),
+        "step_time": _step_times(last, world_size, machine, precision),
+        "warnings": list(warnings(stages, world_size, machine, precision)),
         "error_bars": list(ERROR_BARS),
     }
+    if len(stages) > 1:
+        plan["memory"]["stage"] = fullest.stage.index
+        plan["stages"] = stage_table(stages, world_size, machine, mfu, precision)
+        plan["error_bars"].append(BOUNDARY_ERROR)
+    return plan
 
 
-def _moments(config: Config, stretches: list[Stretch]) -> dict[str, LoopPlan]:
+def _moments(one: StagePlan) -> dict[str, LoopPlan]:
+    stretches, model = one.stretches, one.config.model
     moments = {"now": stretches[0].plan}
     windows = [stretch.plan for stretch in stretches if stretch.phase == "window"]
     if windows:
-        moments["window"] = max(windows, key=lambda plan: step_flops(config.model, plan, 1).model)
-    final = final_plan(config)
+        moments["window"] = max(windows, key=lambda plan: step_flops(model, plan, 1).model)
+    final = stretches[-1].plan if stretches[-1].phase == FIXED else final_plan(one.config)
     if final != moments["now"]:
         moments["final"] = final
     return moments
@@ -104,23 +115,27 @@ def _checkpoint(config: Config, precision: str) -> dict[str, Any]:
     return {"bytes": checkpoint_bytes(config, precision), "saves": saves, "kept": kept}
 
 
-def _compute(config: Config, stretches: list[Stretch]) -> list[dict[str, Any]]:
-    batch, tokens = config.train.global_batch_size, config.train.global_batch_size * config.model.seq_length
-    entries: list[dict[str, Any]] = []
-    for stretch in stretches:
-        flops = step_flops(config.model, stretch.plan, batch).model
-        entries.append(
-            {
-                "phase": stretch.phase,
-                "first_step": stretch.first,
-                "last_step": stretch.last,
-                "loops": sum(layer.loops + layer.block_loops for layer in stretch.plan),
-                "flops_per_token": flops / tokens,
-                "overhead": overhead(config.model, stretch.plan),
-                "flops": flops * stretch.steps,
-            }
-        )
-    return entries
+def _compute(one: StagePlan, several: bool) -> list[dict[str, Any]]:
+    return [
+        ({"stage": one.stage.index} if several else {}) | _stretch(one.config, stretch, span)
+        for stretch in one.stretches
+        for span in one.config.seq_lengths.within(stretch.first, stretch.last)
+    ]
+
+
+def _stretch(config: Config, stretch: Stretch, span: LengthSpan) -> dict[str, Any]:
+    """Steps of one structure and one sequence length."""
+    flops = batch_flops(config, stretch.plan, span.seq_length).model
+    return {
+        "phase": stretch.phase,
+        "first_step": span.first,
+        "last_step": span.last,
+        "seq_length": span.seq_length,
+        "loops": sum(layer.loops + layer.block_loops for layer in stretch.plan),
+        "flops_per_token": flops / config.tokens_per_step,
+        "overhead": overhead(at_length(config.model, span.seq_length), stretch.plan),
+        "flops": flops * span.steps,
+    }
 
 
 def _traffic(config: Config, world_size: int, precision: str) -> dict[str, Any]:

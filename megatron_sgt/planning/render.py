@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_sgt.config import Config
+from megatron_sgt.config.base import count
 from megatron_sgt.metrics.units import duration, file_size, si
-from megatron_sgt.planning.describe import growth_line, model_line
+from megatron_sgt.planning.describe import growth_line, model_line, stages_line
 from megatron_sgt.planning.layout import batch_line, layout_line
+from megatron_sgt.planning.step_time import NOT_CALIBRATED
+from megatron_sgt.stages.stages import stages_of
 
 WIDTH = 100
 _LABEL = 12
@@ -33,8 +36,9 @@ _BAR = 40
 def render(plan: dict[str, Any], config: Config, title: str) -> str:
     """``plan`` (see ``make_plan``) as text."""
     lines = [title]
-    for part in (_shape, _memory, _other_layouts, _compute, _traffic, _time, _ending):
-        lines += ["", *part(plan, config)] if part is not _shape else part(plan, config)
+    for part in (_shape, _stages, _memory, _other_layouts, _compute, _traffic, _time, _ending):
+        found = list(part(plan, config))
+        lines += ["", *found] if found and part is not _shape else found
     return "\n".join(lines)
 
 
@@ -51,20 +55,70 @@ def _row(label: str, text: str) -> list[str]:
 
 def _shape(plan: dict[str, Any], config: Config) -> Iterator[str]:
     layout, world = plan["layout"], plan["layout"]["world_size"]
+    stages = stages_of(config)
+    if len(stages) > 1:
+        yield from _row("stages", stages_line(stages))
+        config = stages[-1].config
     parts = [f"{name} {_billions(number)}" for name, number in plan["parameters"].items() if name != "total"]
-    yield from _row("model", model_line(config))
+    yield from _row("model" if len(stages) == 1 else "last model", model_line(config))
     yield from _row("", " · ".join(parts))
     yield from _row("growth", growth_line(config))
+    if lengths := config.seq_lengths.text():
+        yield from _row("lengths", lengths)
     more = f" · sequence parallel {'on' if config.parallel.sequence_parallel else 'off'}"
     more += f" · recompute {config.train.recompute_granularity}"
     yield from _row("layout", layout_line(config, world, layout["precision"]) + more)
     yield from _row("batch", batch_line(config, world))
 
 
+def _stages(plan: dict[str, Any], config: Config) -> Iterator[str]:
+    if "stages" not in plan:
+        return
+    table, run = plan["stages"], plan["run"]
+    yield (
+        f"{'stages':<19}{'steps':>24}{'tokens':>9}{'layers':>8}{'hidden':>8}{'ffn':>8}{'heads':>7}{'parameters':>12}"
+    )
+    for row in table["rows"]:
+        yield (
+            f"{_name(row):<19}{_steps(row):>24}{_billions(row['tokens']):>9}{row['num_layers']:>8}"
+            f"{row['hidden_size']:>8}{row['ffn_hidden_size']:>8}{row['num_attention_heads']:>7}"
+            f"{_billions(row['parameters']):>12}"
+        )
+    yield f"{'':<19}{'FLOPs per token':>18}{'FLOPs':>11}{'peak per rank':>16}{'checkpoint':>13}{'time':>13}"
+    for row in table["rows"]:
+        yield (
+            f"{_name(row):<19}{si(row['flops_per_token'], ' '):>18}{row['flops']:>11.3g}{file_size(row['peak']):>16}"
+            f"{file_size(row['checkpoint_bytes']):>13}{_span(86400 * row['days']):>13}"
+        )
+    yield (
+        f"{'  the whole run':<19}{si(run['flops'] / run['tokens'], ' '):>18}{run['flops']:>11.3g}"
+        f"{file_size(table['peak']):>16}{file_size(table['on_disk']):>13}{_span(86400 * run['days']):>13}"
+    )
+    yield from _row(
+        "saving",
+        f"{table['scratch_flops']:.3g} FLOPs train the last model from the first step on as many tokens: "
+        f"{100 * table['saving']:+.1f} % over this run",
+    )
+    for row in table["rows"][1:]:
+        seconds = row["boundary_s"]
+        parts = f"save {seconds['save']:.3g}, rebuild {seconds['rebuild']:.3g}, read {seconds['read']:.3g}"
+        text = f"{NOT_CALIBRATED}: {seconds['total']:.3g} s after step {row['first_step'] - 1:,} ({parts})"
+        yield from _row("boundary", text)
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"  {row['stage']}" + (f" {row['operator']}" if row["operator"] else "")
+
+
+def _steps(row: dict[str, Any]) -> str:
+    return f"{row['first_step']:,} .. {row['last_step']:,}"
+
+
 def _memory(plan: dict[str, Any], config: Config) -> Iterator[str]:
     memory = plan["memory"]
     moments = [name for name in _MOMENTS if name in memory]
-    yield f"{'memory per rank':<34}" + "".join(f"{_MOMENTS[name]:>16}" for name in moments)
+    head = "memory per rank" + (f", stage {memory['stage']}" if "stage" in memory else "")
+    yield f"{head:<34}" + "".join(f"{_MOMENTS[name]:>16}" for name in moments)
     for key, label in _MEMORY_ROWS.items():
         values = [memory[name][key] for name in moments]
         if any(values):
@@ -98,9 +152,10 @@ def _compute(plan: dict[str, Any], config: Config) -> Iterator[str]:
     run = plan["run"]
     yield f"{'compute':<22}{'steps':>26}{'loops':>8}{'FLOPs per token':>18}{'overhead':>11}{'FLOPs':>13}"
     for entry in plan["compute"]:
-        steps = f"{entry['first_step']:,} .. {entry['last_step']:,}"
+        phase = entry["phase"] + (f", stage {entry['stage']}" if "stage" in entry else "")
+        phase += f", T {entry['seq_length']:,}" if config.seq_lengths.ends else ""
         yield (
-            f"  {entry['phase']:<20}{steps:>26}{entry['loops']:>8}{si(entry['flops_per_token'], ' '):>18}"
+            f"  {phase}{_steps(entry):>{46 - len(phase)}}{entry['loops']:>8}{si(entry['flops_per_token'], ' '):>18}"
             f"{100 * entry['overhead']:>+9.2f} %{entry['flops']:>13.3g}"
         )
     whole = sum(entry["flops"] for entry in plan["compute"])
@@ -133,14 +188,14 @@ def _traffic(plan: dict[str, Any], config: Config) -> Iterator[str]:
 
 def _time(plan: dict[str, Any], config: Config) -> Iterator[str]:
     run, layout, times = plan["run"], plan["layout"], plan["step_time"]
-    vanilla = times["vanilla"]
+    vanilla, length = times["vanilla"], f" at T {config.model.seq_length:,}" if config.seq_lengths.ends else ""
     yield from _row(
         "time",
         f"{_span(86400 * run['days'])} for {_billions(run['tokens'])} tokens at {100 * run['mfu']:.3g} % MFU (assumed; "
         f"--mfu) on {layout['world_size']} x {layout['gpu']}",
     )
     model = (
-        f"{times['note']}: {vanilla['total']:.3g} s per step (products {vanilla['compute']:.3g}, between them "
+        f"{times['note']}: {vanilla['total']:.3g} s per step{length} (products {vanilla['compute']:.3g}, between them "
         f"{vanilla['elementwise']:.3g}, tensor parallel {vanilla['tensor_parallel']:.3g}, data parallel "
         f"{vanilla['data_parallel']:.3g})"
     )
@@ -167,9 +222,13 @@ def _ending(plan: dict[str, Any], config: Config) -> Iterator[str]:
     saved = plan["checkpoint"]
     kept = f"{saved['kept']} kept" if saved["kept"] else "all kept"
     on_disk = saved["bytes"] * (min(saved["kept"], saved["saves"]) if saved["kept"] else saved["saves"])
+    each, beside = "each", ""
+    if "stages" in plan:
+        table, each = plan["stages"], "the largest"
+        on_disk, beside = table["on_disk"], f" and {count(len(table['boundary_saves']), 'save')} between stages"
     yield from _row(
         "checkpoint",
-        f"{file_size(saved['bytes'])} each · {saved['saves']:,} saves, {kept}: {file_size(on_disk)} on disk",
+        f"{file_size(saved['bytes'])} {each} · {saved['saves']:,} saves, {kept}{beside}: {file_size(on_disk)} on disk",
     )
     for number, text in enumerate(plan["warnings"], start=1):
         yield from _row("warnings" if number == 1 else "", f"{number}  {text}")

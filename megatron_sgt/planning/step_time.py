@@ -41,7 +41,7 @@ class Machine:
 
     ``kernel_efficiency``: of the peak, by matrix products and attention;
     ``link_efficiency``: of a link's bandwidth, by a collective; ``latency``: seconds that a collective of two ranks
-    takes in any case, more by log2(ranks).
+    takes in any case, more by log2(ranks); ``storage``: bytes per second between a node and the checkpoints' folder.
     """
 
     gpu: Gpu
@@ -49,6 +49,7 @@ class Machine:
     kernel_efficiency: float = 0.65
     link_efficiency: float = 0.8
     latency: float = 10e-6
+    storage: float = 2e9
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from megatron_sgt.config import Config
 from megatron_sgt.growth import LoopPlan, Schedule, build_schedule
+from megatron_sgt.stages.stages import Stage
+
+FIXED = "fixed"
+"""Phase of the paper's schedule, and of its replays, after which nothing is decided any more."""
 
 
 @dataclass(frozen=True)
@@ -54,3 +59,26 @@ def timeline(config: Config, together: bool = False) -> list[Stretch]:
         for stage, end in zip(stages, ends, strict=True)
         if stage.step < last and end > stage.step
     ]
+
+
+def stage_timelines(stages: Sequence[Stage], together: bool = False) -> list[list[Stretch]]:
+    """The same for each of a run's ``stages``, over its own steps; the schedule goes on where a model grows.
+
+    A structure that is fixed in one stage stays with the heirs of its layers. Until then the number of loops at a step
+    is that of the stage's model from the first step on. That is exact where ``growth.max_selected_layers`` can be
+    selected in every stage, else at most too much: a copy that is deeper than a looping layer is never selected.
+    """
+    found: list[list[Stretch]] = []
+    fixed: LoopPlan | None = None
+    for stage in stages:
+        if fixed is not None and stage.grown is not None:
+            heirs = stage.grown.growth.heirs
+            fixed = LoopPlan(stage.config.model.num_layers, tuple((heirs[n], layer) for n, layer in fixed.layers))
+            found.append([Stretch(stage.first + 1, stage.last, FIXED, fixed)])
+            continue
+        whole = timeline(stage.config, together)
+        inside = (one for one in whole if one.last > stage.first and one.first <= stage.last)
+        found.append([replace(s, first=max(s.first, stage.first + 1), last=min(s.last, stage.last)) for s in inside])
+        after = next((one for one in whole if one.first <= stage.last + 1 <= one.last), None)
+        fixed = after.plan if after is not None and after.phase == FIXED else None
+    return found

@@ -13,6 +13,7 @@ from megatron_sgt.growth import LoopPlan
 from megatron_sgt.planning.flops import overhead, step_flops
 from megatron_sgt.planning.parameters import parameter_count
 from megatron_sgt.planning.structure import final_plan
+from megatron_sgt.stages.stages import stages_of
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import pretrain, tiny_config, write_tiny_data
 
@@ -44,6 +45,28 @@ def test_the_shape_of_a_run(data: str, tmp_path: Path) -> None:
     assert "120 documents" in shown["data"]
     assert shown["start"].startswith("FRESH START")
     assert not (tmp_path / "new").exists(), "a dry run leaves nothing behind"
+
+
+def test_the_stages_of_a_growing_model(data: str, tmp_path: Path) -> None:
+    stages = [{"until_steps": 5, "operator": "g_stack", "options": {"factor": 2}}]
+    config = tiny_config(tmp_path / "new", data, growth={"stages": stages})
+    first, last = (stage.config for stage in stages_of(config))
+    shown = rows(dry_run(config, 1))
+    assert "5 layers" in shown["model"] and "g_stack after step 5: 10 layers" in shown["stages"]
+    one, other = (step_flops(c.model, LoopPlan.empty(c.model.num_layers), 8).model for c in (first, last))
+    assert f"{5 * one + 13 * other:.3g} FLOPs without loops" in shown["run"]
+    assert f"at most {100 * overhead(last.model, final_plan(last)):+.2f} % FLOPs" in shown["growth"]
+    assert "the largest, " in shown["checkpoint"]
+
+
+def test_a_curriculum_of_lengths_has_a_row_and_its_flops(data: str, tmp_path: Path) -> None:
+    entry = {"until_steps": 8, "seq_length": 4}
+    config = tiny_config(tmp_path / "new", data, data={"seq_length_curriculum": [entry]})
+    shown = rows(dry_run(config, 1))
+    assert shown["lengths"] == "4 until step 8, then 16"
+    full = step_flops(config.model, LoopPlan.empty(5), 8)
+    flops = 3 * (18 * full.linear + (8 / 4 + 10) * full.attention)
+    assert f"18 steps · 2,304 tokens · {flops:.3g} FLOPs before growth" in shown["run"]
 
 
 def test_the_growth_row_of_the_baselines(data: str, tmp_path: Path) -> None:

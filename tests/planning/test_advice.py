@@ -10,6 +10,7 @@ from megatron_sgt.config import Config, load_config
 from megatron_sgt.planning.advice import changed, warnings
 from megatron_sgt.planning.hardware import USABLE, find_gpu
 from megatron_sgt.planning.memory import peak_memory
+from megatron_sgt.planning.stages import plan_stages
 from megatron_sgt.planning.step_time import Machine
 from megatron_sgt.planning.structure import timeline
 
@@ -23,7 +24,7 @@ def example(name: str, *overrides: str) -> Config:
 
 @pytest.mark.parametrize(("name", "ranks"), [("sgt_300m", 8), ("sgt_1.2b", 8), ("sgt_7b", 32), ("sgt_70b", 256)])
 def test_the_examples_need_no_warning_on_the_machines_they_name(name: str, ranks: int) -> None:
-    assert list(warnings(example(name), ranks, H100, "bf16")) == []
+    assert list(warnings(plan_stages(example(name)), ranks, H100, "bf16")) == []
 
 
 @pytest.mark.parametrize(
@@ -54,14 +55,14 @@ def test_each_warning_names_its_numbers_and_the_way_out(
     name: str, overrides: list[str], ranks: int, texts: list[str]
 ) -> None:
     node = 4 if "nodes of 4" in texts[0] else 8
-    said = " | ".join(warnings(example(name, *overrides), ranks, Machine(find_gpu("h100"), node), "bf16"))
+    said = " | ".join(warnings(plan_stages(example(name, *overrides)), ranks, Machine(find_gpu("h100"), node), "bf16"))
     for text in texts:
         assert text in said, said
 
 
 def test_what_does_not_fit_is_told_with_changes_that_fit() -> None:
     config = example("sgt_1.2b", "train.micro_batch_size=10", "train.global_batch_size=640")
-    (said,) = warnings(config, 8, H100, "bf16")
+    (said,) = warnings(plan_stages(config), 8, H100, "bf16")
     assert said.startswith("does not fit: ") and "from the start" in said
     assert "train.micro_batch_size=5 (" in said and "train.recompute_granularity=full (" in said
     plans = [stretch.plan for stretch in timeline(config)]
@@ -70,7 +71,7 @@ def test_what_does_not_fit_is_told_with_changes_that_fit() -> None:
 
 
 def test_where_no_single_change_is_enough_that_is_said() -> None:
-    (said, *_) = warnings(example("sgt_70b"), 8, H100, "bf16")
+    (said, *_) = warnings(plan_stages(example("sgt_70b")), 8, H100, "bf16")
     assert "no single change is enough" in said
 
 
@@ -81,4 +82,4 @@ def test_growth_that_bursts_the_memory_is_told_beforehand() -> None:
     before, worst = (peak_memory(config, some, 8, "bf16") for some in (plans[:1], plans))
     gpu = find_gpu("h100")
     between = Machine(type(gpu)(gpu.driver_name, (before + worst) / 2 / USABLE, 3e12, 4e11, 5e10))
-    assert "only after growth" in next(iter(warnings(config, 8, between, "bf16")))
+    assert "only after growth" in next(iter(warnings(plan_stages(config), 8, between, "bf16")))

@@ -2,8 +2,9 @@
 
 import pytest
 
-from megatron_sgt.planning.describe import growth_line, model_line
+from megatron_sgt.planning.describe import growth_line, model_line, stages_line
 from megatron_sgt.planning.parameters import parameter_count
+from megatron_sgt.stages.stages import stages_of
 from tests.helpers.single import small_config
 
 
@@ -23,3 +24,9 @@ def test_model() -> None:
 )
 def test_growth(growth: dict, text: str) -> None:
     assert text in growth_line(small_config(growth=growth))
+
+
+def test_stages() -> None:
+    config = small_config(growth={"stages": [{"until_steps": 3, "operator": "g_stack", "options": {"factor": 2}}]})
+    line = stages_line(stages_of(config))
+    assert line.startswith("4 layers, ") and "parameters · g_stack after step 3: 8 layers, " in line
