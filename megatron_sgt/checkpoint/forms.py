@@ -124,7 +124,7 @@ def _checked(content: Any) -> dict[str, Any]:
         if not isinstance(decay, float) or not 0 < decay < 1:
             raise FormError(f"{layout.AVERAGE_STATE}.decay {_is(decay)}, not a number between 0 and 1")
     _check_growth(state["hooks"].get(layout.GROWTH_STATE))
-    _check_stages(state.get(layout.STAGES_STATE, []))
+    _check_stages(state.get(layout.STAGES_STATE, []), trainer["step"])
     _check_data(state.get(layout.DATA_STATE, []), trainer["consumed_samples"])
     if "layout" not in state:
         raise FormError("layout is missing")
@@ -158,11 +158,11 @@ def _check_growth(growth: Any) -> None:
         fields(event, "an event in hooks.growth.events")
 
 
-def _check_stages(stages: Any) -> None:
+def _check_stages(stages: Any, step: int) -> None:
     """What stages/stages.py has written: how each stage but the first began."""
     before, place = 0, layout.STAGES_STATE
     for record in _listed(stages, place):
-        before = whole(fields(record, f"an entry of {place}").get("step"), f"{place}.step", before + 1)
+        before = whole(fields(record, f"an entry of {place}").get("step"), f"{place}.step", before + 1, step)
         fields(record.get("options"), f"{place}.options")
         for name in ("operator", "moments", "optimizer", "lr_policy", "weights"):
             if not isinstance(record.get(name), str):

@@ -45,7 +45,7 @@ def place_of(config: Config, folder: Path, saved: Mapping[str, Any], model: Mode
     if not config.growth.stages or not differing_sizes(model, stages[0].config.model):
         records = ()
     here = stage_after(stages, step)
-    problem = next(_differences(records, stages, step), None)
+    problem = next(_differences(records, stages), None)
     if problem is None and here.index > len(records) + (step == here.first):
         late = stages[len(records)]
         problem = (
@@ -65,7 +65,7 @@ def place_of(config: Config, folder: Path, saved: Mapping[str, Any], model: Mode
     return place
 
 
-def _differences(records: Sequence[Mapping[str, Any]], stages: tuple[Stage, ...], step: int) -> Iterator[str]:
+def _differences(records: Sequence[Mapping[str, Any]], stages: tuple[Stage, ...]) -> Iterator[str]:
     for number, record in enumerate(records):
         where = f"growth.stages[{number}]"
         if number + 1 == len(stages):
@@ -77,8 +77,6 @@ def _differences(records: Sequence[Mapping[str, Any]], stages: tuple[Stage, ...]
         for name in there | here:
             if there.get(name) != here.get(name):
                 yield f"{where}.{name} was {there.get(name)!r} there and is {here.get(name)!r} here"
-    if len(records) and stages[len(records)].first > step:
-        yield f"growth.stages[{len(records) - 1}] ends later, at step {stages[len(records)].first:,}"
 
 
 def _comparable(record: Mapping[str, Any]) -> dict[str, Any]:

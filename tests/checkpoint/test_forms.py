@@ -64,6 +64,26 @@ def test_a_state(state: dict[str, Any], said: str, tmp_path: Path) -> None:
         read_state(tmp_path)
 
 
+BEGUN = {
+    "step": 1, "operator": "midas", "options": {}, "moments": "copy", "optimizer": "continue", "lr_policy": "continue",
+    "weights": "weights",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [3, [3], [BEGUN, BEGUN], [{**BEGUN, "step": 4}], [{**BEGUN, "options": []}], [{**BEGUN, "operator": None}]],
+)
+def test_a_record_of_the_stages(stages: Any, tmp_path: Path) -> None:
+    state = {"trainer": counters(3), "hooks": {}, "layout": WHERE}
+    whole_one = [BEGUN, {**BEGUN, "step": 3}]
+    layout.write_json(tmp_path / layout.STATE_FILE, {**state, "stages": whole_one})
+    assert read_state(tmp_path)["stages"] == whole_one
+    layout.write_json(tmp_path / layout.STATE_FILE, {**state, "stages": stages})
+    with pytest.raises(DamagedCheckpointError, match=r"sgt_state\.json is damaged: .*stages"):
+        read_state(tmp_path)
+
+
 FILE = {"weight": 1.0, "prefix": "a", "documents": 3, "tokens": 9, "lengths": "0a", "content": "0b"}
 ORDER = {
     "from_sample": 0, "dataset": "indexed", "seq_length": 8, "seed": 2**63, "split": "9,1", "shares": [0.9, 0.1, 0.0],

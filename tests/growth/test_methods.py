@@ -112,6 +112,9 @@ def test_what_is_registered_must_be_a_schedule_of_that_name(name: str, registere
 def test_a_schedule_given_in_python_becomes_the_method() -> None:
     config = with_schedule(small_config(), Modest)
     assert config.growth.method == "modest" == with_schedule(config, Modest).growth.method
+    stage = {"until_steps": 4, "operator": "g_stack"}
+    growing = small_config(growth={"stages": [stage]})
+    assert with_schedule(growing, Modest).growth.stages == growing.growth.stages
     assert parse_config(config.model_dump()) == config, "and the process knows it from then on"
     with pytest.raises(ConfigError, match=r"growth\.options\.pace: is required"):
         with_schedule(small_config(), Own)

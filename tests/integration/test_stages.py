@@ -169,26 +169,19 @@ def test_what_a_boundary_leaves(root: Path) -> None:
 
 
 def test_another_layout_goes_on_with_the_same_numbers(root: Path) -> None:
-    plain = {"model": {"hidden_dropout": 0.0, "attention_dropout": 0.0, "num_layers": 4}}
-    before = tiny_config(root / "plain", data_of(root), **plain, **PLAIN_SECTIONS)
-    run_on_ranks(1, train, before)
+    run_on_ranks(1, train, tiny_config(root / "plain", data_of(root), **PLAIN))
+    ranks, parallel = LAYOUTS["tensor_parallel"]
     load = {"load": str(root / "plain/checkpoints" / layout.tag_for(FIRST))}
-    for name, (ranks, parallel) in list(LAYOUTS.items())[1:]:
-        config = tiny_config(
-            root / f"plain_{name}",
-            data_of(root),
-            **plain,
-            **{**PLAIN_SECTIONS, "parallel": parallel, "checkpoint": load},
-        )
-        run_on_ranks(ranks, train, config)
-        for step, other in zip(
-            measured_steps(root / f"plain_{name}"), measured_steps(root / "plain")[FIRST:], strict=True
-        ):
-            assert step["loss"] == pytest.approx(other["loss"], abs=1e-5)
-            assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+    run_on_ranks(
+        ranks, train, tiny_config(root / "cut", data_of(root), **{**PLAIN, "parallel": parallel, "checkpoint": load})
+    )
+    for step, other in zip(measured_steps(root / "cut"), measured_steps(root / "plain")[FIRST:], strict=True):
+        assert step["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
-PLAIN_SECTIONS: dict[str, dict[str, Any]] = {
+PLAIN: dict[str, dict[str, Any]] = {
+    "model": {"num_layers": 4},
     "growth": {"top_k_layers": 2, "stages": STAGES},
     "train": {"train_iters": END, "eval_interval": 0},
     "checkpoint": {"keep_last": 0},
@@ -210,6 +203,14 @@ def test_a_request_to_stop_near_a_boundary(
     [(code, steps, models, _)] = run_on_ranks(1, train, config)
     assert (code, steps) == (0, END)
     same(whole(root, "alone"), root / name)
+
+
+def test_a_run_may_be_cut_at_a_boundary(root: Path) -> None:
+    for end, models in ((FIRST, 1), (None, 3)):
+        config = settings(root, "cut_there", LAYOUTS["alone"][1], train={"exit_interval": end})
+        [told] = run_on_ranks(1, train, config)
+        assert told == (0, end or END, models - (end is None), 4 if end else 6)
+    same(whole(root, "alone"), root / "cut_there")
 
 
 def full_disk(info: RankInfo, config: Config) -> str:
