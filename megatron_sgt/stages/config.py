@@ -14,13 +14,8 @@ def grown_config(config: Config, growth: Growth) -> Config:
     """``config`` with the grown model; what names layers names all copies of them.
 
     Raises:
-        ConfigError: the grown model does not fit the rest of the configuration, or a replay names layers.
+        ConfigError: the grown model does not fit the rest of the configuration.
     """
-    if config.growth.replay is not None:
-        raise ConfigError(
-            f"growth.replay: {config.growth.replay} names layers of the model before it grew; a run that repeats a "
-            "recorded growth cannot become deeper or wider"
-        )
     values: dict[str, Any] = config.model_dump()
     values["model"] = growth.new.model_dump()
     values["growth"] |= {

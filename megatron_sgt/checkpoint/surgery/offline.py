@@ -27,7 +27,7 @@ from megatron_sgt.checkpoint.shard_files import as_checkpoint_error
 from megatron_sgt.checkpoint.surgery.reader import GrownReader, MergedTensors, Opened, open_any
 from megatron_sgt.checkpoint.surgery.state import grown_hooks, stage_of
 from megatron_sgt.config import Config
-from megatron_sgt.errors import CheckpointError
+from megatron_sgt.errors import CheckpointError, ConfigError
 from megatron_sgt.files import commit, fresh_folder, nearest, temporary_of, write_text
 from megatron_sgt.lease import Lease, beside, held
 from megatron_sgt.metrics.units import file_size
@@ -85,6 +85,11 @@ def grow_checkpoint(
     source = layout.resolve(load)
     manifest.verify_checksums(source)
     opened = open_any(source)
+    if opened.config.growth.replay is not None:
+        raise ConfigError(
+            f"growth.replay: {opened.config.growth.replay} names layers of the recorded model, which grows in a run "
+            "with growth.stages alone; a checkpoint of such a run cannot grow here"
+        )
     growth = operator(opened.config.model, options)
     config = grown_config(opened.config, growth)
     new_entries = has_new_entries(maps_of(growth))
