@@ -162,7 +162,8 @@ def _open_grown(
     assert grown is not None
     opened = open_any(folder)
     carried = grown.carried(opened.step, config)
-    reader = GrownReader(opened.tensors, grown.growth, carried, config.train.seed, stage_of(state) + 1)
+    made_of = grown.settings.weights
+    reader = GrownReader(opened.tensors, grown.growth, carried, config.train.seed, stage_of(state) + 1, made_of)
     where = opened.source_layout
     return reader, carried.step, opened.loss_scale, where, _streams_of(folder, where, groups)
 

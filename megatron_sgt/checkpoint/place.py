@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgt.checkpoint.find import differing_sizes
-from megatron_sgt.checkpoint.layout import STAGES_STATE
+from megatron_sgt.checkpoint.layout import AVERAGE_STATE, STAGES_STATE
 from megatron_sgt.config import Config
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError, ConfigError
@@ -36,7 +36,8 @@ def place_of(config: Config, folder: Path, saved: Mapping[str, Any], model: Mode
         model: of the checkpoint. One of the run's first stage has no history in this run, whatever came before.
 
     Raises:
-        CheckpointError: the run has had other stages than those of ``config``, or would have by that step.
+        CheckpointError: the run has had other stages than those of ``config``, or would have by that step; or the model
+            grows from an average that the checkpoint does not hold.
         ConfigError: the stages of ``config`` are not valid.
     """
     stages, step = stages_of(config), saved["trainer"]["step"]
@@ -55,7 +56,13 @@ def place_of(config: Config, folder: Path, saved: Mapping[str, Any], model: Mode
             f"checkpoint {folder} is at step {step:,}, and {problem}: stages that have begun cannot change. Restore "
             "growth.stages, or start a new run"
         )
-    return Place(stages[len(records)], here)
+    place = Place(stages[len(records)], here)
+    if place.grows and here.grown is not None and here.grown.settings.weights == "ema" and AVERAGE_STATE not in saved:
+        raise CheckpointError(
+            f"checkpoint {folder} holds no average of the weights, from which growth.stages[{here.index - 1}] makes "
+            "the next model; set its weights to weights, or start from a checkpoint that was saved with train.ema_decay"
+        )
+    return place
 
 
 def _differences(records: Sequence[Mapping[str, Any]], stages: tuple[Stage, ...], step: int) -> Iterator[str]:
