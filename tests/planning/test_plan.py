@@ -16,6 +16,7 @@ from megatron_sgt.planning.parameters import parameter_count
 from megatron_sgt.planning.plan import make_plan
 from megatron_sgt.planning.step_time import Machine
 from megatron_sgt.planning.structure import final_plan
+from megatron_sgt.stages.stages import stages_of
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.yaml"))
 MACHINE = Machine(find_gpu("h100"))
@@ -36,7 +37,7 @@ def test_every_example_has_a_plan_that_json_takes(path: Path) -> None:
     precision = "fp32" if config.parallel.device == "cpu" else "bf16"
     plan = make_plan(config, ranks, MACHINE, 0.4, precision)
     assert json.loads(json.dumps(plan)) == plan
-    assert plan["parameters"]["total"] == parameter_count(config.model)
+    assert plan["parameters"]["total"] == parameter_count(stages_of(config)[-1].config.model)
     assert plan["parameters"]["total"] == sum(v for k, v in plan["parameters"].items() if k != "total")
 
 
