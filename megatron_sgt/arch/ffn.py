@@ -25,12 +25,15 @@ class FFNKind:
     ``module``: how it is built, an entry of ``model.mlp.FFN_MODULES`` or ``package.module:name`` of one elsewhere.
     ``gated``, ``hidden_act``: how an exported model computes it (``SGTMLP``); ``hidden_act`` None: not at all.
     ``saved``: tensors of the inner width that autograd keeps between the layer's input and its output.
+    ``activated``: exported modules whose outputs, one per unit, enter an activation that is 0 at 0: there a mask fades
+    new units in (``stages.ramp``); (): not known, so that none can be.
     """
 
     module: str
     gated: bool
     hidden_act: str | None
     saved: int
+    activated: tuple[str, ...] = ()
 
     def weights(self, model: ModelConfig, layer: int) -> Iterator[Weight]:
         """Its parameters: linear_fc1 holds [gate; up], linear_fc2 is down."""
@@ -53,8 +56,8 @@ class FFNKind:
 
 KINDS: dict[str, FFNKind] = {
     # Both halves of the product, and the product.
-    "swiglu": FFNKind("swiglu", gated=True, hidden_act="silu", saved=3),
-    "gelu": FFNKind("gelu", gated=False, hidden_act="gelu", saved=2),
+    "swiglu": FFNKind("swiglu", gated=True, hidden_act="silu", saved=3, activated=("gate_proj",)),
+    "gelu": FFNKind("gelu", gated=False, hidden_act="gelu", saved=2, activated=("up_proj",)),
 }
 
 

@@ -50,6 +50,38 @@ class StageConfig(Section):
             yield "until_steps: give it or until_tokens, and not both"
 
 
+class RampConfig(Section):
+    """Layers and feed-forward units that are faded in, as a growth with ``ramp_steps`` writes it; not set by hand."""
+
+    first: int = Field(ge=0, description="Applied steps of the run when they were added.")
+    steps: int = Field(gt=0, description="Applied steps over which their mask rises from 0 to 1.")
+    layers: tuple[int, ...] = Field(default=(), description="The new layers.")
+    old_units: int | None = Field(
+        default=None, gt=0, description="Units of every feed-forward layer that are not new; null: all of them."
+    )
+
+    @property
+    def end(self) -> int:
+        """Applied steps after which the mask is 1."""
+        return self.first + self.steps
+
+    def problems(self) -> Iterator[str]:
+        if not self.layers and self.old_units is None:
+            yield "layers: nothing is faded in; a ramp is written by growth (growing.md), remove it"
+        if len(set(self.layers)) != len(self.layers):
+            yield f"layers: names a layer twice: {list(self.layers)}"
+
+    def misfits(self, num_layers: int, width: int) -> Iterator[str]:
+        """Why it is not the ramp of a model with so many layers, whose feed-forward layers have ``width`` units."""
+        outside = [layer for layer in self.layers if not 0 <= layer < num_layers]
+        if outside:
+            yield f"layers: {outside} outside the model's layers 0..{num_layers - 1}"
+        elif len(self.layers) >= num_layers:
+            yield f"layers: names all {num_layers} layers of the model, of which some must be old"
+        if self.old_units is not None and self.old_units >= width:
+            yield f"old_units: {self.old_units} leaves no new ones of model.ffn_hidden_size {width}"
+
+
 class GrowthConfig(Section):
     """The growth method and its schedule. Defaults are those of the paper (arXiv 2603.23998)."""
 
@@ -117,6 +149,11 @@ class GrowthConfig(Section):
         default=(),
         description="Stages of a model that becomes deeper or wider while it trains: `model` is that of the first, and "
         "each entry ends a stage (growing.md). Empty: the shape stays.",
+    )
+    ramp: RampConfig | None = Field(
+        default=None,
+        description="What a growth fades into the model (`msg` with `ramp_steps`); null: nothing. Derived: written "
+        "into the configuration of a stage, or of a grown checkpoint.",
     )
 
     def problems(self) -> Iterator[str]:

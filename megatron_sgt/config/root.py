@@ -205,6 +205,8 @@ def check_growth(cfg: Config) -> Iterator[str]:
         outside = [layer for layer in getattr(growth, name) if not 0 <= layer < num_layers]
         if outside:
             yield f"growth.{name}: {outside} outside the model's layers 0..{num_layers - 1}"
+    if growth.ramp is not None:
+        yield from (f"growth.ramp.{line}" for line in growth.ramp.misfits(num_layers, cfg.model.ffn_hidden_size))
     if growth.method != "sgt":
         return
     if growth.num_keep_heads > num_heads and growth.head_choice != "all":
@@ -292,6 +294,11 @@ def check_deepspeed(cfg: Config) -> Iterator[str]:
         yield (
             f"train.ema_decay: {cfg.train.ema_decay:g} needs the fp32 weights in memory; set "
             "deepspeed.zero_optimization.offload_optimizer.device to cpu instead of nvme, or ema_decay to 0"
+        )
+    if cfg.growth.stages and cfg.offload_device == "nvme":
+        yield (
+            "growth.stages: a model whose optimizer is offloaded to NVMe cannot grow; set "
+            "deepspeed.zero_optimization.offload_optimizer.device to cpu instead of nvme, or remove the stages"
         )
     name, train = "gradient_accumulation_steps", cfg.train
     steps = cfg.deepspeed.get(name, "auto")

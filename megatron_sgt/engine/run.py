@@ -176,8 +176,7 @@ class PretrainingRun(Session):
 
     def _look_for_start(self, damaged: dict[Path, str]) -> Start:
         precision = self.config.precision_on(self.groups.device.type)
-        for stage in self.stages:
-            check_deepspeed(stage.config, self.groups.world_size, precision)
+        check_deepspeed(self.config, self.groups.world_size, precision)
         check_disk(self.stages[-1].config, precision)
         return find_start(self.config, damaged)
 
@@ -199,9 +198,10 @@ class PretrainingRun(Session):
         self.hub.log("resume", record)
         if data.change is not None:
             self.hub.log("data", data_record(data.change, self.state.step))
-        if self.groups.is_main and self.groups.tp_size > 1 and most_kept_heads(self.config):
-            print(f"LOOPS  {choose_loop_method(self.config)[1]}", flush=True)
-        line = loop_backend(self.config, self.runtime.precision, self.groups.device)[1]
+        config = self.stage.config
+        if self.groups.is_main and self.groups.tp_size > 1 and most_kept_heads(config):
+            print(f"LOOPS  {choose_loop_method(config)[1]}", flush=True)
+        line = loop_backend(config, self.runtime.precision, self.groups.device)[1]
         if self.groups.is_main and self.groups.device.type != "cpu":
             print(f"LOOPS  {line}; {describe_attention(self.groups.device)}", flush=True)
 

@@ -19,6 +19,7 @@ from megatron_sgt.engine.hooks.checkpoint import CheckpointHook
 from megatron_sgt.engine.hooks.ema import EmaHook
 from megatron_sgt.engine.hooks.growth import GrowthHook
 from megatron_sgt.engine.hooks.log import LogHook
+from megatron_sgt.engine.hooks.ramp import RampHook
 from megatron_sgt.engine.hooks.replicas import ReplicaCheckHook
 from megatron_sgt.engine.hooks.spike import SpikeHook
 from megatron_sgt.engine.hooks.straggler import LagRule, StragglerHook
@@ -30,6 +31,7 @@ from megatron_sgt.engine.step import Batch
 from megatron_sgt.evaluation.perplexity import mean_loss
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.model.apply_plan import apply_plan
+from megatron_sgt.model.ramp import RampMask
 from megatron_sgt.model.warm_up import warm_up_loops
 from megatron_sgt.parallel.collectives import on_rank_zero
 from megatron_sgt.parallel.device import empty_caches
@@ -53,8 +55,8 @@ class Measured:
 class RunningStage:
     """The parts of one stage, wired together. Collective over all ranks.
 
-    After ``wire`` its ``hooks`` are in the order in which they act: average, growth, report, validate, the user's own,
-    save. ``eval`` is None where nothing is validated.
+    After ``wire`` its ``hooks`` are in the order in which they act: average, ramp, growth, report, validate, the user's
+    own, save. ``eval`` is None where nothing is validated.
     """
 
     def __init__(self, session: Session, stage: Stage) -> None:
@@ -80,7 +82,10 @@ class RunningStage:
         )
         decay = config.train.ema_decay
         ema = EmaHook(runtime.engine, decay, groups) if decay else None
-        self.hooks = [self.spike, *([ema] if ema else []), self.growth, self.log, self.straggler]
+        ramp = config.growth.ramp
+        self.ramp = None if ramp is None else RampHook(ramp, RampMask(runtime.model, config, groups))
+        before_growth = [hook for hook in (ema, self.ramp) if hook is not None]
+        self.hooks = [self.spike, *before_growth, self.growth, self.log, self.straggler]
         self.eval: EvalHook | None = None
         if config.train.eval_interval and session.valid_data is not None:
             loader = self._eval_loader()
@@ -154,7 +159,10 @@ class RunningStage:
     def load(self, folder: Path, saved: dict[str, Any], place: Place) -> list[str]:
         """Continue from a checked checkpoint; see ``CheckpointHook.load``."""
         self.session.progress.enter("growing the model" if place.grows else "loading the checkpoint")
-        return self.saver.load(folder, saved, self.session.state, place)
+        notes = self.saver.load(folder, saved, self.session.state, place)
+        if self.ramp is not None:  # for losses that are measured before the first step
+            self.ramp.before_run(self.session.state)
+        return notes
 
     def train(self, batches: Iterator[Batch], last_step: int, between: bool) -> int:
         """See ``Trainer.run``."""

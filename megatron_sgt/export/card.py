@@ -33,7 +33,7 @@ def model_card(source: ExportSource, plan: LoopPlan, config: dict[str, Any], tra
         f"# {title}",
         "",
         f"Pretrained with megatron_sgt ({_PAPER}): step {details.step:,} of {details.train_iters:,}, "
-        f"{details.tokens:,} tokens, growth phase `{details.growth.phase}`.{_averaged(source)}",
+        f"{details.tokens:,} tokens, growth phase `{details.growth.phase}`.{_averaged(source)}{_faded(source)}",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -60,6 +60,16 @@ def _averaged(source: ExportSource) -> str:
     if source.quantity != AVERAGE:
         return ""
     return f" These weights are the moving average over the run's steps, decay {source.details.ema_decay:g}."
+
+
+def _faded(source: ExportSource) -> str:
+    ramp = source.config.growth.ramp
+    if source.mask >= 1 or ramp is None:
+        return ""
+    return (
+        f" Its newest layers and units were being faded in until step {ramp.end:,}; the mask of this step, "
+        f"{source.mask:.4g}, is in the weights."
+    )
 
 
 def _shape(source: ExportSource, config: dict[str, Any]) -> list[tuple[str, str]]:

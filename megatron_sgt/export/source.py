@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
@@ -17,6 +18,8 @@ from megatron_sgt.checkpoint.reshard.source import Source, open_source
 from megatron_sgt.config import Config, recorded_config
 from megatron_sgt.errors import CheckpointError, SGTError
 from megatron_sgt.growth import LoopPlan
+from megatron_sgt.model.ramp import fold
+from megatron_sgt.stages.ramp import Masked, mask_at, masked_weights
 
 
 def find_checkpoint(load: Path, step: int | None = None) -> Path:
@@ -41,7 +44,8 @@ class ExportSource:
     """An opened checkpoint. ``vocab_rows``: rows of the vocabulary that ``read`` returns.
 
     ``names``: every whole tensor's Hugging Face name and shape, in the order of ``read``. ``quantity``: what it reads,
-    the weights or their AVERAGE.
+    the weights or their AVERAGE. ``mask``: by which the model was being faded in (growth.ramp); it is in what ``read``
+    returns.
     """
 
     folder: Path
@@ -51,11 +55,17 @@ class ExportSource:
     names: dict[str, tuple[int, ...]]
     _weights: Source | LayoutFreeReader
     quantity: str = WEIGHTS
+    mask: float = 1.0
 
     def plan(self, training_gates: bool = False) -> LoopPlan:
         """What the model executes: at inference kept heads alone, or with the gates of the step that was saved."""
         plan = self.details.growth.plan
         return plan if training_gates else plan.inference()
+
+    @cached_property
+    def _masked(self) -> dict[str, Masked]:
+        ramp = self.config.growth.ramp
+        return {} if ramp is None else masked_weights(self.config.model, ramp)
 
     def weights(self) -> tuple[Weight, ...]:
         return weights(self.config.model)
@@ -66,6 +76,8 @@ class ExportSource:
             tensors, drift = self._weights.whole(weight, self.quantity)
         else:
             tensors, drift = self._weights.whole(weight, self.quantity), 0.0
+        if self.mask < 1 and (masked := self._masked.get(weight.megatron)) is not None:
+            tensors = fold(tensors, masked, self.mask)
         if weight.split == "vocab":
             tensors = {name: tensor[: self.vocab_rows] for name, tensor in tensors.items()}
         return tensors, drift
@@ -108,4 +120,5 @@ def open_checkpoint(
         for name, shape in weight.whole.items()
     }
     quantity = AVERAGE if averaged else WEIGHTS
-    return ExportSource(folder, config, contents.details, rows, names, reader, quantity)
+    mask = mask_at(config.growth.ramp, contents.details.step)
+    return ExportSource(folder, config, contents.details, rows, names, reader, quantity, mask)

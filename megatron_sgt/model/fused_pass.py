@@ -32,8 +32,12 @@ class FusedLoop(LoopPass):
         use = partial(self._project_in, rotary=kept.positions(rotary), eps=eps, index=index)
         query, key, value, residual = inside(modules, x, use)
         heads = kept.attention(layer, query, key, value, index)
+        if layer.branch_scale is not None:
+            heads = heads * layer.branch_scale
         project_out = partial(self._project_out, residual=residual, index=index)
         out, bias = attention.linear_proj(heads, use=project_out)
+        if bias is not None and layer.branch_scale is not None:
+            bias = bias * layer.branch_scale
         return out if bias is None else out + bias
 
     def begin_step(self) -> None:

@@ -31,12 +31,16 @@ from megatron_sgt.ops.tiles import arch_of
 
 
 class LoopingLayer(Protocol):
-    """What a loop needs of a transformer layer: Megatron-Core's modules, and the sum with the residual."""
+    """What a loop needs of a transformer layer: Megatron-Core's modules, and the sum with the residual.
+
+    ``branch_scale``: what ``add_residual`` multiplies its first argument by; None: by nothing.
+    """
 
     config: Any
     training: bool
     input_layernorm: Any
     self_attention: Any
+    branch_scale: float | None
 
     def add_residual(self, out_with_bias: tuple[Tensor, Tensor | None], residual: Tensor) -> Tensor:
         """residual + dropout(out + bias), as after the ordinary attention."""

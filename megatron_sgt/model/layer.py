@@ -6,9 +6,11 @@ first, then the loop runs, before the MLP) and the ``core_attention`` slot of th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -44,6 +46,7 @@ class SGTLayer(TransformerLayer):
         self.tables = tables
         self.plan = LayerPlan()
         self.loop_pass: LoopPass | None = None
+        self.branch_scale: float | None = None
 
     def prepare(self, plan: LayerPlan) -> LoopPass | None:
         """What ``execute`` needs for ``plan``, on the host."""
@@ -52,6 +55,11 @@ class SGTLayer(TransformerLayer):
     def execute(self, plan: LayerPlan, loop_pass: LoopPass | None) -> None:
         """Execute a plan, prepared and on the layer's device, from the next forward on."""
         self.plan, self.loop_pass = plan, loop_pass
+
+    def scale_branches(self, scale: float | None) -> None:
+        """Compute x + scale · F(x) instead of x + F(x) from the next forward on, in loops too; None: as it was."""
+        self.branch_scale = scale
+        self.self_attn_bda = self.mlp_bda = get_bias_dropout_add if scale is None else _scaled_sum(scale)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Call the layer with its input as a positional argument: the hooks of torch and ZeRO-3 see no others."""
@@ -89,3 +97,18 @@ class SGTLayer(TransformerLayer):
         combine = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
         with self.bias_dropout_add_exec_handler():
             return combine(out_with_bias, residual, self.hidden_dropout)
+
+
+def _scaled_sum(scale: float) -> Callable[[bool, bool], Callable[..., Tensor]]:
+    """``get_bias_dropout_add`` with what is added times ``scale``."""
+
+    def get(training: bool, fused: bool) -> Callable[..., Tensor]:
+        combine = get_bias_dropout_add(training, fused)
+
+        def scaled(out_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
+            out, bias = out_with_bias
+            return combine((out * scale, None if bias is None else bias * scale), residual, prob)
+
+        return scaled
+
+    return get

@@ -1,4 +1,4 @@
-"""Megatron-Core's parallel linears, with access for a loop to their weights.
+"""Megatron-Core's parallel linears, with access for a loop to their weights, or with a mask on their outputs.
 
 A loop reads rows of W_qkv and columns of W_o. It does so *inside a call of the module*, through ``use``: ZeRO-3
 fetches a module's weights when the module is called, in the forward pass and when activations are recomputed,
@@ -44,6 +44,18 @@ class LoopingRowParallelLinear(RowParallelLinear):
         if use is not None:
             return use(input_, self.weight, None), bias
         return super().forward(input_)[0], bias
+
+
+class MaskedColumnParallelLinear(ColumnParallelLinear):
+    """ColumnParallelLinear whose outputs, bias included, are multiplied by ``mask``: [rows of this rank], or None."""
+
+    mask: Tensor | None = None
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        out, bias = super().forward(input_, *args, **kwargs)
+        if self.mask is None:
+            return out, bias
+        return out * self.mask, None if bias is None else bias * self.mask
 
 
 def inside(

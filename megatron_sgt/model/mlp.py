@@ -9,14 +9,13 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from megatron_sgt.arch.ffn import ffn_kind
 from megatron_sgt.config.model import ModelConfig
-from megatron_sgt.model.linear import LoopingRowParallelLinear
+from megatron_sgt.model.linear import LoopingRowParallelLinear, MaskedColumnParallelLinear
 from megatron_sgt.ops.swiglu import swiglu
 
 
@@ -36,7 +35,7 @@ def mlp_spec(activation_module: type[torch.nn.Module] | None = None) -> ModuleSp
     return ModuleSpec(
         module=MLP,
         submodules=MLPSubmodules(
-            linear_fc1=ColumnParallelLinear,
+            linear_fc1=MaskedColumnParallelLinear,
             activation_func=activation_module,
             linear_fc2=LoopingRowParallelLinear,
         ),

@@ -23,6 +23,18 @@ def sizes_of(model: ModelConfig) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
+class Ramp:
+    """New parts that a mask fades in (ramp.py), in the first ``steps`` steps of the grown model.
+
+    ``layers``: the new ones. ``old_units``: of each feed-forward layer, in front of new ones; None: there are none.
+    """
+
+    steps: int
+    layers: tuple[int, ...]
+    old_units: int | None
+
+
+@dataclass(frozen=True)
 class Growth:
     """From the model ``old`` to the model ``new``.
 
@@ -33,6 +45,7 @@ class Growth:
         widths: per grown size of WIDTHS, the old unit that each new one is a copy of; -1: of none.
         noise: of what repeated units write, in proportion to its root mean square; its sum over copies is zero.
         preserves: whether ``new`` computes what ``old`` does.
+        ramp: how ``new`` is faded in; then new units are random throughout, and new layers write at once.
     """
 
     old: ModelConfig
@@ -43,6 +56,7 @@ class Growth:
     widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     noise: float = 0.0
     preserves: bool = False
+    ramp: Ramp | None = None
 
     @property
     def heads(self) -> tuple[int, ...]:

@@ -64,3 +64,17 @@ def check_schedule(config: Config, growth: Growth, step: int) -> None:
     """
     schedule = build_schedule(config.growth, config.model.num_layers, config.model.num_attention_heads)
     schedule.check_growth(step, Inheritance(growth.layers, growth.heirs, growth.heads))
+
+
+def check_ramp(config: Config, where: str) -> None:
+    """Check that the model of the last stage, which ``where`` leads to, has been faded in when the run ends.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    ramp, end = config.growth.ramp, config.train.train_iters
+    if ramp is not None and ramp.end > end:
+        raise ConfigError(
+            f"{where}: the model is faded in until step {ramp.end:,}, but the run ends at train.train_iters {end:,}; "
+            "choose fewer ramp_steps, or train longer"
+        )

@@ -109,7 +109,7 @@ class _Maker:
 
     def weight(self, new: Weight, old: Weight, layer: int | None) -> WeightMap:
         growth, tensors = self.growth, []
-        silent = layer in growth.silent and _writes(new, HIDDEN)
+        silent = layer in growth.silent and writes(new, HIDDEN)
         for place, (name, shape) in enumerate(new.whole.items()):
             # Norms of queries and keys share epsilon, which shrinks: what they normalise shrinks with it.
             shrinks = growth.new.qk_layernorm and new.split == "qkv" and place < 2 and HIDDEN in growth.widths
@@ -129,13 +129,14 @@ class _Maker:
                 continue
             if weight.part == "norms" and size != HIDDEN:
                 raise ConfigError(f"{source} normalises over {size}, which cannot grow then")
-            key = (size, entries, _writes(weight, size), weight.kind == "norm")
+            key = (size, entries, writes(weight, size), weight.kind == "norm")
             if key not in self._made:
                 self._made[key] = self._made_of_units(*key)
             return self._made[key]
         return None
 
     def _made_of_units(self, size: str, entries: int, writes: bool, norm: bool) -> AxisMap:
+        masked = self.growth.ramp is not None  # new units change nothing, whatever they write
         unit = np.array(self.growth.widths[size], dtype=np.int64)
         index = np.where(unit[:, None] < 0, -1, unit[:, None] * entries + np.arange(entries)).ravel()
         same = np.ones(len(index))
@@ -143,7 +144,7 @@ class _Maker:
             return AxisMap(index, same * self.root, same / self.root, zero=False)
         copies = np.where(unit < 0, 1, np.bincount(unit[unit >= 0])[unit])
         share = np.repeat(1.0 / copies, entries)
-        return AxisMap(index, share if writes else same, same if writes else share, zero=writes)
+        return AxisMap(index, share if writes else same, same if writes else share, zero=writes and not masked)
 
     def _times_root(self, axis: AxisMap | None, length: int) -> AxisMap:
         key = ("root", length, axis is None)
@@ -154,7 +155,7 @@ class _Maker:
         return self._made[key]
 
 
-def _writes(weight: Weight, size: str) -> bool:
+def writes(weight: Weight, size: str) -> bool:
     """Whether the parameter writes the units that ``size`` counts, or passes on what they hold: then new ones are zero.
 
     All others read them, or make what they hold.

@@ -9,13 +9,22 @@ import torch
 
 from megatron_sgt.checkpoint.reshard.convert import convert
 from megatron_sgt.checkpoint.reshard.rank_state import WEIGHTS
+from megatron_sgt.config.growth import RampConfig
 from megatron_sgt.errors import CheckpointError
+from megatron_sgt.export.hf.loading import load_exported
+from megatron_sgt.export.hf.open_model import open_model
+from megatron_sgt.export.parity import check_parity
 from megatron_sgt.export.source import find_checkpoint, open_checkpoint
+from megatron_sgt.export.to_hf import ExportOptions, export_checkpoint
 from megatron_sgt.growth import LayerPlan, LoopPlan
+from megatron_sgt.model.apply_plan import apply_plan
+from megatron_sgt.model.hf_weights import megatron_shard
+from megatron_sgt.model.ramp import RampMask
 from tests.helpers.checkpoints import grown_config, write_grown_checkpoint
-from tests.helpers.deepspeed_files import odd_config, random_state, write_checkpoint
-from tests.helpers.exports import write_run
-from tests.helpers.single import small_config
+from tests.helpers.deepspeed_files import STEP, odd_config, random_state, write_checkpoint
+from tests.helpers.exports import export_config, mild_state, write_run
+from tests.helpers.fake_groups import fake_groups
+from tests.helpers.single import single_model, small_config
 
 LAYOUTS = [(1, 1, 0), (2, 2, 0), (2, 1, 1), (4, 2, 2), (1, 3, 3), (2, 2, 3)]
 
@@ -91,3 +100,31 @@ def _add_counters(root: Path) -> None:
     state["trainer"] |= {"consumed_samples": 14, "skipped_steps": 0, "consecutive_skipped": 0}
     path.write_text(json.dumps(state))
     write_manifest(folder)
+
+
+def test_a_mask_is_in_the_weights_that_leave(tmp_path: Path) -> None:
+    """Inside a ramp: an export computes what the run's masked model does, loops of a new layer too, and says so."""
+    ramp = {"first": STEP - 1, "steps": 4, "layers": [2, 3], "old_units": 60}
+    config = export_config("biases")
+    config = config.model_copy(update={"growth": config.growth.model_copy(update={"ramp": RampConfig(**ramp)})})
+    write_run(tmp_path / "ckpt", config, (2, 1, 1))
+    export = export_checkpoint(tmp_path / "ckpt", tmp_path / "out", options=ExportOptions(dtype="fp32"))
+    parity = check_parity(export, new_tokens=4)
+    assert export.source.mask == 0.25 and parity.passed, parity.checks
+    assert "faded in until step 10; the mask of this step, 0.25, is in the weights" in (
+        export.folder / "README.md"
+    ).read_text(encoding="utf-8")
+    model = single_model(config).eval()
+    model.gpt.load_state_dict(megatron_shard(mild_state(config)[WEIGHTS], config.model), strict=False)
+    apply_plan(model, export.plan)
+    tokens = torch.arange(40).view(2, 20) * 7 % 128
+    mask = RampMask(model, config, fake_groups())
+    with torch.no_grad():
+        found = load_exported(export.folder, torch.float32, True)(tokens, use_cache=False).logits
+        opened = open_model(tmp_path / "ckpt").model(tokens, use_cache=False).logits
+    assert torch.equal(opened, found)
+    gaps = []
+    for value in (0.25, 0.3, 1.0):
+        mask.set(value)
+        gaps.append(float((model.logits(tokens) - found).abs().max()))
+    assert gaps[0] <= 1e-4 and min(gaps[1:]) > 1e-2

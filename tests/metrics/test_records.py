@@ -25,7 +25,7 @@ from tests.helpers.fp16_on_cpu import allow_fp16
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import tiny_config, write_tiny_data
 
-SAVED_AT, FULL_AT, SPIKE_AT = 4, 8, 7
+SAVED_AT, FULL_AT, SPIKE_AT, GROWN_AT = 4, 8, 7, 10
 STOP_AT = PATIENCE * MIN_STEPS
 
 
@@ -92,7 +92,11 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         folder / "run",
         write_tiny_data(folder),
         parallel={"zero_stage": 1},
-        growth={"first_selection_step": 2, "window_size": 1},
+        growth={
+            "first_selection_step": 2,
+            "window_size": 1,
+            "stages": [{"until_steps": GROWN_AT, "operator": "midas", "options": {"block_size": 1}}],
+        },
         train={
             "train_iters": STOP_AT + 2, "precision": "fp16", "eval_interval": 10, "straggler_threshold": 0.25,
             "spike_sigma": 8.0, "spike_window_steps": 4, "ema_decay": 0.75,

@@ -6,8 +6,10 @@ import pytest
 
 from megatron_sgt import extensions
 from megatron_sgt.config.optim import OptimConfig
-from megatron_sgt.optim.schedule import CURVES, learning_rate
+from megatron_sgt.optim.schedule import CURVES, learning_rate, rate_of_run
+from megatron_sgt.stages.stages import stages_of
 from tests.helpers.choices import built_in
+from tests.helpers.single import small_config
 
 HALF_COSINE_QUARTER = (1 + 0.5**0.5) / 2  # (1 + cos(π / 4)) / 2
 
@@ -82,3 +84,42 @@ def test_a_registered_curve_follows_the_warm_up() -> None:
 
 def test_the_table_has_what_the_configuration_knows() -> None:
     assert built_in(OptimConfig, "lr_decay_style") == tuple(CURVES)
+
+
+def staged(*policies: str) -> list[float]:
+    """Rates of a linear decay over 20 steps, whose stages end after 4, 10 and 14 steps; rounded."""
+    ends = [
+        {"until_steps": end, "operator": "grad_stack", "options": {"block_size": 1}, "lr_policy": policy}
+        for end, policy in zip((4, 10, 14), policies, strict=False)
+    ]
+    optim, train = {"lr": 1.0, "lr_decay_style": "linear", "lr_warmup_iters": 0}, {"train_iters": 20}
+    growth = {"method": "vanilla", "stages": ends}
+    stages = stages_of(small_config(growth=growth, optim=optim, train=train))
+    return [rate_of_run(step, stages) for step in range(1, 21)]
+
+
+PLAIN = [1 - step / 20 for step in range(1, 21)]
+
+
+def test_the_decay_ends_with_the_run_and_not_with_a_stage() -> None:
+    assert staged() == staged("continue", "continue") == PLAIN
+
+
+def test_a_stage_warms_up_again() -> None:
+    rates = staged("rewarm(4)")
+    assert rates[:4] == PLAIN[:4] and rates[7:] == PLAIN[7:]
+    assert rates[4:8] == [PLAIN[4 + k] * (k + 1) / 4 for k in range(4)]
+    # Longer than its stage: the next one goes on with it, unless it has a policy of its own.
+    longer = [PLAIN[4 + k] * (k + 1) / 12 for k in range(12)]
+    assert staged("rewarm(12)", "continue")[4:16] == pytest.approx(longer)
+    assert staged("rewarm(12)", "rewarm(1)")[10:] == PLAIN[10:]
+
+
+def test_a_stage_goes_back_on_the_curve_and_the_rest_is_stretched() -> None:
+    rates = staged("rewind(2)", "continue", "rewarm(2)")
+    stretched = [1 - (2 + k * 18 / 16) / 20 for k in range(1, 17)]
+    assert rates[:4] == PLAIN[:4] and rates[4:14] == pytest.approx(stretched[:10])
+    assert rates[14:] == pytest.approx([stretched[10] / 2, *stretched[11:]])
+    assert rates[-1] == pytest.approx(0.0)
+    again = staged("rewind(2)", "rewind(1)")
+    assert again[10:] == pytest.approx([1 - (1 + k * 19 / 10) / 20 for k in range(1, 11)])

@@ -1,5 +1,6 @@
 """The choice of device, on machines that are only pretended."""
 
+import sys
 import types
 import uuid
 
@@ -11,6 +12,7 @@ from megatron_sgt.parallel.device import (
     backend_for,
     device_name,
     device_type,
+    empty_caches,
     identity,
     memory_gb,
     select_device,
@@ -109,3 +111,19 @@ def test_facts_about_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.calls == []
     synchronize(GPU)
     assert machine.calls == [("synchronize", GPU)]
+
+
+def test_spare_memory_goes_back_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, 2)
+    for name, module in (("empty_cache", torch.cuda), ("_host_emptyCache", torch._C)):
+        monkeypatch.setattr(module, name, lambda name=name: machine.calls.append((name, None)), raising=False)
+    compiled = types.SimpleNamespace(reset=lambda: machine.calls.append(("reset", None)))
+    monkeypatch.setitem(sys.modules, "torch._dynamo", compiled)
+    empty_caches(GPU)
+    assert machine.calls == [("reset", None), ("synchronize", GPU), ("empty_cache", None), ("_host_emptyCache", None)]
+    machine.calls.clear()
+    empty_caches(CPU)
+    assert machine.calls == [("reset", None)]
+    monkeypatch.delitem(sys.modules, "torch._dynamo")
+    empty_caches(CPU)
+    assert "torch._dynamo" not in sys.modules, "its import takes seconds"

@@ -87,7 +87,7 @@ def grow_checkpoint(
     opened = open_any(source)
     _refuse_replay(opened.config)
     growth = operator(opened.config.model, options)
-    config = grown_config(opened.config, growth)
+    config = grown_config(opened.config, growth, opened.saved["trainer"]["step"])
     policy = OptimizerPolicy.parse(optimizer or operator.optimizer)
     carried = carry(opened.step, policy, moments or operator.moments, config.optim, has_new_entries(maps_of(growth)))
     hooks, notes = grown_hooks(opened.saved, operator.name, growth, opened.config, config)

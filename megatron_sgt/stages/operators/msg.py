@@ -10,6 +10,10 @@ from 0 to 1 they need because there new entries of all matrices are random:
   and keys share epsilon: rows of q and k get the factor, too, so that nothing changes there.)
 * new layer i is a copy of layer i mod l whose o and down are zero.
 
+With ``ramp_steps`` feed-forward layers and depth grow as the authors' do: new units are random in all matrices, new
+layers are whole copies, and a mask fades both in (stages/ramp.py). Their masks of norms, which wider streams and more
+heads need, are not here.
+
 Heads keep their size. LayerNorm subtracts a mean, which new dimensions change: a wider residual stream is refused then.
 
 The authors keep the step and give new entries zero moments, which is safe up to adam_beta2 0.98 only (optimizer.py).
@@ -21,10 +25,11 @@ from collections.abc import Iterator
 
 from pydantic import Field
 
+from megatron_sgt.arch.ffn import ffn_kind
 from megatron_sgt.config.base import Section
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import ConfigError
-from megatron_sgt.stages.growth import Growth, Operator, resized
+from megatron_sgt.stages.growth import Growth, Operator, Ramp, resized
 
 
 class Options(Section):
@@ -37,10 +42,22 @@ class Options(Section):
         default=None, gt=0, description="Key/value heads; null: as many query heads for each as before."
     )
     num_layers: int | None = Field(default=None, gt=0, description="Layers.")
+    ramp_steps: int = Field(
+        default=0,
+        ge=0,
+        description="Steps over which a mask fades in new feed-forward units and layers, as in the source; 0: no mask, "
+        "new parts write nothing at first.",
+    )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes that are given."""
+        return {name: size for name, size in self if name != "ramp_steps" and size is not None}
 
     def problems(self) -> Iterator[str]:
-        if not any(self.model_dump().values()):
-            yield "num_layers: nothing grows; give the size that shall: " + ", ".join(type(self).model_fields)
+        if not self.sizes:
+            names = [name for name in type(self).model_fields if name != "ramp_steps"]
+            yield "num_layers: nothing grows; give the size that shall: " + ", ".join(names)
 
 
 def grow(model: ModelConfig, options: Options) -> Growth:
@@ -49,7 +66,7 @@ def grow(model: ModelConfig, options: Options) -> Growth:
     Raises:
         ConfigError: a size that is smaller than before, or that cannot grow in this model.
     """
-    sizes = {name: size for name, size in options.model_dump().items() if size is not None}
+    sizes = options.sizes
     for name, size in sizes.items():
         if size < getattr(model, name):
             raise ConfigError(f"{name} {size}: is below the {getattr(model, name)} of this model, which can only grow")
@@ -68,6 +85,7 @@ def grow(model: ModelConfig, options: Options) -> Growth:
         epsilon = model.layernorm_epsilon * model.hidden_size / new.hidden_size
         new = resized(new, layernorm_epsilon=epsilon)
     old_layers = model.num_layers
+    ramp = _ramp(model, new, options.ramp_steps) if options.ramp_steps else None
     layers = tuple(n % old_layers for n in range(new.num_layers))
     if len(layers) == old_layers and not widths:
         raise ConfigError("nothing grows: the model has these sizes already")
@@ -76,10 +94,32 @@ def grow(model: ModelConfig, options: Options) -> Growth:
         new=new,
         layers=layers,
         heirs=tuple(range(old_layers)),
-        silent=frozenset(range(old_layers, new.num_layers)),
+        silent=frozenset() if ramp else frozenset(range(old_layers, new.num_layers)),
         widths=widths,
         preserves=True,
+        ramp=ramp,
     )
+
+
+def _ramp(model: ModelConfig, new: ModelConfig, steps: int) -> Ramp:
+    """How ``new`` is faded in.
+
+    Raises:
+        ConfigError: a mask cannot fade in what grows.
+    """
+    for name in ("hidden_size", "num_attention_heads", "num_query_groups"):
+        if getattr(new, name) > getattr(model, name):
+            raise ConfigError(
+                f"ramp_steps {steps}: a mask fades in ffn_hidden_size and num_layers alone, and {name} grows too; set "
+                "ramp_steps 0, which needs no mask, or let it grow in a stage of its own"
+            )
+    wider = new.ffn_hidden_size > model.ffn_hidden_size
+    if wider and not ffn_kind(model.activation).activated:
+        raise ConfigError(
+            f"ramp_steps {steps}: the record of activation {model.activation} does not say where its units are "
+            "activated, so that no mask can fade new ones in; set ramp_steps 0"
+        )
+    return Ramp(steps, tuple(range(model.num_layers, new.num_layers)), model.ffn_hidden_size if wider else None)
 
 
 def _first(old: int, new: int) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from megatron_sgt.checkpoint.reshard.rank_state import WEIGHTS
 from megatron_sgt.checkpoint.surgery import offline
 from megatron_sgt.checkpoint.surgery.offline import GrownCheckpoint, grow_checkpoint
 from megatron_sgt.config import load_config
+from megatron_sgt.config.growth import RampConfig
 from megatron_sgt.errors import CheckpointError, ConfigError
 from megatron_sgt.export.architecture import plain_architecture
 from megatron_sgt.export.from_hf import import_model
@@ -96,6 +97,19 @@ def test_heads_that_do_not_divide_the_width_leave_as_sgt() -> None:
         None,
         "transformers wants heads to divide hidden_size 26",
     )
+
+
+def test_a_ramp_goes_on_in_the_run_and_cannot_be_left_or_grown_over(tmp_path: Path) -> None:
+    write_grown_checkpoint(tmp_path / "old", (1, 1, 1))
+    done = grow(tmp_path / "old", tmp_path / "new", "msg", {"num_layers": 5, "ramp_steps": 9})
+    config = load_config(done.config_file)
+    assert config.growth.ramp == RampConfig(first=STEP, steps=9, layers=(4,))
+    assert find_start(config).folder == done.folder
+    with pytest.raises(CheckpointError, match=r"growth\.ramp \(checkpoint \{'first': 7, .*, run None\)"):
+        find_start(load_config(done.config_file, ["growth.ramp=null"]))
+    with pytest.raises(ConfigError, match=r"faded in until step 16 and cannot grow again after step 7"):
+        grow(tmp_path / "new", tmp_path / "third", "g_stack", {"factor": 2})
+    assert not (tmp_path / "third").exists()
 
 
 def test_what_cannot_grow_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

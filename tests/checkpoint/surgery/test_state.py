@@ -25,9 +25,9 @@ def saved() -> dict[str, Any]:
 def grow(name: str, options: dict[str, Any], state: dict[str, Any] | None = None) -> tuple[dict[str, Any], list[str]]:
     old = looping_config()
     growth = OPERATORS[name](old.model, options)
-    hooks, notes = grown_hooks(state or saved(), name, growth, old, grown_config(old, growth))
+    hooks, notes = grown_hooks(state or saved(), name, growth, old, grown_config(old, growth, 5))
     if "growth" in hooks:
-        schedule = schedule_of(grown_config(old, growth))
+        schedule = schedule_of(grown_config(old, growth, 5))
         schedule.load_state_dict(hooks["growth"]["schedule"])
         hooks["plan"] = schedule.plan
     return hooks, notes
@@ -54,7 +54,7 @@ def test_loops_go_to_their_heirs(name: str, options: dict[str, Any], looping: li
 
 
 def test_losses_are_forgotten_where_they_will_jump() -> None:
-    assert "spike" not in grow("g_stack", {"factor": 2})[0]
+    assert grow("g_stack", {"factor": 2})[0]["spike"] == {}
     assert grow("msg", {"num_layers": 6})[0]["spike"] == {"losses": [1.0]}
 
 

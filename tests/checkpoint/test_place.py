@@ -1,0 +1,87 @@
+"""Where a checkpoint lies among the stages of a run, and what is refused: stages that have begun cannot change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sgt.checkpoint.place import place_of
+from megatron_sgt.config import Config
+from megatron_sgt.errors import CheckpointError
+from megatron_sgt.stages.stages import stages_of
+from tests.helpers.single import small_config
+
+DEPTH = {"until_steps": 4, "operator": "midas", "options": {"block_size": 1}}
+WIDTH = {"until_steps": 8, "operator": "msg", "options": {"ffn_hidden_size": 128}}
+
+
+def run(*stages: dict[str, Any], **sections: Any) -> Config:
+    return small_config(growth={"method": "vanilla", "stages": list(stages)}, train={"train_iters": 12}, **sections)
+
+
+RUN = run(DEPTH, WIDTH)
+
+
+def place(config: Config, step: int, stage: int, of: Config = RUN) -> tuple[int, int, bool]:
+    """Of a checkpoint of ``of``, saved in its stage ``stage``, in a run of ``config``: its stage, the next step's."""
+    stages = stages_of(of)
+    saved = {"trainer": {"step": step}, "stages": [one.record() for one in stages[1 : stage + 1]]}
+    found = place_of(config, Path("global_step"), saved, stages[stage].config.model)
+    assert found.there.config.growth.stages == () and found.here.index == stages_of(config).index(found.here)
+    return found.there.index, found.here.index, found.grows
+
+
+@pytest.mark.parametrize(
+    ("step", "stage", "here"),
+    [(0, 0, 0), (3, 0, 0), (4, 0, 1), (4, 1, 1), (5, 1, 1), (8, 1, 2), (9, 2, 2), (12, 2, 2)],
+)
+def test_the_last_checkpoint_of_a_stage_grows(step: int, stage: int, here: int) -> None:
+    assert place(RUN, step, stage) == (stage, here, here > stage)
+
+
+def test_stages_to_come_may_change() -> None:
+    later = run(DEPTH, {**WIDTH, "until_steps": 6, "options": {"ffn_hidden_size": 160}, "lr_policy": "rewarm(2)"})
+    assert place(later, 5, 1) == (1, 1, False)
+    assert place(run(DEPTH), 8, 1) == (1, 1, False)
+    assert place(run({**DEPTH, "until_steps": 5}, WIDTH), 4, 0) == (0, 0, False)
+    assert place(run(DEPTH, {**WIDTH, "options": {"ffn_hidden_size": 160}}), 8, 1) == (1, 2, True)
+
+
+def test_options_at_their_defaults_may_be_given_or_not() -> None:
+    given = {"until_steps": 4, "operator": "g_stack"}
+    assert place(run({**given, "options": {"factor": 4}}), 6, 1, of=run(given)) == (1, 1, False)
+
+
+def test_a_run_without_stages_goes_on_with_some_and_the_reverse() -> None:
+    assert place(run(DEPTH), 3, 0, of=run()) == (0, 0, False)
+    assert place(run(DEPTH), 4, 0, of=run()) == (0, 1, True)
+    # The configuration of a stage is that of a run that begins with its model, and may grow further.
+    grown = stages_of(RUN)[1].config
+    assert place(grown, 6, 1) == (0, 0, False)
+    again = {**DEPTH, "until_steps": 6}
+    further = grown.model_copy(update={"growth": run(again).growth})
+    assert place(further, 6, 1) == (0, 1, True)
+
+
+@pytest.mark.parametrize(
+    ("stages", "step", "stage", "message"),
+    [
+        ((DEPTH,), 9, 2, r"its model has grown 2 times, but growth\.stages\[1\] is missing"),
+        (({**DEPTH, "until_steps": 5}, WIDTH), 6, 1, r"stages\[0\] ended at step 4 there and ends at step 5 here"),
+        (({**DEPTH, "operator": "grad_stack"},), 5, 1, r"stages\[0\]\.operator was 'midas' there and is 'grad_stack' "),
+        (({**DEPTH, "options": {"block_size": 2}},), 5, 1, r"stages\[0\]\.options was {'block_size': 1} there and is "),
+        (({**DEPTH, "moments": "fresh", "optimizer": "fresh"},), 5, 1, r"stages\[0\]\.moments was 'copy' there"),
+        (({**DEPTH, "lr_policy": "rewarm(2)"},), 5, 1, r"stages\[0\]\.lr_policy was 'continue' there and is 'rewarm"),
+        ((DEPTH, {**WIDTH, "options": {"ffn_hidden_size": 160}}), 9, 2, r"growth\.stages\[1\]\.options was"),
+        (({**DEPTH, "until_steps": 3},), 4, 0, r"stages\[0\] ends at step 3, after which the run that saved it has n"),
+        ((DEPTH, {**WIDTH, "until_steps": 6}), 8, 1, r"stages\[1\] ends at step 6, after which the run that saved it"),
+    ],
+)
+def test_stages_that_have_begun_cannot_change(
+    stages: tuple[dict[str, Any], ...], step: int, stage: int, message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=f"^checkpoint global_step is at step {step}, and .*{message}") as caught:
+        place(run(*stages), step, stage)
+    assert "stages that have begun cannot change. Restore growth.stages, or start a new run" in str(caught.value)
