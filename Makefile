@@ -1,4 +1,4 @@
-# make quickstart | test | test-all | check | study | bench | env | clean      (make without a target lists them)
+# make quickstart | test | test-all | check | study | study-growing | bench | env | clean      (make without a target lists them)
 #
 # Variables:  PYTHON=python3.12   the interpreter that makes .venv (3.10 to 3.13)
 #             PIP_FLAGS="..."     more flags for every pip install, e.g. --index-url of CPU-only torch wheels
@@ -31,7 +31,7 @@ define stage
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-all test-transformers-4 test-newest check format study bench clean distclean
+.PHONY: help env quickstart test test-all test-transformers-4 test-newest check format study study-growing bench clean distclean
 
 help:
 	@echo "make quickstart   from nothing to a small grown, saved and resumed SGT model (CPU, a few minutes)"
@@ -41,6 +41,7 @@ help:
 	@echo "make test-newest           what rests on Megatron-Core, under its newest version (needs Python 3.12 or newer)"
 	@echo "make check        formatting, lint, types, architecture"
 	@echo "make study        the paper's comparison at a size for two cores, in one table (10 minutes)"
+	@echo "make study-growing         the same of ways to grow a model, at equal FLOPs (12 minutes)"
 	@echo "make bench        step time and FLOPs of SGT beside vanilla"
 	@echo "make env          only make $(VENV) (the targets above do it when needed)"
 	@echo "make format       rewrite the sources as 'make check' wants them"
@@ -111,6 +112,9 @@ format: $(STAMP)
 
 study: $(STAMP)
 	@PATH="$(BIN):$$PATH" $(THREADS) bash examples/study.sh
+
+study-growing: $(STAMP)
+	@PATH="$(BIN):$$PATH" $(THREADS) bash examples/study.sh --growing
 
 bench: $(STAMP)
 	@$(PY) tools/bench/step_overhead.py

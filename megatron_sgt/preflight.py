@@ -17,6 +17,7 @@ from megatron_sgt.checkpoint.forms import read_config, read_state
 from megatron_sgt.checkpoint.layout import GROWTH_STATE
 from megatron_sgt.config import Config
 from megatron_sgt.config.base import count
+from megatron_sgt.config.lengths import SequenceLengths
 from megatron_sgt.data.prefix import resolve_prefix
 from megatron_sgt.data.tokenizer import resolve_vocab_size, tokenizer_of
 from megatron_sgt.errors import CheckpointError, ConfigError, DamagedCheckpointError, DataError
@@ -39,6 +40,7 @@ _UNREMARKABLE = (
     "data.num_workers",
     "data.allow_validation_leak",
 )
+_LENGTHS = "data.seq_length_curriculum"
 # What reading the data sets and the tokenizer needs.
 _READERS = {None: (), "sentencepiece": ("sentencepiece",), "huggingface": ("transformers",)}
 
@@ -181,7 +183,8 @@ def _start_at(folder: Path, found: Found, config: Config, libraries: bool) -> St
     saved = check_checkpoint(folder, config, tokenizer)
     if libraries:
         _check_growth(folder, saved, config, there)
-    return Start(folder, saved, tuple(_changes(there, config)), found.skipped, found.explicit)
+    changes = tuple(_changes(there, config, saved["trainer"]["step"]))
+    return Start(folder, saved, changes, found.skipped, found.explicit)
 
 
 def tokenizer_fingerprint(config: Config) -> str | None:
@@ -277,11 +280,22 @@ def _check_growth(folder: Path, saved: dict[str, Any], config: Config, there: Co
         raise DamagedCheckpointError(f"checkpoint {folder}: its growth state is of a later step")
 
 
-def _changes(there: Config, here: Config) -> Iterator[str]:
+def _changes(there: Config, here: Config, step: int) -> Iterator[str]:
+    """Settings of the run that differ from those of the checkpoint, which is of ``step``."""
     before, now = dict(_leaves(there.model_dump())), dict(_leaves(here.model_dump()))
     for name in before | now:
-        if before.get(name) != now.get(name) and not name.startswith(_UNREMARKABLE):
+        if before.get(name) == now.get(name) or name.startswith(_UNREMARKABLE):
+            continue
+        if name == _LENGTHS:
+            yield _other_lengths(there.seq_lengths, here.seq_lengths, step)
+        else:
             yield f"{name} {before.get(name)} -> {now.get(name)}"
+
+
+def _other_lengths(before: SequenceLengths, now: SequenceLengths, step: int) -> str:
+    trained = [list(lengths.within(1, step)) if step else [] for lengths in (before, now)]
+    past = "" if trained[0] == trained[1] else f" (of the {step:,} steps that are trained, too: they stay as they were)"
+    return f"{_LENGTHS} {before.text() or 'none'} -> {now.text() or 'none'}{past}"
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

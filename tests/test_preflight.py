@@ -61,11 +61,27 @@ def test_places(tmp_path: Path) -> None:
 def test_changed_settings_are_named() -> None:
     there = small_config(optim={"lr": 0.5}, logging={"run_dir": "a"}, train={"exit_interval": 3})
     here = small_config(optim={"lr": 0.25}, logging={"run_dir": "b"}, deepspeed={"amp": {"enabled": False}})
-    assert list(preflight._changes(there, here)) == [
+    assert list(preflight._changes(there, here, 3)) == [
         "optim.lr 0.5 -> 0.25",
         "deepspeed.amp.enabled None -> False",
     ]
-    assert list(preflight._changes(here, here)) == []
+    assert list(preflight._changes(here, here, 3)) == []
+
+
+def test_another_curriculum_says_whether_it_changes_the_past() -> None:
+    plain, one, two = (
+        small_config(data={"seq_length_curriculum": [{"until_steps": n, "seq_length": 16} for n in ends]})
+        for ends in ((), (4,), (4, 8))
+    )
+    name = "data.seq_length_curriculum"
+    assert list(preflight._changes(one, two, 4)) == [
+        f"{name} 16 until step 4, then 32 -> 16 until step 4, 16 until step 8, then 32"
+    ]
+    past = " (of the 5 steps that are trained, too: they stay as they were)"
+    assert list(preflight._changes(two, one, 5)) == [
+        f"{name} 16 until step 4, 16 until step 8, then 32 -> 16 until step 4, then 32{past}"
+    ]
+    assert list(preflight._changes(plain, one, 0)) == [f"{name} none -> 16 until step 4, then 32"]
 
 
 def test_tells_the_shape_of_the_run(tmp_path: Path, data: str) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from megatron_sgt.config.base import Choice, PathText, Section, shown
+from megatron_sgt.config.lengths import LengthEntry
 
 
 class TokenizerConfig(Section):
@@ -55,6 +56,12 @@ class DataConfig(Section):
     )
     num_workers: int = Field(
         default=0, ge=0, le=1024, description="Processes that read samples ahead, per rank; 0: none."
+    )
+    seq_length_curriculum: tuple[LengthEntry, ...] = Field(
+        default=(),
+        description="Shorter training sequences at first: samples of model.seq_length tokens are cut into pieces "
+        "(growing.md). Each entry ends where its steps or tokens end; after the last one the length is "
+        "model.seq_length. Empty: it always is.",
     )
 
     @field_validator("data_path", mode="before")

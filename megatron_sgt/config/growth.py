@@ -6,26 +6,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from megatron_sgt import extensions
-from megatron_sgt.config.base import MOST_SEED, MOST_TOKENS, Choice, PathText, Section, shown
+from megatron_sgt.config.base import MOST_SEED, Choice, PathText, Section, shown
 from megatron_sgt.config.problems import explain
+from megatron_sgt.config.until import Until
 from megatron_sgt.errors import ConfigError
 
 METHODS = ("sgt", "vanilla", "block_loop")
 """The built-in ones."""
 
 
-class StageConfig(Section):
+class StageConfig(Until):
     """The end of a stage of the run, and how the model grows there."""
 
-    until_steps: int | None = Field(
-        default=None, gt=0, description="Applied optimizer steps of the run after which the model grows."
-    )
-    until_tokens: int | None = Field(
-        default=None,
-        gt=0,
-        le=MOST_TOKENS,
-        description="The same in trained tokens, rounded up to a whole step; one of both.",
-    )
     operator: str = Field(description="How it grows: `g_stack`, `midas`, `msg`, ... (growing.md).")
     options: dict[str, Any] = Field(default_factory=dict, description="Settings of the operator.")
     moments: Literal["copy", "scaled", "seeded", "fresh"] | None = Field(
@@ -44,10 +36,6 @@ class StageConfig(Section):
     weights: Literal["weights", "ema"] = Field(
         default="weights", description="What the new model is made of: the weights, or their average (train.ema_decay)."
     )
-
-    def problems(self) -> Iterator[str]:
-        if (self.until_steps is None) == (self.until_tokens is None):
-            yield "until_steps: give it or until_tokens, and not both"
 
 
 class RampConfig(Section):

@@ -10,6 +10,7 @@ from megatron_sgt.config.base import EXPAND, Section, shown
 from megatron_sgt.config.data import DataConfig
 from megatron_sgt.config.growth import GrowthConfig
 from megatron_sgt.config.hints import misspelt_deepspeed_key
+from megatron_sgt.config.lengths import SequenceLengths, check_lengths
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.config.optim import OptimConfig
 from megatron_sgt.config.parallel import ParallelConfig
@@ -44,7 +45,7 @@ class Config(Section):
         return _with_paths(values, (info.context or {}).get(EXPAND, expand))
 
     def problems(self) -> Iterator[str]:
-        for check in (check_model, check_growth, check_parallel, check_steps, check_deepspeed):
+        for check in (check_model, check_growth, check_parallel, check_steps, check_curriculum, check_deepspeed):
             yield from check(self)
 
     @property
@@ -59,6 +60,18 @@ class Config(Section):
     def lr_decay_iters(self) -> int:
         """Step at which the learning rate reaches min_lr."""
         return self.optim.lr_decay_iters or self.train.train_iters
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that all ranks train on in one optimizer step."""
+        return self.train.global_batch_size * self.model.seq_length
+
+    @property
+    def seq_lengths(self) -> SequenceLengths:
+        """How long the training sequences are in each step."""
+        entries = self.data.seq_length_curriculum
+        ends = tuple(entry.last_step(self.tokens_per_step) for entry in entries)
+        return SequenceLengths(self.model.seq_length, ends, tuple(entry.seq_length for entry in entries))
 
     def precision_on(self, device: str) -> str:
         """Return the precision of a run on ``device`` ("cpu" or "cuda").
@@ -272,11 +285,23 @@ def check_steps(cfg: Config) -> Iterator[str]:
         )
 
 
+def check_curriculum(cfg: Config) -> Iterator[str]:
+    """Yield the rules that the curriculum of lengths breaks."""
+    parallel, sharer = cfg.parallel, None
+    if parallel.sequence_parallel:
+        sharer = "parallel.sequence_parallel"
+    elif parallel.loop_method == "balanced":
+        sharer = "parallel.loop_method balanced"
+    return check_lengths(cfg.seq_lengths, parallel.tensor_model_parallel_size, sharer)
+
+
 def check_deepspeed(cfg: Config) -> Iterator[str]:
     """Yield the contradictions between the raw DeepSpeed keys and the typed sections, naming both values."""
     for name, owner in (("optimizer", "optim"), ("scheduler", "optim")):
         if name in cfg.deepspeed:
             yield f"deepspeed.{name}: is refused, the {name} is built from the section '{owner}'"
+    if "curriculum_learning" in cfg.deepspeed:
+        yield "deepspeed.curriculum_learning: is refused, a curriculum of lengths is data.seq_length_curriculum"
     for name in cfg.deepspeed:
         meant = misspelt_deepspeed_key(name)
         if meant is not None:
@@ -294,11 +319,6 @@ def check_deepspeed(cfg: Config) -> Iterator[str]:
         yield (
             f"train.ema_decay: {cfg.train.ema_decay:g} needs the fp32 weights in memory; set "
             "deepspeed.zero_optimization.offload_optimizer.device to cpu instead of nvme, or ema_decay to 0"
-        )
-    if cfg.growth.stages and cfg.offload_device == "nvme":
-        yield (
-            "growth.stages: a model whose optimizer is offloaded to NVMe cannot grow; set "
-            "deepspeed.zero_optimization.offload_optimizer.device to cpu instead of nvme, or remove the stages"
         )
     name, train = "gradient_accumulation_steps", cfg.train
     steps = cfg.deepspeed.get(name, "auto")

@@ -16,7 +16,7 @@ from megatron_sgt.growth import LoopPlan
 from megatron_sgt.lease import holder_of, inside
 from megatron_sgt.parallel.device import device_type
 from megatron_sgt.planning.describe import growth_line, model_line, stages_line
-from megatron_sgt.planning.flops import step_flops
+from megatron_sgt.planning.flops import flops_between
 from megatron_sgt.planning.layout import batch_line, layout_line
 from megatron_sgt.planning.loop_cost import choose_loop_method
 from megatron_sgt.planning.structure import most_kept_heads
@@ -43,8 +43,8 @@ def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:
     precision = precision_of(config)
     check_deepspeed(config, world_size, precision)
     config = with_vocabulary(config)
-    data, start, disk = validate_data(config), find_start(config), check_disk(config, precision)
     stages = stages_of(config)
+    data, start, disk = validate_data(config), find_start(config), check_disk(config, precision)
     several = [("stages", stages_line(stages))] if len(stages) > 1 else []
     rows = [("model", model_line(config)), *several, ("growth", growth_line(stages[-1].config))]
     rows += _batch_rows(stages, world_size)
@@ -75,23 +75,22 @@ def _loop_rows(config: Config) -> list[tuple[str, str]]:
 
 def _batch_rows(stages: Sequence[Stage], world_size: int) -> list[tuple[str, str]]:
     config = stages[-1].config
-    steps, batch = config.train.train_iters, config.train.global_batch_size
-    flops = sum((stage.last - stage.first) * _plain_flops(stage.config) for stage in stages)
+    steps, lengths = config.train.train_iters, config.seq_lengths
+    flops = sum(
+        flops_between(stage.config, LoopPlan.empty(stage.config.model.num_layers), stage.first + 1, stage.last)
+        for stage in stages
+    )
     return [
         ("layout", layout_line(config, world_size, _shown_precision(config))),
         *_loop_rows(config),
         ("batch", batch_line(config, world_size)),
+        *([("lengths", lengths.text())] if lengths.ends else []),
         (
             "run",
-            f"{steps:,} steps · {steps * batch * config.model.seq_length:,} tokens · "
+            f"{steps:,} steps · {steps * config.tokens_per_step:,} tokens · "
             f"{flops:.3g} FLOPs {'before growth' if len(stages) == 1 else 'without loops'}",
         ),
     ]
-
-
-def _plain_flops(config: Config) -> int:
-    """Model FLOPs of a step in which nothing loops."""
-    return step_flops(config.model, LoopPlan.empty(config.model.num_layers), config.train.global_batch_size).model
 
 
 def precision_of(config: Config) -> str:

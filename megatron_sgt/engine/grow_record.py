@@ -11,7 +11,7 @@ from megatron_sgt.config import Config
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.growth import Schedule
 from megatron_sgt.metrics.records import GrowRecord
-from megatron_sgt.planning.flops import step_flops
+from megatron_sgt.planning.flops import at_length, step_flops
 from megatron_sgt.planning.parameters import parameter_count
 from megatron_sgt.planning.structure import schedule_of
 from megatron_sgt.stages.growth import sizes_of
@@ -37,6 +37,7 @@ def grow_record(
     growth, told = stage.grown.growth, stage.record()
     before = _schedule_of(place.there.config, saved)
     event = schedule.event(trainer["step"], "grow").to_dict()
+    seq_length = stage.config.seq_lengths.at(trainer["step"] + 1)
     return {
         "step": trainer["step"],
         "stage": stage.index,
@@ -56,8 +57,8 @@ def grow_record(
         "sizes_after": sizes_of(growth.new),
         "parameters_before": parameter_count(growth.old),
         "parameters_after": parameter_count(growth.new),
-        "flops_per_token_before": _flops_per_token(growth.old, before),
-        "flops_per_token_after": _flops_per_token(growth.new, schedule),
+        "flops_per_token_before": _flops_per_token(at_length(growth.old, seq_length), before),
+        "flops_per_token_after": _flops_per_token(at_length(growth.new, seq_length), schedule),
         "probe_loss_before": losses[0],
         "probe_loss_after": losses[1],
         "consumed_samples": trainer["consumed_samples"],

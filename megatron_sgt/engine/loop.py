@@ -55,7 +55,7 @@ class Trainer:
                 fp16's search for its loss scale explains. Nothing was saved since the last good step.
         """
         train = self.config.train
-        accumulation = self.config.num_micro_batches(self.groups.world_size)
+        accumulation, lengths = self.config.num_micro_batches(self.groups.world_size), self.config.seq_lengths
         stages = stages_of(self.config) if self.stages is None else self.stages
         for hook in self.hooks:
             hook.before_run(self.state)
@@ -69,7 +69,8 @@ class Trainer:
             lr = rate_of_run(self.state.step + 1, stages)
             batches = (next(micro_batches) for _ in range(accumulation))
             skips.before_step()
-            result = train_step(self.engine, batches, lr, self.config.optim.clip_grad, self.groups)
+            pieces = lengths.pieces_at(self.state.step + 1)
+            result = train_step(self.engine, batches, lr, self.config.optim.clip_grad, self.groups, pieces)
             now = time.perf_counter()
             result, ended = replace(result, seconds=now - ended), now
             self.state.consumed_samples += train.global_batch_size

@@ -3,41 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_sgt.checkpoint import layout
-from megatron_sgt.checkpoint.forms import read_config, read_state
-from megatron_sgt.checkpoint.load import verify_together
-from megatron_sgt.checkpoint.place import Place, place_of
+from megatron_sgt.checkpoint.forms import read_state
+from megatron_sgt.checkpoint.place import Place
 from megatron_sgt.config import Config
 from megatron_sgt.engine.build import Runtime
-from megatron_sgt.engine.data_start import DataStart, data_record, data_start, record_at
-from megatron_sgt.engine.deepspeed_config import check_deepspeed
+from megatron_sgt.engine.data_start import DataStart, data_start, record_at
 from megatron_sgt.engine.grow_record import grow_record
 from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.hooks.growth import GrowthHook
 from megatron_sgt.engine.hooks.spike import LossSpike
 from megatron_sgt.engine.loop import DivergedError
-from megatron_sgt.engine.run_folders import CONFIG_FILE
+from megatron_sgt.engine.run_reports import report_end, report_start
 from megatron_sgt.engine.session import Session
 from megatron_sgt.engine.skipped_ranges import SkippedRanges, batches_outside
 from megatron_sgt.engine.stage import RunningStage
+from megatron_sgt.engine.start import Look, find_together, first_look, own_look, place_together
+from megatron_sgt.engine.step import Batch
 from megatron_sgt.errors import CheckpointError, DamagedCheckpointError, ExitCode
 from megatron_sgt.growth import Schedule
 from megatron_sgt.growth.methods import with_schedule
 from megatron_sgt.guard import Watch
 from megatron_sgt.guard.stop import StopRequests, named
 from megatron_sgt.launch.environment import RankInfo
-from megatron_sgt.metrics import METRICS_FILE
-from megatron_sgt.metrics.records import GrowRecord, ResumeRecord, SummaryRecord
-from megatron_sgt.model.loop_backend import loop_backend
-from megatron_sgt.ops.attention import describe_attention
+from megatron_sgt.metrics.records import GrowRecord
 from megatron_sgt.parallel.collectives import barrier, on_rank_zero
-from megatron_sgt.planning.loop_cost import choose_loop_method
-from megatron_sgt.planning.structure import most_kept_heads
-from megatron_sgt.preflight import Start, check_disk, find_start
+from megatron_sgt.preflight import Start
 from megatron_sgt.stages.stages import Stage
 
 
@@ -75,26 +69,26 @@ class PretrainingRun(Session):
 
     def _prepare(self) -> None:
         """All that comes before the first step, in folders that this run alone writes into."""
-        # If every rank looked, they might see different folders on a network file system.
-        self.start: Start = self._find_start(self._look_for_start)
+        look = first_look(self)
+        self.start: Start = find_together(look, self)
         if self.groups.is_main:
             layout.clear_leftovers(self.config.save_dir)
         self.progress.enter("opening the data")
         self.open_data()
         data = self._compare_data()
-        self.stage = RunningStage(self, self._place(self.start).here)
+        self.stage = RunningStage(self, place_together(self.start, self.config, self.stages).here)
         self.open_hub()
         self.skipped_ranges = on_rank_zero(lambda: SkippedRanges.at_start(self.start.folder, self.config.save_dir))
         self.stage.wire()
         grown: GrowRecord | None = None
         if self.start.folder is not None:
-            loaded, grown = self._load(self.start, self._look_for_start)
+            loaded, grown = self._load(self.start, look)
             if loaded is not self.start:  # an older one, which may have read other data
                 self.start = loaded
                 data = self._compare_data()
             self.state.consumed_samples = self.skipped_ranges.after(self.state.consumed_samples)
         self._keep_data_record(data.record)
-        self._report_start(data)
+        report_start(self, self.stage, self.start, data)
         if grown is not None:
             self.hub.log("grow", grown)
 
@@ -118,7 +112,7 @@ class PretrainingRun(Session):
 
     # From which checkpoint
 
-    def _load(self, start: Start, look: Callable[[dict[Path, str]], Start]) -> tuple[Start, GrowRecord | None]:
+    def _load(self, start: Start, look: Look) -> tuple[Start, GrowRecord | None]:
         """Load ``start``, or the newest checkpoint whose files can be read, into its stage; collective.
 
         Returns:
@@ -126,9 +120,10 @@ class PretrainingRun(Session):
         """
         damaged: dict[Path, str] = {}
         while True:
-            assert start.folder is not None, "without a whole one _find_start raises"
-            place = self._place(start)
-            if place.here is not self.stage.stage:
+            assert start.folder is not None, "without a whole one find_together raises"
+            place = place_together(start, self.config, self.stages)
+            # An engine that has trained is not used for a growth: it would be the only one that is not new there.
+            if place.here is not self.stage.stage or (place.grows and self.stage.has_trained):
                 self._replace(place.here)
             try:
                 return start, self._load_at(place, start)
@@ -136,7 +131,7 @@ class PretrainingRun(Session):
                 if start.explicit:
                     raise
                 damaged[start.folder] = str(error)
-            start = self._find_start(look, damaged)
+            start = find_together(look, self, damaged)
 
     def _load_at(self, place: Place, start: Start, before: float | None = None) -> GrowRecord | None:
         """Load the checkpoint of ``start`` into the present stage; ``before``: loss of the probe in the old one."""
@@ -149,61 +144,11 @@ class PretrainingRun(Session):
         seconds = time.perf_counter() - begun
         return grow_record(place, start.saved, self.schedule, notes, (before, after), seconds)
 
-    def _place(self, start: Start) -> Place:
-        """Where the checkpoint of ``start`` lies among the stages; without one, the first begins. Collective."""
-        folder = start.folder
-        if folder is None:
-            return Place(self.stages[0], self.stages[0])
-        there, here = on_rank_zero(lambda: _indices(self.config, folder, start.saved))
-        return Place(self.stages[there], self.stages[here])
-
-    def _find_start(self, look: Callable[[dict[Path, str]], Start], damaged: dict[Path, str] | None = None) -> Start:
-        """The newest whole checkpoint of the run; damaged ones are skipped. Collective.
-
-        ``look``: finds one on rank 0, given those that are known to be ``damaged``.
-        """
-        damaged = {} if damaged is None else damaged
-        while True:
-            start = on_rank_zero(partial(look, damaged))
-            if start.folder is None:
-                return start
-            problem = verify_together(start.folder, self.config, self.groups)
-            if problem is None:
-                return start
-            if start.explicit:
-                raise CheckpointError(problem)
-            damaged[start.folder] = problem
-
-    def _look_for_start(self, damaged: dict[Path, str]) -> Start:
-        precision = self.config.precision_on(self.groups.device.type)
-        check_deepspeed(self.config, self.groups.world_size, precision)
-        check_disk(self.stages[-1].config, precision)
-        return find_start(self.config, damaged)
-
     def _compare_data(self) -> DataStart:
         return on_rank_zero(lambda: data_start(self.config, self.start))
 
     def _keep_data_record(self, record: list[dict[str, object]]) -> None:
         self.data_record = self.stage.saver.data = record
-
-    def _report_start(self, data: DataStart) -> None:
-        record: ResumeRecord = {
-            "step": self.state.step,
-            "path": self.start.folder,
-            "searched": self.config.save_dir,
-            "consumed_samples": self.state.consumed_samples,
-            "changed": self.start.changed,
-            "skipped": self.start.skipped,
-        }
-        self.hub.log("resume", record)
-        if data.change is not None:
-            self.hub.log("data", data_record(data.change, self.state.step))
-        config = self.stage.config
-        if self.groups.is_main and self.groups.tp_size > 1 and most_kept_heads(config):
-            print(f"LOOPS  {choose_loop_method(config)[1]}", flush=True)
-        line = loop_backend(config, self.runtime.precision, self.groups.device)[1]
-        if self.groups.is_main and self.groups.device.type != "cpu":
-            print(f"LOOPS  {line}; {describe_attention(self.groups.device)}", flush=True)
 
     # Training
 
@@ -222,7 +167,7 @@ class PretrainingRun(Session):
                 option = "train_iters" if last_step == train.train_iters else "exit_interval"
                 reason = f"nothing to do: raise train.{option} (now {last_step:,}) to go on"
             code = ExitCode.SAVED if stopped else ExitCode.DONE
-            self._summarize(reason, code, time.perf_counter() - start)
+            report_end(self, self.stage, self.start, reason, code, time.perf_counter() - start)
             self.progress.enter("the end")
         except DivergedError:  # of all ranks, after the same step
             self.stage.saver.settle(self.state)
@@ -244,8 +189,7 @@ class PretrainingRun(Session):
             end = min(self.stage.stage.last, last_step)
             spike = None
             try:
-                batches = batches_outside(self.open_loader, self.skipped_ranges, self.state.consumed_samples)
-                if stopped := self.stage.train(batches, end, between=end < last_step):
+                if stopped := self.stage.train(self._batches(), end, between=end < last_step):
                     return stopped
             except LossSpike as error:
                 spike = error.with_traceback(None)  # which refers to the engine, and an older stage may be built
@@ -255,6 +199,9 @@ class PretrainingRun(Session):
                 return 0
             else:
                 self._grow()
+
+    def _batches(self) -> Iterator[Batch]:
+        return batches_outside(self.open_loader, self.skipped_ranges, self.state.consumed_samples)
 
     def _grow(self) -> None:
         """Go on with the next stage, from the checkpoint that the present one has just ended with."""
@@ -279,9 +226,8 @@ class PretrainingRun(Session):
     def _go_back(self, spike: LossSpike) -> None:
         """Load the newest checkpoint, of an earlier stage if need be, and skip the data up to the spike for good."""
         self.progress.enter("going back to a checkpoint")
-        own = self.config.checkpoint.model_copy(update={"resume": "auto", "load": None})
-        look = partial(find_start, self.config.model_copy(update={"checkpoint": own}))
-        newest = self._find_start(look)
+        look = own_look(self)
+        newest = find_together(look, self)
         if newest.folder is None:
             raise CheckpointError(f"no checkpoint in {self.config.save_dir} is whole; there is none to go back to")
         newest, grown = self._load(newest, look)
@@ -299,32 +245,3 @@ class PretrainingRun(Session):
         self.hub.log("rollback", {**there, **spike.record(), "passed_samples": spike.stop - start})
         if grown is not None:
             self.hub.log("grow", grown)
-
-    def _summarize(self, reason: str, code: ExitCode, seconds: float) -> None:
-        run_dir, measured = Path(self.config.logging.run_dir), self.stage.measured()
-        record: SummaryRecord = {
-            "step": self.state.step,
-            "train_iters": self.config.train.train_iters,
-            "reason": reason,
-            "exit_code": int(code),
-            "first_loss": measured.first_loss if self.start.folder is None else None,
-            "loss": measured.last_loss,
-            "valid_loss": measured.valid_loss,
-            "growth_events": len(self.growth.events),
-            "seconds": seconds,
-            "consumed_tokens": self.state.consumed_samples * self.config.model.seq_length,
-            "tokens_per_second": measured.tokens_per_second,
-            "paths": {
-                "checkpoint": measured.last_path or self.start.folder,
-                "metrics": run_dir / METRICS_FILE,
-                "config": run_dir / CONFIG_FILE,
-            },
-        }
-        if measured.valid_ema_loss is not None:
-            record["valid_ema_loss"] = measured.valid_ema_loss
-        self.hub.log("summary", record)
-
-
-def _indices(config: Config, folder: Path, saved: Mapping[str, object]) -> tuple[int, int]:
-    place = place_of(config, folder, saved, read_config(folder).model)
-    return place.there.index, place.here.index

@@ -64,11 +64,13 @@ class RunningStage:
         self.stage = stage
         self.config = stage.config
         session.progress.enter("building the model")
+        session.progress.model_built()
         self.runtime: Runtime = build_runtime(self.config, session.groups)
         session.progress.enter("compiling the kernels of the loops")
         warm_up_loops(self.config, session.groups, self.runtime.precision)
         self.schedule = schedule_of(self.config)
         self.hooks: list[Hook] = []
+        self.has_trained = False
 
     def wire(self, before: Measured | None = None) -> None:
         """Build the hooks, once the session has a hub. ``before``: of the stage that this one follows, if it does."""
@@ -76,7 +78,8 @@ class RunningStage:
         hub = session.hub
         self.log = LogHook(config, self.schedule, hub, groups, runtime.precision)
         self.growth = GrowthHook(self.schedule, runtime.model, runtime.model.meter, groups, self.log.on_growth)
-        self.spike = SpikeHook(config.train, session.skipped_ranges, self._can_go_back, hub, groups)
+        lengths = config.seq_lengths
+        self.spike = SpikeHook(config.train, session.skipped_ranges, self._can_go_back, hub, groups, lengths)
         self.straggler = StragglerHook(
             runtime.model, config.logging.log_interval, config.train.straggler_threshold, hub, groups
         )
@@ -166,7 +169,7 @@ class RunningStage:
 
     def train(self, batches: Iterator[Batch], last_step: int, between: bool) -> int:
         """See ``Trainer.run``."""
-        session = self.session
+        session, self.has_trained = self.session, True
         hooks = watched_hooks(self.hooks, session.progress)
         engine, stages = self.runtime.engine, session.stages
         trainer = Trainer(self.config, session.groups, engine, session.state, hooks, session.stop, stages)

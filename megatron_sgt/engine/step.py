@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
 
+from megatron_sgt.data.pieces import cut
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.model.apply_plan import begin_step, mark_micro_batch
 from megatron_sgt.model.entropy_meter import EntropyMeter
@@ -77,8 +78,9 @@ def train_step(
     lr: float,
     clip_grad: float,
     groups: ParallelGroups,
+    pieces: int = 1,
 ) -> StepResult:
-    """Run one optimizer step on ``batches`` (one per micro-batch of this rank)."""
+    """Run one optimizer step on ``batches`` (one per micro-batch of this rank), each sample cut into ``pieces``."""
     start = time.perf_counter()
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
@@ -88,7 +90,8 @@ def train_step(
     begin_step(engine.module)
     for batch in batches:
         mark_micro_batch(engine.module, last=engine.is_gradient_accumulation_boundary())
-        loss = engine(**{name: t.to(groups.device, non_blocking=True) for name, t in batch.items()})
+        there = {name: t.to(groups.device, non_blocking=True) for name, t in batch.items()}
+        loss = engine(**cut(there, pieces))  # cut on the device: whole samples lie in pinned memory
         engine.backward(_guarded(loss, meter))
         meter.end_micro_batch()
         losses.append(loss.detach())

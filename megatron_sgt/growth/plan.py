@@ -2,13 +2,14 @@
 
 A plan is the only thing that crosses from the growth schedule to the modules. It says, per layer, how
 often the attention is executed again, which heads keep doing so, and at which gate the other heads still
-take part. Vanilla training is the empty plan; the block-loop baseline is a plan that repeats whole layers.
+take part. Vanilla training is the empty plan; the block-loop baseline is a plan that repeats whole layers, and a
+sub-net one that skips some.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal
@@ -27,6 +28,7 @@ class LayerPlan:
     kept_heads: global query-head ids, ascending, whose gate is 1; they mean something only if loops > 0.
     other_gate: the gate in [0, 1] of every head that is not kept; 0 where no other head exists.
     block_loops: additional executions of the whole layer, attention and MLP (static baseline).
+    skipped: the layer is not executed at all: it is no part of the sub-net that is trained.
 
     Raises:
         ValueError: a value is outside these ranges.
@@ -36,6 +38,7 @@ class LayerPlan:
     kept_heads: tuple[int, ...] = ()
     other_gate: float = 0.0
     block_loops: int = 0
+    skipped: bool = False
 
     def __post_init__(self) -> None:
         if self.loops < 0 or self.block_loops < 0:
@@ -49,6 +52,13 @@ class LayerPlan:
             raise ValueError(f"a layer without loops has neither kept heads {ids} nor a gate {self.other_gate}")
         if self.loops and not ids:
             raise ValueError(f"a layer with {self.loops} loops keeps no head")
+        if self.skipped and (self.loops or self.block_loops):
+            raise ValueError(f"a layer that is skipped has neither loops {self.loops} nor {self.block_loops}")
+
+    @property
+    def executions(self) -> int:
+        """How often the whole layer is executed."""
+        return 0 if self.skipped else 1 + self.block_loops
 
     @property
     def phase(self) -> LayerPhase:
@@ -112,12 +122,18 @@ class LoopPlan:
         """The plan of a model that is used instead of trained: gate 1 for kept heads, 0 for the others."""
         return replace(self, layers=tuple((n, replace(plan, other_gate=0.0)) for n, plan in self.layers))
 
+    def skipping(self, layers: Collection[int]) -> LoopPlan:
+        """The plan of the sub-net that lacks ``layers``."""
+        kept = [(n, plan) for n, plan in self.layers if n not in layers]
+        return replace(self, layers=(*kept, *((n, LayerPlan(skipped=True)) for n in layers)))
+
     def fingerprint(self) -> str:
         """SHA-256 (hex) of a canonical text: equal exactly when the plans are equal, on every rank."""
         lines = [f"layers {self.num_layers}"]
         for n, plan in self.layers:
             heads = ",".join(map(str, plan.kept_heads))
-            lines.append(f"{n} {plan.loops} [{heads}] {float(plan.other_gate).hex()} {plan.block_loops}")
+            skipped = " skipped" if plan.skipped else ""
+            lines.append(f"{n} {plan.loops} [{heads}] {float(plan.other_gate).hex()} {plan.block_loops}{skipped}")
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,6 +144,7 @@ class LoopPlan:
                 "kept_heads": list(plan.kept_heads),
                 "other_gate": plan.other_gate,
                 "block_loops": plan.block_loops,
+                **({"skipped": True} if plan.skipped else {}),
             }
             for n, plan in self.layers
         }
@@ -148,6 +165,7 @@ class LoopPlan:
                     kept_heads=tuple(int(head) for head in entry["kept_heads"]),
                     other_gate=float(entry["other_gate"]),
                     block_loops=int(entry["block_loops"]),
+                    skipped=bool(entry.get("skipped", False)),
                 ),
             )
             for n, entry in data["layers"].items()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 QUICK_PHASES = frozenset({"train", "data", "ema", "growth", "log"})
-"""Parts of an ordinary step. Starting, validating, saving and the first step of a process may take longer."""
+"""Parts of an ordinary step. Starting, validating, saving, growing and a model's first step may take longer."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class Progress:
     def step_done(self) -> None:
         """The first step, in which much is set up, is over: from now on steps are ordinary ones."""
         self._warm = True
+
+    def model_built(self) -> None:
+        """A new model is there: its first step may take as long as that of a process."""
+        self._warm = False
 
     def idle_seconds(self) -> float:
         return self._clock() - self.mark.since

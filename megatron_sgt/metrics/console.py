@@ -15,6 +15,7 @@ _SGT: dict[str, LineFormat] = {
     "train": lines.train_line,
     "valid": lines.valid_line,
     "growth": lines.growth_line,
+    "length": lines.length_line,
     "grow": lines.grow_line,
     "save": lines.save_line,
     "save_failed": lines.save_failed_line,

@@ -72,6 +72,7 @@ def train_line(record: Record, paint: Paint = plain) -> str:
             _number(record, "loss", "loss", 3, paint),
             _number(record, "grad_norm", "gn", 2, paint),
             _part(record, "lr", lambda lr: f"lr {units.exponent(lr)}"),
+            _part(record, "seq_length", lambda length: f"T {length:,}"),
             _part(record, "tokens_per_second", lambda rate: f"{units.si(rate, ' ')} tok/s"),
             _per_device(record),
             _part(record, "tflops_per_device", units.flop_rate),
@@ -131,6 +132,18 @@ def growth_line(record: Record, paint: Paint = plain) -> str:
             f"{chosen}/{most} layers" if most else None,
         ]
     return paint("event", "GROW") + "  " + _join(parts)
+
+
+def length_line(record: Record, paint: Paint = plain) -> str:
+    """A step of the curriculum of sequence lengths."""
+    return _join(
+        (
+            f"{paint('event', 'LENGTH')}  step {record['step']:,}",
+            f"T {record['previous_seq_length']:,} -> {record['seq_length']:,}",
+            f"{record['sequences_per_step']:,} sequences a step",
+            f"{units.si(record['model_flops_per_step'], ' ')}FLOP a step",
+        )
+    )
 
 
 def grow_line(record: Record, paint: Paint = plain) -> str:

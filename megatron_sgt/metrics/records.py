@@ -39,6 +39,7 @@ class TrainRecord(_Record, Throughput, total=False):
     grad_norm: float  # of the last step, before clipping
     lr: float
     loss_scale: float  # of the last step; fp16 only
+    seq_length: int  # of the last step; with data.seq_length_curriculum only
     step_time_s: float  # from the end of a step to that of the next, without validation and saving, which have their
     # own records; without the first step of a process, unless it is alone
     first_step_s: float  # in the first record of a process: with what is compiled and allocated in that step
@@ -96,6 +97,15 @@ class GrowthRecord(_Record, total=False):
     fade_until_step: int  # end of the window
     flops_overhead: float  # fraction of vanilla's forward and backward, once the window is over
     ema_entropy: list[list[float]]  # [layer][head] that the decision was taken from
+
+
+class LengthRecord(_Record, total=False):
+    """The curriculum goes on to another sequence length after this step."""
+
+    seq_length: int
+    previous_seq_length: int
+    sequences_per_step: int
+    model_flops_per_step: float  # of the structure after this step
 
 
 class GrowRecord(_Record, total=False):
@@ -225,6 +235,7 @@ RECORDS: dict[str, type] = {
     "ranks": RanksRecord,
     "valid": ValidRecord,
     "growth": GrowthRecord,
+    "length": LengthRecord,
     "grow": GrowRecord,
     "save": SaveRecord,
     "save_failed": SaveFailedRecord,

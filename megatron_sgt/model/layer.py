@@ -66,10 +66,14 @@ class SGTLayer(TransformerLayer):
         return super().__call__(hidden_states, *args, **kwargs)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Megatron's forward on [S, B, D], repeated as a whole for the block-loop baseline."""
-        for _ in range(self.plan.block_loops):
-            hidden_states, _context = self._forward_once(hidden_states, *args, **kwargs)
-        return self._forward_once(hidden_states, *args, **kwargs)
+        """Megatron's forward on [S, B, D], as often as the plan says: of a skipped layer the input comes out.
+
+        It is skipped in here, so that hooks on the layer act in the same order as ever (ZeRO-3 fetches by them).
+        """
+        context = None
+        for _ in range(self.plan.executions):
+            hidden_states, context = self._forward_once(hidden_states, *args, **kwargs)
+        return hidden_states, context
 
     def _forward_once(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         forward = super().forward

@@ -37,13 +37,13 @@ def loop_backend(config: Config, precision: str, device: torch.device) -> tuple[
     except BackendError as error:
         raise ConfigError(str(error)) from error
     if backend == "triton":
-        heads = most_kept_heads(config)
-        pairs = train.micro_batch_size * heads
+        heads, wanted = most_kept_heads(config), train.loop_attention
         arch = arch_of(torch.empty(0, device=device))
-        wanted = train.loop_attention
-        kind = choose_attention(pairs, model.seq_length, model.kv_channels, arch, wanted)
-        line += (
-            f"; attention of {train.micro_batch_size} x {heads} heads of size {model.kv_channels} "
-            f"over {model.seq_length} tokens: {kind}{'' if wanted == 'auto' else ' (train.loop_attention)'}"
-        )
+        for length in config.seq_lengths.every:
+            sequences = train.micro_batch_size * (model.seq_length // length)
+            kind = choose_attention(sequences * heads, length, model.kv_channels, arch, wanted)
+            line += (
+                f"; attention of {sequences} x {heads} heads of size {model.kv_channels} "
+                f"over {length} tokens: {kind}{'' if wanted == 'auto' else ' (train.loop_attention)'}"
+            )
     return backend, line

@@ -2,9 +2,9 @@
 
 Triton compiles a program at its first launch. Without a warm-up that would be in the middle of a run, at the first
 growth and at the end of its window, with all ranks waiting and the watch counting. So every kind of loop pass that the
-schedule can bring is executed once, forward and backward, on zeros of the run's own shapes: everything that Triton
-specialises on (types, integers that are 1 or divisible by 16, splits of the keys) is then as in training. The model
-is not touched, no random number is drawn, and no rank is waited for.
+schedule can bring is executed once, forward and backward, on zeros of the run's own shapes, at each of its sequence
+lengths: everything that Triton specialises on (types, integers that are 1 or divisible by 16, splits of the keys) is
+then as in training. The model is not touched, no random number is drawn, and no rank is waited for.
 """
 
 from __future__ import annotations
@@ -58,26 +58,32 @@ def warm_up_loops(config: Config, groups: ParallelGroups, precision: str) -> int
     if sparse != "triton" or not most_kept_heads(config):
         return 0
     layout = HeadLayout.of(config.model, groups.tp_size, groups.tp_rank)
-    passes = _Passes(config, layout, DTYPES[precision], groups.device)
-    kinds = {kind.specialised(): kind for kind in passes.kinds()}
-    for kind in kinds.values():
-        passes.execute(kind)
-    passes.ordinary_entropy()
+    count = 0
+    for seq_length in config.seq_lengths.every:
+        passes = _Passes(config, layout, DTYPES[precision], groups.device, seq_length)
+        kinds = {kind.specialised(): kind for kind in passes.kinds()}
+        for kind in kinds.values():
+            passes.execute(kind)
+        passes.ordinary_entropy()
+        count += len(kinds)
     synchronize(groups.device)
-    return len(kinds)
+    return count
 
 
 class _Passes:
     """Loop passes on zeros, by the way that the layers of a configuration take (see ``loop_pass``)."""
 
-    def __init__(self, config: Config, layout: HeadLayout, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, layout: HeadLayout, dtype: torch.dtype, device: torch.device, seq_length: int
+    ) -> None:
         self.config, self.model, self.device, self.dtype = config, config.model, device, dtype
         self.layout, self.options = layout, LoopOptions.of(config, layout, fused=True)
         self.balanced = self.options.balanced
         # Balanced, every rank loops all kept heads for its share of the tokens.
         self.held = replace(layout, tp_size=1, tp_rank=0) if self.balanced else layout
-        self.batch = config.train.micro_batch_size
-        self.queries = self.model.seq_length // (layout.tp_size if self.balanced else 1)
+        self.length = seq_length
+        self.batch = config.train.micro_batch_size * (self.model.seq_length // seq_length)
+        self.queries = seq_length // (layout.tp_size if self.balanced else 1)
         self.zeros = partial(torch.zeros, dtype=dtype, device=device, requires_grad=True)
 
     def kinds(self) -> Iterator[_Kind]:
@@ -135,7 +141,7 @@ class _Passes:
 
     def ordinary_entropy(self) -> None:
         """Entropies of the ordinary attention and of a window's passes: all heads of this rank."""
-        shape = (self.model.seq_length, self.batch)
+        shape = (self.length, self.batch)
         query = self.zeros(*shape, self.layout.heads_per_rank, self.layout.head_dim)
         key = self.zeros(*shape, self.layout.groups_per_rank, self.layout.head_dim)
         operators.last_row_entropy(query.detach(), key.detach())

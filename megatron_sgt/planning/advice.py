@@ -140,7 +140,8 @@ def _layout(config: Config, world_size: int, machine: Machine) -> Iterator[str]:
         )
     elif node % tensor:
         yield f"tensor parallel {tensor} does not divide nodes of {node} GPUs: some groups reach over two nodes"
-    if tensor > 1 and not parallel.sequence_parallel and config.model.seq_length % tensor == 0:
+    even = all(length % tensor == 0 for length in config.seq_lengths.every)
+    if tensor > 1 and not parallel.sequence_parallel and even:
         yield (
             "activations are replicated over tensor-parallel ranks; parallel.sequence_parallel=true stores a "
             f"{_fraction(tensor)} of those outside the matrix products, with the same bytes sent"

@@ -16,6 +16,7 @@ from megatron_sgt.arch.attention import CAUSAL
 from megatron_sgt.arch.ffn import ffn_kind
 from megatron_sgt.arch.flops import Flops
 from megatron_sgt.arch.head_layout import HeadLayout
+from megatron_sgt.config import Config
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.growth import LayerPlan, LoopPlan
 
@@ -38,6 +39,22 @@ def step_flops(
     return total
 
 
+def batch_flops(config: Config, plan: LoopPlan, seq_length: int) -> Flops:
+    """FLOPs of one optimizer step of ``config`` on sequences of ``seq_length`` tokens: as many tokens at any length."""
+    return step_flops(at_length(config.model, seq_length), plan, config.tokens_per_step // seq_length)
+
+
+def flops_between(config: Config, plan: LoopPlan, first: int, last: int) -> int:
+    """Model FLOPs of steps ``first`` to ``last`` of ``plan``, both inclusive, each at its length."""
+    spans = config.seq_lengths.within(first, last)
+    return sum(span.steps * batch_flops(config, plan, span.seq_length).model for span in spans)
+
+
+def at_length(model: ModelConfig, seq_length: int) -> ModelConfig:
+    """``model`` on sequences of ``seq_length`` tokens."""
+    return model.model_copy(update={"seq_length": seq_length})
+
+
 @dataclass(frozen=True)
 class PassFlops:
     """One execution of a layer's two halves."""
@@ -58,7 +75,7 @@ def pass_flops(model: ModelConfig, layer: int, sequences: int, entropy: bool = F
 def _layer_flops(model: ModelConfig, layer: int, plan: LayerPlan, sequences: int, entropy: bool) -> Flops:
     once = pass_flops(model, layer, sequences, entropy)
     total = Flops()
-    for _ in range(1 + plan.block_loops):
+    for _ in range(plan.executions):
         total += once.attention + once.mlp
     if plan.loops == 0:
         return total

@@ -26,5 +26,5 @@ def batch_line(config: Config, world_size: int) -> str:
     return (
         f"{train.global_batch_size} sequences = micro {train.micro_batch_size} x accumulation "
         f"{config.num_micro_batches(world_size)} x data parallel {config.data_parallel_size(world_size)} · "
-        f"{train.global_batch_size * config.model.seq_length:,} tokens per step"
+        f"{config.tokens_per_step:,} tokens per step"
     )

@@ -128,8 +128,8 @@ def choose_loop_method(config: Config) -> tuple[LoopMethod, str]:
         return "owner", "kept heads loop where they are: there is one tensor-parallel rank"
     if model.attention_dropout > 0:
         return "owner", "owner looping: attention dropout is drawn per head, by its owner"
-    if model.seq_length % ranks:
-        return "owner", f"owner looping: seq_length {model.seq_length} does not divide over {ranks} ranks"
+    if uneven := [length for length in config.seq_lengths.every if length % ranks]:
+        return "owner", f"owner looping: seq_length {uneven[0]} does not divide over {ranks} ranks"
     kept = tuple(range(most_kept_heads(config)))
     if not kept:
         return "owner", "no head loops"

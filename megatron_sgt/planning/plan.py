@@ -6,9 +6,10 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_sgt.config import Config
+from megatron_sgt.config.lengths import LengthSpan
 from megatron_sgt.growth import ENTROPY, LoopPlan
 from megatron_sgt.planning.advice import other_layouts, warnings
-from megatron_sgt.planning.flops import overhead, step_flops
+from megatron_sgt.planning.flops import at_length, batch_flops, overhead, step_flops
 from megatron_sgt.planning.hardware import USABLE
 from megatron_sgt.planning.loop_cost import choose_loop_method
 from megatron_sgt.planning.memory import activation_memory
@@ -16,7 +17,7 @@ from megatron_sgt.planning.parameters import checkpoint_bytes, parameter_count, 
 from megatron_sgt.planning.stages import StagePlan, plan_stages, stage_table
 from megatron_sgt.planning.state_memory import state_memory
 from megatron_sgt.planning.step_time import NOT_CALIBRATED, Machine, step_time
-from megatron_sgt.planning.structure import FIXED, final_plan, schedule_of
+from megatron_sgt.planning.structure import FIXED, Stretch, final_plan, schedule_of
 from megatron_sgt.planning.traffic import LoopMethod, loop_pass_traffic, step_traffic
 
 METHODS: tuple[LoopMethod, ...] = ("owner", "balanced")
@@ -60,7 +61,7 @@ def make_plan(config: Config, world_size: int, machine: Machine, mfu: float, pre
             "global_batch_size": train.global_batch_size,
             "micro_batch_size": train.micro_batch_size,
             "accumulation": config.num_micro_batches(world_size),
-            "tokens_per_step": train.global_batch_size * config.model.seq_length,
+            "tokens_per_step": config.tokens_per_step,
         },
         "memory": {
             "limit": USABLE * machine.gpu.memory,
@@ -115,24 +116,26 @@ def _checkpoint(config: Config, precision: str) -> dict[str, Any]:
 
 
 def _compute(one: StagePlan, several: bool) -> list[dict[str, Any]]:
-    config = one.config
-    batch, tokens = config.train.global_batch_size, config.train.global_batch_size * config.model.seq_length
-    entries: list[dict[str, Any]] = []
-    for stretch in one.stretches:
-        flops = step_flops(config.model, stretch.plan, batch).model
-        entries.append(
-            ({"stage": one.stage.index} if several else {})
-            | {
-                "phase": stretch.phase,
-                "first_step": stretch.first,
-                "last_step": stretch.last,
-                "loops": sum(layer.loops + layer.block_loops for layer in stretch.plan),
-                "flops_per_token": flops / tokens,
-                "overhead": overhead(config.model, stretch.plan),
-                "flops": flops * stretch.steps,
-            }
-        )
-    return entries
+    return [
+        ({"stage": one.stage.index} if several else {}) | _stretch(one.config, stretch, span)
+        for stretch in one.stretches
+        for span in one.config.seq_lengths.within(stretch.first, stretch.last)
+    ]
+
+
+def _stretch(config: Config, stretch: Stretch, span: LengthSpan) -> dict[str, Any]:
+    """Steps of one structure and one sequence length."""
+    flops = batch_flops(config, stretch.plan, span.seq_length).model
+    return {
+        "phase": stretch.phase,
+        "first_step": span.first,
+        "last_step": span.last,
+        "seq_length": span.seq_length,
+        "loops": sum(layer.loops + layer.block_loops for layer in stretch.plan),
+        "flops_per_token": flops / config.tokens_per_step,
+        "overhead": overhead(at_length(config.model, span.seq_length), stretch.plan),
+        "flops": flops * span.steps,
+    }
 
 
 def _traffic(config: Config, world_size: int, precision: str) -> dict[str, Any]:

@@ -63,6 +63,8 @@ def _shape(plan: dict[str, Any], config: Config) -> Iterator[str]:
     yield from _row("model" if len(stages) == 1 else "last model", model_line(config))
     yield from _row("", " · ".join(parts))
     yield from _row("growth", growth_line(config))
+    if lengths := config.seq_lengths.text():
+        yield from _row("lengths", lengths)
     more = f" · sequence parallel {'on' if config.parallel.sequence_parallel else 'off'}"
     more += f" · recompute {config.train.recompute_granularity}"
     yield from _row("layout", layout_line(config, world, layout["precision"]) + more)
@@ -161,8 +163,9 @@ def _compute(plan: dict[str, Any], config: Config) -> Iterator[str]:
     yield f"{'compute':<22}{'steps':>26}{'loops':>8}{'FLOPs per token':>18}{'overhead':>11}{'FLOPs':>13}"
     for entry in plan["compute"]:
         phase = entry["phase"] + (f", stage {entry['stage']}" if "stage" in entry else "")
+        phase += f", T {entry['seq_length']:,}" if config.seq_lengths.ends else ""
         yield (
-            f"  {phase:<20}{_steps(entry):>26}{entry['loops']:>8}{si(entry['flops_per_token'], ' '):>18}"
+            f"  {phase}{_steps(entry):>{46 - len(phase)}}{entry['loops']:>8}{si(entry['flops_per_token'], ' '):>18}"
             f"{100 * entry['overhead']:>+9.2f} %{entry['flops']:>13.3g}"
         )
     whole = sum(entry["flops"] for entry in plan["compute"])
@@ -195,14 +198,14 @@ def _traffic(plan: dict[str, Any], config: Config) -> Iterator[str]:
 
 def _time(plan: dict[str, Any], config: Config) -> Iterator[str]:
     run, layout, times = plan["run"], plan["layout"], plan["step_time"]
-    vanilla = times["vanilla"]
+    vanilla, length = times["vanilla"], f" at T {config.model.seq_length:,}" if config.seq_lengths.ends else ""
     yield from _row(
         "time",
         f"{_span(86400 * run['days'])} for {_billions(run['tokens'])} tokens at {100 * run['mfu']:.3g} % MFU (assumed; "
         f"--mfu) on {layout['world_size']} x {layout['gpu']}",
     )
     model = (
-        f"{times['note']}: {vanilla['total']:.3g} s per step (products {vanilla['compute']:.3g}, between them "
+        f"{times['note']}: {vanilla['total']:.3g} s per step{length} (products {vanilla['compute']:.3g}, between them "
         f"{vanilla['elementwise']:.3g}, tensor parallel {vanilla['tensor_parallel']:.3g}, data parallel "
         f"{vanilla['data_parallel']:.3g})"
     )

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_sgt.config import Config
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.planning.boundary import boundary_time
-from megatron_sgt.planning.flops import step_flops
+from megatron_sgt.planning.flops import flops_between
 from megatron_sgt.planning.memory import peak_memory
 from megatron_sgt.planning.parameters import checkpoint_bytes, parameter_count
 from megatron_sgt.planning.step_time import Machine
@@ -46,8 +46,7 @@ class StagePlan:
 
     @property
     def tokens(self) -> int:
-        train = self.config.train
-        return (self.stage.last - self.stage.first) * train.global_batch_size * self.config.model.seq_length
+        return (self.stage.last - self.stage.first) * self.config.tokens_per_step
 
     def peak(self, world_size: int, precision: str) -> int:
         """Bytes on the fullest rank at the worst moment."""
@@ -56,8 +55,7 @@ class StagePlan:
 
 def total_flops(config: Config, stretches: Sequence[Stretch]) -> int:
     """Model FLOPs of ``stretches`` of the model of ``config``."""
-    batch = config.train.global_batch_size
-    return sum(one.steps * step_flops(config.model, one.plan, batch).model for one in stretches)
+    return sum(flops_between(config, one.plan, one.first, one.last) for one in stretches)
 
 
 def plan_stages(config: Config) -> tuple[StagePlan, ...]:

@@ -147,7 +147,7 @@ class _Step:
         part = "ordinary layers"
         attention, mlp = self._attention(part), self._mlp(part)
         loop_forward, loop_backward = self.loop_pass(plan)
-        for execution in range(1 + plan.block_loops):
+        for execution in range(plan.executions):
             name = "block loops" if execution else part
             passes = [*attention[0], *mlp[0], *attention[1], *mlp[1]]
             if index in self.recomputed:

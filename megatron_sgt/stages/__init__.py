@@ -7,6 +7,7 @@
     optimizer.py     what becomes of AdamW's step and moments
     learning_rate.py how the learning rate goes on in a new stage
     config.py        the configuration that trains a grown model
+    search.py        how deep the next stage should be: candidates, and the score that chooses one
 
 Every new tensor is ``new[i] = scale[i] · old[index[i]]`` along each axis; where the index is -1, an initial value or
 zero. The same map serves weights, fp32 masters and AdamW's moments. docs/growing.md has the methods and their sources;

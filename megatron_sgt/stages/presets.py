@@ -214,7 +214,7 @@ def _msg_stages(target: Target, growths: list[dict[str, Any]]) -> list[Values]:
 
 
 def _compound_grow(target: Target) -> tuple[dict[str, Any], list[Values], Values]:
-    """Half of the layers, then a quarter of the feed-forward units, then all."""
+    """Half of the layers and a quarter of the feed-forward units; all layers; all units. Short sequences at first."""
     width = target.model.ffn_hidden_size
     if width % 4:
         raise ConfigError(f"model.ffn_hidden_size {width} is no multiple of 4; choose one")
@@ -223,7 +223,10 @@ def _compound_grow(target: Target) -> tuple[dict[str, Any], list[Values], Values
     rate = target.rewarm()
     depth = {"until_steps": one, "operator": "g_stack", "options": {"factor": 2}, "lr_policy": rate}
     units = {"until_steps": two, "operator": "compound_grow", "options": {"factor": 4}, "lr_policy": rate}
-    return first, [depth, units], {}
+    half = target.model.seq_length // 2
+    fits = target.model.seq_length % 2 == 0 and half > 1 and half % target.tp == 0
+    shorter = {"data": {"seq_length_curriculum": [{"until_steps": one, "seq_length": half}]}} if fits else {}
+    return first, [depth, units], shorter
 
 
 def _auto_prog(target: Target) -> tuple[dict[str, Any], list[Values], Values]:
@@ -264,7 +267,8 @@ GROWING: dict[str, GrowingPreset] = {
     "msg": GrowingPreset("width, layers, residual stream, heads and layers again, in the first half", _msg),
     "msg-ffn": GrowingPreset("a quarter of the feed-forward width, all of it from half of the run on", _msg_ffn),
     "compound-grow": GrowingPreset(
-        "half of the layers and a quarter of the feed-forward width, deeper after a third, wider after two",
+        "half of the layers, of the sequence length, and a quarter of the feed-forward width; deeper and longer after "
+        "a third, wider after two",
         _compound_grow,
     ),
     "auto-prog": GrowingPreset(

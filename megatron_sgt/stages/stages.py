@@ -95,7 +95,7 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
     begun, grown, current = 0, None, _without_stages(config)
     for number, settings in enumerate(config.growth.stages):
         where = f"growth.stages[{number}]"
-        last = _last_step(settings, config)
+        last = settings.last_step(config.tokens_per_step)
         if last <= begun:
             raise ConfigError(f"{where}: ends at step {last:,}, which is not after step {begun:,} where it begins")
         if last >= config.train.train_iters:
@@ -141,13 +141,6 @@ def _grown(settings: StageConfig, config: Config, step: int) -> Grown:
         settings.moments or operator.moments,
         rate,
     )
-
-
-def _last_step(settings: StageConfig, config: Config) -> int:
-    if settings.until_steps is not None:
-        return settings.until_steps
-    assert settings.until_tokens is not None, "StageConfig has one of both"
-    return -(-settings.until_tokens // (config.train.global_batch_size * config.model.seq_length))
 
 
 def _without_stages(config: Config) -> Config:

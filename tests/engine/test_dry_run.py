@@ -59,6 +59,16 @@ def test_the_stages_of_a_growing_model(data: str, tmp_path: Path) -> None:
     assert "the largest, " in shown["checkpoint"]
 
 
+def test_a_curriculum_of_lengths_has_a_row_and_its_flops(data: str, tmp_path: Path) -> None:
+    entry = {"until_steps": 8, "seq_length": 4}
+    config = tiny_config(tmp_path / "new", data, data={"seq_length_curriculum": [entry]})
+    shown = rows(dry_run(config, 1))
+    assert shown["lengths"] == "4 until step 8, then 16"
+    full = step_flops(config.model, LoopPlan.empty(5), 8)
+    flops = 3 * (18 * full.linear + (8 / 4 + 10) * full.attention)
+    assert f"18 steps · 2,304 tokens · {flops:.3g} FLOPs before growth" in shown["run"]
+
+
 def test_the_growth_row_of_the_baselines(data: str, tmp_path: Path) -> None:
     vanilla = tiny_config(tmp_path, data, growth={"method": "vanilla"})
     assert rows(dry_run(vanilla, 1))["growth"] == "none (vanilla)"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_sgt.config import Config, DataConfig
 from megatron_sgt.engine import loop
 from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.loop import DivergedError, Trainer
@@ -69,14 +70,18 @@ class Scripted:
 
     def __init__(self, applied: str) -> None:
         self.applied = iter(applied)
+        self.pieces: list[int] = []
         self.rates: list[float] = []
         self.seen: list[int] = []
 
-    def __call__(self, engine: Any, batches: Iterator[Batch], lr: float, clip_grad: float, groups: Any) -> StepResult:
+    def __call__(
+        self, engine: Any, batches: Iterator[Batch], lr: float, clip_grad: float, groups: Any, pieces: int
+    ) -> StepResult:
         taken = [int(batch["tokens"]) for batch in batches]
         assert len(taken) == ACCUMULATION and clip_grad == CONFIG.optim.clip_grad
         self.rates.append(lr)
         self.seen += taken
+        self.pieces.append(pieces)
         good = next(self.applied) == "+"
         return StepResult(torch.tensor(1.0 if good else math.nan), 1.0 if good else math.inf, good, lr, 0.1)
 
@@ -85,19 +90,19 @@ def numbered() -> Iterator[Batch]:
     return ({"tokens": torch.tensor(n)} for n in range(10_000))
 
 
-def trainer(engine: Any, state: TrainState, hooks: list[Diary]) -> Trainer:
-    return Trainer(CONFIG, fake_groups(), engine, state, hooks, StopRequests(CONFIG.train))
+def trainer(engine: Any, state: TrainState, hooks: list[Diary], config: Config = CONFIG) -> Trainer:
+    return Trainer(config, fake_groups(), engine, state, hooks, StopRequests(config.train))
 
 
 def train(
-    monkeypatch: pytest.MonkeyPatch, applied: str, last_step: int, state: TrainState
+    monkeypatch: pytest.MonkeyPatch, applied: str, last_step: int, state: TrainState, config: Config = CONFIG
 ) -> tuple[Scripted, list[Any]]:
     scripted, calls = Scripted(applied), []
     monkeypatch.setattr(loop, "train_step", scripted)
     modes: list[str] = []
     engine: Any = SimpleNamespace(train=lambda: modes.append("train"))
     hooks = [Diary("first", calls), Diary("second", calls)]
-    trainer(engine, state, hooks).run(numbered(), last_step)
+    trainer(engine, state, hooks, config).run(numbered(), last_step)
     assert modes == ["train"]
     return scripted, calls
 
@@ -153,6 +158,17 @@ def test_a_skipped_step_is_no_step_but_its_data_is_gone(monkeypatch: pytest.Monk
     # The rate of a step is tried again, on the data that follows.
     assert scripted.rates == [learning_rate(step, CONFIG.optim, 10) for step in (1, 2, 2, 2, 3, 3)]
     assert scripted.seen == list(range(6 * ACCUMULATION))
+
+
+def test_applied_steps_decide_on_the_length_also_after_going_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [{"until_steps": 2, "seq_length": 4}, {"until_steps": 4, "seq_length": 8}]
+    data = DataConfig.model_validate({"seq_length_curriculum": entries})
+    state, config = TrainState(), CONFIG.model_copy(update={"data": data})
+    scripted, _ = train(monkeypatch, "+-+++-++", 6, state, config)
+    assert scripted.pieces == [8, 8, 8, 4, 4, 1, 1, 1]
+    state.load_state_dict({**state.state_dict(), "step": 3})
+    scripted, _ = train(monkeypatch, "++", 5, state, config)
+    assert scripted.pieces == [4, 1]
 
 
 def test_too_many_skipped_steps_in_a_row_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import torch
 from megatron_sgt.config import Config
 from megatron_sgt.engine.hooks.base import Hook, RunParts
 from megatron_sgt.engine.run import PretrainingRun
+from megatron_sgt.engine.start import find_together, own_look
 from megatron_sgt.launch.rank_info import RankInfo
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import tiny_config, write_tiny_data
@@ -42,13 +43,13 @@ def tensors() -> int:
 def rebuilt(info: RankInfo, config: Config) -> tuple[list[bool], list[int], list[int], bool]:
     """By rebuild: whether the old engine or model lives, and the number of tensors; then loops, and the last step."""
     run = PretrainingRun(config, info, hooks=[Keeper()])
-    alive, counts = [], []
+    alive, counts, look = [], [], own_look(run)
     for _ in range(REBUILDS):
         run._train_to(run.state.step + 3)
         old = [weakref.ref(part) for part in (run.runtime.engine, run.runtime.model, run.runtime.engine.optimizer)]
         run._replace(run.stage.stage)
         alive.append(any(one() is not None for one in old))
-        run._load(run._find_start(run._look_for_start), run._look_for_start)
+        run._load(find_together(look, run), look)
         counts.append(tensors())
     return alive, counts, list(run.schedule.plan.loops), run.state.step == 3 * REBUILDS
 

@@ -69,7 +69,7 @@ def test_loads_and_round_trips(name: str, tmp_path: Path) -> None:
 def test_the_set_is_complete() -> None:
     expected = {f"{kind}_{size}" for kind in ("sgt", "vanilla") for size in SIZES}
     expected |= {"quickstart", "vanilla_quickstart", "block_loop_300m"}
-    expected |= {"sgt_300m_lowest_heads", "sgt_300m_shallow_first", "study_cpu", "study_gpu"}
+    expected |= {"sgt_300m_lowest_heads", "sgt_300m_shallow_first", "study_cpu", "study_gpu", "study_growing"}
     expected |= set(GROWING)
     assert set(NAMES) == expected
     assert len({load(name).logging.run_dir for name in NAMES}) == len(NAMES)

@@ -19,6 +19,7 @@ GROWN = LoopPlan(
     [
         (LayerPlan(), "off"),
         (LayerPlan(block_loops=2), "off"),
+        (LayerPlan(skipped=True), "off"),
         (LayerPlan(loops=1, kept_heads=(0,), other_gate=1.0), "window"),
         (LayerPlan(loops=1, kept_heads=(0,), other_gate=1e-8), "window"),
         (LayerPlan(loops=3, kept_heads=(0,)), "sparse"),
@@ -41,6 +42,8 @@ def test_phase(plan: LayerPlan, phase: str) -> None:
         {"loops": 1},
         {"kept_heads": (1,)},
         {"other_gate": 0.5},
+        {"skipped": True, "block_loops": 1},
+        {"skipped": True, "loops": 1, "kept_heads": (0,)},
     ],
 )
 def test_impossible_layer_plans_are_refused(values: dict) -> None:
@@ -81,6 +84,7 @@ def test_equal_execution_means_equal_plans() -> None:
         LoopPlan(6, ((2, LayerPlan(2, (1, 3), 0.1)), *GROWN.layers[1:])),
         LoopPlan(6, ((2, LayerPlan(1, (1, 3), 0.1, block_loops=1)), *GROWN.layers[1:])),
         LoopPlan(6, ((1, LayerPlan(1, (1, 3), 0.1)), *GROWN.layers[1:])),
+        LoopPlan(6, ((1, LayerPlan(skipped=True)), *GROWN.layers)),
     ],
 )
 def test_fingerprint_follows_equality(other: LoopPlan) -> None:
@@ -108,7 +112,15 @@ def test_inference_closes_the_window_and_keeps_everything_else() -> None:
 
 
 def test_dict_round_trip_through_json() -> None:
-    assert LoopPlan.from_dict(json.loads(json.dumps(GROWN.to_dict()))) == GROWN
+    for plan in (GROWN, GROWN.skipping({0, 5})):
+        assert LoopPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_a_sub_net_lacks_layers_and_keeps_the_rest() -> None:
+    plan = GROWN.skipping({0, 3})
+    assert [layer.executions for layer in plan] == [0, 1, 1, 0, 2, 1]
+    assert plan[2] == GROWN[2] and plan[3] == LayerPlan(skipped=True)
+    assert GROWN.skipping(()) == GROWN
 
 
 def test_event_dict_is_plain_json() -> None:

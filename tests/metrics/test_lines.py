@@ -57,6 +57,7 @@ def test_train_line() -> None:
         ({"eta_s": None}, "  eta 16h51m", ""),
         ({"step": 23842}, "step  1,250/23,842   5.2%", "step 23,842/23,842  100.0%"),
         ({"train_iters": None}, "step  1,250/23,842   5.2%", "step 1,250"),
+        ({"seq_length": 1024}, "lr 5.9e-4", "lr 5.9e-4  T 1,024"),
     ],
 )
 def test_train_line_parts(change: dict[str, Any], old: str, new: str) -> None:
@@ -131,6 +132,15 @@ def test_growth_line_of_the_end() -> None:
     }
     assert lines.growth_line(record) == ("GROW  step 1,250  structure fixed: 19[4,11] 3[0,1]x2  +0.6 % FLOPs")
     assert "structure fixed: no layer loops" in lines.growth_line({"step": 1, "action": "fixed", "layer": None})
+
+
+def test_length_line() -> None:
+    record = {
+        "step": 1000, "seq_length": 1024, "previous_seq_length": 512, "sequences_per_step": 4096,
+        "model_flops_per_step": 1.937e16,
+    }  # fmt: skip
+    expected = "<event:LENGTH>  step 1,000  T 512 -> 1,024  4,096 sequences a step  19.4 PFLOP a step"
+    assert lines.length_line(record, marked) == expected
 
 
 def test_valid_line() -> None:

@@ -92,6 +92,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         folder / "run",
         write_tiny_data(folder),
         parallel={"zero_stage": 1},
+        data={"seq_length_curriculum": [{"until_steps": 2, "seq_length": 8}]},
         growth={
             "first_selection_step": 2,
             "window_size": 1,

@@ -135,6 +135,31 @@ def test_block_loop_equals_the_reference(loops: int) -> None:
     assert largest_difference(hf_of(model, config, grads=True), wanted_grads) < 1e-5 * max(1.0, scale)
 
 
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_a_sub_net_is_the_model_that_has_only_its_layers(recompute: str) -> None:
+    """Loss, gradients and looping of layers 0 and 2 of 4; the others get no gradient."""
+    sections = {"growth": {"method": "vanilla"}, "train": {"recompute_granularity": recompute}}
+    whole = single_model(small_config(**sections)).train()
+    make_weights_uneven(whole)
+    small = single_model(small_config(**sections, model={"num_layers": 2})).train()
+    names = {name: name.replace("layers.1.", "layers.2.") for name, _ in small.named_parameters()}
+    theirs = dict(whole.named_parameters())
+    with torch.no_grad():
+        for name, parameter in small.named_parameters():
+            parameter.copy_(theirs[names[name]])
+    looping = LayerPlan(1, (0, 2))
+    apply_plan(whole, LoopPlan(4, ((2, looping), (3, looping))).skipping({1, 3}))
+    apply_plan(small, LoopPlan(2, ((1, looping),)))
+    batch = random_batch(small_config())
+    losses = [model(**batch) for model in (whole, small)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-6)
+    for name, parameter in small.named_parameters():
+        torch.testing.assert_close(theirs.pop(names[name]).grad, parameter.grad, rtol=0, atol=1e-6)
+    assert all(parameter.grad is None for parameter in theirs.values()) and len(theirs) == 2 * 6
+
+
 def test_hidden_dropout_acts_on_the_branch_of_a_loop() -> None:
     layer = sgt_layers(build(small_config(model={"hidden_dropout": 0.5})))[0]
     bias, residual = torch.full((64,), 0.5), torch.full((64, 2, 64), 7.0)

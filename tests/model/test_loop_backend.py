@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_sgt.config import DataConfig
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.model.loop_backend import loop_backend
 from megatron_sgt.ops import backend
@@ -35,5 +36,10 @@ def test_the_line_names_the_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config(train={"loop_backend": "triton"}, model={"kv_channels": 64})
     line = loop_backend(config, "fp32", CPU)[1]
     assert line.endswith("attention of 2 x 2 heads of size 64 over 32 tokens: custom")
+    entry = {"seq_length_curriculum": [{"until_steps": 1, "seq_length": 8}]}
+    shorter = loop_backend(config.model_copy(update={"data": DataConfig.model_validate(entry)}), "fp32", CPU)[1]
+    assert shorter == line.replace(
+        "; attention", "; attention of 8 x 2 heads of size 64 over 8 tokens: library; attention"
+    )
     forced = small_config(train={"loop_backend": "triton", "loop_attention": "library"}, model={"kv_channels": 64})
     assert loop_backend(forced, "fp32", CPU)[1].endswith("tokens: library (train.loop_attention)")

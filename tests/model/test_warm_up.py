@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_sgt.config import Config
+from megatron_sgt.data.pieces import cut
 from megatron_sgt.engine.build import start_processes
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.launch.rank_info import RankInfo
@@ -75,7 +76,8 @@ def launches(config: Config, groups: Any, training: bool) -> set[Call]:
             model.meter.enabled = measure
             begin_step(model)
             mark_micro_batch(model, last=True)
-            model(**random_batch(config)).backward()
+            for length in config.seq_lengths.every:
+                model(**cut(random_batch(config), config.model.seq_length // length)).backward()
     return called.calls
 
 
@@ -85,6 +87,7 @@ def warm_up_config(kind: str, **sections: dict[str, Any]) -> Config:
         growth={"max_loop_depth": 1, "exclude_layers": [], "top_k_layers": 2},
         parallel=sections.get("parallel", {}),
         train={"loop_attention": kind},
+        data={"seq_length_curriculum": [{"until_steps": 1, "seq_length": 8}]},
     )
 
 

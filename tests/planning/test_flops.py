@@ -7,9 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sgt.config import load_config
+from megatron_sgt.data.pieces import cut
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.model.apply_plan import apply_plan
-from megatron_sgt.planning.flops import overhead, step_flops
+from megatron_sgt.planning.flops import batch_flops, overhead, step_flops
 from megatron_sgt.planning.structure import final_plan
 from tests.helpers.exhaustive import exhaustive
 from tests.helpers.flops import flop_counter
@@ -23,6 +24,7 @@ PLANS = {
     "fixed": ((1, LayerPlan(1, (0, 3))), (2, LayerPlan(2, (1,))), (3, LayerPlan(1, (2, 3)))),
     "window and fixed": ((2, LayerPlan(1, (0, 3), 0.5)), (3, LayerPlan(2, (0, 1)))),
     "block loop": ((1, LayerPlan(block_loops=1)), (2, LayerPlan(block_loops=2))),
+    "sub-net": ((1, LayerPlan(skipped=True)), (2, LayerPlan(1, (0, 2)))),
 }
 MODELS = {
     "multi-head": {},
@@ -50,6 +52,26 @@ def test_formula_equals_counter(variant: str, plan: str, entropy: bool) -> None:
     with flop_counter() as counter:
         model(**batch).backward()
     assert counter.get_total_flops() == step_flops(config.model, loops, 2, entropy).executed
+
+
+@pytest.mark.parametrize("plan", ["vanilla", "window and fixed"])
+def test_formula_equals_counter_at_every_length(plan: str) -> None:
+    """Of the same two samples, cut."""
+    config = small_config()
+    model, loops = single_model(config), LoopPlan(config.model.num_layers, PLANS[plan])
+    apply_plan(model, loops)
+    found = []
+    for pieces in (1, 2, 8):
+        with flop_counter() as counter:
+            model(**cut(random_batch(config), pieces)).backward()
+        flops = batch_flops(config, loops, config.model.seq_length // pieces)
+        assert counter.get_total_flops() == flops.executed
+        found.append(flops)
+    assert found[0] == step_flops(config.model, loops, 2)
+    assert {flops.linear for flops in found} == {found[0].linear}
+    assert [flops.attention * pieces for flops, pieces in zip(found, (1, 2, 8), strict=True)] == [
+        found[0].attention
+    ] * 3
 
 
 def test_overhead_of_three_layers_with_two_heads() -> None:
@@ -81,6 +103,15 @@ def test_overhead_of_three_layers_with_two_heads() -> None:
         model(**batch).backward()
     assert plain.get_total_flops() in (3 * vanilla.linear, vanilla.executed)
     assert with_loops.get_total_flops() / plain.get_total_flops() - 1 < 0.042
+
+
+def test_three_of_sixteen_layers_twice_are_three_sixteenths_of_the_layers() -> None:
+    """And nothing of what lies outside of them."""
+    model = small_config(model={"num_layers": 16}).model
+    twice = LoopPlan(16, tuple((n, LayerPlan(block_loops=1)) for n in (4, 5, 6)))
+    vanilla, looping = (step_flops(model, plan, 1).model for plan in (LoopPlan.empty(16), twice))
+    outside = 3 * 2 * model.seq_length * model.hidden_size * model.padded_vocab_size()
+    assert (looping - vanilla) * 16 == (vanilla - outside) * 3
 
 
 SMALL = ("quickstart", "vanilla_quickstart", "study_cpu", "study_gpu", "block_loop_300m")

@@ -147,6 +147,9 @@ def test_choice(tp: int, extra: dict[str, object], method: str, reason: str) -> 
 def test_what_balanced_looping_cannot_do_is_left_to_the_owner() -> None:
     odd = small_config(model={"seq_length": 31}, parallel={"tensor_model_parallel_size": 2})
     assert choose_loop_method(odd)[0] == "owner"
+    entry = {"until_steps": 2, "seq_length": 2}
+    pieces = small_config(data={"seq_length_curriculum": [entry]}, parallel={"tensor_model_parallel_size": 4})
+    assert choose_loop_method(pieces) == ("owner", "owner looping: seq_length 2 does not divide over 4 ranks")
     dropout = small_config(model={"attention_dropout": 0.1}, parallel={"tensor_model_parallel_size": 2})
     assert choose_loop_method(dropout)[0] == "owner"
 

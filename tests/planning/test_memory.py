@@ -11,6 +11,7 @@ import pytest
 
 from megatron_sgt.arch.kernels import CPU, GPU
 from megatron_sgt.config import Config
+from megatron_sgt.data.pieces import cut
 from megatron_sgt.engine.build import start_processes
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.launch.rank_info import RankInfo
@@ -60,8 +61,8 @@ def memory_config(model: str, ranks: int, sharded: bool, method: str, recompute:
     )
 
 
-def saved_activations(info: RankInfo, cases: list[tuple[str, bool, str, str]]) -> list[str]:
-    """Every case in which the formula is further off than TOLERANCE, on this rank."""
+def saved_activations(info: RankInfo, cases: list[tuple[str, bool, str, str]], pieces: int = 1) -> list[str]:
+    """Every case in which the formula is further off than TOLERANCE, on this rank, for samples cut into ``pieces``."""
     wrong = []
     for model, sharded, method, recompute in cases:
         config = memory_config(model, info.world_size, sharded, method, recompute)
@@ -71,7 +72,7 @@ def saved_activations(info: RankInfo, cases: list[tuple[str, bool, str, str]]) -
             plan = LoopPlan(2, layers)
             apply_plan(built, plan)
             begin_step(built)
-            batch = random_batch(config)
+            batch = cut(random_batch(config), pieces)
             built(**batch)  # fills the buffers that stay
             begin_step(built)
             gc.collect()
@@ -94,6 +95,14 @@ def test_saved_activations(ranks: int, every: int) -> None:
     cases = [(model, *layout, recompute) for model, layout, recompute in product][::every]
     for rank, wrong in enumerate(run_on_ranks(ranks, saved_activations, cases, timeout=600)):
         assert not wrong, f"rank {rank}:\n" + "\n".join(wrong)
+
+
+def test_shorter_sequences_keep_as_much() -> None:
+    """As many tokens: the formula knows no length."""
+    cases = [
+        ("q/k norm, biases, dropout, LayerNorm, GELU", False, "owner", recompute) for recompute in ("none", "full")
+    ]
+    assert run_on_ranks(1, saved_activations, cases, 4) == [[]]
 
 
 def test_gpus_keep_less_by_what_their_kernels_fuse() -> None:

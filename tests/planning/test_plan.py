@@ -53,6 +53,25 @@ def test_the_flops_of_the_run_are_those_of_its_stretches() -> None:
     assert steps == [1, 1000, 1001, 2000, 2001, 3000, 3001, 4000, 4001, 32000]
 
 
+def test_a_curriculum_divides_the_stretches() -> None:
+    """Attention's FLOPs of a token are in proportion to the length; nothing else changes."""
+    curriculum = (
+        "data.seq_length_curriculum=[{until_steps: 500, seq_length: 1024}, {until_steps: 2500, seq_length: 2048}]"
+    )
+    config, plan = plan_of("sgt_7b", 32, curriculum)
+    _, plain = plan_of("sgt_7b", 32)
+    found = [
+        (entry["phase"], entry["first_step"], entry["last_step"], entry["seq_length"]) for entry in plan["compute"]
+    ]
+    assert found[:3] == [("vanilla", 1, 500, 1024), ("vanilla", 501, 1000, 2048), ("window", 1001, 2000, 2048)]
+    assert found[-1] == ("fixed", 4001, 32000, 4096)
+    parts = step_flops(config.model, LoopPlan.empty(32), 1024)
+    assert plan["compute"][0]["flops"] == 500 * 3 * (parts.linear + parts.attention // 4)
+    assert plan["compute"][-1] == plain["compute"][-1]
+    assert plan["run"]["flops"] == sum(entry["flops"] for entry in plan["compute"]) < plain["run"]["flops"]
+    assert (plan["memory"], plan["traffic"], plan["batch"]) == (plain["memory"], plain["traffic"], plain["batch"])
+
+
 def test_days_follow_from_flops_peak_and_mfu() -> None:
     _, plan = plan_of("sgt_7b", 32)
     assert plan["run"]["days"] == pytest.approx(plan["run"]["flops"] / (32 * 989.4e12 * 0.4) / 86400)

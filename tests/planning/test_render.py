@@ -61,6 +61,17 @@ def test_an_average_of_the_weights_has_a_row_where_there_is_one() -> None:
     assert "  average of the weights " in on and "average of the weights" not in off
 
 
+def test_a_curriculum_of_lengths_is_told_and_divides_the_table() -> None:
+    curriculum = "data.seq_length_curriculum=[{until_steps: 500, seq_length: 1024}]"
+    lines = text_of("sgt_7b", 32, "h100", curriculum).splitlines()
+    assert "lengths     1,024 until step 500, then 4,096" in lines
+    assert [line[:22].strip() for line in lines if line.startswith("  vanilla")] == [
+        "vanilla, T 1,024",
+        "vanilla, T 4,096",
+    ]
+    assert any("s per step at T 4,096 (" in line for line in lines) and max(map(len, lines)) <= WIDTH
+
+
 def test_what_does_not_fit_says_so_in_the_bar_and_in_a_warning() -> None:
     text = text_of("sgt_13b", 8, "a100-40gb")
     assert "[########################################]" in text

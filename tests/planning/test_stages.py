@@ -91,6 +91,28 @@ def test_the_run_is_the_sum_of_its_stages() -> None:
     assert table["boundaries_s"] == pytest.approx(sum(row["boundary_s"]["total"] for row in rows[1:]))
 
 
+def test_every_step_of_every_stage_has_its_length() -> None:
+    """Added up step by step; entries end inside stages, and stages inside entries."""
+    entries = '[{"until_steps": 1000, "seq_length": 512}, {"until_steps": 7000, "seq_length": 2048}]'
+    config = changed(example(24, 8192, *GRADUAL), {"data.seq_length_curriculum": json.loads(entries)})
+    plan = make_plan(config, 32, MACHINE, 0.4, "bf16")
+    total, costs = 0, {}
+    for one in plan_stages(config):
+        for stretch in one.stretches:
+            for step in range(stretch.first, stretch.last + 1):
+                length = 512 if step <= 1000 else 2048 if step <= 7000 else 4096
+                key = one.config.model.num_layers, one.config.model.ffn_hidden_size, stretch.plan, length
+                if key not in costs:
+                    model = one.config.model.model_copy(update={"seq_length": length})
+                    costs[key] = step_flops(model, stretch.plan, 1024 * 4096 // length).model
+                total += costs[key]
+    assert plan["run"]["flops"] == total == sum(entry["flops"] for entry in plan["compute"])
+    assert plan["run"]["flops"] == sum(row["flops"] for row in plan["stages"]["rows"])
+    table = [line for line in render(plan, config, "").splitlines() if ", T " in line and ".." in line]
+    assert len(table) == len(plan["compute"])
+    assert {len(line) for line in table} == {WIDTH - 2}, "columns stay under one another"
+
+
 @pytest.mark.parametrize(
     ("interval", "kept", "sizes"),
     [

@@ -16,6 +16,8 @@ from megatron_sgt.stages.stages import stages_of
 EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
 QUICKSTART = ("quickstart", "model.num_layers=8")
 FILES = [QUICKSTART, ("sgt_300m",), ("sgt_7b",), ("sgt_70b",)]
+CHANGED = {"auto-prog": {"train"}, "compound-grow": {"data"}}
+"""Sections beside model, growth and logging that a preset has a say in."""
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 
 
@@ -43,7 +45,7 @@ def test_ends_with_the_model_of_the_file(preset: str, file: tuple[str, ...]) -> 
     assert epsilon == pytest.approx(wanted.layernorm_epsilon, rel=1e-12)
     assert stages[0].config.model != wanted
     assert config.logging.run_dir == f"{plain.logging.run_dir}-{preset}"
-    same = {"parallel", "optim", "data", "checkpoint", *(["train"] if preset != "auto-prog" else [])}
+    same = {"parallel", "optim", "data", "checkpoint", "train"} - CHANGED.get(preset, set())
     assert config.model_dump(include=same) == plain.model_dump(include=same)
     assert config.growth.method == ("sgt" if preset.startswith("sgt") else "vanilla")
 
@@ -83,6 +85,13 @@ def test_msg_grows_in_the_order_of_its_script() -> None:
     late = small("msg-ffn", "optim.adam_beta2=0.999").growth.stages
     assert [stage.optimizer for stage in late] == ["rewind(10)"]
     stages_of(small("msg", "optim.adam_beta2=0.999"))
+
+
+def test_compound_grow_begins_with_short_sequences() -> None:
+    config = small("compound-grow")
+    assert plan(config) == [(53, {"factor": 2}), (106, {"factor": 4})]
+    assert [(entry.until_steps, entry.seq_length) for entry in config.data.seq_length_curriculum] == [(53, 64)]
+    assert small("compound-grow", "model.seq_length=127").data.seq_length_curriculum == ()
 
 
 def test_the_command_line_says_the_final_model() -> None:

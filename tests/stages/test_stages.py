@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_sgt.config import parse_config
+from megatron_sgt.config.lengths import SequenceLengths
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.stages.stages import stage_after, stages_of
 from tests.helpers.single import SMALL, small_config
@@ -32,8 +33,10 @@ def test_each_stage_has_its_own_model() -> None:
         {"until_steps": 3, **MIDAS},
         {"until_tokens": 5 * 64 - 1, "operator": "g_stack", "options": {"factor": 2}, "lr_policy": "rewarm(2)"},
         {"until_steps": 8, "operator": "msg", "options": {"ffn_hidden_size": 128}, "optimizer": "rewind(5)"},
+        data={"seq_length_curriculum": [{"until_tokens": 4 * 64, "seq_length": 8}]},
     )
     stages = stages_of(config)
+    assert [s.config.seq_lengths for s in stages] == 4 * [SequenceLengths(32, (4,), (8,))], "of the run, not of a stage"
     assert [(s.first, s.last, s.config.model.num_layers) for s in stages] == [
         (0, 3, 4),
         (3, 5, 6),

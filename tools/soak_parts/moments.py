@@ -59,7 +59,7 @@ def watch(rank: int, armed: Armed) -> None:
     def hook(event: str, args: tuple[Any, ...]) -> None:
         if event not in _EVENTS or armed[place] <= 0:
             return
-        if moments[armed[place] - 1].matches(event, _paths(event, args)):
+        if moments[armed[place] - 1].matches(event, paths_of(event, args)):
             armed[place + 1] -= 1
             if armed[place + 1] < 0:
                 armed[place] = _HELD
@@ -69,7 +69,7 @@ def watch(rank: int, armed: Armed) -> None:
     sys.addaudithook(hook)
 
 
-def _paths(event: str, args: tuple[Any, ...]) -> list[str]:
+def paths_of(event: str, args: tuple[Any, ...]) -> list[str]:
     """The files of an event, whole. A deletion names them by the descriptor of their folder."""
     if event == "os.remove" and args[1] >= 0:
         return [os.path.join(os.readlink(f"/proc/self/fd/{args[1]}"), os.fsdecode(args[0]))]

@@ -1,4 +1,4 @@
-"""What the runs of a study show: the table that mirrors the paper's, and whether its order is seen.
+"""What the runs of a study show: the table, and whether the order that the sources report is seen.
 
 Perplexities and FLOPs follow from configuration and seed. On a CPU with one thread per rank they are reproducible
 to the digit; times are not, and stand in a table of their own.
@@ -47,7 +47,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Claim:
-    """The paper reports that ``better`` has the lower validation loss; with a bound, that its FLOPs stay within it."""
+    """A source reports that ``better`` has the lower validation loss; with a bound, that its FLOPs stay within it."""
 
     text: str
     better: str
@@ -57,16 +57,6 @@ class Claim:
 
 # Student's t for 95 % on both sides, by degrees of freedom from 1; the last one stands for more, on the safe side.
 _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
-CLAIMS = (
-    Claim("SGT beats vanilla", "sgt", "vanilla"),
-    Claim("SGT costs at most 3 % more FLOPs than vanilla", "sgt", "vanilla", 0.03),
-    Claim("highest-entropy heads beat lowest-entropy heads", "sgt", "sgt-lowest-heads"),
-    Claim("highest-entropy heads beat random heads", "sgt", "sgt-random-heads"),
-    Claim("two heads beat all heads", "sgt", "sgt-all-heads"),
-    Claim("deep to shallow beats shallow to deep", "sgt", "sgt-shallow-first"),
-    Claim("SGT is at least as good as looping three whole blocks", "sgt", "block-loop-3"),
-)
 
 
 def outcome_of(run_dir: Path, preset: str, seed: int) -> Outcome | None:
@@ -131,33 +121,40 @@ def judge(claim: Claim, outcomes: Sequence[Outcome]) -> tuple[Verdict, str]:
     return ("not seen" if mean(gaps) > half else "undecided"), text
 
 
-def markdown(outcomes: Sequence[Outcome], note: str) -> str:
-    """The study as a page of Markdown. ``note``: what was trained, in a sentence."""
-    rows = rows_of(outcomes)
-    lines = [
-        "# Study",
-        "",
-        note,
-        "",
-        "| preset | seeds | FLOPs of the run over vanilla | validation perplexity, mean ± standard error |",
-        "| --- | --- | --- | --- |",
-    ]
+def markdown(
+    outcomes: Sequence[Outcome], note: str, claims: Sequence[Claim], trains: Mapping[str, str] | None = None
+) -> str:
+    """The study as a page of Markdown.
+
+    Args:
+        note: what was trained, in a sentence.
+        trains: what each preset trains, in a few words; None: its name says it.
+    """
+    rows, trains = rows_of(outcomes), trains or {}
+    head = ["preset", *(["trained steps"] if trains else []), "seeds", "FLOPs of the run over vanilla"]
+    head.append("validation perplexity, mean ± standard error")
+    lines = ["# Study", "", note, "", _cells(head), _cells(["---"] * len(head))]
     for row in rows:
         error = "" if row.perplexity_error is None else f" ± {row.perplexity_error:.3f}"
-        lines.append(f"| {row.preset} | {row.seeds} | {_percent(row.flops_overhead)} | {row.perplexity:.3f}{error} |")
-    lines += ["", "| the paper's order | at this size | measured |", "| --- | --- | --- |"]
+        steps = [trains[row.preset]] if trains else []
+        flops = _percent(row.flops_overhead)
+        lines.append(_cells([row.preset, *steps, str(row.seeds), flops, f"{row.perplexity:.3f}{error}"]))
+    lines += ["", "| the sources' order | at this size | measured |", "| --- | --- | --- |"]
     presets = {row.preset for row in rows}
-    for claim in (claim for claim in CLAIMS if {claim.better, claim.worse} <= presets):
-        verdict, reason = judge(claim, outcomes)
-        lines.append(f"| {claim.text} | {verdict} | {reason} |")
+    for claim in (claim for claim in claims if {claim.better, claim.worse} <= presets):
+        lines.append(_cells([claim.text, *judge(claim, outcomes)]))
     return "\n".join(lines) + "\n"
 
 
 def times_markdown(outcomes: Sequence[Outcome], note: str) -> str:
     """The measured times, which no two executions share. ``note``: how the runs shared the machine."""
     lines = ["# Measured time", "", note, "", "| preset | time per step over vanilla |", "| --- | --- |"]
-    lines += [f"| {row.preset} | {_percent(row.time_overhead)} |" for row in rows_of(outcomes)]
+    lines += [_cells([row.preset, _percent(row.time_overhead)]) for row in rows_of(outcomes)]
     return "\n".join(lines) + "\n"
+
+
+def _cells(texts: Sequence[str]) -> str:
+    return f"| {' | '.join(texts)} |"
 
 
 def _percent(fraction: float | None) -> str:

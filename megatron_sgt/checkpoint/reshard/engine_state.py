@@ -190,9 +190,14 @@ def _read(
     for weight in weights(model):
         stretches = masters.stretches[PREFIX + weight.megatron]
         for quantity in [q for q in reader.quantities if q in values] if stretches else ():
-            shard = reader.shard(weight, quantity, model, groups.tp_size, groups.tp_rank).flatten()
-            for s in stretches:
-                values[quantity][s.master][s.start : s.start + s.length] = shard[s.source : s.source + s.length]
+            # No name is bound to the shard here: the next one would be read while this one is still in memory.
+            _fill(values[quantity], stretches, reader.shard(weight, quantity, model, groups.tp_size, groups.tp_rank))
+
+
+def _fill(masters: list[Tensor], stretches: list[Stretch], shard: Tensor) -> None:
+    flat = shard.view(-1)
+    for s in stretches:
+        masters[s.master][s.start : s.start + s.length] = flat[s.source : s.source + s.length]
 
 
 def _counts_in_group(group: dict[str, Any]) -> bool:

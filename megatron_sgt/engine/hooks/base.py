@@ -61,8 +61,8 @@ class Hook:
     def attach(self, parts: RunParts) -> None:
         """Called on a user's hook: the run is built, and no checkpoint is loaded yet.
 
-        Once; of a model that grows (docs/growing.md), once for each stage. A hook that keeps the model or the engine
-        elsewhere than in ``parts`` keeps their memory until then.
+        Once; of a model that grows (docs/growing.md), whenever a stage is built. A hook that keeps the model or the
+        engine elsewhere than in ``parts`` keeps their memory until then.
         """
 
     def before_run(self, state: TrainState) -> None:

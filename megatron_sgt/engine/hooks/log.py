@@ -12,11 +12,11 @@ from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.growth import GrowthEvent, LoopPlan, Schedule
 from megatron_sgt.guard.stop import named
 from megatron_sgt.metrics import EtaEstimator, MetricsHub, peak_flops, throughput_record
-from megatron_sgt.metrics.records import TrainRecord
+from megatron_sgt.metrics.records import LengthRecord, TrainRecord
 from megatron_sgt.parallel.collectives import mean_over_data_parallel
 from megatron_sgt.parallel.device import device_name, memory_gb
 from megatron_sgt.parallel.groups import ParallelGroups
-from megatron_sgt.planning.flops import overhead, step_flops
+from megatron_sgt.planning.flops import batch_flops, overhead
 
 
 class LogHook(Hook):
@@ -39,8 +39,9 @@ class LogHook(Hook):
         self.first_loss: float | None = None
         self.last_loss: float | None = None
         self.tokens_per_second: float | None = None
+        self.lengths = config.seq_lengths
         self._executed: LoopPlan = schedule.plan
-        self._flops_of: dict[LoopPlan, int] = {}
+        self._flops_of: dict[tuple[LoopPlan, int], int] = {}
         self._losses: list[torch.Tensor] = []
         self._last: StepResult | None = None
         self._skipped = 0
@@ -56,12 +57,15 @@ class LogHook(Hook):
         self._last = result
         self._losses.append(result.loss)
         self._skipped += not result.applied
-        self._timed.append((result.seconds, self._model_flops(self._executed)))
+        seq_length = self.lengths.at(state.step if result.applied else state.step + 1)
+        self._timed.append((result.seconds, self._model_flops(self._executed, seq_length)))
         self._executed = self.schedule.plan  # growth has acted: this is what the next step executes
         self.hub.advance(state.step)
         interval = self.config.logging.log_interval
         if state.step % interval == 0 or state.step == 1 or not result.applied:
             self._report(state, result)
+        if result.applied and self.lengths.changes_at(state.step + 1) and state.step < self.config.train.train_iters:
+            self._report_length(state.step)
 
     def after_run(self, state: TrainState) -> None:
         if self._last is not None and self._losses:
@@ -75,12 +79,24 @@ class LogHook(Hook):
         self.after_run(state)
         self.hub.log("stop", {"step": state.step, "reason": named(reason)})
 
-    def _model_flops(self, plan: LoopPlan) -> int:
-        if plan not in self._flops_of:
+    def _model_flops(self, plan: LoopPlan, seq_length: int) -> int:
+        key = plan, seq_length
+        if key not in self._flops_of:
             if len(self._flops_of) > 64:  # gates make a new plan every step of a window
                 self._flops_of.clear()
-            self._flops_of[plan] = step_flops(self.config.model, plan, self.config.train.global_batch_size).model
-        return self._flops_of[plan]
+            self._flops_of[key] = batch_flops(self.config, plan, seq_length).model
+        return self._flops_of[key]
+
+    def _report_length(self, step: int) -> None:
+        seq_length = self.lengths.at(step + 1)
+        record: LengthRecord = {
+            "step": step,
+            "seq_length": seq_length,
+            "previous_seq_length": self.lengths.at(step),
+            "sequences_per_step": self.config.tokens_per_step // seq_length,
+            "model_flops_per_step": self._model_flops(self.schedule.plan, seq_length),
+        }
+        self.hub.log("length", record)
 
     def _report(self, state: TrainState, result: StepResult) -> None:
         loss = float(mean_over_data_parallel(torch.stack(self._losses).mean(), self.groups))
@@ -88,7 +104,7 @@ class LogHook(Hook):
         timed = (self._timed if self._first_is_reported else self._timed[1:]) or self._timed
         steps, train = len(timed), self.config.train
         seconds, flops = sum(s for s, _ in timed), sum(f for _, f in timed)
-        tokens = steps * train.global_batch_size * self.config.model.seq_length
+        tokens = steps * self.config.tokens_per_step
         self.eta.update(seconds, steps)
         used, total = memory_gb(self.groups.device)
         speed = throughput_record(tokens, flops, seconds, self.groups.world_size, self.peak)
@@ -122,6 +138,8 @@ class LogHook(Hook):
         }
         if not self._first_is_reported:
             record["first_step_s"] = self._timed[0][0]
+        if self.lengths.ends:
+            record["seq_length"] = self.lengths.at(state.step if result.applied else state.step + 1)
         if result.loss_scale is not None:
             record["loss_scale"] = result.loss_scale
         self.hub.log("train", {**self.schedule.report(), **record})

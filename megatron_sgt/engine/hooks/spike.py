@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from megatron_sgt.config.lengths import SequenceLengths
 from megatron_sgt.config.run import TrainConfig
 from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.loop import DivergedError
@@ -72,8 +73,10 @@ class SpikeHook(Hook):
         can_go_back: Callable[[], bool],
         hub: MetricsHub,
         groups: ParallelGroups,
+        lengths: SequenceLengths,
     ) -> None:
         self.config = config
+        self.lengths = lengths
         self.skipped_ranges = skipped
         self.can_go_back = can_go_back
         self.hub = hub
@@ -92,6 +95,8 @@ class SpikeHook(Hook):
         state.consumed_samples = self.skipped_ranges.after(state.consumed_samples)
         if self.rule is None or not result.applied:
             return
+        if self.lengths.changes_at(state.step):
+            self.rule.losses.clear()  # tokens with more context, or at positions that were never trained
         loss = float(mean_over_data_parallel(result.loss.clone(), self.groups))
         limit = self.rule.limit()
         if not any_rank(loss > limit, self.groups):

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_sgt.config import Config, DataConfig
 from megatron_sgt.engine.hooks.log import LogHook
 from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.growth import LoopPlan, Schedule, build_schedule
 from megatron_sgt.metrics import MetricsHub
-from megatron_sgt.planning.flops import overhead, step_flops
+from megatron_sgt.planning.flops import batch_flops, overhead, step_flops
 from tests.helpers.fake_groups import fake_groups
 from tests.helpers.single import small_config
 
@@ -45,10 +46,10 @@ class Collected:
 class Bench:
     """A hook with a schedule that grows, as the growth hook would drive it."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: Config = CONFIG) -> None:
         self.writer = Collected()
-        self.schedule: Schedule = build_schedule(CONFIG.growth, LAYERS, HEADS)
-        self.hook = LogHook(CONFIG, self.schedule, MetricsHub([self.writer]), fake_groups(), "fp32")
+        self.schedule: Schedule = build_schedule(config.growth, LAYERS, HEADS)
+        self.hook = LogHook(config, self.schedule, MetricsHub([self.writer]), fake_groups(), "fp32")
         self.state = TrainState()
         self.table = np.random.default_rng(0).uniform(0.2, 0.9, (LAYERS, 2, HEADS))
         self.hook.before_run(self.state)
@@ -132,6 +133,37 @@ def test_flops_are_those_of_the_plans_that_were_executed() -> None:
     _, second, third = bench.trained()
     assert second["model_flops_per_step"] == pytest.approx(sum(costs[1:4]) / 3)
     assert third["model_flops_per_step"] == pytest.approx(sum(costs[4:8]) / 4)
+
+
+def test_a_curriculum_of_lengths_is_counted_and_told() -> None:
+    """A skipped step has the length of the step that is tried."""
+    entries = [{"until_steps": 2, "seq_length": 8}, {"until_steps": 5, "seq_length": 16}]
+    data = DataConfig.model_validate({"seq_length_curriculum": entries})
+    config = CONFIG.model_copy(update={"data": data})
+    bench, executed = Bench(config), []
+    for applied in (True, True, False, True, True, True, True):
+        executed.append(bench.schedule.plan)
+        bench.step(2.0, applied)
+    bench.hook.after_run(bench.state)
+    lengths = (8, 8, 16, 16, 16, 16, 32)
+    costs = [batch_flops(config, plan, length).model for plan, length in zip(executed, lengths, strict=True)]
+    shown = bench.trained()
+    assert [(record["step"], record["seq_length"]) for record in shown] == [(1, 8), (2, 16), (4, 16), (6, 32)]
+    expected = [costs[0], sum(costs[1:3]) / 2, sum(costs[3:5]) / 2, sum(costs[5:7]) / 2]
+    assert [record["model_flops_per_step"] for record in shown] == pytest.approx(expected)
+    assert {record["tokens_per_second"] for record in shown} == {BATCH * 32 / 0.5}
+    told = [record for record in bench.writer.records if record["kind"] == "length"]
+    changes = [(r["step"], r["previous_seq_length"], r["seq_length"], r["sequences_per_step"]) for r in told]
+    assert changes == [(2, 8, 16, 2 * BATCH), (5, 16, 32, BATCH)]
+    assert told[1]["model_flops_per_step"] == costs[-1]
+
+
+def test_no_length_is_told_without_a_curriculum() -> None:
+    bench = Bench()
+    for _ in range(4):
+        bench.step(2.0)
+    assert {record["kind"] for record in bench.writer.records} <= {"train", "growth"}
+    assert all("seq_length" not in record for record in bench.trained())
 
 
 def test_a_growth_event_tells_its_rank_and_cost() -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from study_parts.results import (
-    CLAIMS,
     Claim,
     Outcome,
     judge,
@@ -15,7 +14,6 @@ from study_parts.results import (
     times_markdown,
 )
 
-from megatron_sgt.config.presets import BASELINES
 from megatron_sgt.jsonl import encode
 
 CLAIM = Claim("a is better", "a", "b")
@@ -43,7 +41,7 @@ def test_rows_compare_equal_seeds() -> None:
 def test_without_vanilla_or_with_one_seed_nothing_is_invented() -> None:
     (row,) = rows_of([outcome("sgt", 1, 2.0)])
     assert row.flops_overhead is None and row.time_overhead is None and row.perplexity_error is None
-    assert "| sgt | 1 |  | 7.389 |" in markdown([outcome("sgt", 1, 2.0)], "note")
+    assert "| sgt | 1 |  | 7.389 |" in markdown([outcome("sgt", 1, 2.0)], "note", ())
 
 
 def judged(claim: Claim, gaps: tuple[float, ...], flops: float = 102.0) -> tuple[str, str]:
@@ -80,14 +78,17 @@ def test_a_bound_on_flops_is_judged_by_flops_alone(flops: float, verdict: str) -
 
 def test_pages_name_the_claims_that_can_be_judged() -> None:
     found = [outcome("vanilla", 1, 2.0), outcome("sgt", 1, 1.9, 102.0, 1.04)]
-    page = markdown(found, "what was trained")
-    assert "what was trained" in page and "+2.00 %" in page
-    assert CLAIMS[1].text in page and CLAIMS[2].text not in page
+    claims = (Claim("it is cheap", "sgt", "vanilla", 0.03), Claim("it beats another", "sgt", "another"))
+    page = markdown(found, "what was trained", claims)
+    assert "what was trained" in page and "| sgt | 1 | +2.00 % | 6.686 |" in page
+    assert "| it is cheap | seen | FLOPs +2.00 % |" in page and "another" not in page
     assert "+4.00 %" in times_markdown(found, "side by side") and "+4.00 %" not in page
 
 
-def test_claims_are_about_presets_that_exist() -> None:
-    assert {name for claim in CLAIMS for name in (claim.better, claim.worse)} <= set(BASELINES)
+def test_pages_say_what_each_preset_trains() -> None:
+    found = [outcome("vanilla", 1, 2.0), outcome("midas", 1, 1.9, 101.0)]
+    page = markdown(found, "note", (), {"vanilla": "8 layers: 200", "midas": "4 layers: 20, 8 layers: 190"})
+    assert "| midas | 4 layers: 20, 8 layers: 190 | 1 | +1.00 % | 6.686 |" in page
 
 
 def lines(last_step: int, valid_at: int) -> str:

@@ -1,0 +1,65 @@
+"""What a run reports where it begins and where it ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_sgt.engine.data_start import DataStart, data_record
+from megatron_sgt.engine.run_folders import CONFIG_FILE
+from megatron_sgt.engine.session import Session
+from megatron_sgt.engine.stage import RunningStage
+from megatron_sgt.errors import ExitCode
+from megatron_sgt.metrics import METRICS_FILE
+from megatron_sgt.metrics.records import ResumeRecord, SummaryRecord
+from megatron_sgt.model.loop_backend import loop_backend
+from megatron_sgt.ops.attention import describe_attention
+from megatron_sgt.planning.loop_cost import choose_loop_method
+from megatron_sgt.planning.structure import most_kept_heads
+from megatron_sgt.preflight import Start
+
+
+def report_start(run: Session, stage: RunningStage, start: Start, data: DataStart) -> None:
+    """Where the run begins, what its data has in common with what was read before, and which kernels loop."""
+    record: ResumeRecord = {
+        "step": run.state.step,
+        "path": start.folder,
+        "searched": run.config.save_dir,
+        "consumed_samples": run.state.consumed_samples,
+        "changed": start.changed,
+        "skipped": start.skipped,
+    }
+    run.hub.log("resume", record)
+    if data.change is not None:
+        run.hub.log("data", data_record(data.change, run.state.step))
+    groups, config = run.groups, stage.config
+    if groups.is_main and groups.tp_size > 1 and most_kept_heads(config):
+        print(f"LOOPS  {choose_loop_method(config)[1]}", flush=True)
+    line = loop_backend(config, stage.runtime.precision, groups.device)[1]
+    if groups.is_main and groups.device.type != "cpu":
+        print(f"LOOPS  {line}; {describe_attention(groups.device)}", flush=True)
+
+
+def report_end(run: Session, stage: RunningStage, start: Start, reason: str, code: ExitCode, seconds: float) -> None:
+    """Why the run ends, and what it has reached since ``start``, in ``seconds``."""
+    run_dir, measured = Path(run.config.logging.run_dir), stage.measured()
+    record: SummaryRecord = {
+        "step": run.state.step,
+        "train_iters": run.config.train.train_iters,
+        "reason": reason,
+        "exit_code": int(code),
+        "first_loss": measured.first_loss if start.folder is None else None,
+        "loss": measured.last_loss,
+        "valid_loss": measured.valid_loss,
+        "growth_events": len(stage.growth.events),
+        "seconds": seconds,
+        "consumed_tokens": run.state.consumed_samples * run.config.model.seq_length,
+        "tokens_per_second": measured.tokens_per_second,
+        "paths": {
+            "checkpoint": measured.last_path or start.folder,
+            "metrics": run_dir / METRICS_FILE,
+            "config": run_dir / CONFIG_FILE,
+        },
+    }
+    if measured.valid_ema_loss is not None:
+        record["valid_ema_loss"] = measured.valid_ema_loss
+    run.hub.log("summary", record)

@@ -1,0 +1,63 @@
+"""The first and the last record of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sgt.engine import run_reports
+from megatron_sgt.engine.data_start import DataStart
+from megatron_sgt.engine.run_reports import report_end, report_start
+from megatron_sgt.engine.stage import Measured
+from megatron_sgt.engine.step import TrainState
+from megatron_sgt.errors import ExitCode
+from megatron_sgt.preflight import Start
+from tests.helpers.fake_groups import fake_groups
+from tests.helpers.single import small_config
+
+CONFIG = small_config()
+
+
+class Hub(list[Any]):
+    """Keeps the records."""
+
+    def log(self, kind: str, record: dict[str, Any]) -> None:
+        self.append((kind, record))
+
+
+def session(hub: Hub) -> Any:
+    return SimpleNamespace(config=CONFIG, state=TrainState(6, 12), hub=hub, groups=fake_groups())
+
+
+def stage(first: float | None = 5.0) -> Any:
+    measured = Measured(first, 4.0, 4.5, None, 100.0, {}, None)
+    growth, runtime = SimpleNamespace(events=[{}, {}]), SimpleNamespace(precision="fp32")
+    return SimpleNamespace(config=CONFIG, measured=lambda: measured, growth=growth, runtime=runtime)
+
+
+def test_the_last_record() -> None:
+    hub = Hub()
+    report_end(session(hub), stage(), Start(None, {}), "finished", ExitCode.DONE, 2.0)
+    report_end(session(hub), stage(), Start(Path("global_step2"), {}), "finished", ExitCode.DONE, 2.0)
+    (kind, fresh), (_, resumed) = hub
+    assert kind == "summary" and (fresh["first_loss"], resumed["first_loss"]) == (5.0, None)
+    assert fresh["growth_events"] == 2 and fresh["consumed_tokens"] == 12 * 32 and "valid_ema_loss" not in fresh
+    assert resumed["paths"]["checkpoint"] == Path("global_step2") and fresh["paths"]["checkpoint"] is None
+
+
+def test_the_first_record(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    hub = Hub()
+    start = Start(Path("global_step2"), {}, ("train.seed 1 -> 2",))
+    report_start(session(hub), stage(), start, DataStart([]))
+    [(kind, record)] = hub
+    assert kind == "resume" and record["changed"] == start.changed and capsys.readouterr().out == ""
+    monkeypatch.setattr(run_reports, "loop_backend", lambda *_: ("torch", "some kernels"))
+    on_gpu = session(hub)
+    on_gpu.groups = SimpleNamespace(is_main=True, tp_size=1, device=torch.device("meta"))
+    monkeypatch.setattr(run_reports, "describe_attention", lambda device: "an attention")
+    report_start(on_gpu, stage(), start, DataStart([]))
+    assert capsys.readouterr().out == "LOOPS  some kernels; an attention\n"
