@@ -52,7 +52,8 @@ class GrowthContents:
 class Details:
     """What the small files say. ``layout``: None where any layout can read it; ``origin``: of an import.
 
-    ``ema_decay``: of the average of the weights that it holds; None without one.
+    ``ema_decay``: of the average of the weights that it holds; None without one. ``stages``: how each stage of its run
+    but the first began, up to its own (stages/stages.py).
     """
 
     step: int
@@ -66,6 +67,7 @@ class Details:
     parameters: int
     growth: GrowthContents
     ema_decay: float | None = None
+    stages: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,7 @@ def _details(folder: Path) -> Details:
             parameters=parameter_count(config.model),
             growth=_growth(config, state["hooks"].get("growth")),
             ema_decay=(state.get(layout.AVERAGE_STATE) or {}).get("decay"),
+            stages=tuple(state.get(layout.STAGES_STATE, ())),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / layout.STATE_FILE} is damaged: {error!r}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from megatron_sgt.checkpoint.contents import Contents, Details, GrowthContents, LoopingLayer, RootContents
 from megatron_sgt.config.base import count
@@ -101,6 +102,10 @@ def _details(details: Details) -> Iterator[tuple[str, str]]:
         yield "layout", ", ".join(f"{name} {value}" for name, value in details.layout.items())
     if details.ema_decay is not None:
         yield "ema", f"an average of the weights, decay {details.ema_decay:g}"
+    if details.stages:
+        yield "stage", f"{len(details.stages)}, since step {details.stages[-1]['step']:,}"
+    for number, record in enumerate(details.stages, start=1):
+        yield "", f"stage {number}: {_stage(record)}"
     yield "growth", _growth(details.growth)
     for layer in details.growth.layers:
         yield "", _layer(layer)
@@ -109,6 +114,15 @@ def _details(details: Details) -> Iterator[tuple[str, str]]:
 def _growth(growth: GrowthContents) -> str:
     window = "" if growth.window_end is None else f", its window ends at step {growth.window_end:,}"
     return f"{growth.method}, phase {growth.phase}{window}, {count(len(growth.layers), 'layer')} selected"
+
+
+def _stage(record: dict[str, Any]) -> str:
+    options = ", ".join(f"{name} {value}" for name, value in record["options"].items())
+    made_of = "" if record["weights"] == "weights" else ", of the averaged weights"
+    return (
+        f"{record['operator']}{f' ({options})' if options else ''} after step {record['step']:,}{made_of}; moments "
+        f"{record['moments']}, optimizer {record['optimizer']}, learning rate {record['lr_policy']}"
+    )
 
 
 def _layer(layer: LoopingLayer) -> str:

@@ -21,7 +21,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -277,8 +277,10 @@ def file_sizes(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): p.stat().st_size for p in files}
 
 
-def prune(root: Path, keep_last: int, keep_every: int = 0) -> list[str]:
+def prune(root: Path, keep_last: int, keep_every: int = 0, ends: Collection[int] = ()) -> list[str]:
     """Delete committed checkpoints but the newest ``keep_last`` (0: all) and every ``keep_every`` steps (0: none).
+
+    ``ends``: steps after which the model has grown. Their checkpoints, of which the next stages were made, stay too.
 
     The checkpoint that ``latest`` names is never deleted. Later ones do not count, and stay until the run reaches
     their steps again: they are damaged, or were abandoned by a rollback.
@@ -288,7 +290,9 @@ def prune(root: Path, keep_last: int, keep_every: int = 0) -> list[str]:
         return []
     tags = [tag for tag in finished_tags(root) if step_of(tag) <= step_of(current)]
     doomed = [
-        tag for tag in tags[:-keep_last] if tag != current and not (keep_every and step_of(tag) % keep_every == 0)
+        tag
+        for tag in tags[:-keep_last]
+        if tag != current and step_of(tag) not in ends and not (keep_every and step_of(tag) % keep_every == 0)
     ]
     for tag in doomed:
         remove(root / tag)

@@ -267,9 +267,10 @@ class Saver:
             self._may_write()
             layout.point_to(self._root, final.name)
         options = self._config.checkpoint
+        ends = {record["step"] for record in flight.state.get(layout.STAGES_STATE, ())}
         self._may_write()
         with suppress(FileNotFoundError):  # somebody else has deleted it
-            for pruned in layout.prune(self._root, options.keep_last, options.keep_every):
+            for pruned in layout.prune(self._root, options.keep_last, options.keep_every, ends):
                 remove_sibling(self._root / pruned)
         return sum(file["bytes"] for file in files.values())
 

@@ -14,9 +14,7 @@ from megatron_sgt.metrics.records import GrowRecord
 from megatron_sgt.planning.flops import at_length, step_flops
 from megatron_sgt.planning.parameters import parameter_count
 from megatron_sgt.planning.structure import schedule_of
-from megatron_sgt.stages.growth import WIDTHS
-
-_SIZES = ("num_layers", *WIDTHS)
+from megatron_sgt.stages.growth import sizes_of
 
 
 def grow_record(
@@ -55,8 +53,8 @@ def grow_record(
         "loop_depth": event["loop_depth"],
         "kept_heads": event["kept_heads"],
         "notes": list(notes),
-        "sizes_before": _sizes(growth.old),
-        "sizes_after": _sizes(growth.new),
+        "sizes_before": sizes_of(growth.old),
+        "sizes_after": sizes_of(growth.new),
         "parameters_before": parameter_count(growth.old),
         "parameters_after": parameter_count(growth.new),
         "flops_per_token_before": _flops_per_token(at_length(growth.old, seq_length), before),
@@ -73,10 +71,6 @@ def _schedule_of(config: Config, saved: Mapping[str, Any]) -> Schedule:
     schedule = schedule_of(config)
     schedule.load_state_dict(saved["hooks"][GROWTH_STATE]["schedule"])
     return schedule
-
-
-def _sizes(model: ModelConfig) -> dict[str, int]:
-    return {name: getattr(model, name) for name in _SIZES}
 
 
 def _flops_per_token(model: ModelConfig, schedule: Schedule) -> float:

@@ -25,6 +25,19 @@ def refuse_half_measured(step: int, decision: int, memory: int) -> None:
         )
 
 
+def refuse_moved(heads: Iterable[int], grown: Inheritance) -> None:
+    """Check that none of the ``heads`` that looping layers keep gets another number.
+
+    Raises:
+        ConfigError: some do.
+    """
+    if moved := grown.moved(heads):
+        raise ConfigError(
+            f"heads {moved} are kept by looping layers and would get other numbers; let num_query_groups grow in "
+            "proportion to num_attention_heads"
+        )
+
+
 @dataclass(frozen=True)
 class Inheritance:
     """How the layers and heads of a model come from those of a smaller one.

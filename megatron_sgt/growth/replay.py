@@ -2,6 +2,10 @@
 
 The record is that run's ``metrics.jsonl``, or a JSON list of growth events. Layers, kept heads, depths and steps are
 taken from it; gates fade by this run's ``decay_type`` over its ``window_size``, which must be the recorded one.
+
+A model that became deeper or wider meanwhile is repeated with the same stages: the schedule of each stage takes what
+was decided up to its end, in the numbers of its own layers. Stages are told apart by their layers and heads; where
+neither changes, neither do the numbers.
 """
 
 from __future__ import annotations
@@ -9,22 +13,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_sgt.config.base import count
 from megatron_sgt.config.growth import GrowthConfig
 from megatron_sgt.errors import CheckpointError, ConfigError, DataError
-from megatron_sgt.growth.inherit import Inheritance
+from megatron_sgt.growth.inherit import Inheritance, refuse_moved
 from megatron_sgt.growth.plan import GrowthEvent, LayerPlan, LoopPlan
 from megatron_sgt.growth.schedule import Schedule, Stage
 from megatron_sgt.growth.sgt import Action, Grown, SGTSchedule
 from megatron_sgt.jsonl import read_metrics, without_void_records
 
 _FINGERPRINT = "replayed_events"
+GREW = "grow"
+"""Kind of the record, and action of the event, of a model that became deeper or wider."""
+_Parsed = TypeVar("_Parsed")
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,21 @@ class RecordedEvent:
     action: Action
     layer: int | None
     kept_heads: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RecordedGrowth:
+    """The model of the recorded run became another one after ``step``.
+
+    ``layers``: the old layer of each new one. ``heirs``: where looping layers went on. ``heads``: before and after;
+    None where the record does not say.
+    """
+
+    step: int
+    operator: str
+    layers: tuple[int, ...]
+    heirs: Mapping[int, int]
+    heads: tuple[int | None, int | None]
 
 
 class ReplaySchedule(SGTSchedule):
@@ -91,12 +113,22 @@ class ReplaySchedule(SGTSchedule):
         return f"repeats the decisions of {self.config.replay}: {layers}, {added} once fixed"
 
     def inherit(self, older: Schedule, grown: Inheritance) -> list[str]:
-        """Refused: the record numbers the layers of a model that stays.
+        """Selected layers become their heirs, as in the recorded run.
 
         Raises:
-            ConfigError: always.
+            ConfigError: a kept head would get another number.
         """
-        raise ConfigError("growth.replay: repeats a growth whose layers have the numbers of the model before it grew")
+        assert isinstance(older, ReplaySchedule)
+        self._take_over(older, grown)
+        return []
+
+    def check_growth(self, step: int, grown: Inheritance) -> None:
+        """See Schedule: what was decided is known.
+
+        Raises:
+            ConfigError: as ``inherit``.
+        """
+        refuse_moved((head for event in self._recorded if event.step <= step for head in event.kept_heads), grown)
 
     def adopt(self, plan: LoopPlan) -> None:
         raise ConfigError("growth.replay: repeats growth from its beginning, but the imported model has grown already")
@@ -121,31 +153,94 @@ class ReplaySchedule(SGTSchedule):
             )
 
 
+def recorded_growths(path: Path) -> list[RecordedGrowth]:
+    """How the model of the recorded run became deeper or wider, in order.
+
+    Raises:
+        ConfigError: the record cannot be read.
+    """
+    # A process that starts at the end of a stage records once more how the next one begins.
+    found = {growth.step: growth for growth in (_parsed(r, path, _parse_growth) for r in _read(path) if _is_growth(r))}
+    return [found[step] for step in sorted(found)]
+
+
 def read_events(path: Path, config: GrowthConfig, num_layers: int, num_heads: int) -> list[RecordedEvent]:
-    """The decisions in ``path`` that count, in order.
+    """The decisions in ``path`` that count for a model of ``num_layers`` layers, in order and in its numbers.
 
     Raises:
         ConfigError: naming what does not fit.
     """
-    records = [r for r in _read(path) if r.get("kind", "growth") == "growth"]
+    growths = recorded_growths(path)
+    records = [r for r in _read(path) if r.get("kind", "growth") == "growth" and not _is_growth(r)]
     if not records:
         raise ConfigError(f"growth.replay: {path} holds no growth event")
+    shapes = _shapes(growths, num_layers, num_heads)
+    here = [place for place, shape in enumerate(shapes) if shape == (num_layers, num_heads)]
+    if not here:
+        raise ConfigError(
+            f"growth.replay: {path} records models of {', '.join(f'{n} layers x {h} heads' for n, h in shapes)}; this "
+            f"one has {num_layers} layers x {num_heads} heads"
+        )
+    wanted, to_come = growths[: here[-1]], growths[here[-1] :]
     events: list[RecordedEvent] = []
-    depth: dict[int, int] = {}
     for record in records:
-        try:
-            event = _parse(record)
-        except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
-            raise ConfigError(f"growth.replay: {path} holds a damaged growth event: {error!r}") from error
-        problem = _problem(event, record, config, (num_layers, num_heads), depth)
+        event = _parsed(record, path, _parse)
+        if to_come and event.step > to_come[0].step:
+            break
+        while wanted and event.step > wanted[0].step:
+            events = _moved(events, wanted.pop(0), path)
+        depth = Counter(earlier.layer for earlier in events if earlier.layer is not None)
+        problem = _problem(event, record, config, shapes[here[-1] - len(wanted)], depth)
         if events and event.step <= events[-1].step:
             problem = f"it follows the one of step {events[-1].step}"
         if problem is not None:
             raise ConfigError(f"growth.replay: the event of step {event.step} in {path} does not fit: {problem}")
-        if event.layer is not None:
-            depth[event.layer] = depth.get(event.layer, 0) + 1
         events.append(event)
+    for growth in wanted:
+        events = _moved(events, growth, path)
     return events
+
+
+def _shapes(growths: Sequence[RecordedGrowth], num_layers: int, num_heads: int) -> list[tuple[int, int]]:
+    """Layers and heads of the recorded models; where the record does not say, those of this run."""
+    if not growths:
+        return [(num_layers, num_heads)]
+    first = growths[0]
+    shapes = [(max(first.layers) + 1, first.heads[0])]
+    shapes += [(len(growth.layers), growth.heads[1]) for growth in growths]
+    return [(layers, num_heads if heads is None else heads) for layers, heads in shapes]
+
+
+def _moved(events: Sequence[RecordedEvent], growth: RecordedGrowth, path: Path) -> list[RecordedEvent]:
+    """``events`` of before ``growth`` in the numbers of the layers after it."""
+    looping = {event.layer for event in events if event.layer is not None}
+    if not looping <= set(growth.heirs):
+        raise ConfigError(
+            f"growth.replay: the growth of step {growth.step} in {path} does not fit: layers {sorted(looping)} looped "
+            f"before, and {sorted(growth.heirs)} went on"
+        )
+    return [e if e.layer is None else replace(e, layer=growth.heirs[e.layer]) for e in events]
+
+
+def _is_growth(record: Mapping[str, Any]) -> bool:
+    """A record of kind "grow", or the event that a growth leaves in a checkpoint."""
+    return record.get("kind") == GREW or ("kind" not in record and record.get("action") == GREW)
+
+
+def _parsed(record: Mapping[str, Any], path: Path, how: Callable[[Mapping[str, Any]], _Parsed]) -> _Parsed:
+    try:
+        return how(record)
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+        raise ConfigError(f"growth.replay: {path} holds a damaged growth event: {error!r}") from error
+
+
+def _parse_growth(record: Mapping[str, Any]) -> RecordedGrowth:
+    layers, depth = tuple(int(layer) for layer in record["layers"]), list(record["loop_depth"])
+    if len(depth) != len(layers) or {*layers} != {*range(max(layers) + 1)}:
+        raise ValueError(f"layers {layers} with depths {depth}")
+    heirs = {layers[new]: new for new, loops in enumerate(depth) if loops}
+    sizes = [(record.get(f"sizes_{when}") or {}).get("num_attention_heads") for when in ("before", "after")]
+    return RecordedGrowth(int(record["step"]), str(record["operator"]), layers, heirs, (sizes[0], sizes[1]))
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

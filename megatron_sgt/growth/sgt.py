@@ -19,7 +19,7 @@ from megatron_sgt.config.base import count
 from megatron_sgt.config.growth import GrowthConfig
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth.gates import window_gate
-from megatron_sgt.growth.inherit import Inheritance, refuse_half_measured
+from megatron_sgt.growth.inherit import Inheritance, refuse_half_measured, refuse_moved
 from megatron_sgt.growth.plan import GrowthEvent, LayerPlan, LoopPlan
 from megatron_sgt.growth.schedule import ENTROPY, Schedule, Stage
 from megatron_sgt.growth.select import choose_heads, layer_scores, next_layer, top_k_layers
@@ -309,17 +309,10 @@ class SGTSchedule(Schedule):
             ConfigError: a kept head would get another number, or a decision is due before the EMA has forgotten.
         """
         assert isinstance(older, SGTSchedule)
-        if moved := grown.moved(head for layer in older._grown.values() for head in layer.kept_heads):
-            raise ConfigError(
-                f"heads {moved} are kept by looping layers and would get other numbers; let num_query_groups grow in "
-                "proportion to num_attention_heads"
-            )
         if older._phase != "fixed" and not self._measures_all:
             decision = self.config.first_selection_step if older._phase == "vanilla" else older._window_end
             refuse_half_measured(older._step, decision, memory_steps(self.config.ema_decay))
-        self._ema = grown.entropies(older._ema)
-        self._phase, self._step, self._window_end = older._phase, older._step, older._window_end
-        self._grown = {grown.heirs[n]: replace(layer) for n, layer in older._grown.items()}
+        self._take_over(older, grown)
         if self._phase != "selecting" or self.config.direction != "deep_to_shallow":
             return []
         bound = min(self._grown)
@@ -329,6 +322,12 @@ class SGTSchedule(Schedule):
             if lost
             else []
         )
+
+    def _take_over(self, older: SGTSchedule, grown: Inheritance) -> None:
+        refuse_moved((head for layer in older._grown.values() for head in layer.kept_heads), grown)
+        self._ema = grown.entropies(older._ema)
+        self._phase, self._step, self._window_end = older._phase, older._step, older._window_end
+        self._grown = {grown.heirs[n]: replace(layer) for n, layer in older._grown.items()}
 
     def check_growth(self, step: int, grown: Inheritance) -> None:
         """See Schedule: any head may be kept from the first selection on, and any decision be the last one.

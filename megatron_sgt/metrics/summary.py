@@ -20,10 +20,19 @@ def run_summary(records: Sequence[Record], run_dir: Path, paint: lines.Paint = l
         *_loss_rows(by_kind.get("train", [])),
         *_valid_rows(by_kind.get("valid", [])),
         *(("growth", lines.growth_line(event, paint).split("  ", 1)[1]) for event in by_kind.get("growth", [])),
+        *(
+            ("stage", lines.grow_line(event, paint).splitlines()[0].split(" ", 1)[1])
+            for event in by_kind.get("grow", [])
+        ),
         *_start_rows(by_kind.get("resume", [])),
         *_path_rows(by_kind.get("save", []), run_dir),
     ]
     return "\n".join(f"{name:<11} {text}" for name, text in rows)
+
+
+def _stage_text(grow: Record, paint: lines.Paint) -> str:
+    first, *_ = lines.grow_line(grow, paint).splitlines()
+    return first.split(" ", 1)[1]
 
 
 def _loss_rows(train: Sequence[Record]) -> Iterator[tuple[str, str]]:

@@ -104,6 +104,16 @@ def _stages(plan: dict[str, Any], config: Config) -> Iterator[str]:
         parts = f"save {seconds['save']:.3g}, rebuild {seconds['rebuild']:.3g}, read {seconds['read']:.3g}"
         text = f"{NOT_CALIBRATED}: {seconds['total']:.3g} s after step {row['first_step'] - 1:,} ({parts})"
         yield from _row("boundary", text)
+        if "growth_time" in row:
+            yield from _row("growth time", _growth_time(row["growth_time"]))
+
+
+def _growth_time(fit: dict[str, Any]) -> str:
+    """What G_stack's source fits, beside what the run does."""
+    text = f"after {_billions(fit['configured'])} tokens; fitted growth time {_billions(fit['fitted'])} tokens"
+    notes = [f"clamped to {_billions(fit['tokens'])}, a tenth of the run"] if fit["clamped"] else []
+    notes += [] if fit["in_range"] else ["outside the models and runs that the fit was made of"]
+    return text + (f" ({'; '.join(notes)})" if notes else "") + ", arXiv 2405.15319"
 
 
 def _name(row: dict[str, Any]) -> str:

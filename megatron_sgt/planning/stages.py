@@ -18,6 +18,7 @@ from megatron_sgt.planning.step_time import Machine
 from megatron_sgt.planning.structure import Stretch, stage_timelines, timeline
 from megatron_sgt.stages.growth import WIDTHS
 from megatron_sgt.stages.stages import Stage, stages_of
+from megatron_sgt.stages.timing import g_stack_time
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,12 @@ def stage_table(
     times = [boundary_time(a.stage, b.stage, world_size, machine, precision) for a, b in pairwise(stages)]
     for row, time in zip(rows[1:], times, strict=True):
         row["boundary_s"] = {**asdict(time), "total": time.total}
+    trained = 0
+    for row in rows:
+        if row["operator"] == "g_stack":
+            fit = g_stack_time(row["parameters"], sum(one.tokens for one in stages))
+            row["growth_time"] = {**asdict(fit), "clamped": fit.clamped, "configured": trained}
+        trained += row["tokens"]
     last = stages[-1].config
     whole, scratch = sum(one.flops for one in stages), total_flops(last, timeline(last))
     kept = [row["checkpoint_bytes"] for row in rows[:-1]]

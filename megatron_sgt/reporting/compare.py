@@ -95,7 +95,8 @@ def comparison_page(runs: Sequence[RunData]) -> Page:
         page.picture(
             "loss_at_equal_" + axis.name.replace(" ", "_").lower(),
             f"Loss at equal {axis.name}",
-            f"{'Validation' if kind == 'valid' else 'Training'} loss; small ticks on the curves are growth events.",
+            f"{'Validation' if kind == 'valid' else 'Training'} loss; small ticks on the curves are growth events, "
+            "diamonds where the model itself became deeper or wider.",
             loss_figure(runs, axis, kind),
         )
     page.picture(
@@ -150,10 +151,12 @@ def loss_figure(runs: Sequence[RunData], axis: Axis, kind: str) -> Figure | None
 
 
 def _growth_ticks(axes: Axes, run: RunData, axis: Axis, steps: Floats, values: Floats, color: str) -> None:
-    events = np.array([e["step"] for e in run.growth], dtype=np.float64)
-    events = events[(events >= steps[0]) & (events <= steps[-1])] if len(steps) else events[:0]
-    if len(events):
-        axes.plot(axis.of(run, events), np.interp(events, steps, values), "|", color=color, markersize=13)
+    for found, marker, size in ((run.growth, "|", 13), (run.grows, "D", 6)):
+        events = np.array([e["step"] for e in found], dtype=np.float64)
+        events = events[(events >= steps[0]) & (events <= steps[-1])] if len(steps) else events[:0]
+        if len(events):
+            at = axis.of(run, events), np.interp(events, steps, values)
+            axes.plot(*at, marker, color=color, markersize=size, linestyle="none")
 
 
 def cost_figure(runs: Sequence[RunData]) -> Figure | None:

@@ -160,6 +160,8 @@ def headline(run: RunData) -> list[tuple[str, str]]:
         found.append(("loops add", f"{100 * overheads[-1]:.2f} % FLOPs"))
     if run.kept_heads:
         found.append(("looping layers", ", ".join(str(n) for n in sorted(run.kept_heads, reverse=True))))
+    if run.grows:
+        found.append(("stages", " -> ".join(str(stage.layers) for stage in run.stages) + " layers"))
     if run.restarts:
         found.append(("restarts", str(len(run.restarts))))
     return found

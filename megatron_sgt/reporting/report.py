@@ -10,7 +10,17 @@ from megatron_sgt.reporting import style
 from megatron_sgt.reporting.curves import cost_figure, headline, loss_figure, speed_figure
 from megatron_sgt.reporting.page import Page
 from megatron_sgt.reporting.run_data import RunData, load_run
-from megatron_sgt.reporting.structure import entropy_figure, growth_figure, growth_rows, snapshot_figure
+from megatron_sgt.reporting.structure import (
+    entropy_figure,
+    growth_figure,
+    growth_rows,
+    snapshot_figure,
+    stage_rows,
+)
+
+_BANDS = "Where the model became deeper or wider a thick line has the operator's name, and every second stage a band. "
+_NUMBERS = " Layers have the numbers of the model of that time; a line leads to where a loop goes on."
+_ANCESTORS = " Layers are those of the last model, each with the entropies of what it is a copy of."
 
 
 def write_report(run_dir: Path, output: Path | None = None) -> list[Path]:
@@ -35,21 +45,29 @@ def build_page(run: RunData) -> Page:
         "loss",
         "Loss",
         "Dashed lines are growth events: +L5 is the selection of layer 5, triangles are restarts. "
-        "The first two per cent of a long run may lie above the picture.",
+        f"{_BANDS if run.grows else ''}The first two per cent of a long run may lie above the picture.",
         loss_figure(run),
     )
     page.picture(
         "growth",
         "Growth",
         "In the hatched window all heads of the layer loop, and the gates of those that are not "
-        "kept fade to 0. Then only the kept heads loop.",
+        "kept fade to 0. Then only the kept heads loop."
+        + (
+            " Layers have the numbers of the model of that time; a line leads to where a loop goes on."
+            if run.grows
+            else ""
+        ),
         growth_figure(run),
     )
     page.picture(
         "entropy",
         "Attention entropy",
         "EMA of the entropy of the last query row, 0 (one token) to 1 (uniform). "
-        "Kept heads are framed from the step of their selection on.",
+        "Kept heads are framed from the step of their selection on."
+        + (
+            " Layers are those of the last model, each with the entropies of what it is a copy of." if run.grows else ""
+        ),
         entropy_figure(run),
     )
     page.picture(
@@ -65,16 +83,25 @@ def build_page(run: RunData) -> Page:
         cost_figure(run),
     )
     page.picture("speed", "Speed and memory", "As logged by rank 0.", speed_figure(run))
-    page.table(
-        "Growth events",
-        ("step", "decision", "kept heads", "layer score", "depth", "FLOPs of all loops"),
-        growth_rows(run),
-    )
+    _event_tables(page, run)
     page.table("Restarts", ("resumed at step", "when (UTC)", "steps taken again", "from"), _restart_rows(run))
     page.table("Checkpoints", ("step", "size", "seconds", "path"), _save_rows(run))
     if run.config_text is not None:
         page.text("Configuration", run.config_text)
     return page
+
+
+def _event_tables(page: Page, run: RunData) -> None:
+    page.table(
+        "Stages",
+        ("step", "operator", "layers", "widths", "parameters", "FLOPs per token", "loss of the probe", "took"),
+        stage_rows(run),
+    )
+    page.table(
+        "Growth events",
+        ("step", "decision", "kept heads", "layer score", "depth", "FLOPs of all loops"),
+        growth_rows(run),
+    )
 
 
 def _extent(run: RunData) -> str:

@@ -33,6 +33,23 @@ class Restart:
 
 
 @dataclass(frozen=True)
+class StageSpan:
+    """Steps ``first`` + 1 to ``last`` of one model. ``grow``: the record of its beginning; None for the first.
+
+    ``layers``: how many it has; None where nothing tells.
+    """
+
+    first: int
+    last: int
+    layers: int | None
+    grow: Record | None
+
+    def holds(self, step: int) -> bool:
+        """Whether the model trained ``step``; step 0 counts to the first."""
+        return self.first < step <= self.last or (self.grow is None and step == 0)
+
+
+@dataclass(frozen=True)
 class RunData:
     """One run. ``records``: the valid ones, in order; ``notes``: what is missing or damaged, in words."""
 
@@ -66,16 +83,41 @@ class RunData:
         return self.of_kind("growth")
 
     @cached_property
+    def grows(self) -> list[Record]:
+        """How the model became deeper or wider, once for each stage: what a restart repeats adds nothing."""
+        found: dict[int, dict[str, Any]] = {}
+        for record in self.of_kind("grow"):
+            if all(isinstance(record.get(name), list) for name in ("layers", "heirs", "loop_depth")):
+                known = {name: value for name, value in record.items() if value is not None}
+                found[record["step"]] = {**found.get(record["step"], {}), **known}
+        return [found[step] for step in sorted(found)]
+
+    @cached_property
+    def stages(self) -> list[StageSpan]:
+        """The models of the run in order; one where it did not grow."""
+        begun = [None, *self.grows]
+        firsts = [0, *(grow["step"] for grow in self.grows)]
+        lasts = [*firsts[1:], max(self.last_step, firsts[-1])]
+        depths = [event["loop_depth"] for event in self.growth if event.get("loop_depth")]
+        first = 1 + max(self.grows[0]["layers"]) if self.grows else max(map(len, depths), default=None)
+        layers = [first, *(len(grow["layers"]) for grow in self.grows)]
+        return [StageSpan(*values) for values in zip(firsts, lasts, layers, begun, strict=True)]
+
+    @cached_property
     def kept_heads(self) -> dict[int, tuple[int, tuple[int, ...]]]:
-        """Selected layer -> (step of its selection, its kept heads)."""
+        """Selected layer of the last model -> (step of its selection, its kept heads)."""
         kept: dict[int, tuple[int, tuple[int, ...]]] = {}
-        for event in self.growth:
-            for layer, heads in (event.get("kept_heads") or {}).items():
-                kept.setdefault(int(layer), (int(event["step"]), tuple(heads)))
+        for stage in self.stages:
+            if stage.grow is not None:
+                heirs = stage.grow["heirs"]
+                kept = {heirs[layer]: found for layer, found in kept.items() if layer < len(heirs)}
+            for event in (event for event in self.growth if stage.holds(event["step"])):
+                for layer, heads in (event.get("kept_heads") or {}).items():
+                    kept.setdefault(int(layer), (int(event["step"]), tuple(heads)))
         return kept
 
-    def entropy(self) -> tuple[Floats, Floats]:
-        """(steps [N], EMA entropies [N, layers, heads]) where they were reported.
+    def measured_entropy(self) -> tuple[list[int], list[Floats]]:
+        """(steps, EMA entropies [layers, heads] of the model at that step) where they were reported.
 
         Step 1 is omitted: the EMA starts at 0 and has seen only one step by then.
         """
@@ -83,12 +125,33 @@ class RunData:
         for record in self.records:
             if record["kind"] in ("train", "growth") and record.get("ema_entropy") and record["step"] > 1:
                 found[int(record["step"])] = record["ema_entropy"]
-        shapes = [np.shape(table) for table in found.values()]
-        if not found or len(set(shapes)) > 1 or len(shapes[0]) != 2:
-            return np.zeros(0), np.zeros((0, 0, 0))
+        if any(len(np.shape(table)) != 2 for table in found.values()):
+            return [], []
         steps = sorted(found)
-        tables = np.array([found[step] for step in steps], dtype=np.float64)
-        return np.array(steps, dtype=np.float64), tables
+        return steps, [np.array(found[step], dtype=np.float64) for step in steps]
+
+    def entropy(self) -> tuple[Floats, Floats]:
+        """(steps [N], EMA entropies [N, layers, heads] of the last model): each layer has those of its ancestors.
+
+        NaN for heads that were not there yet.
+        """
+        steps, tables = self.measured_entropy()
+        tables = [self._of_last_model(step, table) for step, table in zip(steps, tables, strict=True)]
+        if not tables or len({table.shape for table in tables}) > 1:
+            return np.zeros(0), np.zeros((0, 0, 0))
+        return np.array(steps, dtype=np.float64), np.array(tables)
+
+    def _of_last_model(self, step: int, table: Floats) -> Floats:
+        for grow in (grow for grow in self.grows if grow["step"] >= step):
+            if max(grow["layers"]) >= len(table):
+                return np.zeros((0, 0))
+            before, after = (grow.get(f"sizes_{when}") or {} for when in ("before", "after"))
+            heads = after.get("num_attention_heads") or table.shape[1]
+            grown = np.full((len(grow["layers"]), heads), np.nan)
+            if _per_group(before) == _per_group(after):  # else heads have got other numbers
+                grown[:, : table.shape[1]] = table[grow["layers"]]
+            table = grown
+        return table
 
     def tokens_per_step(self) -> int | None:
         for record in self.of_kind("train"):
@@ -101,6 +164,10 @@ class RunData:
         """(steps, sum since step 0) of a per-step average that train records carry, such as ``step_time_s``."""
         steps, values = self.series("train", key)
         return steps, np.cumsum(np.diff(steps, prepend=0.0) * values)
+
+
+def _per_group(sizes: Mapping[str, int]) -> float:
+    return sizes.get("num_attention_heads", 1) / sizes.get("num_query_groups", 1)
 
 
 def load_run(run_dir: Path, name: str | None = None) -> RunData:

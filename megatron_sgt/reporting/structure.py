@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,11 +13,13 @@ from matplotlib.patheffects import Normal, Stroke
 
 from megatron_sgt.metrics import units
 from megatron_sgt.reporting import style
-from megatron_sgt.reporting.run_data import Floats, Record, RunData
+from megatron_sgt.reporting.run_data import Floats, Record, RunData, StageSpan
 
 COLORS = "cividis"
 """Grows in lightness from end to end, so it survives a grey print."""
 MAX_SNAPSHOTS = 8
+MISSING = "missing layers"
+"""Name of the areas of layers that a model has not got yet."""
 FRAME = "kept head"
 """Name of the frames around kept heads in the pictures' lists of patches."""
 NAMED = 6
@@ -34,6 +36,10 @@ def entropy_figure(run: RunData) -> Figure | None:
     _, layers, heads = tables.shape
     figure, (axes,) = style.new_figure(min(9.0, max(3.6, 1.6 + 0.028 * layers * heads + 0.12 * layers)))
     edges = np.concatenate([[max(0.0, 1.5 * steps[0] - 0.5 * steps[1]) if len(steps) > 1 else 0.0], _edges(steps)])
+    for grow in run.grows:  # no column is of two models
+        before = int(np.searchsorted(steps, grow["step"], side="right"))
+        if 0 < before < len(steps):
+            edges[before] = grow["step"]
     image = axes.pcolormesh(
         edges,
         np.arange(layers * heads + 1),
@@ -76,18 +82,18 @@ def entropy_figure(run: RunData) -> Figure | None:
 
 def snapshot_figure(run: RunData) -> Figure | None:
     """The [layer x head] entropies on which each decision was taken, kept heads outlined."""
-    steps, tables = run.entropy()
+    steps, tables = run.measured_entropy()
     events = [e for e in run.growth if len(steps) and steps[0] <= e["step"]][:MAX_SNAPSHOTS]
     if not events:
         return None
-    layers, heads = tables.shape[1:]
+    shown = [tables[np.searchsorted(steps, e["step"], side="right") - 1] for e in events]
+    layers, heads = np.max([table.shape for table in shown], axis=0)
     columns = min(4, len(events))
     rows = -(-len(events) // columns)
     height = rows * min(5.0, max(1.9, 0.9 + 2.1 * layers / max(heads, 4) * 4 / columns * 0.8))
     figure = Figure(figsize=(style.WIDTH, height), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    shown = [tables[np.searchsorted(steps, e["step"], side="right") - 1] for e in events]
-    norm = _norm(np.array(shown))
+    norm = _norm(np.concatenate([table.ravel() for table in shown]))
     for panel in panels.flat[len(events) :]:
         panel.set_visible(False)
     for panel, event, table in zip(panels.flat, events, shown, strict=False):
@@ -96,6 +102,8 @@ def snapshot_figure(run: RunData) -> Figure | None:
             for head in kept:
                 _outline(panel, head - 0.5, int(layer) - 0.5, 1.0, 1.0)
         panel.set_title(f"step {event['step']:,}: {style.event_label(event)}", fontsize=9)
+        panel.set_xlim(-0.5, heads - 0.5)
+        panel.set_ylim(-0.5, layers - 0.5)
         panel.grid(False)
         panel.set_xticks(range(0, heads, max(1, heads // 8)))
         panel.set_yticks(range(0, layers, max(1, layers // 12)))
@@ -109,25 +117,18 @@ def snapshot_figure(run: RunData) -> Figure | None:
 
 def growth_figure(run: RunData) -> Figure | None:
     """Which layers loop when: the window in which the other heads fade, then the kept heads, and the depth."""
-    if not run.growth:
+    if not run.growth and not run.grows:
         return None
-    depths = [event.get("loop_depth") or [] for event in run.growth]
-    layers = max(len(depth) for depth in depths) or 1
-    end = _shown(run, run.growth[-1]["step"] + 1)
+    depths = [event.get("loop_depth") or [] for event in [*run.growth, *run.grows]]
+    layers = max(stage.layers or 1 for stage in run.stages)
+    end = _shown(run, max(event["step"] for event in [*run.growth, *run.grows]) + 1)
     deepest = max((max(depth, default=0) for depth in depths), default=1) or 1
     figure, (axes,) = style.new_figure(min(8.0, max(2.6, 1.3 + 0.24 * layers)))
-    for layer in range(layers):
-        for start, stop, depth in _spans(run.growth, layer, end):
-            bar = 0.30 + 0.5 * depth / deepest
-            axes.barh(layer, stop - start, left=start, height=bar, color=style.BLUE, edgecolor="white", zorder=2)
-            if deepest > 1:
-                text = axes.text(
-                    start + 0.004 * end, layer, f"x{depth}", va="center", fontsize=8, color="white", zorder=5
-                )
-                text.set_path_effects([Stroke(linewidth=2.5, foreground=style.BLUE), Normal()])
+    for stage in run.stages:
+        _draw_stage(axes, run, stage, layers, end, deepest)
     for event in run.growth:
         if event.get("action") in ("first_selection", "select_new_layer"):
-            _draw_window(axes, event, end, 0.30 + 0.5 / deepest)
+            _draw_window(axes, run, event, end, 0.30 + 0.5 / deepest)
     for layer, (_, kept) in run.kept_heads.items():
         axes.text(
             1.008,
@@ -150,6 +151,9 @@ def growth_figure(run: RunData) -> Figure | None:
         Rectangle((0, 0), 1, 1, facecolor=style.BLUE),
     ]
     names = ["window: all heads loop, the others fade", "kept heads loop"]
+    if any((stage.layers or layers) < layers for stage in run.stages):
+        handles.append(Rectangle((0, 0), 1, 1, facecolor="#E9E9E9", edgecolor="#C9C9C9", hatch="xx"))
+        names.append("layers that are not there yet")
     restarts, restart = axes.get_legend_handles_labels()
     axes.legend(
         [*handles, *restarts],
@@ -161,22 +165,52 @@ def growth_figure(run: RunData) -> Figure | None:
     return figure
 
 
-def _draw_window(axes: Axes, event: Record, end: int, height: float) -> None:
-    """The decay window of a selected layer, as a hatched wedge that narrows like the gates."""
-    start, layer = event["step"], event["layer"]
-    stop = min(int(event.get("fade_until_step") or start), end)
-    if stop > start:
-        axes.barh(
-            layer,
-            stop - start,
-            left=start,
-            height=height,
-            facecolor=style.SKY,
-            edgecolor=style.BLUE,
-            hatch="////",
-            linewidth=0.8,
-            zorder=3,
-        )
+def _draw_stage(axes: Axes, run: RunData, stage: StageSpan, layers: int, end: int, deepest: int) -> None:
+    """The loops of one model in the numbers of its layers, and the layers that it has not got yet."""
+    last = min(stage.last, end) if stage is not run.stages[-1] else end
+    here = stage.layers or layers
+    if here < layers:
+        missing = Rectangle((stage.first, here - 0.5), last - stage.first, layers - here + 0.1)
+        missing.set(facecolor="#E9E9E9", edgecolor="#C9C9C9", hatch="xx", linewidth=0, zorder=2)
+        missing.set_gid(MISSING)
+        axes.add_patch(missing)
+    events = [event for event in run.growth if stage.holds(event["step"])]
+    if stage.grow is not None:
+        events = [stage.grow, *events]
+        for old, new in enumerate(stage.grow["heirs"]):
+            if stage.grow["loop_depth"][new : new + 1] > [0] and old != new:
+                axes.plot([stage.first] * 2, [old, new], color=style.BLUE, linewidth=1.4, marker="o", markersize=3)
+    for layer in range(here):
+        for start, stop, depth in _spans(events, layer, last):
+            bar = 0.30 + 0.5 * depth / deepest
+            axes.barh(layer, stop - start, left=start, height=bar, color=style.BLUE, edgecolor="white", zorder=2)
+            if deepest > 1:
+                text = axes.text(
+                    start + 0.004 * end, layer, f"x{depth}", va="center", fontsize=8, color="white", zorder=5
+                )
+                text.set_path_effects([Stroke(linewidth=2.5, foreground=style.BLUE), Normal()])
+
+
+def _draw_window(axes: Axes, run: RunData, event: Record, end: int, height: float) -> None:
+    """The decay window of a selected layer, hatched; in each model under the number that the layer has there."""
+    layer = event["layer"]
+    until = min(int(event.get("fade_until_step") or event["step"]), end)
+    for stage in run.stages:
+        start, stop = max(event["step"], stage.first), min(until, stage.last)
+        if stage.grow is not None and event["step"] <= stage.first:
+            layer = stage.grow["heirs"][layer]
+        if stop > start:
+            axes.barh(
+                layer,
+                stop - start,
+                left=start,
+                height=height,
+                facecolor=style.SKY,
+                edgecolor=style.BLUE,
+                hatch="////",
+                linewidth=0.8,
+                zorder=3,
+            )
 
 
 def _spans(events: Sequence[Record], layer: int, end: int) -> list[tuple[int, int, int]]:
@@ -218,7 +252,7 @@ def _edges(steps: Floats) -> Floats:
 def _norm(tables: Floats) -> Normalize:
     measured = tables[tables > 0]
     low = float(np.quantile(measured, 0.01)) if measured.size else 0.0
-    return Normalize(low, max(float(tables.max()), low + 1e-6))
+    return Normalize(low, max(float(np.nanmax(tables)), low + 1e-6))
 
 
 def _outline(axes: Axes, x: float, y: float, width: float, height: float, line: float = 1.6) -> None:
@@ -244,6 +278,34 @@ def growth_rows(run: RunData) -> list[tuple[str, ...]]:
                 units.fixed(event["layer_score"], 3) if event.get("layer_score") is not None else "",
                 str(depth[0]) if depth else "",
                 "" if overhead is None else f"+{100 * overhead:.2f} %",
+            )
+        )
+    return rows
+
+
+def stage_rows(run: RunData) -> list[tuple[str, ...]]:
+    """The stages after the first as rows of a table: step, operator, sizes, parameters, FLOPs, loss of the probe."""
+
+    def change(grow: Record, name: str, show: Callable[[float], str]) -> str:
+        return " -> ".join(
+            show(grow[f"{name}_{when}"]) if grow.get(f"{name}_{when}") is not None else "?"
+            for when in ("before", "after")
+        )
+
+    rows: list[tuple[str, ...]] = []
+    for grow in run.grows:
+        before, after = grow.get("sizes_before") or {}, grow.get("sizes_after") or {}
+        widths = [f"{name} {before[name]} -> {after[name]}" for name in before if before[name] != after.get(name)]
+        rows.append(
+            (
+                f"{grow['step']:,}",
+                str(grow.get("operator") or ""),
+                f"{1 + max(grow['layers'])} -> {len(grow['layers'])}",
+                ", ".join(text for text in widths if not text.startswith("num_layers")),
+                change(grow, "parameters", lambda value: units.si(value, " ")),
+                change(grow, "flops_per_token", lambda value: units.si(value, " ")),
+                change(grow, "probe_loss", lambda value: units.fixed(value, 4)),
+                units.elapsed(grow["seconds"]) if grow.get("seconds") is not None else "",
             )
         )
     return rows

@@ -34,6 +34,10 @@ LINES = (
 )
 """(colour, dash) of the runs of a comparison, in order."""
 
+BAND, STAGE_TEXT = "#F0EEF4", "#8A3F70"
+STAGE = "stage"
+"""Name of the bands of stages in the pictures' lists of patches."""
+
 WIDTH = 9.0
 """Inches; with DPI, pixels of the pictures in a page."""
 DPI = 130
@@ -94,19 +98,25 @@ def si_axis(axes: Axes, what: str = "y") -> None:
 def mark_growth(axes: Axes, run: RunData, labels: bool = False, end: int | None = None) -> None:
     """A thin vertical line at every growth event; with ``labels``, what was decided, above the axes.
 
+    Where the model itself became deeper or wider the line is thick, and every second stage lies on a grey band.
+
     ``end``: where the step axis ends, by default with the run. Labels that would overlap are put on a second and
     third level.
     """
+    end = end or run.last_step
+    for stage in run.stages[1::2]:
+        axes.axvspan(stage.first, min(stage.last, end), color=BAND, linewidth=0, zorder=0).set_gid(STAGE)
     level_ends = [-1.0, -1.0, -1.0]
-    for event in run.growth:
-        step = event["step"]
-        axes.axvline(step, color=GREY, linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
+    for event in sorted([*run.growth, *run.grows], key=lambda event: float(event["step"])):
+        step, grows = event["step"], event in run.grows
+        look: dict[str, Any] = {"color": PURPLE, "linewidth": 1.8} if grows else {"color": GREY, "linewidth": 0.9}
+        axes.axvline(step, linestyle="-" if grows else (0, (4, 2)), zorder=1, **look)
         if not labels:
             continue
         text = event_label(event)
         width = 0.0125 * len(text)
-        position = step / max(1, end or run.last_step)
-        level = next((n for n, end in enumerate(level_ends) if position > end), 2)
+        position = step / max(1, end)
+        level = next((n for n, taken in enumerate(level_ends) if position > taken), 2)
         level_ends[level] = position + width
         axes.annotate(
             text,
@@ -115,13 +125,16 @@ def mark_growth(axes: Axes, run: RunData, labels: bool = False, end: int | None 
             xytext=(2, 3 + 11 * level),
             textcoords="offset points",
             fontsize=8,
-            color="#444444",
+            color=STAGE_TEXT if grows else "#444444",
+            fontweight="bold" if grows else "normal",
             annotation_clip=False,
         )
 
 
 def event_label(event: Any) -> str:
-    """A few characters for one growth event: "+L19", "L19 deeper", "fixed"."""
+    """A few characters for one growth event: "+L19", "L19 deeper", "fixed"; the operator of a new stage."""
+    if "operator" in event:
+        return str(event["operator"])
     layer = event.get("layer")
     if layer is None:
         return str(event.get("action", "")).replace("_", " ")

@@ -15,18 +15,12 @@ def grown_config(config: Config, growth: Growth, step: int) -> Config:
     """``config`` with the model that has grown after ``step`` steps; what names layers names all copies of them.
 
     Raises:
-        ConfigError: the grown model does not fit the rest of the configuration, a replay names layers, or the model is
-            still being faded in.
+        ConfigError: the grown model does not fit the rest of the configuration, or is still being faded in.
     """
     if config.growth.ramp is not None and step < config.growth.ramp.end:
         raise ConfigError(
             f"the model is faded in until step {config.growth.ramp.end:,} and cannot grow again after step {step:,}; "
             "grow later, or choose fewer ramp_steps before"
-        )
-    if config.growth.replay is not None:
-        raise ConfigError(
-            f"growth.replay: {config.growth.replay} names layers of the model before it grew; a run that repeats a "
-            "recorded growth cannot become deeper or wider"
         )
     values: dict[str, Any] = config.model_dump()
     values["model"] = growth.new.model_dump()

@@ -17,6 +17,11 @@ WIDTHS = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_gr
 """The sizes of a model that can grow, beside its layers. The size of a head stays."""
 
 
+def sizes_of(model: ModelConfig) -> dict[str, int]:
+    """All sizes of ``model`` that can grow, as records tell them."""
+    return {name: getattr(model, name) for name in ("num_layers", *WIDTHS)}
+
+
 @dataclass(frozen=True)
 class Ramp:
     """New parts that a mask fades in (ramp.py), in the first ``steps`` steps of the grown model.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from megatron_sgt.config import Config
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth import build_schedule
 from megatron_sgt.growth.inherit import Inheritance
+from megatron_sgt.growth.replay import recorded_growths
 from megatron_sgt.stages.growth import Growth
 
 
@@ -25,6 +29,30 @@ def check_optimizer(config: Config) -> None:
         raise ConfigError(
             "growth.stages: deepspeed.zero_optimization.offload_optimizer.device is nvme, from where no state can be "
             "taken into a larger model; set it to cpu, or remove growth.stages"
+        )
+
+
+def check_replay(config: Config, growths: Sequence[tuple[int, Growth, str]], whole: bool) -> None:
+    """Check that the model grows as that of the run whose decisions growth.replay repeats.
+
+    Args:
+        growths: so far: after which step, how, and by which operator.
+        whole: these are all of them.
+
+    Raises:
+        ConfigError: it does not, or the record cannot be read.
+    """
+    if config.growth.replay is None:
+        return
+    end = config.train.train_iters
+    recorded = [g for g in recorded_growths(Path(config.growth.replay)) if g.step < end]
+    wanted = [(g.step, g.operator, g.layers) for g in (recorded if whole else recorded[: len(growths)])]
+    if wanted != [(step, operator, growth.layers) for step, growth, operator in growths]:
+        there = ", ".join(f"{g.operator} after step {g.step:,}" for g in recorded) or "no growth of the model"
+        here = ", ".join(f"{operator} after step {step:,}" for step, _, operator in growths) or "none"
+        raise ConfigError(
+            f"growth.replay: {config.growth.replay} records {there}, and growth.stages name {here}; a record is "
+            "repeated with the stages that it was made with"
         )
 
 

@@ -16,7 +16,7 @@ from megatron_sgt.errors import ConfigError
 from megatron_sgt.stages.config import grown_config
 from megatron_sgt.stages.growth import Growth, Operator
 from megatron_sgt.stages.learning_rate import RatePolicy
-from megatron_sgt.stages.limits import check_optimizer, check_ramp, check_schedule
+from megatron_sgt.stages.limits import check_optimizer, check_ramp, check_replay, check_schedule
 from megatron_sgt.stages.maps import has_new_entries, maps_of
 from megatron_sgt.stages.operators import operator_named
 from megatron_sgt.stages.optimizer import Carried, OptimizerPolicy, carry
@@ -91,6 +91,7 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
     if config.growth.stages:
         check_optimizer(config)
     stages: list[Stage] = []
+    growths: list[tuple[int, Growth, str]] = []
     begun, grown, current = 0, None, _without_stages(config)
     for number, settings in enumerate(config.growth.stages):
         where = f"growth.stages[{number}]"
@@ -105,12 +106,15 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
         stages.append(Stage(number, begun, last, current, grown))
         try:
             grown = _grown(settings, current, last)
+            growths.append((last, grown.growth, settings.operator))
+            check_replay(config, growths, whole=False)
             after = grown_config(current, grown.growth, last)
             check_schedule(current, grown.growth, last)
             grown.carried(last, after)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
         begun, current = last, after
+    check_replay(config, growths, whole=True)
     if grown is not None:
         check_ramp(current, where)
     stages.append(Stage(len(stages), begun, config.train.train_iters, current, grown))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
+from megatron_sgt.checkpoint import layout
 from megatron_sgt.checkpoint.contents import read_contents, read_root
 from megatron_sgt.checkpoint.describe import describe, describe_root
 from megatron_sgt.checkpoint.manifest import size_problems
@@ -24,6 +26,24 @@ def test_a_checkpoint_in_full(tmp_path: Path) -> None:
         "            layer 1: depth 1, kept heads 1 2, selected at step 6, other heads at gate 0.5",
     ):
         assert line in text, text
+
+
+def test_the_stages_of_a_model_that_has_grown(tmp_path: Path) -> None:
+    folder = write_grown_checkpoint(tmp_path)
+    assert "  stage " not in describe(read_contents(folder, size_problems))
+    same = {"moments": "copy", "optimizer": "continue", "lr_policy": "continue"}
+    records = [
+        {"step": 3, "operator": "midas", "options": {"block_size": 2}, **same, "weights": "weights"},
+        {"step": 5, "operator": "grad_stack", "options": {}, **same, "weights": "ema"},
+    ]
+    state = layout.read_json(folder / layout.STATE_FILE)
+    layout.write_json(folder / layout.STATE_FILE, {**state, layout.STAGES_STATE: records})
+    found = read_contents(folder, lambda _: [])
+    assert found.details is not None and list(found.details.stages) == json.loads(json.dumps(records))
+    text, rest = describe(found), "moments copy, optimizer continue, learning rate continue\n"
+    assert "  stage     2, since step 5\n" in text
+    assert f"            stage 1: midas (block_size 2) after step 3; {rest}" in text
+    assert f"            stage 2: grad_stack after step 5, of the averaged weights; {rest}" in text
 
 
 def test_a_run_is_a_table_with_its_latest_and_its_damaged(tmp_path: Path) -> None:

@@ -160,6 +160,13 @@ def test_prune_keeps_milestones(tmp_path: Path) -> None:
     assert names(tmp_path) == {"global_step10", "global_step20", "global_step25"}
 
 
+def test_prune_keeps_the_ends_of_stages(tmp_path: Path) -> None:
+    for step in (5, 7, 10, 15):
+        make(tmp_path, step)
+    layout.point_to(tmp_path, layout.tag_for(15))
+    assert layout.prune(tmp_path, 1, ends={7, 99}) == ["global_step5", "global_step10"]
+
+
 def test_prune_counts_from_what_latest_names(tmp_path: Path) -> None:
     """Later checkpoints are of a past that was given up: they must not push out what the run resumes from."""
     for step in (1, 2, 3, 8, 9):

@@ -67,3 +67,21 @@ def test_a_replayed_run_is_the_recorded_run(runs: Path, data: str, tmp_path: Pat
         for folder in (runs / "sgt", tmp_path / "again")
     )
     assert one == two
+
+
+def test_a_replayed_run_grows_where_the_recorded_one_did(data: str, tmp_path: Path) -> None:
+    """Decisions before and after the model grows, in the numbers of the layers of each stage."""
+    growth = {**TINY["growth"], "stages": [{"until_steps": 7, "operator": "g_stack", "options": {"factor": 2}}]}
+    less: dict[str, Any] = {"train": {"train_iters": 10, "eval_interval": 0}}
+    run_on_ranks(1, pretrain, tiny_config(tmp_path / "once", data, growth=growth, **less))
+    replay = {**growth, "replay": str(tmp_path / "once" / METRICS_FILE)}
+    run_on_ranks(1, pretrain, tiny_config(tmp_path / "again", data, growth=replay, **less))
+    assert losses(tmp_path / "again") == losses(tmp_path / "once")
+    for kind in ("growth", "grow"):
+        one, two = (
+            [(e["step"], e.get("action"), e["kept_heads"], e["loop_depth"]) for e in reported(tmp_path / name, kind)]
+            for name in ("once", "again")
+        )
+        assert one == two
+    steps = [event["step"] for event in reported(tmp_path / "once", "growth")]
+    assert min(steps) <= 7 < max(steps)

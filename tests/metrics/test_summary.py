@@ -45,3 +45,14 @@ def test_a_run_that_died_before_its_first_report() -> None:
     text = run_summary([], Path("runs/x"))
     assert "no step was reported" in text
     assert "checkpoint" not in text
+
+
+def test_the_stages_of_a_model_that_grew() -> None:
+    grow = {
+        "kind": "grow", "step": 15, "stage": 1, "operator": "g_stack", "lr_policy": "continue", "notes": ["a note"],
+        "sizes_before": {"num_layers": 5}, "sizes_after": {"num_layers": 10}, "parameters_before": 1e6,
+        "parameters_after": 2e6, "flops_per_token_before": 2e5, "flops_per_token_after": 4e5,
+        "probe_loss_before": 4.61, "probe_loss_after": 4.87,
+    }  # fmt: skip
+    (line,) = [line for line in run_summary([grow], Path("run")).splitlines() if line.startswith("stage ")]
+    assert line.split(maxsplit=1)[1].startswith("step 15") and "num_layers 5 -> 10" in line and "note" not in line

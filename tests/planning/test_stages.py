@@ -21,6 +21,7 @@ from megatron_sgt.planning.plan import make_plan
 from megatron_sgt.planning.render import WIDTH, render
 from megatron_sgt.planning.stages import largest_checkpoint, plan_stages, stage_table
 from megatron_sgt.planning.step_time import Machine
+from megatron_sgt.stages.timing import g_stack_time
 from tests.helpers.flops import flop_counter
 from tests.helpers.single import random_batch, single_model, small_config
 
@@ -144,6 +145,23 @@ def test_g_stack_saves_what_its_source_says_at_equal_tokens() -> None:
     table = stage_table(plan_stages(config), 32, MACHINE, 0.4, "bf16")
     assert table["saving"] == pytest.approx(32 * large / (3.2 * small + 28.8 * large) - 1, rel=1e-12)
     assert 0.07 < table["saving"] < 0.08
+
+
+def test_g_stack_is_told_when_its_source_would_grow() -> None:
+    """Of 134 B tokens it would take more than a tenth; a tiny model is outside the fit, too."""
+    config = example(8, 11008, {"until_steps": 2623, **G_STACK})
+    plan = make_plan(config, 32, MACHINE, 0.4, "bf16")
+    fit = plan["stages"]["rows"][1]["growth_time"]
+    assert fit["configured"] == 2623 * 1024 * 4096 and fit["in_range"] and fit["clamped"]
+    expected = g_stack_time(plan["parameters"]["total"], plan["run"]["tokens"])
+    assert (fit["fitted"], fit["tokens"]) == (expected.fitted, plan["run"]["tokens"] / 10)
+    flat = " ".join(render(plan, config, "").split())
+    fitted = f"{expected.fitted / 1e9:.1f} B tokens (clamped to 13.4 B, a tenth of the run), arXiv 2405.15319"
+    assert f"growth time after 11.0 B tokens; fitted growth time {fitted}" in flat
+    small = small_config(growth={"stages": [{"until_steps": 3, **G_STACK}]})
+    text = " ".join(render(make_plan(small, 1, MACHINE, 0.4, "fp32"), small, "").split())
+    assert "(clamped to 64.0, a tenth of the run; outside the models and runs that the fit was made of)" in text
+    assert "growth_time" not in make_plan(example(28, 11008, GRADUAL[0]), 32, MACHINE, 0.4, "bf16")["stages"]["rows"][1]
 
 
 def test_the_flops_of_every_stage_equal_the_counter() -> None:

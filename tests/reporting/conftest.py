@@ -54,6 +54,56 @@ def grown_lines() -> list[str]:
     return [*first, *void, *second, encode("summary", {"step": 60, "time": 1.7e9, "reason": "finished"})]
 
 
+def grow(step: int, operator: str, layers: list[int], heirs: list[int], depth: list[int], **more: Any) -> str:
+    sizes = {"hidden_size": 48, "num_attention_heads": HEADS, "num_query_groups": HEADS}
+    record = {
+        "step": step, "time": 1.7e9 + step, "stage": 1, "operator": operator, "layers": layers, "heirs": heirs,
+        "loop_depth": depth, "kept_heads": {}, "lr_policy": "continue", "sizes_before": {"num_layers": LAYERS, **sizes},
+        "sizes_after": {"num_layers": len(layers), **sizes}, "parameters_before": 1.25e6, "parameters_after": 2.5e6,
+        "flops_per_token_before": 2e5, "flops_per_token_after": 4e5, "probe_loss_before": 4.61,
+        "probe_loss_after": 4.87, "seconds": 2.25, **more,
+    }  # fmt: skip
+    return encode("grow", record)
+
+
+def staged_lines() -> list[str]:
+    """Sixty steps of 5, 10 and 10 layers: stacked in the middle of a window, then wider; resumed at the first end."""
+
+    def table(layers: int, heads: int, step: int) -> list[list[float]]:
+        return [[0.4 + 0.03 * n + 0.02 * head + 0.002 * step for head in range(heads)] for n in range(layers)]
+
+    def event(step: int, layer: int | None, kept: dict[str, list[int]], depth: list[int], heads: int) -> str:
+        action = "fixed" if layer is None else "select_new_layer"
+        fade = {} if layer is None else {"fade_until_step": step + 10}
+        entropy = table(len(depth), heads, step)
+        values = {"action": action, "layer": layer, "kept_heads": kept, "loop_depth": depth, "ema_entropy": entropy}
+        return encode("growth", {"step": step, "time": 1.7e9 + step, **values, **fade, "layer_score": 0.8})
+
+    stacked = grow(15, "g_stack", [*range(5)] * 2, [5, 6, 7, 8, 9], [0] * 9 + [1])
+    again = grow(15, "g_stack", [*range(5)] * 2, [5, 6, 7, 8, 9], [0] * 9 + [1], probe_loss_before=None)
+    sizes = {"num_layers": 10, "hidden_size": 48, "num_attention_heads": HEADS, "num_query_groups": HEADS}
+    wide = {**sizes, "hidden_size": 96, "num_attention_heads": 2 * HEADS, "num_query_groups": 2 * HEADS}
+    both = [0] * 6 + [1, 0, 0, 1]
+    return [
+        encode("resume", {"step": 0, "time": 1.7e9, "path": None}),
+        *(train(s, 5.0 - s / 50, 2e9, ema_entropy=table(5, HEADS, s)) for s in (2, 5, 10)),
+        event(10, 4, {"4": [0, 2]}, [0, 0, 0, 0, 1], HEADS),
+        train(15, 4.7, 2.1e9, ema_entropy=table(5, HEADS, 15)),
+        stacked,
+        encode("resume", {"step": 15, "time": 1.7e9 + 50, "path": "ckpt/global_step15"}),
+        again,
+        *(train(s, 5.1 - s / 50, 4e9, ema_entropy=table(10, HEADS, s)) for s in (20, 25)),
+        event(25, 6, {"6": [1], "9": [0, 2]}, both, HEADS),
+        *(train(s, 5.1 - s / 50, 4.2e9, ema_entropy=table(10, HEADS, s)) for s in (30, 40)),
+        grow(40, "msg", [*range(10)], [*range(10)], both, stage=2, sizes_before=sizes, sizes_after=wide),
+        *(train(s, 5.0 - s / 50, 7e9, 0.9, ema_entropy=table(10, 2 * HEADS, s)) for s in (45, 50)),
+        event(50, None, {"6": [1], "9": [0, 2]}, both, 2 * HEADS),
+        train(60, 3.9, 7e9, 0.9),
+        encode("valid", {"step": 60, "time": 1.7e9, "loss": 4.0, "perplexity": 54.6}),
+        encode("summary", {"step": 60, "time": 1.7e9, "reason": "finished"}),
+    ]
+
+
 def write_run(folder: Path, lines: list[str], config: str | None = "model: {num_layers: 5}\n") -> Path:
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
@@ -65,6 +115,11 @@ def write_run(folder: Path, lines: list[str], config: str | None = "model: {num_
 @pytest.fixture
 def grown(tmp_path: Path) -> Path:
     return write_run(tmp_path / "grown", grown_lines())
+
+
+@pytest.fixture
+def staged(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "staged", staged_lines())
 
 
 @pytest.fixture

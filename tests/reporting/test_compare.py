@@ -2,10 +2,18 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_sgt.errors import ConfigError
-from megatron_sgt.reporting.compare import AXES, common_kind, equal_table, summary_table, write_comparison
+from megatron_sgt.reporting.compare import (
+    AXES,
+    common_kind,
+    equal_table,
+    loss_figure,
+    summary_table,
+    write_comparison,
+)
 from megatron_sgt.reporting.run_data import load_run
 from tests.reporting.conftest import train, write_run
 
@@ -74,3 +82,15 @@ def test_names(vanilla: Path, grown: Path, tmp_path: Path) -> None:
         write_comparison([vanilla], tmp_path / "out")
     with pytest.raises(ConfigError, match="1 names were given for 2 runs"):
         write_comparison([vanilla, grown], tmp_path / "out", ["one"])
+
+
+def test_flops_of_all_stages_count_and_growths_have_diamonds(vanilla: Path, staged: Path) -> None:
+    """15 steps of a small model, 25 of a deeper, 20 of a wider one; each record stands for the steps before it."""
+    runs = [load_run(vanilla), load_run(staged)]
+    flops = AXES[1].of(runs[1], np.array([10.0, 15.0, 40.0, 60.0]))
+    spent = [10 * 2e9, 5 * 2.1e9, 10 * 4e9 + 15 * 4.2e9, 20 * 7e9]
+    assert flops.tolist() == pytest.approx(np.cumsum(spent).tolist())
+    figure = loss_figure(runs, AXES[1], "train")
+    assert figure is not None
+    (diamonds,) = [line for line in figure.axes[0].lines if line.get_marker() == "D"]
+    assert diamonds.get_xdata().tolist() == pytest.approx(flops[1:3].tolist())

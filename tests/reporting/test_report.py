@@ -4,6 +4,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
@@ -12,7 +13,7 @@ from megatron_sgt.reporting import curves, structure, style
 from megatron_sgt.reporting.report import write_report
 from megatron_sgt.reporting.run_data import load_run
 from megatron_sgt.reporting.structure import COLORS
-from tests.reporting.conftest import grown_lines, train, write_run
+from tests.reporting.conftest import grow, grown_lines, train, write_run
 
 
 class Structure(HTMLParser):
@@ -101,6 +102,64 @@ def test_kept_heads_are_framed(grown: Path) -> None:
     assert frames == {(20, 4 * heads, 60), (20, 4 * heads + 2, 60), (31, 2 * heads + 1, 60)}
 
 
+def test_the_stages_of_a_growing_model_have_rows_and_bands(staged: Path) -> None:
+    text = re.sub(r"<[^>]+>", " ", write_report(staged)[0].read_text())
+    flat = " ".join(text.replace("-&gt;", "->").split())
+    assert "15 g_stack 5 -> 10 1.25 M -> 2.50 M 200 k -> 400 k 4.6100 -> 4.8700 2.2 s" in flat
+    widths = "hidden_size 48 -> 96, num_attention_heads 3 -> 6, num_query_groups 3 -> 6"
+    assert f"40 msg 10 -> 10 {widths} 1.25 M" in flat and "5 -> 10 -> 10 layers stages" in flat
+    run = load_run(staged)
+    assert [(s.first, s.last, s.layers) for s in run.stages] == [(0, 15, 5), (15, 40, 10), (40, 60, 10)]
+    figure = curves.loss_figure(run)
+    assert figure is not None
+    (band,) = [patch for patch in figure.axes[0].patches if patch.get_gid() == style.STAGE]
+    assert (band.get_x(), band.get_width()) == (15, 25)
+    assert {"g_stack", "msg", "+L4", "+L6"} <= {text.get_text() for text in figure.axes[0].texts}
+
+
+def test_a_growing_structure_is_drawn_in_the_numbers_of_its_time(staged: Path) -> None:
+    figure = structure.growth_figure(load_run(staged))
+    assert figure is not None
+    axes = figure.axes[0]
+    bars = {
+        (round(b.get_x()), round(b.get_x() + b.get_width()), round(b.get_y() + b.get_height() / 2))
+        for b in axes.patches
+        if b.get_gid() is None
+    }
+    loops = {(10, 15, 4), (15, 40, 9), (25, 40, 6), (40, 60, 9), (40, 60, 6)}
+    assert bars == {*loops, (10, 15, 4), (15, 20, 9), (25, 35, 6)}  # the first window goes on after the growth
+    (missing,) = [patch for patch in axes.patches if patch.get_gid() == structure.MISSING]
+    assert (missing.get_x(), missing.get_width(), missing.get_y()) == (0, 15, 4.5)
+    assert [4, 9] in [list(line.get_ydata()) for line in axes.lines if list(line.get_xdata()) == [15, 15]]
+    assert {t.get_text() for t in axes.texts if t.get_text().startswith("heads")} == {"heads 0, 2", "heads 1"}
+
+
+def test_entropies_of_ancestors_and_of_the_model_of_the_time(staged: Path) -> None:
+    run = load_run(staged)
+    steps, tables = run.entropy()
+    assert tables.shape == (len(steps), 10, 6) and list(steps[:4]) == [2, 5, 10, 15]
+    _, measured = run.measured_entropy()
+    assert (tables[0, 5:, :3] == measured[0]).all() and (tables[0, :5, :3] == measured[0]).all()
+    assert np.isnan(tables[:-2, :, 3:]).all() and not np.isnan(tables[-2:]).any()
+    assert run.kept_heads == {9: (10, (0, 2)), 6: (25, (1,))}
+    figure = structure.entropy_figure(run)
+    assert figure is not None
+    frames = {(p.get_x(), p.get_y()) for p in figure.axes[0].patches if p.get_gid() == structure.FRAME}
+    assert frames == {(10, 54), (10, 56), (25, 37)}
+    shapes = [tuple(panel.images[0].get_array().shape) for panel in structure.snapshot_figure(run).axes if panel.images]
+    assert shapes[:3] == [(5, 3), (10, 3), (10, 6)]
+
+
+def test_a_growing_model_without_loops_has_its_stages_drawn(tmp_path: Path) -> None:
+    stacked = grow(15, "g_stack", [*range(5)] * 2, [5, 6, 7, 8, 9], [0] * 10)
+    run = load_run(write_run(tmp_path / "run", [train(10), stacked, train(30)]))
+    figure = structure.growth_figure(run)
+    assert figure is not None and not run.growth
+    assert [p.get_gid() for p in figure.axes[0].patches].count(structure.MISSING) == 1
+    damaged = grow(15, "g_stack", [*range(7)], [], [0]).replace('"heirs":[]', '"heirs":null')
+    assert load_run(write_run(tmp_path / "damaged", [train(10), damaged])).grows == []
+
+
 def overlapping(figure: Figure) -> list[tuple[str, str]]:
     """Texts of a figure that lie over each other."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -135,7 +194,7 @@ def overlapping(figure: Figure) -> list[tuple[str, str]]:
         structure.snapshot_figure,
     ],
 )
-@pytest.mark.parametrize("run", ["grown", "large"])
+@pytest.mark.parametrize("run", ["grown", "large", "staged"])
 def test_no_words_lie_over_each_other(draw, run: str, request: pytest.FixtureRequest) -> None:  # type: ignore[no-untyped-def]
     with style.settings():
         figure = draw(load_run(request.getfixturevalue(run)))

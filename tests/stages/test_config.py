@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
 from megatron_sgt.errors import ConfigError
@@ -33,11 +30,3 @@ def test_a_grown_model_must_fit_the_run() -> None:
         match=r"the grown model: 2 problems; model\.num_attention_heads: 5 is not a multiple .*; model\.num_q",
     ):
         grown_config(config, OPERATORS["msg"](config.model, {"num_attention_heads": 5, "num_query_groups": 5}), 5)
-
-
-def test_a_replay_names_layers(tmp_path: Path) -> None:
-    event = {"step": 2, "action": "first_selection", "layer": 1, "kept_heads": {"1": [0, 1]}}
-    (tmp_path / "events.json").write_text(json.dumps([event]))
-    config = small_config(growth={"replay": str(tmp_path / "events.json")})
-    with pytest.raises(ConfigError, match=r"growth\.replay: .* names layers of the model before it grew"):
-        grown_config(config, OPERATORS["g_stack"](config.model, {}), 5)

@@ -27,7 +27,7 @@ from megatron_sgt.checkpoint.shard_files import as_checkpoint_error
 from megatron_sgt.checkpoint.surgery.reader import GrownReader, MergedTensors, Opened, open_any
 from megatron_sgt.checkpoint.surgery.state import grown_hooks, stage_of
 from megatron_sgt.config import Config
-from megatron_sgt.errors import CheckpointError
+from megatron_sgt.errors import CheckpointError, ConfigError
 from megatron_sgt.files import commit, fresh_folder, nearest, temporary_of, write_text
 from megatron_sgt.lease import Lease, beside, held
 from megatron_sgt.metrics.units import file_size
@@ -85,11 +85,11 @@ def grow_checkpoint(
     source = layout.resolve(load)
     manifest.verify_checksums(source)
     opened = open_any(source)
+    _refuse_replay(opened.config)
     growth = operator(opened.config.model, options)
     config = grown_config(opened.config, growth, opened.saved["trainer"]["step"])
-    new_entries = has_new_entries(maps_of(growth))
     policy = OptimizerPolicy.parse(optimizer or operator.optimizer)
-    carried = carry(opened.step, policy, moments or operator.moments, config.optim, new_entries)
+    carried = carry(opened.step, policy, moments or operator.moments, config.optim, has_new_entries(maps_of(growth)))
     hooks, notes = grown_hooks(opened.saved, operator.name, growth, opened.config, config)
     stage = stage_of(opened.saved) + 1
     seed = config.train.seed if seed is None else seed
@@ -126,6 +126,14 @@ def _moved(config: Config, output: Path) -> Config:
     checkpoint = config.checkpoint.model_copy(update=places)
     logging = config.logging.model_copy(update={"run_dir": str(output / "run")})
     return config.model_copy(update={"checkpoint": checkpoint, "logging": logging})
+
+
+def _refuse_replay(config: Config) -> None:
+    if config.growth.replay is not None:
+        raise ConfigError(
+            f"growth.replay: {config.growth.replay} names layers of the recorded model, which grows in a run "
+            "with growth.stages alone; a checkpoint of such a run cannot grow here"
+        )
 
 
 def _check_room(output: Path, size: int) -> None:

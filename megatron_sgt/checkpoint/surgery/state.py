@@ -10,7 +10,7 @@ from megatron_sgt.config import Config
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.growth.inherit import Inheritance
 from megatron_sgt.planning.structure import schedule_of
-from megatron_sgt.stages.growth import Growth
+from megatron_sgt.stages.growth import Growth, sizes_of
 
 GROW = "grow"
 """Action of the event that growth of the model leaves among those of the schedule."""
@@ -46,7 +46,9 @@ def grown_hooks(
         before.load_state_dict(schedule)
         notes = after.inherit(before, Inheritance(growth.layers, growth.heirs, growth.heads))
         event = after.event(saved["trainer"]["step"], GROW).to_dict()
-        events.append(event | {"operator": operator, "layers": list(growth.layers)})
+        told = {"operator": operator, "layers": list(growth.layers)}
+        sizes = {"sizes_before": sizes_of(growth.old), "sizes_after": sizes_of(growth.new)}
+        events.append(event | told | sizes)
         hooks[GROWTH_STATE] = {"schedule": after.state_dict(), "events": events}
     if not growth.preserves and SPIKE_STATE in hooks:
         hooks[SPIKE_STATE] = {}
