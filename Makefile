@@ -41,7 +41,7 @@ help:
 	@echo "make test-newest           what rests on Megatron-Core, under its newest version (needs Python 3.12 or newer)"
 	@echo "make check        formatting, lint, types, architecture"
 	@echo "make study        the paper's comparison at a size for two cores, in one table (10 minutes)"
-	@echo "make study-growing         the same of ways to grow a model, at equal FLOPs (12 minutes)"
+	@echo "make study-growing         ways to grow a model, compared at equal FLOPs (12 minutes)"
 	@echo "make bench        step time and FLOPs of SGT beside vanilla"
 	@echo "make env          only make $(VENV) (the targets above do it when needed)"
 	@echo "make format       rewrite the sources as 'make check' wants them"

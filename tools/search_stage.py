@@ -93,7 +93,8 @@ def report(config: Config, measured: Measured) -> list[str]:
             f"{depth:6}  {si(count, ' '):>10}  {loss:15.4f}  {measured.seconds[depth]:16.4f}"
             f"  {verdict.scores[depth]:16.4f}{mark}"
         )
-    return [*lines, f"w = {verdict.exponent:.4f}: loss falls as seconds^-w over the candidates"]
+    falls = f"w = {verdict.exponent:.4f}: the loss falls as seconds^-w over the candidates"
+    return [*lines, falls if verdict.exponent else "w = 0: more time per step brings no lower loss"]
 
 
 def main() -> int:

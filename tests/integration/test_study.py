@@ -42,7 +42,7 @@ def test_ways_to_grow_are_compared_at_equal_flops(tmp_path: Path) -> None:
     config = tiny_config(
         tmp_path / "run",
         write_tiny_data(tmp_path),
-        model={"num_layers": 4},
+        model={"num_layers": 8},
         train=train,
         checkpoint={"save_interval": 0},
     )
