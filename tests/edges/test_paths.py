@@ -53,13 +53,20 @@ def leaves(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tupl
 SETTINGS = [name for name, field in leaves() if is_path(field.annotation, field.metadata)]
 
 
+LISTS: dict[str, dict[str, Any]] = {"stages": {"operator": "midas"}, "seq_length_curriculum": {"seq_length": 8}}
+"""Settings that are lists of sections, and what an entry needs beside a value."""
+
+
 def values_with(name: str, value: str) -> dict[str, Any]:
     """Plain values of a small run in which setting ``name`` is ``value``."""
     values: dict[str, Any] = {section: dict(content) for section, content in TINY.items()}
     *sections, last = name.split(".")
     inner = values
     for section in sections:
-        inner = inner.setdefault(section, {"type": "huggingface"} if section == "tokenizer" else {})
+        if section in LISTS:
+            inner = inner.setdefault(section, [dict(LISTS[section])])[0]
+        else:
+            inner = inner.setdefault(section, {"type": "huggingface"} if section == "tokenizer" else {})
     inner[last] = value
     return values
 
