@@ -7,7 +7,9 @@ import math
 from collections.abc import Callable, Sequence
 
 from megatron_sgt import extensions
+from megatron_sgt.config import Config
 from megatron_sgt.config.optim import OptimConfig
+from megatron_sgt.stages.learning_rate import RatePolicy
 from megatron_sgt.stages.stages import Stage
 
 Curve = Callable[[float, OptimConfig, int], float]
@@ -15,19 +17,24 @@ Curve = Callable[[float, OptimConfig, int], float]
 
 
 def rate_of_run(step: int, stages: Sequence[Stage]) -> float:
-    """Learning rate of optimizer step ``step``, counted from 1, of a run with ``stages`` (all of them, in order).
+    """Learning rate of optimizer step ``step``, counted from 1, of a run with ``stages`` (all of them, in order)."""
+    policies = [(stage.first, stage.grown.rate) for stage in stages if stage.grown is not None]
+    return rate_after(step, policies, stages[-1].config)
+
+
+def rate_after(step: int, policies: Sequence[tuple[int, RatePolicy]], config: Config) -> float:
+    """Learning rate of optimizer step ``step``, counted from 1, of a run that grows after the steps in ``policies``.
 
     The decay ends where that of the whole run does. Each stage's policy (stages/learning_rate.py) changes the place on
     the curve, or the factor, that the stage before it has left; ``continue`` changes neither.
     """
-    config = stages[-1].config
     place: float = step
     factor = 1.0
-    for stage in stages:
-        if stage.grown is None or step <= stage.first or stage.grown.rate.kind == "continue":
+    for first, rate in policies:
+        if step <= first or rate.kind == "continue":
             continue
-        moved, factor = stage.grown.rate.place(step, stage.first, config.lr_decay_iters)
-        if stage.grown.rate.kind == "rewind":
+        moved, factor = rate.place(step, first, config.lr_decay_iters)
+        if rate.kind == "rewind":
             place = moved
     return factor * learning_rate(place, config.optim, config.train.train_iters)
 
