@@ -109,8 +109,8 @@ def carry(step: int, policy: OptimizerPolicy, moments: str, optim: OptimConfig, 
     if zeros and optim.adam_beta2 > SAFE_BETA2 and kept > SAFE_STEP:
         raise ConfigError(
             f"optimizer {policy} with moments {rule}: at step {kept} and optim.adam_beta2 {optim.adam_beta2:g}, "
-            f"entries without moments would be updated by too much; choose optimizer rewind({REWOUND_STEP}), or moments "
-            "seeded"
+            "entries without moments would be updated by too much; choose optimizer "
+            f"rewind({REWOUND_STEP}), or moments seeded"
         )
     return Carried(kept, rule, _correction(optim.adam_beta1, kept, step), _correction(optim.adam_beta2, kept, step))
 
