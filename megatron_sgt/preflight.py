@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sgt.checkpoint.find import Found, check_checkpoint, find_checkpoint, starts_fresh
+from megatron_sgt.checkpoint.find import Found, check_added, check_checkpoint, find_checkpoint, starts_fresh
 from megatron_sgt.checkpoint.forms import read_config, read_state
 from megatron_sgt.checkpoint.layout import GROWTH_STATE
 from megatron_sgt.config import Config
@@ -155,11 +155,13 @@ def find_start(config: Config, damaged: Mapping[Path, str] | None = None, librar
 
     Raises:
         CheckpointError: nothing at checkpoint.load, a damaged checkpoint, another model, tokenizer or growth.
+        ConfigError: growth.ramp is of a later step.
     """
     known = dict(damaged or {})
     while True:
         found = find_checkpoint(config, known)
         if found.folder is None:
+            check_added(config.growth.ramp, 0)
             return Start(None, {})
         try:
             return _start_at(found.folder, found, config, libraries)

@@ -28,7 +28,7 @@ from megatron_sgt.paths import as_recorded, expand
 from megatron_sgt.planning.parameters import parameter_count
 from megatron_sgt.stages.config import grown_config
 from megatron_sgt.stages.operators import OPERATORS
-from megatron_sgt.stages.search import judge, stage_entry, supernet
+from megatron_sgt.stages.search import check_length, judge, stage_entry, supernet
 
 if TYPE_CHECKING:
     from megatron_sgt.engine.stage_search import Measured
@@ -49,7 +49,7 @@ def parse() -> argparse.Namespace:
         "--load", type=path, required=True, metavar="CKPT", help="a folder of checkpoints, or one of them"
     )
     parser.add_argument(
-        "--depths", type=depths, required=True, metavar="A,B,C", help="two or three candidates, the lowest first"
+        "--depths", type=depths, required=True, metavar="A,B,C", help="three candidates, the lowest first"
     )
     parser.add_argument("--steps", type=positive, required=True, metavar="N", help="optimizer steps of the search")
     parser.add_argument(
@@ -66,7 +66,7 @@ def config_of(folder: Path, args: argparse.Namespace) -> Config:
 
     Raises:
         CheckpointError: the checkpoint's cannot be read.
-        ConfigError: the given one is wrong, or a candidate does not fit it.
+        ConfigError: the given one is wrong, too short, or a candidate does not fit it.
     """
     there = read_config(folder)
     fill_in = expand if args.config else as_recorded
@@ -76,6 +76,7 @@ def config_of(folder: Path, args: argparse.Namespace) -> Config:
     config = given.model_copy(update={"model": there.model, "growth": there.growth})
     supernet(config.model, args.depths)
     step = read_state(folder)["trainer"]["step"]
+    check_length(config, step, args.steps)
     for depth in args.depths:
         if depth > config.model.num_layers:
             grown_config(config, OPERATORS["auto_prog"](config.model, {"num_layers": depth}), step)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_sgt.checkpoint import layout
 from megatron_sgt.checkpoint.forms import LAYOUT_FREE, read_config, read_state
+from megatron_sgt.checkpoint.surgery.state import GROW
 from megatron_sgt.config import Config
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError, SGTError
@@ -53,7 +54,8 @@ class Details:
     """What the small files say. ``layout``: None where any layout can read it; ``origin``: of an import.
 
     ``ema_decay``: of the average of the weights that it holds; None without one. ``stages``: how each stage of its run
-    but the first began, up to its own (stages/stages.py).
+    but the first began, up to its own (stages/stages.py). ``grown``: after which steps, and by which operators, its
+    model became deeper or wider, in its run or before.
     """
 
     step: int
@@ -68,6 +70,7 @@ class Details:
     growth: GrowthContents
     ema_decay: float | None = None
     stages: tuple[dict[str, Any], ...] = ()
+    grown: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -200,9 +203,16 @@ def _details(folder: Path) -> Details:
             growth=_growth(config, state["hooks"].get("growth")),
             ema_decay=(state.get(layout.AVERAGE_STATE) or {}).get("decay"),
             stages=tuple(state.get(layout.STAGES_STATE, ())),
+            grown=tuple(_grown(state["hooks"].get(layout.GROWTH_STATE) or {})),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / layout.STATE_FILE} is damaged: {error!r}") from error
+
+
+def _grown(saved: dict[str, Any]) -> Iterator[tuple[int, str]]:
+    for event in saved.get("events", ()):
+        if event.get("action") == GROW:
+            yield event["step"], event["operator"]
 
 
 def _growth(config: Config, saved: dict[str, Any] | None) -> GrowthContents:

@@ -13,8 +13,10 @@ from typing import Any
 from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.forms import read_config, read_state
 from megatron_sgt.config import Config
+from megatron_sgt.config.base import shown
+from megatron_sgt.config.growth import RampConfig
 from megatron_sgt.config.model import ModelConfig
-from megatron_sgt.errors import CheckpointError
+from megatron_sgt.errors import CheckpointError, ConfigError
 
 # Model fields that may differ between the run that saved and the one that loads: they shape no weight.
 _FREE_MODEL_FIELDS = {
@@ -161,6 +163,7 @@ def check_checkpoint(folder: Path, config: Config, tokenizer: str | None = None)
 
     Raises:
         CheckpointError: naming the damaged files or the differing fields.
+        ConfigError: see ``check_added``.
     """
     found = verify_quickly(folder)
     if differing := differing_sizes(found.config.model, config.model):
@@ -171,4 +174,33 @@ def check_checkpoint(folder: Path, config: Config, tokenizer: str | None = None)
             f"checkpoint {folder} belongs to another tokenizer: its fingerprint is {before} there and {tokenizer} "
             "here, so the same text would become different tokens; set data.tokenizer to the one it was trained with"
         )
+    if not config.growth.stages:  # else it is not known here which stage, and so which ramp, it belongs to
+        _check_ramp(folder, found, config.growth.ramp)
     return found.state
+
+
+def check_added(ramp: RampConfig | None, step: int) -> None:
+    """Check that what ``ramp`` fades in was there by ``step``, from which the run starts: before, it would be dead.
+
+    Raises:
+        ConfigError: it was not.
+    """
+    if ramp is not None and ramp.first > step:
+        raise ConfigError(
+            f"growth.ramp: fades in what was added after step {ramp.first:,}, but the run starts from step {step:,}; "
+            "only growth writes a ramp (growing.md), remove it"
+        )
+
+
+def _check_ramp(folder: Path, found: Whole, here: RampConfig | None) -> None:
+    there, step = found.config.growth.ramp, found.state["trainer"]["step"]
+    if there != here and any(ramp is not None and step < ramp.end for ramp in (there, here)):
+        raise CheckpointError(
+            f"checkpoint {folder} is at step {step:,}, and growth.ramp is {_shown(there)} there and {_shown(here)} "
+            "here: what is being faded in cannot change; restore it from the checkpoint's config.yaml"
+        )
+    check_added(here, step)
+
+
+def _shown(ramp: RampConfig | None) -> str:
+    return shown(None if ramp is None else ramp.model_dump(exclude_defaults=True, mode="json"))

@@ -54,7 +54,8 @@ def place_of(config: Config, folder: Path, saved: Mapping[str, Any], model: Mode
     if problem is not None:
         raise CheckpointError(
             f"checkpoint {folder} is at step {step:,}, and {problem}: stages that have begun cannot change. Restore "
-            "growth.stages, or start a new run"
+            "growth.stages (a preset makes others at other sizes or steps: go on with the config.yaml of the run's "
+            "folder, without --preset), or start a new run"
         )
     place = Place(stages[len(records)], here)
     if place.grows and here.grown is not None and here.grown.settings.weights == "ema" and AVERAGE_STATE not in saved:

@@ -31,7 +31,8 @@ class StageConfig(Until):
     lr_policy: str = Field(
         default="continue",
         description="Learning rate of the new stage: `continue`; `rewarm(N)`: rises again over N steps; "
-        "`rewind(STEP)`: goes back to that of STEP, and the rest of the curve is stretched over the rest of the run.",
+        "`rewind(STEP)`: goes back to that of STEP, and the rest of the curve is stretched over the rest of the run "
+        "(of WSD, what comes before the final decay).",
     )
     weights: Literal["weights", "ema"] = Field(
         default="weights", description="What the new model is made of: the weights, or their average (train.ema_decay)."

@@ -14,6 +14,7 @@ from megatron_sgt.engine.hooks.base import own_hooks
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.lease import holder_of, inside
+from megatron_sgt.optim.schedule import check_curve
 from megatron_sgt.parallel.device import device_type
 from megatron_sgt.planning.describe import growth_line, model_line, stages_line
 from megatron_sgt.planning.flops import flops_between
@@ -44,6 +45,7 @@ def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:
     check_deepspeed(config, world_size, precision)
     config = with_vocabulary(config)
     stages = stages_of(config)
+    check_curve(stages)
     data, start, disk = validate_data(config), find_start(config), check_disk(config, precision)
     several = [("stages", stages_line(stages))] if len(stages) > 1 else []
     rows = [("model", model_line(config)), *several, ("growth", growth_line(stages[-1].config))]

@@ -20,6 +20,7 @@ from megatron_sgt.guard import Progress, Watch
 from megatron_sgt.guard.stop import StopRequests
 from megatron_sgt.launch.environment import RankInfo
 from megatron_sgt.metrics import MetricsHub, build_hub
+from megatron_sgt.optim.schedule import check_curve
 from megatron_sgt.parallel.collectives import on_rank_zero
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.preflight import check_surroundings, tokenizer_fingerprint, with_vocabulary
@@ -55,6 +56,7 @@ class Session:
         self.own_at_first = {hook.name: copy.deepcopy(hook.state_dict()) for hook in self.own_hooks}
         self.config = with_vocabulary(config)
         self.stages = stages_of(self.config)
+        check_curve(self.stages)
         self.groups: ParallelGroups = start_processes(self.config, info)
         if watch is not None:
             watch.connect()

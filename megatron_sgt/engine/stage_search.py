@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 from megatron_sgt.checkpoint import manifest
-from megatron_sgt.checkpoint.layout import GROWTH_STATE
+from megatron_sgt.checkpoint.layout import GROWTH_STATE, STAGES_STATE
 from megatron_sgt.checkpoint.reshard.engine_state import load_into_engine
 from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE, WEIGHTS
 from megatron_sgt.checkpoint.surgery.reader import GrownReader, Opened, open_any
@@ -31,13 +32,14 @@ from megatron_sgt.errors import DataError
 from megatron_sgt.evaluation.perplexity import mean_loss
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.model.apply_plan import apply_plan
-from megatron_sgt.optim.schedule import learning_rate
+from megatron_sgt.optim.schedule import rate_after
 from megatron_sgt.parallel.collectives import gather_or_raise, on_rank_zero
 from megatron_sgt.parallel.device import synchronize
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.planning.structure import schedule_of
 from megatron_sgt.stages.config import grown_config
 from megatron_sgt.stages.growth import Growth
+from megatron_sgt.stages.learning_rate import RatePolicy
 from megatron_sgt.stages.operators import auto_prog
 from megatron_sgt.stages.optimizer import Carried
 from megatron_sgt.stages.search import executed_layers, measured_after, sampled
@@ -90,6 +92,7 @@ class StageSearch:
         opened: list[Opened] = []
         gather_or_raise(lambda: opened.append(open_any(folder)), groups)
         self.step: int = opened[0].saved["trainer"]["step"]
+        self.policies = recorded_policies(opened[0].saved)
         self.averaged = AVERAGE in opened[0].tensors.quantities
         self.depths = tuple(depths)
         self.config, self.groups = supernet_config(config, growth, self.step), groups
@@ -150,7 +153,7 @@ class StageSearch:
         """One step of one sub-net; returns its seconds."""
         config, engine = self.config, self._runtime.engine
         apply_plan(engine.module, self._plans[depth])
-        rate = learning_rate(self.step + step, config.optim, config.train.train_iters)
+        rate = rate_after(self.step + step, self.policies, config)
         batches = [next(self._batches) for _ in range(config.num_micro_batches(self.groups.world_size))]
         pieces = config.seq_lengths.pieces_at(self.step + step)
         start = time.perf_counter()
@@ -169,6 +172,11 @@ class StageSearch:
                     f"lower optim.lr, now {self.config.optim.lr:g}"
                 )
         return losses
+
+
+def recorded_policies(saved: Mapping[str, Any]) -> tuple[tuple[int, RatePolicy], ...]:
+    """The learning rate of the stages that a checkpoint with the state ``saved`` has behind it, as the run goes on."""
+    return tuple((one["step"], RatePolicy.parse(one["lr_policy"])) for one in saved.get(STAGES_STATE, ()))
 
 
 def inherited_plan(opened: Opened, config: Config, new: Config, growth: Growth) -> LoopPlan:

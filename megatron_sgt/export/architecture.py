@@ -1,7 +1,7 @@
 """From the project's model to a Hugging Face ``config.json``: which architecture, under which names.
 
-A model that never grew is a plain Llama, Qwen2 or Qwen3 where one of them is exactly the same function; every other
-one is ``sgt``, whose code travels with the folder.
+A model in which no layer loops is a plain Llama, Qwen2 or Qwen3 where one of them is exactly the same function; every
+other one is ``sgt``, whose code travels with the folder.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def plain_architecture(model: ModelConfig, plan: LoopPlan) -> tuple[str | None, 
     if model.qk_layernorm:
         if model.add_qkv_bias or model.add_bias_linear:
             return None, "no plain decoder there has q/k norms and these biases"
-        return "Qwen3ForCausalLM", "it never grew and has q/k norms"
+        return "Qwen3ForCausalLM", "no layer loops, and it has q/k norms"
     if model.add_qkv_bias and not model.add_bias_linear:
-        return "Qwen2ForCausalLM", "it never grew and has q/k/v biases"
-    return "LlamaForCausalLM", "it never grew"
+        return "Qwen2ForCausalLM", "no layer loops, and it has q/k/v biases"
+    return "LlamaForCausalLM", "no layer loops"
 
 
 def hf_config(model: ModelConfig, plan: LoopPlan, vocab_rows: int, dtype: str, tokens: TokenIds) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_sgt.checkpoint.contents import LoopingLayer
+from megatron_sgt.checkpoint.contents import Details, LoopingLayer
 from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE
 from megatron_sgt.export.source import ExportSource
 from megatron_sgt.growth import LoopPlan
@@ -33,7 +33,8 @@ def model_card(source: ExportSource, plan: LoopPlan, config: dict[str, Any], tra
         f"# {title}",
         "",
         f"Pretrained with megatron_sgt ({_PAPER}): step {details.step:,} of {details.train_iters:,}, "
-        f"{details.tokens:,} tokens, growth phase `{details.growth.phase}`.{_averaged(source)}{_faded(source)}",
+        f"{details.tokens:,} tokens, growth phase `{details.growth.phase}`."
+        f"{_grown(details)}{_averaged(source)}{_faded(source)}",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -54,6 +55,13 @@ def model_card(source: ExportSource, plan: LoopPlan, config: dict[str, Any], tra
         code = "`configuration_sgt.py`, `attention_sgt.py`, `modeling_sgt.py`"
         lines += ["## Custom code", "", _CUSTOM.format(files=code), ""]
     return "\n".join(lines)
+
+
+def _grown(details: Details) -> str:
+    if not details.grown:
+        return ""
+    steps = ", ".join(f"by `{operator}` after step {step:,}" for step, operator in details.grown)
+    return f" The model became deeper or wider in training: {steps}."
 
 
 def _averaged(source: ExportSource) -> str:

@@ -61,6 +61,6 @@ class Inheritance:
         rows, heads = table[list(self.layers)], np.array(self.heads)
         return np.where(heads < 0, rows.mean(axis=1, keepdims=True), rows[:, heads])
 
-    def copies_below(self, layer: int) -> list[int]:
-        """New layers deeper than ``layer`` that are nobody's heirs."""
-        return [n for n in range(layer + 1, len(self.layers)) if n not in self.heirs]
+    def copies_between(self, first: int, end: int | None = None) -> list[int]:
+        """New layers from ``first`` up to, and without, ``end`` that are nobody's heirs; None: to the last."""
+        return [n for n in range(len(self.layers))[first:end] if n not in self.heirs]

@@ -313,15 +313,15 @@ class SGTSchedule(Schedule):
             decision = self.config.first_selection_step if older._phase == "vanilla" else older._window_end
             refuse_half_measured(older._step, decision, memory_steps(self.config.ema_decay))
         self._take_over(older, grown)
-        if self._phase != "selecting" or self.config.direction != "deep_to_shallow":
+        if self._phase != "selecting":
             return []
-        bound = min(self._grown)
-        lost = grown.copies_below(bound)
-        return (
-            [f"layers {lost} are deeper than {bound}, the shallowest that loops, so that none is ever selected"]
-            if lost
-            else []
-        )
+        if self.config.direction == "deep_to_shallow":
+            bound = min(self._grown)
+            lost, why = grown.copies_between(bound + 1), f"deeper than {bound}, the shallowest that loops"
+        else:
+            bound = max(self._grown)
+            lost, why = grown.copies_between(0, bound), f"shallower than {bound}, the deepest that loops"
+        return [f"layers {lost} are {why}, so that none is ever selected"] if lost else []
 
     def _take_over(self, older: SGTSchedule, grown: Inheritance) -> None:
         refuse_moved((head for layer in older._grown.values() for head in layer.kept_heads), grown)

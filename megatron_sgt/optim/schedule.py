@@ -7,7 +7,10 @@ import math
 from collections.abc import Callable, Sequence
 
 from megatron_sgt import extensions
+from megatron_sgt.config import Config
 from megatron_sgt.config.optim import OptimConfig
+from megatron_sgt.errors import ConfigError
+from megatron_sgt.stages.learning_rate import RatePolicy
 from megatron_sgt.stages.stages import Stage
 
 Curve = Callable[[float, OptimConfig, int], float]
@@ -15,21 +18,51 @@ Curve = Callable[[float, OptimConfig, int], float]
 
 
 def rate_of_run(step: int, stages: Sequence[Stage]) -> float:
-    """Learning rate of optimizer step ``step``, counted from 1, of a run with ``stages`` (all of them, in order).
+    """Learning rate of optimizer step ``step``, counted from 1, of a run with ``stages`` (all of them, in order)."""
+    policies = [(stage.first, stage.grown.rate) for stage in stages if stage.grown is not None]
+    return rate_after(step, policies, stages[-1].config)
+
+
+def rate_after(step: int, policies: Sequence[tuple[int, RatePolicy]], config: Config) -> float:
+    """Learning rate of optimizer step ``step``, counted from 1, of a run that grows after the steps in ``policies``.
 
     The decay ends where that of the whole run does. Each stage's policy (stages/learning_rate.py) changes the place on
     the curve, or the factor, that the stage before it has left; ``continue`` changes neither.
     """
-    config = stages[-1].config
     place: float = step
     factor = 1.0
-    for stage in stages:
-        if stage.grown is None or step <= stage.first or stage.grown.rate.kind == "continue":
+    for first, rate in policies:
+        if step <= first or rate.kind == "continue":
             continue
-        moved, factor = stage.grown.rate.place(step, stage.first, config.lr_decay_iters)
-        if stage.grown.rate.kind == "rewind":
+        moved, factor = rate.place(step, first, _stretched_until(config, first))
+        if rate.kind == "rewind":
             place = moved
     return factor * learning_rate(place, config.optim, config.train.train_iters)
+
+
+def check_curve(stages: Sequence[Stage]) -> None:
+    """Ask for the first and the last learning rate of each stage: a stage may ask a curve for places between steps.
+
+    Raises:
+        ConfigError: the curve of an installed package has none there.
+    """
+    style = stages[-1].config.optim.lr_decay_style
+    for stage in stages:
+        for step in (stage.first + 1, stage.last):
+            try:
+                rate_of_run(step, stages)
+            except Exception as error:  # an installed package may raise anything
+                raise ConfigError(
+                    f"optim.lr_decay_style: {style} has no learning rate for step {step:,}, {type(error).__name__}: "
+                    f"{error}; after lr_policy rewind a curve must take places between two steps, as floats"
+                ) from error
+
+
+def _stretched_until(config: Config, first: int) -> int:
+    """Up to where a stage after step ``first`` stretches the curve: a final decay keeps its length."""
+    end = config.lr_decay_iters
+    start = _wsd_start(config.optim, end) if config.optim.lr_decay_style == "WSD" else end
+    return start if first < start else end
 
 
 def learning_rate(step: float, config: OptimConfig, train_iters: int) -> float:
@@ -68,8 +101,11 @@ def _cosine(step: float, config: OptimConfig, end: int) -> float:
 
 
 def _wsd(step: float, config: OptimConfig, end: int) -> float:
-    start = max(config.lr_warmup_iters, end - (config.lr_wsd_decay_iters or 0))
-    return config.min_lr + (config.lr - config.min_lr) * (1.0 - _passed(step, start, end))
+    return config.min_lr + (config.lr - config.min_lr) * (1.0 - _passed(step, _wsd_start(config, end), end))
+
+
+def _wsd_start(config: OptimConfig, end: int) -> int:
+    return max(config.lr_warmup_iters, end - (config.lr_wsd_decay_iters or 0))
 
 
 def _passed(step: float, start: int, end: int) -> float:

@@ -18,7 +18,7 @@ from megatron_sgt.planning.step_time import Machine
 from megatron_sgt.planning.structure import Stretch, stage_timelines, timeline
 from megatron_sgt.stages.growth import WIDTHS
 from megatron_sgt.stages.stages import Stage, stages_of
-from megatron_sgt.stages.timing import g_stack_time
+from megatron_sgt.stages.timing import fitted_parameters, g_stack_time
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,10 @@ def stage_table(
     times = [boundary_time(a.stage, b.stage, world_size, machine, precision) for a, b in pairwise(stages)]
     for row, time in zip(rows[1:], times, strict=True):
         row["boundary_s"] = {**asdict(time), "total": time.total}
-    trained = 0
-    for row in rows:
-        if row["operator"] == "g_stack":
-            fit = g_stack_time(row["parameters"], sum(one.tokens for one in stages))
-            row["growth_time"] = {**asdict(fit), "clamped": fit.clamped, "configured": trained}
-        trained += row["tokens"]
     last = stages[-1].config
+    if [row["operator"] for row in rows[1:]] == ["g_stack"]:  # the fit is of one growth
+        fit = g_stack_time(fitted_parameters(last.model), sum(one.tokens for one in stages))
+        rows[1]["growth_time"] = {**asdict(fit), "clamped": fit.clamped, "configured": rows[0]["tokens"]}
     whole, scratch = sum(one.flops for one in stages), total_flops(last, timeline(last))
     kept = [row["checkpoint_bytes"] for row in rows[:-1]]
     return {

@@ -3,7 +3,8 @@
     continue        the curve goes on as if nothing had happened
     rewarm(N)       the same curve, times k / N in step k of the stage, up to step N
     rewind(STEP)    the curve goes back to STEP, and what is left of it is stretched over the rest of the run, so that
-                    it still ends where the decay ends
+                    it still ends where the decay ends (of WSD, what is left before the final decay is stretched, unless
+                    that has begun)
 
 G_stack's source warms up again (arXiv 2405.15319), MSG's goes back to the end of the warm-up (cofe-ai/MSG).
 """
@@ -14,9 +15,10 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_sgt.config.base import shown
 from megatron_sgt.errors import ConfigError
 
-_POLICY = re.compile(r"(continue|rewarm|rewind)(?:\((\d+)\))?")
+_POLICY = re.compile(r"(continue|rewarm|rewind)(?:\((\d{1,10})\))?")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,9 @@ class RatePolicy:
             return cls()
         if kind in ("rewarm", "rewind") and (count := int(digits or 0)) > 0:
             return cls("rewarm" if kind == "rewarm" else "rewind", count)
-        raise ConfigError(f"lr_policy {text!r}: must be continue, rewarm(N) or rewind(STEP), with a number above 0")
+        raise ConfigError(
+            f"lr_policy {shown(text)}: must be continue, rewarm(N) or rewind(STEP), with a number above 0"
+        )
 
     def __str__(self) -> str:
         return "continue" if self.kind == "continue" else f"{self.kind}({self.count})"
@@ -48,7 +52,7 @@ class RatePolicy:
         """Where step ``step`` of the run, in a stage that began after step ``first``, lies on the curve.
 
         Args:
-            end: step at which the decay ends.
+            end: step up to which a curve that has gone back is stretched.
 
         Returns:
             The step of the curve, which may lie between two, and a factor for the learning rate there.

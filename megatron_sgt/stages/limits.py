@@ -11,6 +11,7 @@ from megatron_sgt.growth import build_schedule
 from megatron_sgt.growth.inherit import Inheritance
 from megatron_sgt.growth.replay import recorded_growths
 from megatron_sgt.stages.growth import Growth
+from megatron_sgt.stages.learning_rate import RatePolicy
 
 
 def check_optimizer(config: Config) -> None:
@@ -56,6 +57,27 @@ def check_replay(config: Config, growths: Sequence[tuple[int, Growth, str]], who
         )
 
 
+def check_rate(rate: RatePolicy, config: Config, step: int) -> None:
+    """Check that the learning rate does what ``rate`` says of the steps after ``step``.
+
+    Raises:
+        ConfigError: it would not, or only in part.
+    """
+    end, left = config.lr_decay_iters, config.train.train_iters - step
+    if rate.kind == "rewind" and rate.count >= step:
+        raise ConfigError(f"lr_policy {rate}: must name a step before {step:,}, where the model grows")
+    if rate.kind == "rewind" and end <= step:
+        raise ConfigError(
+            f"lr_policy {rate}: the decay has ended at optim.lr_decay_iters {end:,}, and after step {step:,} there is "
+            "nothing left to stretch; set optim.lr_decay_iters to the end of the run, grow earlier, or choose continue"
+        )
+    if rate.kind == "rewarm" and rate.count > left:
+        raise ConfigError(
+            f"lr_policy {rate}: after step {step:,} the run has {left:,} steps, in which the learning rate would not "
+            "rise to its curve; choose a smaller N, or train longer"
+        )
+
+
 def check_schedule(config: Config, growth: Growth, step: int) -> None:
     """Check that the schedule of ``config``, which has the old model, can go on when the model grows after ``step``.
 
@@ -76,5 +98,5 @@ def check_ramp(config: Config, where: str) -> None:
     if ramp is not None and ramp.end > end:
         raise ConfigError(
             f"{where}: the model is faded in until step {ramp.end:,}, but the run ends at train.train_iters {end:,}; "
-            "choose fewer ramp_steps, or train longer"
+            "train longer, or grow with fewer ramp_steps"
         )

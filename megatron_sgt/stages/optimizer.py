@@ -9,7 +9,8 @@ constant gradient, after 2000 steps and with beta1 0.9, by up to
 
 Two remedies work after any number of steps. ``rewind(n)`` sets the step to n and multiplies kept moments by
 (1 - beta^n) / (1 - beta^step), so that kept entries go on with exactly the update that they had, and new ones make at
-most 1.12 times the learning rate. Moments ``seeded`` give new entries the mean of their tensor's exp_avg_sq, so that
+most 1.12 times the learning rate for the default n of 10 (1.26 for 20, 1.64 for 50, 2.15 for 100 at beta2 0.999).
+Moments ``seeded`` give new entries the mean of their tensor's exp_avg_sq, so that
 their updates rise from 0.10 to 1.00. A step of 0 under kept moments would be a third (2.24 times): it is not offered.
 """
 
@@ -19,6 +20,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_sgt.config.base import shown
 from megatron_sgt.config.optim import OptimConfig
 from megatron_sgt.errors import ConfigError
 
@@ -31,8 +33,10 @@ MOMENT_RULES: dict[str, str] = {
 }
 SAFE_BETA2 = 0.98
 """Up to this, new entries may begin with zero moments at a late step: at most 1.55 times the learning rate."""
+SAFE_STEP = 20
+"""Up to this, new entries may begin with zero moments at any beta2: at most 1.26 times the learning rate."""
 REWOUND_STEP = 10
-_POLICY = re.compile(r"(continue|fresh|rewind)(?:\((\d+)\))?")
+_POLICY = re.compile(r"(continue|fresh|rewind)(?:\((\d{1,10})\))?")
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class OptimizerPolicy:
             return cls("rewind", int(step or REWOUND_STEP))
         if step is None and kind in ("continue", "fresh"):
             return cls("continue" if kind == "continue" else "fresh")
-        raise ConfigError(f"optimizer {text!r}: must be continue, rewind, rewind(N) with N above 0, or fresh")
+        raise ConfigError(f"optimizer {shown(text)}: must be continue, rewind, rewind(N) with N above 0, or fresh")
 
     def __str__(self) -> str:
         return f"rewind({self.step})" if self.kind == "rewind" else self.kind
@@ -102,6 +106,12 @@ def carry(step: int, policy: OptimizerPolicy, moments: str, optim: OptimConfig, 
             )
         return Carried(step, rule)
     kept = min(policy.step, step)
+    if zeros and optim.adam_beta2 > SAFE_BETA2 and kept > SAFE_STEP:
+        raise ConfigError(
+            f"optimizer {policy} with moments {rule}: at step {kept} and optim.adam_beta2 {optim.adam_beta2:g}, "
+            "entries without moments would be updated by too much; choose optimizer "
+            f"rewind({REWOUND_STEP}), or moments seeded"
+        )
     return Carried(kept, rule, _correction(optim.adam_beta1, kept, step), _correction(optim.adam_beta2, kept, step))
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_sgt.arch.weights import weights
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.config.optim import OptimConfig
 from megatron_sgt.config.presets import BASELINES, Preset, Values, baseline, own_folder, section
@@ -22,7 +22,7 @@ from megatron_sgt.config.run import TrainConfig
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.stages.growth import resized
 from megatron_sgt.stages.optimizer import REWOUND_STEP, SAFE_BETA2
-from megatron_sgt.stages.timing import g_stack_time, prop_boundaries
+from megatron_sgt.stages.timing import fitted_parameters, g_stack_time, half_boundaries, prop_boundaries
 
 MOST_BLOCKS = 6
 """Of MIDAS's source: a model of 24 layers grows by blocks of 4."""
@@ -34,13 +34,14 @@ AUTO_PROG_DECAY = 0.9996
 class Target:
     """What a file asks for: its final model, and what decides how that comes about.
 
-    ``warmup``: steps in which the learning rate rises first. ``tp``: the tensor-parallel size.
+    ``tp``: the tensor-parallel size. ``lengths``: whether it gives a curriculum of sequence lengths.
     """
 
     model: ModelConfig
     train: TrainConfig
     optim: OptimConfig
     tp: int
+    lengths: bool = False
 
     @property
     def steps(self) -> int:
@@ -52,9 +53,9 @@ class Target:
         return f"rewarm({warmup})" if warmup else "continue"
 
     def rewind(self, step: int) -> str:
-        """After ``step`` the learning rate goes back to the end of the warm-up, if that is over."""
-        warmup = self.optim.lr_warmup_iters
-        return f"rewind({warmup})" if 0 < warmup < step else "continue"
+        """After ``step`` the learning rate goes back to the end of the warm-up, if that is over, the decay not."""
+        warmup, end = self.optim.lr_warmup_iters, self.optim.lr_decay_iters or self.steps
+        return f"rewind({warmup})" if 0 < warmup < step < end else "continue"
 
     def divided(self, by: int) -> int:
         """The layers of the first stage, of which ``by`` times as many must come."""
@@ -88,10 +89,27 @@ class GrowingPreset:
         try:
             first, stages, others = self.plan(target)
             model = _first_model(target.model, first)
+            growth = {**BASELINES[self.method](target.model.num_layers), **self._unused(), "stages": stages}
+            _check_layers({**file, "growth": {**section(file, "growth"), **growth}}, model["num_layers"])
         except ConfigError as error:
             raise ConfigError(f"--preset {name}: {error}") from None
-        growth = {**BASELINES[self.method](target.model.num_layers), "stages": stages}
         return {"model": model, "growth": growth, **others, **folder}
+
+    def _unused(self) -> Values:
+        """Nothing is selected without loops, so that no layer need be kept from it."""
+        return {"exclude_layers": []} if self.method == "vanilla" else {}
+
+
+def _check_layers(file: Mapping[str, Any], first: int) -> None:
+    """Refuse layers that the final model has, and the first stage of ``first`` layers has not."""
+    for name, key in (("growth", "exclude_layers"), ("train", "recompute_layers")):
+        layers = section(file, name).get(key)
+        late = [n for n in layers if isinstance(n, int) and n >= first] if isinstance(layers, list | tuple) else []
+        if late:
+            raise ConfigError(
+                f"{name}.{key} {late}: the first stage has {first} layers, 0 to {first - 1}; name layers of it only, "
+                "all copies of which are meant"
+            )
 
 
 def _target(file: Mapping[str, Any]) -> Target | None:
@@ -103,6 +121,7 @@ def _target(file: Mapping[str, Any]) -> Target | None:
             TrainConfig.model_validate(section(file, "train")),
             OptimConfig.model_validate(section(file, "optim")),
             tp if isinstance(tp, int) and tp > 0 else 1,
+            bool(section(file, "data").get("seq_length_curriculum")),
         )
     except ValidationError:
         return None
@@ -120,11 +139,8 @@ def _first_model(final: ModelConfig, sizes: dict[str, Any]) -> dict[str, Any]:
 def _g_stack(factor: int) -> Callable[[Target], tuple[dict[str, Any], list[Values], Values]]:
     def plan(target: Target) -> tuple[dict[str, Any], list[Values], Values]:
         per_step = target.train.global_batch_size * target.model.seq_length
-        counted = target.model
-        if counted.vocab_size is None:  # the tokenizer's: a small share of a model that the fit is about
-            counted = counted.model_copy(update={"vocab_size": 1})
-        parameters = sum(weight.elements for weight in weights(counted))
-        step = int(g_stack_time(parameters, target.steps * per_step).tokens / per_step)
+        fit = g_stack_time(fitted_parameters(target.model), target.steps * per_step)
+        step = int(fit.tokens / per_step)
         stage = {"operator": "g_stack", "options": {"factor": factor}, "lr_policy": target.rewarm()}
         first = {"num_layers": target.divided(factor)}
         return first, [{"until_steps": _between(step, target), **stage}], {}
@@ -152,7 +168,7 @@ def _blocks(operator: str, alpha: float, even: bool = False) -> Callable[[Target
 
 def _msg(target: Target) -> tuple[dict[str, Any], list[Values], Values]:
     """Feed-forward width, layers, residual stream, heads, layers: in the order of the source's script."""
-    first, final = _small(target), target.model
+    first, final = _shared(_small(target.model), target.tp), target.model
     half = max(first["num_layers"], final.num_layers // 2)
     order = [
         {"ffn_hidden_size": final.ffn_hidden_size},
@@ -171,27 +187,46 @@ def _msg(target: Target) -> tuple[dict[str, Any], list[Values], Values]:
 
 def _msg_ffn(target: Target) -> tuple[dict[str, Any], list[Values], Values]:
     width = target.model.ffn_hidden_size
-    first = {"ffn_hidden_size": _small(target)["ffn_hidden_size"]}
+    first = _shared({"ffn_hidden_size": _small(target.model)["ffn_hidden_size"]}, target.tp)
     return first, _msg_stages(target, [{"ffn_hidden_size": width}]), {}
 
 
-def _small(target: Target) -> dict[str, Any]:
-    """The first stage of MSG: a quarter of the layers and of the feed-forward width, two thirds of the rest."""
-    model = target.model
+def _small(model: ModelConfig) -> dict[str, Any]:
+    """The first stage of MSG: a quarter of the layers and of the feed-forward width, two thirds of the rest.
+
+    The same under every layout, so that a run may go on under another: in multiples that up to eight tensor-parallel
+    ranks can share, as far as the final model's sizes are; 64 units for each of them, where it is wide.
+    """
     ffn = model.ffn_hidden_size // 4
-    groups = _multiple(model.num_query_groups * 2 // 3, target.tp)
+    unit = gcd(model.num_query_groups, 8) if model.num_query_groups >= 8 else 1
+    groups = _multiple(model.num_query_groups * 2 // 3, unit)
     hidden = _multiple(model.hidden_size * 2 // 3, model.kv_channels)
     if hidden > model.hidden_size:  # heads that are wider than the residual stream
         hidden = model.hidden_size
     return {
         "num_layers": max(1, model.num_layers // 4),
         "hidden_size": hidden,
-        "ffn_hidden_size": _multiple(ffn, 64 * target.tp if ffn >= 64 * target.tp else target.tp),
+        "ffn_hidden_size": _multiple(ffn, gcd(model.ffn_hidden_size, 512 if ffn >= 512 else 8)),
         "num_query_groups": groups,
         "num_attention_heads": groups * (model.num_attention_heads // model.num_query_groups),
         # Goes down again as the residual stream grows.
         "layernorm_epsilon": model.layernorm_epsilon * model.hidden_size / hidden,
     }
+
+
+def _shared(first: dict[str, Any], tp: int) -> dict[str, Any]:
+    """``first``, which ``tp`` tensor-parallel ranks can share.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    for name in ("ffn_hidden_size", "num_query_groups"):
+        if name in first and first[name] % tp:
+            raise ConfigError(
+                f"parallel.tensor_model_parallel_size {tp} does not divide the {first[name]} of model.{name} in the "
+                "first stage; choose one that does"
+            )
+    return first
 
 
 def _multiple(size: int, unit: int) -> int:
@@ -202,8 +237,7 @@ def _multiple(size: int, unit: int) -> int:
 def _msg_stages(target: Target, growths: list[dict[str, Any]]) -> list[Values]:
     """Growths at equal distances in the first half of the run."""
     stages = []
-    for number, options in enumerate(growths, start=1):
-        step = _between(target.steps * number // (2 * len(growths)), target)
+    for number, (step, options) in enumerate(zip(half_boundaries(target.steps, len(growths)), growths, strict=True), 1):
         stage: Values = {"until_steps": step, "operator": "msg", "options": options}
         if number <= 2:  # the source's script goes back twice
             stage["lr_policy"] = target.rewind(step)
@@ -224,7 +258,7 @@ def _compound_grow(target: Target) -> tuple[dict[str, Any], list[Values], Values
     depth = {"until_steps": one, "operator": "g_stack", "options": {"factor": 2}, "lr_policy": rate}
     units = {"until_steps": two, "operator": "compound_grow", "options": {"factor": 4}, "lr_policy": rate}
     half = target.model.seq_length // 2
-    fits = target.model.seq_length % 2 == 0 and half > 1 and half % target.tp == 0
+    fits = target.model.seq_length % 2 == 0 and half > 1 and half % target.tp == 0 and not target.lengths
     shorter = {"data": {"seq_length_curriculum": [{"until_steps": one, "seq_length": half}]}} if fits else {}
     return first, [depth, units], shorter
 
@@ -241,8 +275,9 @@ def _auto_prog(target: Target) -> tuple[dict[str, Any], list[Values], Values]:
         if after > before
     ]
     # An average over more than a tenth of a stage would be of weights long gone.
-    decay = target.train.ema_decay or min(AUTO_PROG_DECAY, max(0.5, 1 - 40 / target.steps))
-    return {"num_layers": depths[0]}, stages, {"train": {"ema_decay": round(decay, 6)}}
+    decay = min(AUTO_PROG_DECAY, max(0.5, round(1 - 40 / target.steps, 6)))
+    averaged = {} if target.train.ema_decay else {"train": {"ema_decay": decay}}
+    return {"num_layers": depths[0]}, stages, averaged
 
 
 def _between(step: int, target: Target) -> int:

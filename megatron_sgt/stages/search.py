@@ -8,7 +8,8 @@ have once. In each step one random sub-net is trained. Then, over the candidates
 
     fit L = a2 · t^a1 by least squares,   w = max(-a1, 0),   score = L · t^w,   the lowest wins
 
-so that what decides is how far a candidate lies below the curve that says what more time usually brings.
+so that what decides is how far a candidate lies below the curve that says what more time usually brings. Two points
+always lie on such a curve: it takes three candidates.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_sgt.config import Config
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.stages.growth import Growth
 from megatron_sgt.stages.operators.auto_prog import OPERATOR
 
-MOST_DEPTHS = 3
+_DEPTHS = 3
 _MEASUREMENTS = 4
 _GAUSS_NEWTON = 50
 
@@ -33,11 +35,11 @@ def supernet(model: ModelConfig, depths: Sequence[int]) -> Growth:
     """From ``model`` to the deepest of ``depths``; each of them can be asked for by ``executed_layers``.
 
     Raises:
-        ConfigError: ``depths`` are not two or three ascending ones, from the model's own to twice it.
+        ConfigError: ``depths`` are not three ascending ones, from the model's own to twice it.
     """
     old, shown = model.num_layers, ",".join(map(str, depths))
-    if not 2 <= len(depths) <= MOST_DEPTHS or sorted(set(depths)) != list(depths):
-        raise ConfigError(f"depths {shown}: must be two or three different numbers of layers, the lowest first")
+    if len(depths) != _DEPTHS or sorted(set(depths)) != list(depths):
+        raise ConfigError(f"depths {shown}: must be three different numbers of layers, the lowest first")
     if depths[0] < old or depths[-1] > 2 * old:
         raise ConfigError(f"depths {shown}: a model of {old} layers has candidates of {old} to {2 * old} layers")
     return OPERATOR(model, {"num_layers": depths[-1]})
@@ -48,6 +50,25 @@ def executed_layers(growth: Growth, depth: int) -> tuple[int, ...]:
     old = growth.old.num_layers
     once = 2 * old - depth  # auto_prog: the layers from here on stand twice
     return tuple(n for n, source in enumerate(growth.layers) if n == growth.heirs[source] or source >= once)
+
+
+def check_length(config: Config, step: int, steps: int) -> None:
+    """Refuse a search of ``steps`` steps from a checkpoint after ``step`` that the run's learning rate is not made for.
+
+    Raises:
+        ConfigError: the run, or its decay, ends before.
+    """
+    last = step + steps
+    if last > config.train.train_iters:
+        raise ConfigError(
+            f"train.train_iters {config.train.train_iters:,}: ends before step {last:,}, the last of {steps:,} after "
+            f"the checkpoint's {step:,}; set the length of the whole run, which the learning rate follows"
+        )
+    if config.optim.lr_decay_style != "constant" and last > config.lr_decay_iters:
+        raise ConfigError(
+            f"optim.lr_decay_iters {config.lr_decay_iters:,}: the decay ends before step {last:,}, the last of "
+            f"{steps:,} after the checkpoint's {step:,}; set that of the whole run, or remove it"
+        )
 
 
 def sampled(depths: Sequence[int], steps: int, seed: int) -> list[int]:

@@ -16,7 +16,7 @@ from megatron_sgt.errors import ConfigError
 from megatron_sgt.stages.config import grown_config
 from megatron_sgt.stages.growth import Growth, Operator
 from megatron_sgt.stages.learning_rate import RatePolicy
-from megatron_sgt.stages.limits import check_optimizer, check_ramp, check_replay, check_schedule
+from megatron_sgt.stages.limits import check_optimizer, check_ramp, check_rate, check_replay, check_schedule
 from megatron_sgt.stages.maps import has_new_entries, maps_of
 from megatron_sgt.stages.operators import operator_named
 from megatron_sgt.stages.optimizer import Carried, OptimizerPolicy, carry
@@ -92,7 +92,7 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
         check_optimizer(config)
     stages: list[Stage] = []
     growths: list[tuple[int, Growth, str]] = []
-    begun, grown, current = 0, None, _without_stages(config)
+    begun, grown, current, where = 0, None, _without_stages(config), "growth.ramp"
     for number, settings in enumerate(config.growth.stages):
         where = f"growth.stages[{number}]"
         last = settings.last_step(config.tokens_per_step)
@@ -115,8 +115,7 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
             raise ConfigError(f"{where}: {error}") from None
         begun, current = last, after
     check_replay(config, growths, whole=True)
-    if grown is not None:
-        check_ramp(current, where)
+    check_ramp(current, where)
     stages.append(Stage(len(stages), begun, config.train.train_iters, current, grown))
     return tuple(stages)
 
@@ -129,8 +128,7 @@ def stage_after(stages: tuple[Stage, ...], step: int) -> Stage:
 def _grown(settings: StageConfig, config: Config, step: int) -> Grown:
     operator = operator_named(settings.operator)
     rate = RatePolicy.parse(settings.lr_policy)
-    if rate.kind == "rewind" and rate.count >= step:
-        raise ConfigError(f"lr_policy {rate}: must name a step before {step:,}, where the model grows")
+    check_rate(rate, config, step)
     if settings.weights == "ema" and not config.train.ema_decay:
         raise ConfigError("weights ema: there is no average of the weights; set train.ema_decay")
     return Grown(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import log10
 
+from megatron_sgt.arch.weights import weights
+from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import ConfigError
 
 MOST_SHARE = 0.1
@@ -12,6 +14,8 @@ MOST_SHARE = 0.1
 FITTED_PARAMETERS = (4.1e8, 7e9)
 FITTED_FLOPS = (6.6e20, 1.26e22)
 """From the smallest to the largest of the runs that G_stack's source reports: 410M, 1.1B on 100B tokens; 7B on 300B."""
+FITTED_VOCABULARY = 32_000
+"""Of the models whose parameters the fit counts, so that it says the same before and after a tokenizer is known."""
 
 
 def prop_boundaries(steps: int, stages: int, alpha: float) -> tuple[int, ...]:
@@ -22,8 +26,7 @@ def prop_boundaries(steps: int, stages: int, alpha: float) -> tuple[int, ...]:
     Raises:
         ConfigError: there are fewer steps than stages.
     """
-    if steps < stages:
-        raise ConfigError(f"train.train_iters {steps:,} has no step for each of {stages} stages; train for longer")
+    _check_room(steps, stages)
     shares = [i**alpha for i in range(1, stages + 1)]
     ends, end = [], 0
     for number, share in enumerate(shares[:-1], start=1):
@@ -31,6 +34,23 @@ def prop_boundaries(steps: int, stages: int, alpha: float) -> tuple[int, ...]:
         end = min(end + max(1, int(steps * share / sum(shares))), steps - stages + number)
         ends.append(end)
     return tuple(ends)
+
+
+def half_boundaries(steps: int, growths: int) -> tuple[int, ...]:
+    """Steps after which a model grows ``growths`` times at equal distances in the first half of a run.
+
+    In a run that is too short for that, later: each stage has at least one step.
+
+    Raises:
+        ConfigError: there are fewer steps than stages.
+    """
+    _check_room(steps, growths + 1)
+    return tuple(max(number, steps * number // (2 * growths)) for number in range(1, growths + 1))
+
+
+def _check_room(steps: int, stages: int) -> None:
+    if steps < stages:
+        raise ConfigError(f"train.train_iters {steps:,} has no step for each of {stages} stages; train for longer")
 
 
 @dataclass(frozen=True)
@@ -52,11 +72,16 @@ class GrowthTime:
         return self.tokens < self.fitted
 
 
+def fitted_parameters(model: ModelConfig) -> int:
+    """N of the final model ``model``, as ``g_stack_time`` takes it."""
+    return sum(weight.elements for weight in weights(model.model_copy(update={"vocab_size": FITTED_VOCABULARY})))
+
+
 def g_stack_time(parameters: float, tokens: float) -> GrowthTime:
     """G_stack's growth time (arXiv 2405.15319): log10 d = 0.88 log10 N + 163.27 / log10 C - 5.74, C = 6 N D.
 
     Args:
-        parameters: N, of the final model.
+        parameters: N, of the final model: ``fitted_parameters``.
         tokens: D, of the whole run.
     """
     flops = 6 * parameters * tokens

@@ -12,7 +12,8 @@ from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.find import Found, check_checkpoint, find_checkpoint
 from megatron_sgt.checkpoint.load import verify_together
 from megatron_sgt.config import Config
-from megatron_sgt.errors import CheckpointError
+from megatron_sgt.errors import CheckpointError, ConfigError
+from megatron_sgt.preflight import find_start
 from tests.helpers.checkpoints import ZERO_1
 from tests.helpers.checkpoints import write_plain_checkpoint as make
 from tests.helpers.damage import DAMAGES, damaged, harm
@@ -174,3 +175,23 @@ def test_an_average_whose_files_are_not_listed_is_damage(tmp_path: Path) -> None
     manifest.write_manifest(folder, {"layout": state["layout"]})
     with pytest.raises(CheckpointError, match=r"ema_0000_mp_rank_00\.pt is not listed in manifest\.json"):
         check_checkpoint(folder, small_config(deepspeed=ZERO_1))
+
+
+def test_a_ramp_counts_until_it_has_ended(tmp_path: Path) -> None:
+    ramp = {"first": 3, "steps": 3, "layers": [3]}
+    fading, faded = (make(tmp_path / f"global_step{step}", growth={"ramp": ramp}) for step in (5, 6))
+    check_checkpoint(fading, small_config(growth={"ramp": ramp}))
+    for other in (None, {**ramp, "steps": 4}):
+        with pytest.raises(CheckpointError, match=r"at step 5, and growth\.ramp is .*'steps': 3.* there and .* here"):
+            check_checkpoint(fading, small_config(growth={"ramp": other}))
+    check_checkpoint(faded, small_config())
+    with pytest.raises(CheckpointError, match=r"at step 6, and growth\.ramp .*'steps': 3.* there and .*'steps': 4"):
+        check_checkpoint(faded, small_config(growth={"ramp": {**ramp, "steps": 4}}))
+
+
+def test_what_a_ramp_fades_in_must_be_there(tmp_path: Path) -> None:
+    early = {"ramp": {"first": 6, "steps": 3, "layers": [3]}}
+    with pytest.raises(ConfigError, match=r"added after step 6, but the run starts from step 0; .* remove it"):
+        find_start(config_in(tmp_path, growth=early))
+    with pytest.raises(ConfigError, match=r"added after step 6, but the run starts from step 5"):
+        check_checkpoint(make(tmp_path / "global_step5", growth=early), small_config(growth=early))

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from megatron_sgt.checkpoint.place import place_of
-from megatron_sgt.config import Config
+from megatron_sgt.config import Config, load_config
 from megatron_sgt.errors import CheckpointError
+from megatron_sgt.stages.presets import preset_named
 from megatron_sgt.stages.stages import stages_of
 from tests.helpers.single import small_config
 
@@ -84,4 +85,16 @@ def test_stages_that_have_begun_cannot_change(
 ) -> None:
     with pytest.raises(CheckpointError, match=f"^checkpoint global_step is at step {step}, and .*{message}") as caught:
         place(run(*stages), step, stage)
-    assert "stages that have begun cannot change. Restore growth.stages, or start a new run" in str(caught.value)
+    assert "stages that have begun cannot change. Restore growth.stages" in str(caught.value)
+
+
+def test_a_run_of_a_preset_is_extended_from_its_own_configuration(tmp_path: Path) -> None:
+    file = Path(__file__).parents[2] / "examples/configs/study_growing.yaml"
+    sizes = ("model.vocab_size=2048", "optim.lr_warmup_iters=2")
+    ran = load_config(file, ("train.train_iters=18", *sizes), preset_named("midas"))
+    written = tmp_path / "config.yaml"
+    written.write_text(ran.to_yaml())
+    longer = load_config(file, ("train.train_iters=36", *sizes), preset_named("midas"))
+    with pytest.raises(CheckpointError, match=r"go on with the config\.yaml of the run's folder, without --preset"):
+        place(longer, 5, 2, of=ran)
+    assert place(load_config(written, ("train.train_iters=36",)), 5, 2, of=ran) == (2, 2, False)

@@ -15,17 +15,19 @@ from megatron_sgt.checkpoint.surgery.reader import GrownReader, open_any
 from megatron_sgt.config import Config
 from megatron_sgt.engine import stage_search
 from megatron_sgt.engine.build import start_processes
-from megatron_sgt.engine.stage_search import StageSearch, inherited_plan, supernet_config
+from megatron_sgt.engine.stage_search import StageSearch, inherited_plan, recorded_policies, supernet_config
 from megatron_sgt.errors import DataError
 from megatron_sgt.growth import LayerPlan
 from megatron_sgt.launch.rank_info import RankInfo
+from megatron_sgt.optim.schedule import learning_rate, rate_after, rate_of_run
 from megatron_sgt.stages.search import supernet
+from megatron_sgt.stages.stages import stages_of
 from tests.helpers.checkpoints import grown_config, write_grown_checkpoint
 from tests.helpers.commands import snapshot
 from tests.helpers.deepspeed_files import random_state, write_checkpoint
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import tiny_config, write_tiny_data
-from tests.helpers.single import single_groups
+from tests.helpers.single import single_groups, small_config
 
 STEPS = 6
 DEPTHS = (2, 3, 4)
@@ -108,6 +110,21 @@ def test_layers_go_on_looping_in_the_supernet(tmp_path: Path) -> None:
     plan = inherited_plan(opened, config, supernet_config(config, growth, 7), growth)
     assert plan.num_layers == 8
     assert dict(plan.layers) == {2: LayerPlan(1, (1, 2)), 6: LayerPlan(2, (0, 3))}
+
+
+def test_the_learning_rate_goes_on_as_the_run_does() -> None:
+    """Through the policies of all stages that the checkpoint has behind it, which its own configuration lacks."""
+    deeper = {"operator": "midas", "options": {"block_size": 1}}
+    stages = [
+        {"until_steps": 8, "lr_policy": "rewind(3)", **deeper},
+        {"until_steps": 10, "lr_policy": "rewarm(4)", **deeper},
+    ]
+    run = stages_of(small_config(growth={"method": "vanilla", "stages": stages}, train={"train_iters": 20}))
+    saved = {"trainer": {"step": 11}, "stages": [stage.record() for stage in run[1:]]}
+    found = [rate_after(step, recorded_policies(saved), run[-1].config) for step in range(12, 21)]
+    assert found == [rate_of_run(step, run) for step in range(12, 21)]
+    assert found != [learning_rate(step, run[-1].config.optim, 20) for step in range(12, 21)]
+    assert recorded_policies({"trainer": {"step": 11}}) == ()
 
 
 def without_validation(info: RankInfo, folder: Path, checkpoint: Path) -> None:

@@ -12,7 +12,7 @@ from megatron_sgt.config.growth import GrowthConfig
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.stages.presets import preset_named
 from megatron_sgt.stages.stages import stages_of
-from megatron_sgt.stages.timing import g_stack_time, prop_boundaries
+from megatron_sgt.stages.timing import fitted_parameters, g_stack_time, prop_boundaries
 
 FOLDER = Path(__file__).parents[2] / "examples" / "configs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -140,7 +140,8 @@ def test_growing_models_have_the_numbers_of_their_sources() -> None:
     tokens_per_step = stack.train.global_batch_size * stack.model.seq_length
     assert tokens_per_step == pytest.approx(2e6, rel=0.05)
     assert [end * tokens_per_step for end in ends] == pytest.approx([10.5e9, 300e9], rel=1e-3)
-    assert g_stack_time(7e9, 300e9).fitted == pytest.approx(20.5e9, rel=1e-2)
+    fit = g_stack_time(fitted_parameters(stages_of(stack)[-1].config.model), 300e9)
+    assert fit.fitted == pytest.approx(20.1e9, rel=3e-3)  # as the file says
     midas = load("midas_1.2b")
     assert tuple(stage.until_steps for stage in midas.growth.stages) == prop_boundaries(midas.train.train_iters, 6, 2)
     for operator, preset in (("midas", "midas"), ("grad_stack", "grad-stack")):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_sgt.export.architecture import TokenIds, hf_config
+from megatron_sgt.checkpoint.surgery.offline import grow_checkpoint
+from megatron_sgt.export.architecture import TokenIds, hf_config, plain_architecture
 from megatron_sgt.export.card import model_card
 from megatron_sgt.export.source import open_checkpoint
 from megatron_sgt.growth import LoopPlan
+from megatron_sgt.stages.operators import OPERATORS
 from tests.helpers.checkpoints import write_grown_checkpoint
 
 
@@ -31,3 +33,12 @@ def test_a_plain_model_needs_no_trust(tmp_path: Path) -> None:
     card = model_card(source, plan, hf_config(source.config.model, plan, 128, "bf16", TokenIds()), False)
     assert "trust_remote_code" not in card and "Growth history" not in card
     assert "| architecture | LlamaForCausalLM |" in card
+
+
+def test_it_names_how_the_model_became_larger(tmp_path: Path) -> None:
+    write_grown_checkpoint(tmp_path / "old")
+    made = grow_checkpoint(tmp_path / "old", tmp_path / "new", OPERATORS["g_stack"], {"factor": 2})
+    source, plan = open_checkpoint(made.folder), LoopPlan.empty(8)
+    card = model_card(source, plan, hf_config(source.config.model, plan, 128, "bf16", TokenIds()), False)
+    assert "The model became deeper or wider in training: by `g_stack` after step 7." in card
+    assert plain_architecture(source.config.model, plan) == ("LlamaForCausalLM", "no layer loops")

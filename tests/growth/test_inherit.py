@@ -59,6 +59,12 @@ def test_copies_that_no_rule_reaches_are_named() -> None:
     (note,) = sgt(5).inherit(trained(sgt(), 3), below)
     assert note == "layers [4] are deeper than 3, the shallowest that loops, so that none is ever selected"
     assert sgt(5).inherit(sgt(), below) == [], "nothing has been selected yet"
+    mirrored, above = {"direction": "shallow_to_deep"}, Inheritance((0, 1, 2, 2, 3), (0, 1, 3, 4), (0, 1))
+    older = trained(sgt(**mirrored), 3)
+    assert older.plan.layers[0][0] == 2
+    (note,) = sgt(5, **mirrored).inherit(older, above)
+    assert note == "layers [2] are shallower than 3, the deepest that loops, so that none is ever selected"
+    assert sgt(5, **mirrored).inherit(older, below) == []
 
 
 def test_a_new_head_has_the_mean_entropy_of_its_layer() -> None:

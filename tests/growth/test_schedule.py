@@ -133,3 +133,11 @@ def test_a_rule_takes_no_imported_loops_unless_it_says_how() -> None:
     assert Upwards.settings_for(LoopPlan.empty(3), 2) is None
     with pytest.raises(ConfigError, match=r"growth\.method: is upwards, which cannot go on"):
         upwards().adopt(upwards().final_plan())
+
+
+def test_a_ramp_is_no_part_of_the_rule() -> None:
+    ramp = {"first": 3, "steps": 3, "layers": [3]}
+    state = Vanilla(GrowthConfig.model_validate({"method": "vanilla", "ramp": ramp}), 4, 2).state_dict()
+    Vanilla(GrowthConfig(method="vanilla"), 4, 2).load_state_dict(state)
+    with pytest.raises(CheckpointError, match=r"growth\.window_size \(checkpoint 250, run 9\)"):
+        Vanilla(GrowthConfig(method="vanilla", window_size=9), 4, 2).load_state_dict(state)

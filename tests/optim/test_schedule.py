@@ -6,8 +6,9 @@ import pytest
 
 from megatron_sgt import extensions
 from megatron_sgt.config.optim import OptimConfig
-from megatron_sgt.optim.schedule import CURVES, learning_rate, rate_of_run
-from megatron_sgt.stages.stages import stages_of
+from megatron_sgt.errors import ConfigError
+from megatron_sgt.optim.schedule import CURVES, check_curve, learning_rate, rate_of_run
+from megatron_sgt.stages.stages import Stage, stages_of
 from tests.helpers.choices import built_in
 from tests.helpers.single import small_config
 
@@ -86,16 +87,21 @@ def test_the_table_has_what_the_configuration_knows() -> None:
     assert built_in(OptimConfig, "lr_decay_style") == tuple(CURVES)
 
 
-def staged(*policies: str) -> list[float]:
-    """Rates of a linear decay over 20 steps, whose stages end after 4, 10 and 14 steps; rounded."""
+def stages(*policies: str, **optim: Any) -> tuple[Stage, ...]:
+    """Stages that end after 4, 10 and 14 of 20 steps, by default of a linear decay."""
     ends = [
         {"until_steps": end, "operator": "grad_stack", "options": {"block_size": 1}, "lr_policy": policy}
         for end, policy in zip((4, 10, 14), policies, strict=False)
     ]
-    optim, train = {"lr": 1.0, "lr_decay_style": "linear", "lr_warmup_iters": 0}, {"train_iters": 20}
+    optim = {"lr": 1.0, "lr_decay_style": "linear", "lr_warmup_iters": 0} | optim
     growth = {"method": "vanilla", "stages": ends}
-    stages = stages_of(small_config(growth=growth, optim=optim, train=train))
-    return [rate_of_run(step, stages) for step in range(1, 21)]
+    return stages_of(small_config(growth=growth, optim=optim, train={"train_iters": 20}))
+
+
+def staged(*policies: str, **optim: Any) -> list[float]:
+    """Rates of all 20 steps."""
+    found = stages(*policies, **optim)
+    return [rate_of_run(step, found) for step in range(1, 21)]
 
 
 PLAIN = [1 - step / 20 for step in range(1, 21)]
@@ -123,3 +129,25 @@ def test_a_stage_goes_back_on_the_curve_and_the_rest_is_stretched() -> None:
     assert rates[-1] == pytest.approx(0.0)
     again = staged("rewind(2)", "rewind(1)")
     assert again[10:] == pytest.approx([1 - (1 + k * 19 / 10) / 20 for k in range(1, 11)])
+
+
+def test_the_final_decay_of_wsd_keeps_its_length() -> None:
+    wsd = {"lr": 1.0, "lr_decay_style": "WSD", "lr_wsd_decay_iters": 4, "lr_warmup_iters": 4}
+    decay = [0.75, 0.5, 0.25, 0.0]
+    assert staged("rewind(2)", **wsd)[12:] == [1.0] * 4 + decay
+    assert staged("rewind(2)", **wsd)[4:7] == pytest.approx([(2 + k * 14 / 12) / 4 for k in (1,)] + [1.0] * 2)
+    begun = staged("continue", "continue", "rewind(10)", **{**wsd, "lr_wsd_decay_iters": 8})
+    assert begun[14:] == pytest.approx([1.0 - max(0.0, 10 + k * 10 / 6 - 12) / 8 for k in range(1, 7)])
+
+
+def test_a_curve_that_knows_whole_steps_alone_is_refused_before_the_run() -> None:
+    table = [1 - step / 20 for step in range(21)]
+    extensions.register("lr_schedules", "table", lambda step, config, end: table[step])
+    try:
+        check_curve(stages("rewarm(4)", lr_decay_style="table"))
+        with pytest.raises(
+            ConfigError, match=r"lr_decay_style: table has no learning rate for step 5, TypeError: .*as fl"
+        ):
+            check_curve(stages("rewind(2)", lr_decay_style="table"))
+    finally:
+        extensions.unregister("lr_schedules", "table")

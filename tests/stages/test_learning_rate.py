@@ -7,13 +7,15 @@ import pytest
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.stages.learning_rate import RatePolicy
 
+LONG = f"rewarm({5000 * '9'})"
+
 
 @pytest.mark.parametrize("text", ["continue", "rewarm(7)", "rewind(12)"])
 def test_policies_are_read_back(text: str) -> None:
     assert str(RatePolicy.parse(text)) == text
 
 
-@pytest.mark.parametrize("text", ["", "rewarm", "rewarm(0)", "rewind(-1)", "continue(3)", "restart"])
+@pytest.mark.parametrize("text", ["", "rewarm", "rewarm(0)", "rewind(-1)", "continue(3)", "restart", LONG])
 def test_other_policies_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="must be continue, rewarm"):
         RatePolicy.parse(text)

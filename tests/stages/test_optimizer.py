@@ -58,6 +58,20 @@ def test_rewinding_changes_no_old_update_and_bounds_new_ones(beta2: float) -> No
     assert max(updates(10, 0.0, 0.0, beta2)) < 1.125
 
 
+def test_a_late_step_is_no_remedy_for_zero_moments() -> None:
+    assert max(updates(20, 0.0, 0.0, 0.999)) < 1.26 < 2.1 < max(updates(100, 0.0, 0.0, 0.999))
+    policy = OptimizerPolicy.parse("rewind(100)")
+    for moments, new_entries in (("copy", True), ("fresh", False)):
+        with pytest.raises(
+            ConfigError, match=r"rewind\(100\) .*: at step 100 .* choose optimizer rewind\(10\), or mom"
+        ):
+            carry(STEP, policy, moments, optim(0.999), new_entries)
+    assert carry(STEP, policy, "copy", optim(0.98), new_entries=True).step == 100
+    assert carry(STEP, policy, "copy", optim(0.999), new_entries=False).step == 100
+    assert carry(STEP, policy, "seeded", optim(0.999), new_entries=True).step == 100
+    assert carry(20, policy, "copy", optim(0.999), new_entries=True).step == 20
+
+
 def test_a_step_of_zero_under_kept_moments_is_no_remedy() -> None:
     assert max(updates(0, *held(0.95), 0.95)) == pytest.approx(2.24, abs=0.01)
     with pytest.raises(ConfigError, match="step of 0 under kept moments"):
@@ -79,7 +93,7 @@ def test_policies() -> None:
     assert fresh.step == 0 and not fresh.keeps_moments
     imported = carry(0, OptimizerPolicy.parse("continue"), "copy", optim(0.999), new_entries=True)
     assert imported == fresh, "an imported model has no moments"
-    for text in ("rewind(0)", "continue(3)", "reset", ""):
+    for text in ("rewind(0)", "continue(3)", "reset", "", f"rewind({5000 * '9'})"):
         with pytest.raises(ConfigError, match="must be continue, rewind"):
             OptimizerPolicy.parse(text)
     with pytest.raises(ConfigError, match="moments 'zero': must be one of copy, scaled, seeded, fresh"):

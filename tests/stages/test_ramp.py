@@ -109,6 +109,14 @@ def test_a_stage_is_as_long_as_its_ramp(stages: list[dict[str, Any]], message: s
         stages_of(small_config(growth={"stages": stages}))
 
 
+def test_a_run_is_as_long_as_the_ramp_of_its_checkpoint() -> None:
+    ramp = {"first": 4, "steps": 6, "layers": [3]}
+    (only,) = stages_of(small_config(growth={"ramp": ramp}))
+    assert only.config.growth.ramp == RampConfig(**ramp)
+    with pytest.raises(ConfigError, match=r"^growth\.ramp: the model is faded in until step 10, but .*train_iters 6"):
+        stages_of(small_config(growth={"ramp": ramp}, train={"train_iters": 6}))
+
+
 @pytest.mark.parametrize(
     ("ramp", "message"),
     [

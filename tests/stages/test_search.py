@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import yaml
@@ -10,7 +12,15 @@ import yaml
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.stages.operators import OPERATORS
-from megatron_sgt.stages.search import executed_layers, judge, measured_after, sampled, stage_entry, supernet
+from megatron_sgt.stages.search import (
+    check_length,
+    executed_layers,
+    judge,
+    measured_after,
+    sampled,
+    stage_entry,
+    supernet,
+)
 from megatron_sgt.stages.stages import stages_of
 from tests.helpers.growing import shape
 from tests.helpers.single import small_config
@@ -30,7 +40,7 @@ def model(layers: int) -> ModelConfig:
     ],
 )
 def test_a_sub_net_holds_the_layers_of_its_own_growth(old: int, deepest: int, map_of: dict[int, list[int]]) -> None:
-    growth = supernet(model(old), sorted({old, *map_of}))
+    growth = supernet(model(old), sorted({old, *map_of, deepest - 1})[-3:])
     assert growth.new.num_layers == deepest
     for depth, layers in map_of.items():
         executed = executed_layers(growth, depth)
@@ -43,12 +53,12 @@ def test_a_sub_net_holds_the_layers_of_its_own_growth(old: int, deepest: int, ma
 @pytest.mark.parametrize(
     ("depths", "message"),
     [
-        ((6,), "depths 6: must be two or three different numbers of layers, the lowest first"),
-        ((6, 7, 8, 9), "depths 6,7,8,9: must be two or three"),
-        ((9, 6), "depths 9,6: must be two or three"),
-        ((6, 6), "depths 6,6: must be two or three"),
-        ((5, 9), "depths 5,9: a model of 6 layers has candidates of 6 to 12 layers"),
-        ((6, 13), "depths 6,13: a model of 6 layers"),
+        ((6, 9), "depths 6,9: must be three different numbers of layers, the lowest first"),
+        ((6, 7, 8, 9), "depths 6,7,8,9: must be three"),
+        ((9, 6, 7), "depths 9,6,7: must be three"),
+        ((6, 6, 7), "depths 6,6,7: must be three"),
+        ((5, 7, 9), "depths 5,7,9: a model of 6 layers has candidates of 6 to 12 layers"),
+        ((6, 9, 13), "depths 6,9,13: a model of 6 layers"),
     ],
 )
 def test_other_depths_are_refused(depths: tuple[int, ...], message: str) -> None:
@@ -97,8 +107,31 @@ def test_on_the_curve_all_candidates_are_equal() -> None:
 def test_more_time_that_brings_nothing_costs_nothing() -> None:
     verdict = judge({6: 2.0, 9: 2.2, 12: 2.4}, {6: 1.0, 9: 1.5, 12: 2.0})
     assert verdict.exponent == 0.0 and verdict.best == 6 and verdict.scores == {6: 2.0, 9: 2.2, 12: 2.4}
-    equal = judge({6: 2.0, 9: 1.9}, {6: 1.0, 9: 1.0})
+    equal = judge({6: 2.0, 9: 1.9, 12: 1.95}, {6: 1.0, 9: 1.0, 12: 1.0})
     assert equal.best == 9
+
+
+@pytest.mark.parametrize(
+    ("optim", "steps", "message"),
+    [
+        ({}, 5, None),
+        (
+            {},
+            6,
+            r"train\.train_iters 10: ends before step 11, the last of 6 after the checkpoint's 5; set the length",
+        ),
+        (
+            {"lr_decay_iters": 8},
+            4,
+            r"optim\.lr_decay_iters 8: the decay ends before step 9, the last of 4 after the check",
+        ),
+        ({"lr_decay_iters": 8, "lr_decay_style": "constant"}, 4, None),
+    ],
+)
+def test_a_search_stays_inside_the_run(optim: dict[str, Any], steps: int, message: str | None) -> None:
+    config = small_config(optim=optim)
+    with nullcontext() if message is None else pytest.raises(ConfigError, match=message):
+        check_length(config, 5, steps)
 
 
 def test_the_entry_can_be_pasted() -> None:

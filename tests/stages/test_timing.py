@@ -7,7 +7,9 @@ from itertools import pairwise
 import pytest
 
 from megatron_sgt.errors import ConfigError
-from megatron_sgt.stages.timing import g_stack_time, prop_boundaries
+from megatron_sgt.planning.parameters import parameter_count
+from megatron_sgt.stages.timing import fitted_parameters, g_stack_time, half_boundaries, prop_boundaries
+from tests.helpers.growing import shape
 
 
 def test_prop_2_of_six_stages() -> None:
@@ -57,3 +59,16 @@ def test_short_runs_of_small_models_are_outside_and_clamped(parameters: float, f
 def test_the_sources_own_runs_are_inside() -> None:
     assert g_stack_time(7e9, 300e9).in_range and g_stack_time(1.1e9, 100e9).in_range
     assert g_stack_time(1e6, 10).tokens == 1  # no overflow
+
+
+def test_the_fit_counts_parameters_before_a_tokenizer_is_known() -> None:
+    model = shape(vocab_size=None)
+    assert fitted_parameters(model) == fitted_parameters(shape(vocab_size=777))
+    assert fitted_parameters(model) == parameter_count(shape(vocab_size=32_000))
+
+
+def test_growths_at_equal_distances_in_the_first_half() -> None:
+    assert half_boundaries(100, 5) == (10, 20, 30, 40, 50)
+    assert half_boundaries(8, 5) == (1, 2, 3, 4, 5) == half_boundaries(6, 5)
+    with pytest.raises(ConfigError, match=r"train\.train_iters 5 has no step for each of 6 stages; train for longer"):
+        half_boundaries(5, 5)

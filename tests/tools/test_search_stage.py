@@ -20,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a checkpoint in from/, of weights so large that a second copy of a layer changes much."""
     made = tmp_path_factory.mktemp("search")
     growth = {"method": "vanilla"}
-    config = tiny_config(made / "run", write_tiny_data(made), model={"num_layers": 2}, growth=growth)
+    config = tiny_config(made / "run", write_tiny_data(made), model={"num_layers": 3}, growth=growth)
     write_checkpoint(made / "from", config, random_state(config), (1, 1, 1))
     return made
 
@@ -34,10 +34,10 @@ def refused(folder: Path, *arguments: str) -> Finished:
 
 def test_prints_the_table_and_the_entry(folder: Path) -> None:
     before = snapshot(folder / "from")
-    done = run_script(SCRIPT, ["--load", "from", "--depths", "3,4", "--steps", "4", "optim.lr=1e-3"], folder)
+    done = run_script(SCRIPT, ["--load", "from", "--depths", "4,5,6", "--steps", "4", "optim.lr=1e-3"], folder)
     assert (done.code, done.err) == (0, "")
     assert snapshot(folder / "from") == before
-    assert "2 layers; 4 are made of its weights (the run keeps no average of them)" in done.out
+    assert "3 layers; 6 are made of its weights (the run keeps no average of them)" in done.out
     assert "step 4 of 4: loss " in done.out and done.out.count("<- lowest") == 1
     best = next(int(line.split()[0]) for line in done.out.splitlines() if line.endswith("<- lowest"))
     entry = yaml.safe_load(done.out[done.out.index("growth:\n") :])
@@ -51,9 +51,13 @@ def test_prints_the_table_and_the_entry(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--depths", "2,5"], "depths 2,5: a model of 2 layers has candidates of 2 to 4 layers"),
-        (["--depths", "2,4", "model.num_layers=4"], "model.num_layers=4: model and growth are those of the checkpoint"),
-        (["--depths", "2,4", "train.micro_batch_size=3"], "train.global_batch_size"),
+        (["--depths", "3,4,7"], "depths 3,4,7: a model of 3 layers has candidates of 3 to 6 layers"),
+        (
+            ["--depths", "3,4,6", "model.num_layers=4"],
+            "model.num_layers=4: model and growth are those of the checkpoint",
+        ),
+        (["--depths", "3,4,6", "train.micro_batch_size=3"], "train.global_batch_size"),
+        (["--depths", "3,4,6", "train.train_iters=8"], "train.train_iters 8: ends before step 9"),
         (["--depths", "2,x"], "must be numbers of layers, as 6,9,12, got '2,x'"),
     ],
 )

@@ -97,7 +97,9 @@ def _row(preset: str, runs: Sequence[Outcome], base: Mapping[int, Outcome]) -> R
 
 
 def judge(claim: Claim, outcomes: Sequence[Outcome]) -> tuple[Verdict, str]:
-    """(verdict, reason) from the differences between runs of equal seed, which share data and initial weights.
+    """(verdict, reason) from the differences between runs of equal seed, which share the order of the data.
+
+    Initial weights, too, where the models begin alike; a model that grows begins with those of a smaller one.
 
     "seen" or "not seen" when 0 lies outside of the 95 % confidence interval (Student's t) of the mean difference in
     loss, "undecided" otherwise and with fewer than two seeds. FLOPs follow from the configuration: no interval.

@@ -116,7 +116,7 @@ def grow_checkpoint(
         header = _HEADER.format(operator=operator.name, source=source)
         write_text(temporary / RUN_FILE, header + config.to_yaml())
         layout.point_to(temporary, tag)
-    notes += _remarks(opened)
+    notes += _remarks(opened, config, carried)
     return GrownCheckpoint(output / tag, output / RUN_FILE, config, growth, carried, stage, num_bytes, tuple(notes))
 
 
@@ -177,12 +177,19 @@ def _whole_or_nothing(output: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _remarks(opened: Opened) -> list[str]:
-    notes = []
+def _remarks(opened: Opened, config: Config, carried: Carried) -> list[str]:
+    notes, ramp, step = list[str](), config.growth.ramp, opened.saved["trainer"]["step"]
     for name in ("train_iters", "exit_interval"):
         last = getattr(opened.config.train, name)
-        if last is not None and opened.saved["trainer"]["step"] >= last:
+        if last is not None and step >= last:
             notes.append(f"the run had reached its last step, {last:,}: set train.{name} to go on")
+    if ramp is not None and ramp.end > config.train.train_iters:
+        notes.append(f"the model is faded in until step {ramp.end:,}: set train.train_iters to that at least")
+    if carried.step == 0 and step > config.optim.lr_warmup_iters:
+        notes.append(
+            f"AdamW starts anew, but the learning rate goes on at step {step:,} of its curve; for one that rises "
+            "again, grow in the run itself: growth.stages with lr_policy rewarm(N)"
+        )
     if isinstance(opened.tensors, MergedTensors) and opened.tensors.drift:
         notes.append(
             f"tensor-parallel copies of replicated weights differed by {opened.tensors.drift:.1e}, rank 0's were taken"

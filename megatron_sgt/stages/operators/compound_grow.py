@@ -26,6 +26,7 @@ class Options(Section):
     noise: float = Field(
         default=0.1,
         ge=0,
+        le=1,
         description="Noise of what the copies pass on, in proportion to its root mean square; 0: they stay equal.",
     )
 

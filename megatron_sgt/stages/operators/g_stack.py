@@ -12,7 +12,7 @@ from pydantic import Field
 
 from megatron_sgt.config.base import Section
 from megatron_sgt.config.model import ModelConfig
-from megatron_sgt.stages.growth import Growth, Operator, deeper
+from megatron_sgt.stages.growth import Growth, Operator, deeper, resized
 
 
 class Options(Section):
@@ -23,6 +23,7 @@ class Options(Section):
 
 def grow(model: ModelConfig, options: Options) -> Growth:
     """``factor`` stacks, one after the other; the last one is nearest to the output, so that it is the heir."""
+    resized(model, num_layers=model.num_layers * options.factor)  # refused before a list of so many is made
     return deeper(model, [*range(model.num_layers)] * options.factor, last=True)
 
 

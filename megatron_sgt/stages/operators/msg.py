@@ -83,7 +83,8 @@ def grow(model: ModelConfig, options: Options) -> Growth:
         if model.normalization != "RMSNorm":
             raise ConfigError(f"hidden_size: grows under RMSNorm only, this model has {model.normalization}")
         epsilon = model.layernorm_epsilon * model.hidden_size / new.hidden_size
-        new = resized(new, layernorm_epsilon=epsilon)
+        short = float(f"{epsilon:.12g}")  # 1e-05, and not the number next to it that products give
+        new = resized(new, layernorm_epsilon=short if abs(short / epsilon - 1) < 1e-14 else epsilon)
     old_layers = model.num_layers
     ramp = _ramp(model, new, options.ramp_steps) if options.ramp_steps else None
     layers = tuple(n % old_layers for n in range(new.num_layers))

@@ -69,6 +69,8 @@ def test_without_moments_nothing_is_written_for_them(tmp_path: Path) -> None:
     assert not list(done.folder.glob("exp_avg*")) and done.carried.step == 0
     reader = LayoutFreeReader(done.folder)
     assert reader.quantities == (WEIGHTS,)
+    (note,) = done.notes
+    assert note.startswith(f"AdamW starts anew, but the learning rate goes on at step {STEP} of its curve; ")
     check_checkpoint(done.folder, load_config(done.config_file))
 
 
@@ -102,11 +104,12 @@ def test_heads_that_do_not_divide_the_width_leave_as_sgt() -> None:
 def test_a_ramp_goes_on_in_the_run_and_cannot_be_left_or_grown_over(tmp_path: Path) -> None:
     write_grown_checkpoint(tmp_path / "old", (1, 1, 1))
     done = grow(tmp_path / "old", tmp_path / "new", "msg", {"num_layers": 5, "ramp_steps": 9})
-    config = load_config(done.config_file)
+    assert "the model is faded in until step 16: set train.train_iters to that at least" in done.notes
+    config = load_config(done.config_file, ["train.train_iters=16"])
     assert config.growth.ramp == RampConfig(first=STEP, steps=9, layers=(4,))
     assert find_start(config).folder == done.folder
-    with pytest.raises(CheckpointError, match=r"growth\.ramp \(checkpoint \{'first': 7, .*, run None\)"):
-        find_start(load_config(done.config_file, ["growth.ramp=null"]))
+    with pytest.raises(CheckpointError, match=r"at step 7, and growth\.ramp is \{'first': 7, .*\} there and null here"):
+        find_start(load_config(done.config_file, ["growth.ramp=null", "train.train_iters=16"]))
     with pytest.raises(ConfigError, match=r"faded in until step 16 and cannot grow again after step 7"):
         grow(tmp_path / "new", tmp_path / "third", "g_stack", {"factor": 2})
     assert not (tmp_path / "third").exists()

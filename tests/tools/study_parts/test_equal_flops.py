@@ -52,6 +52,20 @@ def test_the_table_says_what_is_trained() -> None:
         steps = [stage.last - stage.first for stage in stages]
         assert found.trains == ", ".join(f"{unit}: {count}" for unit, count in zip(units, steps, strict=True))
     assert stages_line(contender("midas")[1]).count(" layers: ") == len(contender("midas")[2]) > 2
+    assert stages_line(load("compound-grow")) == (
+        "4 layers / 48 units: 50, 8 layers / 48 units: 50, 8 layers / 192 units: 50"
+    )
+    first, *_, last = stages_line(load("msg")).split(", ")
+    assert first == "2 layers / 32 channels / 48 units / 2 heads: 15"
+    assert last == "8 layers / 64 channels / 192 units / 4 heads: 75"
+    grouped = stages_line(load("msg", ("model.num_query_groups=2",)))
+    assert grouped.startswith("2 layers / 32 channels / 48 units / 2 heads / 1 key/value heads: 15, ")
+
+
+def test_a_decay_that_does_not_stretch_is_refused() -> None:
+    fixed = load("vanilla", ("optim.lr_decay_iters=150",))
+    with pytest.raises(ConfigError, match=r"optim\.lr_decay_iters 150: runs of equal FLOPs have different lengths"):
+        settings_of(lambda settings: load("g-stack-2", settings), fixed, "g-stack-2")
 
 
 def test_a_run_that_is_too_short_is_refused() -> None:
