@@ -98,14 +98,9 @@ class Trainer:
         return paused
 
     def _stopped(self) -> int:
-        """The reason for which all ranks stop now, once the hooks know of it; 0 if they go on; collective.
-
-        One all-reduce of 4 bytes, read on the host. The step before ended with the host reading its gradient norm, so
-        that on a GPU no queued work delays this.
-        """
-        reason = largest(self.stop.pending(), self.groups)
+        """The reason for which all ranks stop now, once the hooks know of it; 0 if they go on; collective."""
+        reason = agreed_reason(self.stop, self.groups)
         if reason:
-            self.stop.on_agreed(reason)
             for hook in self.hooks:
                 hook.on_stop(self.state, reason)
         return reason
@@ -123,6 +118,18 @@ class Trainer:
         else:
             self.state.skipped_steps += 1
             self.state.consecutive_skipped += 1
+
+
+def agreed_reason(stop: StopRequests, groups: ParallelGroups) -> int:
+    """The reason for which all ranks stop now; 0 if they go on; collective.
+
+    One all-reduce of 4 bytes, read on the host. The step before ended with the host reading its gradient norm, so that
+    on a GPU no queued work delays this.
+    """
+    reason = largest(stop.pending(), groups)
+    if reason:
+        stop.on_agreed(reason)
+    return reason
 
 
 def _shown(value: float) -> str:

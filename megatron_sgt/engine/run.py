@@ -16,7 +16,7 @@ from megatron_sgt.engine.grow_record import grow_record
 from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.hooks.growth import GrowthHook
 from megatron_sgt.engine.hooks.spike import LossSpike
-from megatron_sgt.engine.loop import DivergedError
+from megatron_sgt.engine.loop import DivergedError, agreed_reason
 from megatron_sgt.engine.run_reports import report_end, report_start
 from megatron_sgt.engine.session import Session
 from megatron_sgt.engine.skipped_ranges import SkippedRanges, batches_outside
@@ -197,24 +197,40 @@ class PretrainingRun(Session):
                 self._go_back(spike)
             elif end == last_step:
                 return 0
-            else:
-                self._grow()
+            elif stopped := self._grow():
+                return stopped
 
     def _batches(self) -> Iterator[Batch]:
         return batches_outside(self.open_loader, self.skipped_ranges, self.state.consumed_samples)
 
-    def _grow(self) -> None:
-        """Go on with the next stage, from the checkpoint that the present one has just ended with."""
+    def _grow(self) -> int:
+        """Go on with the next stage, from the checkpoint that the present one has just ended with.
+
+        Returns:
+            Why the run stops here, 0 if it goes on. All that it needs to go on later is in that checkpoint.
+        """
         begun = time.perf_counter()
         stage, folder = self.stage.stage, self.stage.saver.last_path
         assert folder is not None, "after_stage saves, or raises"
         before = self.stage.probe_loss(self.stage.probe_batches())
+        if stopped := self._stopped():
+            return stopped
         self._replace(self.stages[stage.index + 1])
+        if stopped := self._stopped():
+            return stopped
         start = Start(folder, on_rank_zero(lambda: read_state(folder)))
         record = self._load_at(Place(stage, self.stage.stage), start, before)
         assert record is not None
         record["seconds"] = time.perf_counter() - begun
         self.hub.log("grow", record)
+        return 0
+
+    def _stopped(self) -> int:
+        """As ``Trainer`` asks, but no hook is told: the new engine, whose weights are not loaded, must not be saved."""
+        reason = agreed_reason(self.stop, self.groups)
+        if reason:
+            self.hub.log("stop", {"step": self.state.step, "reason": named(reason)})
+        return reason
 
     def _replace(self, stage: Stage) -> None:
         """Build ``stage`` in the place of the present one."""

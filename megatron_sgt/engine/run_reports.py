@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_sgt.checkpoint.surgery.state import GROW
 from megatron_sgt.engine.data_start import DataStart, data_record
 from megatron_sgt.engine.run_folders import CONFIG_FILE
 from megatron_sgt.engine.session import Session
@@ -50,7 +51,7 @@ def report_end(run: Session, stage: RunningStage, start: Start, reason: str, cod
         "first_loss": measured.first_loss if start.folder is None else None,
         "loss": measured.last_loss,
         "valid_loss": measured.valid_loss,
-        "growth_events": len(stage.growth.events),
+        "growth_events": sum(event.get("action") != GROW for event in measured.growth_events),
         "seconds": seconds,
         "consumed_tokens": run.state.consumed_samples * run.config.model.seq_length,
         "tokens_per_second": measured.tokens_per_second,

@@ -53,7 +53,6 @@ class Session:
         config.num_micro_batches(info.world_size)  # refuse the batch arithmetic before any process group
         check_surroundings(config)
         self.own_hooks = own_hooks(config, hooks)
-        self.own_at_first = {hook.name: copy.deepcopy(hook.state_dict()) for hook in self.own_hooks}
         self.config = with_vocabulary(config)
         self.stages = stages_of(self.config)
         check_curve(self.stages)
@@ -67,11 +66,18 @@ class Session:
         self.train_data: Any = None
         self.valid_data: Any = None
         self.data_record: list[dict[str, Any]] = []
+        self._own_at_first: dict[str, dict[str, Any]] | None = None
         self.folders.take()
 
     def open_data(self) -> None:
         """Open the data sets; collective."""
         self.train_data, self.valid_data, *_ = build_datasets(self.config, tokenizer_of(self.config.data))
+
+    def own_at_first(self) -> dict[str, dict[str, Any]]:
+        """By name, the states of the user's hooks when they were first attached, and no checkpoint was loaded."""
+        if self._own_at_first is None:
+            self._own_at_first = {hook.name: copy.deepcopy(hook.state_dict()) for hook in self.own_hooks}
+        return self._own_at_first
 
     def open_loader(self, consumed_samples: int) -> TrainLoader:
         """This rank's micro-batches of training from a place in the data order on."""

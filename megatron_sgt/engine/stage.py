@@ -50,6 +50,7 @@ class Measured:
     tokens_per_second: float | None
     lags: dict[str, LagRule]
     last_path: Path | None
+    growth_events: list[dict[str, Any]]
 
 
 class RunningStage:
@@ -125,15 +126,14 @@ class RunningStage:
         saver = CheckpointHook(
             self.config,
             self.runtime.engine,
-            [self.growth, self.spike],
+            [self.growth, self.spike, *session.own_hooks],
             session.hub,
             session.groups,
             session.about(),
-            session.own_hooks,
+            session.own_at_first(),
             session.folders.check,
             None if ema is None else ema.average,
         )
-        saver.at_first = session.own_at_first
         saver.stages = [stage.record() for stage in session.stages[1 : self.stage.index + 1]]
         saver.data = session.data_record
         saver.on_saved = session.stop.note_save
@@ -144,6 +144,7 @@ class RunningStage:
         self.log.tokens_per_second = before.tokens_per_second
         self.straggler.rules = before.lags
         self.saver.last_path = before.last_path
+        self.growth.events = before.growth_events
         if self.eval is not None:
             self.eval.last_loss, self.eval.last_ema_loss = before.valid_loss, before.valid_ema_loss
 
@@ -157,6 +158,7 @@ class RunningStage:
             self.log.tokens_per_second,
             self.straggler.rules,
             self.saver.last_path,
+            self.growth.events,
         )
 
     def load(self, folder: Path, saved: dict[str, Any], place: Place) -> list[str]:

@@ -34,9 +34,9 @@ def session(hub: Hub) -> Any:
 
 
 def stage(first: float | None = 5.0) -> Any:
-    measured = Measured(first, 4.0, 4.5, None, 100.0, {}, None)
-    growth, runtime = SimpleNamespace(events=[{}, {}]), SimpleNamespace(precision="fp32")
-    return SimpleNamespace(config=CONFIG, measured=lambda: measured, growth=growth, runtime=runtime)
+    events = [{"action": action} for action in ("select", "grow", "fix")]  # growth of the model is none of the schedule
+    measured = Measured(first, 4.0, 4.5, None, 100.0, {}, None, events)
+    return SimpleNamespace(config=CONFIG, measured=lambda: measured, runtime=SimpleNamespace(precision="fp32"))
 
 
 def test_the_last_record() -> None:

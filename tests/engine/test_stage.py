@@ -14,6 +14,7 @@ from megatron_sgt.config import Config
 from megatron_sgt.engine.hooks.base import Hook, RunParts
 from megatron_sgt.engine.run import PretrainingRun
 from megatron_sgt.engine.start import find_together, own_look
+from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.launch.rank_info import RankInfo
 from tests.helpers.exhaustive import share_of
 from tests.helpers.ranks import run_on_ranks
@@ -28,12 +29,22 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 class Keeper(Hook):
-    """A user's hook that keeps its parts, as they are given to it."""
+    """A user's hook that keeps its parts, as they are given to it, and has no state before."""
 
     name = "keeper"
 
     def attach(self, parts: RunParts) -> None:
         self.parts = parts
+        self.layers = [parts.config.model.num_layers]
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        self.layers = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"layers": self.layers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.layers = state["layers"]
 
 
 def tensors() -> int:
@@ -41,8 +52,11 @@ def tensors() -> int:
     return sum(isinstance(one, torch.Tensor) for one in gc.get_objects())
 
 
-def rebuilt(info: RankInfo, config: Config) -> tuple[list[bool], list[int], list[int], bool]:
-    """By rebuild: whether the old engine or model lives, and the number of tensors; then loops, and the last step."""
+def rebuilt(info: RankInfo, config: Config) -> tuple[list[bool], list[int], list[int], bool, dict[str, Any]]:
+    """By rebuild: whether the old engine or model lives, and the number of tensors; then loops, and the last step.
+
+    Last, the states that checkpoints without them are given.
+    """
     run = PretrainingRun(config, info, hooks=[Keeper()])
     alive, counts, look = [], [], own_look(run)
     for _ in range(REBUILDS):
@@ -52,7 +66,8 @@ def rebuilt(info: RankInfo, config: Config) -> tuple[list[bool], list[int], list
         alive.append(any(one() is not None for one in old))
         run._load(find_together(look, run), look)
         counts.append(tensors())
-    return alive, counts, list(run.schedule.plan.loops), run.state.step == 3 * REBUILDS
+    trained = run.state.step == 3 * REBUILDS
+    return alive, counts, list(run.schedule.plan.loops), trained, dict(run.stage.saver.at_first)
 
 
 @pytest.mark.parametrize("layout", share_of(LAYOUTS, ["alone", "zero_3_balanced"]))
@@ -68,8 +83,9 @@ def test_nothing_of_an_old_stage_stays(layout: str, tmp_path: Path) -> None:
         checkpoint={"async_save": layout == "zero_1", "keep_last": 1},
         deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}} if parallel["zero_stage"] else {},
     )
-    for alive, counts, loops, trained in run_on_ranks(ranks, rebuilt, config):
+    for alive, counts, loops, trained, at_first in run_on_ranks(ranks, rebuilt, config):
         assert alive == [False] * REBUILDS
         # The first rebuild's number may be without what is kept once per process.
         assert len(set(counts[1:])) == 1, counts
         assert sum(map(bool, loops)) == 2 and trained
+        assert at_first == {"keeper": {"layers": [3]}}, "of the first attach, not of a later one"

@@ -201,9 +201,14 @@ def test_a_request_to_stop_near_a_boundary(
     [(code, steps, models, _)] = run_on_ranks(1, train, config, stop_at)
     assert (code, steps, models) == (ExitCode.SAVED, *counted)
     assert layout.finished_tags(root / name / "checkpoints") == [layout.tag_for(steps)]
+    (stopped,), (summary,) = reported(root / name, "stop"), reported(root / name, "summary")
+    assert stopped["step"] == summary["step"] == steps and summary["paths"]["checkpoint"].endswith(
+        layout.tag_for(steps)
+    )
     [(code, steps, models, _)] = run_on_ranks(1, train, config)
     assert (code, steps) == (0, END)
     same(whole(root, "alone"), root / name)
+    assert [record["stage"] for record in reported(root / name, "grow")] == [1, 2], "none before it has stopped"
 
 
 def test_a_run_may_be_cut_at_a_boundary(root: Path) -> None:

@@ -81,7 +81,10 @@ class Hook:
         """Once, after the last step of the run."""
 
     def on_stop(self, state: TrainState, reason: int) -> None:
-        """Instead of ``after_run``, when the run was asked to stop (see guard/stop.py): keep it short."""
+        """Instead of ``after_run``, when the run was asked to stop (see guard/stop.py): keep it short.
+
+        Not where the request comes while the model of the next stage is being built.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart: JSON-able, and the same on every rank."""

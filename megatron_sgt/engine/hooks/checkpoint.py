@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ from megatron_sgt.parallel.groups import ParallelGroups
 
 
 class CheckpointHook(Hook):
-    """Saves the engine, the counters, ``average`` and the state of ``hooks`` and of the user's ``own``.
+    """Saves the engine, the counters, ``average`` and the state of ``hooks``.
 
     After a skipped step nothing is saved until a step has been applied again: a checkpoint is never written
     in the middle of a divergence. A save at the interval that fails (a full disk) is reported and retried at the
     next one; the last save of a run must succeed.
+
+    ``at_first``: by name, the states of the user's hooks before the first step, for checkpoints that do not hold them.
     """
 
     name = "checkpoint"
@@ -46,15 +48,14 @@ class CheckpointHook(Hook):
         hub: MetricsHub,
         groups: ParallelGroups,
         about: dict[str, Any] | None = None,
-        own: Sequence[Hook] = (),
+        at_first: Mapping[str, dict[str, Any]] | None = None,
         may_write: Callable[[], None] = lambda: None,
         average: WeightAverage | None = None,
     ) -> None:
         self.config = config
         self.engine = engine
-        self.hooks = [*hooks, *own]
-        self.at_first = {hook.name: copy.deepcopy(hook.state_dict()) for hook in own}
-        """The states of the user's hooks before the first step, for checkpoints that do not hold them."""
+        self.hooks = hooks
+        self.at_first = at_first or {}
         self.hub = hub
         self.groups = groups
         self.average = average

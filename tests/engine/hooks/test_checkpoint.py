@@ -85,9 +85,8 @@ class Bench:
         config = small_config(checkpoint={"save_interval": interval, "save": "somewhere", "async_save": async_save})
         self.counter = Counter()
         engine: Any = SimpleNamespace(module=None)
-        hooks = ((), [self.counter]) if own else ([self.counter], ())
-        hub = MetricsHub([self])
-        self.hook = CheckpointHook(config, engine, hooks[0], hub, fake_groups(), own=hooks[1])
+        hub, at_first = MetricsHub([self]), {"counter": {"value": 0}} if own else {}
+        self.hook = CheckpointHook(config, engine, [self.counter], hub, fake_groups(), at_first=at_first)
         self.reports: list[tuple[str, int]] = []
         self.hook.before_run(TrainState())
 
