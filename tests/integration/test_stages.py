@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from collections.abc import Callable
 from functools import cache
@@ -249,12 +250,16 @@ def test_without_the_save_at_a_boundary_the_run_ends(root: Path) -> None:
     same(whole(root, "alone"), root / "full")
 
 
-def spiking(info: RankInfo, config: Config, damage: bool) -> tuple[int, int, int, int]:
-    """A run whose loss spikes in the second step of stage 1; ``damage``: its boundary checkpoint cannot be read."""
+def spiking(info: RankInfo, config: Config, damage: bool) -> tuple[int, int, int, int, list[float]]:
+    """A run whose loss spikes in the second step of stage 1; ``damage``: its boundary checkpoint cannot be read.
+
+    Returns, beside what ``train`` does, how many times as large each model's checkpoints were said to be.
+    """
     forward, stop = LanguageModel.forward, StopRequests(config.train)
     hook = Counter(stop, never)
     run = PretrainingRun(config, info, stop, hooks=[hook])
-    spiked: list[bool] = []
+    spiked, times = list[bool](), list[float]()
+    stop.expect_saves = times.append  # type: ignore[method-assign]
 
     def raised(self: Any, *args: Any, **named: Any) -> Any:
         loss = forward(self, *args, **named)
@@ -266,7 +271,7 @@ def spiking(info: RankInfo, config: Config, damage: bool) -> tuple[int, int, int
         return loss
 
     LanguageModel.forward = raised  # type: ignore[method-assign]
-    return run.train(), hook.steps, hook.models, hook.layers
+    return run.train(), hook.steps, hook.models, hook.layers, times
 
 
 @pytest.mark.parametrize("damage", [False, True])
@@ -282,9 +287,10 @@ def test_a_rollback_goes_back_to_an_earlier_stage_if_it_must(damage: bool, root:
         train={"train_iters": END, "eval_interval": 0, "spike_sigma": 50.0, "spike_window_steps": FIRST},
         checkpoint={"save_interval": FIRST - 2},
     )
-    [(code, steps, models, layers)] = run_on_ranks(1, spiking, config, damage)
+    [(code, steps, models, layers, times)] = run_on_ranks(1, spiking, config, damage)
     # Stages 0 and 1, and 1 again; with the boundary's checkpoint gone 0 and 1 again.
     assert (code, steps, models, layers) == (0, END, 4 if damage else 3, 5)
+    assert len(times) == models - 1 and math.prod(times) == pytest.approx(times[0]) and times[0] > 1
     (back,) = reported(root / name, "rollback")
     assert back["spike_step"] == FIRST + 2 and back["step"] == (FIRST - 2 if damage else FIRST)
     records = read_all(root / name / METRICS_FILE, [])
