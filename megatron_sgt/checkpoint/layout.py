@@ -261,12 +261,14 @@ def point_to(root: Path, tag: str) -> None:
 
 
 def carry_passed_data(there: Path, here: Path) -> None:
-    """Let checkpoints in ``here`` skip the data that those in ``there`` do, if here nothing is skipped yet.
+    """Let checkpoints in ``here`` skip the data that those in ``there`` do.
+
+    Not where checkpoints are already: the run that they belong to skips what it skips.
 
     Raises:
         OSError: the file cannot be read or written.
     """
-    if (there / PASSED_FILE).is_file() and not (here / PASSED_FILE).exists():
+    if (there / PASSED_FILE).is_file() and not (here / PASSED_FILE).exists() and not finished_tags(here):
         with files.replacing(here / PASSED_FILE) as temporary:
             shutil.copyfile(there / PASSED_FILE, temporary)
 

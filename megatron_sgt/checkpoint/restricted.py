@@ -21,8 +21,15 @@ from megatron_sgt.errors import CheckpointError, DamagedCheckpointError, first_l
 
 _ADVICE = "WeightsUnpickler error: "
 """Stands before the cause, and behind torch's advice to read the file without restrictions."""
-_OF_THIS_NODE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.ESTALE, errno.ETIMEDOUT}
-"""Errors that say nothing of the file: an older checkpoint would not be read either, or should not be."""
+_OF_THIS_NODE = {
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "this node has too many open files; free some, or use another node",
+    errno.ENOMEM: "this node is out of memory; start fewer processes on it",
+    errno.EACCES: "let this user read it",
+    errno.ESTALE: "the file server has replaced it; start again",
+    errno.ETIMEDOUT: "the file server does not answer; start again",
+}
+"""Errors that say nothing of the file (an older one would not be read either, or should not be), and what to do."""
 _LOOKED_AT = 1 << 24
 """Bytes of a refused pickle that are searched for the names in it."""
 
@@ -49,10 +56,11 @@ def load_restricted(path: Path, mapped: bool = True) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # of other versions of pickle, which are read or refused
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except MemoryError as error:
-        raise CheckpointError(f"{path} cannot be read: this node is out of memory") from error
+        raise CheckpointError(f"{path} cannot be read: {_OF_THIS_NODE[errno.ENOMEM]}") from error
     except Exception as error:  # a damaged pickle provokes any of them
         if isinstance(error, OSError) and error.errno in _OF_THIS_NODE:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+            remedy = _OF_THIS_NODE[error.errno]
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}; {remedy}") from error
         raise DamagedCheckpointError(f"{path} {_problem(path, error)}") from error
     if not isinstance(content, dict):
         raise DamagedCheckpointError(f"{path} cannot be read: it holds a {type(content).__name__}, not a dict")

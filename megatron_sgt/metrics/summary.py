@@ -30,11 +30,6 @@ def run_summary(records: Sequence[Record], run_dir: Path, paint: lines.Paint = l
     return "\n".join(f"{name:<11} {text}" for name, text in rows)
 
 
-def _stage_text(grow: Record, paint: lines.Paint) -> str:
-    first, *_ = lines.grow_line(grow, paint).splitlines()
-    return first.split(" ", 1)[1]
-
-
 def _loss_rows(train: Sequence[Record]) -> Iterator[tuple[str, str]]:
     if not train:
         yield "train", "no step was reported"

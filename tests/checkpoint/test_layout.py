@@ -222,3 +222,16 @@ def test_a_removal_cut_short_leaves_no_checkpoint(tmp_path: Path, monkeypatch: p
     assert layout.finished_tags(tmp_path) == []
     layout.clear_leftovers(tmp_path)
     assert names(tmp_path) == set()
+
+
+def test_data_that_is_skipped_comes_with_the_first_checkpoint_alone(tmp_path: Path) -> None:
+    """A conversion into the folder of another run leaves to that run what it skips."""
+    there, fresh, run = tmp_path / "there", tmp_path / "fresh", tmp_path / "run"
+    for folder in (there, fresh, run):
+        folder.mkdir()
+    (there / layout.PASSED_FILE).write_text("[[0, 8]]")
+    make(run, 5)
+    for folder in (fresh, run):
+        layout.carry_passed_data(there, folder)
+    assert (fresh / layout.PASSED_FILE).read_text() == "[[0, 8]]"
+    assert not (run / layout.PASSED_FILE).exists()

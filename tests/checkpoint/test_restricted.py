@@ -62,6 +62,9 @@ def test_what_this_node_cannot_do_is_no_damage(
 
     torch.save({}, tmp_path / "file.pt")
     monkeypatch.setattr(torch, "load", fail)
-    with pytest.raises(CheckpointError, match=r"file\.pt cannot be read: (Too many|this node)") as caught:
+    with pytest.raises(
+        CheckpointError,
+        match=r"file\.pt cannot be read: (Too many open files; raise the limit|this node is out of memory; start fewer)",
+    ) as caught:
         load_restricted(tmp_path / "file.pt")
     assert not isinstance(caught.value, DamagedCheckpointError)
