@@ -45,7 +45,7 @@ class Trainer:
 
         Args:
             micro_batches: this rank's micro-batches in data order, starting at ``state.consumed_samples``.
-            between: ``last_step`` ends a stage, and not the run.
+            between: the next stage follows, and not the end of the run.
 
         Returns:
             0 at ``last_step``; the reason for which all ranks have stopped before (see guard/stop.py).
@@ -83,9 +83,14 @@ class Trainer:
                     f"gradient (last loss {_shown(result.loss.item())}); the newest checkpoint is older than "
                     "these. Resume from it with a lower optim.lr, or with another train.seed to pass over the data"
                 )
+        if any(stage.last == last_step for stage in stages[:-1]):  # also where train.exit_interval ends the run there
+            for hook in self.hooks:
+                hook.after_stage(self.state)
+        if between:
+            return self._stopped()
         for hook in self.hooks:
-            hook.after_stage(self.state) if between else hook.after_run(self.state)
-        return self._stopped() if between else 0
+            hook.after_run(self.state)
+        return 0
 
     def _after_step(self, result: StepResult) -> float:
         """Let the hooks act; return the seconds for which they have held training up."""

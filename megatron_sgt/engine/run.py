@@ -31,6 +31,7 @@ from megatron_sgt.guard.stop import StopRequests, named
 from megatron_sgt.launch.environment import RankInfo
 from megatron_sgt.metrics.records import GrowRecord
 from megatron_sgt.parallel.collectives import barrier, on_rank_zero
+from megatron_sgt.planning.parameters import checkpoint_bytes
 from megatron_sgt.preflight import Start
 from megatron_sgt.stages.stages import Stage
 
@@ -76,7 +77,7 @@ class PretrainingRun(Session):
         self.progress.enter("opening the data")
         self.open_data()
         data = self._compare_data()
-        self.stage = RunningStage(self, place_together(self.start, self.config, self.stages).here)
+        self.stage = RunningStage(self, self._place(self.start).here)
         self.open_hub()
         self.skipped_ranges = on_rank_zero(lambda: SkippedRanges.at_start(self.start.folder, self.config.save_dir))
         self.stage.wire()
@@ -110,6 +111,12 @@ class PretrainingRun(Session):
     def growth(self) -> GrowthHook:
         return self.stage.growth
 
+    @property
+    def last_step(self) -> int:
+        """The last one of this process."""
+        train = self.config.train
+        return min(train.train_iters, train.exit_interval or train.train_iters)
+
     # From which checkpoint
 
     def _load(self, start: Start, look: Look) -> tuple[Start, GrowRecord | None]:
@@ -121,7 +128,7 @@ class PretrainingRun(Session):
         damaged: dict[Path, str] = {}
         while True:
             assert start.folder is not None, "without a whole one find_together raises"
-            place = place_together(start, self.config, self.stages)
+            place = self._place(start)
             # An engine that has trained is not used for a growth: it would be the only one that is not new there.
             if place.here is not self.stage.stage or (place.grows and self.stage.has_trained):
                 self._replace(place.here)
@@ -132,6 +139,13 @@ class PretrainingRun(Session):
                     raise
                 damaged[start.folder] = str(error)
             start = find_together(look, self, damaged)
+
+    def _place(self, start: Start) -> Place:
+        """Where ``start`` lies among the stages; the model does not grow if no step is left to train. Collective."""
+        place = place_together(start, self.config, self.stages)
+        if start.folder is not None and start.saved["trainer"]["step"] >= self.last_step:
+            return Place(place.there, place.there)
+        return place
 
     def _load_at(self, place: Place, start: Start, before: float | None = None) -> GrowRecord | None:
         """Load the checkpoint of ``start`` into the present stage; ``before``: loss of the probe in the old one."""
@@ -154,8 +168,7 @@ class PretrainingRun(Session):
 
     def train(self) -> int:
         """Train to train_iters, exit_interval or a request to stop; report. Returns 0, or 75: to be started again."""
-        train = self.config.train
-        last_step = min(train.train_iters, train.exit_interval or train.train_iters)
+        train, last_step = self.config.train, self.last_step
         start = time.perf_counter()
         stopped = 0
         try:
@@ -234,7 +247,9 @@ class PretrainingRun(Session):
 
     def _replace(self, stage: Stage) -> None:
         """Build ``stage`` in the place of the present one."""
-        before = self.stage.measured()
+        before, precision = self.stage.measured(), self.stage.runtime.precision
+        old, new = (checkpoint_bytes(one.config, precision) for one in (self.stage.stage, stage))
+        self.stop.expect_saves(new / old)
         self.stage.close()
         self.stage = RunningStage(self, stage)
         self.stage.wire(before)

@@ -34,6 +34,7 @@ class Session:
         config: of the whole run; that of a stage has no ``growth.stages``.
         stages: of the run, all validated.
         train_data, valid_data: the data sets, None before ``open_data`` or where there is no such split.
+        about: what the manifests of checkpoints say of the run.
         data_record: in which orders the run has read its data.
 
     Raises:
@@ -65,12 +66,14 @@ class Session:
         self.skipped_ranges = SkippedRanges(self.config.save_dir)
         self.train_data: Any = None
         self.valid_data: Any = None
+        self.about: dict[str, Any] = {}
         self.data_record: list[dict[str, Any]] = []
         self._own_at_first: dict[str, dict[str, Any]] | None = None
         self.folders.take()
 
     def open_data(self) -> None:
-        """Open the data sets; collective."""
+        """Open the data sets; collective. The tokenizer is read here, once: its file may be gone in days."""
+        self.about = {"tokenizer": on_rank_zero(lambda: tokenizer_fingerprint(self.config))}
         self.train_data, self.valid_data, *_ = build_datasets(self.config, tokenizer_of(self.config.data))
 
     def own_at_first(self) -> dict[str, dict[str, Any]]:
@@ -91,10 +94,6 @@ class Session:
             self.config.data.num_workers,
             pin_memory=self.groups.device.type != "cpu",
         )
-
-    def about(self) -> dict[str, Any]:
-        """What the manifests of checkpoints say of the run."""
-        return {"tokenizer": tokenizer_fingerprint(self.config) if self.groups.is_main else None}
 
     def open_hub(self) -> None:
         """Rank 0's hub has the writers. What cannot be written at the start is refused, on all ranks."""

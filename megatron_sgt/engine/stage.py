@@ -129,11 +129,12 @@ class RunningStage:
             [self.growth, self.spike, *session.own_hooks],
             session.hub,
             session.groups,
-            session.about(),
+            session.about,
             session.own_at_first(),
             session.folders.check,
             None if ema is None else ema.average,
         )
+        saver.stage_end = self.stage.last if self.stage is not session.stages[-1] else None
         saver.stages = [stage.record() for stage in session.stages[1 : self.stage.index + 1]]
         saver.data = session.data_record
         saver.on_saved = session.stop.note_save

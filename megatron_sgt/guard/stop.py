@@ -74,6 +74,10 @@ class StopRequests:
         """A save took this long: near the end of the job, that much time is left for the last one."""
         self._longest_save = max(self._longest_save, seconds)
 
+    def expect_saves(self, times: float) -> None:
+        """From now on checkpoints are ``times`` as large: saves are expected to take longer in proportion."""
+        self._longest_save *= times
+
     def pending(self) -> Reason:
         if self._signal:
             return self._signal

@@ -58,3 +58,15 @@ def test_the_end_of_the_job_leaves_time_for_a_save(longest_save: float, margin: 
     assert not asked.pending()
     clock.now += 1
     assert "Slurm" in stop.named(asked.pending())
+
+
+def test_saves_of_a_larger_model_are_left_more_time() -> None:
+    clock = Clock()
+    asked = requests(clock, job_end=clock.now + 600)
+    asked.note_save(30.0)
+    asked.expect_saves(4.0)
+    asked.note_save(100.0)
+    clock.now += 600 - 120 - 4 * 30 - 1
+    assert not asked.pending()
+    clock.now += 1
+    assert "Slurm" in stop.named(asked.pending())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from collections.abc import Callable
 from functools import cache
@@ -43,13 +44,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 class Counter(Hook):
-    """Counts applied steps, models and rows of a weight; may ask the run to stop."""
+    """Counts applied steps, ends of stages, models and layers; may ask the run to stop."""
 
     name = "counter"
 
     def __init__(self, stop: StopRequests, stop_at: Callable[[Counter, str], bool]) -> None:
         self.stop, self.stop_at = stop, stop_at
-        self.steps, self.models, self.layers = 0, 0, 0
+        self.steps, self.ends, self.models, self.layers = 0, 0, 0, 0
 
     def attach(self, parts: RunParts) -> None:
         self.models, self.layers = self.models + 1, parts.config.model.num_layers
@@ -59,15 +60,18 @@ class Counter(Hook):
         self.steps += result.applied
         self._stop("step")
 
+    def after_stage(self, state: TrainState) -> None:
+        self.ends += 1
+
     def _stop(self, where: str) -> None:
         if self.stop_at(self, where):
             self.stop.receive(signal.SIGTERM)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps}
+        return {"steps": self.steps, "ends": self.ends}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps = state["steps"]
+        self.steps, self.ends = state["steps"], state["ends"]
 
 
 def settings(root: Path, name: str, parallel: dict[str, Any], **sections: dict[str, Any]) -> Config:
@@ -158,10 +162,10 @@ def test_what_a_boundary_leaves(root: Path) -> None:
     tags = layout.finished_tags(one / "checkpoints")
     assert tags == [layout.tag_for(step) for step in (FIRST, SECOND, END)], "saved though the interval is 0"
     shapes = []
-    for tag in tags:
+    for ends, tag in zip((1, 2, 2), tags, strict=True):
         state = json.loads((one / "checkpoints" / tag / layout.STATE_FILE).read_text())
         shapes.append(len(state.get(layout.STAGES_STATE, [])))
-        assert state["hooks"]["counter"] == {"steps": state["trainer"]["step"]}
+        assert state["hooks"]["counter"] == {"steps": state["trainer"]["step"], "ends": ends}
     assert shapes == [0, 1, 2]
     assert [record["step"] for record in reported(one, "valid")] == [3, 6, 9, 12], "none more at a boundary"
     rates = [step["lr"] for step in measured_steps(one)]
@@ -212,11 +216,13 @@ def test_a_request_to_stop_near_a_boundary(
 
 
 def test_a_run_may_be_cut_at_a_boundary(root: Path) -> None:
-    for end, models in ((FIRST, 1), (None, 3)):
-        config = settings(root, "cut_there", LAYOUTS["alone"][1], train={"exit_interval": end})
+    for end, models in ((FIRST, 1), (FIRST, 1), (None, 3)):
+        save = {"save_interval": FIRST}  # the hook's count of ends is the same whatever it is
+        config = settings(root, "cut_there", LAYOUTS["alone"][1], train={"exit_interval": end}, checkpoint=save)
         [told] = run_on_ranks(1, train, config)
         assert told == (0, end or END, models - (end is None), 4 if end else 6)
     same(whole(root, "alone"), root / "cut_there")
+    assert [record["stage"] for record in reported(root / "cut_there", "grow")] == [1, 2], "none with nothing to do"
 
 
 def full_disk(info: RankInfo, config: Config) -> str:
@@ -244,12 +250,16 @@ def test_without_the_save_at_a_boundary_the_run_ends(root: Path) -> None:
     same(whole(root, "alone"), root / "full")
 
 
-def spiking(info: RankInfo, config: Config, damage: bool) -> tuple[int, int, int, int]:
-    """A run whose loss spikes in the second step of stage 1; ``damage``: its boundary checkpoint cannot be read."""
+def spiking(info: RankInfo, config: Config, damage: bool) -> tuple[int, int, int, int, list[float]]:
+    """A run whose loss spikes in the second step of stage 1; ``damage``: its boundary checkpoint cannot be read.
+
+    Returns, beside what ``train`` does, how many times as large each model's checkpoints were said to be.
+    """
     forward, stop = LanguageModel.forward, StopRequests(config.train)
     hook = Counter(stop, never)
     run = PretrainingRun(config, info, stop, hooks=[hook])
-    spiked: list[bool] = []
+    spiked, times = list[bool](), list[float]()
+    stop.expect_saves = times.append  # type: ignore[method-assign]
 
     def raised(self: Any, *args: Any, **named: Any) -> Any:
         loss = forward(self, *args, **named)
@@ -261,7 +271,7 @@ def spiking(info: RankInfo, config: Config, damage: bool) -> tuple[int, int, int
         return loss
 
     LanguageModel.forward = raised  # type: ignore[method-assign]
-    return run.train(), hook.steps, hook.models, hook.layers
+    return run.train(), hook.steps, hook.models, hook.layers, times
 
 
 @pytest.mark.parametrize("damage", [False, True])
@@ -277,9 +287,10 @@ def test_a_rollback_goes_back_to_an_earlier_stage_if_it_must(damage: bool, root:
         train={"train_iters": END, "eval_interval": 0, "spike_sigma": 50.0, "spike_window_steps": FIRST},
         checkpoint={"save_interval": FIRST - 2},
     )
-    [(code, steps, models, layers)] = run_on_ranks(1, spiking, config, damage)
+    [(code, steps, models, layers, times)] = run_on_ranks(1, spiking, config, damage)
     # Stages 0 and 1, and 1 again; with the boundary's checkpoint gone 0 and 1 again.
     assert (code, steps, models, layers) == (0, END, 4 if damage else 3, 5)
+    assert len(times) == models - 1 and math.prod(times) == pytest.approx(times[0]) and times[0] > 1
     (back,) = reported(root / name, "rollback")
     assert back["spike_step"] == FIRST + 2 and back["step"] == (FIRST - 2 if damage else FIRST)
     records = read_all(root / name / METRICS_FILE, [])

@@ -63,6 +63,8 @@ class CheckpointHook(Hook):
         self.last_path: Path | None = None
         self.on_saved: Callable[[float], None] = lambda seconds: None
         self._saved_at = -1
+        self.stage_end: int | None = None
+        """After this step comes ``after_stage``, which saves whatever the interval is."""
         self.data: list[dict[str, Any]] = []
         """In which orders the run has read its data (engine/data_start.py)."""
         self.stages: list[dict[str, Any]] = []
@@ -79,7 +81,7 @@ class CheckpointHook(Hook):
         interval = self.config.checkpoint.save_interval
         try:
             self._poll(wait=False)
-            if result.applied and interval and state.step % interval == 0:
+            if result.applied and interval and state.step % interval == 0 and state.step != self.stage_end:
                 self._poll(wait=True)
                 self._start(state)
                 self._poll(wait=not self.config.checkpoint.async_save)
@@ -100,7 +102,7 @@ class CheckpointHook(Hook):
             self._poll(wait=True)
 
     def after_stage(self, state: TrainState) -> None:
-        """Save the end of the stage, of which the next one is made.
+        """Save the end of the stage, of which the next one is made, with what the other hooks have made of it.
 
         Raises:
             CheckpointError: it cannot be written.

@@ -133,6 +133,17 @@ def test_the_end_on_an_interval_is_saved_once(monkeypatch: pytest.MonkeyPatch) -
     assert bench.steps() == [3, 6]
 
 
+def test_the_end_of_a_stage_is_saved_with_what_the_hooks_then_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(monkeypatch, interval=2)
+    bench.hook.stage_end = 4
+    for step in range(1, 5):
+        bench.hook.after_step(TrainState(step), GOOD)
+    bench.counter.value = 17
+    bench.hook.after_stage(TrainState(4))
+    bench.hook.after_run(TrainState(4))  # of a run that ends there
+    assert bench.steps() == [2, 4] and bench.saver.saved[-1][1]["hooks"]["counter"] == {"value": 17}
+
+
 def test_without_an_interval_only_the_end_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(monkeypatch)
     for step in range(1, 5):
