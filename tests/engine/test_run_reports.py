@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_sgt.config import Config
 from megatron_sgt.engine import run_reports
 from megatron_sgt.engine.data_start import DataStart
 from megatron_sgt.engine.run_reports import report_end, report_start
@@ -16,6 +17,7 @@ from megatron_sgt.engine.stage import Measured
 from megatron_sgt.engine.step import TrainState
 from megatron_sgt.errors import ExitCode
 from megatron_sgt.preflight import Start
+from megatron_sgt.stages.stages import stages_of
 from tests.helpers.fake_groups import fake_groups
 from tests.helpers.single import small_config
 
@@ -29,8 +31,9 @@ class Hub(list[Any]):
         self.append((kind, record))
 
 
-def session(hub: Hub) -> Any:
-    return SimpleNamespace(config=CONFIG, state=TrainState(6, 12), hub=hub, groups=fake_groups())
+def session(hub: Hub, config: Config = CONFIG) -> Any:
+    about = {"config": config, "stages": stages_of(config)}
+    return SimpleNamespace(**about, state=TrainState(6, 12), hub=hub, groups=fake_groups())
 
 
 def stage(first: float | None = 5.0) -> Any:
@@ -61,3 +64,10 @@ def test_the_first_record(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     monkeypatch.setattr(run_reports, "describe_attention", lambda device: "an attention")
     report_start(on_gpu, stage(), start, DataStart([]))
     assert capsys.readouterr().out == "LOOPS  some kernels; an attention\n"
+
+
+def test_each_start_tells_the_stages_to_come(capsys: pytest.CaptureFixture[str]) -> None:
+    config = small_config(growth={"stages": [{"until_steps": 7, "operator": "g_stack", "options": {"factor": 2}}]})
+    report_start(session(Hub(), config), stage(), Start(Path("global_step2"), {}), DataStart([]))
+    said = capsys.readouterr().out
+    assert said.startswith("STAGES  4 layers, ") and "g_stack after step 7: 8 layers" in said
