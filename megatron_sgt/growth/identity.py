@@ -15,7 +15,7 @@ from megatron_sgt.errors import CheckpointError, DamagedCheckpointError
 _MONITORING = frozenset({"growth.entropy_after_fixed"})
 """Fields that change what is watched, never what is decided: they may differ between save and load."""
 _NO_RULE = frozenset({"growth.ramp"})
-"""No part of the rule: compared while it fades something in (checkpoint/find.py)."""
+"""No part of the rule: checkpoint/find.py compares that of config.yaml, while it fades something in."""
 
 
 def check_identity(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:

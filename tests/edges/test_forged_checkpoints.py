@@ -94,7 +94,7 @@ def test_without_a_whole_one_the_run_does_not_begin_at_step_0(root: Path) -> Non
 
 HARMLESS = re.compile(
     r"hooks/growth/events(/.*)?|hooks/growth/schedule/ema/0/0|tag|tokenizer|run|code|tokens"
-    r"|hooks/growth/schedule/config/entropy_after_fixed"
+    r"|hooks/growth/schedule/config/(entropy_after_fixed|ramp)"
 )
 """Places where another value is as good, or is the same: nothing that a run does depends on them."""
 
