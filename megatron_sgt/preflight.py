@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sgt.checkpoint.find import Found, check_added, check_checkpoint, find_checkpoint, starts_fresh
+from megatron_sgt.checkpoint.find import (
+    Found,
+    check_added,
+    check_checkpoint,
+    find_checkpoint,
+    starts_fresh,
+    verify_quickly,
+)
 from megatron_sgt.checkpoint.forms import read_config, read_state
 from megatron_sgt.checkpoint.layout import GROWTH_STATE
 from megatron_sgt.config import Config
@@ -172,6 +179,8 @@ def find_start(config: Config, damaged: Mapping[Path, str] | None = None, librar
 
 
 def _start_at(folder: Path, found: Found, config: Config, libraries: bool) -> Start:
+    if found.explicit:  # find_checkpoint has looked at the others
+        verify_quickly(folder)
     there = read_config(folder)
     if config.model.vocab_size is None and there.model.vocab_size is not None:
         config = config.with_vocab_size(there.model.vocab_size)

@@ -75,7 +75,7 @@ def run_with_overflow_above(
     """The loop over a stand-in for train_step whose gradients overflow while the scale is above ``limit``."""
     found = scaler()
 
-    def step(engine: Any, batches: Any, lr: float, clip: float, groups: Any) -> StepResult:
+    def step(engine: Any, batches: Any, lr: float, clip: float, groups: Any, pieces: int) -> StepResult:
         list(batches)
         overflow = found.cur_scale > limit
         found.update_scale(overflow)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from megatron_sgt.config import Config
 from megatron_sgt.config.presets import BASELINES
@@ -53,7 +54,7 @@ class Study:
             return [Contender(preset) for preset in presets]
         found = []
         for preset in presets:
-            settings = settings_of(lambda more, preset=preset: load(preset, more), load(self.baseline, ()), preset)
+            settings = settings_of(partial(load, preset), load(self.baseline, ()), preset)
             found.append(Contender(preset, settings, stages_line(load(preset, settings))))
         return found
 
