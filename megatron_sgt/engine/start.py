@@ -49,7 +49,7 @@ def first_look(session: Session) -> Look:
         config = session.config
         precision = config.precision_on(session.groups.device.type)
         check_deepspeed(config, session.groups.world_size, precision)
-        check_disk(session.stages[-1].config, precision)
+        check_disk(config, precision)
         return find_start(config, damaged)
 
     return look

@@ -5,6 +5,7 @@
     growth.py        what a method decides: new layers from old ones, new units from old ones
     maps.py          what follows for every tensor, from the table of weights
     optimizer.py     what becomes of AdamW's step and moments
+    policy.py        how policies are written
     learning_rate.py how the learning rate goes on in a new stage
     config.py        the configuration that trains a grown model
     search.py        how deep the next stage should be: candidates, and the score that chooses one

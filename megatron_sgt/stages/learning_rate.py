@@ -11,14 +11,12 @@ G_stack's source warms up again (arXiv 2405.15319), MSG's goes back to the end o
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_sgt.config.base import shown
 from megatron_sgt.errors import ConfigError
-
-_POLICY = re.compile(r"(continue|rewarm|rewind)(?:\((\d{1,10})\))?")
+from megatron_sgt.stages.policy import name_and_number
 
 
 @dataclass(frozen=True)
@@ -35,12 +33,13 @@ class RatePolicy:
         Raises:
             ConfigError: it is none of them.
         """
-        match = _POLICY.fullmatch(text.replace(" ", ""))
-        kind, digits = match.groups() if match else ("", None)
-        if kind == "continue" and digits is None:
-            return cls()
-        if kind in ("rewarm", "rewind") and (count := int(digits or 0)) > 0:
-            return cls("rewarm" if kind == "rewarm" else "rewind", count)
+        match name_and_number(text):
+            case "continue", None:
+                return cls()
+            case "rewarm", int(count) if count > 0:
+                return cls("rewarm", count)
+            case "rewind", int(count) if count > 0:
+                return cls("rewind", count)
         raise ConfigError(
             f"lr_policy {shown(text)}: must be continue, rewarm(N) or rewind(STEP), with a number above 0"
         )

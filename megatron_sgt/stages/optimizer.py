@@ -16,13 +16,13 @@ their updates rise from 0.10 to 1.00. A step of 0 under kept moments would be a 
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_sgt.config.base import shown
 from megatron_sgt.config.optim import OptimConfig
 from megatron_sgt.errors import ConfigError
+from megatron_sgt.stages.policy import name_and_number
 
 MomentRule = Literal["copy", "scaled", "fresh", "seeded"]
 MOMENT_RULES: dict[str, str] = {
@@ -36,7 +36,6 @@ SAFE_BETA2 = 0.98
 SAFE_STEP = 20
 """Up to this, new entries may begin with zero moments at any beta2: at most 1.26 times the learning rate."""
 REWOUND_STEP = 10
-_POLICY = re.compile(r"(continue|fresh|rewind)(?:\((\d{1,10})\))?")
 
 
 @dataclass(frozen=True)
@@ -53,12 +52,15 @@ class OptimizerPolicy:
         Raises:
             ConfigError: it is none of them.
         """
-        match = _POLICY.fullmatch(text.replace(" ", ""))
-        kind, step = match.groups() if match else ("", None)
-        if kind == "rewind" and int(step or REWOUND_STEP) > 0:
-            return cls("rewind", int(step or REWOUND_STEP))
-        if step is None and kind in ("continue", "fresh"):
-            return cls("continue" if kind == "continue" else "fresh")
+        match name_and_number(text):
+            case "continue", None:
+                return cls("continue")
+            case "fresh", None:
+                return cls("fresh")
+            case "rewind", None:
+                return cls("rewind", REWOUND_STEP)
+            case "rewind", int(step) if step > 0:
+                return cls("rewind", step)
         raise ConfigError(f"optimizer {shown(text)}: must be continue, rewind, rewind(N) with N above 0, or fresh")
 
     def __str__(self) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_sgt.config.base import count
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.config.optim import OptimConfig
 from megatron_sgt.config.presets import BASELINES, Preset, Values, baseline, own_folder, section
@@ -257,10 +258,16 @@ def _compound_grow(target: Target) -> tuple[dict[str, Any], list[Values], Values
     rate = target.rewarm()
     depth = {"until_steps": one, "operator": "g_stack", "options": {"factor": 2}, "lr_policy": rate}
     units = {"until_steps": two, "operator": "compound_grow", "options": {"factor": 4}, "lr_policy": rate}
-    half = target.model.seq_length // 2
-    fits = target.model.seq_length % 2 == 0 and half > 1 and half % target.tp == 0 and not target.lengths
-    shorter = {"data": {"seq_length_curriculum": [{"until_steps": one, "seq_length": half}]}} if fits else {}
-    return first, [depth, units], shorter
+    if target.lengths:
+        return first, [depth, units], {}
+    length = target.model.seq_length
+    if length % (2 * target.tp) or length < 4:
+        raise ConfigError(
+            f"model.seq_length {length} has no half that {count(target.tp, 'tensor-parallel rank')} can share, for the "
+            "first third; choose another, or give data.seq_length_curriculum"
+        )
+    shorter = [{"until_steps": one, "seq_length": length // 2}]
+    return first, [depth, units], {"data": {"seq_length_curriculum": shorter}}
 
 
 def _auto_prog(target: Target) -> tuple[dict[str, Any], list[Values], Values]:
