@@ -43,6 +43,12 @@ class Weight:
         return dict(zip(self.hf, self.shapes, strict=True))
 
     @property
+    def layer(self) -> int | None:
+        """The decoder layer that it belongs to; None outside of the layers."""
+        names = self.megatron.split(".")
+        return int(names[2]) if names[:2] == ["decoder", "layers"] else None
+
+    @property
     def decays(self) -> bool:
         """Whether weight decay on matrices reaches it."""
         return self.kind in ("matrix", "residual")

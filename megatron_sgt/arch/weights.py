@@ -9,6 +9,7 @@ from megatron_sgt.arch.attention import CAUSAL
 from megatron_sgt.arch.ffn import ffn_kind
 from megatron_sgt.arch.weight import Weight, linear, norm
 from megatron_sgt.config.model import ModelConfig
+from megatron_sgt.config.pipeline import PipelineLayout
 
 
 @lru_cache(maxsize=16)
@@ -29,6 +30,21 @@ def _weights(model: ModelConfig) -> Iterator[Weight]:
     yield from _norm(model, "decoder.final_layernorm", "model.norm")
     if model.untie_embeddings_and_output_weights:
         yield from linear("output_layer", {"lm_head": vocabulary}, "vocab", "output")
+
+
+def stage_weights(model: ModelConfig, layout: PipelineLayout, stage: int) -> tuple[Weight, ...]:
+    """The parameters that ``stage`` of a pipeline holds, in the order of the table.
+
+    A weight that embedding and output layer share is the first stage's; the last one borrows it.
+    """
+    return tuple(weight for weight in weights(model) if stage_of(weight, layout) == stage)
+
+
+def stage_of(weight: Weight, layout: PipelineLayout) -> int:
+    """The stage of a pipeline that holds ``weight``."""
+    if weight.layer is not None:
+        return layout.stage_of(weight.layer)
+    return 0 if weight.part == "embedding" else layout.size - 1
 
 
 def layer_weights(model: ModelConfig, layer: int) -> list[Weight]:

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from megatron_sgt.config.base import MOST_MINUTES, Section
+from megatron_sgt.config.pipeline import AUTO, LayoutSetting
 
 MOST_RANKS = 1_000_000
 
@@ -16,7 +17,20 @@ class ParallelConfig(Section):
     tensor_model_parallel_size: int = Field(
         default=1, gt=0, le=MOST_RANKS, description="Ranks that share every layer (heads, MLP, vocabulary)."
     )
-    pipeline_model_parallel_size: int = Field(default=1, gt=0, description="Not supported: must be 1.")
+    pipeline_model_parallel_size: int = Field(
+        default=1, gt=0, le=MOST_RANKS, description="Stages of the pipeline: ranks that share the layers by depth."
+    )
+    virtual_pipeline_model_parallel_size: int = Field(
+        default=1,
+        gt=0,
+        le=MOST_RANKS,
+        description="Parts of every stage that take turns (interleaved schedule): a smaller bubble, more messages.",
+    )
+    pipeline_model_parallel_layout: LayoutSetting = Field(
+        default=AUTO,
+        description="Layers of every stage. auto: the cut that makes the step fastest once growth has ended. "
+        "Else Megatron-Core's string (Et*3|tt|tt|tL) or list, or the number of layers of every part (3,2,2,1).",
+    )
     context_parallel_size: int = Field(default=1, gt=0, description="Not supported: must be 1.")
     sequence_parallel: bool = Field(
         default=False,
@@ -41,8 +55,22 @@ class ParallelConfig(Section):
         default=10.0, gt=0, le=MOST_MINUTES, description="A collective that waits longer than this ends the run."
     )
 
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that share one copy of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
     def problems(self) -> Iterator[str]:
-        for name in ("pipeline_model_parallel_size", "context_parallel_size"):
-            size = getattr(self, name)
-            if size != 1:
-                yield f"{name}: {size} is not supported, only 1; use tensor_model_parallel_size, zero_stage"
+        if self.context_parallel_size != 1:
+            yield (
+                f"context_parallel_size: {self.context_parallel_size} is not supported, only 1; use "
+                "tensor_model_parallel_size, zero_stage"
+            )
+        stages, virtual = self.pipeline_model_parallel_size, self.virtual_pipeline_model_parallel_size
+        if virtual > 1 and stages == 1:
+            yield f"virtual_pipeline_model_parallel_size: {virtual} needs pipeline_model_parallel_size above 1, got 1"
+        if self.zero_stage == 3 and stages > 1:
+            yield (
+                f"zero_stage: 3 with pipeline_model_parallel_size {stages} would gather every weight twice for each "
+                "micro-batch, and DeepSpeed would overwrite gradients; use zero_stage 2 or 1"
+            )

@@ -31,9 +31,30 @@ class ParallelGroups:
     tp_size: int
     dp_rank: int
     dp_size: int
+    pp_rank: int
+    pp_size: int
     tp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    mp_group: dist.ProcessGroup
     device: torch.device
+
+    @property
+    def mp_rank(self) -> int:
+        """Rank in ``mp_group``, which shares one copy of the model: tensor-parallel ranks first, then stages."""
+        return self.tp_rank + self.tp_size * self.pp_rank
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    def rank_at(self, pp_rank: int, dp_rank: int, tp_rank: int) -> int:
+        """The global rank at a place: Megatron-Core's order, tensor-parallel ranks next to each other, stages last."""
+        return (pp_rank * self.dp_size + dp_rank) * self.tp_size + tp_rank
 
     @property
     def is_main(self) -> bool:
@@ -72,9 +93,12 @@ def initialize_groups(config: ParallelConfig, info: RankInfo, device: torch.devi
                     world_size=info.world_size,
                     timeout=timeout,
                 )
+    virtual = config.virtual_pipeline_model_parallel_size
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor_model_parallel_size,
+            pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
             distributed_timeout_minutes=config.distributed_timeout_minutes,
             create_gloo_process_groups=False,
         )
@@ -131,8 +155,12 @@ def current_groups(device: torch.device) -> ParallelGroups:
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        mp_group=parallel_state.get_model_parallel_group(),
         device=device,
     )
 

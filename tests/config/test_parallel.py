@@ -11,7 +11,8 @@ from megatron_sgt.config import ParallelConfig
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"pipeline_model_parallel_size": 2}, "pipeline_model_parallel_size: 2 is not supported, only 1"),
+        ({"pipeline_model_parallel_size": 2, "zero_stage": 3}, "zero_stage: 3 with pipeline_model_parallel_size 2"),
+        ({"virtual_pipeline_model_parallel_size": 2}, "needs pipeline_model_parallel_size above 1, got 1"),
         ({"context_parallel_size": 4}, "context_parallel_size: 4 is not supported, only 1"),
         ({"tensor_model_parallel_size": 0}, "tensor_model_parallel_size"),
         ({"zero_stage": 4}, "zero_stage"),

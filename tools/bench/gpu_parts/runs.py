@@ -28,7 +28,7 @@ def golden(machine: Machine) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,
-            "tools/trajectory.py",
+            "tools/replay_trajectory.py",
             "tests/golden/a.safetensors",
             "--out",
             str(Path(folder, "repeated.safetensors")),

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 r"""Repeat a recorded trajectory and compare with it, alone or under torchrun for parallel layouts.
 
-python tools/trajectory.py tests/golden/a.safetensors --out repeated.safetensors --compare
-torchrun --nproc-per-node 4 tools/trajectory.py tests/golden/a.safetensors \
+python tools/replay_trajectory.py tests/golden/a.safetensors --out repeated.safetensors --compare
+torchrun --nproc-per-node 4 tools/replay_trajectory.py tests/golden/a.safetensors \
     --out repeated.safetensors --tensor-parallel 2 --zero 1 --compare
 
 Inputs are the file's init/*, tokens, probe_tokens and metadata only; --compare reads the rest of it

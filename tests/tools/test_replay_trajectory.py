@@ -1,4 +1,4 @@
-"""tools/trajectory.py as a command: alone and under torchrun, its output file and its exit codes."""
+"""tools/replay_trajectory.py as a command: alone and under torchrun, its output file and its exit codes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.helpers.trajectories import (
     write_trajectory,
 )
 
-TOOL = "tools/trajectory.py"
+TOOL = "tools/replay_trajectory.py"
 AGREES = "all events equal, everything within tolerance"
 
 
