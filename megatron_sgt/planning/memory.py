@@ -7,12 +7,14 @@ layers; what the backward pass adds on top for a moment is in ``Activations.tran
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_sgt.arch.attention import CAUSAL
 from megatron_sgt.arch.ffn import ffn_kind
 from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.arch.kernels import GPU, Kernels
 from megatron_sgt.config import Config
+from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.planning.loop_cost import LoopMethod, choose_loop_method
 from megatron_sgt.planning.parameters import ELEMENT_BYTES
@@ -79,42 +81,80 @@ def activation_memory(
         size = config.parallel.tensor_model_parallel_size if plan.layers else 1
         every = (activation_memory(config, plan, precision, kernels, rank, method, part) for rank in range(size))
         return max(every, key=lambda one: one.total)
-    rank = RankLayers(config, ELEMENT_BYTES[precision], kernels, tp_rank, method)
+    shape = Shape.of(config, precision, kernels)
+    rank, whole, without_core = _Rank(shape, tp_rank, method), _ordinary(shape, False), _ordinary(shape, True)
     fully, selectively = set(config.recomputed_layers("full")), set(config.recomputed_layers("selective"))
     plans = dict(plan.layers)
     layers = loops = kept = recomputed = 0
     for index in part.layers:
-        layer = plans.get(index, LayerPlan())
-        rank.selective = False
-        kept += rank.kept_weights(layer)
-        if index in fully:
-            recomputed = max(recomputed, rank.layer(index) + layer.loops * rank.loop_pass(index, layer))
-            layers += rank.stream
-            loops += layer.block_loops * rank.stream
-            continue
+        layer = plans.get(index)
         rank.selective = index in selectively
-        ordinary = rank.layer(index)
+        looping = 0 if layer is None else layer.loops * rank.loop_pass(index, layer)
+        kept += 0 if layer is None else rank.kept_weights(layer)
+        repeated = 0 if layer is None else layer.block_loops
+        if index in fully:
+            recomputed = max(recomputed, whole[index] + looping)
+            layers += shape.stream
+            loops += repeated * shape.stream
+            continue
+        ordinary = (without_core if rank.selective else whole)[index]
         layers += ordinary
-        loops += layer.block_loops * ordinary + layer.loops * rank.loop_pass(index, layer)
+        loops += repeated * ordinary + looping
     logits, logits_transient = rank.logits() if part.output else (0, 0)
     logits += rank.embedding() if part.embedding else 0
     return Activations(layers, loops, logits, kept, max(recomputed, logits_transient))
 
 
-class RankLayers:
+@dataclass(frozen=True)
+class Shape:
+    """All that the activations of a layer without loops depend on: the same on every tensor-parallel rank."""
+
+    model: ModelConfig
+    micro_batch_size: int
+    ranks: int
+    sharded: bool
+    element: int
+    kernels: Kernels
+
+    @classmethod
+    def of(cls, config: Config, precision: str, kernels: Kernels) -> Shape:
+        parallel = config.parallel
+        tensor, sharded = parallel.tensor_model_parallel_size, parallel.sequence_parallel
+        element = ELEMENT_BYTES[precision]
+        return cls(config.model, config.train.micro_batch_size, tensor, sharded, element, kernels)
+
+    @property
+    def tokens(self) -> int:
+        return self.micro_batch_size * self.model.seq_length
+
+    @property
+    def local_tokens(self) -> int:
+        """Those of norms, dropout and residuals."""
+        return self.tokens // self.ranks if self.sharded else self.tokens
+
+    @property
+    def stream(self) -> int:
+        """Bytes of what flows from layer to layer."""
+        return self.local_tokens * self.model.hidden_size * self.element
+
+
+@lru_cache(maxsize=256)
+def _ordinary(shape: Shape, selective: bool) -> tuple[int, ...]:
+    """Bytes of every layer's ordinary execution."""
+    rank = _Rank(shape, 0, "owner")
+    rank.selective = selective
+    return tuple(rank.layer(index) for index in range(shape.model.num_layers))
+
+
+class _Rank:
     """The operations of a layer on one rank: what each keeps, in bytes."""
 
-    def __init__(self, config: Config, element: int, kernels: Kernels, tp_rank: int, method: LoopMethod) -> None:
-        model, train = config.model, config.train
-        self.config, self.model, self.kernels = config, model, kernels
-        self.element, self.looping, self.tp_rank = element, method, tp_rank
-        self.ranks = config.parallel.tensor_model_parallel_size
-        self.sharded = config.parallel.sequence_parallel
-        self.own_heads = model.num_attention_heads // self.ranks, model.num_query_groups // self.ranks
+    def __init__(self, shape: Shape, tp_rank: int, method: LoopMethod) -> None:
+        self.model, self.kernels, self.element = shape.model, shape.kernels, shape.element
+        self.looping, self.tp_rank, self.ranks, self.sharded = method, tp_rank, shape.ranks, shape.sharded
+        self.own_heads = self.model.num_attention_heads // self.ranks, self.model.num_query_groups // self.ranks
         self.selective = False
-        self.tokens = train.micro_batch_size * model.seq_length
-        self.local_tokens = self.tokens // self.ranks if self.sharded else self.tokens
-        self.stream = self.local_tokens * model.hidden_size * element
+        self.tokens, self.local_tokens, self.stream = shape.tokens, shape.local_tokens, shape.stream
 
     def layer(self, index: int) -> int:
         attention = self.norm() + self.stream + self.attention(index, *self.own_heads)

@@ -14,8 +14,7 @@ from megatron_sgt.config import Config
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.planning.in_flight import moments, most_in_flight
 from megatron_sgt.planning.loop_cost import LoopMethod
-from megatron_sgt.planning.memory import Activations, Part, RankLayers, activation_memory
-from megatron_sgt.planning.parameters import ELEMENT_BYTES
+from megatron_sgt.planning.memory import Activations, Part, Shape, activation_memory
 from megatron_sgt.planning.pipeline import pipeline_layout
 from megatron_sgt.planning.state_memory import State, state_memory
 
@@ -51,9 +50,7 @@ def stage_activations(
     if layout.size == 1:
         return one[0]
     # A gradient or an input that was received and waits; interleaved, for both directions at once.
-    waiting = RankLayers(config, ELEMENT_BYTES[precision], kernels, tp_rank, "owner").stream * min(
-        2, layout.virtual_size
-    )
+    waiting = Shape.of(config, precision, kernels).stream * min(2, layout.virtual_size)
     kept = sum(chunk.kept for chunk in one)
     every = (
         Activations(

@@ -156,7 +156,8 @@ def _layer_loops(config: Config, layer: LayerPlan, index: int, rank: int, method
 
 def _seconds(item: Transfer, config: Config, world_size: int, machine: Machine) -> float:
     tensor = config.parallel.tensor_model_parallel_size
-    ranks = {"tensor": tensor, "data": world_size // tensor, "world": world_size}[item.group]
+    data, stages = config.data_parallel_size(world_size), config.parallel.pipeline_model_parallel_size
+    ranks = {"tensor": tensor, "data": data, "pipeline": stages, "world": world_size}[item.group]
     if ranks == 1:
         return 0.0
     if world_size <= machine.gpus_per_node or (item.group == "tensor" and tensor <= machine.gpus_per_node):

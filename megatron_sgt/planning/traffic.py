@@ -34,6 +34,7 @@ weight to the last one, and gets its gradient in fp32.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -111,8 +112,9 @@ def step_traffic(
     micro_batches = config.num_micro_batches(world_size)
     transfers: list[Transfer] = []
     if step.ranks > 1:
-        per_micro_batch = [*step.ends(first, last), *(t for n, layer in plans for t in step.layer(n, layer))]
-        transfers += [item.times(micro_batches) for item in per_micro_batch]
+        alike = Counter((layer, index in step.recomputed) for index, layer in plans)
+        layers = [item.times(n) for (layer, again), n in alike.items() for item in step.layer(layer, again)]
+        transfers += [item.times(micro_batches) for item in (*step.ends(first, last), *layers)]
         transfers += [item for _, layer in plans for item in step.kept_weights(layer)]
     transfers += _between_stages(config, micro_batches, step, pipeline_stage)
     transfers += _data_parallel(config, world_size, micro_batches, step, precision, pipeline_stage)
@@ -142,7 +144,7 @@ class _Step:
         self.tokens = train.micro_batch_size * model.seq_length
         self.stream = self.tokens * model.hidden_size * element_bytes
         self.norm_vectors = 2 if model.normalization == "LayerNorm" else 1
-        self.recomputed = config.recomputed_layers("full")
+        self.recomputed = frozenset(config.recomputed_layers("full"))
 
     def ends(self, first: bool, last: bool) -> Iterator[Transfer]:
         """Of the embedding (on the ``first`` pipeline stage), and of output layer and loss (on the ``last``)."""
@@ -161,14 +163,14 @@ class _Step:
             yield Transfer("output", "tensor", "all_reduce", self.stream)
         yield Transfer("loss", "tensor", "all_reduce", 3 * 4 * self.tokens, 3)
 
-    def layer(self, index: int, plan: LayerPlan) -> Iterator[Transfer]:
+    def layer(self, plan: LayerPlan, recomputed: bool) -> Iterator[Transfer]:
         part = "ordinary layers"
         attention, mlp = self._attention(part), self._mlp(part)
         loop_forward, loop_backward = self.loop_pass(plan)
         for execution in range(plan.executions):
             name = "block loops" if execution else part
             passes = [*attention[0], *mlp[0], *attention[1], *mlp[1]]
-            if index in self.recomputed:
+            if recomputed:
                 # The last collective's result is needed by nobody, unless a dropout mask comes after it.
                 again = [*attention[0], *mlp[0]] if self.config.model.hidden_dropout else [*attention[0], *mlp[0][:-1]]
                 passes += again
@@ -176,7 +178,7 @@ class _Step:
             for _ in range(plan.loops):
                 yield from loop_forward
                 yield from loop_backward
-                if index in self.recomputed:
+                if recomputed:
                     yield from loop_forward
 
     def loop_pass(self, plan: LayerPlan) -> tuple[list[Transfer], list[Transfer]]:
