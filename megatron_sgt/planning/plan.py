@@ -18,7 +18,7 @@ from megatron_sgt.planning.rank_memory import rank_memory
 from megatron_sgt.planning.stages import StagePlan, plan_stages, stage_table
 from megatron_sgt.planning.step_time import NOT_CALIBRATED, Machine, step_time
 from megatron_sgt.planning.structure import FIXED, Stretch, final_plan, schedule_of
-from megatron_sgt.planning.traffic import LoopMethod, loop_pass_traffic, step_traffic
+from megatron_sgt.planning.traffic import LoopMethod, group_sizes, loop_pass_traffic, step_traffic
 
 METHODS: tuple[LoopMethod, ...] = ("owner", "balanced")
 ERROR_BARS = (
@@ -160,8 +160,7 @@ def _stretch(config: Config, stretch: Stretch, span: LengthSpan) -> dict[str, An
 def _traffic(config: Config, world_size: int, precision: str) -> dict[str, Any]:
     """Bytes by part and step; for tensor parallelism also of one loop pass and micro-batch, both ways."""
     tensor, stages = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
-    data = config.data_parallel_size(world_size)
-    sizes = {"tensor": tensor, "data": data, "pipeline": stages, "world": world_size}
+    sizes = group_sizes(config, world_size)
     schedule = schedule_of(config)
     entropy = ENTROPY in schedule.probes
     chosen = choose_loop_method(config)[0]

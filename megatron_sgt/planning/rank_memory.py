@@ -13,7 +13,7 @@ from megatron_sgt.arch.kernels import GPU, Kernels
 from megatron_sgt.config import Config
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.planning.in_flight import moments, most_in_flight
-from megatron_sgt.planning.loop_cost import LoopMethod
+from megatron_sgt.planning.loop_cost import LoopMethod, choose_loop_method
 from megatron_sgt.planning.memory import Activations, Part, Shape, activation_memory
 from megatron_sgt.planning.pipeline import pipeline_layout
 from megatron_sgt.planning.state_memory import State, state_memory
@@ -39,8 +39,10 @@ def stage_activations(
         Part(layers, stage + chunk * layout.size == first, stage + chunk * layout.size == last)
         for chunk, layers in enumerate(layout.chunks(stage))
     ]
+    method = method or choose_loop_method(config)[0]
     if tp_rank is None:
-        size = config.parallel.tensor_model_parallel_size if plan.layers else 1
+        looping = {layer for layer, _ in plan.layers}.intersection(layout.layers(stage))
+        size = config.parallel.tensor_model_parallel_size if looping else 1
         ranks = (
             stage_activations(config, plan, precision, stage, micro_batches, kernels, rank, method)
             for rank in range(size)
@@ -96,12 +98,13 @@ def rank_memory(config: Config, plan: LoopPlan, world_size: int, precision: str)
         ConfigError: the batch or the ranks do not divide.
     """
     layout, micro_batches = pipeline_layout(config), config.num_micro_batches(world_size)
+    method = choose_loop_method(config)[0]
     return tuple(
         RankMemory(
             stage,
             most_in_flight(layout.size, layout.virtual_size, stage, micro_batches),
             state_memory(config, world_size, precision, stage),
-            stage_activations(config, plan, precision, stage, micro_batches),
+            stage_activations(config, plan, precision, stage, micro_batches, method=method),
         )
         for stage in range(layout.size)
     )

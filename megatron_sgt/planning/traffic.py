@@ -28,8 +28,8 @@ optim.grad_reduce_dtype (4 bytes an element unless that is model), weights in th
 few bytes (overflow flags, norms, a pipeline's loss) are not counted.
 
 A stage of a pipeline has its layers' share of all that, and sends per micro-batch and chunk T forward to the next chunk
-and T backward to the one before (SP: T/tp). Tied embeddings, V·D/tp elements: once per step the first stage sends the
-weight to the last one, and gets its gradient in fp32.
+and T backward to the one before (SP: T/tp). Tied embeddings, V·D/tp elements: once per step the weight goes from the
+first to the last stage and its gradient back in fp32, as broadcasts of the two.
 """
 
 from __future__ import annotations
@@ -47,12 +47,23 @@ from megatron_sgt.planning.parameters import ELEMENT_BYTES, borrowed_count, para
 from megatron_sgt.planning.pipeline import pipeline_layout
 from megatron_sgt.planning.structure import schedule_of
 
-Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "send"]
-Group = Literal["tensor", "data", "pipeline", "world"]
+Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "broadcast", "send"]
+Group = Literal["tensor", "data", "pipeline", "tied", "world"]
 LoopMethod = Literal["owner", "balanced"]
 
 # DeepSpeed's defaults, in elements.
 _BUCKET, _PERSISTENT, _KEPT_ALIVE, _PREFETCH = 5 * 10**8, 10**5, 10**9, 5 * 10**7
+
+
+def group_sizes(config: Config, world_size: int) -> dict[Group, int]:
+    """Ranks of each group; ``tied``: the first and the last pipeline stage.
+
+    Raises:
+        ConfigError: the ranks do not divide.
+    """
+    parallel, data = config.parallel, config.data_parallel_size(world_size)
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    return {"tensor": tensor, "data": data, "pipeline": stages, "tied": min(2, stages), "world": world_size}
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,7 @@ class Transfer:
 
     def wire_bytes(self, ranks: int) -> float:
         """Bytes that each of ``ranks`` ranks sends (and receives) in a ring; of messages what this rank sends."""
-        if self.kind == "send":
+        if self.kind in ("send", "broadcast"):
             return self.payload
         return self.payload * (ranks - 1) / ranks * (2 if self.kind == "all_reduce" else 1)
 
@@ -265,10 +276,8 @@ def _between_stages(config: Config, micro_batches: int, step: _Step, stage: int)
     size = step.stream // step.ranks if step.sharded else step.stream
     yield Transfer("between stages", "pipeline", "send", messages * size, messages).times(micro_batches)
     tied = borrowed_count(config, stages - 1)
-    if tied and stage == 0:
-        yield Transfer("tied embedding", "pipeline", "send", tied * step.bytes)
-    elif tied and stage == stages - 1:
-        yield Transfer("tied embedding", "pipeline", "send", tied * ELEMENT_BYTES["fp32"])
+    if tied and stage in (0, stages - 1):
+        yield Transfer("tied embedding", "tied", "broadcast", tied * (step.bytes + ELEMENT_BYTES["fp32"]), 2)
 
 
 def _data_parallel(
