@@ -3,7 +3,7 @@ r"""Repeat a recorded trajectory and compare with it, alone or under torchrun fo
 
 python tools/replay_trajectory.py tests/golden/a.safetensors --out repeated.safetensors --compare
 torchrun --nproc-per-node 4 tools/replay_trajectory.py tests/golden/a.safetensors \
-    --out repeated.safetensors --tensor-parallel 2 --zero 1 --compare
+    --out repeated.safetensors --tensor-parallel 2 --pipeline-parallel 2 --zero 1 --compare
 
 Inputs are the file's init/*, tokens, probe_tokens and metadata only; --compare reads the rest of it
 afterwards and exits with 1 beyond the tolerances.
@@ -25,6 +25,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("file", type=path, help="trajectory file (safetensors)")
     parser.add_argument("--out", type=output, required=True, metavar="FILE", help="file to write, with the same keys")
     parser.add_argument("--tensor-parallel", type=positive, default=1, metavar="N", help="tensor-parallel size")
+    parser.add_argument("--pipeline-parallel", type=positive, default=1, metavar="P", help="stages of the pipeline")
+    parser.add_argument("--virtual", type=positive, default=1, metavar="V", help="parts of every stage, interleaved")
+    parser.add_argument(
+        "--pipeline-layout",
+        default="auto",
+        metavar="L",
+        help="layers of every part (1,2,2,1 or Et|tt|tt|tL) [%(default)s]",
+    )
     parser.add_argument("--zero", type=int, default=1, choices=(0, 1, 2, 3), help="DeepSpeed ZeRO stage")
     parser.add_argument(
         "--micro-batch",
@@ -52,11 +60,14 @@ def main() -> int:
 
     tensors, meta = rp.read_trajectory(args.file)
     info = place()
-    per_rank = meta["global_batch"] // max(1, info.world_size // args.tensor_parallel)
+    per_rank = meta["global_batch"] // max(1, info.world_size // (args.tensor_parallel * args.pipeline_parallel))
     micro = args.micro_batch or min(meta["micro_batch"], per_rank)
     overrides = {
         "parallel": {
             "tensor_model_parallel_size": args.tensor_parallel,
+            "pipeline_model_parallel_size": args.pipeline_parallel,
+            "virtual_pipeline_model_parallel_size": args.virtual,
+            "pipeline_model_parallel_layout": args.pipeline_layout,
             "zero_stage": args.zero,
             "sequence_parallel": args.sequence_parallel,
             "loop_method": args.loop_method,

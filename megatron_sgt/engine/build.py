@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import deepspeed
 import torch
 
+from megatron_sgt.arch.weights import stage_weights
 from megatron_sgt.compat.deepspeed_cpu import prepare_deepspeed
 from megatron_sgt.compat.deepspeed_finite import notice_every_copy
 from megatron_sgt.compat.megatron_cpu import prepare_megatron
@@ -103,7 +104,8 @@ def build_runtime(
     model = build_model(config, groups, precision, 1 + schedule_of(config).max_loops, plain)
     if weights is not None:
         # Before the engine exists: ZeRO copies the weights that it is given.
-        shard = megatron_shard(weights, config.model, groups.tp_size, groups.tp_rank)
+        held = stage_weights(config.model, model.layout, groups.pp_rank)
+        shard = megatron_shard(weights, config.model, groups.tp_size, groups.tp_rank, held)
         model.gpt.load_state_dict(shard, strict=False)
     return Runtime(groups, precision, model, _start_engine(config, groups, model, precision))
 

@@ -15,9 +15,10 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
 
 from megatron_sgt.data.pieces import cut
+from megatron_sgt.engine.finite import guard
+from megatron_sgt.engine.pipeline import forward_backward
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.model.apply_plan import begin_step, mark_micro_batch
-from megatron_sgt.model.entropy_meter import EntropyMeter
 from megatron_sgt.parallel.groups import ParallelGroups
 
 Batch = dict[str, Tensor]
@@ -55,7 +56,8 @@ class TrainState:
 class StepResult:
     """What one step did.
 
-    ``loss``: mean over this rank's micro-batches, a scalar on the device (no synchronisation happened for it).
+    ``loss``: mean over this rank's micro-batches, a scalar on the device (no synchronisation happened for it), on every
+    stage of a pipeline.
     ``grad_norm``: L2 norm over all parameters before clipping; inf or NaN when the update was skipped.
     ``applied``: whether the optimizer took the step (False: a loss, an entropy or a gradient was not finite
     on some rank).
@@ -85,35 +87,39 @@ def train_step(
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     scale = float(engine.optimizer.loss_scaler.cur_scale) if engine.fp16_enabled() else None
-    losses = []
-    meter = engine.module.meter
     begin_step(engine.module)
-    for batch in batches:
-        mark_micro_batch(engine.module, last=engine.is_gradient_accumulation_boundary())
-        there = {name: t.to(groups.device, non_blocking=True) for name, t in batch.items()}
-        loss = engine(**cut(there, pieces))  # cut on the device: whole samples lie in pinned memory
-        engine.backward(_guarded(loss, meter))
-        meter.end_micro_batch()
-        losses.append(loss.detach())
-        if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
-            norm = _clip_stage0(engine, clip_grad, groups)
-        engine.step()
+    if groups.pp_size > 1:
+        loss = forward_backward(engine, list(batches), pieces, groups)
+    else:
+        loss = _forward_backward(engine, batches, pieces, groups)
     if engine.zero_optimization_stage() == 0:
+        norm = _clip_stage0(engine, clip_grad, groups)
+        engine.step()
         applied = math.isfinite(norm)
     else:
+        engine.step()
         norm, applied = float(engine.get_global_grad_norm()), engine.was_step_applied()
-    loss = torch.stack(losses).float().mean()
     return StepResult(loss, norm, applied, lr, time.perf_counter() - start, scale)
 
 
-def _guarded(loss: Tensor, meter: EntropyMeter) -> Tensor:
-    """``loss``, times NaN when it or an entropy of its micro-batch is not finite on this rank.
-
-    The gradients are NaN then, and every rank skips the step as for any gradient that is not finite: the
-    decision costs neither a collective of its own nor a wait for the device.
-    """
-    finite = loss.detach().isfinite() & meter.is_finite()
-    return loss * torch.where(finite, 1.0, math.nan).to(loss.dtype)
+def _forward_backward(
+    engine: deepspeed.DeepSpeedEngine, batches: Iterable[Batch], pieces: int, groups: ParallelGroups
+) -> Tensor:
+    """Compute the gradients of a step, ready for its last ``engine.step()``; returns the mean loss."""
+    losses: list[Tensor] = []
+    meter = engine.module.meter
+    for batch in batches:
+        if losses:
+            engine.step()  # DeepSpeed counts micro-batches with it
+        mark_micro_batch(engine.module, last=engine.is_gradient_accumulation_boundary())
+        there = {name: t.to(groups.device, non_blocking=True) for name, t in batch.items()}
+        loss = engine(**cut(there, pieces))  # cut on the device: whole samples lie in pinned memory
+        guard(loss, meter)
+        meter.end_micro_batch()
+        with meter.paused():
+            engine.backward(loss)
+        losses.append(loss.detach())
+    return torch.stack(losses).float().mean()
 
 
 def _clip_stage0(engine: Any, clip_grad: float, groups: ParallelGroups) -> float:
@@ -128,8 +134,8 @@ def _clip_stage0(engine: Any, clip_grad: float, groups: ParallelGroups) -> float
     owned = [n for n, p in enumerate(parameters) if param_is_not_tensor_parallel_duplicate(p)]
     # The norm counts replicated parameters once; the second sum has every copy, as one may be not finite.
     totals = torch.stack([squares[owned].sum(), squares.sum()])
-    if groups.tp_size > 1:
-        dist.all_reduce(totals, group=groups.tp_group)
+    if groups.tp_size * groups.pp_size > 1:
+        dist.all_reduce(totals, group=groups.mp_group)
     once, everything = totals.sqrt().tolist()
     norm = once if math.isfinite(everything) else everything
     if not math.isfinite(norm):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_sgt.model.apply_plan import begin_step
+from megatron_sgt.model.gpt import LanguageModel
+from megatron_sgt.model.pipeline_forward import forward_only, from_last_stage
 from megatron_sgt.parallel.collectives import mean_over_data_parallel
 from megatron_sgt.parallel.groups import ParallelGroups
 
@@ -22,13 +25,27 @@ def mean_loss(model: torch.nn.Module, batches: Iterable[dict[str, Tensor]], grou
     was_training = model.training
     begin_step(model)
     model.eval()
-    losses = [
-        model(**{k: v.to(groups.device, non_blocking=True) for k, v in batch.items()}).float() for batch in batches
-    ]
+    if groups.pp_size > 1:
+        whole: Any = model
+        mean = _through_pipeline(getattr(whole, "module", whole), list(batches), groups)
+    else:
+        mean = _mean(
+            [model(**{k: v.to(groups.device, non_blocking=True) for k, v in batch.items()}) for batch in batches]
+        )
     model.train(was_training)
-    if not losses:
-        return math.nan
-    return float(mean_over_data_parallel(torch.stack(losses).mean(), groups))
+    return math.nan if mean is None else float(mean_over_data_parallel(mean, groups))
+
+
+def _mean(losses: list[Tensor]) -> Tensor | None:
+    return torch.stack([loss.float() for loss in losses]).mean() if losses else None
+
+
+def _through_pipeline(model: LanguageModel, batches: list[dict[str, Tensor]], groups: ParallelGroups) -> Tensor | None:
+    """The mean loss of ``batches``, on every stage."""
+    if not batches or model.pipeline is None:
+        return None
+    mean = _mean(forward_only(model.pipeline, lambda chunk, inputs: model(**inputs, chunk=chunk), batches))
+    return from_last_stage(torch.zeros((), device=groups.device) if mean is None else mean, groups)
 
 
 def perplexity(loss: float) -> float:

@@ -57,7 +57,7 @@ class _Layers:
         """Layer ``layer`` of ``plan`` on x [B, S, D]."""
         self.load(f"decoder.layers.{layer}.", "decoder.layers.0.")
         apply_plan(self.model, LoopPlan(1, ((0, plan[layer]),)))
-        gpt = self.model.gpt
+        gpt = self.model.chunks[0]
         rotary = gpt.rotary_pos_emb(x.shape[1])
         out, _ = gpt.decoder.layers[0](x.transpose(0, 1), attention_mask=None, rotary_pos_emb=rotary)
         return out.transpose(0, 1)
@@ -68,7 +68,7 @@ class _Layers:
 
     def final_norm(self, x: Tensor) -> Tensor:
         self.load("decoder.final_layernorm.", "decoder.final_layernorm.")
-        return self.model.gpt.decoder.final_layernorm(x)
+        return self.model.chunks[0].decoder.final_layernorm(x)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -37,10 +38,10 @@ def apply_plan(model: torch.nn.Module, plan: LoopPlan) -> None:
         layer.execute(plan[layer.layer_id], loop_pass)
 
 
-def executed_plan(model: torch.nn.Module) -> LoopPlan:
-    """The plan that the layers of ``model`` execute now."""
+def executed_plan(model: Any) -> LoopPlan:
+    """The plan that the layers of ``model`` on this rank execute now; the others' are the ordinary one in it."""
     layers = sgt_layers(model)
-    return LoopPlan(len(layers), tuple((layer.layer_id, layer.plan) for layer in layers))
+    return LoopPlan(model.layout.num_layers, tuple((layer.layer_id, layer.plan) for layer in layers))
 
 
 def begin_step(model: torch.nn.Module) -> None:

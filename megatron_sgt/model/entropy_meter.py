@@ -1,10 +1,14 @@
 """Collects attention entropies over the micro-batches of one optimizer step.
 
-Values are *stored* per micro-batch and added once when the micro-batch ends. A layer that recomputes its
-activations in the backward pass stores the same value a second time, and nothing is counted twice.
+Values are *stored* in the forward pass of a micro-batch and added when that has ended: in a pipeline the next
+micro-batch comes before the backward pass of this one. A layer that recomputes its activations in the backward pass
+measures again; while the meter is ``paused`` nothing is stored.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -29,6 +33,7 @@ class EntropyMeter:
         self._current = torch.zeros(shape, dtype=torch.float32, device=device)
         self._sum = torch.zeros_like(self._current)
         self._micro_batches = 0
+        self._paused = False
 
     @property
     def device(self) -> torch.device:
@@ -41,6 +46,8 @@ class EntropyMeter:
             entropy: [number of heads].
             heads: global ids of those heads; None: this rank's own heads.
         """
+        if self._paused:
+            return
         if heads is None:
             owned = self.layout.owned_heads
             self._current[layer, attention_pass, owned.start : owned.stop] = entropy
@@ -51,10 +58,21 @@ class EntropyMeter:
         """Whether all that was stored for the running micro-batch is finite: a bool scalar on the device."""
         return self._current.isfinite().all()
 
-    def end_micro_batch(self) -> None:
+    def end_micro_batch(self, whole: bool = True) -> None:
+        """Add what was stored in a forward pass. ``whole``: the micro-batch has passed all this rank's layers."""
         if self.enabled:
             self._sum += self._current
-            self._micro_batches += 1
+            self._current.zero_()
+            self._micro_batches += whole
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Store nothing in the body, a backward pass. Layers measure as ever: recomputed work must be the same."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def reset(self) -> None:
         self._current.zero_()

@@ -1,4 +1,4 @@
-"""Builds the language model and wraps it for the engine."""
+"""Builds the language model, or this rank's part of it, and wraps it for the engine."""
 
 from __future__ import annotations
 
@@ -8,47 +8,82 @@ from torch import Tensor
 
 from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.config import Config
+from megatron_sgt.config.pipeline import PipelineLayout
 from megatron_sgt.model.apply_plan import begin_step
 from megatron_sgt.model.entropy_meter import EntropyMeter
 from megatron_sgt.model.initial_weights import draw_weights
 from megatron_sgt.model.loop_backend import loop_backend
 from megatron_sgt.model.mcore_config import compiles, transformer_config
+from megatron_sgt.model.pipeline_forward import forward_only, from_last_stage
+from megatron_sgt.model.pipeline_stage import Pipeline, PipelineStage
 from megatron_sgt.model.spec import decoder_spec
+from megatron_sgt.model.tied_weight import TiedWeight
 from megatron_sgt.ops.attention import newer_flash_attention
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.parallel.rng import seed_for_training
+from megatron_sgt.planning.pipeline import pipeline_layout
 
 
 class LanguageModel(torch.nn.Module):
-    """Megatron-Core's GPTModel with the loss of one micro-batch, and the meter of its attention entropies."""
+    """Megatron-Core's GPTModel with the loss of one micro-batch, and the meter of its attention entropies.
 
-    def __init__(self, gpt: GPTModel, meter: EntropyMeter) -> None:
+    ``gpt``: the whole model, or in a pipeline the weights of this rank's stage under the same names. ``chunks``: what
+    is called, the parts that a micro-batch passes on this rank; without a pipeline ``gpt`` itself. ``layout``: which
+    layers each stage holds. ``pipeline``: None without one.
+    """
+
+    def __init__(self, gpt: GPTModel | PipelineStage, meter: EntropyMeter, pipeline: Pipeline | None = None) -> None:
         super().__init__()
         self.gpt = gpt
         self.meter = meter
+        self.pipeline = pipeline
+        self.chunks: tuple[GPTModel, ...] = (gpt,) if pipeline is None else pipeline.chunks
+        self.layout = PipelineLayout(1, (gpt.config.num_layers,)) if pipeline is None else pipeline.layout
 
-    def forward(self, tokens: Tensor, labels: Tensor, loss_mask: Tensor, position_ids: Tensor) -> Tensor:
-        """Mean cross-entropy in nats over the positions whose mask is 1.
+    def forward(
+        self,
+        tokens: Tensor | None = None,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        chunk: int = 0,
+    ) -> Tensor:
+        """Mean cross-entropy in nats over the positions whose mask is 1; of a chunk before the last, its output.
 
         Args:
-            tokens, labels, position_ids: [B, S] int64. loss_mask: [B, S] float.
+            tokens, position_ids: [B, S] int64, for the first chunk of the model. labels: [B, S] int64 and
+            loss_mask: [B, S] float, for its last one.
+            chunk: which of ``chunks``; the input of one that is not the model's first has been set on it.
         """
-        losses = self.gpt(tokens, position_ids, None, labels=labels)
-        mask = loss_mask.to(losses.dtype)
-        return (losses * mask).sum() / mask.sum().clamp(min=1.0)
+        output = self.chunks[chunk](tokens, position_ids, None, labels=labels)
+        if loss_mask is None:
+            return output
+        mask = loss_mask.to(output.dtype)
+        return (output * mask).sum() / mask.sum().clamp(min=1.0)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
-        """[B, S] tokens -> [B, S, padded vocabulary] logits, gathered over tensor-parallel ranks."""
+        """[B, S] tokens -> [B, S, padded vocabulary] logits, gathered over tensor-parallel ranks, on every stage."""
         begin_step(self)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return self.gpt(tokens, positions, None, runtime_gather_output=True)
+        if self.pipeline is None:
+            return self.gpt(tokens, positions, None, runtime_gather_output=True)
+
+        def forward(chunk: int, inputs: dict[str, Tensor]) -> Tensor:
+            return self.chunks[chunk](
+                inputs.get("tokens"), inputs.get("position_ids"), None, runtime_gather_output=True
+            )
+
+        found = forward_only(self.pipeline, forward, [{"tokens": tokens, "position_ids": positions}])
+        gpt = self.chunks[-1]
+        empty = torch.empty(*tokens.shape, gpt.vocab_size, dtype=gpt.config.params_dtype, device=tokens.device)
+        return from_last_stage(found[0] if found else empty, self.pipeline.groups)
 
 
 def build_model(
     config: Config, groups: ParallelGroups, precision: str, num_passes: int, plain: bool = False
 ) -> LanguageModel:
-    """Build the model on ``groups.device`` with initial weights from ``train.seed``.
+    """Build the model, or this rank's stage of it, on ``groups.device`` with initial weights from ``train.seed``.
 
     Args:
         num_passes: attention passes that the entropy meter holds, 1 + ``Schedule.max_loops``.
@@ -63,18 +98,34 @@ def build_model(
     newer_flash_attention(groups.device)
     # Before the model is built: Megatron-Core enters a random stream for each weight.
     seed_for_training(config.train.seed, groups)
-    gpt = GPTModel(
-        config=transformer_config(config, precision, groups.device, plain),
-        transformer_layer_spec=decoder_spec(config, meter, layout, plain, fused, compiles(config, groups.device)),
-        vocab_size=config.model.padded_vocab_size(),
-        max_sequence_length=config.model.seq_length,
-        position_embedding_type="rope",
-        rotary_base=config.model.rotary_base,
-        share_embeddings_and_output_weights=not config.model.untie_embeddings_and_output_weights,
-    )
-    _drop_empty_extra_state(gpt)
-    model = LanguageModel(gpt, meter).to(groups.device)
-    draw_weights(gpt, config, groups)
+    cut = pipeline_layout(config)
+    settings = transformer_config(config, precision, groups.device, plain)
+    tied = not config.model.untie_embeddings_and_output_weights
+    chunks = []
+    for number, layers in enumerate(cut.chunks(groups.pp_rank)):
+        chunk = GPTModel(
+            config=settings,
+            transformer_layer_spec=decoder_spec(
+                config, meter, layout, plain, fused, compiles(config, groups.device), len(layers)
+            ),
+            vocab_size=config.model.padded_vocab_size(),
+            max_sequence_length=config.model.seq_length,
+            pre_process=layers.start == 0,
+            post_process=layers.stop == cut.num_layers,
+            position_embedding_type="rope",
+            rotary_base=config.model.rotary_base,
+            # Over stages ``TiedWeight`` shares it: Megatron-Core would make a second parameter.
+            share_embeddings_and_output_weights=tied and cut.size == 1,
+            vp_stage=number if cut.virtual_size > 1 else None,
+        )
+        _drop_empty_extra_state(chunk)
+        chunks.append(chunk.to(groups.device))
+    if cut.size == 1:
+        model = LanguageModel(chunks[0], meter).to(groups.device)
+    else:
+        pipeline = Pipeline(cut, groups, tuple(chunks), TiedWeight(chunks, groups) if tied else None)
+        model = LanguageModel(PipelineStage(chunks, cut, groups.pp_rank), meter, pipeline)
+    draw_weights(model.gpt, config, groups)
     return model
 
 

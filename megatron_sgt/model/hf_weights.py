@@ -18,9 +18,16 @@ from megatron_sgt.errors import CheckpointError
 
 
 def megatron_shard(
-    tensors: Mapping[str, Tensor], model: ModelConfig, tp_size: int = 1, tp_rank: int = 0
+    tensors: Mapping[str, Tensor],
+    model: ModelConfig,
+    tp_size: int = 1,
+    tp_rank: int = 0,
+    held: Sequence[Weight] | None = None,
 ) -> dict[str, Tensor]:
     """The parameters of one tensor-parallel rank, by Megatron name, from whole Hugging Face tensors.
+
+    Args:
+        held: those of the model that the rank's pipeline stage holds; None: all.
 
     Raises:
         CheckpointError: a tensor is missing or left over, or has the wrong shape.
@@ -28,7 +35,7 @@ def megatron_shard(
     check_tensors({name: tuple(tensor.shape) for name, tensor in tensors.items()}, model)
     return {
         weight.megatron: shard(weight, [tensors[n] for n in weight.hf], model, tp_size, tp_rank)
-        for weight in weights(model)
+        for weight in (weights(model) if held is None else held)
     }
 
 

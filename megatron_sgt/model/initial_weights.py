@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from megatron_sgt.arch.weight import Weight
-from megatron_sgt.arch.weights import weights
+from megatron_sgt.arch.weights import stage_weights
 from megatron_sgt.config import Config
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.model.hf_weights import shard
 from megatron_sgt.model.mcore_config import draws_on_cpu
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.parallel.rng import named_generator
+from megatron_sgt.planning.pipeline import pipeline_layout
 
 
 @torch.no_grad()
@@ -33,7 +34,7 @@ def draw_weights(gpt: torch.nn.Module, config: Config, groups: ParallelGroups) -
     """
     model, parameters = config.model, dict(gpt.named_parameters())
     where = torch.device("cpu") if draws_on_cpu(config, groups.device) else groups.device
-    for weight in weights(model):
+    for weight in stage_weights(model, pipeline_layout(config), groups.pp_rank):
         parameter = parameters.pop(weight.megatron)
         if not parameter.is_meta:
             whole = [initial_value(weight, name, model, config.train.seed, where) for name in weight.hf]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
@@ -10,6 +12,7 @@ from megatron_sgt.config import Config
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.model.mlp import ffn_module
 from megatron_sgt.ops.backend import runs_triton
+from megatron_sgt.planning.pipeline import pipeline_layout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,6 +57,7 @@ def transformer_config(config: Config, precision: str, device: torch.device, pla
             fp16=precision == "fp16",
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             sequence_parallel=parallel.sequence_parallel,
+            **_pipeline(config, precision, device),
             # Recompute is done by the layer and the core attention themselves (layer.py, core_attention.py):
             # Megatron's own would lose the gates of a loop pass, and knows no lists of layers.
             **fusions(config, precision, device, plain),
@@ -65,6 +69,27 @@ def transformer_config(config: Config, precision: str, device: torch.device, pla
         )
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"Megatron-Core refuses this model: {error}") from error
+
+
+def _pipeline(config: Config, precision: str, device: torch.device) -> dict[str, Any]:
+    """Megatron-Core's settings of a pipeline; none without one."""
+    layout, on_cpu = pipeline_layout(config), device.type == "cpu"
+    if layout.size == 1:
+        return {}
+    # Interleaved, two messages to the same rank are under way at a time; at two stages these are also from the same
+    # rank, and batched they would be taken for each other.
+    interleaved = layout.virtual_size > 1
+    return {
+        "pipeline_model_parallel_size": layout.size,
+        "virtual_pipeline_model_parallel_size": layout.virtual_size if interleaved else None,
+        "pipeline_model_parallel_layout": layout.megatron(),
+        "pipeline_dtype": DTYPES[precision],
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+        "batch_p2p_sync": not on_cpu,  # it waits for a GPU
+        # gloo still reads what is being sent.
+        "deallocate_pipeline_outputs": not (on_cpu and interleaved),
+    }
 
 
 def draws_on_cpu(config: Config, device: torch.device) -> bool:

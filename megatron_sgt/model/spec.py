@@ -74,14 +74,16 @@ def decoder_spec(
     plain: bool = False,
     fused: bool = False,
     fused_rotary: bool = False,
+    num_layers: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """Spec of the whole decoder.
+    """Spec of the whole decoder, or of a chunk of it.
 
     Args:
         plain: use Megatron-Core's own TransformerLayer instead of SGTLayer: the yardstick for the tests that
             vanilla training through this project is Megatron-Core bit for bit.
         fused: loop kept heads through the fused operations (see ``loop_backend``).
         fused_rotary: apply rotary positions in one compiled function (``ops.rotary``).
+        num_layers: of the chunk; None: the model's.
     """
     params: dict[str, Any] = {}
     if not plain:
@@ -96,5 +98,6 @@ def decoder_spec(
         submodules=layer_submodules(config, meter, fused, fused_rotary),
     )
     return TransformerBlockSubmodules(
-        layer_specs=[layer] * config.model.num_layers, layer_norm=NORMS[config.model.normalization]
+        layer_specs=[layer] * (config.model.num_layers if num_layers is None else num_layers),
+        layer_norm=NORMS[config.model.normalization],
     )

@@ -1,8 +1,8 @@
 """Random streams: which ranks draw the same numbers, and how to save and restore them exactly.
 
 Every initial weight has its own stream, ``named_generator``, independent of the layout. Training draws from other
-streams: every data-parallel rank has its own, and within it the tensor-parallel ranks share one (dropout on replicated
-activations) and have one each (dropout on sharded activations).
+streams: every data-parallel rank has its own on each stage of a pipeline, and within it the tensor-parallel ranks share
+one (dropout on replicated activations) and have one each (dropout on sharded activations).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_sgt.parallel.groups import ParallelGroups
 
 # Arbitrary positive offsets that keep the streams distinct for every realistic number of ranks.
 _TENSOR_PARALLEL_OFFSET = 2718
-_DATA_PARALLEL_STRIDE = 1_000_003
+_REPLICA_STRIDE = 1_000_003
 
 
 def named_generator(seed: int, name: str, device: torch.device) -> torch.Generator:
@@ -31,7 +31,7 @@ def named_generator(seed: int, name: str, device: torch.device) -> torch.Generat
 
 def seed_for_training(seed: int, groups: ParallelGroups) -> None:
     """Start the streams of this rank."""
-    base = seed + _DATA_PARALLEL_STRIDE * groups.dp_rank
+    base = seed + _REPLICA_STRIDE * (groups.dp_rank + groups.dp_size * groups.pp_rank)
     _seed_generators(base)
     tracker = megatron_random.get_cuda_rng_tracker()
     tracker.reset()

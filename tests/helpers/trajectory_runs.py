@@ -36,13 +36,21 @@ ZERO: dict[int, dict[str, Any]] = {
 """A tiny model hides what ZeRO does: by default its gradients fit into one bucket, and stage 3 spreads no weight."""
 
 
+def _zero(layout: dict[str, Any]) -> dict[str, Any]:
+    options = ZERO.get(layout.get("zero_stage", 1), {})
+    if layout.get("virtual_pipeline_model_parallel_size", 1) == 1:
+        return options
+    # DeepSpeed could not overlap it; ZeRO on one data-parallel rank needs some option.
+    return {"reduce_bucket_size": 60_000} if options else {}
+
+
 def trajectory_on(info: RankInfo, path: Path, layout: dict[str, Any], train: dict[str, Any]) -> Any:
     """Repeat ``path`` on this rank; rank 0 returns (tensors, metadata). For ``run_on_ranks``."""
     tensors, meta = rp.read_trajectory(path)
     overrides = {
         "parallel": {"device": "cpu", **layout},
         "train": {**train, "threads_per_rank": 1},
-        "deepspeed": {"zero_optimization": ZERO.get(layout.get("zero_stage", 1), {})},
+        "deepspeed": {"zero_optimization": _zero(layout)},
     }
     config = rp.trajectory_config(tensors, meta, overrides)
     groups = start_processes(config, info)

@@ -8,6 +8,7 @@ implementations or layouts can be compared step by step. Format: tests/golden/RE
 from __future__ import annotations
 
 import json
+from collections import ChainMap
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -205,8 +206,13 @@ def gather_hf_weights(runtime: Runtime, config: Config) -> Tensors:
     """The model's weights under Hugging Face names on every rank; collective. For small models."""
     with whole_weights(runtime):
         local = {name: t.detach().float().cpu() for name, t in runtime.model.gpt.state_dict().items()}
-    shards: list[Any] = [None] * runtime.groups.tp_size
-    dist.all_gather_object(shards, local, group=runtime.groups.tp_group)
+    groups = runtime.groups
+    stages: list[Any] = [local]
+    if groups.pp_size > 1:
+        stages = [None] * groups.pp_size
+        dist.all_gather_object(stages, local, group=groups.pp_group)
+    shards: list[Any] = [None] * groups.tp_size
+    dist.all_gather_object(shards, dict(ChainMap(*stages)), group=groups.tp_group)
     return hf_weights(shards, config.model)
 
 

@@ -114,6 +114,9 @@ def verify_same_plan(model: torch.nn.Module, groups: ParallelGroups) -> None:
     mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(groups.device)
     everyone = [torch.empty_like(mine) for _ in range(groups.world_size)]
     dist.all_gather(everyone, mine)
+    if groups.pp_size > 1:  # a stage knows its own layers
+        each = groups.tp_size * groups.dp_size
+        everyone = everyone[groups.pp_rank * each : (groups.pp_rank + 1) * each]
     if all(torch.equal(everyone[0], other) for other in everyone):
         return
     plans: list[LoopPlan | None] = [None] * groups.world_size

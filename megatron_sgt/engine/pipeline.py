@@ -1,0 +1,82 @@
+"""The forward and backward passes of a step in a pipeline: Megatron-Core's schedule, DeepSpeed's engine around each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from megatron_sgt.compat.megatron_pipeline import backward_from, run_schedule
+from megatron_sgt.data.loader import MicroBatch
+from megatron_sgt.data.pieces import cut
+from megatron_sgt.engine.finite import guard
+from megatron_sgt.model.apply_plan import mark_micro_batch
+from megatron_sgt.model.pipeline_forward import from_last_stage, inputs_of
+from megatron_sgt.parallel.groups import ParallelGroups
+
+
+def forward_backward(
+    engine: deepspeed.DeepSpeedEngine, batches: Sequence[MicroBatch], pieces: int, groups: ParallelGroups
+) -> Tensor:
+    """Compute the gradients of a step, ready for ``engine.step()``; collective over the pipeline.
+
+    Args:
+        batches: all micro-batches of this data-parallel rank, on every stage. pieces: see ``data.pieces.cut``.
+
+    Returns:
+        The mean loss of the micro-batches, on every stage.
+    """
+    passes = _Passes(engine, batches, pieces, groups)
+    tied = engine.module.pipeline.tied
+    if tied is not None:
+        tied.lend()
+    size, length = batches[0]["tokens"].shape
+    shape = (size * pieces, length // pieces)
+    run_schedule(engine.module.chunks, passes.forward, batches, shape, groups.device, passes.backward)
+    if tied is not None:
+        tied.give_back()
+    for chunk in engine.module.chunks:
+        chunk.set_input_tensor(None)  # it would keep the last micro-batch's input
+    losses = passes.losses
+    mean = torch.stack(losses).float().mean() if losses else torch.zeros((), device=groups.device)
+    return from_last_stage(mean, groups)
+
+
+class _Passes:
+    """The forward and backward passes of one step on this rank, counted per chunk."""
+
+    def __init__(self, engine: Any, batches: Sequence[MicroBatch], pieces: int, groups: ParallelGroups) -> None:
+        self.engine, self.pieces, self.groups = engine, pieces, groups
+        self.model = engine.module
+        self.losses: list[Tensor] = []
+        self._left = [len(batches)] * len(self.model.chunks)
+        self._in_flight: dict[int, int] = {}  # an output is alive until its backward pass, so that its id is unique
+
+    def forward(self, chunk: int, batch: MicroBatch) -> Tensor:
+        gpt, meter = self.model.chunks[chunk], self.model.meter
+        inputs = cut(inputs_of(gpt, batch, self.groups.device), self.pieces)
+        output = self.engine(**inputs, chunk=chunk)
+        guard(output, meter)
+        meter.end_micro_batch(whole=gpt is self.model.chunks[-1])
+        if gpt.post_process:
+            self.losses.append(output.detach())
+            output = output.clone()  # the schedule divides it in place
+        self._in_flight[id(output)] = chunk
+        return output
+
+    def backward(self, output: Tensor, gradient: Tensor | None) -> None:
+        chunk = self._in_flight.pop(id(output))
+        self._left[chunk] -= 1
+        mark_micro_batch(self.model.chunks[chunk], last=self._left[chunk] == 0)
+        last = not any(self._left)
+        if self.model.pipeline.tied is not None:
+            self.model.pipeline.tied.expect_gradient(last)
+        # DeepSpeed expects a forward pass before each backward pass, and clears this there.
+        if hasattr(self.engine.optimizer, "clear_backward_seen_flag"):
+            self.engine.optimizer.clear_backward_seen_flag()
+        self.engine.set_gradient_accumulation_boundary(last)
+        with self.model.meter.paused():
+            self.engine.backward(backward_from(output, gradient), scale_wrt_gas=False)

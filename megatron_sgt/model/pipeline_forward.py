@@ -1,0 +1,57 @@
+"""Forward passes through a pipeline without gradients: losses of an evaluation, logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_sgt.compat.megatron_pipeline import run_schedule
+from megatron_sgt.model.pipeline_stage import Pipeline
+from megatron_sgt.parallel.groups import ParallelGroups
+
+Batch = Mapping[str, Tensor]
+
+
+def inputs_of(chunk: GPTModel, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """What ``chunk`` needs of a micro-batch, on ``device``: all, tokens, labels, or nothing."""
+    names = ["tokens", "position_ids"] if chunk.pre_process else []
+    names += ["labels", "loss_mask"] if chunk.post_process else []
+    return {name: batch[name].to(device, non_blocking=True) for name in batch if name in names}
+
+
+@torch.no_grad()
+def forward_only(
+    pipeline: Pipeline, forward: Callable[[int, dict[str, Tensor]], Tensor], batches: Sequence[Batch]
+) -> list[Tensor]:
+    """The last chunk's output for each micro-batch, on the last stage; elsewhere none. Collective.
+
+    Args:
+        forward: (number of the chunk on this rank, its inputs) -> its output.
+        batches: of equal shape; there is at least one. Interleaved they are filled up to a multiple of the stages.
+    """
+    groups, found = pipeline.groups, []
+
+    def step(chunk: int, batch: Batch) -> Tensor:
+        output = forward(chunk, inputs_of(pipeline.chunks[chunk], batch, groups.device))
+        if pipeline.chunks[chunk].post_process:
+            found.append(output)
+        return output
+
+    if pipeline.tied is not None:
+        pipeline.tied.lend()
+    missing = -len(batches) % groups.pp_size if pipeline.layout.virtual_size > 1 else 0
+    size, length = batches[0]["tokens"].shape
+    filled = [*batches, *[batches[-1]] * missing]
+    run_schedule(pipeline.chunks, step, filled, (size, length), groups.device)
+    return found[: len(batches)]
+
+
+def from_last_stage(value: Tensor, groups: ParallelGroups) -> Tensor:
+    """The last stage's ``value`` on every stage; collective. The others give a tensor of its shape and type."""
+    if groups.pp_size > 1:
+        dist.broadcast(value, groups.rank_at(groups.pp_size - 1, groups.dp_rank, groups.tp_rank), groups.pp_group)
+    return value
