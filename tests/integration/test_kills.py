@@ -141,7 +141,7 @@ def on_full_disk(info: RankInfo, config: Config) -> None:
 @pytest.mark.parametrize("name", ["dp2_zero1", "tp2_zero1_async", exhaustive("pp2_dp2_zero2")])
 def test_a_disk_that_is_full_for_one_rank_stops_nobody(name: str, data: str, tmp_path: Path) -> None:
     config = run_config(tmp_path, data, name, stop=6)
-    run_on_ranks(RANKS[name], on_full_disk, config)
+    run_on_ranks(RANKS[name], on_full_disk, config, backend="gloo")
     [failed] = reported(tmp_path, "save_failed")
     assert "global_step1: No space left on device" in failed["reason"] and "training goes on" in failed["reason"]
     assert layout.step_of(layout.finished_tags(config.save_dir)[-1]) == 6 == step_reached(config.save_dir)
@@ -159,7 +159,7 @@ def test_killed_in_saves_the_run_is_the_uninterrupted_run(name: str, data: str, 
     inside = sum(kill_in_a_save(config, RANKS[name], rng) for _ in range(kills))
     last = step_reached(config.save_dir) + 2
     for folder in (run_dir, whole):
-        run_on_ranks(RANKS[name], pretrain, run_config(folder, data, name, last))
+        run_on_ranks(RANKS[name], pretrain, run_config(folder, data, name, last), backend="gloo")
     assert measured_steps(run_dir) == measured_steps(whole)
     assert not list(config.save_dir.glob("*.tmp"))
     assert inside > 0, "no kill was in the middle of a save"

@@ -188,7 +188,7 @@ SHARE = [EVERY[0]]
 
 @pytest.mark.parametrize(("layout", "cases"), share_of(EVERY, SHARE))
 def test_the_step_is_skipped_on_all_ranks(layout: str, cases: list[tuple[int, str]]) -> None:
-    results = run_on_ranks(4, spoil_in_turn, layout, cases)
+    results = run_on_ranks(4, spoil_in_turn, layout, cases, backend="gloo", timeout=300)
     expected = {"applied": (False, True), "finite norms": (False, True), "untouched": True, "moved": True}
     wrong = {
         f"rank {rank}, {where}": seen

@@ -61,7 +61,7 @@ def test_advice_names_groups_hosts_and_the_remedy() -> None:
     [wide] = advice(seats(*"abcdefgh"), 8)
     assert "rank 0 a, b, c and 5 more:" in wide and "tensor_model_parallel_size of at most 1," in wide
     assert "pipeline_model_parallel_size) across hosts" in wide
-    # PP2 x DP2 x TP2 on two hosts of four ranks: a stage on each. PP4 x TP2 on four hosts: stages meet over the network.
+    # Stages may meet over the network: PP2 x DP2 x TP2 on two hosts, PP4 x TP2 on four.
     assert advice(seats(*"aaaabbbb"), 2) == [] and advice(seats(*"aabbccdd"), 2) == []
 
 

@@ -56,7 +56,7 @@ def expected_of_stages(data: str, tmp_path_factory: pytest.TempPathFactory) -> l
     """The same with a pipeline stage on each node."""
     folder = tmp_path_factory.mktemp("stages")
     parallel = {"pipeline_model_parallel_size": 2}
-    run_on_ranks(2, pretrain, tiny_config(folder, data, **SETTINGS, parallel=parallel))
+    run_on_ranks(2, pretrain, tiny_config(folder, data, **SETTINGS, parallel=parallel), backend="gloo")
     return measured_steps(folder)
 
 
