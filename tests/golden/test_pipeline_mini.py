@@ -50,7 +50,7 @@ SHARE = [
     Case(zero=2, variant="tied"),
     Case(variant="block loop"),
 ]
-BF16 = {name: 2e-4 for name in ("loss", "ema_entropy")}
+BF16 = dict.fromkeys(("loss", "ema_entropy"), 0.0002)
 
 Trajectory = tuple[dict[str, Tensor], dict[str, Any]]
 
