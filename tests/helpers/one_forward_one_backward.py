@@ -21,7 +21,9 @@ def forward_backward(engine: Any, batches: Sequence[dict[str, Tensor]], pieces: 
     """Gradients of a step of uncut micro-batches on every stage; returns their mean loss."""
     model, sent, waiting, losses = engine.module, [], deque(), []
     (gpt,) = model.chunks
-    before, after = (groups.rank_at((groups.pp_rank + n) % groups.pp_size, groups.dp_rank, groups.tp_rank) for n in (-1, 1))
+    before, after = (
+        groups.rank_at((groups.pp_rank + n) % groups.pp_size, groups.dp_rank, groups.tp_rank) for n in (-1, 1)
+    )
     size, length = batches[0]["tokens"].shape
     parts = groups.tp_size if gpt.config.sequence_parallel else 1
     shape = (length // parts, size, gpt.config.hidden_size)
