@@ -123,7 +123,7 @@ def test_the_trajectory_passes_all_phases(wanted: Any) -> None:
 @pytest.mark.parametrize("case", share_of([Case(), Case(vp=2), Case(pp=4)], [Case(vp=2)]), ids=str)
 def test_replayed_growth(case: Case, folder: Path, wanted: Any, alone: Any) -> None:
     """Recorded decisions instead of measured ones: no entropy, the same model."""
-    _, meta = wanted("sgt")
+    wanted("sgt")
     by_rank, path = alone("sgt"), folder / "events.json"
     path.write_text(json.dumps(by_rank[1]["events"]))
     found = run_case(folder / "sgt", replace(case, replay=str(path)))
