@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_sgt.checkpoint.contents import Contents, Details, GrowthContents, LoopingLayer, RootContents
+from megatron_sgt.checkpoint.layout import PIPELINE_COUNTS, PIPELINE_SIZE
 from megatron_sgt.config.base import count
 from megatron_sgt.metrics.units import duration, file_size, si
 
@@ -60,14 +61,21 @@ def _row(contents: Contents, now: float) -> tuple[str, ...]:
 
 
 def layout_text(details: Details) -> str:
-    """TP2 DP4 Z1 bf16, or "any layout"."""
+    """TP2 DP4 Z1 bf16, with a pipeline TP2 PP4 DP4 Z1 bf16 or TP2 PP4xVP2 DP4 Z1 bf16; or "any layout"."""
     where = details.layout
     if where is None:
         return "any layout"
+    stages, chunks = where.get(PIPELINE_SIZE, 1), len(where.get(PIPELINE_COUNTS, ()))
+    pipeline = f"PP{stages}{f'xVP{chunks // stages}' if chunks > stages else ''} " if stages > 1 else ""
     return (
-        f"TP{where.get('tensor_model_parallel_size')} DP{where.get('data_parallel_size')} "
+        f"TP{where.get('tensor_model_parallel_size')} {pipeline}DP{where.get('data_parallel_size')} "
         f"Z{where.get('zero_stage')} {where.get('precision')}"
     )
+
+
+def value_text(value: Any) -> str:
+    """A value of a layout; layers of a pipeline's chunks as the setting has them: 3,2,2,1."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def loops_text(growth: GrowthContents) -> str:
@@ -96,10 +104,10 @@ def _details(details: Details) -> Iterator[tuple[str, str]]:
         origin = "" if details.origin is None else f", imported from {details.origin}"
         yield (
             "layout",
-            f"layout-free: loads at any tensor-parallel size, data-parallel size, ZeRO stage{origin}",
+            f"layout-free: loads at any tensor-parallel, pipeline and data-parallel size, at any ZeRO stage{origin}",
         )
     else:
-        yield "layout", ", ".join(f"{name} {value}" for name, value in details.layout.items())
+        yield "layout", ", ".join(f"{name} {value_text(value)}" for name, value in details.layout.items())
     if details.ema_decay is not None:
         yield "ema", f"an average of the weights, decay {details.ema_decay:g}"
     if details.stages:

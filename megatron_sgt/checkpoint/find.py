@@ -104,19 +104,19 @@ def verify_quickly(folder: Path) -> Whole:
     changed = [name for name in sorted(now) if now[name]["sha256"] != listed[name]["sha256"]]
     problems = [f"{name} has changed since it was saved" for name in changed]
     where = content.get("layout")
-    if where and where["tensor_model_parallel_size"] * where["data_parallel_size"] > len(listed):
+    if where and layout.model_parallel_size(where) * where["data_parallel_size"] > len(listed):
         problems.append(f"{layout.MANIFEST_FILE} lists {len(listed)} files for the ranks of its layout")
     else:
         missing = sorted(layout.expected_files(where) - set(listed))
         problems += [f"{name} is not listed in {layout.MANIFEST_FILE}" for name in missing]
     manifest.refuse(folder, problems)
     state, config = read_state(folder), read_config(folder)
-    manifest.refuse(folder, list(_contradictions(folder, content, state)))
+    manifest.refuse(folder, list(_contradictions(folder, content, state, config)))
     return Whole(content, state, config)
 
 
-def _contradictions(folder: Path, about: Mapping[str, Any], state: Mapping[str, Any]) -> Iterator[str]:
-    """What the manifest says otherwise than the state; manifests of older versions say less."""
+def _contradictions(folder: Path, about: Mapping[str, Any], state: Mapping[str, Any], config: Config) -> Iterator[str]:
+    """What manifest, state and configuration say otherwise than each other; older versions say less."""
     step = state["trainer"]["step"]
     named = layout.named_step(folder.name)
     if about.get("step", step) != step or (named is not None and named != step):
@@ -126,8 +126,14 @@ def _contradictions(folder: Path, about: Mapping[str, Any], state: Mapping[str, 
     elif layout.AVERAGE_STATE in state:
         missing = layout.expected_files(state["layout"], averaged=True) - set(about["files"])
         yield from (f"{name} is not listed in {layout.MANIFEST_FILE}" for name in sorted(missing))
-    if (config := about.get("config_sha256")) is not None and config != about["files"][layout.CONFIG_FILE]["sha256"]:
+    hashed = about.get("config_sha256")
+    if hashed is not None and hashed != about["files"][layout.CONFIG_FILE]["sha256"]:
         yield f"{layout.CONFIG_FILE} is another configuration"
+    if state["layout"] is not None:
+        try:
+            layout.pipeline_of(state["layout"], config.model.num_layers)
+        except ValueError as error:
+            yield f"{layout.STATE_FILE} is of another model: {error}"
 
 
 def _refuse_mixture(own: Path, step: int) -> None:

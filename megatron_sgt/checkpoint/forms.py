@@ -78,9 +78,21 @@ def known_layout(value: Any, place: str) -> None:
     for name in ("tensor_model_parallel_size", "data_parallel_size"):
         whole(where.get(name), f"{place}.{name}", 1, _MOST_RANKS)
     whole(where.get("zero_stage"), f"{place}.zero_stage", 0, 3)
+    _check_pipeline(where, place)
     for name in ("precision", "weight_decay_on", "optimizer"):
         if not isinstance(where.get(name, ""), str):
             raise FormError(f"{place}.{name} {_is(where[name])}, not a text")
+
+
+def _check_pipeline(where: Mapping[str, Any], place: str) -> None:
+    """The stages of a pipeline, and the layers of all their chunks; a layout without one has neither."""
+    if layout.PIPELINE_SIZE not in where and layout.PIPELINE_COUNTS not in where:
+        return
+    size = whole(where.get(layout.PIPELINE_SIZE), f"{place}.{layout.PIPELINE_SIZE}", 2, _MOST_RANKS)
+    name = f"{place}.{layout.PIPELINE_COUNTS}"
+    counts = [whole(count, f"an entry of {name}", 1) for count in _listed(where.get(layout.PIPELINE_COUNTS), name)]
+    if not counts or len(counts) % size:
+        raise FormError(f"{name} has {len(counts)} entries for {size} stages")
 
 
 def read_config(folder: Path) -> Config:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgt import files
+from megatron_sgt.config.pipeline import PipelineLayout
 from megatron_sgt.errors import CheckpointError, DamagedCheckpointError, first_line
 from megatron_sgt.files import TEMPORARY_SUFFIX
 from megatron_sgt.lease import LEASE_FILE, beside, holder_of
@@ -48,6 +49,9 @@ STAGES_STATE = "stages"
 """Key in STATE_FILE of a checkpoint whose model has grown in the run: how each stage but the first began."""
 DATA_STATE = "data"
 """Where STATE_FILE says in which orders the run has read its data; checkpoints of older versions do not."""
+PIPELINE_SIZE = "pipeline_model_parallel_size"
+PIPELINE_COUNTS = "pipeline_model_parallel_layout"
+"""Keys of a layout with a pipeline: its stages, and the layers of every chunk (config/pipeline.py)."""
 _WANTED = (
     f"give a folder that holds global_stepN folders with a {MANIFEST_FILE}, or one such folder; to start from "
     "scratch leave checkpoint.load empty"
@@ -79,9 +83,12 @@ def rng_file(rank: int) -> str:
     return f"rng_rank_{rank:05d}.pt"
 
 
-def model_file(tp_rank: int) -> str:
-    """DeepSpeed's file of one tensor-parallel rank's weights, which all data-parallel ranks share (not at ZeRO 3)."""
-    return f"mp_rank_{tp_rank:02d}{_MODEL}"
+def model_file(mp_rank: int) -> str:
+    """DeepSpeed's file of one model-parallel rank's weights, which all data-parallel ranks share (not at ZeRO 3).
+
+    ``mp_rank``: see ``ParallelGroups``; without a pipeline the tensor-parallel rank.
+    """
+    return f"mp_rank_{mp_rank:02d}{_MODEL}"
 
 
 def is_model_file(name: str) -> bool:
@@ -94,19 +101,37 @@ def part_file(model_file: str, dp_rank: int) -> str:
     return f"weights_{dp_rank:04d}_{model_file.removesuffix(_MODEL)}.pt"
 
 
-def average_file(where: Mapping[str, Any], tp_rank: int, dp_rank: int) -> str:
+def average_file(where: Mapping[str, Any], mp_rank: int, dp_rank: int) -> str:
     """The file of one rank's average of the weights; at ZeRO 0 all data-parallel ranks have the first one's."""
-    return f"ema_{dp_rank if where['zero_stage'] else 0:04d}_mp_rank_{tp_rank:02d}.pt"
+    return f"ema_{dp_rank if where['zero_stage'] else 0:04d}_mp_rank_{mp_rank:02d}.pt"
 
 
-def files_of_rank(where: Mapping[str, Any], tp_rank: int, dp_rank: int) -> tuple[str, ...]:
+def pipeline_of(where: Mapping[str, Any], num_layers: int) -> PipelineLayout:
+    """Which of a model's ``num_layers`` each stage of a pipeline held under the layout ``where``.
+
+    Raises:
+        ValueError: they are other layers than the model has.
+    """
+    pipeline = PipelineLayout(where.get(PIPELINE_SIZE, 1), tuple(where.get(PIPELINE_COUNTS, [num_layers])))
+    if pipeline.num_layers != num_layers:
+        raise ValueError(f"the stages of its pipeline hold {pipeline.num_layers} layers, its model has {num_layers}")
+    return pipeline
+
+
+def model_parallel_size(where: Mapping[str, Any]) -> int:
+    """Ranks that shared one copy of the model."""
+    size: int = where["tensor_model_parallel_size"] * where.get(PIPELINE_SIZE, 1)
+    return size
+
+
+def files_of_rank(where: Mapping[str, Any], mp_rank: int, dp_rank: int) -> tuple[str, ...]:
     """DeepSpeed's files that one rank reads: its weights, and above ZeRO 0 its part of the optimizer state.
 
     Args:
         where: the layout that they were written under, see ``checkpoint.save.layout_of``.
     """
-    part = f"zero_pp_rank_{dp_rank}_mp_rank_{tp_rank:02d}"
-    model = f"{part}{_MODEL}" if where["zero_stage"] == 3 else model_file(tp_rank)
+    part = f"zero_pp_rank_{dp_rank}_mp_rank_{mp_rank:02d}"  # DeepSpeed calls a data-parallel rank so
+    model = f"{part}{_MODEL}" if where["zero_stage"] == 3 else model_file(mp_rank)
     optimizer = f"{'bf16_' if where.get('precision') == 'bf16' else ''}{part}_optim_states.pt"
     return (model, optimizer) if where["zero_stage"] else (model,)
 
@@ -119,12 +144,12 @@ def expected_files(where: Mapping[str, Any] | None, averaged: bool = False) -> s
     names = {STATE_FILE, CONFIG_FILE}
     if where is None:
         return names
-    tp_size, dp_size = where["tensor_model_parallel_size"], where["data_parallel_size"]
-    for tp_rank, dp_rank in product(range(tp_size), range(dp_size)):
-        names |= {*files_of_rank(where, tp_rank, dp_rank)}
+    mp_size, dp_size = model_parallel_size(where), where["data_parallel_size"]
+    for mp_rank, dp_rank in product(range(mp_size), range(dp_size)):
+        names |= {*files_of_rank(where, mp_rank, dp_rank)}
         if averaged:
-            names.add(average_file(where, tp_rank, dp_rank))
-    return names | {rng_file(rank) for rank in range(tp_size * dp_size)}
+            names.add(average_file(where, mp_rank, dp_rank))
+    return names | {rng_file(rank) for rank in range(mp_size * dp_size)}
 
 
 def finished_tags(root: Path) -> list[str]:

@@ -94,7 +94,7 @@ def load_checkpoint(
     # What one rank finds damaged ends the attempt on all, before any weight is changed.
     gather_or_raise(lambda: opened.append(_open_layout_free(copy, groups)), groups)
     made, reader, streams = opened[0]
-    load_into_engine(reader, made["optimizer_step"], made["loss_scale"], config.model, engine, groups, average)
+    load_into_engine(reader, made["optimizer_step"], made["loss_scale"], config, engine, groups, average)
     _restore_counters(engine, state["trainer"])
     if IMPORTED_FROM in made:
         return f"{folder.name}: a model imported from {made[IMPORTED_FROM]}, without optimizer state"
@@ -143,7 +143,7 @@ def load_grown(
     opened: list[tuple[GrownReader, int, float | None, dict[str, Any] | None, dict[str, Any] | None]] = []
     gather_or_raise(lambda: opened.append(_open_grown(folder, state, place, groups)), groups)
     reader, step, scale, where, streams = opened[0]
-    load_into_engine(reader, step, scale, config.model, engine, groups, average)
+    load_into_engine(reader, step, scale, config, engine, groups, average)
     _restore_counters(engine, state["trainer"])
     note = "random streams continue"
     if streams is None:
@@ -170,8 +170,10 @@ def _open_grown(
 
 def _streams_of(folder: Path, where: dict[str, Any] | None, groups: ParallelGroups) -> dict[str, Any] | None:
     """This rank's random streams, where the same ranks have saved them."""
-    ranks = None if where is None else (where["tensor_model_parallel_size"], where["data_parallel_size"])
-    return _read_streams(folder, groups) if ranks == (groups.tp_size, groups.dp_size) else None
+    if where is None:
+        return None
+    ranks = where["tensor_model_parallel_size"], where["data_parallel_size"], where.get(layout.PIPELINE_SIZE, 1)
+    return _read_streams(folder, groups) if ranks == (groups.tp_size, groups.dp_size, groups.pp_size) else None
 
 
 def _open_layout_free(
@@ -199,8 +201,8 @@ def _load_shards(
         for group in engine.optimizer.param_groups
     ]
     files = ShardFiles()
-    paths = [folder / name for name in layout.files_of_rank(where, groups.tp_rank, groups.dp_rank)]
-    averaged = folder / layout.average_file(where, groups.tp_rank, groups.dp_rank)
+    paths = [folder / name for name in layout.files_of_rank(where, groups.mp_rank, groups.dp_rank)]
+    averaged = folder / layout.average_file(where, groups.mp_rank, groups.dp_rank)
     gather_or_raise(lambda: files.read(paths if average is None else [*paths, averaged]), groups)
     if average is not None:
         gather_or_raise(partial(_restore, average, files, averaged), groups)
@@ -252,5 +254,13 @@ def _continue_exactly(streams: dict[str, Any], folder: Path, groups: ParallelGro
 
 
 def _changes(there: dict[str, Any], here: dict[str, Any]) -> str:
+    there, here = _told(there), _told(here)
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     return ", ".join(f"{name} {there.get(name)} -> {here.get(name)}" for name in names) or "same layout"
+
+
+def _told(where: dict[str, Any]) -> dict[str, Any]:
+    """A layout for people: one stage of a pipeline is named too, the layers of stages are separated by commas."""
+    counts = where.get(layout.PIPELINE_COUNTS)
+    told = {**where, layout.PIPELINE_SIZE: where.get(layout.PIPELINE_SIZE, 1)}
+    return told | ({} if counts is None else {layout.PIPELINE_COUNTS: ",".join(map(str, counts))})

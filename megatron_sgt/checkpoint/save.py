@@ -41,6 +41,7 @@ from megatron_sgt.parallel.collectives import gather_or_raise, largest, on_rank_
 from megatron_sgt.parallel.device import synchronize
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.parallel.rng import rng_state
+from megatron_sgt.planning.pipeline import pipeline_layout
 
 if TYPE_CHECKING:
     import deepspeed
@@ -52,7 +53,7 @@ _SHARD_OPTIONS = ("sub_group_size", "round_robin_gradients", "parameter_alignmen
 def layout_of(config: Config, groups: ParallelGroups) -> dict[str, Any]:
     """All that DeepSpeed's files of a checkpoint depend on: DeepSpeed reads them only under an equal layout."""
     precision = config.precision_on(groups.device.type)
-    shape = {
+    shape: dict[str, Any] = {
         "tensor_model_parallel_size": groups.tp_size,
         "data_parallel_size": groups.dp_size,
         "zero_stage": config.zero_stage_on(groups.world_size, precision),
@@ -61,6 +62,9 @@ def layout_of(config: Config, groups: ParallelGroups) -> dict[str, Any]:
     }
     if config.has_bf16_optimizer(precision):
         shape["optimizer"] = "BF16_Optimizer"
+    if groups.pp_size > 1:
+        shape[layout.PIPELINE_SIZE] = groups.pp_size
+        shape[layout.PIPELINE_COUNTS] = list(pipeline_layout(config).counts)
     zero = config.deepspeed.get("zero_optimization", {})
     return shape | {f"deepspeed.zero_optimization.{name}": zero[name] for name in _SHARD_OPTIONS if name in zero}
 
@@ -297,9 +301,9 @@ def _hand_over(
             save_latest=False,
         )
     if groups.dp_rank and engine.zero_optimization_stage() < 3:
-        files.save_share(engine.module.state_dict(), temporary / layout.model_file(groups.tp_rank))
+        files.save_share(engine.module.state_dict(), temporary / layout.model_file(groups.mp_rank))
     if average is not None and _has_own_part(engine, groups):
-        file = layout.average_file(layout_of(config, groups), groups.tp_rank, groups.dp_rank)
+        file = layout.average_file(layout_of(config, groups), groups.mp_rank, groups.dp_rank)
         files.save(average.state_dict(), temporary / file)
     files.save(rng_state(groups.device), temporary / layout.rng_file(groups.rank))
     synchronize(groups.device)

@@ -147,11 +147,15 @@ def redirected_to(files: ShardFiles, engine: deepspeed.DeepSpeedEngine) -> Itera
     """
     own, engine.checkpoint_engine = engine.checkpoint_engine, files
     engine._copy_recovery_script = lambda save_path: None
+    # DeepSpeed takes the n-th of the sorted names for rank n, but mp_rank_100 sorts before mp_rank_11.
+    engine._get_all_ckpt_names = lambda *place: sorted(
+        type(engine)._get_all_ckpt_names(engine, *place), key=lambda name: (len(name), name)
+    )
     try:
         yield
     finally:
         engine.checkpoint_engine = own
-        del engine._copy_recovery_script
+        del engine._copy_recovery_script, engine._get_all_ckpt_names
 
 
 @contextmanager

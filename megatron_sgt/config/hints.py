@@ -16,6 +16,7 @@ FOREIGN_NAMES = {
     "model_parallel_size": "parallel.tensor_model_parallel_size",
     "norm": "model.normalization",
     "pipe_parallel_size": "parallel.pipeline_model_parallel_size",
+    "pipe_partition_method": "parallel.pipeline_model_parallel_layout",
     "rotary_emb_base": "model.rotary_base",
     "train_batch_size": "train.global_batch_size",
     "train_data_paths": "data.data_path",
@@ -24,6 +25,14 @@ FOREIGN_NAMES = {
     # Megatron-LM
     "accumulate_allreduce_grads_in_fp32": "optim.grad_accum_dtype",
     "bf16": "train.precision",
+    "account_for_embedding_in_pipeline_split": "parallel.pipeline_model_parallel_layout (auto counts the embedding)",
+    "account_for_loss_in_pipeline_split": "parallel.pipeline_model_parallel_layout (auto counts the output layer)",
+    "decoder_first_pipeline_num_layers": "parallel.pipeline_model_parallel_layout",
+    "decoder_last_pipeline_num_layers": "parallel.pipeline_model_parallel_layout",
+    "num_layers_in_first_pipeline_stage": "parallel.pipeline_model_parallel_layout",
+    "num_layers_in_last_pipeline_stage": "parallel.pipeline_model_parallel_layout",
+    "num_layers_per_virtual_pipeline_stage": "parallel.virtual_pipeline_model_parallel_size (parts of a stage)",
+    "num_virtual_stages_per_pipeline_rank": "parallel.virtual_pipeline_model_parallel_size",
     "data_parallel_size": "parallel.tensor_model_parallel_size (data parallelism is the rest of the ranks)",
     "exit_duration_in_mins": "train.exit_duration_minutes",
     "distributed_timeout": "parallel.distributed_timeout_minutes",
@@ -59,7 +68,7 @@ FOREIGN_NAMES = {
     "save_total_limit": "checkpoint.keep_last",
     "tie_word_embeddings": "model.untie_embeddings_and_output_weights (its opposite)",
     "warmup_steps": "optim.lr_warmup_iters",
-    # OLMo, GPT-2 and others
+    # torchtitan, OLMo, GPT-2 and others
     "betas": "optim.adam_beta1 and optim.adam_beta2",
     "d_model": "model.hidden_size",
     "decay": "growth.decay_type",
@@ -73,6 +82,10 @@ FOREIGN_NAMES = {
     "n_layer": "model.num_layers",
     "n_layers": "model.num_layers",
     "n_positions": "model.seq_length",
+    "pipeline_parallel_degree": "parallel.pipeline_model_parallel_size",
+    "pipeline_parallel_size": "parallel.pipeline_model_parallel_size",
+    "pp": "parallel.pipeline_model_parallel_size",
+    "tensor_parallel_degree": "parallel.tensor_model_parallel_size",
     "total_steps": "train.train_iters",
     "warmup": "optim.lr_warmup_iters",
 }

@@ -1,12 +1,12 @@
 """How the model and its state are spread over processes."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from megatron_sgt.config.base import MOST_MINUTES, Section
-from megatron_sgt.config.pipeline import AUTO, LayoutSetting
+from megatron_sgt.config.pipeline import AUTO, LayoutSetting, read_layout
 
 MOST_RANKS = 1_000_000
 
@@ -26,7 +26,7 @@ class ParallelConfig(Section):
         le=MOST_RANKS,
         description="Parts of every stage that take turns (interleaved schedule): a smaller bubble, more messages.",
     )
-    pipeline_model_parallel_layout: LayoutSetting = Field(
+    pipeline_model_parallel_layout: Annotated[LayoutSetting, BeforeValidator(read_layout)] = Field(
         default=AUTO,
         description="Layers of every stage. auto: the cut that makes the step fastest once growth has ended. "
         "Else Megatron-Core's string (Et*3|tt|tt|tL) or list, or the number of layers of every part (3,2,2,1).",

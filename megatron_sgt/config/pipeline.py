@@ -8,13 +8,17 @@ micro-batch passes chunk 0 of every stage, then chunk 1 of every stage, and so o
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+from megatron_sgt.config.base import shown
 
 AUTO = "auto"
 LayoutSetting: TypeAlias = str | tuple[int, ...] | tuple[tuple[str, ...], ...]
 """``auto``; Megatron-Core's string or list of lists; or the number of layers of every chunk."""
 _LETTERS = {"E": "embedding", "t": "decoder", "L": "loss"}
-_COUNTS = re.compile(r"\d+(,\d+)*")
+_COUNTS = re.compile(r"[0-9]{1,9}(,[0-9]{1,9})*")
+MOST_LETTERS = 100_000
+"""Of a written layout, repetitions included: more are a mistake, which would cost minutes or all memory to read."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,26 @@ class PipelineLayout:
         return ",".join(map(str, self.counts))
 
 
+def read_layout(value: Any) -> LayoutSetting:
+    """What a configuration gives for a layout, lists as tuples; whether it adds up is another question.
+
+    Raises:
+        ValueError: it is none of the notations.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple) and value:
+        if all(isinstance(entry, int) and not isinstance(entry, bool) for entry in value):
+            return tuple(value)
+        rows = [tuple(row) for row in value if isinstance(row, list | tuple)]
+        if len(rows) == len(value) and all(isinstance(name, str) for row in rows for name in row):
+            return tuple(rows)
+    raise ValueError(
+        "must be auto, Megatron-Core's string such as 'Et*3|tt|tL' or its list of lists, or the number of layers of "
+        f"every part such as [3, 2, 1], got {shown(value)}"
+    )
+
+
 def parse_layout(setting: LayoutSetting, size: int, virtual_size: int, num_layers: int) -> PipelineLayout:
     """Read any notation but ``auto``.
 
@@ -76,6 +100,8 @@ def parse_layout(setting: LayoutSetting, size: int, virtual_size: int, num_layer
     Raises:
         ValueError: what does not add up, with the numbers.
     """
+    if len(setting) > MOST_LETTERS:
+        raise ValueError(f"it is longer than {MOST_LETTERS:,}")
     if isinstance(setting, str) and _COUNTS.fullmatch(setting.strip()):
         setting = tuple(int(number) for number in setting.split(","))
     if isinstance(setting, str):
@@ -107,9 +133,11 @@ def even_layout(size: int, virtual_size: int, num_layers: int) -> PipelineLayout
 def _rows(text: str) -> list[list[str]]:
     """Megatron-Core's string as a list of parts."""
     flat = re.sub(r"[\s,]", "", text)
-    while repeated := re.search(r"\(([^()]*)\)\*(\d+)", flat):
-        flat = flat[: repeated.start()] + repeated[1] * _times(repeated[2]) + flat[repeated.end() :]
-    flat = re.sub(r"([A-Za-z])\*(\d+)", lambda match: match[1] * _times(match[2]), flat)
+    for repeated in (r"\(([^()]*)\)\*([0-9]+)", r"([A-Za-z])\*([0-9]+)"):
+        while found := re.findall(repeated, flat):
+            if len(flat) + sum(len(part) * _times(number) for part, number in found) > MOST_LETTERS:
+                raise ValueError(f"it is longer than {MOST_LETTERS:,} with its repetitions")
+            flat = re.sub(repeated, lambda match: match[1] * _times(match[2]), flat)
     rows = [list(part) for part in flat.split("|")]
     if strange := sorted({letter for row in rows for letter in row} - set(_LETTERS)):
         raise ValueError(f"{strange[0]!r} is none of E (embedding), t (a layer), L (output), | * ( )")

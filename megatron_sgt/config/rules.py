@@ -95,7 +95,7 @@ def check_pipeline(cfg: Config) -> Iterator[str]:
             yield "parallel.pipeline_model_parallel_layout: has no effect with pipeline_model_parallel_size 1"
         return
     if stages * virtual > num_layers:
-        parts = f"pipeline_model_parallel_size {stages}" + (f" x virtual size {virtual}" if virtual > 1 else "")
+        parts = f"{stages}" + (f" x virtual_pipeline_model_parallel_size {virtual}" if virtual > 1 else "")
         yield f"parallel.pipeline_model_parallel_size: {parts} needs a layer for each part, the model has {num_layers}"
     elif setting != AUTO:
         try:

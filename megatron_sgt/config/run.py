@@ -107,7 +107,8 @@ class TrainConfig(Section):
         default=0.15,
         ge=0,
         description="Name a rank whose own work takes this fraction longer than the median rank's, or who waits for "
-        "data this fraction of a step longer; 0: do not measure.",
+        "data this fraction of a step longer, compared with the ranks of its pipeline stage (a rank that is alone on "
+        "its stage is not measured, as stages differ by design); 0: do not measure.",
     )
     recompute_granularity: Literal["none", "selective", "full"] = Field(
         default="none",

@@ -9,7 +9,8 @@ def cut(batch: MicroBatch, pieces: int) -> MicroBatch:
     """``batch`` [B, T] with every sample cut into ``pieces`` consecutive sequences: [B · pieces, T / pieces].
 
     Labels were shifted before, so that each token is predicted once, as without a cut, from the tokens of its own
-    piece. Nothing is copied; positions, if there are any, begin at 0 in each piece. With one piece it is ``batch`` itself.
+    piece. Nothing is copied; positions, where there are any, begin at 0 in each piece. With one piece it is ``batch``
+    itself.
     """
     if pieces == 1:
         return batch

@@ -133,6 +133,7 @@ class RunningStage:
             session.own_at_first(),
             session.folders.check,
             None if ema is None else ema.average,
+            self.growth.verify,
         )
         saver.stage_end = self.stage.last if self.stage is not session.stages[-1] else None
         saver.stages = [stage.record() for stage in session.stages[1 : self.stage.index + 1]]

@@ -124,7 +124,7 @@ class StageSearch:
     def _load(self, opened: Opened, growth: Growth) -> None:
         made_of = AVERAGE if self.averaged else WEIGHTS
         reader = GrownReader(opened.tensors, growth, Carried(0, "fresh"), self.config.train.seed, 1, made_of)
-        load_into_engine(reader, 0, opened.loss_scale, growth.new, self._runtime.engine, self.groups)
+        load_into_engine(reader, 0, opened.loss_scale, self.config, self._runtime.engine, self.groups)
 
     def run(self, steps: int, tell: Callable[[int, dict[int, float]], None]) -> Measured:
         """Train the supernet for ``steps`` steps, one random sub-net in each, then time all of them.

@@ -87,9 +87,24 @@ def dead_ranks(identities: Sequence[Identity], own: int) -> list[int]:
     ]
 
 
-def behind(beats: Mapping[int, Beat]) -> list[int]:
-    """Ranks with the fewest marks; none if all have the same number."""
-    counts = {rank: beat.count for rank, beat in beats.items()}
+def behind(beats: Mapping[int, Beat], stages: Sequence[int]) -> list[int]:
+    """Ranks with fewer marks than others of their pipeline stage; ``stages``: the stage of every rank.
+
+    The ranks of a stage do the same work; the stages are at different micro-batches by design.
+    """
+    counts: dict[int, dict[int, int]] = {}
+    for rank, beat in beats.items():
+        counts.setdefault(stages[rank], {})[rank] = beat.count
+    return sorted(rank for ranks in counts.values() for rank in _fewest(ranks))
+
+
+def in_earlier_step(beats: Mapping[int, Beat]) -> list[int]:
+    """Ranks in a step that others have left: whatever the stage, a step ends for all ranks together."""
+    return _fewest({rank: beat.step for rank, beat in beats.items()})
+
+
+def _fewest(counts: Mapping[int, int]) -> list[int]:
+    """The ranks with the fewest; none if all have the same number."""
     fewest = min(counts.values(), default=0)
     late = sorted(rank for rank, count in counts.items() if count == fewest)
     return late if len(late) < len(counts) else []

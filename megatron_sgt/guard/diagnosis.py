@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 
 from megatron_sgt.guard import processes
-from megatron_sgt.guard.beat import Beat, behind
+from megatron_sgt.guard.beat import Beat, behind, in_earlier_step
 from megatron_sgt.guard.exit_protocol import ExitProtocol
 from megatron_sgt.guard.report import Failure, guess_loss, state_words
 from megatron_sgt.guard.store_channel import StoreGoneError
@@ -27,13 +27,15 @@ class Diagnosis:
     """What the rank of ``exit`` can find out about a failure.
 
     ``identities``: every rank's process; ``keeper``: whether rank 0's process keeps the store (under torchrun its agent
-    does); ``queued``: collectives run on a device, so that a host that is not inside one may still wait for one.
+    does); ``queued``: collectives run on a device, so that a host that is not inside one may still wait for one;
+    ``num_stages``: of the pipeline, whose ranks follow each other.
     """
 
     exit: ExitProtocol
     identities: list[process.Identity]
     keeper: bool
     queued: bool = False
+    num_stages: int = 1
 
     def beats(self) -> dict[int, Beat]:
         keys = [f"beat/{rank}" for rank in range(len(self.identities))]
@@ -92,12 +94,12 @@ class Diagnosis:
     def hang(self, what: str, place: str) -> tuple[Failure, list[str]]:
         """The failure for a hang, which names the rank that the others wait for; and a line for each notable rank.
 
-        Where all ranks wait at the same mark, nobody is named.
+        Where all ranks wait at the same mark, or ranks of several pipeline stages for each other, nobody is named.
         """
         silent, states, heard = self.silent(), self.states(), self.beats()
         places = self._places()
         stopped = [rank for rank, state in states.items() if state and rank != self.exit.rank]
-        suspects = stopped or silent or behind(heard) or self._waited_for(places)
+        suspects = stopped or silent or self._overtaken(heard, places)
         for rank in suspects[:MAX_LINES]:
             if rank != self.exit.rank and rank not in places and rank in states:
                 with contextlib.suppress(OSError):
@@ -112,9 +114,30 @@ class Diagnosis:
             cause = f"{what}; behind: none, all ranks are at the same mark and wait for each other"
             return Failure("hang", None, "", place, cause), details
         first, names = suspects[0], ", ".join(map(str, suspects[:MAX_LINES]))
+        stages = self._stages()
+        if not stopped and not silent and len({stages[rank] for rank in suspects}) > 1:
+            cause = f"{what}; behind: rank {names}, on several pipeline stages: one keeps the others waiting"
+            return Failure("hang", None, "", place, cause), details
         place = heard[first].place if first in heard else place
         host = self.identities[first].host
         return Failure("hang", first, host, place, f"{what}; behind: rank {names}"), details
+
+    def _stages(self) -> list[int]:
+        """The pipeline stage of every rank: Megatron-Core's order."""
+        size = len(self.identities)
+        return [rank * self.num_stages // size for rank in range(size)]
+
+    def _overtaken(self, heard: dict[int, Beat], places: dict[int, str]) -> list[int]:
+        """Ranks that the others have left behind.
+
+        A rank that hangs in a pipeline holds up its neighbour stages too, which then lag behind their own peers. So
+        there the place of a host says more than the number of its marks.
+        """
+        late, busy = behind(heard, self._stages()), self._waited_for(places)
+        if self.num_stages == 1:
+            return late or busy
+        early = in_earlier_step(heard)
+        return [rank for rank in early if rank in busy] or early or busy or late
 
     def _waited_for(self, places: dict[int, str]) -> list[int]:
         """Ranks that are busy while others wait, as far as the places of their hosts show it."""

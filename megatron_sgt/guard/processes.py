@@ -13,7 +13,7 @@ from types import FrameType
 SHM_FULL = 0.95
 """Share of /dev/shm from which it counts as full."""
 _MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
-_COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/")
+_COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/", "/megatron/core/pipeline_parallel/p2p_communication.py")
 _MEETING = "/megatron_sgt/parallel/collectives"
 AT_STORE = "waiting at the store"
 """The place of a rank that waits for another's work, whatever the device."""

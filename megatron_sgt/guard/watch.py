@@ -55,6 +55,7 @@ class Watch:
         self.progress = Progress()
         self._info = info
         self._limits = (config.train.hang_timeout_seconds, config.train.slow_phase_timeout_seconds)
+        self._num_stages = config.parallel.pipeline_model_parallel_size
         self._failures = Path(config.logging.run_dir) / "failures"
         self._stop = threading.Event()
         self._training_thread = threading.get_ident()
@@ -81,9 +82,8 @@ class Watch:
         self._exit = ExitProtocol(self._info.rank, self._info.world_size, folder, StoreChannel(store))
         identities = [identity for identity, _ in everyone]
         queued = flight_recorder.queues_collectives()
-        self._diagnosis = Diagnosis(
-            self._exit, identities, keeper="TORCHELASTIC_RUN_ID" not in os.environ, queued=queued
-        )
+        keeper = "TORCHELASTIC_RUN_ID" not in os.environ
+        self._diagnosis = Diagnosis(self._exit, identities, keeper, queued, self._num_stages)
         if queued:
             flight_recorder.let_torch_write_to(folder)
             with contextlib.suppress(OSError):  # torch creates none; a run that ends well removes it

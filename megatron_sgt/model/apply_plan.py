@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -38,10 +37,16 @@ def apply_plan(model: torch.nn.Module, plan: LoopPlan) -> None:
         layer.execute(plan[layer.layer_id], loop_pass)
 
 
-def executed_plan(model: Any) -> LoopPlan:
-    """The plan that the layers of ``model`` on this rank execute now; the others' are the ordinary one in it."""
-    layers = sgt_layers(model)
-    return LoopPlan(model.layout.num_layers, tuple((layer.layer_id, layer.plan) for layer in layers))
+def executed_plan(model: torch.nn.Module, others: LoopPlan | None = None) -> LoopPlan:
+    """The plan that the layers of ``model`` execute now.
+
+    Args:
+        others: what it says of layers that ``model`` lacks, those of other pipeline stages; None: they are ordinary.
+    """
+    here = {layer.layer_id: layer.plan for layer in sgt_layers(model)}
+    num_layers = sgt_layers(model)[0].config.num_layers  # Megatron-Core's, of the whole model
+    elsewhere = () if others is None else (pair for pair in others.layers if pair[0] not in here)
+    return LoopPlan(num_layers, (*here.items(), *elsewhere))
 
 
 def begin_step(model: torch.nn.Module) -> None:

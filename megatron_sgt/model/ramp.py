@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_sgt.arch.weights import stage_of
 from megatron_sgt.config import Config
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.model.apply_plan import sgt_layers
@@ -16,7 +17,7 @@ from megatron_sgt.stages.ramp import Masked, masked_weights, masks_units
 
 
 class RampMask:
-    """The parts of ``model`` that its configuration's ``growth.ramp`` fades in, on this tensor-parallel rank.
+    """The parts of ``model`` that its configuration's ``growth.ramp`` fades in, on this rank.
 
     Nothing of it is a parameter or in a state dict.
 
@@ -27,15 +28,14 @@ class RampMask:
     def __init__(self, model: LanguageModel, config: Config, groups: ParallelGroups) -> None:
         ramp = config.growth.ramp
         assert ramp is not None, "a model without a ramp has no mask"
-        layers = sgt_layers(model)
-        self._layers = [layers[n] for n in ramp.layers]
+        self._layers = [layer for layer in sgt_layers(model) if layer.layer_id in ramp.layers]
         self._linears: list[MaskedColumnParallelLinear] = []
         self._new: list[Tensor] = []
         device = model.meter.device  # offloaded weights may lie on the host
         known: dict[object, Tensor] = {}
         for name, masked in masked_weights(config.model, ramp).items():
             module, _, kind = name.rpartition(".")
-            if kind != "weight" or not masks_units(masked):
+            if kind != "weight" or not masks_units(masked) or stage_of(masked.weight, model.layout) != groups.pp_rank:
                 continue
             linear = model.gpt.get_submodule(module)
             if not isinstance(linear, MaskedColumnParallelLinear):

@@ -11,8 +11,8 @@ from megatron_sgt.errors import ConfigError
 from megatron_sgt.metrics.units import file_size
 from megatron_sgt.planning.hardware import USABLE
 from megatron_sgt.planning.loop_cost import choose_loop_method, loop_flops
-from megatron_sgt.planning.memory import peak_memory
 from megatron_sgt.planning.parameters import parameter_count
+from megatron_sgt.planning.rank_memory import peak_memory
 from megatron_sgt.planning.stages import StagePlan
 from megatron_sgt.planning.step_time import Machine
 from megatron_sgt.planning.structure import most_kept_heads, schedule_of

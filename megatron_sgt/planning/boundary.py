@@ -14,14 +14,15 @@ the weights if there is one) and dp data-parallel ranks, of which k are on a nod
     ZeRO 1, 2    4·q·m / dp, those that lie in its share
 
 and a node reads 4·q times the smaller of n and of what its ranks make: m, or m·k / dp at ZeRO 1 and 2. Ranks of a node
-read a file once. The first save of the new stage is not part of it.
+read a file once. The first save of the new stage is not part of it. A rank of a pipeline makes and draws tensors of its
+own pipeline stage alone: m is what the one with most parameters has, and a node reads for all that its ranks belong to.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_sgt.planning.parameters import checkpoint_bytes, parameter_count
+from megatron_sgt.planning.parameters import checkpoint_bytes, parameter_count, stage_parameter_count
 from megatron_sgt.planning.step_time import Machine
 from megatron_sgt.stages.maps import maps_of
 from megatron_sgt.stages.stages import Stage
@@ -54,18 +55,21 @@ def boundary_time(before: Stage, after: Stage, world_size: int, machine: Machine
     config, tensor = before.config, before.config.parallel.tensor_model_parallel_size
     nodes = max(1, -(-world_size // machine.gpus_per_node))
     replicas = config.data_parallel_size(world_size)
-    on_node = min(replicas, max(1, min(world_size, machine.gpus_per_node) // tensor))
+    shards_on_node = max(1, min(world_size, machine.gpus_per_node) // tensor)
+    on_node, parts_on_node = min(replicas, shards_on_node), max(1, shards_on_node // replicas)
     apart = config.zero_stage_on(world_size, precision) in (1, 2)
     saved = checkpoint_bytes(config, precision)
     old, new = (parameter_count(stage.config.model) for stage in (before, after))
+    stages = range(config.parallel.pipeline_model_parallel_size)
+    held = max(stage_parameter_count(after.config, stage) for stage in stages)
     carried = after.grown.carried(before.last, after.config)
     per_parameter = _FP32 * (1 + 2 * carried.keeps_moments + bool(config.train.ema_decay))
-    made = new / replicas if apart else new
-    needed = min(old, new * on_node / replicas if apart else new)
+    made = held / replicas if apart else held
+    needed = min(old, made * (on_node if apart else 1) * parts_on_node)
     share = made / new
     return BoundaryTime(
         save=saved / (nodes * machine.storage) + saved / world_size / HOST,
-        rebuild=START + _FP32 * new / machine.gpu.memory_bandwidth,
+        rebuild=START + _FP32 * held / machine.gpu.memory_bandwidth,
         read=per_parameter * (needed / machine.storage + made / HOST) + share * _drawn(after) / DRAWN,
     )
 

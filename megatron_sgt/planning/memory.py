@@ -1,4 +1,4 @@
-"""Bytes of one micro-batch's activations on one rank, and the most that a rank holds at once.
+"""Bytes of one micro-batch's activations on one rank.
 
 Activations are what autograd keeps from forward to backward, listed operation by operation below for this project's
 layers; what the backward pass adds on top for a moment is in ``Activations.transient``.
@@ -6,29 +6,30 @@ layers; what the backward pass adds on top for a moment is in ``Activations.tran
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_sgt.arch.attention import CAUSAL
 from megatron_sgt.arch.ffn import ffn_kind
 from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.arch.kernels import GPU, Kernels
 from megatron_sgt.config import Config
+from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.planning.loop_cost import LoopMethod, choose_loop_method
 from megatron_sgt.planning.parameters import ELEMENT_BYTES
-from megatron_sgt.planning.state_memory import state_memory
 
 _FP32 = 4
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of one micro-batch between its forward and backward pass.
+    """Bytes of micro-batches between their forward and backward pass.
 
     ``layers``: of ordinary execution; ``loops``: of loop passes (block loops too); ``logits``: last norm, output
-    projection, loss; ``kept``: kept weights of balanced loops; ``transient``: what the backward
-    pass needs beside them at its worst (a recomputed layer, or the logits' gradients).
+    projection, loss, and what the embedding keeps; ``kept``: kept weights of balanced loops; ``transient``: what the
+    backward pass needs beside them at its worst (a recomputed layer, or the logits' gradients; in a pipeline also what
+    was received for the next pass).
     """
 
     layers: int
@@ -48,6 +49,15 @@ class Activations:
         return self.saved + self.transient
 
 
+@dataclass(frozen=True)
+class Part:
+    """A share of the model: layers, and whether the embedding, and last norm, output layer and loss are in it."""
+
+    layers: range
+    embedding: bool = True
+    output: bool = True
+
+
 def activation_memory(
     config: Config,
     plan: LoopPlan,
@@ -55,57 +65,96 @@ def activation_memory(
     kernels: Kernels = GPU,
     tp_rank: int | None = None,
     method: LoopMethod | None = None,
+    part: Part | None = None,
 ) -> Activations:
     """Bytes of one micro-batch on one rank.
 
     Args:
         tp_rank: rank within the tensor-parallel group; None: the one that holds most.
         method: how kept heads loop; None: what ``choose_loop_method`` says.
+        part: of the model; None: all of it.
     """
+    part = part or Part(range(config.model.num_layers))
+    method = method or choose_loop_method(config)[0]
     if tp_rank is None:
-        size = config.parallel.tensor_model_parallel_size
-        every = (activation_memory(config, plan, precision, kernels, rank, method) for rank in range(size))
+        # Only loops differ between ranks.
+        size = config.parallel.tensor_model_parallel_size if plan.layers else 1
+        every = (activation_memory(config, plan, precision, kernels, rank, method, part) for rank in range(size))
         return max(every, key=lambda one: one.total)
-    rank = _Rank(config, ELEMENT_BYTES[precision], kernels, tp_rank, method or choose_loop_method(config)[0])
-    fully, selectively = config.recomputed_layers("full"), config.recomputed_layers("selective")
-    layers = loops = recomputed = 0
-    for index, layer in enumerate(plan):
-        once = rank.layer(index) + layer.loops * rank.loop_pass(index, layer)
-        if index in fully:
-            recomputed, once = max(recomputed, once), rank.stream
-            layers += rank.stream
-            loops += layer.block_loops * rank.stream
-            continue
+    shape = Shape.of(config, precision, kernels)
+    rank, whole, without_core = _Rank(shape, tp_rank, method), _ordinary(shape, False), _ordinary(shape, True)
+    fully, selectively = set(config.recomputed_layers("full")), set(config.recomputed_layers("selective"))
+    plans = dict(plan.layers)
+    layers = loops = kept = recomputed = 0
+    for index in part.layers:
+        layer = plans.get(index)
         rank.selective = index in selectively
-        ordinary = rank.layer(index)
+        looping = 0 if layer is None else layer.loops * rank.loop_pass(index, layer)
+        kept += 0 if layer is None else rank.kept_weights(layer)
+        repeated = 0 if layer is None else layer.block_loops
+        if index in fully:
+            recomputed = max(recomputed, whole[index] + looping)
+            layers += shape.stream
+            loops += repeated * shape.stream
+            continue
+        ordinary = (without_core if rank.selective else whole)[index]
         layers += ordinary
-        loops += layer.block_loops * ordinary + layer.loops * rank.loop_pass(index, layer)
-        rank.selective = False
-    logits, logits_transient = rank.logits()
-    kept = sum(rank.kept_weights(layer) for layer in plan)
+        loops += repeated * ordinary + looping
+    logits, logits_transient = rank.logits() if part.output else (0, 0)
+    logits += rank.embedding() if part.embedding else 0
     return Activations(layers, loops, logits, kept, max(recomputed, logits_transient))
 
 
-def peak_memory(config: Config, plans: Iterable[LoopPlan], world_size: int, precision: str) -> int:
-    """Bytes on the fullest rank at the worst of ``plans``."""
-    activations = max(activation_memory(config, plan, precision).total for plan in plans)
-    return state_memory(config, world_size, precision).total + activations
+@dataclass(frozen=True)
+class Shape:
+    """All that the activations of a layer without loops depend on: the same on every tensor-parallel rank."""
+
+    model: ModelConfig
+    micro_batch_size: int
+    ranks: int
+    sharded: bool
+    element: int
+    kernels: Kernels
+
+    @classmethod
+    def of(cls, config: Config, precision: str, kernels: Kernels) -> Shape:
+        parallel = config.parallel
+        tensor, sharded = parallel.tensor_model_parallel_size, parallel.sequence_parallel
+        element = ELEMENT_BYTES[precision]
+        return cls(config.model, config.train.micro_batch_size, tensor, sharded, element, kernels)
+
+    @property
+    def tokens(self) -> int:
+        return self.micro_batch_size * self.model.seq_length
+
+    @property
+    def local_tokens(self) -> int:
+        """Those of norms, dropout and residuals."""
+        return self.tokens // self.ranks if self.sharded else self.tokens
+
+    @property
+    def stream(self) -> int:
+        """Bytes of what flows from layer to layer."""
+        return self.local_tokens * self.model.hidden_size * self.element
+
+
+@lru_cache(maxsize=256)
+def _ordinary(shape: Shape, selective: bool) -> tuple[int, ...]:
+    """Bytes of every layer's ordinary execution."""
+    rank = _Rank(shape, 0, "owner")
+    rank.selective = selective
+    return tuple(rank.layer(index) for index in range(shape.model.num_layers))
 
 
 class _Rank:
     """The operations of a layer on one rank: what each keeps, in bytes."""
 
-    def __init__(self, config: Config, element: int, kernels: Kernels, tp_rank: int, method: LoopMethod) -> None:
-        model, train = config.model, config.train
-        self.config, self.model, self.kernels = config, model, kernels
-        self.element, self.looping, self.tp_rank = element, method, tp_rank
-        self.ranks = config.parallel.tensor_model_parallel_size
-        self.sharded = config.parallel.sequence_parallel
-        self.own_heads = model.num_attention_heads // self.ranks, model.num_query_groups // self.ranks
+    def __init__(self, shape: Shape, tp_rank: int, method: LoopMethod) -> None:
+        self.model, self.kernels, self.element = shape.model, shape.kernels, shape.element
+        self.looping, self.tp_rank, self.ranks, self.sharded = method, tp_rank, shape.ranks, shape.sharded
+        self.own_heads = self.model.num_attention_heads // self.ranks, self.model.num_query_groups // self.ranks
         self.selective = False
-        self.tokens = train.micro_batch_size * model.seq_length
-        self.local_tokens = self.tokens // self.ranks if self.sharded else self.tokens
-        self.stream = self.local_tokens * model.hidden_size * element
+        self.tokens, self.local_tokens, self.stream = shape.tokens, shape.local_tokens, shape.stream
 
     def layer(self, index: int) -> int:
         attention = self.norm() + self.stream + self.attention(index, *self.own_heads)
@@ -185,8 +234,11 @@ class _Rank:
         softmax, token_data = _FP32 * rows, 17 * self.tokens
         # Backward: the gradient in the element type, next to the softmax that it is computed in.
         gradient = 0 if self.element == _FP32 else self.element * rows
-        embedding = self.dropout() + (9 * self.tokens if self.ranks > 1 else 0)
-        return self.norm() + self.stream + softmax + token_data + embedding, gradient
+        return self.norm() + self.stream + softmax + token_data, gradient
+
+    def embedding(self) -> int:
+        """Its dropout mask, and which tokens lie in other ranks' share of the vocabulary."""
+        return self.dropout() + (9 * self.tokens if self.ranks > 1 else 0)
 
     def _heads(self, count: int, tokens: int | None = None) -> int:
         return (self.tokens if tokens is None else tokens) * count * self.model.kv_channels * self.element

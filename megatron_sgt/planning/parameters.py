@@ -1,13 +1,15 @@
-"""How many weights a model has, by part and on a tensor-parallel rank; bytes of a checkpoint."""
+"""How many weights a model has, by part, on a tensor-parallel rank and on a pipeline stage; bytes of a checkpoint."""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import get_args
 
-from megatron_sgt.arch.weight import Part
-from megatron_sgt.arch.weights import weights
+from megatron_sgt.arch.weight import Part, Weight
+from megatron_sgt.arch.weights import stage_of, weights
 from megatron_sgt.config import Config
 from megatron_sgt.config.model import ModelConfig
+from megatron_sgt.planning.pipeline import pipeline_layout
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -15,6 +17,33 @@ ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 def parameter_count(model: ModelConfig, tp_size: int = 1) -> int:
     """Number of weights on one of ``tp_size`` tensor-parallel ranks (default: of the whole model)."""
     return sum(weight.on_rank(tp_size) for weight in weights(model))
+
+
+def stage_parameter_count(config: Config, stage: int, tp_size: int = 1) -> int:
+    """The same of pipeline stage ``stage``, without a weight that it borrows."""
+    layout = pipeline_layout(config)
+    by_layer, others = _by_layer(config.model, tp_size)
+    outside = sum(weight.on_rank(tp_size) for weight in others if stage_of(weight, layout) == stage)
+    return outside + sum(by_layer[layer] for layer in layout.layers(stage))
+
+
+def borrowed_count(config: Config, stage: int) -> int:
+    """Number of weights that one rank of ``stage`` borrows: embeddings that are tied, on the last of several stages."""
+    stages = config.parallel.pipeline_model_parallel_size
+    if stages == 1 or stage != stages - 1 or config.model.untie_embeddings_and_output_weights:
+        return 0
+    rows = config.model.padded_vocab_size() // config.parallel.tensor_model_parallel_size
+    return rows * config.model.hidden_size
+
+
+@lru_cache(maxsize=64)
+def _by_layer(model: ModelConfig, tp_size: int) -> tuple[tuple[int, ...], tuple[Weight, ...]]:
+    """(weights of each layer on a rank, the weights outside of the layers)."""
+    sizes = [0] * model.num_layers
+    for weight in weights(model):
+        if weight.layer is not None:
+            sizes[weight.layer] += weight.on_rank(tp_size)
+    return tuple(sizes), tuple(weight for weight in weights(model) if weight.layer is None)
 
 
 def parameters_by_part(model: ModelConfig) -> dict[Part, int]:

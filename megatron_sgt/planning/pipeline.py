@@ -1,18 +1,111 @@
-"""How a pipeline cuts the model: the stages that a run has, and what the cut costs. Pure."""
+"""How a pipeline cuts the model, and what the cut costs. Pure.
+
+The cost of a layer is the operations that a step needs of it on one rank for one micro-batch: forward, backward and
+recompute, with half of the causal products, and its loops (``layer_cost`` has the formula). The output layer costs the
+same operations of its product with the vocabulary; the embedding, a look-up, none. Costs are rounded to whole
+operations, so that the cut is the same on every machine.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from megatron_sgt.config import Config
 from megatron_sgt.config.pipeline import AUTO, PipelineLayout, even_layout, parse_layout
+from megatron_sgt.growth import LoopPlan
+from megatron_sgt.planning.layer_cost import layer_cost, output_cost
+from megatron_sgt.planning.loop_cost import choose_loop_method
+from megatron_sgt.planning.pipeline_cut import best_cut, stage_costs
+from megatron_sgt.planning.structure import final_plan
 
 
 def pipeline_layout(config: Config) -> PipelineLayout:
-    """Which layers each stage of a run of ``config`` holds: one stage with all of them without a pipeline."""
+    """Which layers each stage of a run of ``config`` holds: one stage with all of them without a pipeline.
+
+    ``auto`` is the cut with which the structure that the configuration ends with (``expected_plan``) takes the
+    shortest step; of equal ones the better one before growth (``pipeline_cut.best_cut``). Windows are short, and
+    ignored.
+
+    Raises:
+        ConfigError: the schedule refuses the configuration.
+        ValueError: a layout that does not add up.
+    """
     parallel, num_layers = config.parallel, config.model.num_layers
     stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
     setting = parallel.pipeline_model_parallel_layout
     if stages == 1:
         return PipelineLayout(1, (num_layers,))
-    if setting == AUTO:
-        return even_layout(stages, virtual, num_layers)
-    return parse_layout(setting, stages, virtual, num_layers)
+    if setting != AUTO:
+        return parse_layout(setting, stages, virtual, num_layers)
+    grown, output = layer_costs(config, expected_plan(config)), round(output_cost(config))
+    now = layer_costs(config, LoopPlan.empty(num_layers))
+    return PipelineLayout(stages, best_cut(grown, output, now, stages, virtual))
+
+
+def expected_plan(config: Config) -> LoopPlan:
+    """The structure that the cut is made for: the final one, with kept heads together or apart, whatever costs more."""
+    return max(
+        (final_plan(config, together) for together in (False, True)), key=lambda plan: sum(layer_costs(config, plan))
+    )
+
+
+def layer_costs(config: Config, plan: LoopPlan) -> tuple[int, ...]:
+    """Operations of every layer for one micro-batch, on the tensor-parallel rank that has most."""
+    method = choose_loop_method(config)[0]
+    ranks = [
+        tuple(round(layer_cost(config, index, layer, method, rank).total) for index, layer in enumerate(plan))
+        for rank in range(config.parallel.tensor_model_parallel_size)
+    ]
+    return max(ranks, key=sum)
+
+
+@dataclass(frozen=True)
+class CutCost:
+    """What a structure costs in a cut.
+
+    ``stages``: operations of every stage for one micro-batch; ``virtual_size``: its chunks.
+    """
+
+    stages: tuple[int, ...]
+    virtual_size: int
+
+    @property
+    def imbalance(self) -> float:
+        """The largest stage over their mean, minus 1."""
+        return max(self.stages) * len(self.stages) / sum(self.stages) - 1
+
+    def step(self, micro_batches: int) -> float:
+        """Operations that a step of ``micro_batches`` takes one after another; see ``pipeline_time``."""
+        return pipeline_time(self.stages, micro_batches, self.virtual_size)
+
+    def loss(self, micro_batches: int) -> float:
+        """What the step takes more than with stages of equal cost, as a share of that."""
+        mean = sum(self.stages) / len(self.stages)
+        return self.step(micro_batches) / pipeline_time([mean] * len(self.stages), micro_batches, self.virtual_size) - 1
+
+
+def cut_cost(config: Config, plan: LoopPlan, layout: PipelineLayout) -> CutCost:
+    """The cost of ``plan`` in ``layout``."""
+    loads = stage_costs(layer_costs(config, plan), round(output_cost(config)), layout.counts, layout.size)
+    return CutCost(tuple(loads), layout.virtual_size)
+
+
+def even_cut(layout: PipelineLayout) -> PipelineLayout:
+    """The same number of layers in every chunk, as nearly as it can be."""
+    return even_layout(layout.size, layout.virtual_size, layout.num_layers)
+
+
+def pipeline_time(stages: Sequence[float], micro_batches: int, virtual_size: int = 1) -> float:
+    """The time of a step whose stages take ``stages`` for one micro-batch, with nothing but waiting for each other.
+
+    The largest stage is busy all the time but for filling and draining, M · max t_p + (Σ t_p - max t_p) / V: 1F1B
+    (V = 1) and interleaved.
+    """
+    largest = max(stages)
+    return micro_batches * largest + (sum(stages) - largest) / virtual_size
+
+
+def bubble(size: int, virtual_size: int, micro_batches: int) -> float:
+    """The share of a step in which a stage waits, if all are equal: (P - 1) / (V · M + P - 1)."""
+    return (size - 1) / (virtual_size * micro_batches + size - 1)

@@ -12,13 +12,13 @@ from megatron_sgt.planning.advice import other_layouts, warnings
 from megatron_sgt.planning.flops import at_length, batch_flops, overhead, step_flops
 from megatron_sgt.planning.hardware import USABLE
 from megatron_sgt.planning.loop_cost import choose_loop_method
-from megatron_sgt.planning.memory import activation_memory
 from megatron_sgt.planning.parameters import checkpoint_bytes, parameter_count, parameters_by_part
+from megatron_sgt.planning.pipeline import pipeline_layout
+from megatron_sgt.planning.rank_memory import rank_memory
 from megatron_sgt.planning.stages import StagePlan, plan_stages, stage_table
-from megatron_sgt.planning.state_memory import state_memory
 from megatron_sgt.planning.step_time import NOT_CALIBRATED, Machine, step_time
 from megatron_sgt.planning.structure import FIXED, Stretch, final_plan, schedule_of
-from megatron_sgt.planning.traffic import LoopMethod, loop_pass_traffic, step_traffic
+from megatron_sgt.planning.traffic import LoopMethod, group_sizes, loop_pass_traffic, step_traffic
 
 METHODS: tuple[LoopMethod, ...] = ("owner", "balanced")
 ERROR_BARS = (
@@ -35,7 +35,8 @@ def make_plan(config: Config, world_size: int, machine: Machine, mfu: float, pre
     """The plan of ``config`` on ``world_size`` ranks. ``mfu``: model FLOPs over peak FLOPs, in (0, 1].
 
     Of a run of several stages, ``stages`` has a row for each; parameters, traffic and step time are those of the last
-    one, memory that of the stage with the fullest rank.
+    one, memory that of the stage with the fullest rank. Of a pipeline, memory is that of the stage with the fullest
+    rank and traffic that of the one that sends most; both have a row for each pipeline stage, too.
 
     Raises:
         ConfigError: the ranks or the batch do not divide, the peak is not known, or the stages are refused.
@@ -65,7 +66,7 @@ def make_plan(config: Config, world_size: int, machine: Machine, mfu: float, pre
         },
         "memory": {
             "limit": USABLE * machine.gpu.memory,
-            **{name: _memory(fullest.config, plan, world_size, precision) for name, plan in _moments(fullest).items()},
+            **_memory(fullest, world_size, precision),
         },
         "peak_by_layout": other_layouts(stages, world_size, precision),
         "compute": compute,
@@ -101,12 +102,30 @@ def _moments(one: StagePlan) -> dict[str, LoopPlan]:
     return moments
 
 
-def _memory(config: Config, plan: LoopPlan, world_size: int, precision: str) -> dict[str, int]:
-    state, activations = (
-        state_memory(config, world_size, precision),
-        activation_memory(config, plan, precision),
-    )
-    return {**asdict(state), **asdict(activations), "total": state.total + activations.total}
+def _memory(one: StagePlan, world_size: int, precision: str) -> dict[str, Any]:
+    """Bytes by part at each moment on the fullest rank; of a pipeline also on that of each of its stages."""
+    config = one.config
+    found = {name: rank_memory(config, plan, world_size, precision) for name, plan in _moments(one).items()}
+
+    def worst(stage: int) -> int:
+        return max(ranks[stage].total for ranks in found.values())
+
+    layout = pipeline_layout(config)
+    fullest = max(range(layout.size), key=worst)
+    memory: dict[str, Any] = {name: ranks[fullest].rows() for name, ranks in found.items()}
+    if layout.size > 1:
+        memory["pipeline_stage"] = fullest
+        memory["pipeline_stages"] = [
+            {
+                "pipeline_stage": stage,
+                "layers": len(layout.layers(stage)),
+                "in_flight": next(iter(found.values()))[stage].in_flight,
+                **{name: ranks[stage].rows() for name, ranks in found.items()},
+                "peak": worst(stage),
+            }
+            for stage in range(layout.size)
+        ]
+    return memory
 
 
 def _checkpoint(config: Config, precision: str) -> dict[str, Any]:
@@ -140,19 +159,26 @@ def _stretch(config: Config, stretch: Stretch, span: LengthSpan) -> dict[str, An
 
 def _traffic(config: Config, world_size: int, precision: str) -> dict[str, Any]:
     """Bytes by part and step; for tensor parallelism also of one loop pass and micro-batch, both ways."""
-    tensor = config.parallel.tensor_model_parallel_size
-    sizes = {"tensor": tensor, "data": world_size // tensor, "world": world_size}
+    tensor, stages = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    sizes = group_sizes(config, world_size)
     schedule = schedule_of(config)
     entropy = ENTROPY in schedule.probes
+    chosen = choose_loop_method(config)[0]
 
-    def rows(plan: LoopPlan, method: LoopMethod) -> list[dict[str, Any]]:
+    def rows(stage: int) -> list[dict[str, Any]]:
+        plan = schedule.final_plan()
         return [
             {**asdict(item), "wire_bytes": item.wire_bytes(sizes[item.group])}
-            for item in step_traffic(config, plan, world_size, precision, method, entropy)
+            for item in step_traffic(config, plan, world_size, precision, chosen, entropy, stage)
         ]
 
-    chosen = choose_loop_method(config)[0]
-    traffic: dict[str, Any] = {"per_step": rows(schedule.final_plan(), chosen)}
+    by_stage = [rows(stage) for stage in range(stages)]
+    totals = [sum(item["wire_bytes"] for item in sent) for sent in by_stage]
+    busiest = totals.index(max(totals))
+    traffic: dict[str, Any] = {"per_step": by_stage[busiest]}
+    if stages > 1:
+        traffic["pipeline_stage"] = busiest
+        traffic["pipeline_stages"] = [{"pipeline_stage": n, "per_step": sent} for n, sent in enumerate(by_stage)]
     looping = next((layer for layer in schedule.final_plan(together=True) if layer.loops), None)
     if tensor > 1 and looping is not None:
         traffic["loop_pass"] = {
@@ -162,8 +188,8 @@ def _traffic(config: Config, world_size: int, precision: str) -> dict[str, Any]:
             for method in METHODS
         }
     ordinary = [item for item in traffic["per_step"] if item["part"] == "ordinary layers"]
-    micro_batches = config.num_micro_batches(world_size)
-    traffic["layer"] = sum(item["wire_bytes"] for item in ordinary) / config.model.num_layers / micro_batches
+    layers = len(pipeline_layout(config).layers(busiest))
+    traffic["layer"] = sum(item["wire_bytes"] for item in ordinary) / layers / config.num_micro_batches(world_size)
     return traffic
 
 

@@ -23,6 +23,7 @@ _MEMORY_ROWS = {
     "optimizer": "optimizer state",
     "average": "average of the weights",
     "buffers": "buffers (buckets, gathering)",
+    "borrowed": "borrowed weight and its gradient",
     "layers": "activations of layers",
     "loops": "activations of loops",
     "logits": "logits and loss",
@@ -127,7 +128,8 @@ def _steps(row: dict[str, Any]) -> str:
 def _memory(plan: dict[str, Any], config: Config) -> Iterator[str]:
     memory = plan["memory"]
     moments = [name for name in _MOMENTS if name in memory]
-    head = "memory per rank" + (f", stage {memory['stage']}" if "stage" in memory else "")
+    head = f"memory, pipeline stage {memory['pipeline_stage']}" if "pipeline_stage" in memory else "memory per rank"
+    head += f", stage {memory['stage']}" if "stage" in memory else ""
     yield f"{head:<34}" + "".join(f"{_MOMENTS[name]:>16}" for name in moments)
     for key, label in _MEMORY_ROWS.items():
         values = [memory[name][key] for name in moments]
@@ -141,6 +143,9 @@ def _memory(plan: dict[str, Any], config: Config) -> Iterator[str]:
         f"  [{'#' * filled}{'-' * (_BAR - filled)}] {100 * worst / limit:.0f} % of the usable "
         f"{file_size(limit)}: {verdict}"
     )
+    if "pipeline_stages" in memory:
+        each = (f"{file_size(row['peak'])} ({row['in_flight']})" for row in memory["pipeline_stages"])
+        yield from _row("  peaks", f"by pipeline stage (in flight): {', '.join(each)}")
 
 
 def _other_layouts(plan: dict[str, Any], config: Config) -> Iterator[str]:

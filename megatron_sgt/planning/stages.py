@@ -12,8 +12,8 @@ from megatron_sgt.config import Config
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.planning.boundary import boundary_time
 from megatron_sgt.planning.flops import flops_between
-from megatron_sgt.planning.memory import peak_memory
 from megatron_sgt.planning.parameters import checkpoint_bytes, parameter_count
+from megatron_sgt.planning.rank_memory import peak_memory
 from megatron_sgt.planning.step_time import Machine
 from megatron_sgt.planning.structure import Stretch, stage_timelines, timeline
 from megatron_sgt.stages.growth import WIDTHS

@@ -1,8 +1,8 @@
 """Bytes that live on one rank from step to step, by ZeRO stage: weights, gradients, optimizer state.
 
-State, n elements per tensor-parallel rank, dp data-parallel ranks, e bytes an element of a weight (2 in bf16), g of a
-summed gradient (4 unless optim.grad_accum_dtype is model), as DeepSpeed keeps it with AdamW (arXiv 1910.02054), at the
-stage of ``Config.zero_stage_on``:
+State, n elements per rank (its tensor-parallel share of its pipeline stage), dp data-parallel ranks, e bytes an element
+of a weight (2 in bf16), g of a summed gradient (4 unless optim.grad_accum_dtype is model), as DeepSpeed keeps it with
+AdamW (arXiv 1910.02054), at the stage of ``Config.zero_stage_on``:
 
     stage      weights              gradients       master copy, moments (fp32)
     0          n·e                  n·g             8n
@@ -20,15 +20,19 @@ parallelism.
 
 With offload_optimizer the last column is on the host, under stage 3 the gradients too. With train.ema_decay an average
 of the weights lies beside the tensors that AdamW steps: 4n bytes at stage 0, 4n/dp above.
+
+The last stage of a pipeline borrows the embedding where output layer and embedding share it: e bytes an element, and 4
+for its gradient, which is summed in fp32.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_sgt.arch.weights import weights
+from megatron_sgt.arch.weights import stage_weights
 from megatron_sgt.config import Config
-from megatron_sgt.planning.parameters import ELEMENT_BYTES, parameter_count
+from megatron_sgt.planning.parameters import ELEMENT_BYTES, borrowed_count, stage_parameter_count
+from megatron_sgt.planning.pipeline import pipeline_layout
 
 BUCKET_ELEMENTS = 5 * 10**8
 LIVE_ELEMENTS = 10**9
@@ -38,24 +42,29 @@ _FP32 = 4
 
 @dataclass(frozen=True)
 class State:
-    """Bytes that live from step to step (``gradients``: from backward to update; ``average``: of train.ema_decay)."""
+    """Bytes that live from step to step.
+
+    ``gradients``: from backward to update; ``average``: of train.ema_decay; ``borrowed``: another pipeline stage's
+    weight and its gradient.
+    """
 
     weights: int
     gradients: int
     optimizer: int
     buffers: int
     average: int
+    borrowed: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.buffers + self.average
+        return self.weights + self.gradients + self.optimizer + self.buffers + self.average + self.borrowed
 
 
-def state_memory(config: Config, world_size: int, precision: str) -> State:
-    """Bytes of weights, gradients, optimizer state and communication buffers on one rank."""
+def state_memory(config: Config, world_size: int, precision: str, pipeline_stage: int = 0) -> State:
+    """Bytes of weights, gradients, optimizer state and communication buffers on one rank of a pipeline stage."""
     parallel, element = config.parallel, ELEMENT_BYTES[precision]
     ranks, stage = config.data_parallel_size(world_size), config.zero_stage_on(world_size, precision)
-    count = parameter_count(config.model, parallel.tensor_model_parallel_size)
+    count = stage_parameter_count(config, pipeline_stage, parallel.tensor_model_parallel_size)
     share = -(-count // ranks)
     zero = config.deepspeed.get("zero_optimization", {})
     gathered = min(count, int(zero.get("stage3_max_live_parameters", LIVE_ELEMENTS))) * element
@@ -68,11 +77,12 @@ def state_memory(config: Config, world_size: int, precision: str) -> State:
         buffers=_reduce_buffers(config, stage, precision, count, share)
         + (gathered if stage == 3 else 0)
         + (stream if parallel.sequence_parallel else 0),
-        average=0 if config.offloads_optimizer else average_bytes(config, world_size, precision),
+        average=0 if config.offloads_optimizer else average_bytes(config, world_size, precision, pipeline_stage),
+        borrowed=borrowed_count(config, pipeline_stage) * (element + _FP32),
     )
 
 
-def average_bytes(config: Config, world_size: int, precision: str) -> int:
+def average_bytes(config: Config, world_size: int, precision: str, pipeline_stage: int = 0) -> int:
     """Bytes of the average of the weights on one rank, 0 without train.ema_decay; on the host with offload_optimizer.
 
     Exact: ZeRO 1 and 2 pad each group of parameters to a multiple of twice the data-parallel ranks, ZeRO 3 each
@@ -81,7 +91,8 @@ def average_bytes(config: Config, world_size: int, precision: str) -> int:
     if not config.train.ema_decay:
         return 0
     ranks, stage = config.data_parallel_size(world_size), config.zero_stage_on(world_size, precision)
-    table = [(w.decays, w.on_rank(config.parallel.tensor_model_parallel_size)) for w in weights(config.model)]
+    held = stage_weights(config.model, pipeline_layout(config), pipeline_stage)
+    table = [(w.decays, w.on_rank(config.parallel.tensor_model_parallel_size)) for w in held]
     if stage == 0:
         return _FP32 * sum(size for _, size in table)
     if stage == 3:

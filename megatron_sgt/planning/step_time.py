@@ -26,7 +26,7 @@ from megatron_sgt.planning.hardware import Gpu
 from megatron_sgt.planning.loop_cost import loop_flops
 from megatron_sgt.planning.memory import activation_memory
 from megatron_sgt.planning.parameters import parameter_count
-from megatron_sgt.planning.traffic import LoopMethod, Transfer, step_traffic
+from megatron_sgt.planning.traffic import LoopMethod, Transfer, group_sizes, step_traffic
 
 OPTIMIZER_BYTES = 28
 """Read and written per parameter by AdamW in fp32."""
@@ -156,7 +156,7 @@ def _layer_loops(config: Config, layer: LayerPlan, index: int, rank: int, method
 
 def _seconds(item: Transfer, config: Config, world_size: int, machine: Machine) -> float:
     tensor = config.parallel.tensor_model_parallel_size
-    ranks = {"tensor": tensor, "data": world_size // tensor, "world": world_size}[item.group]
+    ranks = group_sizes(config, world_size)[item.group]
     if ranks == 1:
         return 0.0
     if world_size <= machine.gpus_per_node or (item.group == "tensor" and tensor <= machine.gpus_per_node):

@@ -25,11 +25,16 @@ dropout after it, all). DeepSpeed's ZeRO, n elements per rank: stage 0 and 1 all
 per micro-batch (it reduces by all-reduce, not reduce-scatter, as installed); 1 and 2 all-gather n once per step;
 stage 3 reduce-scatters n per micro-batch and gathers weights when modules run. Gradients travel in
 optim.grad_reduce_dtype (4 bytes an element unless that is model), weights in the model's type. Control messages of a
-few bytes (overflow flags, norms) are not counted.
+few bytes (overflow flags, norms, a pipeline's loss) are not counted.
+
+A stage of a pipeline has its layers' share of all that, and sends per micro-batch and chunk T forward to the next chunk
+and T backward to the one before (SP: T/tp). Tied embeddings, V·D/tp elements: once per step the weight goes from the
+first to the last stage and its gradient back in fp32, as broadcasts of the two.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -38,20 +43,32 @@ from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.arch.weights import weights
 from megatron_sgt.config import Config
 from megatron_sgt.growth import LayerPlan, LoopPlan
-from megatron_sgt.planning.parameters import ELEMENT_BYTES, parameter_count
+from megatron_sgt.planning.parameters import ELEMENT_BYTES, borrowed_count, parameter_count, stage_parameter_count
+from megatron_sgt.planning.pipeline import pipeline_layout
 from megatron_sgt.planning.structure import schedule_of
 
-Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]
-Group = Literal["tensor", "data", "world"]
+Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "broadcast", "send"]
+Group = Literal["tensor", "data", "pipeline", "tied", "world"]
 LoopMethod = Literal["owner", "balanced"]
 
 # DeepSpeed's defaults, in elements.
 _BUCKET, _PERSISTENT, _KEPT_ALIVE, _PREFETCH = 5 * 10**8, 10**5, 10**9, 5 * 10**7
 
 
+def group_sizes(config: Config, world_size: int) -> dict[Group, int]:
+    """Ranks of each group; ``tied``: the first and the last pipeline stage.
+
+    Raises:
+        ConfigError: the ranks do not divide.
+    """
+    parallel, data = config.parallel, config.data_parallel_size(world_size)
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    return {"tensor": tensor, "data": data, "pipeline": stages, "tied": min(2, stages), "world": world_size}
+
+
 @dataclass(frozen=True)
 class Transfer:
-    """Collectives of one kind for one purpose; ``payload`` is the bytes of all ``calls`` together."""
+    """Collectives, or messages, of one kind for one purpose; ``payload`` is the bytes of all ``calls`` together."""
 
     part: str
     group: Group
@@ -60,7 +77,9 @@ class Transfer:
     calls: int = 1
 
     def wire_bytes(self, ranks: int) -> float:
-        """Bytes that each of ``ranks`` ranks sends (and receives) in a ring."""
+        """Bytes that each of ``ranks`` ranks sends (and receives) in a ring; of messages what this rank sends."""
+        if self.kind in ("send", "broadcast"):
+            return self.payload
         return self.payload * (ranks - 1) / ranks * (2 if self.kind == "all_reduce" else 1)
 
     def times(self, factor: int) -> Transfer:
@@ -86,23 +105,30 @@ def step_traffic(
     precision: str,
     method: LoopMethod,
     entropy: bool = False,
+    pipeline_stage: int = 0,
 ) -> tuple[Transfer, ...]:
-    """All collectives of one rank in one optimizer step.
+    """All collectives of one rank in one optimizer step, and all that it sends to other pipeline stages.
 
     Args:
         plan: the structure that is executed.
         precision: "fp32", "bf16" or "fp16", of activations and weights.
         method: how kept heads loop (``loop_cost.choose_loop_method``).
         entropy: whether entropies are collected in the step.
+        pipeline_stage: the rank's.
     """
     step = _Step(config, ELEMENT_BYTES[precision], method)
+    layout = pipeline_layout(config)
+    first, last = pipeline_stage == 0, pipeline_stage == layout.size - 1
+    plans = [(layer, plan[layer]) for layer in layout.layers(pipeline_stage)]
     micro_batches = config.num_micro_batches(world_size)
     transfers: list[Transfer] = []
     if step.ranks > 1:
-        per_micro_batch = [*step.ends(), *(t for n, layer in enumerate(plan) for t in step.layer(n, layer))]
-        transfers += [item.times(micro_batches) for item in per_micro_batch]
-        transfers += [item for layer in plan for item in step.kept_weights(layer)]
-    transfers += _data_parallel(config, config.data_parallel_size(world_size), micro_batches, step, precision)
+        alike = Counter((layer, index in step.recomputed) for index, layer in plans)
+        layers = [item.times(n) for (layer, again), n in alike.items() for item in step.layer(layer, again)]
+        transfers += [item.times(micro_batches) for item in (*step.ends(first, last), *layers)]
+        transfers += [item for _, layer in plans for item in step.kept_weights(layer)]
+    transfers += _between_stages(config, micro_batches, step, pipeline_stage)
+    transfers += _data_parallel(config, world_size, micro_batches, step, precision, pipeline_stage)
     if entropy and world_size > 1:
         model = config.model
         table = model.num_layers * (1 + schedule_of(config).max_loops) * model.num_attention_heads
@@ -129,28 +155,33 @@ class _Step:
         self.tokens = train.micro_batch_size * model.seq_length
         self.stream = self.tokens * model.hidden_size * element_bytes
         self.norm_vectors = 2 if model.normalization == "LayerNorm" else 1
-        self.recomputed = config.recomputed_layers("full")
+        self.recomputed = frozenset(config.recomputed_layers("full"))
 
-    def ends(self) -> Iterator[Transfer]:
-        if self.sharded:
+    def ends(self, first: bool, last: bool) -> Iterator[Transfer]:
+        """Of the embedding (on the ``first`` pipeline stage), and of output layer and loss (on the ``last``)."""
+        if first and self.sharded:
             yield Transfer("embedding", "tensor", "reduce_scatter", self.stream)
             yield Transfer("embedding", "tensor", "all_gather", self.stream)
+        elif first:
+            yield Transfer("embedding", "tensor", "all_reduce", self.stream)
+        if not last:
+            return
+        if self.sharded:
             yield from self._norm_gradients("output")
             yield Transfer("output", "tensor", "all_gather", 2 * self.stream, 2)
             yield Transfer("output", "tensor", "reduce_scatter", self.stream)
         else:
-            yield Transfer("embedding", "tensor", "all_reduce", self.stream)
             yield Transfer("output", "tensor", "all_reduce", self.stream)
         yield Transfer("loss", "tensor", "all_reduce", 3 * 4 * self.tokens, 3)
 
-    def layer(self, index: int, plan: LayerPlan) -> Iterator[Transfer]:
+    def layer(self, plan: LayerPlan, recomputed: bool) -> Iterator[Transfer]:
         part = "ordinary layers"
         attention, mlp = self._attention(part), self._mlp(part)
         loop_forward, loop_backward = self.loop_pass(plan)
         for execution in range(plan.executions):
             name = "block loops" if execution else part
             passes = [*attention[0], *mlp[0], *attention[1], *mlp[1]]
-            if index in self.recomputed:
+            if recomputed:
                 # The last collective's result is needed by nobody, unless a dropout mask comes after it.
                 again = [*attention[0], *mlp[0]] if self.config.model.hidden_dropout else [*attention[0], *mlp[0][:-1]]
                 passes += again
@@ -158,7 +189,7 @@ class _Step:
             for _ in range(plan.loops):
                 yield from loop_forward
                 yield from loop_backward
-                if index in self.recomputed:
+                if recomputed:
                     yield from loop_forward
 
     def loop_pass(self, plan: LayerPlan) -> tuple[list[Transfer], list[Transfer]]:
@@ -235,11 +266,27 @@ class _Step:
         return [Transfer(part, "tensor", "all_reduce", self.config.model.hidden_size * self.bytes)]
 
 
-def _data_parallel(config: Config, ranks: int, micro_batches: int, step: _Step, precision: str) -> Iterator[Transfer]:
-    if ranks == 1:
+def _between_stages(config: Config, micro_batches: int, step: _Step, stage: int) -> Iterator[Transfer]:
+    """What a rank sends to other stages: outputs of chunks but the last one's, gradients of inputs but the first's."""
+    parallel = config.parallel
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    if stages == 1:
+        return
+    messages = 2 * chunks - (stage == 0) - (stage == stages - 1)
+    size = step.stream // step.ranks if step.sharded else step.stream
+    yield Transfer("between stages", "pipeline", "send", messages * size, messages).times(micro_batches)
+    tied = borrowed_count(config, stages - 1)
+    if tied and stage in (0, stages - 1):
+        yield Transfer("tied embedding", "tied", "broadcast", tied * (step.bytes + ELEMENT_BYTES["fp32"]), 2)
+
+
+def _data_parallel(
+    config: Config, world_size: int, micro_batches: int, step: _Step, precision: str, pipeline_stage: int
+) -> Iterator[Transfer]:
+    if config.data_parallel_size(world_size) == 1:
         return
     stage, zero = config.parallel.zero_stage, config.deepspeed.get("zero_optimization", {})
-    elements = parameter_count(config.model, step.ranks)
+    elements = stage_parameter_count(config, pipeline_stage, step.ranks)
     gradients = elements * ELEMENT_BYTES[config.grad_dtypes(precision)[1]]
     buckets = -(-elements // zero.get("reduce_bucket_size", _BUCKET))
     if stage == 3:

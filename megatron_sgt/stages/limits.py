@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_sgt.config import Config
+from megatron_sgt.config.base import shown
+from megatron_sgt.config.pipeline import AUTO
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth import build_schedule
 from megatron_sgt.growth.inherit import Inheritance
@@ -86,6 +88,24 @@ def check_schedule(config: Config, growth: Growth, step: int) -> None:
     """
     schedule = build_schedule(config.growth, config.model.num_layers, config.model.num_attention_heads)
     schedule.check_growth(step, Inheritance(growth.layers, growth.heirs, growth.heads))
+
+
+def check_layout(config: Config, growth: Growth) -> None:
+    """Check that the pipeline of ``config``, which has the old model, can be that of the larger one too.
+
+    Raises:
+        ConfigError: it is cut by a layout that has been written for one number of layers.
+    """
+    setting, before, after = (
+        config.parallel.pipeline_model_parallel_layout,
+        config.model.num_layers,
+        len(growth.layers),
+    )
+    if setting != AUTO and after != before:
+        raise ConfigError(
+            f"parallel.pipeline_model_parallel_layout: {shown(setting)} cuts {before} layers, and the model grows to "
+            f"{after}; set auto, which cuts each stage's model"
+        )
 
 
 def check_ramp(config: Config, where: str) -> None:

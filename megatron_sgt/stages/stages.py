@@ -16,7 +16,14 @@ from megatron_sgt.errors import ConfigError
 from megatron_sgt.stages.config import grown_config
 from megatron_sgt.stages.growth import Growth, Operator
 from megatron_sgt.stages.learning_rate import RatePolicy
-from megatron_sgt.stages.limits import check_optimizer, check_ramp, check_rate, check_replay, check_schedule
+from megatron_sgt.stages.limits import (
+    check_layout,
+    check_optimizer,
+    check_ramp,
+    check_rate,
+    check_replay,
+    check_schedule,
+)
 from megatron_sgt.stages.maps import has_new_entries, maps_of
 from megatron_sgt.stages.operators import operator_named
 from megatron_sgt.stages.optimizer import Carried, OptimizerPolicy, carry
@@ -108,6 +115,7 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
             grown = _grown(settings, current, last)
             growths.append((last, grown.growth, settings.operator))
             check_replay(config, growths, whole=False)
+            check_layout(current, grown.growth)
             after = grown_config(current, grown.growth, last)
             check_schedule(current, grown.growth, last)
             grown.carried(last, after)

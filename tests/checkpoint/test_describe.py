@@ -28,6 +28,16 @@ def test_a_checkpoint_in_full(tmp_path: Path) -> None:
         assert line in text, text
 
 
+def test_a_pipeline(tmp_path: Path) -> None:
+    folder = write_grown_checkpoint(tmp_path, (1, 1, 0), pipeline=(2, (2, 2)))
+    text = describe_root(read_root(tmp_path, size_problems))
+    assert "TP1 PP2 DP1 Z0" in text and "pipeline_model_parallel_layout 2,2" in text
+    state = layout.read_json(folder / layout.STATE_FILE)
+    state["layout"][layout.PIPELINE_COUNTS] = [1, 1, 1, 1]
+    layout.write_json(folder / layout.STATE_FILE, state)
+    assert "TP1 PP2xVP2 DP1 Z0" in describe_root(read_root(tmp_path, lambda _: []))
+
+
 def test_the_stages_of_a_model_that_has_grown(tmp_path: Path) -> None:
     folder = write_grown_checkpoint(tmp_path)
     assert "  stage " not in describe(read_contents(folder, size_problems))

@@ -134,6 +134,22 @@ def test_a_file_that_the_manifest_does_not_name_is_missed(tmp_path: Path) -> Non
         check_checkpoint(folder, small_config())
 
 
+def test_stages_of_another_model_are_damage(tmp_path: Path) -> None:
+    folder = make(tmp_path / "global_step7")
+    state = layout.read_json(folder / layout.STATE_FILE)
+    for size, counts, said in (
+        (2, [2, 3], r"sgt_state\.json is of another model: the stages of its pipeline hold 5 layers, its model has 4"),
+        (9, [1] * 9, r"manifest\.json lists 5 files for the ranks of its layout"),
+        (2, [2, 2], r"mp_rank_01_model_states\.pt is not listed"),
+    ):
+        where = {**state["layout"], layout.PIPELINE_SIZE: size, layout.PIPELINE_COUNTS: counts}
+        layout.write_json(folder / layout.STATE_FILE, {**state, "layout": where})
+        listed = {} if "another model" in said else {"layout": where}
+        manifest.write_manifest(folder, listed)
+        with pytest.raises(CheckpointError, match=said):
+            check_checkpoint(folder, small_config())
+
+
 def test_sizes_alone_when_the_user_says_so(tmp_path: Path) -> None:
     folder = make(tmp_path / "global_step7")
     torch.save({"module": {}, "large": torch.zeros(10**6)}, folder / "mp_rank_00_model_states.pt")

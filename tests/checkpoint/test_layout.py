@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_sgt.checkpoint import layout, manifest
+from megatron_sgt.config.pipeline import PipelineLayout
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.files import replace_text
 
@@ -103,17 +105,29 @@ def test_json_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sizes", "stage", "precision", "some", "count"),
     [
-        ((2, 1), 0, "fp32", "mp_rank_01_model_states.pt", 6),
-        ((2, 2), 1, "bf16", "bf16_zero_pp_rank_1_mp_rank_01_optim_states.pt", 12),
-        ((1, 2), 2, "fp32", "zero_pp_rank_1_mp_rank_00_optim_states.pt", 7),
-        ((2, 2), 3, "fp32", "zero_pp_rank_1_mp_rank_01_model_states.pt", 14),
+        ((2, 1, 1), 0, "fp32", "mp_rank_01_model_states.pt", 6),
+        ((2, 2, 1), 1, "bf16", "bf16_zero_pp_rank_1_mp_rank_01_optim_states.pt", 12),
+        ((1, 2, 1), 2, "fp32", "zero_pp_rank_1_mp_rank_00_optim_states.pt", 7),
+        ((2, 2, 1), 3, "fp32", "zero_pp_rank_1_mp_rank_01_model_states.pt", 14),
+        ((2, 2, 3), 1, "fp32", "zero_pp_rank_1_mp_rank_05_optim_states.pt", 2 + 6 + 12 + 12),
+        ((1, 1, 4), 0, "fp32", "rng_rank_00003.pt", 2 + 4 + 4),
     ],
 )
-def test_what_a_layout_has(sizes: tuple[int, int], stage: int, precision: str, some: str, count: int) -> None:
-    where = {"tensor_model_parallel_size": sizes[0], "data_parallel_size": sizes[1]}
+def test_what_a_layout_has(sizes: tuple[int, int, int], stage: int, precision: str, some: str, count: int) -> None:
+    where: dict[str, Any] = {"tensor_model_parallel_size": sizes[0], "data_parallel_size": sizes[1]}
+    if sizes[2] > 1:
+        where |= {"pipeline_model_parallel_size": sizes[2], "pipeline_model_parallel_layout": [1] * sizes[2]}
     names = layout.expected_files({**where, "zero_stage": stage, "precision": precision})
     assert some in names and len(names) == count
     assert len(layout.expected_files(None)) == 2
+
+
+def test_the_stages_of_a_layout() -> None:
+    assert layout.pipeline_of({}, 5) == PipelineLayout(1, (5,)), "of a run without a pipeline, and of older versions"
+    where = {layout.PIPELINE_SIZE: 2, layout.PIPELINE_COUNTS: [2, 1, 1, 1]}
+    assert layout.pipeline_of(where, 5).layers(1) == (2, 4)
+    with pytest.raises(ValueError, match="hold 5 layers, its model has 6"):
+        layout.pipeline_of(where, 6)
 
 
 def test_an_average_is_a_file_of_every_rank_that_has_its_own_part() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import threading
@@ -19,6 +20,7 @@ from megatron_sgt.checkpoint.save import Saved, Saver, growth_fingerprint, layou
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.files import replace_text
+from megatron_sgt.planning.pipeline import pipeline_layout
 from tests.helpers.checkpoints import ZERO_1
 from tests.helpers.fake_groups import fake_groups
 from tests.helpers.single import small_config
@@ -148,6 +150,20 @@ def test_the_layout_names_what_the_shards_depend_on(sections: dict[str, Any], fi
     assert (plain["tensor_model_parallel_size"], plain["data_parallel_size"]) == (2, 3)
     other = layout_of(small_config(**sections), groups)
     assert {name for name in {**plain, **other} if plain.get(name) != other.get(name)} == fields
+
+
+def test_the_layout_of_a_pipeline_names_its_stages_and_their_layers() -> None:
+    cut = {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "3,1"}
+    config, groups = small_config(parallel=cut), fake_groups(pp_size=2)
+    where = layout_of(config, groups)
+    assert json.loads(json.dumps(where)) == where, "as a state says it"
+    assert where == {
+        **layout_of(small_config(), fake_groups()),
+        "pipeline_model_parallel_size": 2,
+        "pipeline_model_parallel_layout": [3, 1],
+    }
+    assert layout.pipeline_of(where, 4) == pipeline_layout(config)
+    assert "pipeline" not in str(layout_of(small_config(), fake_groups()))
 
 
 def test_old_checkpoints_go_and_the_newest_stay(tmp_path: Path) -> None:

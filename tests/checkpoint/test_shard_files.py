@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_sgt.checkpoint.host_copy import Arena
+from megatron_sgt.checkpoint.layout import model_file
 from megatron_sgt.checkpoint.manifest import describe_file
 from megatron_sgt.checkpoint.shard_files import ShardFiles, redirected_to
 from megatron_sgt.errors import CheckpointError
@@ -66,3 +67,21 @@ def test_deepspeed_gets_what_was_read_before(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="mkdir"):
             engine.checkpoint_engine.load(str(tmp_path / "c.pt"))
     assert engine.checkpoint_engine == "DeepSpeed's own"
+    assert vars(engine).keys() == {"checkpoint_engine"}
+
+
+def test_each_of_many_ranks_finds_its_own_file(tmp_path: Path) -> None:
+    """DeepSpeed's engine takes the n-th name of its list for rank n."""
+    from deepspeed import DeepSpeedEngine
+
+    engine = object.__new__(DeepSpeedEngine)
+    torch.nn.Module.__init__(engine)
+    engine.__dict__.update(checkpoint_engine=None, zero_optimization_partition_weights=lambda: False)
+    engine.__dict__.update(load_universal_checkpoint=lambda: False)
+    names = [str(tmp_path / "tag" / model_file(rank)) for rank in range(128)]
+    (tmp_path / "tag").mkdir()
+    for name in names:
+        Path(name).touch()
+    assert engine._get_all_ckpt_names(str(tmp_path), "tag") != names
+    with redirected_to(ShardFiles(), engine):
+        assert engine._get_all_ckpt_names(str(tmp_path), "tag") == names

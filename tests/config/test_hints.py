@@ -30,6 +30,8 @@ from megatron_sgt.config.hints import (
         ("model.rope_theta", "did you mean 'model.rotary_base'?"),
         ("model.tie_word_embeddings", "'model.untie_embeddings_and_output_weights' (its opposite)?"),
         ("train.gradient_accumulation_steps", "accumulation follows from the batch sizes"),
+        ("parallel.pp", "did you mean 'parallel.pipeline_model_parallel_size'?"),
+        ("parallel.num-layers-per-virtual-pipeline-stage", "virtual_pipeline_model_parallel_size' (parts of a stage)?"),
         ("optim.windowsize", "did you mean 'growth.window_size'?"),
         ("logging.zzz", "unknown key 'logging.zzz'; known here: run_dir, log_interval,"),
         ("zzz", "known here: model, growth,"),

@@ -1,8 +1,10 @@
 """Which layers each stage of a pipeline holds, and the notations for it."""
 
+from typing import Any
+
 import pytest
 
-from megatron_sgt.config.pipeline import LayoutSetting, PipelineLayout, even_layout, parse_layout
+from megatron_sgt.config.pipeline import LayoutSetting, PipelineLayout, even_layout, parse_layout, read_layout
 
 
 @pytest.mark.parametrize(
@@ -50,9 +52,19 @@ def test_megatron_reads_the_same() -> None:
         ("3,2,2,2", r"3 \+ 2 \+ 2 \+ 2 = 9 layers, the model 8"),
         ((8,), "1 parts for 4 stages"),
         ("t*99999|", "repeats something 99999 times"),
+        ("E(t*9999)*9999|tL", "longer than 100,000 with its repetitions"),
+        ("(((t)*9999)*9999)*9999", "longer than 100,000 with its repetitions"),
+        ("E" + "t" * 100_000, "longer than 100,000"),
+        ("１,７", "'１' is none of E"),
         ((("embedding", "attention"), ("loss",)), "'attention' is none of"),
     ],
 )
 def test_what_does_not_add_up(setting: LayoutSetting, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         parse_layout(setting, 4, 1, 8)
+
+
+@pytest.mark.parametrize("value", [True, 3.5, 3, None, {}, {"a": 1}, [], [1, "a"], ["E", "t"], [True, 3], [3.0], [[1]]])
+def test_what_is_no_notation(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"must be auto, .*, got "):
+        read_layout(value)

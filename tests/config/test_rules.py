@@ -13,7 +13,7 @@ from tests.helpers.runs import TINY
     ("given", "says"),
     [
         ({"pipeline_model_parallel_layout": "Et|tL"}, "has no effect with pipeline_model_parallel_size 1"),
-        ({"pipeline_model_parallel_size": 99}, "pipeline_model_parallel_size 99 needs a layer for each part"),
+        ({"pipeline_model_parallel_size": 99}, "pipeline_model_parallel_size: 99 needs a layer for each part"),
         (
             {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "1,9"},
             r"pipeline_model_parallel_layout: '1,9': its parts hold 1 \+ 9 = 10 layers",

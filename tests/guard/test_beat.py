@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_sgt.guard.beat import Beat, Listener, behind, dead_ranks, next_visible
+from megatron_sgt.guard.beat import Beat, Listener, behind, dead_ranks, in_earlier_step, next_visible
 from megatron_sgt.guard.progress import Mark
 from megatron_sgt.lease.process import Identity, own_identity
 
@@ -57,6 +57,17 @@ def test_who_is_behind() -> None:
     def beats(*counts: int) -> dict[int, Beat]:
         return {rank: dataclasses.replace(BEAT, count=count) for rank, count in enumerate(counts)}
 
-    assert behind(beats(40, 38, 40, 38)) == [1, 3]
-    assert behind(beats(40, 40)) == []
-    assert behind({}) == []
+    assert behind(beats(40, 38, 40, 38), [0] * 4) == [1, 3]
+    assert behind(beats(40, 40), [0, 0]) == []
+    assert behind({}, []) == []
+
+
+def test_stages_of_a_pipeline_are_not_compared_with_each_other() -> None:
+    """The second stage begins a micro-batch after the first one; its ranks, as those of the first, do it together."""
+    counts, stages = [44, 44, 41, 41], [0, 0, 1, 1]
+    heard = {rank: dataclasses.replace(BEAT, count=count) for rank, count in enumerate(counts)}
+    assert behind(heard, stages) == [] and in_earlier_step(heard) == []
+    heard[3] = dataclasses.replace(BEAT, count=40)
+    assert behind(heard, stages) == [3]
+    heard[1] = dataclasses.replace(BEAT, count=44, step=6)
+    assert in_earlier_step(heard) == [1]

@@ -101,6 +101,49 @@ def test_a_rank_that_is_marks_behind(queued: bool, scene: Scene) -> None:
     assert failure.rank == 2 and failure.cause.endswith("behind: rank 2")
 
 
+WAITING = "waiting in recv_forward, called from pipelined_step (pipeline.py:7)"
+
+
+def pipelined(scene: Scene, counts: tuple[int, ...], queued: bool = False) -> Diagnosis:
+    """Two pipeline stages of two ranks, at different micro-batches."""
+    for rank, count in enumerate(counts):
+        scene.beat([rank], dataclasses.replace(BEAT, number=8, count=count))
+    scene.alive = []
+    return dataclasses.replace(scene.call, num_stages=2, queued=queued)
+
+
+@pytest.mark.parametrize("hanging", [0, 1, 2, 3])
+def test_a_neighbour_stage_that_waits_is_not_named(hanging: int, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The later stage lags behind its own peer, whether the rank that hangs has begun fewer micro-batches or not."""
+    monkeypatch.setattr(Diagnosis, "silent", lambda self: [])
+    scene.say(**{f"rank{rank}": "at sleep (x.py:1)" if rank == hanging else WAITING for rank in range(4)})
+    late = hanging % 2
+    call = pipelined(scene, tuple(40 - (rank == 2 + late) for rank in range(4)))
+    failure, _ = call.hang("no progress", "step 7 (train)")
+    assert (failure.rank, failure.cause) == (hanging, f"no progress; behind: rank {hanging}")
+
+
+def test_who_hangs_among_stages_is_left_open_where_hosts_do_not_show_it(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On GPUs every host is at the same line; the ranks of the two columns are told apart by their marks."""
+    monkeypatch.setattr(Diagnosis, "silent", lambda self: [])
+    scene.say(rank0=READING, rank1=READING, rank2=READING, rank3=READING)
+    failure, details = pipelined(scene, (43, 44, 40, 41), queued=True).hang("no progress", "step 7 (train)")
+    assert failure.rank is None and "behind: rank 0, 2, on several pipeline stages" in failure.cause
+    assert [line.split(" on ")[0] for line in details] == ["rank 0", "rank 2", "rank 1", "rank 3"]
+    failure, _ = pipelined(scene, (44, 44, 40, 41), queued=True).hang("no progress", "step 7 (train)")
+    assert failure.rank == 2, "its peer on the stage has overtaken it, and nobody else lags"
+
+
+def test_a_rank_in_an_earlier_step_is_named_whatever_its_stage(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Diagnosis, "silent", lambda self: [])
+    call = pipelined(scene, (44, 44, 41, 41))
+    scene.beat([1], dataclasses.replace(BEAT, phase="checkpoint", step=6, count=45))
+    failure, _ = call.hang("no progress", "step 7 (train)")
+    assert (failure.rank, failure.place) == (1, "step 6 (checkpoint)")
+
+
 def test_all_wait(scene: Scene) -> None:
     waiting = "waiting in all_reduce"
     scene.say(rank0=waiting, rank1=waiting, rank2=waiting, rank3=waiting)

@@ -33,6 +33,10 @@ def test_whereabouts() -> None:
     stuck = "def busy():\n    {0}()\n"
     for file, expected in (
         ("/x/torch/distributed/distributed_c10d.py", "waiting in all_reduce, called from busy (step.py:2)"),
+        (
+            "/x/megatron/core/pipeline_parallel/p2p_communication.py",
+            "waiting in all_reduce, called from busy (step.py:2)",
+        ),
         ("/x/megatron_sgt/parallel/collectives.py", "waiting at the store, called from busy (step.py:2)"),
         ("/x/megatron_sgt/parallel/collectives/largest.py", "at wait (threading.py:"),
         ("/x/numpy/core.py", "at wait (threading.py:"),

@@ -44,10 +44,14 @@ def grown_schedule(config: Config) -> dict[str, object]:
     }
 
 
-def write_grown_checkpoint(root: Path, where: tuple[int, int, int] = (2, 1, 1)) -> Path:
-    """A committed checkpoint at (tensor parallel, data parallel, ZeRO stage); returns its folder."""
+def write_grown_checkpoint(
+    root: Path,
+    where: tuple[int, int, int] = (2, 1, 1),
+    pipeline: tuple[int, tuple[int, ...]] | None = None,
+) -> Path:
+    """A committed checkpoint at (tensor parallel, data parallel, ZeRO stage), see ``write_checkpoint``."""
     config = grown_config()
-    folder = write_checkpoint(root, config, random_state(config), where)
+    folder = write_checkpoint(root, config, random_state(config), where, pipeline=pipeline)
     state = layout.read_json(folder / layout.STATE_FILE)
     hooks = {"growth": {"schedule": grown_schedule(config), "events": []}}
     layout.write_json(folder / layout.STATE_FILE, {**state, "hooks": hooks})

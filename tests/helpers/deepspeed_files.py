@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sgt.arch.weights import weights
+from megatron_sgt.arch.weights import stage_weights, weights
 from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE, MOMENTS, QUANTITIES, WEIGHTS
 from megatron_sgt.checkpoint.reshard.stage0 import PARAMETER_NAMES
 from megatron_sgt.config import Config
+from megatron_sgt.config.pipeline import PipelineLayout
 from megatron_sgt.files import replace_text
 from megatron_sgt.model.hf_weights import hf_weights, megatron_shard
 from tests.helpers.single import small_config
@@ -180,24 +181,44 @@ def write_stage3(
             _write_average(average_file(rank), flat[AVERAGE])
 
 
+def stage_state(config: Config, state: State, pipeline: PipelineLayout, stage: int) -> State:
+    """Those of one rank's shards that ``stage`` of a pipeline holds."""
+    held = [f"gpt.{weight.megatron}" for weight in stage_weights(config.model, pipeline, stage)]
+    return {quantity: {name: tensors[name] for name in held} for quantity, tensors in state.items()}
+
+
 def write_checkpoint(
-    root: Path, config: Config, state: State, layout_: tuple[int, int, int], weight_decay_on: str = "all"
+    root: Path,
+    config: Config,
+    state: State,
+    layout_: tuple[int, int, int],
+    weight_decay_on: str = "all",
+    pipeline: tuple[int, tuple[int, ...]] | None = None,
 ) -> Path:
-    """A committed checkpoint of ``state`` at (tensor parallel, data parallel, ZeRO stage); returns its folder."""
+    """A committed checkpoint of ``state`` at (tensor parallel, data parallel, ZeRO stage); returns its folder.
+
+    pipeline: its stages, and the layers of every chunk.
+    """
     tp_size, dp_size, stage = layout_
-    where = {"tensor_model_parallel_size": tp_size, "data_parallel_size": dp_size, "zero_stage": stage}
+    where: dict[str, Any] = {
+        "tensor_model_parallel_size": tp_size, "data_parallel_size": dp_size, "zero_stage": stage,
+    }  # fmt: skip
+    stages = PipelineLayout(*(pipeline or (1, (config.model.num_layers,))))
+    if pipeline is not None:
+        where |= {layout.PIPELINE_SIZE: stages.size, layout.PIPELINE_COUNTS: list(stages.counts)}
     folder = root / layout.tag_for(STEP)
     folder.mkdir(parents=True)
-    for tp_rank in range(tp_size):
-        shards = rank_state(config, state, tp_size, tp_rank)
+    for mp_rank in range(tp_size * stages.size):
+        pp_rank, tp_rank = divmod(mp_rank, tp_size)
+        shards = stage_state(config, rank_state(config, state, tp_size, tp_rank), stages, pp_rank)
         groups = groups_of(list(shards[WEIGHTS]), shards, weight_decay_on)
-        model = folder / layout.files_of_rank(where, tp_rank, 0)[0]
+        model = folder / layout.files_of_rank(where, mp_rank, 0)[0]
 
-        def optimizer_file(dp_rank: int, tp_rank: int = tp_rank) -> Path:
-            return folder / layout.files_of_rank(where, tp_rank, dp_rank)[1]
+        def optimizer_file(dp_rank: int, mp_rank: int = mp_rank) -> Path:
+            return folder / layout.files_of_rank(where, mp_rank, dp_rank)[1]
 
-        def average_file(dp_rank: int, tp_rank: int = tp_rank) -> Path:
-            return folder / layout.average_file(where, tp_rank, dp_rank)
+        def average_file(dp_rank: int, mp_rank: int = mp_rank) -> Path:
+            return folder / layout.average_file(where, mp_rank, dp_rank)
 
         if stage == 0:
             write_stage0(model, shards, groups, average_file=average_file)
@@ -205,7 +226,7 @@ def write_checkpoint(
             write_stage3(model, optimizer_file, shards, groups, dp_size, average_file=average_file)
         else:
             write_stage12(model, optimizer_file, shards, groups, dp_size, average_file=average_file)
-    for rank in range(tp_size * dp_size):
+    for rank in range(tp_size * stages.size * dp_size):
         torch.save({}, folder / layout.rng_file(rank))
     averaged = {layout.AVERAGE_STATE: {"decay": 0.75}} if AVERAGE in state else {}
     saved = {"layout": where, "trainer": counters(STEP), "hooks": {}, **averaged}

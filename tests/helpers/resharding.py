@@ -35,7 +35,7 @@ def load_and_look(info: RankInfo, config: Config, folder: Path, steps_before: in
         _step(engine, config, groups)
     settings = _settings(engine)
     made = read_json(folder / STATE_FILE)["layout_free"]
-    load_into_engine(LayoutFreeReader(folder), made["optimizer_step"], made["loss_scale"], config.model, engine, groups)
+    load_into_engine(LayoutFreeReader(folder), made["optimizer_step"], made["loss_scale"], config, engine, groups)
     seen: dict[str, Any] = {"tp_rank": groups.tp_rank, "settings_kept": _settings(engine) == settings}
     seen["state"], seen["model"] = _state(engine), _model(engine)
     seen["steps"] = [float(state["step"]) for state in engine.optimizer.state.values()]
@@ -50,7 +50,7 @@ def look_at_state(info: RankInfo, config: Config, reader: ShardReader, step: int
     """Load what ``reader`` reads into an engine; return the state as DeepSpeed's own getters see it."""
     groups = start_processes(config, info)
     engine = build_runtime(config, groups).engine
-    load_into_engine(reader, step, None, config.model, engine, groups)
+    load_into_engine(reader, step, None, config, engine, groups)
     return _state(engine)
 
 

@@ -64,7 +64,7 @@ def on_ranks(info: RankInfo, config: Config, folder: Path, method: str) -> list[
     growth = OPERATORS[name](opened.config.model, options)
     carried = carry(opened.step, OptimizerPolicy.parse(optimizer), moments, config.optim, True)
     reader = GrownReader(opened.tensors, growth, carried, SEED, stage=1)
-    load_into_engine(reader, carried.step, None, config.model, engine, groups)
+    load_into_engine(reader, carried.step, None, config, engine, groups)
     found = []
     for step in range(STEPS):
         count = config.num_micro_batches(groups.world_size)

@@ -67,9 +67,7 @@ def save_and_load(info: RankInfo, folder: Path) -> list[str]:
         assert saved is not None
         copy, _ = sibling.layout_free_copy(saved.folder, groups)
         made = read_json(copy / STATE_FILE)["layout_free"]
-        load_into_engine(
-            LayoutFreeReader(copy), made["optimizer_step"], made["loss_scale"], config.model, engine, groups
-        )
+        load_into_engine(LayoutFreeReader(copy), made["optimizer_step"], made["loss_scale"], config, engine, groups)
     train_step(engine, [random_batch(config)], 1e-3, 1.0, groups)
     return slowed
 

@@ -9,7 +9,7 @@ import pytest
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.planning.advice import changed, warnings
 from megatron_sgt.planning.hardware import USABLE, find_gpu
-from megatron_sgt.planning.memory import peak_memory
+from megatron_sgt.planning.rank_memory import peak_memory
 from megatron_sgt.planning.stages import plan_stages
 from megatron_sgt.planning.step_time import Machine
 from megatron_sgt.planning.structure import timeline

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_sgt.planning.boundary import DRAWN, HOST, START, boundary_time
-from megatron_sgt.planning.parameters import parameter_count
+from megatron_sgt.planning.parameters import parameter_count, stage_parameter_count
 from megatron_sgt.stages.stages import Stage, stages_of
 from tests.planning.test_stages import FFN, G_STACK, MACHINE, MIDAS, example
 
@@ -55,3 +55,25 @@ def test_faster_storage_shortens_saving_and_reading_alone() -> None:
         boundary_time(before, after, 32, machine, "bf16") for machine in (MACHINE, replace(MACHINE, storage=2e10))
     )
     assert fast.save < slow.save and fast.read < slow.read and fast.rebuild == slow.rebuild
+
+
+def test_a_pipeline_shares_out_what_a_rank_reads_and_draws() -> None:
+    """Two stages of 8 replicas: a node has four shards of one of them; four stages of one replica: of all."""
+    before, after = seven(28, 11008, MIDAS, zero=1)
+
+    def piped(stage: Stage, stages: int, tensor: int) -> Stage:
+        sizes = {"pipeline_model_parallel_size": stages, "tensor_model_parallel_size": tensor}
+        return replace(
+            stage, config=stage.config.model_copy(update={"parallel": stage.config.parallel.model_copy(update=sizes)})
+        )
+
+    m, n = (parameter_count(stage.config.model) for stage in (after, before))
+    half, quarter = (
+        max(stage_parameter_count(piped(after, stages, 2).config, p) for p in range(stages)) for stages in (2, 4)
+    )
+    assert m / 2 < half < 0.52 * m
+    two = boundary_time(piped(before, 2, 2), piped(after, 2, 2), 32, MACHINE, "bf16")
+    assert two.read == pytest.approx(12 * (half / 8 * 4 / 2e9 + half / 8 / HOST))
+    assert two.rebuild == pytest.approx(START + 4 * half / 3.35e12)
+    one_replica = boundary_time(piped(before, 4, 2), piped(after, 4, 2), 8, MACHINE, "bf16")
+    assert one_replica.read == pytest.approx(12 * (min(n, 4 * quarter) / 2e9 + quarter / HOST))

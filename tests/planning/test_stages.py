@@ -15,9 +15,9 @@ from megatron_sgt.model.apply_plan import apply_plan
 from megatron_sgt.planning.advice import changed, warnings
 from megatron_sgt.planning.flops import step_flops
 from megatron_sgt.planning.hardware import USABLE, find_gpu
-from megatron_sgt.planning.memory import peak_memory
 from megatron_sgt.planning.parameters import checkpoint_bytes, parameter_count
 from megatron_sgt.planning.plan import make_plan
+from megatron_sgt.planning.rank_memory import peak_memory
 from megatron_sgt.planning.render import WIDTH, render
 from megatron_sgt.planning.stages import largest_checkpoint, plan_stages, stage_table
 from megatron_sgt.planning.step_time import Machine

@@ -10,8 +10,8 @@ import pytest
 from megatron_sgt import extensions
 from megatron_sgt.config import Config
 from megatron_sgt.errors import ConfigError
-from megatron_sgt.stages.limits import check_optimizer, check_schedule
-from megatron_sgt.stages.operators import OPERATORS
+from megatron_sgt.stages.limits import check_layout, check_optimizer, check_schedule
+from megatron_sgt.stages.operators import OPERATORS, operator_named
 from megatron_sgt.stages.stages import stages_of
 from tests.growth.test_schedule import Upwards
 from tests.helpers.single import small_config
@@ -62,3 +62,20 @@ def test_static_loops_go_on() -> None:
     looped = config(growth={**STAGES, "method": "block_loop", "block_loop_layers": [1, 2]})
     assert stages_of(looped)[1].config.growth.block_loop_layers == (1, 2, 5, 6)
     check_schedule(looped, OPERATORS["g_stack"](looped.model, {}), 3)
+
+
+@pytest.mark.parametrize("layout", ["auto", "1,3", (1, 3)])
+def test_a_layout_fits_one_number_of_layers(layout: Any) -> None:
+    """``auto`` cuts the model of each stage; a wider model has as many layers."""
+    parallel = {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": layout}
+    deeper = config(parallel=parallel, model={"num_layers": 4})
+    growth = operator_named("g_stack")(deeper.model, {"factor": 2})
+    wider = operator_named("msg")(deeper.model, {"ffn_hidden_size": 2 * deeper.model.ffn_hidden_size})
+    check_layout(deeper, wider)
+    if layout == "auto":
+        check_layout(deeper, growth)
+        stages_of(deeper)
+        return
+    for check in (lambda: check_layout(deeper, growth), lambda: stages_of(deeper)):
+        with pytest.raises(ConfigError, match=r"cuts 4 layers, and the model grows to 8; set auto"):
+            check()

@@ -19,7 +19,7 @@ from megatron_sgt.config import Config, load_config
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.planning.flops import step_flops
 from megatron_sgt.planning.hardware import GPUS, USABLE, find_gpu
-from megatron_sgt.planning.memory import peak_memory
+from megatron_sgt.planning.rank_memory import peak_memory
 from megatron_sgt.planning.step_time import NOT_CALIBRATED, Machine, StepTime, step_time
 from megatron_sgt.planning.structure import final_plan
 

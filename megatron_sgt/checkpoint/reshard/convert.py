@@ -37,7 +37,7 @@ KEPT = ("step", "tokens", "growth", "config_sha256", "tokenizer", "code", "run")
 def weights_of(source: Source, part: int, parts: int) -> list[Weight]:
     """The consecutive weights that are part ``part`` (from 0) of ``parts``; may be none."""
     table = weights(source.model)
-    sizes = [weight.on_rank(len(source.ranks)) for weight in table]
+    sizes = [weight.on_rank(source.tp_size) for weight in table]
     chosen, before = [], 0
     for weight, size in zip(table, sizes, strict=True):
         if (before + size / 2) * parts // sum(sizes) == part:
@@ -108,7 +108,7 @@ def commit(source: Source, temporary: Path, final: Path) -> int:
             "version": 1,
             "source_layout": source.saved["layout"],
             "optimizer_step": source.step,
-            "loss_scale": source.ranks[0].loss_scale,
+            "loss_scale": source.loss_scale,
         },
     }
     made_from = manifest.read_manifest(source.folder)

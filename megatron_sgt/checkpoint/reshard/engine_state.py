@@ -10,7 +10,7 @@ Learning rate, weight decay and AdamW's constants stay those of this run's confi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,15 +18,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megatron_sgt.arch.weights import weights
+from megatron_sgt.arch.weight import Weight
+from megatron_sgt.arch.weights import stage_weights
 from megatron_sgt.checkpoint.reshard.layout_free import ShardReader
 from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE, MOMENTS, WEIGHTS
 from megatron_sgt.checkpoint.reshard.source import PREFIX
+from megatron_sgt.config import Config
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.optim.ema import WeightAverage
 from megatron_sgt.parallel.collectives import gather_or_raise
 from megatron_sgt.parallel.groups import ParallelGroups
+from megatron_sgt.planning.pipeline import pipeline_layout
 
 if TYPE_CHECKING:
     import deepspeed
@@ -60,12 +63,14 @@ def load_into_engine(
     reader: ShardReader,
     step: int,
     loss_scale: float | None,
-    model: ModelConfig,
+    config: Config,
     engine: deepspeed.DeepSpeedEngine,
     groups: ParallelGroups,
     average: WeightAverage | None = None,
 ) -> None:
     """Set fp32 weights, AdamW's moments and ``step``, fp16's ``loss_scale``, and the model's weights; collective.
+
+    A stage of a pipeline reads its own weights alone.
 
     ``average``: of the weights, set too; from the loaded weights where the reader has none.
 
@@ -77,12 +82,13 @@ def load_into_engine(
         raise CheckpointError("a run with optimizer offload to NVMe can load no other layout's checkpoint")
     with masters_changed(engine):
         masters = masters_of(engine, groups)
-        _check_names(model, masters)
+        held = stage_weights(config.model, pipeline_layout(config), groups.pp_rank)
+        _check_names(held, masters)
         values = _prepare_states(optimizer, masters.tensors, step)
         if average is not None and AVERAGE in reader.quantities:
             values[AVERAGE] = average.zeroed()
         # Together: collectives follow, and one rank may read for longer than another.
-        gather_or_raise(lambda: _read(reader, model, masters, values, groups), groups)
+        gather_or_raise(lambda: _read(reader, config.model, held, masters, values, groups), groups)
         if average is not None and AVERAGE not in values:
             average.start()
         if loss_scale is not None and getattr(optimizer, "dynamic_loss_scale", False):
@@ -149,8 +155,8 @@ def _flat_groups(optimizer: Any) -> Iterable[tuple[Tensor, list[tuple[Tensor, in
         yield master, list(zip(members, offsets, strict=True))
 
 
-def _check_names(model: ModelConfig, masters: Masters) -> None:
-    wanted = {PREFIX + weight.megatron for weight in weights(model)}
+def _check_names(held: Sequence[Weight], masters: Masters) -> None:
+    wanted = {PREFIX + weight.megatron for weight in held}
     if differing := wanted ^ set(masters.stretches):
         raise CheckpointError(f"the model's parameters differ from its weight table: {sorted(differing)[:4]}")
 
@@ -183,11 +189,12 @@ def _prepare_states(optimizer: Any, tensors: list[Tensor], step: int) -> dict[st
 def _read(
     reader: ShardReader,
     model: ModelConfig,
+    held: Sequence[Weight],
     masters: Masters,
     values: dict[str, list[Tensor]],
     groups: ParallelGroups,
 ) -> None:
-    for weight in weights(model):
+    for weight in held:
         stretches = masters.stretches[PREFIX + weight.megatron]
         for quantity in [q for q in reader.quantities if q in values] if stretches else ():
             # No name is bound to the shard here: the next one would be read while this one is still in memory.

@@ -82,8 +82,8 @@ def open_any(folder: Path) -> Opened:
     saved, config = read_state(folder), read_config(folder)
     if not is_layout_free(saved):
         source = open_source(folder)
-        scale = source.ranks[0].loss_scale
-        return Opened(folder, config, saved, MergedTensors(source), source.step, scale, saved["layout"])
+        tensors = MergedTensors(source)
+        return Opened(folder, config, saved, tensors, source.step, source.loss_scale, saved["layout"])
     reader, made = LayoutFreeReader(folder), saved[LAYOUT_FREE]
     for quantity in reader.quantities:
         reader.check_shapes(weights(config.model), quantity)

@@ -17,7 +17,7 @@ from megatron_sgt.checkpoint.place import Place
 from megatron_sgt.checkpoint.save import Saver
 from megatron_sgt.config import Config
 from megatron_sgt.engine.hooks.base import Hook
-from megatron_sgt.engine.hooks.replicas import verify_loaded, verify_same_plan
+from megatron_sgt.engine.hooks.replicas import verify_loaded
 from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.errors import CheckpointError, SGTError
 from megatron_sgt.metrics import MetricsHub
@@ -35,6 +35,7 @@ class CheckpointHook(Hook):
     next one; the last save of a run must succeed.
 
     ``at_first``: by name, the states of the user's hooks before the first step, for checkpoints that do not hold them.
+    ``verify``: raises where what is to be saved must not be; collective.
     """
 
     name = "checkpoint"
@@ -51,6 +52,7 @@ class CheckpointHook(Hook):
         at_first: Mapping[str, dict[str, Any]] | None = None,
         may_write: Callable[[], None] = lambda: None,
         average: WeightAverage | None = None,
+        verify: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
         self.engine = engine
@@ -59,6 +61,7 @@ class CheckpointHook(Hook):
         self.hub = hub
         self.groups = groups
         self.average = average
+        self.verify = verify
         self.saver = Saver(config, engine, groups, about, may_write, average)
         self.last_path: Path | None = None
         self.on_saved: Callable[[float], None] = lambda seconds: None
@@ -122,7 +125,7 @@ class CheckpointHook(Hook):
             self.after_run(state)
 
     def _start(self, state: TrainState) -> None:
-        verify_same_plan(self.engine.module, self.groups)
+        self.verify()
         hooks: dict[str, Any] = {}
         gather_or_raise(lambda: hooks.update({hook.name: _saved_state(hook) for hook in self.hooks}), self.groups)
         saved = {"trainer": state.state_dict(), "hooks": hooks, DATA_STATE: self.data}

@@ -60,10 +60,14 @@ class GrowthHook(Hook):
         events = self.schedule.after_step(state.step)
         self._obey()
         if events:
-            verify_same_plan(self.model, self.groups)
+            self.verify()
         for event in events:
             self.events.append(event.to_dict())
             self.on_event(event)
+
+    def verify(self) -> None:
+        """See ``verify_same_plan``; collective."""
+        verify_same_plan(self.model, self.schedule.plan, self.groups)
 
     def _obey(self) -> None:
         apply_plan(self.model, self.schedule.plan)

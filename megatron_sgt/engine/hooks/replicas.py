@@ -1,9 +1,9 @@
 """What must be the same on several ranks: the structure that they execute, and their copies of a weight, bit for bit.
 
-Under ZeRO 0 to 2 every data-parallel rank holds all weights of its tensor-parallel share; parameters that are
-not sharded are the same on all tensor-parallel ranks too. Under ZeRO-3 a rank holds a part of each parameter,
-of which the tensor-parallel ranks hold copies where it is not sharded. A flipped bit, or a missing sum of
-gradients, makes copies drift without any error.
+Under ZeRO 0 to 2 every data-parallel rank holds all weights of its tensor-parallel share of a pipeline stage;
+parameters that are not sharded are the same on all tensor-parallel ranks of the stage too. Under ZeRO-3 a rank holds a
+part of each parameter, of which the tensor-parallel ranks hold copies where it is not sharded. A flipped bit, or a
+missing sum of gradients, makes copies drift without any error.
 
 They are compared every so many steps, before every save, and after a checkpoint has been loaded.
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,29 +102,31 @@ class ReplicaCheckHook(Hook):
         self.after_run(state)
 
 
-def verify_same_plan(model: torch.nn.Module, groups: ParallelGroups) -> None:
-    """Compare a hash of the plan that this rank's layers execute with all other ranks'; collective.
+def verify_same_plan(model: torch.nn.Module, decided: LoopPlan, groups: ParallelGroups) -> None:
+    """Compare a hash of the plan that this rank executes with all other ranks'; collective.
+
+    A pipeline stage executes its own layers only: for the others stands what its schedule has ``decided``, so that
+    ranks of all stages can be compared.
 
     Raises:
-        PlanMismatchError: on every rank, naming the first rank that differs from rank 0 and both plans.
+        PlanMismatchError: on every rank, naming the first rank that differs from the majority and both plans.
     """
     if groups.world_size == 1:
         return
-    plan = executed_plan(model)
+    plan = executed_plan(model, decided)
     digest = bytes.fromhex(plan.fingerprint())
     mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(groups.device)
     everyone = [torch.empty_like(mine) for _ in range(groups.world_size)]
     dist.all_gather(everyone, mine)
-    if groups.pp_size > 1:  # a stage knows its own layers
-        each = groups.tp_size * groups.dp_size
-        everyone = everyone[groups.pp_rank * each : (groups.pp_rank + 1) * each]
     if all(torch.equal(everyone[0], other) for other in everyone):
         return
     plans: list[LoopPlan | None] = [None] * groups.world_size
     dist.all_gather_object(plans, plan)
-    rank = next(r for r, other in enumerate(plans) if other != plans[0])
+    common = Counter(plans).most_common(1)[0][0]  # of two plans that are as common the lower rank's
+    usual = plans.index(common)
+    rank = next(r for r, other in enumerate(plans) if other != common)
     raise PlanMismatchError(
-        f"rank {rank} executes another structure than rank 0: {plans[rank]} instead of {plans[0]}. "
+        f"rank {rank} executes another structure than rank {usual}: {plans[rank]} instead of {common}. "
         "Resume from the last checkpoint; if it happens again, exclude that rank's machine"
     )
 
@@ -187,11 +190,12 @@ def verify_loaded(
         return
     where: Mapping[str, Any] | None = saved["layout"]
     read: dict[str, None] = {}
-    if where is not None and where["tensor_model_parallel_size"] == groups.tp_size:
+    if where is not None and _model_parallel(where) == (groups.tp_size, groups.pp_size):
         for rank in sorted({rank for found in wrong.values() for rank in found}):
-            dp_rank, tp_rank = divmod(rank, groups.tp_size)
+            rest, tp_rank = divmod(rank, groups.tp_size)
+            pp_rank, dp_rank = divmod(rest, groups.dp_size)
             if dp_rank < where["data_parallel_size"]:
-                read |= dict.fromkeys(layout.files_of_rank(where, tp_rank, dp_rank))
+                read |= dict.fromkeys(layout.files_of_rank(where, tp_rank + groups.tp_size * pp_rank, dp_rank))
     ranks, names = _named(wrong)
     raise CheckpointError(
         f"checkpoint {folder}: after loading, weights that must be equal differ: rank {ranks} from the others, in "
@@ -199,6 +203,11 @@ def verify_loaded(
         f"write its name into {folder.parent / layout.LATEST_FILE}; if another differs too, exclude the machine of "
         "that rank"
     )
+
+
+def _model_parallel(where: Mapping[str, Any]) -> tuple[int, int]:
+    """Tensor- and pipeline-parallel size that files were written under; only those of a pipeline say the second."""
+    return where["tensor_model_parallel_size"], where.get("pipeline_model_parallel_size", 1)
 
 
 def _named(wrong: Mapping[str, Sequence[int]]) -> tuple[str, str]:
@@ -223,13 +232,15 @@ def differing_copies(model: torch.nn.Module, zero_stage: int, groups: ParallelGr
     everyone = [tuple(row.tolist()) for row in gathered]
     if not _differing(everyone, zero_stage, groups):
         return {}
-    tables = [torch.empty_like(sums) for _ in range(groups.world_size)]
-    dist.all_gather(tables, sums)
+    mine = {
+        name: (0, value) if split else (value, 0)
+        for name, split, value in zip(names, sharded.tolist(), sums.tolist(), strict=True)
+    }
+    tables: list[dict[str, tuple[int, int]]] = [{}] * groups.world_size
+    dist.all_gather_object(tables, mine)  # the weights of another pipeline stage have other names
     wrong: dict[str, list[int]] = {}
-    for index, name in enumerate(names):
-        column = [int(table[index]) for table in tables]
-        pairs = [(0, value) if sharded[index] else (value, 0) for value in column]
-        ranks = _differing(pairs, zero_stage, groups)
+    for name in dict.fromkeys(name for table in tables for name in table):
+        ranks = _differing([table.get(name, (0, 0)) for table in tables], zero_stage, groups)
         if ranks:
             wrong[name] = ranks
     return wrong
@@ -269,10 +280,14 @@ def _differing(values: Sequence[tuple[int, ...]], zero_stage: int, groups: Paral
 
 
 def _copies(sharded: bool, zero_stage: int, groups: ParallelGroups) -> list[list[int]]:
-    """Sets of ranks that hold the same values; tensor-parallel ranks are neighbours (Megatron's order)."""
-    tensor, replicas = groups.tp_size, groups.dp_size
-    if zero_stage == 3:
-        return [] if sharded else [[d * tensor + t for t in range(tensor)] for d in range(replicas)]
-    if sharded:
-        return [[d * tensor + t for d in range(replicas)] for t in range(tensor)]
-    return [list(range(groups.world_size))]
+    """Sets of ranks that hold the same values, within each pipeline stage."""
+    tensor, replicas, found = range(groups.tp_size), range(groups.dp_size), []
+    for stage in range(groups.pp_size):
+        place = partial(groups.rank_at, stage)
+        if zero_stage == 3:
+            found += [] if sharded else [[place(d, t) for t in tensor] for d in replicas]
+        elif sharded:
+            found += [[place(d, t) for d in replicas] for t in tensor]
+        else:
+            found.append([place(d, t) for d in replicas for t in tensor])
+    return found

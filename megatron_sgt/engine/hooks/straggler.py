@@ -4,6 +4,9 @@ Collectives make the step times of all ranks equal: the fast ones wait inside th
 rank measures what it does alone: the core attention of a few layers, which does not communicate (host time on
 a CPU, between stream events on a GPU), and its waiting for data (on the host: on a GPU queued work may hide some
 of it). One small gather per report compares the ranks.
+
+The stages of a pipeline differ in load by design, and wait for each other between the measured pieces. So a rank is
+compared with the ranks of its own pipeline stage; where it is alone on its stage, nothing is measured.
 """
 
 from __future__ import annotations
@@ -74,10 +77,17 @@ def excess_over_median(values: Sequence[float], base: float | None = None) -> li
     return [(value - middle) / base if base > 0 else 0.0 for value in values]
 
 
-class StragglerHook(Hook):
-    """Measures this rank and compares all ranks, every ``interval`` steps (but at least MIN_STEPS).
+def excess_in_stages(values: Sequence[float], stages: int, base: float | None = None) -> list[float]:
+    """``excess_over_median`` within each of ``stages`` pipeline stages, whose ranks follow each other."""
+    size = len(values) // stages
+    parts = (values[first : first + size] for first in range(0, len(values), size))
+    return [excess for part in parts for excess in excess_over_median(part, base)]
 
-    ``threshold`` 0, or a single rank: nothing is measured.
+
+class StragglerHook(Hook):
+    """Measures this rank and compares those of each pipeline stage, every ``interval`` steps (but at least MIN_STEPS).
+
+    ``threshold`` 0, or a single rank on each stage: nothing is measured.
     """
 
     name = "straggler"
@@ -97,7 +107,7 @@ class StragglerHook(Hook):
         self.data = Stopwatch(torch.device("cpu"))
         self.rules = {"computing": LagRule(threshold), "waiting for data": LagRule(threshold)}
         self._steps: list[float] = []
-        self.active = threshold > 0 and groups.world_size > 1
+        self.active = threshold > 0 and groups.world_size > groups.pp_size
         if not self.active:
             return
         layers = sgt_layers(model)
@@ -150,8 +160,8 @@ class StragglerHook(Hook):
             "data_wait_s": [round(value, 6) for value in data],
         }
         lags = {
-            "computing": excess_over_median(work),
-            "waiting for data": excess_over_median(data, base=seconds),
+            "computing": excess_in_stages(work, self.groups.pp_size),
+            "waiting for data": excess_in_stages(data, self.groups.pp_size, base=seconds),
         }
         for what, excess in lags.items():
             rank = self.rules[what].judge(excess)

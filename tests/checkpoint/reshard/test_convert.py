@@ -37,6 +37,10 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+Pipeline = tuple[int, tuple[int, ...]] | None
+"""Stages, and the layers of every chunk."""
+
+
 def read_all(folder: Path, quantities: Sequence[str] = QUANTITIES) -> State:
     return {
         quantity: {n: t for file in folder.glob(f"{quantity}-*") for n, t in load_file(file).items()}
@@ -52,11 +56,24 @@ def same(one: State, other: State) -> bool:
     )
 
 
-@pytest.mark.parametrize("where", [(2, 2, 0), (2, 3, 1), (1, 2, 2), (2, 2, 3), (1, 3, 3)])
-def test_an_average_of_the_weights_is_one_more_quantity(where: tuple[int, int, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("where", "pipeline"),
+    [
+        *((where, None) for where in [(2, 2, 0), (2, 3, 1), (1, 2, 2), (2, 2, 3), (1, 3, 3)]),
+        ((2, 1, 0), (2, (1, 1))),
+        ((1, 2, 1), (2, (1, 1))),
+    ],
+)
+def test_an_average_of_the_weights_is_one_more_quantity(
+    where: tuple[int, int, int], pipeline: Pipeline, tmp_path: Path
+) -> None:
     config = odd_config()
     state = random_state(config, averaged=True)
-    folder, *_ = convert(write_checkpoint(tmp_path / "from", config, state, where), tmp_path / "to")
+    source = write_checkpoint(tmp_path / "from", config, state, where, pipeline=pipeline)
+    if where[2] < 3:  # else every data-parallel rank has a model file, of which the first one's alone is read
+        written_under = layout.read_json(source / layout.STATE_FILE)["layout"]
+        assert layout.expected_files(written_under, averaged=True) == {*layout.file_sizes(source)}
+    folder, *_ = convert(source, tmp_path / "to")
     found = read_all(folder, [*QUANTITIES, AVERAGE])
     assert same(found, state)
     assert found[AVERAGE].keys() == state[AVERAGE].keys()
@@ -85,18 +102,29 @@ def test_a_checkpoint_without_an_average_gets_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("where", [(1, 1, 0), (2, 2, 0), (2, 3, 1), (1, 2, 2), (2, 2, 3), (1, 3, 3)])
-def test_the_merged_state_is_the_one_that_was_sharded(where: tuple[int, int, int], model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("where", "pipeline"),
+    [
+        *((where, None) for where in [(1, 1, 0), (2, 2, 0), (2, 3, 1), (1, 2, 2), (2, 2, 3), (1, 3, 3)]),
+        ((1, 1, 0), (2, (1, 1))),
+        ((2, 2, 1), (2, (1, 1))),
+    ],
+)
+def test_the_merged_state_is_the_one_that_was_sharded(
+    where: tuple[int, int, int], pipeline: Pipeline, model: str, tmp_path: Path
+) -> None:
+    """Tied weights lie on the first stage of a pipeline alone."""
     config = odd_config(**MODELS[model])
     state = random_state(config)
-    folder = write_checkpoint(tmp_path / "from", config, state, where, "matrices")
+    folder = write_checkpoint(tmp_path / "from", config, state, where, "matrices", pipeline)
     final, size, drift = convert(folder, tmp_path / "to")
     assert final == layout.resolve(tmp_path / "to") == tmp_path / "to" / f"global_step{STEP}"
     assert same(read_all(final), state)
     assert drift == 0.0
     manifest.verify_sizes(final)
     assert size == sum(layout.file_sizes(final).values())
-    assert len(list(final.glob("rng_rank_*.pt"))) == where[0] * where[1]
+    ranks = where[0] * where[1] * (1 if pipeline is None else pipeline[0])
+    assert len(list(final.glob("rng_rank_*.pt"))) == ranks
     saved = layout.read_json(final / layout.STATE_FILE)
     assert saved["layout"] is None and saved["trainer"] == counters(STEP)
     assert saved["layout_free"] == {
@@ -122,15 +150,17 @@ def test_parts_cover_every_parameter_once_and_are_balanced(parts: int, tmp_path:
     source = open_source(write_checkpoint(tmp_path, config, random_state(config), (1, 1, 0)))
     chosen = [weights_of(source, part, parts) for part in range(parts)]
     assert tuple(weight for part in chosen for weight in part) == weights(config.model)
-    sizes = [sum(source.ranks[0].read(f"gpt.{e.megatron}", "weights").numel() for e in part) for part in chosen]
+    sizes = [sum(source.ranks[0][0].read(f"gpt.{e.megatron}", "weights").numel() for e in part) for part in chosen]
     largest = max(tensor.numel() for tensor in random_state(config)["weights"].values()) * 3  # q, k and v are one
     assert max(sizes) <= sum(sizes) / parts + largest
 
 
-def test_copies_that_differ_are_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("pipeline", "rank"), [(None, 1), ((2, (1, 1)), 3)])
+def test_copies_that_differ_are_told(pipeline: Pipeline, rank: int, tmp_path: Path) -> None:
+    """Copies are those of tensor-parallel ranks of one stage."""
     config = odd_config()
-    folder = write_checkpoint(tmp_path / "from", config, random_state(config), (2, 1, 0))
-    file = folder / "mp_rank_01_model_states.pt"
+    folder = write_checkpoint(tmp_path / "from", config, random_state(config), (2, 1, 0), pipeline=pipeline)
+    file = folder / layout.model_file(rank)
     content = torch.load(file)
     content["module"]["gpt.decoder.final_layernorm.weight"][3] += 0.25
     torch.save(content, file)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,9 @@ from megatron_sgt.checkpoint.reshard.engine_state import _prepare_states, load_i
 from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE, QUANTITIES
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.optim.ema import WeightAverage
-from tests.helpers.deepspeed_files import STEP, odd_config, random_state, rank_state, write_checkpoint
+from megatron_sgt.parallel.groups import ParallelGroups
+from megatron_sgt.planning.pipeline import pipeline_layout
+from tests.helpers.deepspeed_files import STEP, odd_config, random_state, rank_state, stage_state, write_checkpoint
 from tests.helpers.fake_groups import fake_groups
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.resharding import load_and_look
@@ -104,7 +107,7 @@ def test_nvme_is_refused() -> None:
     engine = fake_engine(SimpleNamespace(swap_optimizer=True), torch.nn.Linear(1, 1))
     reader: Any = None
     with pytest.raises(CheckpointError, match="offload to NVMe"):
-        load_into_engine(reader, 1, None, odd_config().model, engine, fake_groups())
+        load_into_engine(reader, 1, None, odd_config(), engine, fake_groups())
 
 
 def test_another_model_is_refused() -> None:
@@ -112,7 +115,7 @@ def test_another_model_is_refused() -> None:
     engine = fake_engine(torch.optim.AdamW(module.parameters()), module)
     reader: Any = None
     with pytest.raises(CheckpointError, match="differ from its weight table"):
-        load_into_engine(reader, 1, None, odd_config().model, engine, fake_groups())
+        load_into_engine(reader, 1, None, odd_config(), engine, fake_groups())
 
 
 class NumberReader:
@@ -129,41 +132,63 @@ class NumberReader:
 
 
 def numbered() -> tuple[Any, dict[str, torch.nn.Parameter], Any, Any]:
-    """A model of one layer, its parameters, a reader of numbers for them, and an engine without ZeRO."""
+    """A run of a model of one layer, its parameters, a reader of numbers for them, and an engine without ZeRO."""
     config = odd_config(num_layers=1)
     state = rank_state(config, random_state(config))["weights"]
     module = torch.nn.Module()
     module.named_parameters = lambda *a, **k: iter(parameters.items())  # type: ignore[method-assign]
     parameters = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in state.items()}
     reader = NumberReader({name: tensor.shape for name, tensor in state.items()})
-    return config.model, parameters, reader, fake_engine(torch.optim.AdamW(parameters.values()), module)
+    return config, parameters, reader, fake_engine(torch.optim.AdamW(parameters.values()), module)
 
 
 @pytest.mark.parametrize("held", [True, False])
 def test_an_average_is_read_or_starts_from_the_weights_that_were_read(held: bool) -> None:
-    model, parameters, reader, engine = numbered()
+    config, parameters, reader, engine = numbered()
     reader.quantities = (*QUANTITIES, AVERAGE) if held else QUANTITIES
     shard = reader.shard
     reader.shard = lambda entry, quantity, *rest: shard(entry) + (1000 if quantity == AVERAGE else 0)
     average = WeightAverage(masters_of(engine, fake_groups()).tensors, 0.9)
-    load_into_engine(reader, 3, None, model, engine, fake_groups(), average)
+    load_into_engine(reader, 3, None, config, engine, fake_groups(), average)
     for tensor, parameter in zip(average.tensors, parameters.values(), strict=True):
         assert torch.equal(tensor, parameter.data + (1000 if held else 0))
 
 
 def test_a_run_without_an_average_leaves_a_held_one_out() -> None:
-    model, parameters, reader, engine = numbered()
+    config, parameters, reader, engine = numbered()
     reader.quantities = (*QUANTITIES, AVERAGE)
-    load_into_engine(reader, 3, None, model, engine, fake_groups())
+    load_into_engine(reader, 3, None, config, engine, fake_groups())
     assert all(torch.equal(p.data.flatten(), torch.arange(float(p.numel()))) for p in parameters.values())
 
 
+def test_a_stage_of_a_pipeline_reads_its_own_weights_alone() -> None:
+    cut = {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "2,1"}
+    config = odd_config({"parallel": cut}, num_layers=3)
+    shards = rank_state(config, random_state(config))
+
+    def alone(stage: int) -> ParallelGroups:
+        return replace(fake_groups(pp_rank=stage, pp_size=2), world_size=1)
+
+    for stage in (0, 1):
+        state = stage_state(config, shards, pipeline_layout(config), stage)["weights"]
+        parameters = {name: torch.nn.Parameter(torch.zeros_like(tensor)) for name, tensor in state.items()}
+        module = torch.nn.Module()
+        module.named_parameters = lambda *a, found=parameters, **k: iter(found.items())  # type: ignore[method-assign]
+        engine = fake_engine(torch.optim.AdamW(parameters.values()), module)
+        reader: Any = NumberReader({name: tensor.shape for name, tensor in state.items()})
+        load_into_engine(reader, 3, None, config, engine, alone(stage))
+        for parameter in parameters.values():
+            assert torch.equal(parameter.data.flatten(), torch.arange(float(parameter.numel())))
+        with pytest.raises(CheckpointError, match="differ from its weight table"):
+            load_into_engine(reader, 3, None, config, engine, alone(1 - stage))
+
+
 def test_a_dynamic_loss_scale_continues() -> None:
-    model, parameters, reader, engine = numbered()
+    config, parameters, reader, engine = numbered()
     optimizer = engine.optimizer
     optimizer.dynamic_loss_scale, optimizer.loss_scaler = True, SimpleNamespace(cur_scale=65536.0)
-    load_into_engine(reader, 3, 64.0, model, engine, fake_groups())
+    load_into_engine(reader, 3, 64.0, config, engine, fake_groups())
     assert optimizer.loss_scaler.cur_scale == 64.0
-    for weight in weights(model):
+    for weight in weights(config.model):
         loaded = parameters[f"gpt.{weight.megatron}"].data
         assert torch.equal(loaded.flatten(), torch.arange(float(loaded.numel())))

@@ -75,7 +75,7 @@ def on_ranks(info: RankInfo, source: Path, where: dict[str, Any]) -> dict[str, A
     groups = start_processes(config, info)
     runtime = build_runtime(config, groups)
     engine, state = runtime.engine, TrainState(STEP)
-    load_into_engine(reader, step, None, config.model, engine, groups)
+    load_into_engine(reader, step, None, config, engine, groups)
     assert config.growth.ramp is not None
     hook = RampHook(config.growth.ramp, RampMask(runtime.model, config, groups))
     hook.before_run(state)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,8 +24,10 @@ from megatron_sgt.engine.hooks.replicas import (
 from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.launch.rank_info import RankInfo
+from megatron_sgt.model import apply_plan as apply_plan_module
 from megatron_sgt.model.apply_plan import apply_plan, executed_plan
 from megatron_sgt.model.gpt import build_model
+from megatron_sgt.parallel.groups import ParallelGroups
 from tests.engine.test_step import Steps
 from tests.helpers.fake_groups import fake_groups
 from tests.helpers.ranks import run_on_ranks
@@ -67,6 +71,18 @@ def test_chunks_do_not_change_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_who_differs(values: list[tuple[int, int]], zero: int, wrong: list[int]) -> None:
     groups = fake_groups(tp_size=2, dp_size=2)
     assert _differing(values, zero, groups) == sorted(wrong)
+
+
+@pytest.mark.parametrize(
+    ("values", "wrong"),
+    [
+        ([(1, 5), (1, 6), (1, 5), (1, 6), (2, 7), (2, 8), (2, 7), (2, 8)], []),  # stages hold different weights
+        ([(1, 5), (1, 6), (1, 5), (1, 6), (2, 7), (2, 8), (3, 7), (2, 8)], [6]),
+        ([(1, 5), (1, 6), (1, 5), (1, 6), (2, 7), (2, 8), (2, 7), (2, 9)], [5, 7]),  # of two copies neither
+    ],
+)
+def test_copies_lie_within_a_pipeline_stage(values: list[tuple[int, int]], wrong: list[int]) -> None:
+    assert _differing(values, 1, fake_groups(tp_size=2, dp_size=2, pp_size=2)) == wrong
 
 
 def change_one_weight(info: RankInfo, tensor: int, zero: int, name: str, rank: int) -> str:
@@ -121,7 +137,11 @@ def test_weights_in_host_memory_are_compared_by_the_gpus(monkeypatch: pytest.Mon
         for rank, output in enumerate(outputs):
             output.copy_(mine + (rank if wrong else 0))
 
+    def gather_tables(outputs: list[Any], mine: dict[str, tuple[int, int]]) -> None:
+        outputs[:] = [{name: (pair[0] + rank, 0) for name, pair in mine.items()} for rank in range(len(outputs))]
+
     monkeypatch.setattr("megatron_sgt.engine.hooks.replicas.dist.all_gather", gather)
+    monkeypatch.setattr("megatron_sgt.engine.hooks.replicas.dist.all_gather_object", gather_tables)
     groups = replace(fake_groups(tp_size=2), device=GPU)
     with TwoDevices():
         if wrong:
@@ -185,7 +205,7 @@ def _verify(info: RankInfo, heads: tuple[tuple[int, ...], ...]) -> str:
     model = build_model(config, groups, "fp32", 2)
     apply_plan(model, LoopPlan(4, ((2, LayerPlan(1, heads[info.rank])),)))
     try:
-        verify_same_plan(model, groups)
+        verify_same_plan(model, LoopPlan.empty(4), groups)
     except PlanMismatchError as error:
         return str(error)
     return ""
@@ -208,7 +228,50 @@ def test_the_executed_plan_is_read_from_the_layers() -> None:
     plan = LoopPlan(4, ((1, LayerPlan(2, (0, 3), 0.5)),))
     apply_plan(model, plan)
     assert executed_plan(model) == plan
-    verify_same_plan(model, single_groups(config))  # alone there is nobody to differ from
+    verify_same_plan(model, plan, single_groups(config))  # alone there is nobody to differ from
+
+
+def differing_stage(info: RankInfo, slips: dict[int, str]) -> list[str]:
+    """PP2 x DP2 without a model: stage p holds layers 2p and 2p + 1, with two weights. Returns the two alarms."""
+    whole = start_processes(small_config(), info)
+    stage, replica = divmod(info.rank, 2)
+    groups = replace(whole, pp_rank=stage, pp_size=2, dp_rank=replica, dp_size=2, tp_rank=0)
+    decided = LoopPlan(4, ((1, LayerPlan(1, (0, 1))), (3, LayerPlan(2, (2,)))))
+    slip = slips.get(info.rank, "")
+    model = torch.nn.Module()
+    for layer in (2 * stage, 2 * stage + 1):
+        value = float(layer + (slip == "weight" and layer == 3))
+        model.register_parameter(f"layer{layer}", torch.nn.Parameter(torch.full((3,), value)))
+    if stage == 1:  # the numbers of weights differ, too
+        model.register_parameter("norm", torch.nn.Parameter(torch.ones(2)))
+    executed = LoopPlan(4, (*decided.layers[:1], (3, LayerPlan(1, (2,))))) if slip == "plan" else decided
+    said = []
+    for check in (lambda: verify_replicas(model, 5, 1, groups), lambda: _same_plan(executed, decided, groups)):
+        try:
+            check()
+            said.append("")
+        except (CorruptionError, PlanMismatchError) as error:
+            said.append(str(error))
+    return said
+
+
+def _same_plan(executed: LoopPlan, decided: LoopPlan, groups: ParallelGroups) -> None:
+    own = range(2 * groups.pp_rank, 2 * groups.pp_rank + 2)
+    layers = [SimpleNamespace(layer_id=n, plan=executed[n], config=SimpleNamespace(num_layers=4)) for n in own]
+    with mock.patch.object(apply_plan_module, "sgt_layers", lambda model: layers):
+        verify_same_plan(torch.nn.Module(), decided, groups)
+
+
+def test_a_difference_on_the_second_stage_is_named_on_every_rank() -> None:
+    assert run_on_ranks(4, differing_stage, {}) == [["", ""]] * 4
+    alarms = run_on_ranks(4, differing_stage, {2: "weight", 3: "plan"})
+    assert all(said == alarms[0] for said in alarms)
+    copies, plan = alarms[0]
+    assert "rank 2, 3 from the others, in layer3" in copies
+    assert plan.startswith("rank 3 executes another structure than rank 0: LoopPlan(") and "instead of" in plan
+    assert "(3, LayerPlan(loops=1, kept_heads=(2,)" in plan and "(3, LayerPlan(loops=2, kept_heads=(2,)" in plan
+    _, plan = run_on_ranks(4, differing_stage, {2: "plan", 3: "plan"})[0]
+    assert plan.startswith("rank 2 executes another structure than rank 0:"), "each stage is held to what was decided"
 
 
 def test_the_error_is_no_usage_error() -> None:

@@ -9,10 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_sgt.config import Config
-from megatron_sgt.engine.hooks.straggler import MIN_STEPS, PATIENCE, LagRule, excess_over_median
+from megatron_sgt.engine.hooks.straggler import (
+    MIN_STEPS,
+    PATIENCE,
+    LagRule,
+    StragglerHook,
+    excess_in_stages,
+    excess_over_median,
+)
 from megatron_sgt.launch.rank_info import RankInfo
+from megatron_sgt.metrics import MetricsHub
+from tests.helpers.fake_groups import fake_groups
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import pretrain, reported, tiny_config, write_tiny_data
 
@@ -67,6 +77,21 @@ def test_excess() -> None:
     assert excess_over_median([1.0, 1.0, 1.5]) == [0.0, 0.0, 0.5]
     assert excess_over_median([0.0, 0.0, 0.1], base=0.5) == pytest.approx([0.0, 0.0, 0.2])
     assert excess_over_median([0.0, 0.0, 0.0]) == [0.0, 0.0, 0.0]
+
+
+def test_a_rank_is_compared_within_its_pipeline_stage() -> None:
+    """The second stage has the loops and takes twice as long; rank 5 is slow for a rank of that stage."""
+    work = [1.0, 1.0, 1.0, 2.0, 2.0, 2.6]
+    assert excess_in_stages(work, 2) == pytest.approx([0, 0, 0, 0, 0, 0.3])
+    assert excess_in_stages([1.0, 2.0], 2) == [0.0, 0.0]
+    assert excess_in_stages([0.0, 0.1, 0.4, 0.4], 2, base=0.5) == pytest.approx([0.0, 0.2, 0.0, 0.0])
+
+
+@pytest.mark.parametrize(("tp_size", "dp_size", "active"), [(1, 1, False), (2, 1, True), (1, 2, True)])
+def test_a_rank_that_is_alone_on_its_stage_is_not_measured(tp_size: int, dp_size: int, active: bool) -> None:
+    groups = fake_groups(tp_size=tp_size, dp_size=dp_size, pp_size=2)
+    layers = torch.nn.Module()
+    assert StragglerHook(layers, 10, 0.15, MetricsHub([]), groups).active is active
 
 
 def pretrain_slowed(info: RankInfo, config: Config, rank: int, where: str) -> None:
