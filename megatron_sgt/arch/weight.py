@@ -19,6 +19,8 @@ Split = Literal["replicated", "rows", "columns", "qkv", "vocab"]
 """
 Kind = Literal["matrix", "residual", "norm", "bias"]
 """What a parameter is: ``residual`` is a matrix that writes into the residual stream."""
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes of a number by precision."""
 Part = Literal["embedding", "attention", "mlp", "norms", "output"]
 
 

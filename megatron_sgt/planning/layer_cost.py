@@ -16,14 +16,16 @@ as a full one; the causal mask hides half of it, and the backward pass computes 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 from megatron_sgt.arch.flops import Flops
 from megatron_sgt.config import Config
-from megatron_sgt.growth import LayerPlan
+from megatron_sgt.config.base import Section
+from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.planning.flops import pass_flops
 from megatron_sgt.planning.loop_cost import loop_flops
-from megatron_sgt.planning.traffic import LoopMethod
+from megatron_sgt.planning.tensor_traffic import LoopMethod
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,40 @@ def layer_cost(config: Config, index: int, layer: LayerPlan, method: LoopMethod,
         flops = loop_flops(config, method, layer.kept_heads, tp_rank)
         loops += layer.loops * (flops.needed + full * (flops.linear_forward + flops.visible * flops.attention_forward))
     return LayerCost(0.0 if layer.skipped else once / ranks, loops)
+
+
+def layer_costs(config: Config, plan: LoopPlan, method: LoopMethod, tp_rank: int = 0) -> tuple[LayerCost, ...]:
+    """All layers of ``plan``."""
+    return _layer_costs(_Sections.of(config), plan, method, tp_rank)
+
+
+def layer_operations(config: Config, plan: LoopPlan, method: LoopMethod) -> tuple[int, ...]:
+    """All layers of ``plan`` in whole operations, on the tensor-parallel rank that has most."""
+    return _layer_operations(_Sections.of(config), plan, method)
+
+
+@dataclass(frozen=True)
+class _Sections:
+    """A configuration by what the cost of a layer depends on: costs are remembered, as a plan asks for them often."""
+
+    sections: tuple[Section, ...]
+    config: Config = field(compare=False)
+
+    @classmethod
+    def of(cls, config: Config) -> _Sections:
+        return cls((config.model, config.parallel, config.train), config)
+
+
+@lru_cache(maxsize=256)
+def _layer_costs(key: _Sections, plan: LoopPlan, method: LoopMethod, tp_rank: int) -> tuple[LayerCost, ...]:
+    return tuple(layer_cost(key.config, index, layer, method, tp_rank) for index, layer in enumerate(plan))
+
+
+@lru_cache(maxsize=256)
+def _layer_operations(key: _Sections, plan: LoopPlan, method: LoopMethod) -> tuple[int, ...]:
+    ranks = key.config.parallel.tensor_model_parallel_size if plan.layers else 1
+    every = (_layer_costs(key, plan, method, rank) for rank in range(ranks))
+    return max((tuple(round(layer.total) for layer in layers) for layers in every), key=sum)
 
 
 def output_cost(config: Config) -> float:

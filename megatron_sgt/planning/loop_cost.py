@@ -13,7 +13,7 @@ projection runs on all tokens on every rank, and so do both projections in the b
 
     linear, forward 2·S·B·D·((h + 2g)·H / t + h·H)                   backward 4·S·B·D·(2h + 2g)·H
 
-Bytes: ``traffic.loop_pass_traffic``.
+Bytes: ``tensor_traffic.loop_pass_traffic``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_sgt.config import Config
 from megatron_sgt.growth import LayerPlan
 from megatron_sgt.metrics.units import file_size, si
 from megatron_sgt.planning.structure import most_kept_heads
-from megatron_sgt.planning.traffic import LoopMethod, Transfer, loop_pass_traffic
+from megatron_sgt.planning.tensor_traffic import LoopMethod, Transfer, loop_pass_traffic
 
 # The ratio decides, not the values: dense bf16 arithmetic that attention reaches on an H100-class GPU, and the
 # bus bandwidth of collectives inside an NVLink node (8 GPUs, 450 GB/s per direction by data sheet).

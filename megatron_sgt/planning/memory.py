@@ -13,11 +13,11 @@ from megatron_sgt.arch.attention import CAUSAL
 from megatron_sgt.arch.ffn import ffn_kind
 from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.arch.kernels import GPU, Kernels
+from megatron_sgt.arch.weight import ELEMENT_BYTES
 from megatron_sgt.config import Config
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.planning.loop_cost import LoopMethod, choose_loop_method
-from megatron_sgt.planning.parameters import ELEMENT_BYTES
 
 _FP32 = 4
 

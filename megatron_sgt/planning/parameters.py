@@ -5,13 +5,11 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import get_args
 
-from megatron_sgt.arch.weight import Part, Weight
+from megatron_sgt.arch.weight import ELEMENT_BYTES, Part, Weight
 from megatron_sgt.arch.weights import stage_of, weights
 from megatron_sgt.config import Config
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.planning.pipeline import pipeline_layout
-
-ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def parameter_count(model: ModelConfig, tp_size: int = 1) -> int:

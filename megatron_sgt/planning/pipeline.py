@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from megatron_sgt.config import Config
 from megatron_sgt.config.pipeline import AUTO, PipelineLayout, even_layout, parse_layout
 from megatron_sgt.growth import LoopPlan
-from megatron_sgt.planning.layer_cost import layer_cost, output_cost
+from megatron_sgt.planning.layer_cost import layer_operations, output_cost
 from megatron_sgt.planning.loop_cost import choose_loop_method
 from megatron_sgt.planning.pipeline_cut import best_cut, stage_costs
 from megatron_sgt.planning.structure import final_plan
@@ -38,26 +38,20 @@ def pipeline_layout(config: Config) -> PipelineLayout:
         return PipelineLayout(1, (num_layers,))
     if setting != AUTO:
         return parse_layout(setting, stages, virtual, num_layers)
-    grown, output = layer_costs(config, expected_plan(config)), round(output_cost(config))
-    now = layer_costs(config, LoopPlan.empty(num_layers))
+    grown, output = _operations(config, expected_plan(config)), round(output_cost(config))
+    now = _operations(config, LoopPlan.empty(num_layers))
     return PipelineLayout(stages, best_cut(grown, output, now, stages, virtual))
 
 
 def expected_plan(config: Config) -> LoopPlan:
     """The structure that the cut is made for: the final one, with kept heads together or apart, whatever costs more."""
     return max(
-        (final_plan(config, together) for together in (False, True)), key=lambda plan: sum(layer_costs(config, plan))
+        (final_plan(config, together) for together in (False, True)), key=lambda plan: sum(_operations(config, plan))
     )
 
 
-def layer_costs(config: Config, plan: LoopPlan) -> tuple[int, ...]:
-    """Operations of every layer for one micro-batch, on the tensor-parallel rank that has most."""
-    method = choose_loop_method(config)[0]
-    ranks = [
-        tuple(round(layer_cost(config, index, layer, method, rank).total) for index, layer in enumerate(plan))
-        for rank in range(config.parallel.tensor_model_parallel_size)
-    ]
-    return max(ranks, key=sum)
+def _operations(config: Config, plan: LoopPlan) -> tuple[int, ...]:
+    return layer_operations(config, plan, choose_loop_method(config)[0])
 
 
 @dataclass(frozen=True)
@@ -87,7 +81,7 @@ class CutCost:
 
 def cut_cost(config: Config, plan: LoopPlan, layout: PipelineLayout) -> CutCost:
     """The cost of ``plan`` in ``layout``."""
-    loads = stage_costs(layer_costs(config, plan), round(output_cost(config)), layout.counts, layout.size)
+    loads = stage_costs(_operations(config, plan), round(output_cost(config)), layout.counts, layout.size)
     return CutCost(tuple(loads), layout.virtual_size)
 
 

@@ -18,7 +18,8 @@ from megatron_sgt.planning.rank_memory import rank_memory
 from megatron_sgt.planning.stages import StagePlan, plan_stages, stage_table
 from megatron_sgt.planning.step_time import NOT_CALIBRATED, Machine, step_time
 from megatron_sgt.planning.structure import FIXED, Stretch, final_plan, schedule_of
-from megatron_sgt.planning.traffic import LoopMethod, group_sizes, loop_pass_traffic, step_traffic
+from megatron_sgt.planning.tensor_traffic import LoopMethod, loop_pass_traffic
+from megatron_sgt.planning.traffic import group_sizes, step_traffic
 
 METHODS: tuple[LoopMethod, ...] = ("owner", "balanced")
 ERROR_BARS = (

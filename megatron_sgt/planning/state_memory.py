@@ -29,9 +29,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_sgt.arch.weight import ELEMENT_BYTES
 from megatron_sgt.arch.weights import stage_weights
 from megatron_sgt.config import Config
-from megatron_sgt.planning.parameters import ELEMENT_BYTES, borrowed_count, stage_parameter_count
+from megatron_sgt.planning.parameters import borrowed_count, stage_parameter_count
 from megatron_sgt.planning.pipeline import pipeline_layout
 
 BUCKET_ELEMENTS = 5 * 10**8

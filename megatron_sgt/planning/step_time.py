@@ -9,24 +9,32 @@
     optimizer   28 bytes per parameter of the rank's share (fp32 master copy and two moments read and written,
                 gradient read) over the memory bandwidth
 
+    bubble      what the largest stage of a pipeline waits while others fill and drain it
+
+Stage p of a pipeline takes t_p for one of M micro-batches: compute, elementwise, traffic of its layers and what it
+sends to its neighbours. M of them take M · max t_p + (Σ t_p - max t_p) / V (``pipeline.pipeline_time``); with stages
+of equal time the bubble is (P - 1) / (V · M + P - 1) of that. Optimizer and data-parallel traffic come after it, on
+all stages at once: those of the stage that needs longest.
+
 Nothing overlaps with anything else. Tensor-parallel groups lie inside a node. A data-parallel group that spans nodes
-has the network adapters of all its ranks in a node.
+has the network adapters of all its ranks in a node, a rank that sends to another stage one of them.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from megatron_sgt.arch.flops import Flops
 from megatron_sgt.config import Config
-from megatron_sgt.growth import LayerPlan, LoopPlan
-from megatron_sgt.planning.flops import pass_flops, step_flops
+from megatron_sgt.config.pipeline import PipelineLayout
+from megatron_sgt.growth import LoopPlan
 from megatron_sgt.planning.hardware import Gpu
-from megatron_sgt.planning.loop_cost import loop_flops
-from megatron_sgt.planning.memory import activation_memory
-from megatron_sgt.planning.parameters import parameter_count
-from megatron_sgt.planning.traffic import LoopMethod, Transfer, group_sizes, step_traffic
+from megatron_sgt.planning.layer_cost import layer_costs, output_cost
+from megatron_sgt.planning.memory import Part, activation_memory
+from megatron_sgt.planning.parameters import stage_parameter_count
+from megatron_sgt.planning.pipeline import pipeline_layout
+from megatron_sgt.planning.tensor_traffic import LoopMethod, Transfer
+from megatron_sgt.planning.traffic import group_sizes, step_traffic
 
 OPTIMIZER_BYTES = 28
 """Read and written per parameter by AdamW in fp32."""
@@ -54,7 +62,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step by component."""
+    """Seconds of one optimizer step by component, on the pipeline stage that takes longest.
+
+    ``pipeline``: messages between stages, tied embeddings too; ``bubble``: waiting for other stages.
+    """
 
     compute: float
     elementwise: float
@@ -63,6 +74,8 @@ class StepTime:
     optimizer: float
     loop_compute: float
     loop_traffic: float
+    pipeline: float = 0.0
+    bubble: float = 0.0
 
     @property
     def loops(self) -> float:
@@ -71,98 +84,112 @@ class StepTime:
     @property
     def total(self) -> float:
         ordinary = self.compute + self.elementwise + self.optimizer
-        return ordinary + self.tensor_parallel + self.data_parallel + self.loops
+        return ordinary + self.tensor_parallel + self.data_parallel + self.loops + self.pipeline + self.bubble
 
 
 def step_time(
     config: Config, plan: LoopPlan, world_size: int, machine: Machine, precision: str, method: LoopMethod
 ) -> StepTime:
     """Model one optimizer step of ``plan`` on ``world_size`` ranks."""
-    rate = machine.gpu.peak(precision) * machine.kernel_efficiency
-    empty = LoopPlan.empty(config.model.num_layers)
-    ordinary = step_flops(config.model, empty, config.train.global_batch_size)
-    again = sum(_recomputed(config, layer) for layer in range(config.model.num_layers))
-    transfers = step_traffic(config, plan, world_size, precision, method)
-    looping = [item for item in transfers if item.part in LOOP_PARTS]
-    others = [item for item in transfers if item.part not in LOOP_PARTS]
-    moved, moved_by_loops = _elementwise_bytes(config, plan, world_size, precision, method)
-    count = parameter_count(config.model, config.parallel.tensor_model_parallel_size)
-    share = count / (config.data_parallel_size(world_size) if config.parallel.zero_stage else 1)
-    return StepTime(
-        compute=(_needed(ordinary) + again) / world_size / rate,
-        tensor_parallel=sum(_seconds(i, config, world_size, machine) for i in others if i.group != "data"),
-        data_parallel=sum(_seconds(i, config, world_size, machine) for i in others if i.group == "data"),
-        optimizer=share * OPTIMIZER_BYTES / machine.gpu.memory_bandwidth,
-        elementwise=moved / machine.gpu.memory_bandwidth,
-        loop_compute=_loop_operations(config, plan, world_size, method) / rate
-        + moved_by_loops / machine.gpu.memory_bandwidth,
-        loop_traffic=sum(_seconds(item, config, world_size, machine) for item in looping),
+    rank = _Rank(config, plan, world_size, machine, precision, method)
+    layout = pipeline_layout(config)
+    stages = [rank.passes(stage) for stage in range(layout.size)]
+    largest = max(stages, key=lambda one: one.total)
+    rounds = config.num_micro_batches(world_size) * layout.virtual_size
+    after = max((rank.update(stage) for stage in range(layout.size)), key=lambda one: one.total)
+    return replace(
+        largest,
+        bubble=(sum(one.total for one in stages) - largest.total) / rounds,
+        pipeline=largest.pipeline + after.pipeline,
+        data_parallel=after.data_parallel,
+        optimizer=after.optimizer,
     )
 
 
-def _elementwise_bytes(
-    config: Config, plan: LoopPlan, world_size: int, precision: str, method: LoopMethod
-) -> tuple[float, float]:
-    """(ordinary, loops): read and written between matrix products in a step."""
-    granularity = config.train.recompute_granularity
-    times = 7 if granularity == "full" else 5
-    train = config.train.model_copy(update={"recompute_granularity": "none", "recompute_layers": None})
-    kept = activation_memory(config.model_copy(update={"train": train}), plan, precision, method=method)
-    steps = times * config.num_micro_batches(world_size)
-    return (kept.layers + kept.logits) * steps, kept.loops * steps
+@dataclass(frozen=True)
+class _Rank:
+    """What a rank of any pipeline stage does in a step."""
 
+    config: Config
+    plan: LoopPlan
+    world_size: int
+    machine: Machine
+    precision: str
+    method: LoopMethod
 
-def _needed(flops: Flops) -> float:
-    return 3 * flops.linear + 3.5 * flops.attention / 2
+    def passes(self, stage: int) -> StepTime:
+        """Forward and backward passes of all micro-batches, one after another."""
+        config, gpu = self.config, self.machine.gpu
+        rate = gpu.peak(self.precision) * self.machine.kernel_efficiency
+        micro_batches, layout = config.num_micro_batches(self.world_size), pipeline_layout(config)
+        ranks = range(config.parallel.tensor_model_parallel_size if self.plan.layers else 1)
+        costs = [layer_costs(config, self.plan, self.method, rank) for rank in ranks]
+        ordinary = sum(costs[0][layer].ordinary for layer in layout.layers(stage))
+        ordinary += output_cost(config) if stage == layout.size - 1 else 0.0
+        loops = max(sum(layers[layer].loops for layer in layout.layers(stage)) for layers in costs)
+        sent = self._sent(stage)
+        moved, moved_by_loops = self._elementwise_bytes(layout, stage)
+        return StepTime(
+            compute=ordinary * micro_batches / rate,
+            elementwise=moved * micro_batches / gpu.memory_bandwidth,
+            tensor_parallel=sum(time for one, time in sent if one.group == "tensor" and one.part not in LOOP_PARTS),
+            data_parallel=0.0,
+            optimizer=0.0,
+            loop_compute=(loops / rate + moved_by_loops / gpu.memory_bandwidth) * micro_batches,
+            loop_traffic=sum(time for one, time in sent if one.part in LOOP_PARTS),
+            pipeline=sum(time for one, time in sent if one.group == "pipeline"),
+        )
 
+    def update(self, stage: int) -> StepTime:
+        """What comes once, when all gradients are there."""
+        config = self.config
+        share = stage_parameter_count(config, stage, config.parallel.tensor_model_parallel_size)
+        ranks = config.data_parallel_size(self.world_size) if config.parallel.zero_stage else 1
+        sent = self._sent(stage)
+        return StepTime(
+            compute=0.0,
+            elementwise=0.0,
+            tensor_parallel=0.0,
+            data_parallel=sum(time for one, time in sent if one.group == "data"),
+            optimizer=share / ranks * OPTIMIZER_BYTES / self.machine.gpu.memory_bandwidth,
+            loop_compute=0.0,
+            loop_traffic=0.0,
+            pipeline=sum(time for one, time in sent if one.group == "tied"),
+        )
 
-def _recomputed(config: Config, layer: int) -> float:
-    one = pass_flops(config.model, layer, config.train.global_batch_size)
-    if layer in config.recomputed_layers("selective"):
-        return one.attention.attention / 2
-    if layer in config.recomputed_layers("full"):
-        return one.attention.linear + one.attention.attention / 2 + one.mlp.linear
-    return 0.0
+    def _sent(self, stage: int) -> list[tuple[Transfer, float]]:
+        """Everything that a rank of ``stage`` sends in a step, and the seconds that it takes."""
+        config, size = self.config, self.world_size
+        sent = step_traffic(config, self.plan, size, self.precision, self.method, pipeline_stage=stage)
+        return [(one, _seconds(one, config, size, self.machine)) for one in sent]
 
-
-def _loop_operations(config: Config, plan: LoopPlan, world_size: int, method: LoopMethod) -> float:
-    ranks = config.parallel.tensor_model_parallel_size
-    micro_batches = config.num_micro_batches(world_size)
-    per_rank = [
-        sum(_layer_loops(config, layer, index, rank, method) for index, layer in enumerate(plan))
-        for rank in range(ranks)
-    ]
-    return max(per_rank) * micro_batches
-
-
-def _layer_loops(config: Config, layer: LayerPlan, index: int, rank: int, method: LoopMethod) -> float:
-    train, ranks = config.train, config.parallel.tensor_model_parallel_size
-    full = index in config.recomputed_layers("full")
-    total = 0.0
-    one = pass_flops(config.model, index, train.micro_batch_size)
-    if layer.block_loops:
-        whole = one.attention + one.mlp
-        total += layer.block_loops * (_needed(whole) + full * (whole.linear + whole.attention / 2)) / ranks
-    if layer.phase == "window":
-        attention = one.attention
-        again = full * (attention.linear + attention.attention / 2)
-        total += layer.loops * (_needed(attention) + again) / ranks
-    elif layer.phase == "sparse":
-        flops = loop_flops(config, method, layer.kept_heads, rank)
-        again = full * (flops.linear_forward + flops.visible * flops.attention_forward)
-        total += layer.loops * (flops.needed + again)
-    return total
+    def _elementwise_bytes(self, layout: PipelineLayout, stage: int) -> tuple[float, float]:
+        """(ordinary, loops): read and written between matrix products for a micro-batch."""
+        times = 7 if self.config.train.recompute_granularity == "full" else 5
+        train = self.config.train.model_copy(update={"recompute_granularity": "none", "recompute_layers": None})
+        config = self.config.model_copy(update={"train": train})
+        ordinary = loops = 0
+        for number, layers in enumerate(layout.chunks(stage)):
+            first = stage == 0 and number == 0
+            last = stage == layout.size - 1 and number == layout.virtual_size - 1
+            kept = activation_memory(
+                config, self.plan, self.precision, method=self.method, part=Part(layers, first, last)
+            )
+            ordinary += kept.layers + kept.logits
+            loops += kept.loops
+        return ordinary * times, loops * times
 
 
 def _seconds(item: Transfer, config: Config, world_size: int, machine: Machine) -> float:
-    tensor = config.parallel.tensor_model_parallel_size
-    ranks = group_sizes(config, world_size)[item.group]
+    tensor, sizes = config.parallel.tensor_model_parallel_size, group_sizes(config, world_size)
+    ranks = sizes[item.group]
     if ranks == 1:
         return 0.0
-    if world_size <= machine.gpus_per_node or (item.group == "tensor" and tensor <= machine.gpus_per_node):
+    span = {"tensor": tensor, "data": tensor * sizes["data"]}.get(item.group, world_size)  # from its first rank on
+    if min(span, world_size) <= machine.gpus_per_node:
         bandwidth = machine.gpu.link
     else:
-        adapters = max(1, machine.gpus_per_node // tensor)
+        adapters = 1 if item.kind in ("send", "broadcast") else max(1, machine.gpus_per_node // tensor)
         bandwidth = min(machine.gpu.link, machine.gpu.network * adapters)
-    waiting = item.calls * machine.latency * math.log2(ranks)
+    waiting = item.calls * machine.latency * (1.0 if item.kind == "send" else math.log2(ranks))
     return item.wire_bytes(ranks) / (bandwidth * machine.link_efficiency) + waiting

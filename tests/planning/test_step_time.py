@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -12,8 +12,10 @@ from megatron_sgt.config import Config
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.planning.flops import step_flops
 from megatron_sgt.planning.hardware import find_gpu
+from megatron_sgt.planning.layer_cost import output_cost
 from megatron_sgt.planning.memory import activation_memory
 from megatron_sgt.planning.parameters import parameter_count
+from megatron_sgt.planning.pipeline import bubble, pipeline_layout
 from megatron_sgt.planning.state_memory import state_memory
 from megatron_sgt.planning.step_time import OPTIMIZER_BYTES, Machine, step_time
 from tests.helpers.single import small_config
@@ -21,6 +23,8 @@ from tests.helpers.single import small_config
 MACHINE = Machine(find_gpu("h100"), kernel_efficiency=0.5, link_efficiency=0.5, latency=0.0)
 VANILLA = LoopPlan.empty(4)
 GROWN = LoopPlan(4, ((3, LayerPlan(2, (0, 1))),))
+TWO: dict[str, Any] = {"parallel": {"pipeline_model_parallel_size": 2}}
+RATE = 0.5 * 989.4e12
 
 
 def config(tp: int = 1, **sections: dict[str, Any]) -> Config:
@@ -93,3 +97,44 @@ def test_window_and_block_loops_cost_their_share_of_a_layer() -> None:
     one, whole = (step_time(cfg, plan, 1, MACHINE, "bf16", "owner") for plan in (window, block))
     assert one.loops < whole.loops < (one.compute + one.elementwise) / 3
     assert state_memory(cfg, 1, "bf16").optimizer == 12 * parameter_count(cfg.model)
+
+
+def test_a_pipeline_of_equal_stages_waits_for_its_bubble() -> None:
+    """Without what the ends of the model do beside its layers: messages are the same for both stages then."""
+    one, two = (
+        step_time(config(**part), VANILLA, ranks, MACHINE, "bf16", "owner") for part, ranks in (({}, 1), (TWO, 2))
+    )
+    assert (one.pipeline, one.bubble) == (0, 0)
+    layers = pipeline_layout(config(**TWO)).counts
+    assert layers == (2, 2)
+    assert two.compute == pytest.approx((one.compute + 16 * output_cost(config()) / RATE) / 2)  # of the last stage
+    waiting = two.bubble / (two.total - two.bubble - two.optimizer)
+    assert waiting < 1 / 16 and bubble(2, 1, 16) == 1 / 17
+    stream = 4096 * 4096 * 2  # bytes of a micro-batch between layers, forward and back
+    assert two.pipeline == pytest.approx(16 * stream / (0.5 * MACHINE.gpu.link))
+    assert two.total == pytest.approx(sum(asdict(two).values()))
+
+
+def test_the_largest_stage_decides_and_the_others_fill() -> None:
+    """1F1B: (M - 1) · max t_p + Σ t_p; interleaved, the filling is as short as a chunk."""
+    grown = LoopPlan(4, ((3, LayerPlan(8, (0, 1, 2, 3))),))
+    part = {"parallel": {**TWO["parallel"], "pipeline_model_parallel_layout": "2,2"}}
+    chunks = {"parallel": {**TWO["parallel"], "virtual_pipeline_model_parallel_size": 2}}
+    for sections, virtual in ((part, 1), (chunks, 2)):
+        small, large = (
+            config(**sections, train={"global_batch_size": size, "recompute_granularity": "none"}) for size in (2, 16)
+        )
+        few, many = (step_time(cfg, grown, 2, MACHINE, "bf16", "owner") for cfg in (small, large))
+        busy = [time.total - time.bubble - time.optimizer for time in (few, many)]
+        assert busy[1] == pytest.approx(8 * busy[0])  # of the largest stage
+        assert many.bubble == pytest.approx(few.bubble)  # once per step, whatever the micro-batches
+        assert few.bubble < busy[0] / 2 / virtual  # the other stage's share for one micro-batch, or a chunk
+        assert many.loops > 0
+
+
+def test_messages_pass_the_network_where_stages_are_on_other_nodes() -> None:
+    cfg = config(tp=8, parallel=TWO["parallel"])
+    time = step_time(cfg, VANILLA, 16, MACHINE, "bf16", "owner")
+    stream = 4096 * 4096 * 2 // 8
+    assert time.pipeline == pytest.approx(16 * stream / (0.5 * 50e9))
+    assert time.data_parallel == 0

@@ -15,7 +15,8 @@ from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.model.apply_plan import apply_plan, begin_step, mark_micro_batch
 from megatron_sgt.model.gpt import build_model
-from megatron_sgt.planning.traffic import Transfer, loop_pass_traffic, merged, step_traffic
+from megatron_sgt.planning.tensor_traffic import Transfer, loop_pass_traffic
+from megatron_sgt.planning.traffic import step_traffic
 from tests.helpers.collectives import CollectiveCounter
 from tests.helpers.exhaustive import exhaustive
 from tests.helpers.ranks import run_on_ranks
@@ -211,10 +212,3 @@ def test_what_travels_once_per_step_does_not_grow_with_depth() -> None:
 
 def test_one_process_sends_nothing() -> None:
     assert step_traffic(small_config(), LoopPlan.empty(4), 1, "bf16", "owner", entropy=True) == ()
-
-
-def test_merging_adds_and_drops() -> None:
-    one = Transfer("a", "tensor", "all_reduce", 8)
-    assert merged([one, one.times(2), one.times(0)]) == (Transfer("a", "tensor", "all_reduce", 24, 3),)
-    assert one.wire_bytes(4) == 12
-    assert Transfer("a", "tensor", "all_gather", 8).wire_bytes(4) == 6
