@@ -49,7 +49,7 @@ EVERY: list[tuple[str, int, Layout]] = [
 ]
 LONG, SHORT = 256, 24
 """New tokens."""
-CASES = [(*case, LONG if case[2] in ((1, 1, 0), (2, 1, 1)) else SHORT) for case in SHARE]
+CASES = [(*case, LONG if case[2] == (1, 1, 0) else SHORT) for case in SHARE]
 CASES += [exhaustive((*case, LONG)) for case in (*EVERY, ("qk_norm", 2, (4, 1, 1)))]
 GREEDY = {"do_sample": False, "num_beams": 1}
 
