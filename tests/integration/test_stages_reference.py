@@ -24,7 +24,7 @@ LAYOUTS = [(tp_size, zero) for tp_size in (1, 2) for zero in (0, 1, 3)]
 EVERY = [(method, *layout) for method, layout in product(METHODS, LAYOUTS)]
 SHARED = ["g_stack", "midas", "lidas", "msg_hidden", "msg_all", "msg_ramp", "compound_grow", "auto_prog_ema"]
 SHARE = [(method, *LAYOUTS[number % len(LAYOUTS)]) for number, method in enumerate(SHARED)]
-"""Every operator but grad_stack (midas copies as it does), every layout; the others differ from these by one option."""
+"""Every layout, and every operator but grad_stack, whose layers are in tests/stages/test_growth.py."""
 
 
 def layout_of(tp_size: int, zero: int) -> dict[str, dict[str, Any]]:
