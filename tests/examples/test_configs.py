@@ -195,7 +195,7 @@ def test_quickstart_runs_on_two_cpu_ranks_and_fixes_its_structure() -> None:
 def test_a_pipeline_on_two_cpu_ranks_and_on_8_nodes() -> None:
     """Enough micro-batches that the stages seldom wait, in the one and in the other."""
     for name, ranks, stages, most in (("quickstart_pipeline", 2, 2, 1 / 9), ("sgt_70b_pipeline", 512, 8, 0.06)):
-        config = load(name)
+        config = load(name).with_vocab_size(VOCAB_SIZE)
         assert pipeline_layout(config).size == stages
         assert (stages - 1) / (config.num_micro_batches(ranks) + stages - 1) <= most
     cpu = load("quickstart_pipeline")
