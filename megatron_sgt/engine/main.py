@@ -126,7 +126,7 @@ def _dry_run(config: Config, info: RankInfo, world_size: int | None) -> str:
     if world_size is not None and world_size < 1:
         raise ConfigError(f"--world-size: must be above 0, got {world_size}")
     assumed = world_size is None and info.launcher == "single"
-    smallest = config.parallel.tensor_model_parallel_size
+    smallest = config.parallel.model_parallel_size
     return dry_run(config, world_size or max(info.world_size, smallest if assumed else 1), assumed)
 
 
