@@ -4,6 +4,7 @@
 Formulas alone (docs/planning.md): no GPU, no torch, under two seconds.
 
 python tools/plan.py --config examples/configs/sgt_7b.yaml --gpu h100 --nodes 4
+python tools/plan.py --config examples/configs/sgt_70b.yaml --gpu h100 --nodes 64 --search
 python tools/plan.py --config my.yaml --gpu a100 --nodes 2 --json parallel.tensor_model_parallel_size=4
 """
 
@@ -11,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megatron_sgt.cli import path, positive, run_main, warn, words
 from megatron_sgt.config import Config, load_config
@@ -21,6 +24,9 @@ from megatron_sgt.data.tokenizer import build_tokenizer, resolve_vocab_size
 from megatron_sgt.planning.hardware import GPUS, find_gpu
 from megatron_sgt.planning.plan import make_plan
 from megatron_sgt.planning.render import render
+from megatron_sgt.planning.render_search import render_search, search_numbers
+from megatron_sgt.planning.search import Run, search
+from megatron_sgt.planning.stages import plan_stages
 from megatron_sgt.planning.step_time import Machine
 from megatron_sgt.stages.presets import PRESETS, preset_named
 
@@ -65,6 +71,11 @@ def parse() -> argparse.Namespace:
         metavar="N",
         help=f"where the tokenizer cannot be read here [{ASSUMED_VOCABULARY:,}]",
     )
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="instead of the plan the fastest layouts that fit on these GPUs, and what to set for them",
+    )
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     return parser.parse_intermixed_args()
 
@@ -91,13 +102,20 @@ def main() -> None:
     machine = Machine(find_gpu(args.gpu), args.gpus_per_node)
     world_size = args.nodes * args.gpus_per_node
     precision = config.precision_on("cpu" if config.parallel.device == "cpu" else "cuda")
+    where = f"{args.config} on {count(args.nodes, 'node')} of {args.gpus_per_node} x {machine.gpu.driver_name}"
+    if args.search:
+        numbers = search_numbers(search(Run(plan_stages(config), world_size, machine, precision)))
+        show({**numbers, "notes": notes}, args, lambda: render_search(numbers, config, f"layouts of {where}"))
+        warn(notes)
+        return
     plan = make_plan(config, world_size, machine, args.mfu, precision)
     plan["warnings"] += notes
-    if args.json:
-        print(json.dumps({"config": str(args.config), **plan}, indent=2))
-        return
-    nodes = f"{count(args.nodes, 'node')} of {args.gpus_per_node}"
-    print(render(plan, config, f"plan of {args.config} on {nodes} x {machine.gpu.driver_name}"))
+    show(plan, args, lambda: render(plan, config, f"plan of {where}"))
+
+
+def show(numbers: dict[str, Any], args: argparse.Namespace, text: Callable[[], str]) -> None:
+    """Print ``numbers`` as JSON, or as text."""
+    print(json.dumps({"config": str(args.config), **numbers}, indent=2) if args.json else text())
 
 
 if __name__ == "__main__":

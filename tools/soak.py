@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train a small model through hundreds of faults, and check after each that nothing was lost.
 
-python tools/soak.py                                             # all layouts, 208 deaths
+python tools/soak.py                                             # all layouts, 286 deaths
 python tools/soak.py --layout tp2-zero1 --saves async --deaths 50 --seed 3 --output table.json
 
 Saves are synchronous, then asynchronous. Ranks are killed at random moments, a good part of them inside a save or at an

@@ -45,7 +45,7 @@ class TrainRecord(_Record, Throughput, total=False):
     first_step_s: float  # in the first record of a process: with what is compiled and allocated in that step
     model_flops_per_step: float  # of the method, loops included, recomputation not
     device: str  # "gpu" or "cpu": what the per-device figures are of
-    memory_gb: float | None  # peak of this process, of rank 0's device
+    memory_gb: float | None  # peak of this process, of rank 0's device (the first stage of a pipeline)
     memory_total_gb: float | None
     eta_s: float | None
     skipped_steps: int

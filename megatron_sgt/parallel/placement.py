@@ -88,7 +88,8 @@ def advice(seats: Sequence[Seat], tensor_parallel: int) -> list[str]:
         remedy = (
             "let ranks of one host follow each other (srun --distribution=block:block)"
             if size >= tensor_parallel
-            else f"parallel.tensor_model_parallel_size of at most {size}, the ranks of a host"
+            else f"parallel.tensor_model_parallel_size of at most {size}, the ranks of a host, and pipeline stages "
+            "(parallel.pipeline_model_parallel_size) across hosts"
         )
         told.append(
             f"{len(spanning)} of {len(hosts) // tensor_parallel} tensor-parallel groups span hosts, the one of rank "

@@ -6,6 +6,7 @@ received is the input of its first layer, and counted there; what it has sent is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
@@ -97,19 +98,40 @@ def rank_memory(config: Config, plan: LoopPlan, world_size: int, precision: str)
     Raises:
         ConfigError: the batch or the ranks do not divide.
     """
-    layout, micro_batches = pipeline_layout(config), config.num_micro_batches(world_size)
-    method = choose_loop_method(config)[0]
-    return tuple(
-        RankMemory(
-            stage,
-            most_in_flight(layout.size, layout.virtual_size, stage, micro_batches),
-            state_memory(config, world_size, precision, stage),
-            stage_activations(config, plan, precision, stage, micro_batches, method=method),
-        )
-        for stage in range(layout.size)
-    )
+    stages = range(config.parallel.pipeline_model_parallel_size)
+    return tuple(_fullest(config, [plan], world_size, precision, stage) for stage in stages)
+
+
+def fullest_rank(
+    config: Config, plans: Iterable[LoopPlan], world_size: int, precision: str, limit: float = math.inf
+) -> RankMemory:
+    """The fullest rank of all at the worst of ``plans``; or the first one found that holds more than ``limit`` bytes.
+
+    Raises:
+        ConfigError: the batch or the ranks do not divide.
+    """
+    plans, found = list(plans), []
+    for stage in range(config.parallel.pipeline_model_parallel_size):
+        found.append(_fullest(config, plans, world_size, precision, stage))
+        if found[-1].total > limit:
+            break
+    return max(found, key=lambda rank: rank.total)
 
 
 def peak_memory(config: Config, plans: Iterable[LoopPlan], world_size: int, precision: str) -> int:
     """Bytes on the fullest rank of all at the worst of ``plans``."""
-    return max(rank.total for plan in plans for rank in rank_memory(config, plan, world_size, precision))
+    return fullest_rank(config, plans, world_size, precision).total
+
+
+def _fullest(config: Config, plans: Iterable[LoopPlan], world_size: int, precision: str, stage: int) -> RankMemory:
+    layout, micro_batches = pipeline_layout(config), config.num_micro_batches(world_size)
+    held, method = set(layout.layers(stage)), choose_loop_method(config)[0]
+    # Plans that do the same on this stage are one.
+    alike = {tuple((n, layer) for n, layer in plan.layers if n in held): plan for plan in plans}
+    worst = (stage_activations(config, plan, precision, stage, micro_batches, method=method) for plan in alike.values())
+    return RankMemory(
+        stage,
+        most_in_flight(layout.size, layout.virtual_size, stage, micro_batches),
+        state_memory(config, world_size, precision, stage),
+        max(worst, key=lambda one: one.total),
+    )

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.attempts import attempt
+from tests.helpers.exhaustive import share_of
 from tests.helpers.runs import tiny_config, write_tiny_data
 
 HANG_SECONDS = 3.0
@@ -86,6 +87,62 @@ def test_a_stopped_rank_is_named_after_the_timeout(victim: int, data: str, tmp_p
         entries = json.loads((folder / f"rank_{rank:05d}.collectives.json").read_text())["entries"]
         assert any("all" in entry["profiling_name"] for entry in entries), "its last collectives"
         assert (folder / f"nccl_trace_rank_{rank}").stat().st_size > 0
+
+
+def hang_in_attention(victim: int, step: int, rank: int) -> None:
+    """Let ``victim`` never come out of an attention of ``step``."""
+    from megatron_sgt.engine import step as step_module
+    from megatron_sgt.model.core_attention import SGTCoreAttention
+
+    attend, begin, steps = SGTCoreAttention.attend, step_module.begin_step, []
+
+    def counted(model: Any) -> None:
+        steps.append(1)
+        begin(model)
+
+    def stuck(self: Any, *arguments: Any, **options: Any) -> Any:
+        if len(steps) == step:
+            time.sleep(600)
+        return attend(self, *arguments, **options)
+
+    if rank == victim:
+        step_module.begin_step = counted
+        SGTCoreAttention.attend = stuck  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("stages", "ranks", "victim", "how"),
+    share_of(
+        [
+            (2, 4, 2, "killed"),
+            (3, 3, 1, "stopped"),
+            (3, 3, 1, "stuck"),
+            (2, 4, 0, "stuck"),
+            (2, 4, 3, "stuck"),
+            (2, 4, 2, "stopped"),
+            (3, 3, 1, "killed"),
+        ],
+        [(2, 4, 2, "killed"), (3, 3, 1, "stuck")],
+    ),
+)
+def test_a_rank_of_a_pipeline_is_named_and_not_the_neighbours_that_wait_for_it(
+    stages: int, ranks: int, victim: int, how: str, data: str, tmp_path: Path
+) -> None:
+    config, run_dir = endless(tmp_path, data, pipeline_model_parallel_size=stages)
+    inject = partial(hang_in_attention, victim, 4) if how == "stuck" else None
+    others = [rank for rank in range(ranks) if rank != victim]
+    with attempt(tmp_path / "ranks", config, ranks, inject) as run:
+        run.wait_for_step(run_dir, 3)
+        if how != "stuck":
+            run.signal(victim, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+        codes = run.wait(others, timeout=90)
+        done = run.finished()
+    assert codes == [1] * len(others), done
+    (head,) = reports([one.err for one in done])
+    word = "LOST" if how == "killed" else "HANG"
+    assert head.startswith(f"{word}  rank {victim} of {ranks} on {socket.gethostname()}, in step "), done
+    if how != "killed":
+        assert f"behind: rank {victim}\n" in "".join(one.err for one in done)
 
 
 def work_alone(flag: Path, rank: int) -> None:

@@ -2,7 +2,8 @@
 
 All ranks are killed at a random moment of a save while one rank's storage is slow, started again, killed again.
 In the end every step of the run must be, bit for bit, that of a run that was never killed.
-SAVE_KILLS=50 sets the number of kills, over all four layouts; without it a few kills of two of them.
+SAVE_KILLS=50 sets the number of kills, over all layouts; without it a few kills of two of them, and of all of them in
+the exhaustive form.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from megatron_sgt.checkpoint import layout, manifest, shard_files
 from megatron_sgt.config import Config
 from megatron_sgt.launch.rank_info import RankInfo
+from tests.helpers.exhaustive import exhaustive, share_of
 from tests.helpers.ranks import run_on_ranks, running_on_ranks
 from tests.helpers.runs import measured_steps, pretrain, reported, tiny_config, write_tiny_data
 
@@ -44,7 +46,14 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
         "deepspeed": {"zero_optimization": {"stage": 3}},
         "checkpoint": {"async_save": True},
     },
+    "pp2_dp2_zero1_async": {
+        "parallel": {"pipeline_model_parallel_size": 2, "zero_stage": 1},
+        "checkpoint": {"async_save": True},
+    },
+    "pp2_dp2_zero2": {"parallel": {"pipeline_model_parallel_size": 2, "zero_stage": 2}},
 }
+RANKS = {name: 4 if name.startswith("pp2") else 2 for name in LAYOUTS}
+SHARE = list(LAYOUTS)[:2]
 
 
 def on_slow_storage(info: RankInfo, config: Config) -> None:
@@ -95,11 +104,11 @@ def step_reached(root: Path) -> int:
     return layout.step_of(tag)
 
 
-def kill_in_a_save(config: Config, rng: random.Random) -> bool:
+def kill_in_a_save(config: Config, ranks: int, rng: random.Random) -> bool:
     """Start, let two saves pass, kill all ranks at a random moment of a later one; was it in the middle?"""
     root = config.save_dir
     begun = step_reached(root)
-    with running_on_ranks(2, on_slow_storage, config) as pids:
+    with running_on_ranks(ranks, on_slow_storage, config) as pids:
         deadline = time.monotonic() + TIMEOUT_S
         while saving(root) < begun + 2:
             assert time.monotonic() < deadline, "no save was seen"
@@ -129,10 +138,10 @@ def on_full_disk(info: RankInfo, config: Config) -> None:
     pretrain(info, config)
 
 
-@pytest.mark.parametrize("name", ["dp2_zero1", "tp2_zero1_async"])
+@pytest.mark.parametrize("name", ["dp2_zero1", "tp2_zero1_async", exhaustive("pp2_dp2_zero2")])
 def test_a_disk_that_is_full_for_one_rank_stops_nobody(name: str, data: str, tmp_path: Path) -> None:
     config = run_config(tmp_path, data, name, stop=6)
-    run_on_ranks(2, on_full_disk, config)
+    run_on_ranks(RANKS[name], on_full_disk, config, backend="gloo")
     [failed] = reported(tmp_path, "save_failed")
     assert "global_step1: No space left on device" in failed["reason"] and "training goes on" in failed["reason"]
     assert layout.step_of(layout.finished_tags(config.save_dir)[-1]) == 6 == step_reached(config.save_dir)
@@ -141,16 +150,16 @@ def test_a_disk_that_is_full_for_one_rank_stops_nobody(name: str, data: str, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAYOUTS if KILLS else list(LAYOUTS)[:2])
+@pytest.mark.parametrize("name", LAYOUTS if KILLS else share_of(LAYOUTS, SHARE))
 def test_killed_in_saves_the_run_is_the_uninterrupted_run(name: str, data: str, tmp_path: Path) -> None:
     run_dir, whole = tmp_path / "run", tmp_path / "whole"
     rng = random.Random(f"{name} {KILLS}")
     kills = -(-KILLS // len(LAYOUTS)) or SHORT
     config = run_config(run_dir, data, name)
-    inside = sum(kill_in_a_save(config, rng) for _ in range(kills))
+    inside = sum(kill_in_a_save(config, RANKS[name], rng) for _ in range(kills))
     last = step_reached(config.save_dir) + 2
     for folder in (run_dir, whole):
-        run_on_ranks(2, pretrain, run_config(folder, data, name, last))
+        run_on_ranks(RANKS[name], pretrain, run_config(folder, data, name, last), backend="gloo")
     assert measured_steps(run_dir) == measured_steps(whole)
     assert not list(config.save_dir.glob("*.tmp"))
     assert inside > 0, "no kill was in the middle of a save"

@@ -60,6 +60,9 @@ def test_advice_names_groups_hosts_and_the_remedy() -> None:
     assert "--distribution=block:block" in cyclic
     [wide] = advice(seats(*"abcdefgh"), 8)
     assert "rank 0 a, b, c and 5 more:" in wide and "tensor_model_parallel_size of at most 1," in wide
+    assert "pipeline_model_parallel_size) across hosts" in wide
+    # Stages may meet over the network: PP2 x DP2 x TP2 on two hosts, PP4 x TP2 on four.
+    assert advice(seats(*"aaaabbbb"), 2) == [] and advice(seats(*"aabbccdd"), 2) == []
 
 
 def test_advice_on_the_limits_of_hosts_with_gpus() -> None:

@@ -51,6 +51,15 @@ def expected(data: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[s
     return measured_steps(folder)
 
 
+@pytest.fixture
+def expected_of_stages(data: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The same with a pipeline stage on each node."""
+    folder = tmp_path_factory.mktemp("stages")
+    parallel = {"pipeline_model_parallel_size": 2}
+    run_on_ranks(2, pretrain, tiny_config(folder, data, **SETTINGS, parallel=parallel), backend="gloo")
+    return measured_steps(folder)
+
+
 class Job:
     """A run submitted with tools/submit_slurm.py, on two nodes, one rank each."""
 
@@ -154,7 +163,18 @@ def submit(cluster: SlurmCluster, data: str, tmp_path: Path) -> Callable[..., Jo
 def test_preempted_and_bereft_of_a_node_it_is_the_same_run(
     cluster: SlurmCluster, submit: Callable[..., Job], expected: list[dict[str, Any]]
 ) -> None:
-    job = submit()
+    strike_twice(cluster, submit(), expected)
+
+
+@pytest.mark.exhaustive
+def test_so_is_one_with_a_pipeline_stage_on_each_node(
+    cluster: SlurmCluster, submit: Callable[..., Job], expected_of_stages: list[dict[str, Any]]
+) -> None:
+    strike_twice(cluster, submit("parallel.pipeline_model_parallel_size=2"), expected_of_stages)
+
+
+def strike_twice(cluster: SlurmCluster, job: Job, expected: list[dict[str, Any]]) -> None:
+    """Preempt the job, then take a node from it."""
     job.reach(5)
     urgent = ["sbatch", "--partition=urgent", "-N2", "--exclusive", "--output=/dev/null", "--wrap=true"]
     with job.held_until(signal.SIGTERM, 20):

@@ -78,3 +78,13 @@ def test_mfu_reads_as_people_write_it() -> None:
         for text in ("0.5", "50", "50%")
     ]
     assert days[0] == days[1] == days[2]
+
+
+def test_the_fastest_layouts_as_text_and_as_json() -> None:
+    arguments = ("--config", "examples/configs/sgt_1.2b.yaml", "--nodes", "2", "--search", "train.global_batch_size=32")
+    text, numbers = plan(*arguments), plan(*arguments, "--json")
+    assert (text.code, numbers.code) == (0, 0)
+    assert text.out.startswith("layouts of examples/configs/sgt_1.2b.yaml on 2 nodes of 8 x NVIDIA H100")
+    rows = json.loads(numbers.out)["layouts"]
+    assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
+    assert "a vocabulary of 32,000 tokens is assumed" in text.err

@@ -13,9 +13,13 @@ STEPS, INTERVAL = 160, 4
 LEASE_TIMEOUT = 5.0
 """Seconds without a sign of life after which another start takes the run over."""
 LAYOUTS = {
-    f"{name}-zero{stage}": {"tensor_model_parallel_size": size, "zero_stage": stage, "device": "cpu"}
-    for name, size in (("tp2", 2), ("dp2", 1))
-    for stage in (0, 1, 2, 3)
+    f"{name}-zero{stage}": {**sizes, "zero_stage": stage, "device": "cpu"}
+    for name, sizes, stages in (
+        ("tp2", {"tensor_model_parallel_size": 2}, (0, 1, 2, 3)),
+        ("dp2", {}, (0, 1, 2, 3)),
+        ("pp2", {"pipeline_model_parallel_size": 2}, (0, 1, 2)),
+    )
+    for stage in stages
 }
 SAVES = {"sync": {"async_save": False}, "async": {"async_save": True}}
 

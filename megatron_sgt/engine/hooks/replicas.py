@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sgt.checkpoint import layout
+from megatron_sgt.config.pipeline import PipelineLayout
 from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.errors import CheckpointError, SGTError
@@ -190,7 +191,7 @@ def verify_loaded(
         return
     where: Mapping[str, Any] | None = saved["layout"]
     read: dict[str, None] = {}
-    if where is not None and _model_parallel(where) == (groups.tp_size, groups.pp_size):
+    if where is not None and _is_cut_alike(where, engine.module.layout, groups):
         for rank in sorted({rank for found in wrong.values() for rank in found}):
             rest, tp_rank = divmod(rank, groups.tp_size)
             pp_rank, dp_rank = divmod(rest, groups.dp_size)
@@ -205,9 +206,11 @@ def verify_loaded(
     )
 
 
-def _model_parallel(where: Mapping[str, Any]) -> tuple[int, int]:
-    """Tensor- and pipeline-parallel size that files were written under; only those of a pipeline say the second."""
-    return where["tensor_model_parallel_size"], where.get("pipeline_model_parallel_size", 1)
+def _is_cut_alike(where: Mapping[str, Any], stages: PipelineLayout, groups: ParallelGroups) -> bool:
+    """Whether each rank has read the files of its own place: no other sizes, no other layers on the stages."""
+    sizes = where["tensor_model_parallel_size"], where.get(layout.PIPELINE_SIZE, 1)
+    counts = where.get(layout.PIPELINE_COUNTS)  # only a pipeline has them
+    return sizes == (groups.tp_size, groups.pp_size) and (counts is None or tuple(counts) == stages.counts)
 
 
 def _named(wrong: Mapping[str, Sequence[int]]) -> tuple[str, str]:

@@ -1,0 +1,275 @@
+"""The fastest layouts of a run on a given number of GPUs that fit over the whole of its growth. Pure.
+
+A layout is a tensor-parallel size (inside a node), pipeline and virtual size, ZeRO stage, micro-batch, granularity of
+recompute and sequence parallelism. The batch, the model and the optimizer stay: every layout trains the same run. Each
+is made into a configuration and validated, so that no rule is known here; what the rules refuse is no layout.
+
+Layouts are ranked by the time of a step (``step_time``) of the structure that the run ends with, and the best one of
+each pair of tensor-parallel and pipeline sizes is told. Three orders of that model save work:
+
+* the same sizes with more recompute, or with ZeRO 2 in place of a lower stage, are not faster, so that these are only
+  looked at where less does not fit (ZeRO 3 is, where a step has one micro-batch);
+* sequence parallelism sends the same bytes and keeps less, so that it is on wherever the rules allow it;
+* no step takes less than its products at the peak and the bubble of equal stages (``_least_seconds``), so that layouts
+  are opened in that order, and those that come after the last one told are never opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from megatron_sgt.config import Config
+from megatron_sgt.errors import ConfigError
+from megatron_sgt.growth import LoopPlan
+from megatron_sgt.planning.advice import RECOMPUTE, changed
+from megatron_sgt.planning.flops import step_flops
+from megatron_sgt.planning.hardware import USABLE
+from megatron_sgt.planning.loop_cost import choose_loop_method
+from megatron_sgt.planning.rank_memory import RankMemory, fullest_rank, peak_memory
+from megatron_sgt.planning.stages import StagePlan
+from megatron_sgt.planning.state_memory import state_memory
+from megatron_sgt.planning.step_time import Machine, StepTime, step_time
+from megatron_sgt.planning.structure import final_plan
+
+TOLD = 8
+"""Layouts that a search tells."""
+MOST_VIRTUAL = 8
+"""Chunks of a stage beyond which more of them are not tried."""
+SHARED_STATE, SHARED_WEIGHTS = (0, 1, 2), (3,)
+"""ZeRO stages, each group from the fastest to the smallest."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is searched."""
+
+    tensor: int
+    pipeline: int
+    virtual: int
+    micro_batch_size: int
+    sequence_parallel: bool
+    zero_stage: int
+    recompute: str
+
+    def changes(self) -> dict[str, Any]:
+        """As settings."""
+        return {
+            "parallel.tensor_model_parallel_size": self.tensor,
+            "parallel.sequence_parallel": self.sequence_parallel,
+            "parallel.pipeline_model_parallel_size": self.pipeline,
+            "parallel.virtual_pipeline_model_parallel_size": self.virtual,
+            "parallel.pipeline_model_parallel_layout": "auto",
+            "parallel.zero_stage": self.zero_stage,
+            "train.micro_batch_size": self.micro_batch_size,
+            "train.recompute_granularity": self.recompute,
+            "train.recompute_layers": None,
+        }
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same: the run's stages, the machine, and the number of ranks."""
+
+    stages: Sequence[StagePlan]
+    world_size: int
+    machine: Machine
+    precision: str
+
+    @property
+    def config(self) -> Config:
+        """Of the last stage, whose steps are the longest."""
+        return self.stages[-1].config
+
+    @property
+    def limit(self) -> float:
+        return USABLE * self.machine.gpu.memory
+
+    @cached_property
+    def least_operations(self) -> float:
+        """Operations of a step that any layout needs on each rank."""
+        flops = step_flops(self.config.model, final_plan(self.config), self.config.train.global_batch_size)
+        return (3 * flops.linear + 3.5 * flops.attention / 2) / self.world_size
+
+
+@dataclass
+class Candidate:
+    """A layout that the rules accept: the run's configuration with it, one for each stage of the run."""
+
+    run: Run
+    layout: Layout
+    configs: list[Config]
+
+    @property
+    def config(self) -> Config:
+        return self.configs[-1]
+
+    def seconds(self, plan: LoopPlan, config: Config) -> StepTime:
+        """Of one step of ``plan``."""
+        run, method = self.run, choose_loop_method(config)[0]
+        return step_time(config, plan, run.world_size, run.machine, run.precision, method)
+
+    @cached_property
+    def time(self) -> StepTime:
+        """Of one step of the structure that the run ends with."""
+        return self.seconds(final_plan(self.config, together=True), self.config)
+
+    @cached_property
+    def fits(self) -> bool:
+        """Whether every rank holds what it needs at every moment of the run."""
+        run = self.run
+        for one, config in zip(run.stages, self.configs, strict=True):
+            stages = range(self.layout.pipeline)
+            if max(state_memory(config, run.world_size, run.precision, stage).total for stage in stages) > run.limit:
+                return False
+            if fullest_rank(config, one.plans, run.world_size, run.precision, run.limit).total > run.limit:
+                return False
+        return True
+
+    @cached_property
+    def fullest(self) -> RankMemory:
+        """The fullest rank at the worst moment of the run."""
+        run = self.run
+        each = (
+            fullest_rank(config, one.plans, run.world_size, run.precision)
+            for one, config in zip(run.stages, self.configs, strict=True)
+        )
+        return max(each, key=lambda rank: rank.total)
+
+    def peak_before_growth(self) -> int:
+        """Bytes on the fullest rank in the first steps."""
+        run = self.run
+        return peak_memory(self.configs[0], [run.stages[0].stretches[0].plan], run.world_size, run.precision)
+
+    def whole_run(self) -> tuple[float, int]:
+        """(seconds, tokens) of all steps, each of the structure that it executes."""
+        seconds, tokens = 0.0, 0
+        for one, config in zip(self.run.stages, self.configs, strict=True):
+            each = {plan: self.seconds(plan, config).total for plan in one.plans}
+            seconds += sum(stretch.steps * each[stretch.plan] for stretch in one.stretches)
+            tokens += one.tokens
+        return seconds, tokens
+
+
+@dataclass
+class Search:
+    """What was found.
+
+    Attributes:
+        best: those that fit, the fastest first, one of each pair of tensor-parallel and pipeline sizes.
+        excluded: of those that would be faster than all of ``best`` and do not fit the one that needs least.
+        accepted: how many layouts the rules accept, without those of more recompute or a higher ZeRO stage.
+    """
+
+    run: Run
+    best: list[Candidate] = field(default_factory=list)
+    excluded: Candidate | None = None
+    accepted: int = 0
+
+
+def search(run: Run, told: int = TOLD) -> Search:
+    """The ``told`` fastest layouts of ``run``.
+
+    Raises:
+        ConfigError: no layout is accepted; with what the rules said of the last one.
+    """
+    found, number = Search(run), itertools.count()
+    queue: list[tuple[float, int, Candidate, bool]] = []
+    for candidate in _bases(run):
+        heapq.heappush(queue, (_least_seconds(candidate), next(number), candidate, False))
+    found.accepted, pairs, faster = len(queue), set(), []
+    while queue and len(found.best) < told:
+        seconds, _, candidate, is_open = heapq.heappop(queue)
+        pair = candidate.layout.tensor, candidate.layout.pipeline
+        if pair in pairs:
+            continue
+        if seconds < candidate.time.total:  # a bound: come back at its own time
+            heapq.heappush(queue, (candidate.time.total, next(number), candidate, is_open))
+        elif is_open or candidate.fits:
+            pairs.add(pair)
+            found.best.append(candidate)
+        else:
+            if not found.best:
+                faster.append(candidate)
+            for other in _smaller(candidate):
+                heapq.heappush(queue, (other.time.total, next(number), other, True))
+    if not found.best:
+        faster = [other for one in faster for other in _variants(one)]
+    found.excluded = min(faster, key=lambda one: one.fullest.total, default=None)
+    return found
+
+
+def _bases(run: Run) -> list[Candidate]:
+    """All accepted layouts at the least recompute, at the lowest ZeRO stage and at ZeRO 3."""
+    node, layers = run.machine.gpus_per_node, run.config.model.num_layers
+    found: list[Candidate] = []
+    refused: list[ConfigError] = []
+    for tensor, pipeline in itertools.product(_divisors(node), _divisors(run.world_size)):
+        if pipeline > layers or run.world_size % (tensor * pipeline):
+            continue
+        chunks = range(1, min(MOST_VIRTUAL, layers // pipeline) + 1) if pipeline > 1 else (1,)
+        micro_batches = _micro_batches(run, run.world_size // (tensor * pipeline))
+        for virtual, micro, stages in itertools.product(chunks, micro_batches, (SHARED_STATE, SHARED_WEIGHTS)):
+            for sharded, stage in itertools.product((True, False), stages):
+                try:
+                    found.append(
+                        _candidate(run, Layout(tensor, pipeline, virtual, micro, sharded, stage, RECOMPUTE[0]))
+                    )
+                    break
+                except ConfigError as error:
+                    refused.append(error)
+    if not found:
+        raise ConfigError(f"no layout of {run.world_size} GPUs is accepted; of the last one: {refused[-1]}")
+    return found
+
+
+def _candidate(run: Run, layout: Layout) -> Candidate:
+    """Raises: ConfigError where the rules refuse it."""
+    configs = []
+    for one in run.stages:
+        configs.append(changed(one.config, layout.changes()))
+        configs[-1].num_micro_batches(run.world_size)
+        configs[-1].precision_on("cpu" if configs[-1].parallel.device == "cpu" else "cuda")
+    return Candidate(run, layout, configs)
+
+
+def _smaller(base: Candidate) -> Iterator[Candidate]:
+    """Where ``base`` does not fit: at each ZeRO stage the least recompute that does, if less than at the one before."""
+    least = len(RECOMPUTE)
+    for candidate in _variants(base):
+        recompute = RECOMPUTE.index(candidate.layout.recompute)
+        if recompute < least and candidate.fits:
+            least = recompute
+            yield candidate
+
+
+def _variants(base: Candidate) -> Iterator[Candidate]:
+    """``base`` with more recompute, then at the next ZeRO stage with little, and so on."""
+    lowest = base.layout.zero_stage
+    for stage in SHARED_WEIGHTS if lowest in SHARED_WEIGHTS else SHARED_STATE[lowest:]:
+        for recompute in RECOMPUTE:
+            with contextlib.suppress(ConfigError):
+                yield _candidate(base.run, replace(base.layout, zero_stage=stage, recompute=recompute))
+
+
+def _least_seconds(candidate: Candidate) -> float:
+    run, layout = candidate.run, candidate.layout
+    micro_batches = candidate.config.num_micro_batches(run.world_size)
+    bubble = (layout.pipeline - 1) / (layout.virtual * micro_batches)
+    rate = run.machine.gpu.peak(run.precision) * run.machine.kernel_efficiency
+    return run.least_operations * (1 + bubble) / rate
+
+
+def _divisors(number: int) -> list[int]:
+    return [one for one in range(1, number + 1) if number % one == 0]
+
+
+def _micro_batches(run: Run, data_parallel: int) -> list[int]:
+    """Powers of two, and the run's own."""
+    per_rank, own = run.config.train.global_batch_size // data_parallel, run.config.train.micro_batch_size
+    return sorted({own, *(2**n for n in range(per_rank.bit_length()))})
