@@ -43,9 +43,12 @@ def cut_line(cut: dict[str, Any]) -> str:
     layers, even, number = ",".join(map(str, cut["layers"])), cut["even"], cut["micro_batches"]
     chunks = f" in chunks of {cut['layout']}" if cut["chunks"] > 1 else ""
     other = "as the even cut" if even["layout"] == cut["layout"] else f"even cut: {_imbalance(even['imbalance'])}"
+    growth = ""
+    if "final" in cut["imbalance"]:
+        growth = f" · growth adds {100 * cut['growth']:.2f} % to it (even cut: {100 * even['growth']:.2f} %)"
     return (
         f"{layers} layers{chunks} · largest stage over the mean {_imbalance(cut['imbalance'])} ({other}) · "
-        f"bubble {100 * cut['bubble']:.1f} % ({number} micro-batch{'' if number == 1 else 'es'})"
+        f"bubble {100 * cut['bubble']:.1f} % of a step ({number} micro-batch{'' if number == 1 else 'es'}){growth}"
     )
 
 

@@ -89,8 +89,9 @@ def cut_cost(config: Config, plan: LoopPlan, layout: PipelineLayout) -> CutCost:
 def describe_cut(config: Config, world_size: int) -> dict[str, Any] | None:
     """The cut of ``config`` in numbers, JSON-able; None without a pipeline.
 
-    ``imbalance``: see ``CutCost``, ``now`` and in the end (``final``, where the structure changes); ``even`` has the
-    same of the even cut; ``bubble``: the share of a step in which a stage waits, if all were equal.
+    ``imbalance``: see ``CutCost``, ``now`` and in the end (``final``, where the structure changes); ``growth``: what
+    the structure adds in the end to the products of a step, as a share; ``even``: the same of the even cut; ``bubble``: the
+    share of a step in which a stage waits, if all were equal.
 
     Raises:
         ConfigError: the ranks or the batch do not divide, or the schedule refuses the configuration.
@@ -102,14 +103,18 @@ def describe_cut(config: Config, world_size: int) -> dict[str, Any] | None:
     if plans["now"] == plans["final"]:
         del plans["final"]
 
+    micro_batches = config.num_micro_batches(world_size)
+
     def about(cut: PipelineLayout) -> dict[str, Any]:
+        costs = {name: cut_cost(config, plan, cut) for name, plan in plans.items()}
+        steps = [cost.step(micro_batches) for cost in costs.values()]
         return {
             "layout": str(cut),
             "layers": [len(cut.layers(stage)) for stage in range(cut.size)],
-            "imbalance": {name: cut_cost(config, plan, cut).imbalance for name, plan in plans.items()},
+            "imbalance": {name: cost.imbalance for name, cost in costs.items()},
+            "growth": steps[-1] / steps[0] - 1,
         }
 
-    micro_batches = config.num_micro_batches(world_size)
     return {
         **about(layout),
         "chunks": layout.virtual_size,

@@ -50,18 +50,7 @@ def make_plan(config: Config, world_size: int, machine: Machine, mfu: float, pre
     total, peak = sum(entry["flops"] for entry in compute), machine.gpu.peak(precision)
     plan: dict[str, Any] = {
         "parameters": {"total": parameter_count(last.model), **parameters_by_part(last.model)},
-        "layout": {
-            "world_size": world_size,
-            "gpus_per_node": machine.gpus_per_node,
-            "gpu": machine.gpu.driver_name,
-            "tensor_parallel": config.parallel.tensor_model_parallel_size,
-            "pipeline_parallel": config.parallel.pipeline_model_parallel_size,
-            "virtual_pipeline_parallel": config.parallel.virtual_pipeline_model_parallel_size,
-            "data_parallel": config.data_parallel_size(world_size),
-            "zero_stage": config.zero_stage_on(world_size, precision),
-            "precision": precision,
-            "loop_method": choose_loop_method(last)[0],
-        },
+        "layout": _layout(config, last, world_size, machine, precision),
         "batch": {
             "global_batch_size": train.global_batch_size,
             "micro_batch_size": train.micro_batch_size,
@@ -94,6 +83,22 @@ def make_plan(config: Config, world_size: int, machine: Machine, mfu: float, pre
         plan["stages"] = stage_table(stages, world_size, machine, mfu, precision)
         plan["error_bars"].append(BOUNDARY_ERROR)
     return plan
+
+
+def _layout(config: Config, last: Config, world_size: int, machine: Machine, precision: str) -> dict[str, Any]:
+    """How the ranks share the model, and that of the ``last`` stage its loops."""
+    return {
+        "world_size": world_size,
+        "gpus_per_node": machine.gpus_per_node,
+        "gpu": machine.gpu.driver_name,
+        "tensor_parallel": config.parallel.tensor_model_parallel_size,
+        "pipeline_parallel": config.parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_parallel": config.parallel.virtual_pipeline_model_parallel_size,
+        "data_parallel": config.data_parallel_size(world_size),
+        "zero_stage": config.zero_stage_on(world_size, precision),
+        "precision": precision,
+        "loop_method": choose_loop_method(last)[0],
+    }
 
 
 def _moments(one: StagePlan) -> dict[str, LoopPlan]:

@@ -38,11 +38,11 @@ def test_the_cut_of_each_stage_of_the_run() -> None:
     pipeline = {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "3,1"}
     (line,) = pipeline_lines(stages_of(small_config(train=batch, parallel=pipeline, growth={"method": "vanilla"})), 2)
     assert line.startswith("3,1 layers · largest stage over the mean +") and "(even cut: +" in line
-    assert "growth" not in line and line.endswith("bubble 33.3 % (2 micro-batches)")
+    assert "growth" not in line and line.endswith("bubble 33.3 % of a step (2 micro-batches)")
     (line,) = pipeline_lines(stages_of(small_config(train=batch, parallel=pipeline)), 2)
     assert " % now, +" in line and " % after growth (even cut: +" in line
     growth = {"stages": [{"until_steps": 3, "operator": "g_stack", "options": {"factor": 2}}]}
     chunks = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
     lines = pipeline_lines(stages_of(small_config(train=batch, parallel=chunks, growth=growth)), 2)
     assert lines[0].startswith("stage 0: 2,2 layers in chunks of 1,1,1,1 · ") and "(as the even cut)" in lines[0]
-    assert lines[1].startswith("stage 1: ") and lines[1].endswith("bubble 20.0 % (2 micro-batches)")
+    assert lines[1].startswith("stage 1: ") and "bubble 20.0 % of a step (2 micro-batches) · growth adds " in lines[1]
