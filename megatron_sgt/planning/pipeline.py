@@ -89,9 +89,9 @@ def cut_cost(config: Config, plan: LoopPlan, layout: PipelineLayout) -> CutCost:
 def describe_cut(config: Config, world_size: int) -> dict[str, Any] | None:
     """The cut of ``config`` in numbers, JSON-able; None without a pipeline.
 
-    ``imbalance``: see ``CutCost``, ``now`` and in the end (``final``, where the structure changes); ``growth``: what
-    the structure adds in the end to the products of a step, as a share; ``even``: the same of the even cut; ``bubble``: the
-    share of a step in which a stage waits, if all were equal.
+    ``imbalance``: see ``CutCost``, ``now`` and in the end (``final``, where the structure changes). ``growth``: what
+    the structure adds in the end to the products of a step, as a share. ``even``: the same of the even cut.
+    ``bubble``: the share of a step in which a stage waits, if all were equal.
 
     Raises:
         ConfigError: the ranks or the batch do not divide, or the schedule refuses the configuration.
