@@ -7,6 +7,7 @@ import pytest
 
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import measured_steps, pretrain, reported, tiny_config, write_tiny_data
+from tests.helpers.staged import METHODS, staged_config
 
 
 def decision(event: dict[str, Any]) -> list[Any]:
@@ -38,3 +39,19 @@ def test_a_run_of_two_stages_is_that_of_one_process(tmp_path: Path) -> None:
     for expected, found in zip(alone, piped, strict=True):
         for loss in ("loss", "ema_loss"):
             assert found[loss] == pytest.approx(expected[loss], abs=1e-5)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_that_grows_in_a_pipeline(method: str, tmp_path: Path) -> None:
+    """In a running job: every engine is released, and the next stage's layers are cut anew."""
+    data = write_tiny_data(tmp_path)
+    runs = []
+    for stages in (1, 2):
+        parallel = {"pipeline_model_parallel_size": stages}
+        config = staged_config(tmp_path / str(stages), data, method, parallel=parallel)
+        run_on_ranks(stages, pretrain, config, backend="gloo")
+        runs.append(measured_steps(Path(config.logging.run_dir)))
+    for expected, found in zip(*runs, strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5), found["step"]
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), found["step"]
