@@ -233,6 +233,7 @@ def check_job(config: Config, world_size: int, device: str) -> list[tuple[str, s
         ("layout", shape),
         ("batch", batch),
         *_stages_row(config, absent),
+        *_pipeline_rows(config, world_size, absent),
         ("data", data),
         ("disk", disk),
         ("start", start.sentence(config)),
@@ -250,6 +251,19 @@ def _stages_row(config: Config, absent: Sequence[str]) -> list[tuple[str, str]]:
 
     known = config if config.model.vocab_size is not None else config.with_vocab_size(1)
     return [("stages", stages_line(stages_of(known)))]
+
+
+def _pipeline_rows(config: Config, world_size: int, absent: Sequence[str]) -> list[tuple[str, str]]:
+    """How a pipeline cuts the models, if there is one."""
+    if config.parallel.pipeline_model_parallel_size == 1:
+        return []
+    if absent:
+        return [("pipeline", f"cut where the job starts: no {absent[0]} here")]
+    from megatron_sgt.planning.describe import pipeline_lines  # needs NumPy
+    from megatron_sgt.stages.stages import stages_of
+
+    lines = pipeline_lines(stages_of(with_vocabulary(config)), world_size)
+    return [("pipeline", line) for line in lines]
 
 
 def _data_line(config: Config, absent: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from megatron_sgt.growth import LoopPlan
 from megatron_sgt.lease import holder_of, inside
 from megatron_sgt.optim.schedule import check_curve
 from megatron_sgt.parallel.device import device_type
-from megatron_sgt.planning.describe import growth_line, model_line, stages_line
+from megatron_sgt.planning.describe import growth_line, model_line, pipeline_lines, stages_line
 from megatron_sgt.planning.flops import flops_between
 from megatron_sgt.planning.layout import batch_line, layout_line
 from megatron_sgt.planning.loop_cost import choose_loop_method
@@ -84,6 +84,7 @@ def _batch_rows(stages: Sequence[Stage], world_size: int) -> list[tuple[str, str
     )
     return [
         ("layout", layout_line(config, world_size, _shown_precision(config))),
+        *(("pipeline", line) for line in pipeline_lines(stages, world_size)),
         *_loop_rows(config),
         ("batch", batch_line(config, world_size)),
         *([("lengths", lengths.text())] if lengths.ends else []),

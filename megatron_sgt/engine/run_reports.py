@@ -14,7 +14,7 @@ from megatron_sgt.metrics import METRICS_FILE
 from megatron_sgt.metrics.records import ResumeRecord, SummaryRecord
 from megatron_sgt.model.loop_backend import loop_backend
 from megatron_sgt.ops.attention import describe_attention
-from megatron_sgt.planning.describe import stages_line
+from megatron_sgt.planning.describe import pipeline_lines, stages_line
 from megatron_sgt.planning.loop_cost import choose_loop_method
 from megatron_sgt.planning.structure import most_kept_heads
 from megatron_sgt.preflight import Start
@@ -36,6 +36,8 @@ def report_start(run: Session, stage: RunningStage, start: Start, data: DataStar
     groups, config = run.groups, stage.config
     if groups.is_main and len(run.stages) > 1:  # those to come are in no checkpoint that a change could be told from
         print(f"STAGES  {stages_line(run.stages)}", flush=True)
+    for line in pipeline_lines(run.stages, groups.world_size) if groups.is_main else ():
+        print(f"PIPELINE  {line}", flush=True)
     if groups.is_main and groups.tp_size > 1 and most_kept_heads(config):
         print(f"LOOPS  {choose_loop_method(config)[1]}", flush=True)
     line = loop_backend(config, stage.runtime.precision, groups.device)[1]

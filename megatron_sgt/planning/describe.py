@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from megatron_sgt.config import Config
 from megatron_sgt.metrics.units import si
 from megatron_sgt.planning.flops import overhead
 from megatron_sgt.planning.parameters import parameter_count
+from megatron_sgt.planning.pipeline import describe_cut
 from megatron_sgt.planning.structure import schedule_of
 from megatron_sgt.stages.stages import Stage
 
@@ -25,6 +27,34 @@ def growth_line(config: Config) -> str:
     """What grows, when, and what it adds."""
     schedule = schedule_of(config)
     return schedule.describe(f"{100 * overhead(config.model, schedule.final_plan()):+.2f} % FLOPs")
+
+
+def pipeline_lines(stages: Sequence[Stage], world_size: int) -> list[str]:
+    """How a pipeline cuts each of the models that a run passes through; nothing without one."""
+    lines = []
+    for stage in stages:
+        if cut := describe_cut(stage.config, world_size):
+            lines.append((f"stage {stage.index}: " if len(stages) > 1 else "") + cut_line(cut))
+    return lines
+
+
+def cut_line(cut: dict[str, Any]) -> str:
+    """What ``describe_cut`` says, as a line."""
+    layers, even, number = ",".join(map(str, cut["layers"])), cut["even"], cut["micro_batches"]
+    chunks = f" in chunks of {cut['layout']}" if cut["chunks"] > 1 else ""
+    other = "as the even cut" if even["layout"] == cut["layout"] else f"even cut: {_imbalance(even['imbalance'])}"
+    growth = ""
+    if "final" in cut["imbalance"]:
+        growth = f" · growth adds {100 * cut['growth']:.2f} % to it (even cut: {100 * even['growth']:.2f} %)"
+    return (
+        f"{layers} layers{chunks} · largest stage over the mean {_imbalance(cut['imbalance'])} ({other}) · "
+        f"bubble {100 * cut['bubble']:.1f} % of a step ({number} micro-batch{'' if number == 1 else 'es'}){growth}"
+    )
+
+
+def _imbalance(of: dict[str, float]) -> str:
+    names = {"now": "now", "final": "after growth"} if len(of) > 1 else {"now": ""}
+    return ", ".join(f"{100 * of[key]:+.1f} % {name}".rstrip() for key, name in names.items())
 
 
 def stages_line(stages: Sequence[Stage]) -> str:

@@ -10,9 +10,11 @@ def layout_line(config: Config, world_size: int, precision: str) -> str:
     """How the ranks share the model."""
     parallel = config.parallel
     stage = config.zero_stage_on(world_size, precision)
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    pipeline = f"pipeline parallel {stages}{f' ({chunks} chunks each)' if chunks > 1 else ''} x " if stages > 1 else ""
     return (
-        f"{count(world_size, 'rank')} = tensor parallel {parallel.tensor_model_parallel_size} x data parallel "
-        f"{config.data_parallel_size(world_size)} · ZeRO-{stage} · {precision}"
+        f"{count(world_size, 'rank')} = tensor parallel {parallel.tensor_model_parallel_size} x {pipeline}"
+        f"data parallel {config.data_parallel_size(world_size)} · ZeRO-{stage} · {precision}"
     )
 
 

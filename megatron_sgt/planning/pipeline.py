@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_sgt.config import Config
 from megatron_sgt.config.pipeline import AUTO, PipelineLayout, even_layout, parse_layout
@@ -83,6 +84,44 @@ def cut_cost(config: Config, plan: LoopPlan, layout: PipelineLayout) -> CutCost:
     """The cost of ``plan`` in ``layout``."""
     loads = stage_costs(_operations(config, plan), round(output_cost(config)), layout.counts, layout.size)
     return CutCost(tuple(loads), layout.virtual_size)
+
+
+def describe_cut(config: Config, world_size: int) -> dict[str, Any] | None:
+    """The cut of ``config`` in numbers, JSON-able; None without a pipeline.
+
+    ``imbalance``: see ``CutCost``, ``now`` and in the end (``final``, where the structure changes). ``growth``: what
+    the structure adds in the end to the products of a step, as a share. ``even``: the same of the even cut.
+    ``bubble``: the share of a step in which a stage waits, if all were equal.
+
+    Raises:
+        ConfigError: the ranks or the batch do not divide, or the schedule refuses the configuration.
+    """
+    layout = pipeline_layout(config)
+    if layout.size == 1:
+        return None
+    plans = {"now": LoopPlan.empty(layout.num_layers), "final": expected_plan(config)}
+    if plans["now"] == plans["final"]:
+        del plans["final"]
+
+    micro_batches = config.num_micro_batches(world_size)
+
+    def about(cut: PipelineLayout) -> dict[str, Any]:
+        costs = {name: cut_cost(config, plan, cut) for name, plan in plans.items()}
+        steps = [cost.step(micro_batches) for cost in costs.values()]
+        return {
+            "layout": str(cut),
+            "layers": [len(cut.layers(stage)) for stage in range(cut.size)],
+            "imbalance": {name: cost.imbalance for name, cost in costs.items()},
+            "growth": steps[-1] / steps[0] - 1,
+        }
+
+    return {
+        **about(layout),
+        "chunks": layout.virtual_size,
+        "even": about(even_cut(layout)),
+        "micro_batches": micro_batches,
+        "bubble": bubble(layout.size, layout.virtual_size, micro_batches),
+    }
 
 
 def even_cut(layout: PipelineLayout) -> PipelineLayout:

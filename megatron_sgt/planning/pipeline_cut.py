@@ -4,7 +4,8 @@ With t_p, the cost of all chunks of stage p, a step of M micro-batches takes M �
 (M - 1) · max t_p + Σ t_p). Σ t_p is the same for all cuts, so the one with the smallest max t_p is the fastest.
 
 One chunk per stage: exact, by bisection of the limit under which the layers find room.
-Several: stage p holds chunks p, p + P, ..., and no fast exact way is known. From several starts one layer at a time
+Several: stage p holds chunks p, p + P, ... Stages pass their chunks in step with each other, so that none may be much
+longer than the others (``longest_chunk``). No fast exact way is known. From several starts one layer at a time
 goes from one chunk to another (the layers between them move on by one chunk), until no such move makes the largest
 stage smaller; from the best cuts found, the search then goes on through cuts that are not better, within a fixed number
 of moves. It ends at once where ``lower_bound`` is met: then no cut is better.
@@ -41,6 +42,11 @@ def best_cut(costs: Costs, output: int, then: Costs, size: int, virtual_size: in
     if virtual_size == 1:
         return _exact(costs, output, then, size)
     return _search(costs, output, then, size, virtual_size)
+
+
+def longest_chunk(layers: int, size: int, virtual_size: int) -> int:
+    """The most layers of a chunk: as many as is left for one per stage, of several one more than an even share."""
+    return layers - size + 1 if virtual_size == 1 else -(-layers // (size * virtual_size)) + 1
 
 
 def stage_costs(costs: Sequence[int], output: int, counts: Sequence[int], size: int) -> list[int]:
@@ -162,10 +168,11 @@ def _starts(costs: Costs, output: int, size: int, virtual_size: int) -> Iterator
     for first in dict.fromkeys((0, parts - rest, *range(0, parts - rest, size))):
         yield tuple(accumulate(each + (first <= part < first + rest) for part in range(parts)))
     sums, whole = list(accumulate(costs)), sum(costs) + output
-    before, ends = 0, []
+    before, ends, longest = 0, [], longest_chunk(layers, size, virtual_size)
     for part in range(1, parts + 1):
         end = sum(parts * one <= part * whole for one in sums) if part < parts else layers
-        before = min(max(end, before + 1), layers - (parts - part))
+        latest = min(before + longest, layers - (parts - part))
+        before = min(max(end, before + 1, layers - longest * (parts - part)), latest)
         ends.append(before)
     yield tuple(ends)
 
@@ -206,9 +213,10 @@ def _worst(loads: list[int]) -> _Worst:
 
 def _moves(ends: Ends, rows: list[Costs], loads: list[list[int]], size: int) -> Iterator[tuple[int, int]]:
     """All (chunk with several layers, chunk that gets one of them); ``loads`` are meanwhile those after the move."""
-    parts, before = len(ends), [load.copy() for load in loads]
+    parts, before, counts = len(ends), [load.copy() for load in loads], _counts(ends)
+    longest = longest_chunk(ends[-1], size, parts // size)
     for start in range(parts):
-        if ends[start] - (ends[start - 1] if start else 0) < 2:
+        if counts[start] == 1:
             continue
         for step in (1, -1):
             for load, old in zip(loads, before, strict=True):
@@ -218,7 +226,8 @@ def _moves(ends: Ends, rows: list[Costs], loads: list[list[int]], size: int) -> 
                 for load, costs in zip(loads, rows, strict=True):
                     load[(chunk - step) % size] -= costs[layer]
                     load[chunk % size] += costs[layer]
-                yield start, chunk
+                if counts[chunk] < longest:
+                    yield start, chunk
 
 
 def _moved(ends: Ends, start: int, chunk: int) -> Ends:

@@ -13,7 +13,7 @@ from megatron_sgt.planning.flops import at_length, batch_flops, overhead, step_f
 from megatron_sgt.planning.hardware import USABLE
 from megatron_sgt.planning.loop_cost import choose_loop_method
 from megatron_sgt.planning.parameters import checkpoint_bytes, parameter_count, parameters_by_part
-from megatron_sgt.planning.pipeline import pipeline_layout
+from megatron_sgt.planning.pipeline import describe_cut, pipeline_layout
 from megatron_sgt.planning.rank_memory import rank_memory
 from megatron_sgt.planning.stages import StagePlan, plan_stages, stage_table
 from megatron_sgt.planning.step_time import NOT_CALIBRATED, Machine, step_time
@@ -37,7 +37,8 @@ def make_plan(config: Config, world_size: int, machine: Machine, mfu: float, pre
 
     Of a run of several stages, ``stages`` has a row for each; parameters, traffic and step time are those of the last
     one, memory that of the stage with the fullest rank. Of a pipeline, memory is that of the stage with the fullest
-    rank and traffic that of the one that sends most; both have a row for each pipeline stage, too.
+    rank and traffic that of the one that sends most; both have a row for each pipeline stage, too; ``pipeline`` is the
+    cut.
 
     Raises:
         ConfigError: the ranks or the batch do not divide, the peak is not known, or the stages are refused.
@@ -49,16 +50,7 @@ def make_plan(config: Config, world_size: int, machine: Machine, mfu: float, pre
     total, peak = sum(entry["flops"] for entry in compute), machine.gpu.peak(precision)
     plan: dict[str, Any] = {
         "parameters": {"total": parameter_count(last.model), **parameters_by_part(last.model)},
-        "layout": {
-            "world_size": world_size,
-            "gpus_per_node": machine.gpus_per_node,
-            "gpu": machine.gpu.driver_name,
-            "tensor_parallel": config.parallel.tensor_model_parallel_size,
-            "data_parallel": config.data_parallel_size(world_size),
-            "zero_stage": config.zero_stage_on(world_size, precision),
-            "precision": precision,
-            "loop_method": choose_loop_method(last)[0],
-        },
+        "layout": _layout(config, last, world_size, machine, precision),
         "batch": {
             "global_batch_size": train.global_batch_size,
             "micro_batch_size": train.micro_batch_size,
@@ -84,11 +76,29 @@ def make_plan(config: Config, world_size: int, machine: Machine, mfu: float, pre
         "warnings": list(warnings(stages, world_size, machine, precision)),
         "error_bars": list(ERROR_BARS),
     }
+    if cut := describe_cut(last, world_size):
+        plan["pipeline"] = cut
     if len(stages) > 1:
         plan["memory"]["stage"] = fullest.stage.index
         plan["stages"] = stage_table(stages, world_size, machine, mfu, precision)
         plan["error_bars"].append(BOUNDARY_ERROR)
     return plan
+
+
+def _layout(config: Config, last: Config, world_size: int, machine: Machine, precision: str) -> dict[str, Any]:
+    """How the ranks share the model, and that of the ``last`` stage its loops."""
+    return {
+        "world_size": world_size,
+        "gpus_per_node": machine.gpus_per_node,
+        "gpu": machine.gpu.driver_name,
+        "tensor_parallel": config.parallel.tensor_model_parallel_size,
+        "pipeline_parallel": config.parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_parallel": config.parallel.virtual_pipeline_model_parallel_size,
+        "data_parallel": config.data_parallel_size(world_size),
+        "zero_stage": config.zero_stage_on(world_size, precision),
+        "precision": precision,
+        "loop_method": choose_loop_method(last)[0],
+    }
 
 
 def _moments(one: StagePlan) -> dict[str, LoopPlan]:
@@ -199,8 +209,11 @@ def _step_times(config: Config, world_size: int, machine: Machine, precision: st
     tensor = config.parallel.tensor_model_parallel_size
     times: dict[str, Any] = {"note": NOT_CALIBRATED}
     times["vanilla"] = asdict(step_time(config, empty, world_size, machine, precision, "owner"))
-    times["vanilla"]["total"] = sum(times["vanilla"].values())
+    vanilla = times["vanilla"]["total"] = sum(times["vanilla"].values())
     if plan.layers:
         for method in METHODS if tensor > 1 and any(plan.loops) else METHODS[:1]:
-            times[method] = {"loops": step_time(config, plan, world_size, machine, precision, method).loops}
+            time = step_time(config, plan, world_size, machine, precision, method)
+            # Loops on a stage that is not the largest cost its pipeline less than they take; one that becomes it, more.
+            pipeline = config.parallel.pipeline_model_parallel_size > 1
+            times[method] = {"loops": time.total - vanilla if pipeline else time.loops}
     return times

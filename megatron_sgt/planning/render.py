@@ -9,7 +9,7 @@ from typing import Any
 from megatron_sgt.config import Config
 from megatron_sgt.config.base import count
 from megatron_sgt.metrics.units import duration, file_size, si
-from megatron_sgt.planning.describe import growth_line, model_line, stages_line
+from megatron_sgt.planning.describe import growth_line, model_line, pipeline_lines, stages_line
 from megatron_sgt.planning.layout import batch_line, layout_line
 from megatron_sgt.planning.step_time import NOT_CALIBRATED
 from megatron_sgt.stages.stages import stages_of
@@ -69,6 +69,8 @@ def _shape(plan: dict[str, Any], config: Config) -> Iterator[str]:
     more = f" · sequence parallel {'on' if config.parallel.sequence_parallel else 'off'}"
     more += f" · recompute {config.train.recompute_granularity}"
     yield from _row("layout", layout_line(config, world, layout["precision"]) + more)
+    for number, line in enumerate(pipeline_lines(stages, world)):
+        yield from _row("" if number else "pipeline", line)
     yield from _row("batch", batch_line(config, world))
 
 
@@ -209,10 +211,11 @@ def _time(plan: dict[str, Any], config: Config) -> Iterator[str]:
         f"{_span(86400 * run['days'])} for {_billions(run['tokens'])} tokens at {100 * run['mfu']:.3g} % MFU (assumed; "
         f"--mfu) on {layout['world_size']} x {layout['gpu']}",
     )
+    ends = f", between stages {vanilla['pipeline']:.3g}, bubble {vanilla['bubble']:.3g}" if "pipeline" in plan else ""
     model = (
         f"{times['note']}: {vanilla['total']:.3g} s per step{length} (products {vanilla['compute']:.3g}, between them "
         f"{vanilla['elementwise']:.3g}, tensor parallel {vanilla['tensor_parallel']:.3g}, data parallel "
-        f"{vanilla['data_parallel']:.3g})"
+        f"{vanilla['data_parallel']:.3g}{ends})"
     )
     names = {"owner": "naive" if "balanced" in times else "", "balanced": "balanced"}
     loops = [

@@ -13,6 +13,7 @@ from megatron_sgt.growth import LoopPlan
 from megatron_sgt.planning.boundary import boundary_time
 from megatron_sgt.planning.flops import flops_between
 from megatron_sgt.planning.parameters import checkpoint_bytes, parameter_count
+from megatron_sgt.planning.pipeline import describe_cut
 from megatron_sgt.planning.rank_memory import peak_memory
 from megatron_sgt.planning.step_time import Machine
 from megatron_sgt.planning.structure import Stretch, stage_timelines, timeline
@@ -105,7 +106,9 @@ def stage_table(
 
 def _row(one: StagePlan, world_size: int, precision: str, rate: float) -> dict[str, Any]:
     stage, model = one.stage, one.config.model
+    cut = describe_cut(one.config, world_size)
     return {
+        **({} if cut is None else {"pipeline": cut}),
         "stage": stage.index,
         "operator": None if stage.grown is None else stage.grown.settings.operator,
         "first_step": stage.first + 1,

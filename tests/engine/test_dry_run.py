@@ -47,6 +47,13 @@ def test_the_shape_of_a_run(data: str, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists(), "a dry run leaves nothing behind"
 
 
+def test_how_a_pipeline_cuts_the_model(data: str, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "new", data, parallel={"pipeline_model_parallel_size": 2})
+    shown = rows(dry_run(config, 2))
+    assert "pipeline parallel 2 x data parallel 1" in shown["layout"]
+    assert "layers · largest stage over the mean +" in shown["pipeline"] and "bubble 20.0 %" in shown["pipeline"]
+
+
 def test_the_stages_of_a_growing_model(data: str, tmp_path: Path) -> None:
     stages = [{"until_steps": 5, "operator": "g_stack", "options": {"factor": 2}}]
     config = tiny_config(tmp_path / "new", data, growth={"stages": stages})

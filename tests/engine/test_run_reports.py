@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,7 +61,7 @@ def test_the_first_record(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert kind == "resume" and record["changed"] == start.changed and capsys.readouterr().out == ""
     monkeypatch.setattr(run_reports, "loop_backend", lambda *_: ("torch", "some kernels"))
     on_gpu = session(hub)
-    on_gpu.groups = SimpleNamespace(is_main=True, tp_size=1, device=torch.device("meta"))
+    on_gpu.groups = SimpleNamespace(is_main=True, tp_size=1, world_size=1, device=torch.device("meta"))
     monkeypatch.setattr(run_reports, "describe_attention", lambda device: "an attention")
     report_start(on_gpu, stage(), start, DataStart([]))
     assert capsys.readouterr().out == "LOOPS  some kernels; an attention\n"
@@ -71,3 +72,11 @@ def test_each_start_tells_the_stages_to_come(capsys: pytest.CaptureFixture[str])
     report_start(session(Hub(), config), stage(), Start(Path("global_step2"), {}), DataStart([]))
     said = capsys.readouterr().out
     assert said.startswith("STAGES  4 layers, ") and "g_stack after step 7: 8 layers" in said
+
+
+def test_each_start_tells_how_a_pipeline_cuts_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    config = small_config(parallel={"pipeline_model_parallel_size": 2})
+    run = session(Hub(), config)
+    run.groups = replace(run.groups, world_size=2)
+    report_start(run, stage(), Start(Path("global_step2"), {}), DataStart([]))
+    assert capsys.readouterr().out.startswith("PIPELINE  2,2 layers · largest stage over the mean +")

@@ -24,6 +24,7 @@ def example(size: str, stages: int, virtual: int = 1, **growth: Any) -> Config:
         "model.vocab_size": 32000,
         "parallel.pipeline_model_parallel_size": stages,
         "parallel.virtual_pipeline_model_parallel_size": virtual,
+        "parallel.zero_stage": 1,
         "train.micro_batch_size": 1,
     }
     return load_config(
@@ -56,6 +57,13 @@ def test_three_looped_layers_cost_a_tenth_of_what_they_cost_the_even_cut(
     vanilla = LoopPlan.empty(24)
     now, even_now = (cut_cost(config, vanilla, cut).loss(16) for cut in (layout, even_cut(layout)))
     assert 100 * now == pytest.approx(9.17, abs=0.005) and 100 * even_now == pytest.approx(10.25, abs=0.005)
+
+
+def test_70b_over_eight_stages_has_no_better_cut_than_the_even_one() -> None:
+    config = example("70b", 8, max_loop_depth=3)
+    layout = pipeline_layout(config)
+    assert layout.counts == (10,) * 8
+    assert grown_over_vanilla(config, layout, 32) == pytest.approx(0.0086, abs=0.00005)
 
 
 @pytest.mark.parametrize(

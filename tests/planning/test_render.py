@@ -83,3 +83,17 @@ def test_one_rank_sends_nothing_and_vanilla_has_one_moment() -> None:
     text = text_of("vanilla_300m", 1, "h200")
     assert "none: one rank" in text
     assert "in a window" not in text and "after growth" not in text
+
+
+def test_a_pipeline_shows_its_cut_and_its_bubble() -> None:
+    more = ["parallel.pipeline_model_parallel_size=4", "train.micro_batch_size=1", "train.global_batch_size=32"]
+    text = " ".join(text_of("sgt_1.2b", 8, "h100", *more).split())
+    for part in (
+        "tensor parallel 1 x pipeline parallel 4 x data parallel 2",
+        "6,6,7,5 layers · largest stage over the mean +11.6 % now, +10.9 % after growth",
+        "(even cut: +13.0 % now, +14.9 % after growth) · bubble 15.8 % of a step (16 micro-batches)",
+        "growth adds 0.13 % to it (even cut: 2.01 %)",
+        ", between stages 0.0018",
+    ):
+        assert part in text, part
+    assert "bubble" not in text_of("sgt_1.2b", 8)
