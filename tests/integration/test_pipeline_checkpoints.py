@@ -147,15 +147,15 @@ def run(
 
 
 @cache
-def source(folder: Path, where: Where, variant: str) -> tuple[Path, dict[int, dict[str, Any]]]:
-    """An uninterrupted run: its folder of checkpoints, and what it measured."""
-    run_dir = folder / f"{variant}-{where}"
-    return run_dir / "checkpoints", run(run_dir, folder, where, variant)
+def source(folder: Path, where: Where, variant: str, stop: int) -> tuple[Path, dict[int, dict[str, Any]]]:
+    """An uninterrupted run up to step ``stop``: its folder of checkpoints, and what it measured."""
+    run_dir = folder / f"{variant}-{where}-{stop}"
+    return run_dir / "checkpoints", run(run_dir, folder, where, variant, stop)
 
 
 @pytest.mark.parametrize(("there", "here", "saved_at", "variant"), share_of(PAIRS, SHARE), ids=str)
 def test_losses_continue(there: Where, here: Where, saved_at: int, variant: str, folder: Path, tmp_path: Path) -> None:
-    root, expected = source(folder, there, variant)
+    root, expected = source(folder, there, variant, saved_at + STEPS)
     load = str(root / f"global_step{saved_at}")
     found = run(tmp_path, folder, here, variant, load=load, save_interval=0, stop=saved_at + STEPS)
     assert list(found) == list(range(saved_at + 1, saved_at + STEPS + 1))
@@ -177,20 +177,20 @@ STATES = [PP2, UNEVEN, INTERLEAVED, Where(pp=2, tp=2), Where(pp=2, dp=2, zero=2)
 @pytest.mark.parametrize("here", share_of(STATES, [UNEVEN]), ids=str)
 def test_the_whole_state_survives_bit_for_bit(here: Where, folder: Path, tmp_path: Path) -> None:
     """Weights, moments, average and step, from the files of one rank through those of a pipeline."""
-    root, _ = source(folder, ALONE, "tied")
-    checkpoint = root / f"global_step{AFTER}"
+    root, _ = source(folder, ALONE, "tied", INSIDE)
+    checkpoint = root / f"global_step{INSIDE}"
     sections = merged(merged(BASE, VARIANTS["tied"]), {"parallel": here.parallel()})
     config = tiny_config(tmp_path / "run", data(folder), **sections)
     notes = run_on_ranks(here.ranks, load_and_save, config, checkpoint, tmp_path / "saved", backend=here.backend)
     assert f"pipeline_model_parallel_size 1 -> {here.pp}" in notes[0]
     before, *_ = convert(checkpoint, tmp_path / "before")
-    after, _, drift = convert(tmp_path / f"saved/global_step{AFTER}", tmp_path / "after")
+    after, _, drift = convert(tmp_path / f"saved/global_step{INSIDE}", tmp_path / "after")
     assert drift == 0.0
     for quantity in (*QUANTITIES, AVERAGE):
         name = f"{quantity}-00001-of-00001.safetensors"
         assert (before / name).read_bytes() == (after / name).read_bytes()
     states = [read_json(place / "sgt_state.json") for place in (before, after)]
-    assert states[0]["layout_free"]["optimizer_step"] == states[1]["layout_free"]["optimizer_step"] == AFTER
+    assert states[0]["layout_free"]["optimizer_step"] == states[1]["layout_free"]["optimizer_step"] == INSIDE
     assert states[0]["hooks"] == states[1]["hooks"]
 
 
@@ -263,7 +263,7 @@ def test_a_model_grows_over_its_stages(method: str, there: Where, here: Where, f
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("where", [Where(pp=2, tp=2), INTERLEAVED, Where(pp=2, dp=2, zero=2)], ids=str)
 def test_the_stock_conversion_of_deepspeed_accepts_the_checkpoint(where: Where, folder: Path, tmp_path: Path) -> None:
-    root, _ = source(folder, where, "plain")
+    root, _ = source(folder, where, "plain", INSIDE)
     checkpoint = root / f"global_step{INSIDE}"
     arguments = ["--input_folder", str(checkpoint), "--output_folder", str(tmp_path / "stock")]
     workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
