@@ -33,7 +33,7 @@ def parse() -> argparse.Namespace:
         type=positive,
         default=1,
         metavar="V",
-        help="parts of every stage, interleaved (under torchrun in the long form: it has a --virtual-local-rank itself)",
+        help="parts of every stage, interleaved (under torchrun in full: it has a --virtual-local-rank)",
     )
     parser.add_argument(
         "--pipeline-layout",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from operator import mul
 
 from megatron_sgt.arch.kernels import GPU, Kernels
 from megatron_sgt.config import Config
@@ -54,18 +55,18 @@ def stage_activations(
         return one[0]
     # A gradient or an input that was received and waits; interleaved, for both directions at once.
     waiting = Shape.of(config, precision, kernels).stream * min(2, layout.virtual_size)
-    kept = sum(chunk.kept for chunk in one)
-    every = (
-        Activations(
-            layers=sum(n * chunk.layers for n, chunk in zip(flying, one, strict=True)),
-            loops=sum(n * chunk.loops for n, chunk in zip(flying, one, strict=True)),
-            logits=sum(n * chunk.logits for n, chunk in zip(flying, one, strict=True)),
-            kept=kept,
-            transient=one[turn].transient + waiting,
-        )
-        for flying, turn in moments(layout.size, layout.virtual_size, stage, micro_batches)
+    saved = [chunk.layers + chunk.loops + chunk.logits for chunk in one]
+    flying, turn = max(
+        moments(layout.size, layout.virtual_size, stage, micro_batches),
+        key=lambda moment: sum(map(mul, moment[0], saved)) + one[moment[1]].transient,
     )
-    return max(every, key=lambda moment: moment.total)
+    return Activations(
+        layers=sum(n * chunk.layers for n, chunk in zip(flying, one, strict=True)),
+        loops=sum(n * chunk.loops for n, chunk in zip(flying, one, strict=True)),
+        logits=sum(n * chunk.logits for n, chunk in zip(flying, one, strict=True)),
+        kept=sum(chunk.kept for chunk in one),
+        transient=one[turn].transient + waiting,
+    )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ each pair of tensor-parallel and pipeline sizes is told. Three orders of that mo
 
 * the same sizes with more recompute, or with ZeRO 2 in place of a lower stage, are not faster, so that these are only
   looked at where less does not fit (ZeRO 3 is, where a step has one micro-batch);
-* sequence parallelism sends the same bytes and keeps less, so that it is on wherever the rules allow it;
+* sequence parallelism sends the same bytes and keeps less, so that it is on wherever the rules allow it (its norms send
+  a few small messages more, which only count where a step is short);
 * no step takes less than its products at the peak and the bubble of equal stages (``_least_seconds``), so that layouts
   are opened in that order, and those that come after the last one told are never opened.
 """
@@ -31,6 +32,7 @@ from megatron_sgt.planning.advice import RECOMPUTE, changed
 from megatron_sgt.planning.flops import step_flops
 from megatron_sgt.planning.hardware import USABLE
 from megatron_sgt.planning.loop_cost import choose_loop_method
+from megatron_sgt.planning.pipeline import pipeline_layout
 from megatron_sgt.planning.rank_memory import RankMemory, fullest_rank, peak_memory
 from megatron_sgt.planning.stages import StagePlan
 from megatron_sgt.planning.state_memory import state_memory
@@ -39,8 +41,12 @@ from megatron_sgt.planning.structure import final_plan
 
 TOLD = 8
 """Layouts that a search tells."""
-MOST_VIRTUAL = 8
-"""Chunks of a stage beyond which more of them are not tried."""
+MOST_VIRTUAL = 4
+"""The most chunks of a stage that are tried."""
+LEAST_GAIN = 0.01
+"""Share of a step that more chunks must be able to save."""
+MOST_SEQUENCES = 16
+"""The largest micro-batch that is tried, but for the run's own."""
 SHARED_STATE, SHARED_WEIGHTS = (0, 1, 2), (3,)
 """ZeRO stages, each group from the fastest to the smallest."""
 
@@ -80,6 +86,7 @@ class Run:
     world_size: int
     machine: Machine
     precision: str
+    cuts: dict[tuple[Any, ...], list[tuple[int, ...]]] = field(default_factory=dict, compare=False)
 
     @property
     def config(self) -> Config:
@@ -109,6 +116,25 @@ class Candidate:
     def config(self) -> Config:
         return self.configs[-1]
 
+    @cached_property
+    def cut(self) -> list[Config]:
+        """``configs`` with the cut that ``auto`` finds, for which the formulas ask many times.
+
+        It is the same for every micro-batch, since all costs are in proportion to it.
+        """
+        layout = self.layout
+        if layout.pipeline == 1:
+            return self.configs
+        key = layout.tensor, layout.sequence_parallel, layout.pipeline, layout.virtual, layout.recompute
+        if key not in self.run.cuts:
+            self.run.cuts[key] = [pipeline_layout(config).counts for config in self.configs]
+        return [
+            config.model_copy(
+                update={"parallel": config.parallel.model_copy(update={"pipeline_model_parallel_layout": counts})}
+            )
+            for config, counts in zip(self.configs, self.run.cuts[key], strict=True)
+        ]
+
     def seconds(self, plan: LoopPlan, config: Config) -> StepTime:
         """Of one step of ``plan``."""
         run, method = self.run, choose_loop_method(config)[0]
@@ -117,13 +143,13 @@ class Candidate:
     @cached_property
     def time(self) -> StepTime:
         """Of one step of the structure that the run ends with."""
-        return self.seconds(final_plan(self.config, together=True), self.config)
+        return self.seconds(final_plan(self.config, together=True), self.cut[-1])
 
     @cached_property
     def fits(self) -> bool:
         """Whether every rank holds what it needs at every moment of the run."""
         run = self.run
-        for one, config in zip(run.stages, self.configs, strict=True):
+        for one, config in zip(run.stages, self.cut, strict=True):
             stages = range(self.layout.pipeline)
             if max(state_memory(config, run.world_size, run.precision, stage).total for stage in stages) > run.limit:
                 return False
@@ -137,19 +163,19 @@ class Candidate:
         run = self.run
         each = (
             fullest_rank(config, one.plans, run.world_size, run.precision)
-            for one, config in zip(run.stages, self.configs, strict=True)
+            for one, config in zip(run.stages, self.cut, strict=True)
         )
         return max(each, key=lambda rank: rank.total)
 
     def peak_before_growth(self) -> int:
         """Bytes on the fullest rank in the first steps."""
         run = self.run
-        return peak_memory(self.configs[0], [run.stages[0].stretches[0].plan], run.world_size, run.precision)
+        return peak_memory(self.cut[0], [run.stages[0].stretches[0].plan], run.world_size, run.precision)
 
     def whole_run(self) -> tuple[float, int]:
         """(seconds, tokens) of all steps, each of the structure that it executes."""
         seconds, tokens = 0.0, 0
-        for one, config in zip(self.run.stages, self.configs, strict=True):
+        for one, config in zip(self.run.stages, self.cut, strict=True):
             each = {plan: self.seconds(plan, config).total for plan in one.plans}
             seconds += sum(stretch.steps * each[stretch.plan] for stretch in one.stretches)
             tokens += one.tokens
@@ -206,26 +232,31 @@ def search(run: Run, told: int = TOLD) -> Search:
 
 def _bases(run: Run) -> list[Candidate]:
     """All accepted layouts at the least recompute, at the lowest ZeRO stage and at ZeRO 3."""
-    node, layers = run.machine.gpus_per_node, run.config.model.num_layers
     found: list[Candidate] = []
     refused: list[ConfigError] = []
-    for tensor, pipeline in itertools.product(_divisors(node), _divisors(run.world_size)):
-        if pipeline > layers or run.world_size % (tensor * pipeline):
-            continue
-        chunks = range(1, min(MOST_VIRTUAL, layers // pipeline) + 1) if pipeline > 1 else (1,)
-        micro_batches = _micro_batches(run, run.world_size // (tensor * pipeline))
-        for virtual, micro, stages in itertools.product(chunks, micro_batches, (SHARED_STATE, SHARED_WEIGHTS)):
-            for sharded, stage in itertools.product((True, False), stages):
-                try:
-                    found.append(
-                        _candidate(run, Layout(tensor, pipeline, virtual, micro, sharded, stage, RECOMPUTE[0]))
-                    )
-                    break
-                except ConfigError as error:
-                    refused.append(error)
+    for (tensor, pipeline, virtual, micro), stages in itertools.product(_sizes(run), (SHARED_STATE, SHARED_WEIGHTS)):
+        for sharded, stage in itertools.product((True, False), stages):
+            try:
+                found.append(_candidate(run, Layout(tensor, pipeline, virtual, micro, sharded, stage, RECOMPUTE[0])))
+                break
+            except ConfigError as error:
+                refused.append(error)
     if not found:
         raise ConfigError(f"no layout of {run.world_size} GPUs is accepted; of the last one: {refused[-1]}")
     return found
+
+
+def _sizes(run: Run) -> Iterator[tuple[int, int, int, int]]:
+    """(tensor parallel, pipeline, virtual, micro-batch) for the rules to judge."""
+    layers, train = run.config.model.num_layers, run.config.train
+    for tensor, pipeline in itertools.product(_divisors(run.machine.gpus_per_node), _divisors(run.world_size)):
+        if pipeline > layers or run.world_size % (tensor * pipeline):
+            continue
+        per_rank = train.global_batch_size * tensor * pipeline // run.world_size
+        powers = (2**n for n in range(min(per_rank, MOST_SEQUENCES).bit_length()))
+        for micro in sorted({train.micro_batch_size, *powers}):
+            for virtual in _chunks(pipeline, layers, per_rank // micro):
+                yield tensor, pipeline, virtual, micro
 
 
 def _candidate(run: Run, layout: Layout) -> Candidate:
@@ -269,7 +300,11 @@ def _divisors(number: int) -> list[int]:
     return [one for one in range(1, number + 1) if number % one == 0]
 
 
-def _micro_batches(run: Run, data_parallel: int) -> list[int]:
-    """Powers of two, and the run's own."""
-    per_rank, own = run.config.train.global_batch_size // data_parallel, run.config.train.micro_batch_size
-    return sorted({own, *(2**n for n in range(per_rank.bit_length()))})
+def _chunks(pipeline: int, layers: int, micro_batches: int) -> Iterator[int]:
+    """Powers of two, as long as more chunks could still shorten the step by LEAST_GAIN."""
+    virtual = 1
+    while virtual <= min(MOST_VIRTUAL, layers // pipeline):
+        yield virtual
+        if (pipeline - 1) / (virtual * max(1, micro_batches)) < LEAST_GAIN:
+            return
+        virtual *= 2

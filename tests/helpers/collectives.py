@@ -1,4 +1,4 @@
-"""Counts the collectives of this rank below every wrapper: the c10d operators themselves."""
+"""Counts the collectives and messages of this rank below every wrapper: the c10d operators themselves."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ KINDS = {
     "reduce_scatter_": "reduce_scatter",
     "reduce_scatter_tensor_coalesced_": "reduce_scatter",
     "broadcast_": "broadcast",
+    "send": "send",
+    "recv_": "receive",
 }
 """c10d operator -> kind. Any other that is met is an error, so that nothing goes uncounted."""
 CONTROL_BYTES = 8

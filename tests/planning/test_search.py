@@ -39,10 +39,10 @@ def run(memory: float, ranks: int = 4, node: int = 2, *settings: str) -> Run:
 
 def everything(run: Run) -> list[Candidate]:
     found = []
-    sizes = itertools.product((1, 2), (1, 2, 4), (1, 2, 3), (1, 2, 4, 8, 16), (True, False), range(4), RECOMPUTE)
+    sizes = itertools.product((1, 2), (1, 2, 4), (1, 2, 4), (1, 2, 4, 8, 16), (True, False), range(4), RECOMPUTE)
     for size in sizes:
         layout = Layout(*size)
-        if layout.virtual > 1 and layout.pipeline == 1:
+        if (layout.virtual > 1 and layout.pipeline == 1) or layout.sequence_parallel is (layout.tensor == 1):
             continue
         try:
             found.append(_candidate(run, layout))

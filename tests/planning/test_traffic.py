@@ -16,7 +16,7 @@ from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.model.apply_plan import apply_plan, begin_step, mark_micro_batch
 from megatron_sgt.model.gpt import build_model
 from megatron_sgt.planning.tensor_traffic import Transfer, loop_pass_traffic
-from megatron_sgt.planning.traffic import step_traffic
+from megatron_sgt.planning.traffic import group_sizes, step_traffic
 from tests.helpers.collectives import CollectiveCounter
 from tests.helpers.exhaustive import exhaustive
 from tests.helpers.ranks import run_on_ranks
@@ -43,8 +43,8 @@ PLANS: dict[str, tuple[tuple[int, LayerPlan], ...]] = {
 }
 Layout = tuple[str, str, bool, str]
 EVERY = list(itertools.product(MODELS, ("owner", "balanced"), (False, True), ("none", "selective", "full")))
-SHARE = EVERY[::5]
-"""Each method, sharding and recompute meets each other and nearly every model."""
+SHARE = EVERY[::7]
+"""Each method, sharding and recompute meets each other, each method every model."""
 
 
 def layout_config(model: dict[str, Any], method: str, sharded: bool, recompute: str) -> Config:
@@ -212,3 +212,71 @@ def test_what_travels_once_per_step_does_not_grow_with_depth() -> None:
 
 def test_one_process_sends_nothing() -> None:
     assert step_traffic(small_config(), LoopPlan.empty(4), 1, "bf16", "owner", entropy=True) == ()
+
+
+PIPELINES: dict[str, dict[str, Any]] = {
+    "PP2 x TP2 + SP, balanced loops": {
+        "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "loop_method": "balanced"},
+        "loops": ((3, LayerPlan(2, (0, 1))),),
+    },
+    "PP2 x DP2, ZeRO-2": {"parallel": {"zero_stage": 2}, "precision": "bf16"},
+    "PP2 x DP2, interleaved, ZeRO-1": {
+        "parallel": {"virtual_pipeline_model_parallel_size": 2},
+        "precision": "bf16",
+        "recompute": "full",
+    },
+    "PP4, tied": {"parallel": {"pipeline_model_parallel_size": 4}, "tied": True},
+    "PP2 x TP2, tied, owner loops": {
+        "parallel": {"tensor_model_parallel_size": 2, "loop_method": "owner"},
+        "tied": True,
+        "loops": ((1, LayerPlan(1, (0, 1))),),
+    },
+}
+"""Each with four micro-batches on RANKS ranks."""
+
+
+def pipeline_steps(info: RankInfo) -> list[tuple[str, Any, Any]]:
+    """(case, counted, formula) of this rank: bytes by (kind, size of the group), flags and norms left out."""
+    found = []
+    for name, case in PIPELINES.items():
+        precision = case.get("precision", "fp32")
+        parallel = {"pipeline_model_parallel_size": 2, **case["parallel"]}
+        data = RANKS // parallel["pipeline_model_parallel_size"] // parallel.get("tensor_model_parallel_size", 1)
+        config = small_config(
+            growth={"top_k_layers": 1, "max_loop_depth": 3},
+            model={"untie_embeddings_and_output_weights": not case.get("tied", False)},
+            parallel=parallel,
+            train={
+                "precision": precision,
+                "global_batch_size": 8 * data,
+                "recompute_granularity": case.get("recompute", "none"),
+            },
+        )
+        groups = start_processes(config, info)
+        runtime = build_runtime(config, groups)
+        plan = LoopPlan(4, case.get("loops", ()))
+        apply_plan(runtime.engine.module, plan)
+        with CollectiveCounter() as counter:
+            train_step(runtime.engine, [random_batch(config, seed) for seed in range(4)], 1e-3, 1.0, groups)
+        method = parallel.get("loop_method", "owner")
+        sizes = group_sizes(config, RANKS)
+        payload: Counter = Counter()
+        for item in step_traffic(config, plan, RANKS, precision, method, pipeline_stage=groups.pp_rank):
+            payload[item.kind, sizes[item.group]] += item.payload
+        counted = {key: size - counter.control[key] for key, size in counter.bytes.items()}
+        found.append((name, {key: size for key, size in counted.items() if size}, dict(payload)))
+    return found
+
+
+def test_every_stage_of_a_pipeline_sends_to_the_byte_what_the_formula_says() -> None:
+    """And receives what its neighbours send, which no formula counts again."""
+    by_rank = run_on_ranks(RANKS, pipeline_steps, timeout=300, backend="gloo")
+    for number in range(len(PIPELINES)):
+        sent = received = 0
+        for rank, by_case in enumerate(by_rank):
+            name, counted, formula = by_case[number]
+            sent += sum(size for (kind, _), size in counted.items() if kind == "send")
+            received += sum(size for (kind, _), size in counted.items() if kind == "receive")
+            own = {key: size for key, size in counted.items() if key[0] != "receive"}
+            assert own == formula, f"{name}, rank {rank}"
+        assert sent == received > 0
