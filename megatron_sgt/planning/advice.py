@@ -7,11 +7,13 @@ from typing import Any, get_args
 
 from megatron_sgt.arch.weights import layer_weights
 from megatron_sgt.config import Config, TrainConfig, parse_config
+from megatron_sgt.config.pipeline import AUTO
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.metrics.units import file_size
 from megatron_sgt.planning.hardware import USABLE
 from megatron_sgt.planning.loop_cost import choose_loop_method, loop_flops
 from megatron_sgt.planning.parameters import parameter_count
+from megatron_sgt.planning.pipeline import bubble, cut_cost, expected_plan, pipeline_layout
 from megatron_sgt.planning.rank_memory import peak_memory
 from megatron_sgt.planning.stages import StagePlan
 from megatron_sgt.planning.step_time import Machine
@@ -19,6 +21,8 @@ from megatron_sgt.planning.structure import most_kept_heads, schedule_of
 
 SMALL_SHARE = 250_000
 """Elements of a layer per rank below which ZeRO-3 sends many small messages."""
+LARGE_BUBBLE, LARGE_IMBALANCE = 0.15, 0.05
+"""Shares of a step that a pipeline may lose without a word."""
 RECOMPUTE: tuple[str, ...] = get_args(TrainConfig.model_fields["recompute_granularity"].annotation)
 """Every granularity that the configuration knows."""
 
@@ -30,6 +34,7 @@ def warnings(stages: Sequence[StagePlan], world_size: int, machine: Machine, pre
     yield from schedule_of(last).advice(last.train.train_iters)
     yield from _loops(last)
     yield from _layout(last, world_size, machine)
+    yield from _pipeline(last, world_size, machine)
 
 
 def _memory(stages: Sequence[StagePlan], world_size: int, machine: Machine, precision: str) -> Iterator[str]:
@@ -60,6 +65,8 @@ def _ways_to_fit(stages: Sequence[StagePlan], world_size: int, precision: str, l
     if train.recompute_granularity != "full":
         changes.append({"train.recompute_granularity": "full", "train.recompute_layers": None})
     changes += [{"parallel.zero_stage": stage} for stage in (1, 3) if stage > parallel.zero_stage]
+    if parallel.pipeline_model_parallel_layout == AUTO:
+        changes.append({"parallel.pipeline_model_parallel_size": 2 * parallel.pipeline_model_parallel_size})
     tensor = 2 * parallel.tensor_model_parallel_size
     changes.append({"parallel.tensor_model_parallel_size": tensor, "parallel.sequence_parallel": True})
     for change in changes:
@@ -169,6 +176,36 @@ def _layout(config: Config, world_size: int, machine: Machine) -> Iterator[str]:
         yield "saves only at the end; checkpoint.save_interval=N saves every N steps"
     if train.precision == "fp32" and parallel.device != "cpu":
         yield "train.precision fp32 does without matrix units: train.precision=bf16 is many times faster"
+
+
+def _pipeline(config: Config, world_size: int, machine: Machine) -> Iterator[str]:
+    parallel, layout = config.parallel, pipeline_layout(config)
+    if layout.size == 1:
+        return
+    micro_batches = config.num_micro_batches(world_size)
+    waiting = bubble(layout.size, layout.virtual_size, micro_batches)
+    if waiting > LARGE_BUBBLE:
+        more = "a smaller train.micro_batch_size" if config.train.micro_batch_size > 1 else "fewer pipeline stages"
+        yield (
+            f"{micro_batches} micro-batches through {layout.size} pipeline stages leave them waiting "
+            f"{100 * waiting:.0f} % of a step; {more}, or a larger "
+            "parallel.virtual_pipeline_model_parallel_size, makes that less"
+        )
+    if parallel.tensor_model_parallel_size > machine.gpus_per_node:
+        yield (
+            f"pipeline stages send far less than tensor parallelism, whose groups reach over nodes of "
+            f"{machine.gpus_per_node} GPUs: keep those inside a node and the pipeline between nodes"
+        )
+    if parallel.pipeline_model_parallel_layout == AUTO:
+        return
+    plan = expected_plan(config)
+    best = pipeline_layout(changed(config, {"parallel.pipeline_model_parallel_layout": AUTO}))
+    lost, least = (cut_cost(config, plan, one).imbalance for one in (layout, best))
+    if lost > LARGE_IMBALANCE and lost > least + 0.01:
+        yield (
+            f"the largest of the pipeline stages {layout} does {100 * lost:.0f} % more than their mean after growth; "
+            f"parallel.pipeline_model_parallel_layout={best} (auto) leaves {100 * least:.1f} %"
+        )
 
 
 def _fraction(ranks: int) -> str:

@@ -49,6 +49,18 @@ def test_the_examples_need_no_warning_on_the_machines_they_name(name: str, ranks
         ),
         ("sgt_70b", ["parallel.tensor_model_parallel_size=8"], 256, ["reaches over nodes of 4"]),
         ("sgt_7b", ["checkpoint.save_interval=0"], 32, ["saves only at the end"]),
+        (
+            "sgt_1.2b",
+            ["parallel.pipeline_model_parallel_size=4", "train.global_batch_size=8", "train.micro_batch_size=1"],
+            4,
+            ["8 micro-batches through 4 pipeline stages", "27 % of a step"],
+        ),
+        (
+            "sgt_1.2b",
+            ["parallel.pipeline_model_parallel_size=4", "parallel.pipeline_model_parallel_layout='6,6,6,6'"],
+            4,
+            ["the largest of the pipeline stages 6,6,6,6 does", "(auto) leaves"],
+        ),
     ],
 )
 def test_each_warning_names_its_numbers_and_the_way_out(
