@@ -26,7 +26,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=output, required=True, metavar="FILE", help="file to write, with the same keys")
     parser.add_argument("--tensor-parallel", type=positive, default=1, metavar="N", help="tensor-parallel size")
     parser.add_argument("--pipeline-parallel", type=positive, default=1, metavar="P", help="stages of the pipeline")
-    parser.add_argument("--virtual", type=positive, default=1, metavar="V", help="parts of every stage, interleaved")
+    parser.add_argument(
+        "--virtual",
+        "--virtual-pipeline-parallel",
+        dest="virtual",
+        type=positive,
+        default=1,
+        metavar="V",
+        help="parts of every stage, interleaved (under torchrun in full: it has a --virtual-local-rank)",
+    )
     parser.add_argument(
         "--pipeline-layout",
         default="auto",

@@ -24,7 +24,7 @@ from megatron_sgt.engine.hooks.replicas import ReplicaCheckHook
 from megatron_sgt.engine.hooks.spike import SpikeHook
 from megatron_sgt.engine.hooks.straggler import LagRule, StragglerHook
 from megatron_sgt.engine.hooks.validation import EvalHook
-from megatron_sgt.engine.hooks.watched import watched_batches, watched_hooks
+from megatron_sgt.engine.hooks.watched import watch_passes, watched_batches, watched_hooks
 from megatron_sgt.engine.loop import Trainer
 from megatron_sgt.engine.session import Session
 from megatron_sgt.engine.step import Batch
@@ -95,6 +95,8 @@ class RunningStage:
             loader = self._eval_loader()
             self.eval = EvalHook(runtime.engine, loader, config.train.eval_interval, self.schedule, hub, groups, ema)
             self.hooks.append(self.eval)
+        if groups.pp_size > 1:
+            watch_passes(runtime.model, session.progress)
         self.parts = RunParts(config, groups, runtime.model, runtime.engine, self.schedule, hub)
         for hook in session.own_hooks:
             hook.attach(self.parts)

@@ -73,7 +73,7 @@ def transformer_config(config: Config, precision: str, device: torch.device, pla
 
 def _pipeline(config: Config, precision: str, device: torch.device) -> dict[str, Any]:
     """Megatron-Core's settings of a pipeline; none without one."""
-    layout, on_cpu = pipeline_layout(config), device.type == "cpu"
+    layout = pipeline_layout(config)
     if layout.size == 1:
         return {}
     # Interleaved, two messages to the same rank are under way at a time; at two stages these are also from the same
@@ -86,9 +86,9 @@ def _pipeline(config: Config, precision: str, device: torch.device) -> dict[str,
         "pipeline_dtype": DTYPES[precision],
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": not interleaved,
-        "batch_p2p_sync": not on_cpu,  # it waits for a GPU
-        # gloo still reads what is being sent.
-        "deallocate_pipeline_outputs": not (on_cpu and interleaved),
+        "batch_p2p_sync": device.type != "cpu",  # it waits for a GPU
+        # An overlapped send still reads its output; until 0.19 Megatron-Core does not wait for it.
+        "deallocate_pipeline_outputs": not interleaved,
     }
 
 

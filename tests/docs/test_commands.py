@@ -1,6 +1,6 @@
 """Every command in the documentation exists: its script, its flags, its files, its settings, its make target.
 
-test_pages.py executes four pages; here the others, which need clusters, GPUs or hours, are held against the code.
+test_pages.py executes five pages; here the others, which need clusters, GPUs or hours, are held against the code.
 """
 
 from __future__ import annotations

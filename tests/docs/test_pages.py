@@ -1,4 +1,4 @@
-"""The pages about growth, Hugging Face and planning work from top to bottom, on the run of the quickstart; the
+"""The pages about growth, Hugging Face, layouts and planning work from top to bottom, on the run of the quickstart; the
 tutorial does in an empty folder, beside nothing but the repository's files."""
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def place(tmp_path: Path) -> Path:
     [
         ("growth.md", ["compared/compare.html", "replayed/metrics.jsonl"]),
         ("huggingface.md", ["hf/config.json", "continued/metrics.jsonl"]),
+        ("layouts.md", ["pipeline/metrics.jsonl", "pipeline_hf/config.json"]),
         ("planning.md", []),
     ],
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from megatron_sgt.evaluation.perplexity import mean_loss
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.model.apply_plan import apply_plan
+from megatron_sgt.model.entropy_meter import EntropyMeter
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.single import random_batch, small_config
 
@@ -51,6 +54,19 @@ def config_of(case: dict[str, Any], stages: int) -> Config:
     )
 
 
+@contextlib.contextmanager
+def nan_entropies(meter: EntropyMeter) -> Iterator[None]:
+    """Inside, the entropies of layer 0, which the first stage holds, are NaN."""
+    store = meter.store
+
+    def spoiled(layer: int, index: int, entropy: Tensor, heads: Tensor | None = None) -> None:
+        store(layer, index, entropy * math.nan if layer == 0 else entropy, heads)
+
+    meter.store = spoiled  # type: ignore[method-assign]
+    yield
+    meter.store = store  # type: ignore[method-assign]
+
+
 def steps_of(info: RankInfo, stages: int) -> dict[str, dict[str, Any]]:
     """Of every case: what five steps measure, two of them spoiled, and the model after them."""
     found: dict[str, dict[str, Any]] = {}
@@ -68,13 +84,8 @@ def steps_of(info: RankInfo, stages: int) -> dict[str, dict[str, Any]]:
             batches = [random_batch(config, seed=10 * step + m) for m in range(MICRO_BATCHES)]
             if step == 1:
                 batches[0]["loss_mask"][0, 3] = math.nan
-            store = model.meter.store
-            if step == 3:  # on the first stage alone
-                model.meter.store = lambda layer, index, entropy, heads=None: store(  # type: ignore[method-assign]
-                    layer, index, entropy * math.nan if layer == 0 else entropy, heads
-                )
-            results.append(train_step(engine, batches, 1e-2, 0.5, groups, pieces=2 if step == 2 else 1))
-            model.meter.store = store  # type: ignore[method-assign]
+            with nan_entropies(model.meter) if step == 3 else contextlib.nullcontext():
+                results.append(train_step(engine, batches, 1e-2, 0.5, groups, pieces=2 if step == 2 else 1))
             if step == 0:
                 table = torch.from_numpy(model.meter.reduce(groups))
             model.meter.reset()
@@ -92,7 +103,7 @@ def steps_of(info: RankInfo, stages: int) -> dict[str, dict[str, Any]]:
         }
         alive = weakref.ref(engine), weakref.ref(model), weakref.ref(model.chunks[0])
         release_engine(engine)
-        del engine, runtime, model, store
+        del engine, runtime, model
         gc.collect()
         found[name]["freed"] = all(one() is None for one in alive)
     return found

@@ -22,7 +22,7 @@ from tests.helpers.exhaustive import share_of
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import tiny_config, write_tiny_data
 
-REBUILDS = 5
+REBUILDS = 3
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "alone": (1, {"zero_stage": 0}),
     "zero_1": (2, {"zero_stage": 1}),

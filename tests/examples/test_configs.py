@@ -10,6 +10,7 @@ import pytest
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.config.growth import GrowthConfig
 from megatron_sgt.config.model import ModelConfig
+from megatron_sgt.planning.pipeline import pipeline_layout
 from megatron_sgt.stages.presets import preset_named
 from megatron_sgt.stages.stages import stages_of
 from megatron_sgt.stages.timing import fitted_parameters, g_stack_time, prop_boundaries
@@ -68,7 +69,7 @@ def test_loads_and_round_trips(name: str, tmp_path: Path) -> None:
 
 def test_the_set_is_complete() -> None:
     expected = {f"{kind}_{size}" for kind in ("sgt", "vanilla") for size in SIZES}
-    expected |= {"quickstart", "vanilla_quickstart", "block_loop_300m"}
+    expected |= {"quickstart", "vanilla_quickstart", "block_loop_300m", "quickstart_pipeline", "sgt_70b_pipeline"}
     expected |= {"sgt_300m_lowest_heads", "sgt_300m_shallow_first", "study_cpu", "study_gpu", "study_growing"}
     expected |= set(GROWING)
     assert set(NAMES) == expected
@@ -80,6 +81,7 @@ TWINS = [
     ("quickstart", "vanilla_quickstart", {"growth.method"}),
     ("sgt_300m", "block_loop_300m", {"growth.method", "growth.block_loop_layers"}),
     ("sgt_300m", "sgt_300m_lowest_heads", {"growth.head_choice"}),
+    ("sgt_70b", "sgt_70b_pipeline", {"parallel.pipeline_model_parallel_size"}),
     ("sgt_300m", "sgt_300m_shallow_first", {"growth.direction"}),
 ]
 
@@ -169,6 +171,8 @@ def test_300m_is_the_paper_to_the_number() -> None:
         ("7b", 32),
         ("13b", 64),
         ("70b", 256),
+        ("70b_pipeline", 64),
+        ("70b_pipeline", 512),
     ],
 )
 def test_batches_multiply_on_the_machines_named(label: str, world_size: int) -> None:
@@ -186,3 +190,14 @@ def test_quickstart_runs_on_two_cpu_ranks_and_fixes_its_structure() -> None:
     assert cfg.checkpoint.save_interval < train.train_iters
     # The comment's 1.3 M.
     assert count_parameters(cfg.model)[1] == pytest.approx(1.3e6, rel=0.03)
+
+
+def test_a_pipeline_on_two_cpu_ranks_and_on_8_nodes() -> None:
+    """Enough micro-batches that the stages seldom wait, in the one and in the other."""
+    for name, ranks, stages, most in (("quickstart_pipeline", 2, 2, 1 / 9), ("sgt_70b_pipeline", 512, 8, 0.06)):
+        config = load(name).with_vocab_size(VOCAB_SIZE)
+        assert pipeline_layout(config).size == stages
+        assert (stages - 1) / (config.num_micro_batches(ranks) + stages - 1) <= most
+    cpu = load("quickstart_pipeline")
+    growth = cpu.growth
+    assert growth.first_selection_step + growth.max_selected_layers * growth.window_size < cpu.train.train_iters

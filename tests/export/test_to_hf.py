@@ -27,10 +27,19 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
     return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
 
 
-@pytest.mark.parametrize("where", [(1, 1, 0), (2, 2, 1), (4, 1, 2), (2, 3, 3)])
+@pytest.mark.parametrize(
+    ("where", "pipeline"),
+    [
+        *((where, None) for where in [(1, 1, 0), (2, 2, 1), (4, 1, 2), (2, 3, 3)]),
+        ((1, 1, 0), (2, (1, 3))),
+        ((2, 2, 1), (2, (1, 1, 1, 1))),
+    ],
+)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_every_layout_gives_the_same_folder(tmp_path: Path, where: tuple[int, int, int], dtype: str) -> None:
-    write_grown_checkpoint(tmp_path / "ckpt", where)
+def test_every_layout_gives_the_same_folder(
+    tmp_path: Path, where: tuple[int, int, int], pipeline: tuple[int, tuple[int, ...]] | None, dtype: str
+) -> None:
+    write_grown_checkpoint(tmp_path / "ckpt", where, pipeline)
     before = snapshot(tmp_path / "ckpt")
     options = ExportOptions(dtype=dtype, max_shard_bytes=60_000)
     export = export_checkpoint(tmp_path / "ckpt", tmp_path / "out", options=options)

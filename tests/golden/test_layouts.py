@@ -1,7 +1,7 @@
 """One trajectory, every parallel layout: the same losses, gradient norms, weights and growth events.
 
-`make test` takes a share of the matrix in which every value of every factor meets every value of every other;
-`make test-all` takes all of it.
+`make test` takes a share of the matrix in which every value of every factor meets every value of every other, and shows
+part of it on a short trajectory; `make test-all` takes all of it on the authors'.
 """
 
 from itertools import product
@@ -28,18 +28,21 @@ ALL = [(*shape, zero, recompute) for shape, zero, recompute in product(SHAPES, r
 # The cheapest found that covers every pair of values of two factors that a shape allows.
 SHARE = [
     (1, 1, False, 0, "full"),
-    (1, 2, False, 1, "none"),
-    (1, 2, False, 2, "none"),
     (1, 2, False, 3, "full"),
-    (2, 1, False, 2, "none"),
     (2, 1, True, 1, "full"),
+]
+SHORT = [
+    (1, 2, False, 1, "none"),
+    (2, 1, False, 2, "none"),
     (2, 1, True, 3, "none"),
+    (1, 2, False, 2, "none"),
     (2, 2, True, 0, "none"),
     (4, 1, False, 0, "none"),
     (4, 1, False, 1, "none"),
     (4, 1, True, 2, "full"),
     (4, 1, True, 3, "none"),
 ]
+"""Twelve steps of the reference show these: four ranks take a minute for the authors' sixty."""
 
 
 def marked(layout: tuple[int, int, bool, int, str]) -> Any:
@@ -75,6 +78,19 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("short") / "short.safetensors"
     write_trajectory(path, *make_trajectory({**settings_of("grouped_query_qk_norm"), "steps": 12}, seed=0))
     return path
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As ``short``, with heads for four ranks."""
+    path = tmp_path_factory.mktemp("eight") / "eight.safetensors"
+    write_trajectory(path, *make_trajectory({**settings_of("eight_heads_keep_three"), "steps": 12}, seed=0))
+    return path
+
+
+@pytest.mark.parametrize("layout", SHORT, ids=str)
+def test_a_short_trajectory(layout: tuple[int, int, bool, int, str], eight: Path) -> None:
+    check(eight, *layout)
 
 
 def sabotaged(info: RankInfo, path: Path, fault: str) -> Any:
@@ -160,9 +176,9 @@ def test_the_share_covers_every_pair() -> None:
     def pairs(cases: list[Any]) -> set[Any]:
         return {(i, case[i], j, case[j]) for case in cases for i in range(5) for j in range(i)}
 
-    missing = pairs(ALL) - pairs(SHARE)
+    missing = pairs(ALL) - pairs(SHARE + SHORT)
     assert not missing, sorted(map(str, missing))
 
 
 def test_the_matrix_is_whole() -> None:
-    assert len(ALL) == 64 and set(SHARE) <= set(ALL)
+    assert len(ALL) == 64 and {*SHARE, *SHORT} <= set(ALL)

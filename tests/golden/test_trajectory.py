@@ -31,7 +31,7 @@ def trajectories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
-SHARE = [(1, False, 2), (2, True, 1)]
+SHARE = [(2, True, 1)]
 EVERY = [(tensor, False, zero) for tensor in (1, 2) for zero in (0, 1, 2)] + [(2, True, 1)]
 
 

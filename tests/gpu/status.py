@@ -24,6 +24,11 @@ HOW = {
     "same": "the same code on a CPU: it differs by a value, or is called by itself",
     "never": "nothing executes it on a CPU",
 }
+SEVERAL = (
+    "stages of a pipeline on GPUs of their own: Megatron-Core's schedules, batched and overlapped messages over NCCL, "
+    "outputs freed while they are sent, the borrowed weight of tied embeddings, fp16 (refused with a pipeline)",
+)
+"""What one GPU cannot show: NCCL refuses two ranks on one. CPUs run it over gloo."""
 HEAD = """# What has run on a GPU, and what has not
 
 Written by `python -m tests.gpu.status`; a test holds it to the sources: every function that asks which device it runs
@@ -81,7 +86,7 @@ def page(results: Path = RESULTS) -> str:
         by = f"`{row['by']}`" if row["by"].startswith("tests/") else row["by"]
         where = on_gpu.get(row.get("part", ""), "never")
         text += f"| `{place.removeprefix('megatron_sgt/')}` | {row['what']} | {row['how']} | {by} | {where} |\n"
-    return text
+    return f"{text}\nNever run on a GPU, as one is not enough:\n\n" + "".join(f"- {what}\n" for what in SEVERAL)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ def test_tolerance(dtype: str, way: str, suite: object) -> None:
         ("correctness", "graph_capture", ()),
         ("library_attention", "check", ("MHA",)),
         ("library_attention", "check", ("GQA",)),
+        ("pipeline", "given_away", ()),
+        ("pipeline", "settings", ()),
         ("runs", "golden", ()),
         ("runs", "killed_and_resumed", ()),
     ],

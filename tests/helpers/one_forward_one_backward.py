@@ -19,7 +19,9 @@ from megatron_sgt.parallel.groups import ParallelGroups
 
 def forward_backward(engine: Any, batches: Sequence[dict[str, Tensor]], pieces: int, groups: ParallelGroups) -> Tensor:
     """Gradients of a step of uncut micro-batches on every stage; returns their mean loss."""
-    model, sent, waiting, losses = engine.module, [], deque(), []
+    model, left = engine.module, len(batches)
+    sent, losses = [], []
+    waiting: deque[tuple[Tensor | None, Tensor]] = deque()
     (gpt,) = model.chunks
     before, after = (
         groups.rank_at((groups.pp_rank + n) % groups.pp_size, groups.dp_rank, groups.tp_rank) for n in (-1, 1)
@@ -45,13 +47,15 @@ def forward_backward(engine: Any, batches: Sequence[dict[str, Tensor]], pieces: 
         else:
             sent.append(dist.isend(output.detach(), after))
 
-    def backward(last: bool) -> None:
+    def backward() -> None:
         hidden, output = waiting.popleft()
+        nonlocal left
+        left -= 1
         scalar = output / len(batches) if groups.is_last_stage else (output * received(after)).sum()
-        mark_micro_batch(model, last)
+        mark_micro_batch(model, last=left == 0)
         if hasattr(engine.optimizer, "clear_backward_seen_flag"):
             engine.optimizer.clear_backward_seen_flag()
-        engine.set_gradient_accumulation_boundary(last)
+        engine.set_gradient_accumulation_boundary(left == 0)
         with model.meter.paused():
             engine.backward(scalar, scale_wrt_gas=False)
         if hidden is not None:
@@ -60,9 +64,9 @@ def forward_backward(engine: Any, batches: Sequence[dict[str, Tensor]], pieces: 
     for number, batch in enumerate(batches):
         forward(batch)
         if number >= groups.pp_size - groups.pp_rank - 1:
-            backward(last=not waiting and number + 1 == len(batches))
+            backward()
     while waiting:
-        backward(last=len(waiting) == 1)
+        backward()
     for message in sent:
         message.wait()
     gpt.set_input_tensor(None)

@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 SHARE: list[tuple[str, int, Layout]] = [
     ("multi_head", 1, (1, 1, 0)),
     ("grouped_query", 2, (2, 1, 1)),
-    ("qk_norm", 3, (4, 1, 3)),
+    ("qk_norm", 3, (2, 1, 3)),
     ("tied", 2, (1, 2, 2)),
     ("biases", 3, (2, 1, 0)),
     ("qkv_bias", 1, (1, 2, 3)),
@@ -49,8 +49,8 @@ EVERY: list[tuple[str, int, Layout]] = [
 ]
 LONG, SHORT = 256, 24
 """New tokens."""
-CASES = [(*case, LONG if case[2] in ((1, 1, 0), (2, 1, 1)) else SHORT) for case in SHARE]
-CASES += [exhaustive((*case, LONG)) for case in (*EVERY, ("qk_norm", 2, (4, 1, 1)))]
+CASES = [(*case, LONG if case[2] == (1, 1, 0) else SHORT) for case in SHARE]
+CASES += [exhaustive((*case, LONG)) for case in (*EVERY, ("qk_norm", 2, (4, 1, 1)), ("qk_norm", 3, (4, 1, 3)))]
 GREEDY = {"do_sample": False, "num_beams": 1}
 
 

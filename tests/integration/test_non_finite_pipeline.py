@@ -181,8 +181,8 @@ def spoil_in_turn(info: RankInfo, layout: str, cases: list[tuple[int, str]]) -> 
     return found
 
 
-ZERO = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")]
-EVERY = [(layout, ZERO) for layout in LAYOUTS]
+FEW, REST = [(0, "fp32"), (2, "fp32"), (1, "bf16")], [(1, "fp32"), (2, "bf16")]
+EVERY = [(layout, cases) for layout in LAYOUTS for cases in (FEW, REST)]
 SHARE = [EVERY[0]]
 
 

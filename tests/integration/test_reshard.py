@@ -99,15 +99,11 @@ PAIRS: list[Pair] = [
 ]
 SHARE: list[Pair] = [
     ((1, 1, 0), (1, 2, 3), INSIDE, "plain"),
-    ((1, 2, 1), (2, 1, 0), AFTER, "plain"),
     ((1, 2, 1), (1, 3, 2), INSIDE, "plain"),
     ((2, 1, 1), (4, 1, 1), INSIDE, "plain"),
     ((1, 2, 2), (2, 1, 0), INSIDE, "plain"),
-    ((1, 2, 2), (1, 1, 3), AFTER, "plain"),
     ((4, 1, 2), (1, 2, 3), AFTER, "plain"),
     ((1, 2, 3), (1, 1, 0), INSIDE, "plain"),
-    ((1, 2, 3), (2, 1, 2), AFTER, "plain"),
-    ((1, 2, 1), (2, 2, 3), INSIDE, "plain"),
     ((1, 2, 1), (1, 2, 3), INSIDE, "two_groups"),
     ((1, 2, 1), (2, 1, 1), INSIDE, "grouped"),
     ((1, 2, 3), (1, 3, 3), AFTER, "small_sub_groups"),

@@ -165,7 +165,7 @@ CASES: dict[str, tuple[str, dict[Strike, tuple[int, ...]]]] = {
     ),
 }
 """Layout; per attempt the strike, and at which of these steps the next attempt begins."""
-SHARE = ["before latest names the boundary save", "twice in a row at the first boundary"]
+SHARE = ["twice in a row at the first boundary"]
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from megatron_sgt.errors import ExitCode
 from megatron_sgt.launch.rank_info import free_port
 from megatron_sgt.metrics import METRICS_FILE
 from tests.helpers.commands import ROOT
+from tests.helpers.exhaustive import exhaustive
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import measured_steps, pretrain, reported, tiny_config, write_tiny_data
 from tests.integration.test_launchers import ENVIRONMENT, SCRIPT
@@ -128,7 +129,7 @@ def wait_for_step(run_dir: Path, job: Job, step: int = 5) -> None:
     [
         # torchrun's own exit code is 1 whatever its ranks end with; it passes SIGTERM on.
         (torchrun, to_launcher(signal.SIGTERM), "SIGTERM", [1]),
-        (deepspeed, to_everyone(signal.SIGINT), "SIGINT", [-signal.SIGINT]),
+        exhaustive((deepspeed, to_everyone(signal.SIGINT), "SIGINT", [-signal.SIGINT])),
         (tasks, to_the_last(signal.SIGUSR1), "SIGUSR1", [ExitCode.SAVED, ExitCode.SAVED]),
     ],
 )

@@ -140,3 +140,28 @@ def test_validation_between_micro_batches_measures_nothing(recompute: str) -> No
     model(**random_batch(config)).backward()
     model.meter.end_micro_batch()
     assert np.array_equal(watched, model.meter.reduce(ALONE))
+
+
+def test_chunks_of_a_micro_batch_are_added_and_count_once() -> None:
+    """Interleaved, other micro-batches pass between the chunks of one: what a chunk stored is not added again."""
+    meter = new_meter()
+    for value in (0.25, 0.75):
+        meter.store(0, 0, torch.full((4,), value))
+        meter.end_micro_batch(whole=False)
+    for value in (0.5, 1.0):
+        meter.store(1, 0, torch.full((4,), value))
+        meter.end_micro_batch()
+    table = meter.reduce(ALONE)
+    assert table[0, 0].tolist() == [0.5] * 4 and table[1, 0].tolist() == [0.75] * 4
+
+
+def test_a_backward_pass_stores_nothing() -> None:
+    meter = new_meter()
+    meter.store(0, 0, torch.full((4,), 0.5))
+    meter.end_micro_batch()
+    with meter.paused():
+        meter.store(0, 0, torch.ones(4))
+        meter.store(1, 2, torch.ones(1), torch.tensor([2]))
+    meter.end_micro_batch()
+    table = meter.reduce(ALONE)
+    assert table.sum() == 1.0 and table[0, 0].tolist() == [0.25] * 4

@@ -182,3 +182,26 @@ def test_fused_functions_compute_the_same(precision: str, tolerance: float, reco
     for name, grad in grads.items():
         gap = float((fused_grads[name] - grad).float().norm() / grad.float().norm())
         assert gap < 3 * tolerance, f"{name}: {gap}"
+
+
+@pytest.mark.parametrize(
+    ("device", "virtual", "wanted"),
+    [
+        (CPU, 1, {"batch_p2p_comm": True, "batch_p2p_sync": False, "deallocate_pipeline_outputs": True}),
+        (CPU, 2, {"batch_p2p_comm": False, "batch_p2p_sync": False, "deallocate_pipeline_outputs": False}),
+        (GPU, 1, {"batch_p2p_comm": True, "batch_p2p_sync": True, "deallocate_pipeline_outputs": True}),
+        (GPU, 2, {"batch_p2p_comm": False, "batch_p2p_sync": True, "deallocate_pipeline_outputs": False}),
+    ],
+    ids=str,
+)
+def test_messages_of_a_pipeline(
+    device: torch.device, virtual: int, wanted: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batched, or where two are under way overlapped, whose outputs stay; a GPU waits for batched ones."""
+    monkeypatch.setattr(mcore_config, "compiles", lambda *_: False)
+    parallel = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": virtual}
+    train = {"micro_batch_size": 1, "global_batch_size": 4}
+    made = transformer_config(small_config(parallel=parallel, train=train), "bf16", device)
+    assert {name: getattr(made, name) for name in wanted} == wanted
+    assert made.overlap_p2p_comm == (virtual == 2) and made.pipeline_dtype == torch.bfloat16
+    assert made.virtual_pipeline_model_parallel_size == (2 if virtual == 2 else None)

@@ -114,3 +114,15 @@ def test_a_devices_generator_is_saved_and_restored(monkeypatch: pytest.MonkeyPat
     module.state = torch.zeros(3, dtype=torch.uint8)
     load_rng_state(saved, gpu)
     assert module.state.tolist() == [0, 0, 0]
+
+
+def test_stages_of_a_pipeline_draw_their_own_numbers() -> None:
+    """The first stage draws what a model of one piece draws."""
+    drawn = []
+    for pp_rank in range(3):
+        for dp_rank in range(2):
+            seed_for_training(7, fake_groups(0, 1, dp_rank, 2, pp_rank, 3))
+            drawn.append((*draw()[1], *draw()[2]))
+    assert len(set(drawn)) == 6
+    seed_for_training(7, fake_groups(0, 1, 1, 2))
+    assert (*draw()[1], *draw()[2]) == drawn[1]

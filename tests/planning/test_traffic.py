@@ -43,8 +43,8 @@ PLANS: dict[str, tuple[tuple[int, LayerPlan], ...]] = {
 }
 Layout = tuple[str, str, bool, str]
 EVERY = list(itertools.product(MODELS, ("owner", "balanced"), (False, True), ("none", "selective", "full")))
-SHARE = EVERY[::5]
-"""Each method, sharding and recompute meets each other and nearly every model."""
+SHARE = EVERY[::7]
+"""Each method, sharding and recompute meets each other, each method every model."""
 
 
 def layout_config(model: dict[str, Any], method: str, sharded: bool, recompute: str) -> Config:

@@ -1,6 +1,7 @@
 """What DeepSpeed's ds_to_universal must know of Megatron-Core's parameters, for those who use it.
 
-This project reshards by itself; the info makes its ZeRO-1 and ZeRO-2 checkpoints readable by the stock tool.
+This project reshards by itself; the info makes its ZeRO-1 and ZeRO-2 checkpoints readable by the stock tool, those of a
+pipeline too: DeepSpeed notes the sizes in each file, and the weights of every stage have the names of the whole model.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import torch
+
 from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.guard.progress import Progress
@@ -67,3 +69,13 @@ def watched_batches(batches: Iterable[T], progress: Progress) -> Iterator[T]:
             return
         progress.enter("train")
         yield batch
+
+
+def watch_passes(model: torch.nn.Module, progress: Progress) -> None:
+    """Mark every forward pass of training: a pipeline has fetched all micro-batches of a step before the first one."""
+
+    def mark(module: torch.nn.Module, inputs: Any) -> None:
+        if module.training:
+            progress.enter("train")
+
+    model.register_forward_pre_hook(mark)

@@ -63,6 +63,18 @@ def test_the_run_goes_on_from_the_grown_checkpoint(tmp_path: Path) -> None:
     assert actions == ["grow", "grow"]
 
 
+def test_a_checkpoint_of_a_pipeline_grows_like_any_other(tmp_path: Path) -> None:
+    config, made = odd_config(num_layers=3), []
+    for name, pipeline in (("one", None), ("stages", (2, (1, 2)))):
+        folder = write_checkpoint(tmp_path / name, config, random_state(config), (2, 1, 0), pipeline=pipeline)
+        made.append(grow(folder, tmp_path / f"grown-{name}", "midas", {"block_size": 3}, moments="copy").folder)
+    for file in made[0].glob("*.safetensors"):
+        assert file.read_bytes() == (made[1] / file.name).read_bytes()
+    states = [layout.read_json(folder / layout.STATE_FILE)["layout_free"] for folder in made]
+    assert states[1]["source_layout"][layout.PIPELINE_COUNTS] == [1, 2], "of the model before growth"
+    assert len(list(made[1].glob("rng_rank_*.pt"))) == 4
+
+
 def test_without_moments_nothing_is_written_for_them(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "old", odd_config(), random_state(odd_config()), (1, 1, 0))
     done = grow(tmp_path / "old", tmp_path / "new", "g_stack", {"factor": 2})

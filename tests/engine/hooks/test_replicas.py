@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,8 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron_sgt.checkpoint import layout
+from megatron_sgt.config.pipeline import PipelineLayout
 from megatron_sgt.engine.build import start_processes
 from megatron_sgt.engine.hooks.replicas import (
     CorruptionError,
@@ -18,10 +21,12 @@ from megatron_sgt.engine.hooks.replicas import (
     ReplicaCheckHook,
     _differing,
     checksum,
+    verify_loaded,
     verify_replicas,
     verify_same_plan,
 )
 from megatron_sgt.engine.step import StepResult, TrainState
+from megatron_sgt.errors import CheckpointError
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.model import apply_plan as apply_plan_module
@@ -231,28 +236,45 @@ def test_the_executed_plan_is_read_from_the_layers() -> None:
     verify_same_plan(model, plan, single_groups(config))  # alone there is nobody to differ from
 
 
-def differing_stage(info: RankInfo, slips: dict[int, str]) -> list[str]:
-    """PP2 x DP2 without a model: stage p holds layers 2p and 2p + 1, with two weights. Returns the two alarms."""
+def differing_stages(info: RankInfo, slips: list[dict[int, str]]) -> list[tuple[str, ...]]:
+    """PP2 x DP2: stage p holds layers 2p and 2p + 1; of each of ``slips``, by rank, the alarms."""
     whole = start_processes(small_config(), info)
     stage, replica = divmod(info.rank, 2)
-    groups = replace(whole, pp_rank=stage, pp_size=2, dp_rank=replica, dp_size=2, tp_rank=0)
+    groups = replace(whole, pp_rank=stage, pp_size=2, dp_rank=replica, dp_size=2)
     decided = LoopPlan(4, ((1, LayerPlan(1, (0, 1))), (3, LayerPlan(2, (2,)))))
-    slip = slips.get(info.rank, "")
-    model = torch.nn.Module()
-    for layer in (2 * stage, 2 * stage + 1):
-        value = float(layer + (slip == "weight" and layer == 3))
-        model.register_parameter(f"layer{layer}", torch.nn.Parameter(torch.full((3,), value)))
-    if stage == 1:  # the numbers of weights differ, too
-        model.register_parameter("norm", torch.nn.Parameter(torch.ones(2)))
-    executed = LoopPlan(4, (*decided.layers[:1], (3, LayerPlan(1, (2,))))) if slip == "plan" else decided
     said = []
-    for check in (lambda: verify_replicas(model, 5, 1, groups), lambda: _same_plan(executed, decided, groups)):
-        try:
-            check()
-            said.append("")
-        except (CorruptionError, PlanMismatchError) as error:
-            said.append(str(error))
+    for slip in (by_rank.get(info.rank) for by_rank in slips):
+        model = torch.nn.Module()
+        for layer in (2 * stage, 2 * stage + 1):
+            value = float(layer + (slip == "weight" and layer == 3))
+            model.register_parameter(f"layer{layer}", torch.nn.Parameter(torch.full((3,), value)))
+        if stage == 1:  # the stages differ in the number of their weights
+            model.register_parameter("norm", torch.nn.Parameter(torch.ones(2)))
+        executed = LoopPlan(4, (*decided.layers[:1], (3, LayerPlan(1, (2,))))) if slip == "plan" else decided
+        engine = SimpleNamespace(module=model, zero_optimization_stage=lambda: 1)
+        model.layout = PipelineLayout(2, (2, 2))  # type: ignore[assignment]
+        loaded = [_alarm(verify_loaded, engine, Path("run/global_step5"), written(counts), groups) for counts in CUTS]
+        said.append(
+            (_alarm(verify_replicas, model, 5, 1, groups), _alarm(_same_plan, executed, decided, groups), *loaded)
+        )
     return said
+
+
+CUTS = ([2, 2], [1, 3])
+
+
+def written(counts: list[int]) -> dict[str, Any]:
+    """What a checkpoint of PP2 x DP2 says of itself."""
+    sizes = {"tensor_model_parallel_size": 1, "data_parallel_size": 2, "zero_stage": 1}
+    return {"layout": {**sizes, layout.PIPELINE_SIZE: 2, layout.PIPELINE_COUNTS: counts}}
+
+
+def _alarm(check: Callable[..., None], *arguments: Any) -> str:
+    try:
+        check(*arguments)
+    except (CheckpointError, CorruptionError, PlanMismatchError) as error:
+        return str(error)
+    return ""
 
 
 def _same_plan(executed: LoopPlan, decided: LoopPlan, groups: ParallelGroups) -> None:
@@ -263,15 +285,18 @@ def _same_plan(executed: LoopPlan, decided: LoopPlan, groups: ParallelGroups) ->
 
 
 def test_a_difference_on_the_second_stage_is_named_on_every_rank() -> None:
-    assert run_on_ranks(4, differing_stage, {}) == [["", ""]] * 4
-    alarms = run_on_ranks(4, differing_stage, {2: "weight", 3: "plan"})
+    alarms = run_on_ranks(4, differing_stages, [{}, {2: "weight", 3: "plan"}, {2: "plan", 3: "plan"}])
     assert all(said == alarms[0] for said in alarms)
-    copies, plan = alarms[0]
+    equal, (copies, plan, loaded, loaded_anew), (_, whole_stage, *_) = alarms[0]
+    assert equal == ("", "", "", "")
     assert "rank 2, 3 from the others, in layer3" in copies
     assert plan.startswith("rank 3 executes another structure than rank 0: LoopPlan(") and "instead of" in plan
     assert "(3, LayerPlan(loops=1, kept_heads=(2,)" in plan and "(3, LayerPlan(loops=2, kept_heads=(2,)" in plan
-    _, plan = run_on_ranks(4, differing_stage, {2: "plan", 3: "plan"})[0]
-    assert plan.startswith("rank 2 executes another structure than rank 0:"), "each stage is held to what was decided"
+    names = "mp_rank_01_model_states.pt, zero_pp_rank_0_mp_rank_01_optim_states.pt, zero_pp_rank_1_mp_rank_01_optim"
+    assert f"rank 2, 3 from the others, in layer3, read from {names}" in loaded, "the files of the second stage"
+    assert "read from all its files" in loaded_anew, "with other layers on the stages a rank reads of several"
+    said = "rank 2 executes another structure than rank 0:"
+    assert whole_stage.startswith(said), "a stage whose ranks agree is held to what was decided"
 
 
 def test_the_error_is_no_usage_error() -> None:

@@ -112,6 +112,36 @@ def pretrain_slowed(info: RankInfo, config: Config, rank: int, where: str) -> No
     pretrain(info, config)
 
 
+def pretrain_uneven_stages(info: RankInfo, config: Config) -> None:
+    """PP2 x DP2: both ranks of the second stage take long, rank 3 longer."""
+    from megatron_sgt.model.core_attention import SGTCoreAttention
+
+    attend = SGTCoreAttention.attend
+
+    def slowed(self: Any, *args: Any) -> Any:
+        time.sleep((0.0, 0.0, 0.005, 0.015)[info.rank])
+        return attend(self, *args)
+
+    SGTCoreAttention.attend = slowed  # type: ignore[method-assign]
+    pretrain(info, config)
+
+
+@pytest.mark.exhaustive
+def test_a_slow_rank_of_a_slower_stage_is_named_and_no_rank_that_waits_for_it(tmp_path: Path) -> None:
+    data = write_tiny_data(tmp_path)
+    steps = PATIENCE * MIN_STEPS
+    config = tiny_config(
+        tmp_path / "run",
+        data,
+        train={"train_iters": steps, "eval_interval": 0, "straggler_threshold": 0.5},
+        parallel={"pipeline_model_parallel_size": 2},
+    )
+    run_on_ranks(4, pretrain_uneven_stages, config, backend="gloo")
+    records = reported(tmp_path / "run", "ranks")
+    assert [r["lagging_rank"] for r in records if "lagging_rank" in r] == [3]
+    assert min(records[-1]["work_s"][2:]) > 2 * max(records[-1]["work_s"][:2]), "the stages differ by more than that"
+
+
 @pytest.mark.parametrize("where", ["computing", "waiting for data"])
 def test_a_slow_rank_is_named_although_all_steps_take_the_same_time(where: str, tmp_path: Path) -> None:
     data = write_tiny_data(tmp_path)

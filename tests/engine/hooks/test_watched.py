@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megatron_sgt.engine.hooks.base import Hook
-from megatron_sgt.engine.hooks.watched import watched_batches, watched_hooks
+from megatron_sgt.engine.hooks.watched import watch_passes, watched_batches, watched_hooks
 from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.guard import Progress
 
@@ -81,3 +81,17 @@ def test_waiting_for_data_is_a_phase() -> None:
     after = [(batch, progress.mark.place) for batch in watched_batches(batches(), progress)]
     assert during == ["data", "data"]
     assert after == [(0, "step 9 (train)"), (1, "step 9 (train)")]
+
+
+def test_every_pass_of_training_is_a_mark() -> None:
+    """In a pipeline, whose micro-batches are all fetched before: a long step is no hang."""
+    progress, model = Progress(), torch.nn.Linear(2, 2)
+    watch_passes(model, progress)
+    progress.enter("data", 7)
+    count = progress.mark.count
+    for _ in range(3):
+        model(torch.ones(2))
+    assert (progress.mark.place, progress.mark.count - count) == ("step 7 (train)", 3)
+    progress.enter("eval")
+    model.eval()(torch.ones(2))
+    assert progress.mark.place == "step 7 (eval)", "validation is a phase of its own"

@@ -7,7 +7,7 @@ from typing import Any
 
 PARTS = (
     "ceilings", "correctness", "library", "training", "attention", "operations", "passes", "run", "golden",
-    "types", "small", "fusions", "profile",
+    "types", "pipeline", "small", "fusions", "profile",
 )  # fmt: skip
 """What --part selects; the ceilings are always measured."""
 SECTIONS = ("ceilings", "correctness", "training", "attention", "entropy", "operations", "passes", "runs")
@@ -99,6 +99,8 @@ def table(dry: bool = False) -> list[Row]:
         Row("golden trajectory a, fp32", "golden", "correctness", "runs:golden", limit=120),
         Row("CUDA graph", "types", "correctness", "correctness:graph_capture"),
         *_checks(("fp32", "fp16"), "types"),
+        Row("an output that was sent", "pipeline", "correctness", "pipeline:given_away"),
+        Row("settings of a pipeline", "pipeline", "correctness", "pipeline:settings"),
         *_steps("300M", "small", small),
         Row("1.2B vanilla, fusions off", "fusions", "training", "training:without_fusions", ("1.2B",), limit=120),
         Row("1.2B profile", "profile", "training", "training:profile_row", ("1.2B",), limit=90),
