@@ -143,7 +143,7 @@ def _largest(row: dict[str, Any]) -> str:
 
 
 def _cut(row: dict[str, Any]) -> str:
-    return f"layers: {row['pipeline_layout']}" if row["pipeline_parallel"] > 1 else ""
+    return f"layers: {row['pipeline_layout'].replace(',', ' ')}" if row["pipeline_parallel"] > 1 else ""
 
 
 def _excluded(numbers: dict[str, Any]) -> Iterator[str]:

@@ -263,9 +263,8 @@ def _candidate(run: Run, layout: Layout) -> Candidate:
     """Raises: ConfigError where the rules refuse it."""
     configs = []
     for one in run.stages:
-        configs.append(changed(one.config, layout.changes()))
+        configs.append(changed(one.config, {**layout.changes(), "train.precision": run.precision}))
         configs[-1].num_micro_batches(run.world_size)
-        configs[-1].precision_on("cpu" if configs[-1].parallel.device == "cpu" else "cuda")
     return Candidate(run, layout, configs)
 
 

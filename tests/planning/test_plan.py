@@ -31,9 +31,9 @@ def plan_of(name: str, ranks: int, *overrides: str) -> tuple[Any, dict[str, Any]
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_every_example_has_a_plan_that_json_takes(path: Path) -> None:
     config = load_config(path, ["model.vocab_size=32000"])
-    tensor = config.parallel.tensor_model_parallel_size
-    unit = config.train.micro_batch_size * (64 // tensor)
-    ranks = tensor if config.train.global_batch_size % unit else 64
+    shared = config.parallel.model_parallel_size
+    unit = config.train.micro_batch_size * (64 // shared)
+    ranks = shared if config.train.global_batch_size % unit else 64
     precision = "fp32" if config.parallel.device == "cpu" else "bf16"
     plan = make_plan(config, ranks, MACHINE, 0.4, precision)
     assert json.loads(json.dumps(plan)) == plan

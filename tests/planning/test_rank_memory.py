@@ -6,13 +6,21 @@ from typing import Any
 
 import pytest
 
+from megatron_sgt.arch.kernels import CPU
 from megatron_sgt.config import Config
+from megatron_sgt.engine.build import build_runtime, start_processes
+from megatron_sgt.engine.pipeline import _Passes
+from megatron_sgt.engine.step import train_step
 from megatron_sgt.growth import LayerPlan, LoopPlan
+from megatron_sgt.launch.rank_info import RankInfo
+from megatron_sgt.planning.in_flight import most_in_flight
 from megatron_sgt.planning.memory import activation_memory
 from megatron_sgt.planning.parameters import parameter_count
 from megatron_sgt.planning.rank_memory import peak_memory, rank_memory, stage_activations
 from megatron_sgt.planning.state_memory import state_memory
-from tests.helpers.single import small_config
+from tests.helpers.live_memory import LiveMemory
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.single import random_batch, small_config
 
 
 def piped(stages: int, virtual: int = 1, micro_batches: int = 8, **sections: dict[str, Any]) -> Config:
@@ -83,3 +91,33 @@ def test_an_average_of_the_weights_is_each_stages_own() -> None:
     averages = [state_memory(piped(4, train=train), 4, "bf16", stage).average for stage in range(4)]
     assert sum(averages) == pytest.approx(4 * parameter_count(piped(1).model), abs=4 * 4 * 2)
     assert averages[1] == averages[2] < averages[3]
+
+
+def kept_by_stage(info: RankInfo) -> tuple[int, int]:
+    """(most micro-batches in flight, most bytes of activations when a backward pass begins) of a real step."""
+    config = piped(2, 1, 4, model={"seq_length": 64, "num_attention_heads": 8}, train={"global_batch_size": 8})
+    groups = start_processes(config, info)
+    runtime = build_runtime(config, groups)
+    batches = [random_batch(config, seed) for seed in range(4)]
+    train_step(runtime.engine, batches, 1e-3, 1.0, groups)
+    seen: list[tuple[int, int]] = []
+    real = _Passes.backward
+
+    def backward(self: Any, output: Any, gradient: Any) -> None:
+        seen.append((len(self._in_flight), memory.live()))
+        real(self, output, gradient)
+
+    with LiveMemory() as memory, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Passes, "backward", backward)
+        train_step(runtime.engine, batches, 1e-3, 1.0, groups)
+    return max(number for number, _ in seen), max(size for _, size in seen[:1])
+
+
+def test_two_real_stages_hold_what_the_formula_says() -> None:
+    """At the first backward pass, when nothing but activations (and what is received) was made in the step."""
+    config = piped(2, 1, 4, model={"seq_length": 64, "num_attention_heads": 8}, train={"global_batch_size": 8})
+    for stage, (in_flight, live) in enumerate(run_on_ranks(2, kept_by_stage, backend="gloo")):
+        formula = stage_activations(config, LoopPlan.empty(8), "fp32", stage, 4, CPU, 0)
+        assert in_flight == most_in_flight(2, 1, stage, 4)
+        waiting = 0 if stage else 2 * 64 * 64 * 4
+        assert formula.saved + waiting == pytest.approx(live, rel=0.05)

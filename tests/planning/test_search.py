@@ -71,7 +71,7 @@ def test_what_it_tells_can_be_pasted() -> None:
     """The settings make the configuration whose memory and time were told."""
     here = run(8e9)
     for one in search(here, told=4).best:
-        pasted = example(*overrides(one))
+        pasted = example(*overrides(one), "train.precision=bf16")
         assert pasted.model_dump() == {**one.config.model_dump()}
         plans = [stretch.plan for stretch in here.stages[0].stretches]
         assert peak_memory(pasted, plans, 4, "bf16") == one.fullest.total <= here.limit
