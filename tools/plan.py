@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What a run will need: parameters, memory, FLOPs, days, checkpoints, traffic, and what to mend before it starts.
 
-Formulas alone (docs/planning.md): no GPU, no torch, under two seconds.
+Formulas alone (docs/planning.md): no GPU, no torch, under two seconds; --search takes up to a minute.
 
 python tools/plan.py --config examples/configs/sgt_7b.yaml --gpu h100 --nodes 4
 python tools/plan.py --config examples/configs/sgt_70b.yaml --gpu h100 --nodes 64 --search
@@ -99,6 +99,10 @@ def main() -> None:
     warn(repeated(args.overrides))
     config = load_config(args.config, args.overrides, preset_named(args.preset))
     config, notes = with_vocabulary(config, args.vocab_size)
+    if notes and (args.search or config.parallel.pipeline_model_parallel_size > 1):
+        notes.append(
+            "how auto cuts the layers of a pipeline depends on the vocabulary: the run's cut may be another one"
+        )
     machine = Machine(find_gpu(args.gpu), args.gpus_per_node)
     world_size = args.nodes * args.gpus_per_node
     precision = config.precision_on("cpu" if config.parallel.device == "cpu" else "cuda")

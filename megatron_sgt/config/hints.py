@@ -25,7 +25,7 @@ FOREIGN_NAMES = {
     # Megatron-LM
     "accumulate_allreduce_grads_in_fp32": "optim.grad_accum_dtype",
     "bf16": "train.precision",
-    "account_for_embedding_in_pipeline_split": "parallel.pipeline_model_parallel_layout (auto counts the embedding)",
+    "account_for_embedding_in_pipeline_split": "parallel.pipeline_model_parallel_layout (the embedding costs nothing)",
     "account_for_loss_in_pipeline_split": "parallel.pipeline_model_parallel_layout (auto counts the output layer)",
     "decoder_first_pipeline_num_layers": "parallel.pipeline_model_parallel_layout",
     "decoder_last_pipeline_num_layers": "parallel.pipeline_model_parallel_layout",

@@ -161,9 +161,13 @@ class Config(Section):
         data_parallel = self.data_parallel_size(world_size)
         train = self.train
         unit = train.micro_batch_size * data_parallel
+        parallel = self.parallel
+        stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
         below, rest = divmod(train.global_batch_size, unit)
         if rest:
-            nearest = ", ".join(f"{n * unit} (accumulation {n})" for n in (below, below + 1) if n)
+            step = stages if virtual > 1 else 1
+            lower = below // step * step
+            nearest = ", ".join(f"{n * unit} (accumulation {n})" for n in (lower, lower + step) if n)
             raise ConfigError(
                 f"batch sizes do not multiply: global_batch_size {train.global_batch_size} != "
                 f"micro {train.micro_batch_size} x accumulation {train.global_batch_size / unit:.6g} x "
@@ -176,8 +180,6 @@ class Config(Section):
                 f"global_batch_size {train.global_batch_size} / (micro {train.micro_batch_size} x "
                 f"data parallel {data_parallel})"
             )
-        parallel = self.parallel
-        stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
         # Megatron-Core sends as many micro-batches as there are stages through a chunk before the next chunk's turn.
         if virtual > 1 and below % stages:
             fits = unit * stages * max(1, round(below / stages))

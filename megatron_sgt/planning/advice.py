@@ -12,7 +12,7 @@ from megatron_sgt.errors import ConfigError
 from megatron_sgt.metrics.units import file_size
 from megatron_sgt.planning.hardware import USABLE
 from megatron_sgt.planning.loop_cost import choose_loop_method, loop_flops
-from megatron_sgt.planning.parameters import parameter_count
+from megatron_sgt.planning.parameters import stage_parameter_count
 from megatron_sgt.planning.pipeline import bubble, cut_cost, expected_plan, pipeline_layout
 from megatron_sgt.planning.rank_memory import peak_memory
 from megatron_sgt.planning.stages import StagePlan
@@ -34,7 +34,7 @@ def warnings(stages: Sequence[StagePlan], world_size: int, machine: Machine, pre
     yield from schedule_of(last).advice(last.train.train_iters)
     yield from _loops(last)
     yield from _layout(last, world_size, machine)
-    yield from _pipeline(last, world_size, machine)
+    yield from _pipeline(stages, world_size)
 
 
 def _memory(stages: Sequence[StagePlan], world_size: int, machine: Machine, precision: str) -> Iterator[str]:
@@ -53,7 +53,9 @@ def _memory(stages: Sequence[StagePlan], world_size: int, machine: Machine, prec
     if ways:
         yield f"{text}; it fits with {', or '.join(ways)}"
     else:
-        yield f"{text}; no single change is enough: combine more GPUs, tensor parallelism, ZeRO-3 and full recompute"
+        piped = stages[-1].config.parallel.pipeline_model_parallel_size > 1
+        other = "more pipeline stages, ZeRO-1" if piped else "ZeRO-3"
+        yield f"{text}; no single change is enough: combine more GPUs, tensor parallelism, {other} and full recompute"
 
 
 def _ways_to_fit(stages: Sequence[StagePlan], world_size: int, precision: str, limit: float) -> Iterator[str]:
@@ -167,7 +169,8 @@ def _layout(config: Config, world_size: int, machine: Machine) -> Iterator[str]:
                 "little size in every layer and micro-batch; parallel.zero_stage=1 sends once per step"
             )
     if parallel.zero_stage == 0 and replicas > 1:
-        count = 8 * parameter_count(config.model, tensor)
+        stages = range(parallel.pipeline_model_parallel_size)
+        count = 8 * max(stage_parameter_count(config, stage, tensor) for stage in stages)
         yield (
             f"ZeRO-0 keeps {file_size(count)} of optimizer state on each of {replicas} replicas; "
             f"parallel.zero_stage=1 keeps {file_size(1.5 * count / replicas)}, for half as much traffic again"
@@ -178,7 +181,8 @@ def _layout(config: Config, world_size: int, machine: Machine) -> Iterator[str]:
         yield "train.precision fp32 does without matrix units: train.precision=bf16 is many times faster"
 
 
-def _pipeline(config: Config, world_size: int, machine: Machine) -> Iterator[str]:
+def _pipeline(stages: Sequence[StagePlan], world_size: int) -> Iterator[str]:
+    config = stages[-1].config
     parallel, layout = config.parallel, pipeline_layout(config)
     if layout.size == 1:
         return
@@ -186,15 +190,11 @@ def _pipeline(config: Config, world_size: int, machine: Machine) -> Iterator[str
     waiting = bubble(layout.size, layout.virtual_size, micro_batches)
     if waiting > LARGE_BUBBLE:
         more = "a smaller train.micro_batch_size" if config.train.micro_batch_size > 1 else "fewer pipeline stages"
+        if virtual := _more_chunks(stages, world_size):
+            more += f", or parallel.virtual_pipeline_model_parallel_size={virtual},"
         yield (
             f"{micro_batches} micro-batches through {layout.size} pipeline stages leave them waiting "
-            f"{100 * waiting:.0f} % of a step; {more}, or a larger "
-            "parallel.virtual_pipeline_model_parallel_size, makes that less"
-        )
-    if parallel.tensor_model_parallel_size > machine.gpus_per_node:
-        yield (
-            f"pipeline stages send far less than tensor parallelism, whose groups reach over nodes of "
-            f"{machine.gpus_per_node} GPUs: keep those inside a node and the pipeline between nodes"
+            f"{100 * waiting:.0f} % of a step; {more} makes that less"
         )
     if parallel.pipeline_model_parallel_layout == AUTO:
         return
@@ -206,6 +206,18 @@ def _pipeline(config: Config, world_size: int, machine: Machine) -> Iterator[str
             f"the largest of the pipeline stages {layout} does {100 * lost:.0f} % more than their mean after growth; "
             f"parallel.pipeline_model_parallel_layout={best} (auto) leaves {100 * least:.1f} %"
         )
+
+
+def _more_chunks(stages: Sequence[StagePlan], world_size: int) -> int | None:
+    """Twice as many chunks per pipeline stage, if the rules accept that in all stages of the run."""
+    virtual = 2 * stages[-1].config.parallel.virtual_pipeline_model_parallel_size
+    try:
+        for one in stages:
+            more = changed(one.config, {"parallel.virtual_pipeline_model_parallel_size": virtual})
+            more.num_micro_batches(world_size)
+    except ConfigError:
+        return None
+    return virtual
 
 
 def _fraction(ranks: int) -> str:

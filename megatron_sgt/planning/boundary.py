@@ -1,7 +1,7 @@
 """A model of the seconds between two stages, in which nothing is trained. Not calibrated: its rates are assumed.
 
-    save     bytes of a checkpoint of the old model / (nodes · storage), and the fullest rank's share of them / HOST:
-             each process checks what it writes on one core
+    save     bytes of a checkpoint of the old model / (nodes · storage), and a rank's share of them / HOST, the
+             mean of all: each process checks what it writes on one core
     rebuild  START, in which the old engine goes and the new one comes, and the initial weights of the new model, which
              every rank draws whole on its device, at the memory's bandwidth
     read     what a node needs of the old checkpoint / storage; what one rank makes of it / HOST; and the new entries

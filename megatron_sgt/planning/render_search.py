@@ -30,6 +30,7 @@ def search_numbers(found: Search) -> dict[str, Any]:
         "gpu": run.machine.gpu.driver_name,
         "precision": run.precision,
         "limit": run.limit,
+        "room": run.room,
         "accepted": found.accepted,
         "step_time": NOT_CALIBRATED,
         "layouts": [_numbers(one) for one in found.best],
@@ -92,7 +93,9 @@ def _head(numbers: dict[str, Any], config: Config) -> Iterator[str]:
     yield from _wrapped(
         "searched    ",
         f"{numbers['accepted']:,} sizes and micro-batches that the rules accept, each with the recompute and ZeRO "
-        f"stage that it needs; {numbers['precision']}; step times are {numbers['step_time']}",
+        f"stage that it needs; {numbers['precision']}; fits: up to {100 * numbers['room'] / numbers['limit']:.0f} % of "
+        f"the {file_size(numbers['limit'])} usable, as the memory may be off by the rest; step times are "
+        f"{numbers['step_time']}",
     )
 
 
@@ -150,7 +153,7 @@ def _excluded(numbers: dict[str, Any]) -> Iterator[str]:
     row, limit = numbers["excluded"], numbers["limit"]
     if row is None:
         return
-    after = row["peak_before_growth"] <= limit
+    after = row["peak_before_growth"] <= numbers["room"]
     when = f"only after growth ({file_size(row['peak_before_growth'])} before it)" if after else "from the start"
     needs = f"{_memory(row, limit)}; {' '.join(row['overrides']) or 'as configured'}"
     yield ""

@@ -41,6 +41,8 @@ from megatron_sgt.planning.structure import final_plan
 
 TOLD = 8
 """Layouts that a search tells."""
+FITS = 0.95
+"""Share of the usable memory that a layout may fill: the memory told may be off by the rest."""
 MOST_VIRTUAL = 4
 """The most chunks of a stage that are tried."""
 LEAST_GAIN = 0.01
@@ -95,7 +97,13 @@ class Run:
 
     @property
     def limit(self) -> float:
+        """Usable bytes."""
         return USABLE * self.machine.gpu.memory
+
+    @property
+    def room(self) -> float:
+        """Bytes that a layout may take."""
+        return FITS * self.limit
 
     @cached_property
     def least_operations(self) -> float:
@@ -147,13 +155,13 @@ class Candidate:
 
     @cached_property
     def fits(self) -> bool:
-        """Whether every rank holds what it needs at every moment of the run."""
+        """Whether every rank has room for what it needs at every moment of the run."""
         run = self.run
         for one, config in zip(run.stages, self.cut, strict=True):
             stages = range(self.layout.pipeline)
-            if max(state_memory(config, run.world_size, run.precision, stage).total for stage in stages) > run.limit:
+            if max(state_memory(config, run.world_size, run.precision, stage).total for stage in stages) > run.room:
                 return False
-            if fullest_rank(config, one.plans, run.world_size, run.precision, run.limit).total > run.limit:
+            if fullest_rank(config, one.plans, run.world_size, run.precision, run.room).total > run.room:
                 return False
         return True
 

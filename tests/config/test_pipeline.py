@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 
 from megatron_sgt.config.pipeline import LayoutSetting, PipelineLayout, even_layout, parse_layout, read_layout
+from megatron_sgt.errors import ConfigError
+from tests.helpers.single import small_config
 
 
 @pytest.mark.parametrize(
@@ -68,3 +70,16 @@ def test_what_does_not_add_up(setting: LayoutSetting, says: str) -> None:
 def test_what_is_no_notation(value: Any) -> None:
     with pytest.raises(ValueError, match=r"must be auto, .*, got "):
         read_layout(value)
+
+
+def test_nearest_batches_of_an_interleaved_pipeline_have_a_multiple_of_its_stages() -> None:
+    sections: dict[str, Any] = {
+        "model": {"num_layers": 8},
+        "parallel": {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 2},
+    }
+    wrong, right = (
+        small_config(**sections, train={"micro_batch_size": 2, "global_batch_size": size}) for size in (22, 16)
+    )
+    with pytest.raises(ConfigError, match=r"work: 16 \(accumulation 4\), 32 \(accumulation 8\)$"):
+        wrong.num_micro_batches(8)
+    assert right.num_micro_batches(8) == 4

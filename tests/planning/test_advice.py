@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from megatron_sgt.config import Config, load_config
+from megatron_sgt.metrics.units import file_size
 from megatron_sgt.planning.advice import changed, warnings
 from megatron_sgt.planning.hardware import USABLE, find_gpu
+from megatron_sgt.planning.parameters import parameter_count, stage_parameter_count
 from megatron_sgt.planning.rank_memory import peak_memory
 from megatron_sgt.planning.stages import plan_stages
 from megatron_sgt.planning.step_time import Machine
@@ -95,3 +97,34 @@ def test_growth_that_bursts_the_memory_is_told_beforehand() -> None:
     gpu = find_gpu("h100")
     between = Machine(type(gpu)(gpu.driver_name, (before + worst) / 2 / USABLE, 3e12, 4e11, 5e10))
     assert "only after growth" in next(iter(warnings(plan_stages(config), 8, between, "bf16")))
+
+
+def pipeline(stages: int, *overrides: str) -> str:
+    """All that is said of few micro-batches through ``stages`` stages."""
+    few = ["train.global_batch_size=12", "train.micro_batch_size=1", f"parallel.pipeline_model_parallel_size={stages}"]
+    return " | ".join(warnings(plan_stages(example("sgt_1.2b", *few, *overrides)), stages, H100, "bf16"))
+
+
+def test_more_chunks_are_advised_where_the_rules_take_them() -> None:
+    assert "parallel.virtual_pipeline_model_parallel_size=2" in pipeline(6)
+    assert "virtual_pipeline" not in pipeline(8)  # 12 micro-batches are no multiple of 8 stages
+    assert "virtual_pipeline" not in pipeline(6, "parallel.pipeline_model_parallel_layout='4,4,4,4,4,4'")
+
+
+def test_zero_0_is_told_the_state_of_the_largest_stage() -> None:
+    said = {}
+    for stages in (1, 2):
+        overrides = ["parallel.zero_stage=0", "train.precision=fp32"]
+        overrides.append(f"parallel.pipeline_model_parallel_size={stages}")
+        config = example("sgt_300m", *overrides, "growth.method=vanilla")
+        said[stages] = " | ".join(warnings(plan_stages(config), 8, H100, "fp32"))
+    config = example("sgt_300m", *overrides)
+    largest = max(stage_parameter_count(config, stage) for stage in range(2))
+    assert f"ZeRO-0 keeps {file_size(8 * largest)} of" in said[2]
+    assert f"ZeRO-0 keeps {file_size(8 * parameter_count(config.model))} of" in said[1]
+
+
+def test_no_zero_3_is_advised_to_a_pipeline() -> None:
+    settings = ["parallel.pipeline_model_parallel_size=2", "parallel.zero_stage=1"]
+    said = " | ".join(warnings(plan_stages(example("sgt_70b", *settings)), 16, H100, "bf16"))
+    assert "no single change is enough" in said and "ZeRO-3" not in said

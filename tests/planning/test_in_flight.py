@@ -1,6 +1,6 @@
 """What waits for its backward pass on each stage: closed forms, and that the beginning of a step meets all of it.
 
-Megatron-Core's own passes, counted: ``test_rank_memory.py``.
+Real passes of two pipeline stages, counted: ``test_rank_memory.py``.
 """
 
 from __future__ import annotations

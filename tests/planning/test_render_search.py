@@ -23,7 +23,8 @@ def text_of(memory: float, ranks: int = 4, node: int = 2) -> str:
 def test_each_row_says_what_its_time_and_memory_consist_of_and_what_to_set() -> None:
     text = text_of(5e9)
     assert text.count("step: products ") == text.count("; growth makes it +") == 3
-    assert text.count("% of 5.00 GB") == 4 and "micro-batches in flight" in text
+    assert text.count("% of 5.26 GB") == 4 and "micro-batches in flight" in text
+    assert "up to 95 % of the 5.26 GB usable" in text
     assert "parallel.pipeline_model_parallel_size=2" in text
     assert "does not fit: " in text and "faster than the first" in text
 

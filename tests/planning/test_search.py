@@ -14,7 +14,7 @@ from megatron_sgt.planning.advice import RECOMPUTE
 from megatron_sgt.planning.hardware import USABLE, find_gpu
 from megatron_sgt.planning.rank_memory import peak_memory
 from megatron_sgt.planning.render_search import overrides
-from megatron_sgt.planning.search import Candidate, Layout, Run, _candidate, _least_seconds, search
+from megatron_sgt.planning.search import FITS, Candidate, Layout, Run, _candidate, _least_seconds, search
 from megatron_sgt.planning.stages import plan_stages
 from megatron_sgt.planning.step_time import Machine
 
@@ -32,8 +32,8 @@ def example(*settings: str) -> Config:
 
 
 def run(memory: float, ranks: int = 4, node: int = 2, *settings: str) -> Run:
-    """On GPUs of ``memory`` usable bytes."""
-    gpu = replace(find_gpu("h100"), memory=memory / USABLE)
+    """On GPUs with room for ``memory`` bytes."""
+    gpu = replace(find_gpu("h100"), memory=memory / USABLE / FITS)
     return Run(plan_stages(example(*settings)), ranks, Machine(gpu, node), "bf16")
 
 
@@ -74,7 +74,7 @@ def test_what_it_tells_can_be_pasted() -> None:
         pasted = example(*overrides(one), "train.precision=bf16")
         assert pasted.model_dump() == {**one.config.model_dump()}
         plans = [stretch.plan for stretch in here.stages[0].stretches]
-        assert peak_memory(pasted, plans, 4, "bf16") == one.fullest.total <= here.limit
+        assert peak_memory(pasted, plans, 4, "bf16") == one.fullest.total <= 0.95 * here.limit
 
 
 def test_growth_decides_too() -> None:

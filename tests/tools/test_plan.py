@@ -88,3 +88,4 @@ def test_the_fastest_layouts_as_text_and_as_json() -> None:
     rows = json.loads(numbers.out)["layouts"]
     assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
     assert "a vocabulary of 32,000 tokens is assumed" in text.err
+    assert "cuts the layers of a pipeline depends on the vocabulary" in text.err

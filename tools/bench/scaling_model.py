@@ -75,8 +75,9 @@ def best_layout(
     found: list[tuple[Config, dict[str, StepTime], float]] = []
     for config in candidates:
         train = config.train
-        unit = train.micro_batch_size * (gpus // config.parallel.tensor_model_parallel_size)
-        if gpus % config.parallel.tensor_model_parallel_size or not unit or train.global_batch_size % unit:
+        if gpus % config.parallel.model_parallel_size or train.global_batch_size % (
+            train.micro_batch_size * config.data_parallel_size(gpus)
+        ):
             continue
         plans = (LoopPlan.empty(config.model.num_layers), final_plan(config, together=True))
         memory = peak_memory(config, plans, gpus, PRECISION)
@@ -102,13 +103,13 @@ def row(gpus: int, found: tuple[Config, dict[str, StepTime], float], machine: Ma
     """One line of the table."""
     config, times, memory = found
     parallel, train, t = config.parallel, config.train, times["balanced"]
-    tensor = parallel.tensor_model_parallel_size
+    tensor, replicas = parallel.tensor_model_parallel_size, config.data_parallel_size(gpus)
     base = times["vanilla"].total
     naive, balanced = (100 * times[way].loops / base for way in ("naive", "balanced"))
     model = step_flops(config.model, final_plan(config, together=True), train.global_batch_size).model
     mfu = model / t.total / gpus / machine.gpu.peak(PRECISION)
     return (
-        f"{gpus:8,} {tensor:3d} {gpus // tensor:5d} {parallel.zero_stage:2d} {train.micro_batch_size:3d} "
+        f"{gpus:8,} {tensor:3d} {replicas:5d} {parallel.zero_stage:2d} {train.micro_batch_size:3d} "
         f"{train.recompute_granularity:>4} | {t.total:7.2f} {t.compute:8.2f} {t.elementwise:6.2f} "
         f"{t.tensor_parallel:6.2f} {t.data_parallel:6.2f} | {1e3 * times['naive'].loops:5.0f}ms {naive:+4.1f}% "
         f"{1e3 * t.loops:5.0f}ms {balanced:+4.1f}% | {100 * mfu:5.1f}% {memory / 1e9:8.1f} | {NOT_CALIBRATED}"
