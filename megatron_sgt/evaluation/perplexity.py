@@ -27,7 +27,7 @@ def mean_loss(model: torch.nn.Module, batches: Iterable[dict[str, Tensor]], grou
     model.eval()
     if groups.pp_size > 1:
         whole: Any = model
-        mean = _through_pipeline(getattr(whole, "module", whole), batches, groups)
+        mean: Tensor | None = _through_pipeline(getattr(whole, "module", whole), batches, groups)
     else:
         mean = _mean(
             [model(**{k: v.to(groups.device, non_blocking=True) for k, v in batch.items()}) for batch in batches]
