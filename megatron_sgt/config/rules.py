@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from megatron_sgt.config.base import shown
+from megatron_sgt.config.base import count, shown
 from megatron_sgt.config.hints import misspelt_deepspeed_key
 from megatron_sgt.config.lengths import check_lengths
 from megatron_sgt.config.pipeline import AUTO, parse_layout
@@ -96,7 +96,14 @@ def check_pipeline(cfg: Config) -> Iterator[str]:
         return
     if stages * virtual > num_layers:
         parts = f"{stages}" + (f" x virtual_pipeline_model_parallel_size {virtual}" if virtual > 1 else "")
-        yield f"parallel.pipeline_model_parallel_size: {parts} needs a layer for each part, the model has {num_layers}"
+        whose, way_out = "the model", "use fewer parts"
+        if cfg.growth.stages:
+            whose = "the first model of growth.stages (growth stage 0)"
+            way_out += f", or another preset or stages that begin with at least {stages * virtual} layers"
+        yield (
+            f"parallel.pipeline_model_parallel_size: {parts} needs a layer for each part, {whose} has "
+            f"{count(num_layers, 'layer')}; {way_out}"
+        )
     elif setting != AUTO:
         try:
             parse_layout(setting, stages, virtual, num_layers)
