@@ -21,7 +21,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_sgt.cli import output, path, positive
+from megatron_sgt.cli import output, path, positive, words
 from megatron_sgt.guard.ending import place, run_rank
 
 
@@ -43,6 +43,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--pipeline-layout",
+        type=words,
         default="auto",
         metavar="L",
         help="layers of every part (1,2,2,1 or Et|tt|tt|tL) [%(default)s]",
