@@ -47,18 +47,20 @@ def cut_line(cut: dict[str, Any]) -> str:
     """What ``describe_cut`` says, as a line."""
     layers, even, number = ",".join(map(str, cut["layers"])), cut["even"], cut["micro_batches"]
     chunks = f" in chunks of {cut['layout']}" if cut["chunks"] > 1 else ""
-    other = "as the even cut" if even["layout"] == cut["layout"] else f"even cut: {_imbalance(even['imbalance'])}"
+    # Chunks wait for each other, so that the largest stage alone does not say what a step loses.
+    what, key = ("step over that of equal chunks", "loss") if chunks else ("largest stage over the mean", "imbalance")
+    other = "as the even cut" if even["layout"] == cut["layout"] else f"even cut: {_shares(even[key])}"
     growth = ""
     if "final" in cut["imbalance"]:
         growth = f" · growth lengthens a step by {100 * cut['growth']:.2f} % (even cut: {100 * even['growth']:.2f} %)"
     bubble = "bubble of equal stages" if max(cut["imbalance"].values()) >= _EQUAL else "bubble"
     return (
-        f"{layers} layers{chunks} · largest stage over the mean {_imbalance(cut['imbalance'])} ({other}) · "
+        f"{layers} layers{chunks} · {what} {_shares(cut[key])} ({other}) · "
         f"{bubble} {100 * cut['bubble']:.1f} % of a step ({number} micro-batch{'' if number == 1 else 'es'}){growth}"
     )
 
 
-def _imbalance(of: dict[str, float]) -> str:
+def _shares(of: dict[str, float]) -> str:
     names = {"now": "now", "final": "after growth"} if len(of) > 1 else {"now": ""}
     return ", ".join(f"{100 * of[key]:+.1f} % {name}".rstrip() for key, name in names.items())
 

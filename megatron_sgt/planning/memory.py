@@ -26,10 +26,10 @@ _FP32 = 4
 class Activations:
     """Bytes of micro-batches between their forward and backward pass.
 
-    ``layers``: of ordinary execution; ``loops``: of loop passes (block loops too); ``logits``: last norm, output
-    projection, loss, and what the embedding keeps; ``kept``: kept weights of balanced loops; ``transient``: what the
-    backward pass needs beside them at its worst (a recomputed layer, or the logits' gradients; in a pipeline also what
-    was received for the next pass).
+    ``layers``: of ordinary execution, interleaved also the outputs of chunks; ``loops``: of loop passes (block loops
+    too); ``logits``: last norm, output projection, loss, and what the embedding keeps; ``kept``: kept weights of
+    balanced loops; ``transient``: what the backward pass needs beside them at its worst (a recomputed layer, or the
+    logits' gradients; in a pipeline also what was received for the next pass).
     """
 
     layers: int

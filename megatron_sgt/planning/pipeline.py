@@ -15,9 +15,10 @@ from typing import Any
 from megatron_sgt.config import Config
 from megatron_sgt.config.pipeline import AUTO, PipelineLayout, even_layout, parse_layout
 from megatron_sgt.growth import LoopPlan
+from megatron_sgt.planning.interleaved import interleaved_time
 from megatron_sgt.planning.layer_cost import layer_operations, output_cost
 from megatron_sgt.planning.loop_cost import choose_loop_method
-from megatron_sgt.planning.pipeline_cut import best_cut, stage_costs
+from megatron_sgt.planning.pipeline_cut import best_cut, chunk_costs
 from megatron_sgt.planning.structure import final_plan
 
 
@@ -59,11 +60,16 @@ def _operations(config: Config, plan: LoopPlan) -> tuple[int, ...]:
 class CutCost:
     """What a structure costs in a cut.
 
-    ``stages``: operations of every stage for one micro-batch; ``virtual_size``: its chunks.
+    ``chunks``: operations of every chunk for one micro-batch, in the order of the model; ``size``: stages.
     """
 
-    stages: tuple[int, ...]
-    virtual_size: int
+    chunks: tuple[int, ...]
+    size: int
+
+    @property
+    def stages(self) -> list[int]:
+        """Operations of every stage."""
+        return [sum(self.chunks[stage :: self.size]) for stage in range(self.size)]
 
     @property
     def imbalance(self) -> float:
@@ -72,25 +78,26 @@ class CutCost:
 
     def step(self, micro_batches: int) -> float:
         """Operations that a step of ``micro_batches`` takes one after another; see ``pipeline_time``."""
-        return pipeline_time(self.stages, micro_batches, self.virtual_size)
+        return pipeline_time(self.chunks, self.size, micro_batches)
 
     def loss(self, micro_batches: int) -> float:
-        """What the step takes more than with stages of equal cost, as a share of that."""
-        mean = sum(self.stages) / len(self.stages)
-        return self.step(micro_batches) / pipeline_time([mean] * len(self.stages), micro_batches, self.virtual_size) - 1
+        """What the step takes more than with chunks of equal cost, as a share of that."""
+        mean = sum(self.chunks) / len(self.chunks)
+        return self.step(micro_batches) / pipeline_time([mean] * len(self.chunks), self.size, micro_batches) - 1
 
 
 def cut_cost(config: Config, plan: LoopPlan, layout: PipelineLayout) -> CutCost:
     """The cost of ``plan`` in ``layout``."""
-    loads = stage_costs(_operations(config, plan), round(output_cost(config)), layout.counts, layout.size)
-    return CutCost(tuple(loads), layout.virtual_size)
+    chunks = chunk_costs(_operations(config, plan), round(output_cost(config)), layout.counts)
+    return CutCost(tuple(chunks), layout.size)
 
 
 def describe_cut(config: Config, world_size: int) -> dict[str, Any] | None:
     """The cut of ``config`` in numbers, JSON-able; None without a pipeline.
 
-    ``imbalance``: see ``CutCost``, ``now`` and in the end (``final``, where the structure changes). ``growth``: what
-    the structure adds in the end to the products of a step, as a share. ``even``: the same of the even cut.
+    ``imbalance``, ``loss``: see ``CutCost``, ``now`` and in the end (``final``, where the structure changes).
+    ``growth``: what the structure adds in the end to the products of a step, as a share. ``even``: the same of the
+    even cut.
     ``bubble``: the share of a step in which a stage waits, if all were equal.
 
     Raises:
@@ -112,6 +119,7 @@ def describe_cut(config: Config, world_size: int) -> dict[str, Any] | None:
             "layout": str(cut),
             "layers": [len(cut.layers(stage)) for stage in range(cut.size)],
             "imbalance": {name: cost.imbalance for name, cost in costs.items()},
+            "loss": {name: cost.loss(micro_batches) for name, cost in costs.items()},
             "growth": steps[-1] / steps[0] - 1,
         }
 
@@ -129,14 +137,16 @@ def even_cut(layout: PipelineLayout) -> PipelineLayout:
     return even_layout(layout.size, layout.virtual_size, layout.num_layers)
 
 
-def pipeline_time(stages: Sequence[float], micro_batches: int, virtual_size: int = 1) -> float:
-    """The time of a step whose stages take ``stages`` for one micro-batch, with nothing but waiting for each other.
+def pipeline_time(chunks: Sequence[float], size: int, micro_batches: int) -> float:
+    """The time of a step whose chunks take ``chunks`` for one micro-batch, with nothing but waiting for each other.
 
-    The largest stage is busy all the time but for filling and draining, M · max t_p + (Σ t_p - max t_p) / V: 1F1B
-    (V = 1) and interleaved.
+    With one chunk for each of the ``size`` stages (1F1B) the largest is busy all the time but for filling and draining:
+    M · max t_p + Σ t_p - max t_p. With several (interleaved) see ``interleaved_time``.
     """
-    largest = max(stages)
-    return micro_batches * largest + (sum(stages) - largest) / virtual_size
+    if len(chunks) > size:
+        return interleaved_time(chunks, size, micro_batches) / 3
+    largest = max(chunks)
+    return micro_batches * largest + sum(chunks) - largest
 
 
 def bubble(size: int, virtual_size: int, micro_batches: int) -> float:

@@ -1,14 +1,16 @@
 """Bytes that a rank holds at once, for each stage of a pipeline: state, and micro-batches in flight.
 
 A stage keeps the activations of all micro-batches that wait for their backward pass (``in_flight``). What it has
-received is the input of its first layer, and counted there; what it has sent is freed.
+received is the input of its first layer, and counted there. What it has sent is freed with one chunk per stage;
+interleaved, where messages overlap (``deallocate_pipeline_outputs`` is off), outputs are kept until their backward
+pass, but for that of the last chunk, a loss.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from operator import mul
 
 from megatron_sgt.arch.kernels import GPU, Kernels
@@ -54,7 +56,13 @@ def stage_activations(
     if layout.size == 1:
         return one[0]
     # A gradient or an input that was received and waits; interleaved, for both directions at once.
-    waiting = Shape.of(config, precision, kernels).stream * min(2, layout.virtual_size)
+    stream = Shape.of(config, precision, kernels).stream
+    waiting = stream * min(2, layout.virtual_size)
+    if layout.virtual_size > 1:
+        one = [
+            chunk if part.output else replace(chunk, layers=chunk.layers + stream)
+            for chunk, part in zip(one, parts, strict=True)
+        ]
     saved = [chunk.layers + chunk.loops + chunk.logits for chunk in one]
     flying, turn = max(
         moments(layout.size, layout.virtual_size, stage, micro_batches),

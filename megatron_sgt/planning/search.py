@@ -11,7 +11,7 @@ each pair of tensor-parallel and pipeline sizes is told. Three orders of that mo
   looked at where less does not fit (ZeRO 3 is, where a step has one micro-batch);
 * sequence parallelism sends the same bytes and keeps less, so that it is on wherever the rules allow it (its norms send
   a few small messages more, which only count where a step is short);
-* no step takes less than its products at the peak and the bubble of equal stages (``_least_seconds``), so that layouts
+* no step takes less than its products at the peak and the smallest bubble (``_least_seconds``), so that layouts
   are opened in that order, and those that come after the last one told are never opened.
 """
 
@@ -290,7 +290,9 @@ def _variants(base: Candidate) -> Iterator[Candidate]:
 def _least_seconds(candidate: Candidate) -> float:
     run, layout = candidate.run, candidate.layout
     micro_batches = candidate.config.num_micro_batches(run.world_size)
-    bubble = (layout.pipeline - 1) / (layout.virtual * micro_batches)
+    # Fills with the first chunk of each stage, which may have a single layer.
+    fill = 1.0 if layout.virtual == 1 else layout.pipeline / candidate.config.model.num_layers
+    bubble = (layout.pipeline - 1) * fill / micro_batches
     rate = run.machine.gpu.peak(run.precision) * run.machine.kernel_efficiency
     return run.least_operations * (1 + bubble) / rate
 

@@ -12,9 +12,10 @@
     bubble      what the largest stage of a pipeline waits while others fill and drain it
 
 Stage p of a pipeline takes t_p for one of M micro-batches: compute, elementwise, traffic of its layers and what it
-sends to its neighbours. M of them take M · max t_p + (Σ t_p - max t_p) / V (``pipeline.pipeline_time``); with stages
-of equal time the bubble is (P - 1) / (V · M + P - 1) of that. Optimizer and data-parallel traffic come after it, on
-all stages at once: those of the stage that needs longest.
+sends to its neighbours. M of them take M · max t_p + Σ t_p - max t_p; interleaved, where a stage's time is shared out
+to its chunks by their operations, as long as their passes take one after another (``pipeline.pipeline_time``). With
+chunks of equal time the bubble is (P - 1) / (V · M + P - 1) of that. Optimizer and data-parallel traffic come after it,
+on all stages at once: those of the stage that needs longest.
 
 Nothing overlaps with anything else. Tensor-parallel groups lie inside a node. A data-parallel group that spans nodes
 has the network adapters of all its ranks in a node, a rank that sends to another stage one of them.
@@ -32,7 +33,7 @@ from megatron_sgt.planning.hardware import Gpu
 from megatron_sgt.planning.layer_cost import layer_costs, output_cost
 from megatron_sgt.planning.memory import Part, activation_memory
 from megatron_sgt.planning.parameters import stage_parameter_count
-from megatron_sgt.planning.pipeline import pipeline_layout
+from megatron_sgt.planning.pipeline import cut_cost, pipeline_layout, pipeline_time
 from megatron_sgt.planning.tensor_traffic import LoopMethod, Transfer
 from megatron_sgt.planning.traffic import group_sizes, step_traffic
 
@@ -95,15 +96,25 @@ def step_time(
     layout = pipeline_layout(config)
     stages = [rank.passes(stage) for stage in range(layout.size)]
     largest = max(stages, key=lambda one: one.total)
-    rounds = config.num_micro_batches(world_size) * layout.virtual_size
     after = max((rank.update(stage) for stage in range(layout.size)), key=lambda one: one.total)
     return replace(
         largest,
-        bubble=(sum(one.total for one in stages) - largest.total) / rounds,
+        bubble=_waiting(config, plan, [one.total for one in stages], config.num_micro_batches(world_size)),
         pipeline=largest.pipeline + after.pipeline,
         data_parallel=after.data_parallel,
         optimizer=after.optimizer,
     )
+
+
+def _waiting(config: Config, plan: LoopPlan, stages: list[float], micro_batches: int) -> float:
+    """Seconds that the largest of ``stages`` waits, which take so long for all micro-batches."""
+    cost = cut_cost(config, plan, pipeline_layout(config))
+    if cost.size == 1:
+        return 0.0
+    chunks = [
+        stages[n % cost.size] * operations / cost.stages[n % cost.size] for n, operations in enumerate(cost.chunks)
+    ]
+    return pipeline_time(chunks, cost.size, micro_batches) / micro_batches - max(stages)
 
 
 @dataclass(frozen=True)

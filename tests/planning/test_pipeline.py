@@ -12,6 +12,7 @@ from megatron_sgt.config import Config, load_config, parse_config
 from megatron_sgt.config.pipeline import PipelineLayout
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.planning.pipeline import bubble, cut_cost, even_cut, expected_plan, pipeline_layout, pipeline_time
+from tests.helpers.pipeline_schedule import simulated_time
 from tests.helpers.runs import TINY
 from tests.helpers.single import small_config
 
@@ -90,8 +91,31 @@ def test_layers_that_are_recomputed_count_for_more() -> None:
 
 
 def test_the_time_of_a_step() -> None:
-    assert pipeline_time([3, 5, 4], 8) == 7 * 5 + 12  # 1F1B
-    assert pipeline_time([4, 4], 6, 2) == 6 * 4 + 4 / 2
+    assert pipeline_time([3, 5, 4], 3, 8) == 7 * 5 + 12  # 1F1B
+    assert pipeline_time([2, 2, 2, 2], 2, 6) == 6 * 4 + 4 / 2
     assert bubble(4, 1, 16) == 3 / 19 and bubble(4, 2, 16) == 3 / 35
-    equal, rounds = [2.0] * 4, 16
-    assert 1 - rounds * 2.0 / pipeline_time(equal, rounds, 2) == pytest.approx(bubble(4, 2, rounds))
+    equal, rounds = [1.0] * 8, 16
+    assert 1 - rounds * 2.0 / pipeline_time(equal, 4, rounds) == pytest.approx(bubble(4, 2, rounds))
+
+
+@pytest.mark.parametrize(
+    ("size", "stages", "virtual", "micro_batches"),
+    [
+        ("70b", 16, 2, 128),
+        ("70b", 16, 4, 64),
+        ("70b", 8, 4, 128),
+        ("7b", 8, 2, 32),
+        ("1.2b", 4, 2, 16),
+        ("13b", 8, 2, 32),
+    ],
+)
+def test_no_interleaved_step_is_slower_than_that_of_the_even_cut(
+    size: str, stages: int, virtual: int, micro_batches: int
+) -> None:
+    config = example(size, stages, virtual)
+    plan, layout = expected_plan(config), pipeline_layout(config)
+    auto, even = (
+        simulated_time(cut_cost(config, plan, cut).chunks, stages, micro_batches) for cut in (layout, even_cut(layout))
+    )
+    assert auto <= even
+    assert cut_cost(config, plan, layout).step(micro_batches) == pytest.approx(auto, rel=0.01)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sgt.arch.kernels import CPU
+from megatron_sgt.arch.kernels import CPU, GPU
 from megatron_sgt.config import Config
 from megatron_sgt.engine.build import build_runtime, start_processes
 from megatron_sgt.engine.pipeline import _Passes
@@ -14,7 +14,7 @@ from megatron_sgt.engine.step import train_step
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.planning.in_flight import most_in_flight
-from megatron_sgt.planning.memory import activation_memory
+from megatron_sgt.planning.memory import Shape, activation_memory
 from megatron_sgt.planning.parameters import parameter_count
 from megatron_sgt.planning.rank_memory import peak_memory, rank_memory, stage_activations
 from megatron_sgt.planning.state_memory import state_memory
@@ -64,12 +64,14 @@ def test_the_stages_share_the_model_and_keep_as_many_micro_batches_as_they_have_
 
 
 def test_interleaved_stages_keep_each_chunk_as_often_as_it_is_in_flight() -> None:
-    """Layers of stage 0: chunks of 1 and 1; 2(4-0-1) + 4 + 1 = 11 chunks of one layer each."""
+    """Layers of stage 0: chunks of 1 and 1; 2(4-0-1) + 4 + 1 = 11 chunks of one layer each, and their outputs."""
     config = piped(4, 2)
     whole = activation_memory(piped(1), LOOPS, "bf16")
     first, *_, last = (stage_activations(config, LOOPS, "bf16", stage, 8) for stage in range(4))
-    assert first.layers == 11 * whole.layers // 8
-    assert (last.layers, last.logits) == (5 * whole.layers // 8, whole.logits)
+    stream = Shape.of(config, "bf16", GPU).stream
+    assert first.layers == 11 * (whole.layers // 8 + stream)
+    # Of its 5 chunks one is the last, which keeps no output.
+    assert (last.layers, last.logits) == (5 * whole.layers // 8 + 4 * stream, whole.logits)
 
 
 def test_a_tied_weight_is_the_first_stages_and_the_last_one_has_a_copy_and_a_gradient() -> None:
@@ -93,19 +95,25 @@ def test_an_average_of_the_weights_is_each_stages_own() -> None:
     assert averages[1] == averages[2] < averages[3]
 
 
-def kept_by_stage(info: RankInfo) -> tuple[int, int]:
+def real(virtual: int) -> Config:
+    """Two stages that run on CPUs."""
+    model = {"seq_length": 64, "num_attention_heads": 8}
+    return piped(2, virtual, 4, model=model, train={"global_batch_size": 8})
+
+
+def kept_by_stage(info: RankInfo, virtual: int) -> tuple[int, int]:
     """(most micro-batches in flight, most bytes of activations when a backward pass begins) of a real step."""
-    config = piped(2, 1, 4, model={"seq_length": 64, "num_attention_heads": 8}, train={"global_batch_size": 8})
+    config = real(virtual)
     groups = start_processes(config, info)
     runtime = build_runtime(config, groups)
     batches = [random_batch(config, seed) for seed in range(4)]
     train_step(runtime.engine, batches, 1e-3, 1.0, groups)
     seen: list[tuple[int, int]] = []
-    real = _Passes.backward
+    backward_of = _Passes.backward
 
     def backward(self: Any, output: Any, gradient: Any) -> None:
         seen.append((len(self._in_flight), memory.live()))
-        real(self, output, gradient)
+        backward_of(self, output, gradient)
 
     with LiveMemory() as memory, pytest.MonkeyPatch.context() as patch:
         patch.setattr(_Passes, "backward", backward)
@@ -113,11 +121,12 @@ def kept_by_stage(info: RankInfo) -> tuple[int, int]:
     return max(number for number, _ in seen), max(size for _, size in seen[:1])
 
 
-def test_two_real_stages_hold_what_the_formula_says() -> None:
+@pytest.mark.parametrize("virtual", [1, 2])
+def test_two_real_stages_hold_what_the_formula_says(virtual: int) -> None:
     """At the first backward pass, when nothing but activations (and what is received) was made in the step."""
-    config = piped(2, 1, 4, model={"seq_length": 64, "num_attention_heads": 8}, train={"global_batch_size": 8})
-    for stage, (in_flight, live) in enumerate(run_on_ranks(2, kept_by_stage, backend="gloo")):
+    config = real(virtual)
+    for stage, (in_flight, live) in enumerate(run_on_ranks(2, kept_by_stage, virtual, backend="gloo")):
         formula = stage_activations(config, LoopPlan.empty(8), "fp32", stage, 4, CPU, 0)
-        assert in_flight == most_in_flight(2, 1, stage, 4)
-        waiting = 0 if stage else 2 * 64 * 64 * 4
-        assert formula.saved + waiting == pytest.approx(live, rel=0.05)
+        assert in_flight == most_in_flight(2, virtual, stage, 4)
+        received = stage == 0 or virtual > 1  # a gradient; on the last stage the next input
+        assert formula.saved + received * 2 * 64 * 64 * 4 == pytest.approx(live, rel=0.01)
