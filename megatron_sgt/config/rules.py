@@ -120,6 +120,17 @@ def check_pipeline(cfg: Config) -> Iterator[str]:
             f"deepspeed.zero_optimization.overlap_comm: true with virtual_pipeline_model_parallel_size {virtual} would "
             "reduce the gradients of the last part alone; leave it out"
         )
+    if virtual > 1 and parallel.zero_stage == 2 and cfg.offloads_optimizer:
+        yield (
+            f"parallel.zero_stage: 2 with virtual_pipeline_model_parallel_size {virtual} and offload_optimizer would "
+            "lose the gradients of all parts but one, as DeepSpeed copies them in the last backward pass of a step; "
+            "use zero_stage 1, or no virtual parts"
+        )
+    if not cfg.deepspeed.get("managed_gradient_accumulation", True):
+        yield (
+            f"deepspeed.managed_gradient_accumulation: {shown(cfg.deepspeed['managed_gradient_accumulation'])} with "
+            f"pipeline_model_parallel_size {stages} has no mark for the last backward pass of a step; leave it out"
+        )
 
 
 def check_steps(cfg: Config) -> Iterator[str]:

@@ -36,6 +36,14 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         [TWO, VIRTUAL, "deepspeed.zero_optimization.overlap_comm=true"],
         "overlap_comm: true with virtual_pipeline_model_parallel_size 2 .* leave it out",
     ),
+    "offloaded gradients of virtual parts": (
+        [TWO, VIRTUAL, "zero_stage=2", "deepspeed.zero_optimization.offload_optimizer={device: cpu}"],
+        "zero_stage: 2 with virtual_pipeline_model_parallel_size 2 and offload_optimizer .* zero_stage 1, or no v",
+    ),
+    "backward passes that nobody counts": (
+        [TWO, "deepspeed.managed_gradient_accumulation=false"],
+        "managed_gradient_accumulation: false with pipeline_model_parallel_size 2 .* leave it out",
+    ),
     "deeper than the model": (
         ["pipeline_model_parallel_size=8"],
         "pipeline_model_parallel_size: 8 needs a layer for each part, the model has 4 layers; use fewer parts$",

@@ -50,7 +50,10 @@ EVERY: list[tuple[str, int, Layout]] = [
 LONG, SHORT = 256, 24
 """New tokens."""
 CASES = [(*case, LONG if case[2] == (1, 1, 0) else SHORT) for case in SHARE]
-CASES += [exhaustive((*case, LONG)) for case in (*EVERY, ("qk_norm", 2, (4, 1, 1)), ("qk_norm", 3, (4, 1, 3)))]
+MORE: list[tuple[str, int, Layout]] = [
+    ("grouped_query", 2, (2, 1, 1)), ("qk_norm", 2, (4, 1, 1)), ("qk_norm", 3, (4, 1, 3)),
+]  # fmt: skip
+CASES += [exhaustive((*case, LONG)) for case in (*EVERY, *MORE)]
 GREEDY = {"do_sample": False, "num_beams": 1}
 
 
