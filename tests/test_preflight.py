@@ -97,7 +97,7 @@ def test_tells_the_shape_of_the_run(tmp_path: Path, data: str) -> None:
 def test_tells_how_a_pipeline_cuts_the_model(tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
     staged = config(tmp_path, data, parallel={"pipeline_model_parallel_size": 2})
     row = dict(preflight.check_job(staged, 2, "cpu"))["pipeline"]
-    assert "layers · largest stage over the mean +" in row and "bubble 20.0 %" in row
+    assert "layers · largest stage over the mean +" in row and "bubble of equal stages 20.0 %" in row
     assert preflight._pipeline_rows(staged, 2, ["numpy"]) == [("pipeline", "cut where the job starts: no numpy here")]
 
 

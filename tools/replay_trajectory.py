@@ -1,7 +1,12 @@
 #!/usr/bin/env python
-r"""Repeat a recorded trajectory and compare with it, alone or under torchrun for parallel layouts.
+r"""Repeat a recorded trajectory and compare with it, in any parallel layout.
+
+Without a launcher it starts one copy of the model itself, tensor x pipeline parallel ranks on this machine; data
+parallelism needs one:
 
 python tools/replay_trajectory.py tests/golden/a.safetensors --out repeated.safetensors --compare
+python tools/replay_trajectory.py tests/golden/a.safetensors --out repeated.safetensors --compare \
+    --pipeline-parallel 2 --virtual 2
 torchrun --nproc-per-node 4 tools/replay_trajectory.py tests/golden/a.safetensors \
     --out repeated.safetensors --tensor-parallel 2 --pipeline-parallel 2 --zero 1 --compare
 
@@ -12,10 +17,11 @@ afterwards and exits with 1 beyond the tolerances.
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from pathlib import Path
 
-from megatron_sgt.cli import output, path, positive
+from megatron_sgt.cli import output, path, positive, words
 from megatron_sgt.guard.ending import place, run_rank
 
 
@@ -37,6 +43,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--pipeline-layout",
+        type=words,
         default="auto",
         metavar="L",
         help="layers of every part (1,2,2,1 or Et|tt|tt|tL) [%(default)s]",
@@ -58,6 +65,12 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def start_ranks(ranks: int) -> int:
+    """Run this command again as ``ranks`` ranks; returns torchrun's exit code."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--"]
+    return subprocess.run([*launcher, *sys.argv], check=False).returncode
+
+
 def main() -> int:
     """Repeat, write, compare."""
     args = parse()
@@ -67,8 +80,8 @@ def main() -> int:
     from megatron_sgt.parallel.groups import destroy_groups
 
     tensors, meta = rp.read_trajectory(args.file)
-    info = place()
-    per_rank = meta["global_batch"] // max(1, info.world_size // (args.tensor_parallel * args.pipeline_parallel))
+    info, copy = place(), args.tensor_parallel * args.pipeline_parallel
+    per_rank = meta["global_batch"] // max(1, info.world_size // copy)
     micro = args.micro_batch or min(meta["micro_batch"], per_rank)
     overrides = {
         "parallel": {
@@ -84,6 +97,8 @@ def main() -> int:
         "train": {"micro_batch_size": micro, "recompute_granularity": args.recompute},
     }
     config = rp.trajectory_config(tensors, meta, overrides)
+    if copy > 1 and info.launcher == "single":
+        return start_ranks(copy)
     groups = start_processes(config, info)
     inputs = {k: v for k, v in tensors.items() if k.startswith("init/") or k in ("tokens", "probe_tokens")}
     result, result_meta = rp.repeat(config, groups, inputs, meta)

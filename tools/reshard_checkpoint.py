@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Convert a checkpoint into one that loads under any layout: any tensor- and data-parallel size, any ZeRO stage.
+"""Convert a checkpoint into one that loads under any layout: tensor, pipeline, data parallel sizes and ZeRO stage.
 
 A run that meets a checkpoint of another layout does this by itself; the tool does it beforehand, on any machine
 without a GPU.

@@ -24,7 +24,7 @@ from megatron_sgt.launch.sbatch import SlurmJob, fit_runtime, sbatch_script
 from megatron_sgt.paths import expand_for_job
 from megatron_sgt.preflight import check_job
 from megatron_sgt.stages.presets import PRESETS, preset_named
-from megatron_sgt.submit.job import job_folder, job_name, latest_file, outside_folders, submit, write_job
+from megatron_sgt.submit.job import check_nodes, job_folder, job_name, latest_file, outside_folders, submit, write_job
 
 
 def parse() -> argparse.Namespace:
@@ -130,6 +130,7 @@ def main() -> None:
     warn(repeated(args.overrides))
     config = load_config(args.config, args.overrides, preset_named(args.preset), expand_for_job)
     job = describe(args, config)
+    check_nodes(config, job.nodes, job.tasks_per_node)
     found = check_job(config, job.nodes * job.tasks_per_node, "cuda" if job.gpus_per_node else "cpu")
     for subject, finding in found:
         print(f"{subject:<9} {finding}", file=sys.stderr)

@@ -54,6 +54,8 @@ def run_schedule(
             forward_only=backward is None,
             collect_non_loss_data=backward is None,
         )
+    for one in chunks:
+        one.set_input_tensor(None)  # it would keep the last micro-batch's input
 
 
 def _loss(output: Tensor, non_loss_data: bool = False) -> Any:

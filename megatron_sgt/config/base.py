@@ -46,7 +46,12 @@ def shown(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    return _repr.repr(list(value) if isinstance(value, tuple) else value)
+    return _repr.repr(_as_typed(value))
+
+
+def _as_typed(value: Any) -> Any:
+    """Tuples, of which YAML has none, as the lists that they were."""
+    return [_as_typed(entry) for entry in value] if isinstance(value, tuple) else value
 
 
 def count(number: int, noun: str) -> str:

@@ -60,6 +60,16 @@ class ParallelConfig(Section):
         """Ranks that share one copy of the model."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
 
+    @property
+    def model_parallel_sizes(self) -> str:
+        """The settings that ``model_parallel_size`` is made of, for messages."""
+        tensor, stages = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
+        if stages == 1:
+            return f"parallel.tensor_model_parallel_size: {tensor}"
+        return (
+            f"parallel: tensor_model_parallel_size {tensor} x pipeline_model_parallel_size {stages} = {tensor * stages}"
+        )
+
     def problems(self) -> Iterator[str]:
         if self.context_parallel_size != 1:
             yield (

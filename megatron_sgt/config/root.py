@@ -115,16 +115,11 @@ class Config(Section):
         Raises:
             ConfigError: ``world_size`` does not divide.
         """
-        tensor, stages = self.parallel.tensor_model_parallel_size, self.parallel.pipeline_model_parallel_size
         ranks = self.parallel.model_parallel_size
         if world_size % ranks:
-            what = f"parallel.tensor_model_parallel_size: {tensor}"
-            if stages > 1:
-                what = (
-                    f"parallel: tensor_model_parallel_size {tensor} x pipeline_model_parallel_size {stages} = {ranks}"
-                )
             raise ConfigError(
-                f"{what} does not divide the {world_size} process{'' if world_size == 1 else 'es'} of this run; start "
+                f"{self.parallel.model_parallel_sizes} does not "
+                f"divide the {world_size} process{'' if world_size == 1 else 'es'} of this run; start "
                 f"a multiple of {ranks} (torchrun --nproc-per-node {ranks} ...), or change it"
             )
         return world_size // ranks

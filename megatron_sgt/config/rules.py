@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from megatron_sgt.config.base import shown
+from megatron_sgt.config.base import count, shown
 from megatron_sgt.config.hints import misspelt_deepspeed_key
 from megatron_sgt.config.lengths import check_lengths
 from megatron_sgt.config.pipeline import AUTO, parse_layout
@@ -96,7 +96,14 @@ def check_pipeline(cfg: Config) -> Iterator[str]:
         return
     if stages * virtual > num_layers:
         parts = f"{stages}" + (f" x virtual_pipeline_model_parallel_size {virtual}" if virtual > 1 else "")
-        yield f"parallel.pipeline_model_parallel_size: {parts} needs a layer for each part, the model has {num_layers}"
+        whose, way_out = "the model", "use fewer parts"
+        if cfg.growth.stages:
+            whose = "the first model of growth.stages (growth stage 0)"
+            way_out += f", or another preset or stages that begin with at least {stages * virtual} layers"
+        yield (
+            f"parallel.pipeline_model_parallel_size: {parts} needs a layer for each part, {whose} has "
+            f"{count(num_layers, 'layer')}; {way_out}"
+        )
     elif setting != AUTO:
         try:
             parse_layout(setting, stages, virtual, num_layers)
@@ -112,6 +119,17 @@ def check_pipeline(cfg: Config) -> Iterator[str]:
         yield (
             f"deepspeed.zero_optimization.overlap_comm: true with virtual_pipeline_model_parallel_size {virtual} would "
             "reduce the gradients of the last part alone; leave it out"
+        )
+    if virtual > 1 and parallel.zero_stage == 2 and cfg.offloads_optimizer:
+        yield (
+            f"parallel.zero_stage: 2 with virtual_pipeline_model_parallel_size {virtual} and offload_optimizer would "
+            "lose the gradients of all parts but one, as DeepSpeed copies them in the last backward pass of a step; "
+            "use zero_stage 1, or no virtual parts"
+        )
+    if not cfg.deepspeed.get("managed_gradient_accumulation", True):
+        yield (
+            f"deepspeed.managed_gradient_accumulation: {shown(cfg.deepspeed['managed_gradient_accumulation'])} with "
+            f"pipeline_model_parallel_size {stages} has no mark for the last backward pass of a step; leave it out"
         )
 
 

@@ -38,8 +38,6 @@ def forward_backward(
     run_schedule(engine.module.chunks, passes.forward, batches, shape, groups.device, passes.backward)
     if tied is not None:
         tied.give_back()
-    for chunk in engine.module.chunks:
-        chunk.set_input_tensor(None)  # it would keep the last micro-batch's input
     losses = passes.losses
     mean = torch.stack(losses).float().mean() if losses else torch.zeros((), device=groups.device)
     return from_last_stage(mean, groups)

@@ -21,6 +21,7 @@ from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE, WEIGHTS
 from megatron_sgt.checkpoint.surgery.reader import GrownReader, Opened, open_any
 from megatron_sgt.checkpoint.surgery.state import grown_hooks
 from megatron_sgt.config import Config, parse_config
+from megatron_sgt.config.pipeline import PipelineLayout
 from megatron_sgt.data.gpt_dataset import build_datasets
 from megatron_sgt.data.loader import EvalLoader, TrainLoader
 from megatron_sgt.data.tokenizer import tokenizer_of
@@ -28,7 +29,7 @@ from megatron_sgt.engine.build import build_runtime
 from megatron_sgt.engine.loop import DivergedError
 from megatron_sgt.engine.skipped_ranges import SkippedRanges, batches_outside
 from megatron_sgt.engine.step import Batch, train_step
-from megatron_sgt.errors import DataError
+from megatron_sgt.errors import ConfigError, DataError
 from megatron_sgt.evaluation.perplexity import mean_loss
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.model.apply_plan import apply_plan
@@ -36,6 +37,7 @@ from megatron_sgt.optim.schedule import rate_after
 from megatron_sgt.parallel.collectives import gather_or_raise, on_rank_zero
 from megatron_sgt.parallel.device import synchronize
 from megatron_sgt.parallel.groups import ParallelGroups
+from megatron_sgt.planning.pipeline import pipeline_layout
 from megatron_sgt.planning.structure import schedule_of
 from megatron_sgt.stages.config import grown_config
 from megatron_sgt.stages.growth import Growth
@@ -82,6 +84,7 @@ class StageSearch:
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
+        ConfigError: see ``check_cut``.
         DataError: there is no validation data.
     """
 
@@ -97,6 +100,7 @@ class StageSearch:
         self.depths = tuple(depths)
         self.config, self.groups = supernet_config(config, growth, self.step), groups
         whole = inherited_plan(opened[0], config, self.config, growth)
+        check_cut(pipeline_layout(self.config), growth, self.depths)
         layers = set(range(growth.new.num_layers))
         self._plans = {d: whole.skipping(layers - set(executed_layers(growth, d))) for d in self.depths}
         self._open_data(folder, opened[0].saved["trainer"]["consumed_samples"])
@@ -172,6 +176,29 @@ class StageSearch:
                     f"lower optim.lr, now {self.config.optim.lr:g}"
                 )
         return losses
+
+
+def check_cut(layout: PipelineLayout, growth: Growth, depths: Sequence[int]) -> None:
+    """Refuse a pipeline in which a sub-net of the supernet ``growth`` skips all of a chunk.
+
+    The first chunk has the embedding and the last one the output layer; any other would have no weight that it
+    computes with, and Megatron-Core's schedules cannot send on what they have received.
+
+    Raises:
+        ConfigError: a chunk between the first and the last has no layer at one of ``depths``.
+    """
+    last = len(layout.counts) - 1
+    for depth in depths:
+        executed = set(executed_layers(growth, depth))
+        for number in range(1, last):
+            stage, chunk = number % layout.size, number // layout.size
+            layers = layout.chunks(stage)[chunk]
+            if executed.isdisjoint(layers):
+                skipped = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
+                raise ConfigError(
+                    f"parallel.pipeline_model_parallel_layout: cut as {layout}, part {number} of the supernet holds "
+                    f"{skipped} alone, which the candidate of {depth} layers skips; use fewer pipeline stages or parts"
+                )
 
 
 def recorded_policies(saved: Mapping[str, Any]) -> tuple[tuple[int, RatePolicy], ...]:

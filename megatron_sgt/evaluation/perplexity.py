@@ -27,7 +27,7 @@ def mean_loss(model: torch.nn.Module, batches: Iterable[dict[str, Tensor]], grou
     model.eval()
     if groups.pp_size > 1:
         whole: Any = model
-        mean = _through_pipeline(getattr(whole, "module", whole), list(batches), groups)
+        mean: Tensor | None = _through_pipeline(getattr(whole, "module", whole), batches, groups)
     else:
         mean = _mean(
             [model(**{k: v.to(groups.device, non_blocking=True) for k, v in batch.items()}) for batch in batches]
@@ -40,12 +40,11 @@ def _mean(losses: list[Tensor]) -> Tensor | None:
     return torch.stack([loss.float() for loss in losses]).mean() if losses else None
 
 
-def _through_pipeline(model: LanguageModel, batches: list[dict[str, Tensor]], groups: ParallelGroups) -> Tensor | None:
+def _through_pipeline(model: LanguageModel, batches: Iterable[dict[str, Tensor]], groups: ParallelGroups) -> Tensor:
     """The mean loss of ``batches``, on every stage."""
-    if not batches or model.pipeline is None:
-        return None
+    assert model.pipeline is not None
     mean = _mean(forward_only(model.pipeline, lambda chunk, inputs: model(**inputs, chunk=chunk), batches))
-    return from_last_stage(torch.zeros((), device=groups.device) if mean is None else mean, groups)
+    return from_last_stage(torch.full((), math.nan, device=groups.device) if mean is None else mean, groups)
 
 
 def perplexity(loss: float) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,8 @@ from megatron_sgt.model.pipeline_stage import Pipeline
 from megatron_sgt.parallel.groups import ParallelGroups
 
 Batch = Mapping[str, Tensor]
+BLOCK = 8
+"""Micro-batches per stage that pass the pipeline at once: more would be held in memory for little less of a bubble."""
 
 
 def inputs_of(chunk: GPTModel, batch: Batch, device: torch.device) -> dict[str, Tensor]:
@@ -25,13 +28,13 @@ def inputs_of(chunk: GPTModel, batch: Batch, device: torch.device) -> dict[str, 
 
 @torch.no_grad()
 def forward_only(
-    pipeline: Pipeline, forward: Callable[[int, dict[str, Tensor]], Tensor], batches: Sequence[Batch]
+    pipeline: Pipeline, forward: Callable[[int, dict[str, Tensor]], Tensor], batches: Iterable[Batch]
 ) -> list[Tensor]:
     """The last chunk's output for each micro-batch, on the last stage; elsewhere none. Collective.
 
     Args:
         forward: (number of the chunk on this rank, its inputs) -> its output.
-        batches: of equal shape; there is at least one. Interleaved they are filled up to a multiple of the stages.
+        batches: of equal shape, the same on every stage; read a block at a time.
     """
     groups, found = pipeline.groups, []
 
@@ -43,11 +46,14 @@ def forward_only(
 
     if pipeline.tied is not None:
         pipeline.tied.lend()
-    missing = -len(batches) % groups.pp_size if pipeline.layout.virtual_size > 1 else 0
-    size, length = batches[0]["tokens"].shape
-    filled = [*batches, *[batches[-1]] * missing]
-    run_schedule(pipeline.chunks, step, filled, (size, length), groups.device)
-    return found[: len(batches)]
+    left = iter(batches)
+    while block := list(islice(left, BLOCK * groups.pp_size)):
+        # Interleaved, a multiple of the stages must pass.
+        missing = -len(block) % groups.pp_size if pipeline.layout.virtual_size > 1 else 0
+        before, (size, length) = len(found), block[0]["tokens"].shape
+        run_schedule(pipeline.chunks, step, [*block, *block[-1:] * missing], (size, length), groups.device)
+        del found[before + len(block) :]
+    return found
 
 
 def from_last_stage(value: Tensor, groups: ParallelGroups) -> Tensor:

@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_sgt.config import Config
+from megatron_sgt.config.base import count
 from megatron_sgt.metrics.units import si
 from megatron_sgt.planning.flops import overhead
 from megatron_sgt.planning.parameters import parameter_count
 from megatron_sgt.planning.pipeline import describe_cut
 from megatron_sgt.planning.structure import schedule_of
 from megatron_sgt.stages.stages import Stage
+
+_EQUAL = 0.0005
+"""Imbalance of stages that is shown as none."""
 
 
 def model_line(config: Config) -> str:
@@ -34,7 +38,8 @@ def pipeline_lines(stages: Sequence[Stage], world_size: int) -> list[str]:
     lines = []
     for stage in stages:
         if cut := describe_cut(stage.config, world_size):
-            lines.append((f"stage {stage.index}: " if len(stages) > 1 else "") + cut_line(cut))
+            layers = count(stage.config.model.num_layers, "layer")
+            lines.append((f"growth stage {stage.index} ({layers}): " if len(stages) > 1 else "") + cut_line(cut))
     return lines
 
 
@@ -47,10 +52,11 @@ def cut_line(cut: dict[str, Any]) -> str:
     other = "as the even cut" if even["layout"] == cut["layout"] else f"even cut: {_shares(even[key])}"
     growth = ""
     if "final" in cut["imbalance"]:
-        growth = f" · growth adds {100 * cut['growth']:.2f} % to it (even cut: {100 * even['growth']:.2f} %)"
+        growth = f" · growth lengthens a step by {100 * cut['growth']:.2f} % (even cut: {100 * even['growth']:.2f} %)"
+    bubble = "bubble of equal stages" if max(cut["imbalance"].values()) >= _EQUAL else "bubble"
     return (
         f"{layers} layers{chunks} · {what} {_shares(cut[key])} ({other}) · "
-        f"bubble {100 * cut['bubble']:.1f} % of a step ({number} micro-batch{'' if number == 1 else 'es'}){growth}"
+        f"{bubble} {100 * cut['bubble']:.1f} % of a step ({number} micro-batch{'' if number == 1 else 'es'}){growth}"
     )
 
 

@@ -9,7 +9,6 @@ from megatron_sgt.arch.weight import ELEMENT_BYTES, Part, Weight
 from megatron_sgt.arch.weights import stage_of, weights
 from megatron_sgt.config import Config
 from megatron_sgt.config.model import ModelConfig
-from megatron_sgt.planning.pipeline import pipeline_layout
 
 
 def parameter_count(model: ModelConfig, tp_size: int = 1) -> int:
@@ -19,6 +18,8 @@ def parameter_count(model: ModelConfig, tp_size: int = 1) -> int:
 
 def stage_parameter_count(config: Config, stage: int, tp_size: int = 1) -> int:
     """The same of pipeline stage ``stage``, without a weight that it borrows."""
+    from megatron_sgt.planning.pipeline import pipeline_layout  # needs NumPy, which a login node has not
+
     layout = pipeline_layout(config)
     by_layer, others = _by_layer(config.model, tp_size)
     outside = sum(weight.on_rank(tp_size) for weight in others if stage_of(weight, layout) == stage)

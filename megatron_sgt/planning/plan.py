@@ -26,7 +26,8 @@ ERROR_BARS = (
     "parameters and FLOPs: exact, as the built model and torch's counter count them",
     "weights, gradients, optimizer, saved activations: within 5 % of the live tensors (CPU; activations in fp32)",
     "not in the memory: context, workspaces, NCCL buffers, fragmentation; 8 % of the device is left for them",
-    "traffic: exact to the byte for tensor parallelism and ZeRO 0-3 (4 ranks); calls of ZeRO-3 are a bound",
+    "traffic: exact to the byte for tensor parallelism, ZeRO 0-3, pipelines (4 ranks); calls of ZeRO-3 are a bound",
+    "pipeline stages: micro-batches in flight exact; memory within 5 % of the live tensors of 2 stages (CPU, fp32)",
     "step time: assumed efficiencies, measured nowhere; days rest on the stated MFU alone",
 )
 BOUNDARY_ERROR = "boundaries between stages: assumed rates of storage and cores, measured nowhere"

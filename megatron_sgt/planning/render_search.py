@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from megatron_sgt.config import Config
+from megatron_sgt.errors import ConfigError
 from megatron_sgt.metrics.units import duration, file_size, si
+from megatron_sgt.planning.advice import changed
 from megatron_sgt.planning.describe import growth_line, model_line
 from megatron_sgt.planning.pipeline import pipeline_layout
 from megatron_sgt.planning.render import WIDTH
-from megatron_sgt.planning.search import Candidate, Search
+from megatron_sgt.planning.search import Candidate, Layout, Run, Search
 from megatron_sgt.planning.step_time import NOT_CALIBRATED
 
 _NAMES = {"compute": "products", "elementwise": "between products"}
 """Components of a step under another name than their own."""
 _SMALL = 0.02
 """Shares of a step below which a component is not named."""
+_SHOWN = 0.0005
+"""What growth adds to a step, as a share, below which it reads 0.0 %."""
 
 
 def search_numbers(found: Search) -> dict[str, Any]:
@@ -35,7 +39,30 @@ def search_numbers(found: Search) -> dict[str, Any]:
         "step_time": NOT_CALIBRATED,
         "layouts": [_numbers(one) for one in found.best],
         "excluded": None if found.excluded is None else _numbers(found.excluded),
+        "configured": _configured(run),
     }
+
+
+def _configured(run: Run) -> dict[str, Any]:
+    """The layout that the configuration has already, whatever it is; ``refused``: why the ranks cannot have it."""
+    parallel, train = run.config.parallel, run.config.train
+    layout = Layout(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_model_parallel_size,
+        train.micro_batch_size,
+        parallel.sequence_parallel,
+        parallel.zero_stage,
+        train.recompute_granularity,
+    )
+    try:
+        configs = [changed(one.config, {"train.precision": run.precision}) for one in run.stages]
+        for config in configs:
+            config.num_micro_batches(run.world_size)
+    except ConfigError as error:
+        return {"refused": str(error)}
+    alone = replace(run, cuts={})  # its cut may be another than the one that the search has made for these sizes
+    return {**_numbers(Candidate(alone, layout, configs)), "overrides": []}
 
 
 def _numbers(one: Candidate) -> dict[str, Any]:
@@ -80,7 +107,7 @@ def overrides(one: Candidate) -> list[str]:
 
 def render_search(numbers: dict[str, Any], config: Config, title: str) -> str:
     """``numbers`` (see ``search_numbers``) of a search for ``config`` as text."""
-    return "\n".join([title, *_head(numbers, config), "", *_layouts(numbers), *_excluded(numbers)])
+    return "\n".join([title, *_head(numbers, config), "", *_layouts(numbers), *_excluded(numbers), *_own(numbers)])
 
 
 def _head(numbers: dict[str, Any], config: Config) -> Iterator[str]:
@@ -103,15 +130,15 @@ def _layouts(numbers: dict[str, Any]) -> Iterator[str]:
     if not numbers["layouts"]:
         return
     yield (
-        f"{'tensor':>9}{'pipeline':>10}{'virtual':>9}{'data':>6}{'ZeRO':>6}{'micro':>7}{'recompute':>11}"
-        f"{'step':>10}{'tokens/s':>11}{'run':>10}{'peak':>10}"
+        f"{'tensor':>9}{'pipeline':>9}{'virtual':>8}{'data':>6}{'ZeRO':>6}{'micro':>7}{'recompute':>10}"
+        f" {'step':>10} {'tokens/s':>10} {'run':>12} {'peak':>9}"
     )
     for place, row in enumerate(numbers["layouts"], start=1):
         yield (
-            f"{place:>2}{row['tensor_parallel']:>7}{row['pipeline_parallel']:>10}{row['virtual']:>9}"
-            f"{row['data_parallel']:>6}{row['zero_stage']:>6}{row['micro_batch_size']:>7}{row['recompute']:>11}"
-            f"{row['step']:>8.3g} s{si(row['tokens_per_second'], ' '):>11}{_days(row['days']):>10}"
-            f"{file_size(row['peak']):>10}"
+            f"{place:>2}{row['tensor_parallel']:>7}{row['pipeline_parallel']:>9}{row['virtual']:>8}"
+            f"{row['data_parallel']:>6}{row['zero_stage']:>6}{row['micro_batch_size']:>7}{row['recompute']:>10}"
+            f" {row['step']:>8.3g} s {si(row['tokens_per_second'], ' '):>10} {_days(row['days']):>12} "
+            f"{file_size(row['peak']):>9}"
         )
         for text in (_step(row), _memory(row, numbers["limit"]), _cut(row)):
             yield from _wrapped("    ", text)
@@ -124,7 +151,8 @@ def _step(row: dict[str, Any]) -> str:
     named = sorted(((share, name) for name, share in parts.items() if share >= _SMALL), reverse=True)
     shares = ", ".join(f"{_NAMES.get(name, name.replace('_', ' '))} {100 * share:.0f} %" for share, name in named)
     more = row["step"] / row["step_before_growth"] - 1
-    return f"step: {shares}; growth makes it {100 * more:+.1f} % longer"
+    growth = f"; growth makes it {100 * more:+.1f} % longer" if abs(more) >= _SHOWN else ""
+    return f"step: {shares}{growth}"
 
 
 def _memory(row: dict[str, Any], limit: float) -> str:
@@ -170,8 +198,25 @@ def _excluded(numbers: dict[str, Any]) -> Iterator[str]:
     )
 
 
+def _own(numbers: dict[str, Any]) -> list[str]:
+    """The layout of the file, and how much longer its step takes than that of the first one."""
+    row, label = numbers["configured"], "this file's layout: "
+    if "refused" in row:
+        return ["", *_wrapped("", f"{label}not on {numbers['world_size']} GPUs: {row['refused'].partition('; ')[0]}")]
+    sizes = [f"TP {row['tensor_parallel']}", f"PP {row['pipeline_parallel']}", f"DP {row['data_parallel']}"]
+    if row["virtual"] > 1:
+        sizes[1] += f" x {row['virtual']} chunks"
+    beside = ""
+    if numbers["layouts"]:
+        beside = f" ({100 * (row['step'] / numbers['layouts'][0]['step'] - 1):+.0f} %)"
+    fits = "" if row["peak"] <= numbers["limit"] else ", which does not fit"
+    how = f"ZeRO {row['zero_stage']}, micro {row['micro_batch_size']}, recompute {row['recompute']}"
+    text = f"{label}{' x '.join(sizes)}, {how}: {row['step']:.3g} s{beside}, {file_size(row['peak'])}{fits}"
+    return ["", *_wrapped("", text)]
+
+
 def _days(days: float) -> str:
-    return f"{days:,.1f} days" if days >= 10 else duration(86400 * days)
+    return f"{days:,.{int(days < 1000)}f} days" if days >= 10 else duration(86400 * days)
 
 
 def _wrapped(label: str, text: str) -> list[str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
+from megatron_sgt.config.pipeline import AUTO
 from megatron_sgt.metrics import units
 from megatron_sgt.reporting import style
 from megatron_sgt.reporting.curves import cost_figure, headline, loss_figure, speed_figure
@@ -38,7 +41,7 @@ def write_report(run_dir: Path, output: Path | None = None) -> list[Path]:
 
 def build_page(run: RunData) -> Page:
     """The page of one run. It names the parts that the run directory lacks."""
-    page = Page(run.name, f"Report of {run.run_dir}: {_extent(run)}.")
+    page = Page(run.name, f"Report of {run.run_dir}: {_extent(run)}{_pipeline(run)}.")
     page.notes(run.notes)
     page.cards(headline(run))
     page.picture(
@@ -110,6 +113,24 @@ def _extent(run: RunData) -> str:
     if not times:
         return steps
     return f"{steps}, {_utc(times[0])} to {_utc(times[-1])} UTC"
+
+
+def _pipeline(run: RunData) -> str:
+    """How the configuration cuts the model; "" without a pipeline."""
+    parallel = run.config.get("parallel")
+    parallel = parallel if isinstance(parallel, Mapping) else {}
+    size, chunks = (parallel.get(f"{name}pipeline_model_parallel_size", 1) for name in ("", "virtual_"))
+    if size == 1:
+        return ""
+    each = f" with {chunks} chunks each" if chunks != 1 else ""
+    return f"; pipeline {_layers(parallel.get('pipeline_model_parallel_layout', AUTO))} on {size} stages{each}"
+
+
+def _layers(layout: Any) -> str:
+    """A layout on a line: Megatron-Core's list as the number of layers of each part."""
+    if not isinstance(layout, list):
+        return str(layout)
+    return ",".join(str(part.count("decoder") if isinstance(part, list) else part) for part in layout)
 
 
 def _utc(seconds: float) -> str:

@@ -1,5 +1,6 @@
 """A run as a Slurm job: its files are written beside the run, then it is submitted with sbatch."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -8,12 +9,28 @@ from pathlib import Path
 
 from megatron_sgt.checkpoint.layout import LATEST_FILE
 from megatron_sgt.config import Config
+from megatron_sgt.config.base import count
 from megatron_sgt.errors import ConfigError, SGTError
 from megatron_sgt.files import replace_text
 from megatron_sgt.launch.sbatch import CONFIG, SCRIPT, SlurmJob, sbatch_script
 
 FOLDER = "slurm"
 """In logging.run_dir: the job's script, configuration and logs."""
+
+
+def check_nodes(config: Config, nodes: int, tasks_per_node: int) -> None:
+    """Whether the ranks hold whole copies of the model.
+
+    Raises:
+        ConfigError: they do not; with the least number of nodes that does.
+    """
+    ranks, size = nodes * tasks_per_node, config.parallel.model_parallel_size
+    if ranks % size:
+        least = size // math.gcd(size, tasks_per_node)
+        raise ConfigError(
+            f"{config.parallel.model_parallel_sizes} does not divide the {count(ranks, 'rank')} of --nodes {nodes} "
+            f"with {tasks_per_node} each; ask for --nodes {least} or a multiple of it, or change the sizes"
+        )
 
 
 def job_folder(config: Config) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from megatron_sgt.checkpoint import layout
 from megatron_sgt.checkpoint.find import check_checkpoint
-from megatron_sgt.checkpoint.load import load_checkpoint
+from megatron_sgt.checkpoint.load import _changes, load_checkpoint
 from megatron_sgt.errors import CheckpointError
 from tests.helpers.checkpoints import ZERO_1
 from tests.helpers.checkpoints import write_plain_checkpoint as make
@@ -73,3 +73,16 @@ def test_files_that_cannot_be_read_are_an_error(name: str, tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match=rf"{name} cannot be read"):
         load_checkpoint(folder, state, small_config(deepspeed=ZERO_1), engine, fake_groups())
     assert engine.read == [], "no weight is touched before all is read"
+
+
+def test_what_differs_beside_the_settings(tmp_path: Path) -> None:
+    """Sizes that are settings are told with them; a side without a pipeline has no layers of stages to tell."""
+    two = small_config(parallel={"pipeline_model_parallel_size": 2})
+    four, one = (small_config(parallel={"pipeline_model_parallel_size": size}) for size in (4, 1))
+    (tmp_path / layout.CONFIG_FILE).write_text(two.to_yaml())
+    there = {"data_parallel_size": 1, layout.PIPELINE_SIZE: 2, layout.PIPELINE_COUNTS: [3, 1]}
+    name = "pipeline_model_parallel_layout"
+    here = {"data_parallel_size": 1, layout.PIPELINE_SIZE: 4, layout.PIPELINE_COUNTS: [1, 1, 1, 1]}
+    assert _changes(there, here, tmp_path, four) == f"{name} 3,1 -> 1,1,1,1"
+    assert _changes(there, {"data_parallel_size": 2}, tmp_path, one) == "data_parallel_size 1 -> 2"
+    assert _changes(there, {"data_parallel_size": 1}, tmp_path, one) == "another layout"

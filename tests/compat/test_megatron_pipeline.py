@@ -56,8 +56,9 @@ def test_the_backward_step_of_both_signatures(lists: bool, rest: tuple[str, ...]
 
     before = schedules.backward_step, schedules.torch
     monkeypatch.setattr(megatron_pipeline, "get_forward_backward_func", lambda: schedule)
-    run_schedule([SimpleNamespace(vp_stage=None)], lambda chunk, batch: batch, [1, 2], (2, 4), CPU, backward)
-    assert torch.equal(seen[0], torch.tensor([1.0, 5.0])) and seen[1:] == [None, "ran"]
+    chunk: Any = SimpleNamespace(vp_stage=None, set_input_tensor=lambda tensor: seen.append(tensor))
+    run_schedule([chunk], lambda chunk, batch: batch, [1, 2], (2, 4), CPU, backward)
+    assert torch.equal(seen[0], torch.tensor([1.0, 5.0])) and seen[1:] == [None, "ran", None]
     assert (schedules.backward_step, schedules.torch) == before
 
 

@@ -36,18 +36,35 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         [TWO, VIRTUAL, "deepspeed.zero_optimization.overlap_comm=true"],
         "overlap_comm: true with virtual_pipeline_model_parallel_size 2 .* leave it out",
     ),
+    "offloaded gradients of virtual parts": (
+        [TWO, VIRTUAL, "zero_stage=2", "deepspeed.zero_optimization.offload_optimizer={device: cpu}"],
+        "zero_stage: 2 with virtual_pipeline_model_parallel_size 2 and offload_optimizer .* zero_stage 1, or no v",
+    ),
+    "backward passes that nobody counts": (
+        [TWO, "deepspeed.managed_gradient_accumulation=false"],
+        "managed_gradient_accumulation: false with pipeline_model_parallel_size 2 .* leave it out",
+    ),
     "deeper than the model": (
         ["pipeline_model_parallel_size=8"],
-        "pipeline_model_parallel_size: 8 needs a layer for each part, the model has 4",
+        "pipeline_model_parallel_size: 8 needs a layer for each part, the model has 4 layers; use fewer parts$",
     ),
     "more virtual parts than layers": (
         [TWO, "virtual_pipeline_model_parallel_size=4"],
-        "2 x virtual_pipeline_model_parallel_size 4 needs a layer for each part, the model has 4",
+        "2 x virtual_pipeline_model_parallel_size 4 needs a layer for each part, the model has 4 layers; use fewer",
     ),
     "virtual parts alone": ([VIRTUAL], "virtual.*: 2 needs pipeline_model_parallel_size above 1, got 1"),
     "a layout alone": ([layout("Ett|ttL")], "layout: has no effect with pipeline_model_parallel_size 1"),
+    "deeper than the first model of a run that grows": (
+        ["pipeline_model_parallel_size=8", GROWS],
+        r"8 needs a layer for each part, the first model of growth\.stages \(growth stage 0\) has 4 layers; use fewer "
+        "parts, or another preset or stages that begin with at least 8 layers$",
+    ),
     "another sum": ([TWO, layout("Et*4|tL")], r"'Et\*4\|tL': its parts hold 4 \+ 1 = 5 layers, the model 4"),
     "another number of parts": ([TWO, layout("[1, 2, 1]")], r"\[1, 2, 1\]: it has 3 parts for 2 stages"),
+    "a list with another sum": (
+        [TWO, layout("[[embedding, decoder], [decoder, loss]]")],
+        r"layout: \[\['embedding', 'decoder'\], \['decoder', 'loss'\]\]: its parts hold 1 \+ 1 = 2 layers, the model 4",
+    ),
     "too few virtual parts": (
         [TWO, VIRTUAL, layout("2,2")],
         "'2,2': it has 2 parts for 2 stages x 2 chunks = 4",

@@ -51,7 +51,8 @@ def test_how_a_pipeline_cuts_the_model(data: str, tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "new", data, parallel={"pipeline_model_parallel_size": 2})
     shown = rows(dry_run(config, 2))
     assert "pipeline parallel 2 x data parallel 1" in shown["layout"]
-    assert "layers · largest stage over the mean +" in shown["pipeline"] and "bubble 20.0 %" in shown["pipeline"]
+    assert "layers · largest stage over the mean +" in shown["pipeline"]
+    assert "bubble of equal stages 20.0 %" in shown["pipeline"]
 
 
 def test_the_stages_of_a_growing_model(data: str, tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ def steps_of(info: RankInfo, stages: int) -> dict[str, dict[str, Any]]:
             "valid": mean_loss(engine, held_out, groups),
             "mode": {module.training for chunk in model.chunks for module in chunk.modules()},
             "logits": model.logits(held_out[0]["tokens"]).float(),
+            "kept": [chunk.decoder.input_tensor for chunk in model.chunks],
             "weights": {name: tensor.float() for name, tensor in model.gpt.state_dict().items()},
         }
         alive = weakref.ref(engine), weakref.ref(model), weakref.ref(model.chunks[0])
@@ -133,6 +134,7 @@ def test_steps_of_a_pipeline(case: str, whole: dict[str, Any], stages: list[dict
         assert found["valid"] == pytest.approx(expected["valid"], abs=tolerance)
         assert gap(found["logits"], expected["logits"]) <= (0.1 if half else 2e-5)
         assert found["mode"] == {True} and found["freed"]
+        assert found["kept"] == [None], "an evaluation's last input is no longer needed"
     assert stages[0][case]["loss"][4] == stages[1][case]["loss"][4]
 
 

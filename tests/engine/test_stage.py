@@ -18,11 +18,10 @@ from megatron_sgt.engine.run import PretrainingRun
 from megatron_sgt.engine.start import find_together, own_look
 from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.launch.rank_info import RankInfo
-from tests.helpers.exhaustive import share_of
+from tests.helpers.exhaustive import exhaustive
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import tiny_config, write_tiny_data
 
-REBUILDS = 3
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "alone": (1, {"zero_stage": 0}),
     "zero_1": (2, {"zero_stage": 1}),
@@ -54,14 +53,16 @@ def tensors() -> int:
     return sum(isinstance(one, torch.Tensor) for one in gc.get_objects())
 
 
-def rebuilt(info: RankInfo, config: Config) -> tuple[list[bool], list[int], list[int], bool, dict[str, Any]]:
+def rebuilt(
+    info: RankInfo, config: Config, rebuilds: int
+) -> tuple[list[bool], list[int], list[int], bool, dict[str, Any]]:
     """By rebuild: whether the old engine or model lives, and the number of tensors; then loops, and the last step.
 
     Last, the states that checkpoints without them are given.
     """
     run = PretrainingRun(config, info, hooks=[Keeper()])
     alive, counts, look = [], [], own_look(run)
-    for _ in range(REBUILDS):
+    for _ in range(rebuilds):
         run._train_to(run.state.step + 3)
         old = [weakref.ref(part) for part in (run.runtime.engine, run.runtime.model, run.runtime.engine.optimizer)]
         with mock.patch.object(session, "tokenizer_fingerprint", side_effect=OSError("its file was moved")):
@@ -69,12 +70,16 @@ def rebuilt(info: RankInfo, config: Config) -> tuple[list[bool], list[int], list
         alive.append(any(one() is not None for one in old))
         run._load(find_together(look, run), look)
         counts.append(tensors())
-    trained = run.state.step == 3 * REBUILDS
+    trained = run.state.step == 3 * rebuilds
     return alive, counts, list(run.schedule.plan.loops), trained, dict(run.stage.saver.at_first)
 
 
-@pytest.mark.parametrize("layout", share_of(LAYOUTS, ["alone", "zero_3_balanced"]))
-def test_nothing_of_an_old_stage_stays(layout: str, tmp_path: Path) -> None:
+CASES = [("alone", 3), ("zero_3_balanced", 3), *(exhaustive((layout, 5)) for layout in LAYOUTS)]
+"""Layout, rebuilds."""
+
+
+@pytest.mark.parametrize(("layout", "rebuilds"), CASES)
+def test_nothing_of_an_old_stage_stays(layout: str, rebuilds: int, tmp_path: Path) -> None:
     ranks, parallel = LAYOUTS[layout]
     config = tiny_config(
         tmp_path,
@@ -86,8 +91,8 @@ def test_nothing_of_an_old_stage_stays(layout: str, tmp_path: Path) -> None:
         checkpoint={"async_save": layout == "zero_1", "keep_last": 1},
         deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}} if parallel["zero_stage"] else {},
     )
-    for alive, counts, loops, trained, at_first in run_on_ranks(ranks, rebuilt, config):
-        assert alive == [False] * REBUILDS
+    for alive, counts, loops, trained, at_first in run_on_ranks(ranks, rebuilt, config, rebuilds):
+        assert alive == [False] * rebuilds
         # The first rebuild's number may be without what is kept once per process.
         assert len(set(counts[1:])) == 1, counts
         assert sum(map(bool, loops)) == 2 and trained

@@ -13,10 +13,11 @@ from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE, WEIGHTS
 from megatron_sgt.checkpoint.surgery.reader import GrownReader, open_any
 from megatron_sgt.config import Config
+from megatron_sgt.config.pipeline import PipelineLayout
 from megatron_sgt.engine import stage_search
 from megatron_sgt.engine.build import start_processes
-from megatron_sgt.engine.stage_search import StageSearch, inherited_plan, recorded_policies, supernet_config
-from megatron_sgt.errors import DataError
+from megatron_sgt.engine.stage_search import StageSearch, check_cut, inherited_plan, recorded_policies, supernet_config
+from megatron_sgt.errors import ConfigError, DataError
 from megatron_sgt.growth import LayerPlan
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.optim.schedule import learning_rate, rate_after, rate_of_run
@@ -31,22 +32,29 @@ from tests.helpers.single import single_groups, small_config
 
 STEPS = 6
 DEPTHS = (2, 3, 4)
-LAYOUTS = ((1, 1), (1, 3), (2, 1))
-"""(tensor parallel, ZeRO stage) on two ranks."""
+Layout = tuple[int, int, int]
+"""Tensor-parallel size, pipeline stages, ZeRO stage."""
+LAYOUTS: tuple[Layout, ...] = ((1, 1, 1), (1, 1, 3), (2, 1, 1), (1, 2, 1))
+"""On two ranks."""
 
 
-def config_at(folder: Path, layout: tuple[int, int] = (1, 1), **sections: dict[str, Any]) -> Config:
+def config_at(folder: Path, layout: Layout = LAYOUTS[0], **sections: dict[str, Any]) -> Config:
     base: dict[str, dict[str, Any]] = {
         "model": {"num_layers": 2},
         "growth": {"method": "vanilla"},
         "train": {"ema_decay": 0.75, "eval_iters": 2},
-        "parallel": {"device": "cpu", "tensor_model_parallel_size": layout[0], "zero_stage": layout[1]},
+        "parallel": {
+            "device": "cpu",
+            "tensor_model_parallel_size": layout[0],
+            "pipeline_model_parallel_size": layout[1],
+            "zero_stage": layout[2],
+        },
     }
     merged = {name: {**base.get(name, {}), **sections.get(name, {})} for name in {*base, *sections}}
     return tiny_config(folder / "run", str(folder / "walks"), **merged)
 
 
-def search(info: RankInfo, folder: Path, checkpoint: Path, layouts: tuple[tuple[int, int], ...]) -> list[Any]:
+def search(info: RankInfo, folder: Path, checkpoint: Path, layouts: tuple[Layout, ...]) -> list[Any]:
     """Under each layout what was measured, and every measurement told."""
     found = []
     for layout in layouts:
@@ -80,7 +88,7 @@ def test_all_ranks_of_every_layout_find_the_same(checkpoint: Path) -> None:
         assert measured.losses[depth] == pytest.approx(sum(losses[depth] for losses in told.values()) / 3)
         assert measured.seconds[depth] > 0
     assert len({round(loss, 3) for loss in measured.losses.values()}) == 3  # they are different models
-    for ranks in run_on_ranks(2, search, folder, checkpoint, LAYOUTS):
+    for ranks in run_on_ranks(2, search, folder, checkpoint, LAYOUTS, backend="gloo"):
         for _, _, found, _ in ranks:
             assert found.losses == pytest.approx(measured.losses, abs=2e-5)
     assert snapshot(checkpoint) == before
@@ -125,6 +133,20 @@ def test_the_learning_rate_goes_on_as_the_run_does() -> None:
     assert found == [rate_of_run(step, run) for step in range(12, 21)]
     assert found != [learning_rate(step, run[-1].config.optim, 20) for step in range(12, 21)]
     assert recorded_policies({"trainer": {"step": 11}}) == ()
+
+
+def test_a_cut_in_which_a_candidate_skips_all_of_a_part_is_refused(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 0 0 1 1 one each at depth 2. The outer parts, which may be skipped, have weights besides their layers."""
+    config = config_at(checkpoint.parent.parent)
+    growth = supernet(config.model, DEPTHS)
+    for counts in ((1, 3), (1, 2, 1), (3, 1)):
+        check_cut(PipelineLayout(len(counts), counts), growth, DEPTHS)
+    monkeypatch.setattr(stage_search, "pipeline_layout", lambda config: PipelineLayout(2, (1, 1, 1, 1)))
+    says = "cut as 1,1,1,1, part [12] of the supernet holds layer [12] alone, .* of 2 layers skips; use fewer pipeline"
+    with pytest.raises(ConfigError, match=says):
+        StageSearch(checkpoint, config, growth, DEPTHS, single_groups(config))
 
 
 def without_validation(info: RankInfo, folder: Path, checkpoint: Path) -> None:

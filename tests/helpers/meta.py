@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from megatron_sgt.config import Config
+from megatron_sgt.config.pipeline import AUTO
 from megatron_sgt.model.gpt import LanguageModel, build_model
 from tests.helpers.single import single_groups, small_config
 
@@ -15,7 +16,14 @@ META = torch.device("meta")
 
 def meta_model(config: Config, precision: str = "bf16") -> LanguageModel:
     """``config``'s model as one rank of one would build it."""
-    alone = {"tensor_model_parallel_size": 1, "sequence_parallel": False, "device": "cpu"}
+    alone = {
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "virtual_pipeline_model_parallel_size": 1,
+        "pipeline_model_parallel_layout": AUTO,
+        "sequence_parallel": False,
+        "device": "cpu",
+    }
     config = config.model_copy(
         update={
             "parallel": config.parallel.model_copy(update=alone),

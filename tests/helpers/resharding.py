@@ -1,4 +1,4 @@
-"""What the ranks of the tests of resharding do; for ``run_on_ranks``."""
+"""The run that the tests of resharding save and resume, and what their ranks do; for ``run_on_ranks``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,44 @@ from megatron_sgt.engine.step import train_step
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.parallel.groups import ParallelGroups
 from tests.helpers.single import random_batch
+
+INSIDE, AFTER = 3, 12
+"""Steps that are saved: in the middle of the first window, and when the structure is fixed."""
+STEPS = 10
+TOLERANCE = 1e-5
+BF16_TOLERANCE = 2e-2
+"""Two layouts round gradients of 8 bits differently, and ten steps of AdamW amplify that; measured: up to 4e-3."""
+
+BASE: dict[str, dict[str, Any]] = {
+    "model": {"num_layers": 4},
+    "growth": {
+        "first_selection_step": 2, "window_size": 2, "num_keep_heads": 2, "top_k_layers": 3,
+        "max_selected_layers": 2, "max_loop_depth": 2,
+    },
+    "train": {
+        "train_iters": AFTER + STEPS, "micro_batch_size": 1, "global_batch_size": 6, "eval_interval": 0,
+    },
+    "checkpoint": {"save_interval": INSIDE, "keep_last": 0},
+    # Without it, ZeRO 3 keeps weights as small as these whole on every rank.
+    "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+}  # fmt: skip
+EVERYWHERE: dict[str, dict[str, dict[str, Any]]] = {
+    "plain": {},
+    "two_groups": {"optim": {"weight_decay_on": "matrices", "weight_decay": 0.5}},
+    "bf16": {"train": {"precision": "bf16"}},
+    "dropout": {"model": {"hidden_dropout": 0.1, "attention_dropout": 0.1}},
+}
+"""Variants of this run that are resharded with a pipeline and without."""
+
+
+def merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """``one`` with the values of ``other`` on top, section within section."""
+    return {
+        key: merged(one[key], other[key])
+        if isinstance(one.get(key), dict) and isinstance(other.get(key), dict)
+        else other.get(key, one.get(key))
+        for key in {**one, **other}
+    }
 
 
 def load_and_look(info: RankInfo, config: Config, folder: Path, steps_before: int = 0) -> dict[str, Any]:

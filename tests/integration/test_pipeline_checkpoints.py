@@ -19,35 +19,23 @@ from megatron_sgt.checkpoint.reshard.source import open_source
 from tests.helpers.commands import run_process
 from tests.helpers.exhaustive import share_of
 from tests.helpers.ranks import SHARED_MEMORY, run_on_ranks
-from tests.helpers.resharding import load_and_save
+from tests.helpers.resharding import (
+    AFTER,
+    BASE,
+    BF16_TOLERANCE,
+    EVERYWHERE,
+    INSIDE,
+    STEPS,
+    TOLERANCE,
+    load_and_save,
+    merged,
+)
 from tests.helpers.runs import differing_leaves, measured_steps, pretrain, reported, tiny_config, write_tiny_data
 from tests.helpers.staged import FIRST, LAST, SECOND, grow_records, staged_config
 
-INSIDE, AFTER = 3, 12
-"""Steps that are saved: in the middle of the first window, and when the structure is fixed."""
-STEPS = 10
-TOLERANCE = 1e-5
-BF16_TOLERANCE = 2e-2
-"""See tests/integration/test_reshard.py."""
-
-BASE: dict[str, dict[str, Any]] = {
-    "model": {"num_layers": 4},
-    "growth": {
-        "first_selection_step": 2, "window_size": 2, "num_keep_heads": 2, "top_k_layers": 3,
-        "max_selected_layers": 2, "max_loop_depth": 2,
-    },
-    "train": {
-        "train_iters": AFTER + STEPS, "micro_batch_size": 1, "global_batch_size": 6, "eval_interval": 0,
-        "ema_decay": 0.75,
-    },
-    "checkpoint": {"save_interval": INSIDE, "keep_last": 0},
-    "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
-}  # fmt: skip
+AVERAGED = merged(BASE, {"train": {"ema_decay": 0.75}})
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    "plain": {},
-    "two_groups": {"optim": {"weight_decay_on": "matrices", "weight_decay": 0.5}},
-    "bf16": {"train": {"precision": "bf16"}},
-    "dropout": {"model": {"hidden_dropout": 0.1, "attention_dropout": 0.1}},
+    **EVERYWHERE,
     "tied": {
         "model": {"num_query_groups": 2, "qk_layernorm": True, "untie_embeddings_and_output_weights": False},
     },
@@ -131,17 +119,12 @@ def data(folder: Path) -> str:
     return write_tiny_data(folder)
 
 
-def merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """``one`` with the values of ``other`` on top, section within section."""
-    return {name: {**one.get(name, {}), **other.get(name, {})} for name in {**one, **other}}
-
-
 def run(
     run_dir: Path, folder: Path, where: Where, variant: str, stop: int | None = None, **checkpoint: Any
 ) -> dict[int, dict[str, Any]]:
     """Train in new processes up to step ``stop``; returns what every step measured."""
     ours = {"parallel": where.parallel(), "train": {"exit_interval": stop}, "checkpoint": checkpoint}
-    sections = merged(merged(BASE, VARIANTS[variant]), ours)
+    sections = merged(merged(AVERAGED, VARIANTS[variant]), ours)
     run_on_ranks(where.ranks, pretrain, tiny_config(run_dir, data(folder), **sections), backend=where.backend)
     return {record["step"]: record for record in measured_steps(run_dir)}
 
@@ -179,7 +162,7 @@ def test_the_whole_state_survives_bit_for_bit(here: Where, folder: Path, tmp_pat
     """Weights, moments, average and step, from the files of one rank through those of a pipeline."""
     root, _ = source(folder, ALONE, "tied", INSIDE)
     checkpoint = root / f"global_step{INSIDE}"
-    sections = merged(merged(BASE, VARIANTS["tied"]), {"parallel": here.parallel()})
+    sections = merged(merged(AVERAGED, VARIANTS["tied"]), {"parallel": here.parallel()})
     config = tiny_config(tmp_path / "run", data(folder), **sections)
     notes = run_on_ranks(here.ranks, load_and_save, config, checkpoint, tmp_path / "saved", backend=here.backend)
     assert f"pipeline_model_parallel_size 1 -> {here.pp}" in notes[0]

@@ -20,7 +20,17 @@ from megatron_sgt.checkpoint.reshard.sibling import sibling_of
 from tests.helpers.commands import run_process
 from tests.helpers.exhaustive import share_of
 from tests.helpers.ranks import run_on_ranks
-from tests.helpers.resharding import load_and_save
+from tests.helpers.resharding import (
+    AFTER,
+    BASE,
+    BF16_TOLERANCE,
+    EVERYWHERE,
+    INSIDE,
+    STEPS,
+    TOLERANCE,
+    load_and_save,
+    merged,
+)
 from tests.helpers.runs import (
     differing_leaves,
     measured_steps,
@@ -33,31 +43,8 @@ from tests.helpers.runs import (
 Layout = tuple[int, int, int]
 """Tensor-parallel size, data-parallel size, ZeRO stage."""
 
-INSIDE, AFTER = 3, 12
-"""Steps that are saved: in the middle of the first window, and when the structure is fixed."""
-STEPS = 10
-TOLERANCE = 1e-5
-BF16_TOLERANCE = 2e-2
-"""Two layouts round gradients of 8 bits differently, and ten steps of AdamW amplify that; measured: up to 4e-3."""
-
-BASE: dict[str, dict[str, Any]] = {
-    "model": {"num_layers": 4},
-    "growth": {
-        "first_selection_step": 2, "window_size": 2, "num_keep_heads": 2, "top_k_layers": 3,
-        "max_selected_layers": 2, "max_loop_depth": 2,
-    },
-    "train": {
-        "train_iters": AFTER + STEPS, "micro_batch_size": 1, "global_batch_size": 6, "eval_interval": 0,
-    },
-    "checkpoint": {"save_interval": INSIDE, "keep_last": 0},
-    # Without it, ZeRO 3 keeps weights as small as these whole on every rank.
-    "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
-}  # fmt: skip
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    "plain": {},
-    "two_groups": {"optim": {"weight_decay_on": "matrices", "weight_decay": 0.5}},
-    "bf16": {"train": {"precision": "bf16"}},
-    "dropout": {"model": {"hidden_dropout": 0.1, "attention_dropout": 0.1}},
+    **EVERYWHERE,
     "grouped": {
         "model": {
             "num_query_groups": 2, "qk_layernorm": True, "make_vocab_size_divisible_by": 40,
@@ -155,16 +142,6 @@ def run(
     return {record["step"]: record for record in measured_steps(run_dir)}
 
 
-def merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """``one`` with the values of ``other`` on top, section within section."""
-    return {
-        key: merged(one[key], other[key])
-        if isinstance(one.get(key), dict) and isinstance(other.get(key), dict)
-        else other.get(key, one.get(key))
-        for key in {**one, **other}
-    }
-
-
 @cache
 def source(folder: Path, data: str, where: Layout, variant: str) -> tuple[Path, dict[int, dict[str, Any]]]:
     """An uninterrupted run: its folder of checkpoints, and what it measured."""
@@ -213,7 +190,8 @@ def test_the_whole_state_survives_bit_for_bit(here: Layout, folder: Path, data: 
     checkpoint = root / f"global_step{AFTER}"
     saved = tmp_path / "saved"
     notes = run_on_ranks(here[0] * here[1], load_and_save, config, checkpoint, saved)
-    assert f"zero_stage 1 -> {here[2]}" in notes[0] or here[2] == 1
+    changed = "another layout" if here[1] == 1 else f"data_parallel_size 1 -> {here[1]}"
+    assert f"global_step{AFTER}: {changed}; " in notes[0], "sizes and stages are settings: RESUME tells them"
     before, *_ = convert(checkpoint, tmp_path / "before")
     after, *_ = convert(saved / f"global_step{AFTER}", tmp_path / "after")
     for quantity in QUANTITIES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,6 +55,31 @@ def test_interleaved_the_batches_are_filled_up(counts: tuple[int, ...], passed: 
     found = forward_only(pipeline, lambda number, inputs: inputs["labels"].sum(), batches)
     assert len(sent) == passed and sent[:3] == batches
     assert [int(one) for one in found] == [int(batch["labels"].sum()) for batch in batches]
+
+
+def test_an_evaluation_passes_in_blocks(monkeypatch: Any) -> None:
+    """No more batches than a block's are read ahead, and a tied weight is lent once."""
+    read: list[int] = []
+    sent: list[tuple[int, int]] = []
+    lent: list[None] = []
+
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        for number in range(19):
+            read.append(number)
+            yield {"tokens": torch.zeros(2, 8), "labels": torch.tensor(number)}
+
+    def schedule(chunks: Any, forward: Any, batches: Any, *_: Any) -> None:
+        sent.append((len(batches), len(read)))
+        for batch in batches:
+            forward(1, batch)
+
+    monkeypatch.setattr(pipeline_forward, "run_schedule", schedule)
+    chunks: Any = (chunk(), chunk(last=True))
+    tied: Any = SimpleNamespace(lend=lambda: lent.append(None))
+    pipeline = Pipeline(PipelineLayout(2, (1, 1, 1, 1)), fake_groups(pp_rank=1, pp_size=2), chunks, tied)
+    found = forward_only(pipeline, lambda number, inputs: inputs["labels"], batches())
+    assert sent == [(16, 16), (4, 19)] and len(lent) == 1
+    assert [int(one) for one in found] == list(range(19))
 
 
 def test_without_a_pipeline_nothing_is_sent() -> None:

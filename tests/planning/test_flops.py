@@ -133,7 +133,7 @@ def test_the_examples_on_the_meta_device(name: str, whole: bool) -> None:
     The meta device multiplies scores and probabilities explicitly, so the counter sees 3 · forward, which is what
     model FLOPs are. Four layers of the large ones stand for all, which are alike; `make test-all` counts all of them.
     """
-    layers = [] if whole else ["model.num_layers=4"]
+    layers = [] if whole else ["model.num_layers=4", "parallel.pipeline_model_parallel_size=1"]
     config = load_config(EXAMPLES / f"{name}.yaml", ["model.vocab_size=32000", *layers])
     model = meta_model(config)
     for plan in (LoopPlan.empty(config.model.num_layers), final_plan(config)):

@@ -35,7 +35,8 @@ def by_part(model: Any) -> Counter[str]:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_every_example_has_as_many_as_are_built(path: Path) -> None:
-    config = load_config(path, ["model.vocab_size=32000"])
+    one_stage = [f"parallel.{name}pipeline_model_parallel_size=1" for name in ("", "virtual_")]
+    config = load_config(path, ["model.vocab_size=32000", *one_stage])
     counted = by_part(meta_model(config))
     assert parameters_by_part(config.model) == counted
     assert parameter_count(config.model) == sum(counted.values())

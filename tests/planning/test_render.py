@@ -91,8 +91,8 @@ def test_a_pipeline_shows_its_cut_and_its_bubble() -> None:
     for part in (
         "tensor parallel 1 x pipeline parallel 4 x data parallel 2",
         "6,6,7,5 layers · largest stage over the mean +11.6 % now, +10.9 % after growth",
-        "(even cut: +13.0 % now, +14.9 % after growth) · bubble 15.8 % of a step (16 micro-batches)",
-        "growth adds 0.13 % to it (even cut: 2.01 %)",
+        "(even cut: +13.0 % now, +14.9 % after growth) · bubble of equal stages 15.8 % of a step (16 micro-batches)",
+        "growth lengthens a step by 0.13 % (even cut: 2.01 %)",
         ", between stages 0.0018",
     ):
         assert part in text, part

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from megatron_sgt.jsonl import encode
 from megatron_sgt.reporting import curves, structure, style
-from megatron_sgt.reporting.report import write_report
+from megatron_sgt.reporting.report import _extent, _pipeline, write_report
 from megatron_sgt.reporting.run_data import load_run
 from megatron_sgt.reporting.structure import COLORS
 from tests.reporting.conftest import grow, grown_lines, train, write_run
@@ -47,6 +47,24 @@ def test_the_page_is_whole_and_self_contained(grown: Path) -> None:
     plain = re.sub(r"<[^>]+>", " ", text)
     for expected in ("60 of 60", "L4 deeper", "0, 2", "+6.00 %", "ckpt/global_step30", "num_layers: 5"):
         assert expected in plain, expected
+
+
+@pytest.mark.parametrize(
+    ("parallel", "told"),
+    [
+        ("{pipeline_model_parallel_size: 2, pipeline_model_parallel_layout: '3,2'}", "; pipeline 3,2 on 2 stages."),
+        ("{pipeline_model_parallel_size: 2, pipeline_model_parallel_layout: [[embedding, decoder], [decoder, loss]]}",
+         "; pipeline 1,1 on 2 stages."),
+        ("{pipeline_model_parallel_size: 2, virtual_pipeline_model_parallel_size: 2}",
+         "; pipeline auto on 2 stages with 2 chunks each."),
+        ("{}", " UTC."),
+        ("nothing", " UTC."),
+    ],
+)  # fmt: skip
+def test_the_line_under_the_title_has_the_pipeline(parallel: str, told: str, tmp_path: Path) -> None:
+    run = load_run(write_run(tmp_path / "run", grown_lines(), f"parallel: {parallel}\n"))
+    lead = f"Report of {run.run_dir}: {_extent(run)}{_pipeline(run)}."
+    assert lead.endswith(told) and ("pipeline" in lead) is ("pipeline" in told)
 
 
 def test_the_same_run_gives_the_same_page(grown: Path, tmp_path: Path) -> None:

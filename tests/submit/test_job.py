@@ -45,3 +45,20 @@ def test_submits_or_says_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     sbatch.write_text("#!/bin/sh\necho 'Invalid account' >&2; exit 1\n")
     with pytest.raises(SGTError, match=r"Slurm refuses job.sbatch: Invalid account"):
         jobs.submit(Path("job.sbatch"))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "each", "says"),
+    [
+        (3, 8, r"^parallel: .*_size 8 x .*_size 8 = 64 does not divide the 24 ranks of --nodes 3 with 8 each; .* 8 or"),
+        (4, 12, "--nodes 4 with 12 each; ask for --nodes 16 or a multiple of it"),
+    ],
+)
+def test_ranks_that_do_not_divide_need_other_nodes(nodes: int, each: int, says: str) -> None:
+    sizes = {"tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 8}
+    config = small_config(
+        model={"num_layers": 8, "num_attention_heads": 8, "num_query_groups": 8, "vocab_size": 1024}, parallel=sizes
+    )
+    jobs.check_nodes(config, 16, 12)
+    with pytest.raises(ConfigError, match=says):
+        jobs.check_nodes(config, nodes, each)

@@ -1,4 +1,4 @@
-"""tools/replay_trajectory.py as a command: alone and under torchrun, its output file and its exit codes."""
+"""tools/replay_trajectory.py as a command: alone and on ranks that it starts, its output file and its exit codes."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_difference_ends_with_1(perturb: Callable[..., None], told: str, short
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
-        (("--tensor-parallel", "2"), 2, "tensor_model_parallel_size: 2 does not divide the 1 process"),
+        (("--pipeline-parallel", "2", "--zero", "3"), 2, "zero_stage: 3 with pipeline_model_parallel_size 2"),
         (("--micro-batch", "3"), 2, "global_batch_size: 4 is not a multiple of train.micro_batch_size 3"),
         (("--zero", "4"), 2, "invalid choice: 4"),
     ],
@@ -110,11 +110,11 @@ def test_a_file_that_is_no_trajectory(tmp_path: Path) -> None:
     assert done.code == 3 and "x.safetensors is not a trajectory file" in done.err
 
 
-def test_under_torchrun(short: Path, tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def test_ranks_of_its_own(short: Path, tmp_path: Path) -> None:
+    """They are torchrun's, which would take --virtual for an option of its own."""
     out = tmp_path / "repeated.safetensors"
-    layout = ["--tensor-parallel", "2", "--zero", "2", "--recompute", "full", "--compare"]
-    command = [*launcher, str(ROOT / TOOL), str(short), "--out", str(out), *layout]
+    layout = ["--pipeline-parallel", "2", "--virtual", "2", "--zero", "2", "--recompute", "full", "--compare"]
+    command = [sys.executable, str(ROOT / TOOL), str(short), "--out", str(out), *layout]
     done = run_process(command, tmp_path, timeout=180)
     assert done.code == 0, done.err
     assert done.out.count(AGREES) == 1, "rank 0 alone reports"

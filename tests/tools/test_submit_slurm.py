@@ -64,6 +64,7 @@ def test_a_login_node_needs_pydantic_and_yaml_alone(config: str, tmp_path: Path)
     ("arguments", "code", "told"),
     [
         (["model.num_layer=3"], 2, "did you mean 'num_layers'?"),
+        (["parallel.tensor_model_parallel_size=4", "--nodes", "3"], 2, "; ask for --nodes 4 or a multiple of it, or "),
         (["train.global_batch_size=6"], 2, "batch sizes do not multiply"),
         (["data.data_path=[/nowhere/x]"], 3, "/nowhere/x"),
         (["checkpoint.load=/nowhere"], 4, "no checkpoint at /nowhere"),
