@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sgt.checkpoint import layout, manifest
-from megatron_sgt.checkpoint.forms import IMPORTED_FROM, LAYOUT_FREE, read_config, read_state
+from megatron_sgt.checkpoint.forms import IMPORTED_FROM, LAYOUT_FREE, read_state
 from megatron_sgt.checkpoint.identity import load_file
 from megatron_sgt.checkpoint.place import Place
 from megatron_sgt.checkpoint.reshard.engine_state import load_into_engine
@@ -103,7 +103,7 @@ def load_checkpoint(
         note = _restart_streams(state["trainer"]["step"], config, groups)
     else:
         _continue_exactly(streams, copy, groups)
-    return f"{folder.name}: {_changes(made['source_layout'], here, folder, config)}; {how}; {note}"
+    return f"{folder.name}: {_changes(made['source_layout'], here)}; {how}; {note}"
 
 
 def grown_state(state: dict[str, Any], place: Place) -> tuple[dict[str, Any], list[str]]:
@@ -153,7 +153,7 @@ def load_grown(
     here = layout_of(config, groups)
     if where == here:
         return None
-    return f"{folder.name}: {_changes(where or {}, here, folder, config)}; read as it grows; {note}"
+    return f"{folder.name}: {_changes(where or {}, here)}; read as it grows; {note}"
 
 
 def _open_grown(
@@ -255,13 +255,13 @@ def _continue_exactly(streams: dict[str, Any], folder: Path, groups: ParallelGro
         raise CheckpointError(f"{path} holds no random streams: {first_line(error)}; copy it again") from error
 
 
-def _changes(there: dict[str, Any], here: dict[str, Any], folder: Path, config: Config) -> str:
-    """What differs beside the settings, of which the start of the run tells (RESUME)."""
-    told = read_config(folder).parallel.model_dump(), config.parallel.model_dump()
-    settings = {name for name in told[0] if told[0][name] != told[1][name]}
+def _changes(there: dict[str, Any], here: dict[str, Any]) -> str:
     there, here = _told(there), _told(here)
-    names = [name for name in there if name in here and there[name] != here[name] and name not in settings]
-    return ", ".join(f"{name} {there[name]} -> {here[name]}" for name in names) or "another layout"
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    if layout.PIPELINE_COUNTS not in there or layout.PIPELINE_COUNTS not in here:  # the number of stages says it
+        names = [name for name in names if name != layout.PIPELINE_COUNTS]
+    changes = (f"{name} {there.get(name, 'none')} -> {here.get(name, 'none')}" for name in names)
+    return ", ".join(changes) or "same layout"
 
 
 def _told(where: dict[str, Any]) -> dict[str, Any]:

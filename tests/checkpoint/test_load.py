@@ -75,14 +75,11 @@ def test_files_that_cannot_be_read_are_an_error(name: str, tmp_path: Path) -> No
     assert engine.read == [], "no weight is touched before all is read"
 
 
-def test_what_differs_beside_the_settings(tmp_path: Path) -> None:
-    """Sizes that are settings are told with them; a side without a pipeline has no layers of stages to tell."""
-    two = small_config(parallel={"pipeline_model_parallel_size": 2})
-    four, one = (small_config(parallel={"pipeline_model_parallel_size": size}) for size in (4, 1))
-    (tmp_path / layout.CONFIG_FILE).write_text(two.to_yaml())
-    there = {"data_parallel_size": 1, layout.PIPELINE_SIZE: 2, layout.PIPELINE_COUNTS: [3, 1]}
-    name = "pipeline_model_parallel_layout"
-    here = {"data_parallel_size": 1, layout.PIPELINE_SIZE: 4, layout.PIPELINE_COUNTS: [1, 1, 1, 1]}
-    assert _changes(there, here, tmp_path, four) == f"{name} 3,1 -> 1,1,1,1"
-    assert _changes(there, {"data_parallel_size": 2}, tmp_path, one) == "data_parallel_size 1 -> 2"
-    assert _changes(there, {"data_parallel_size": 1}, tmp_path, one) == "another layout"
+def test_what_differs_between_layouts() -> None:
+    """A side without a pipeline has no layers of stages to tell."""
+    size, counts = layout.PIPELINE_SIZE, layout.PIPELINE_COUNTS
+    there = {"data_parallel_size": 1, size: 2, counts: [3, 1]}
+    here = {"data_parallel_size": 1, size: 4, counts: [1, 1, 1, 1], "optimizer": "BF16_Optimizer"}
+    assert _changes(there, here) == f"{size} 2 -> 4, {counts} 3,1 -> 1,1,1,1, optimizer none -> BF16_Optimizer"
+    assert _changes(there, {"data_parallel_size": 2}) == f"data_parallel_size 1 -> 2, {size} 2 -> 1"
+    assert _changes({"data_parallel_size": 1}, {"data_parallel_size": 1}) == "same layout"
