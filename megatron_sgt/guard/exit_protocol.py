@@ -1,6 +1,6 @@
 """How a rank leaves a failing run: the first failure is claimed by one rank, reported once, and ends all ranks.
 
-It is claimed in the store that the ranks share; where that is gone, in a file of the run directory.
+It is claimed in the store that the ranks share, and in a file of the run directory, for when the store is gone.
 """
 
 from __future__ import annotations
@@ -76,9 +76,12 @@ class ExitProtocol:
         """The run's first failure: ``failure``, reported by this rank, unless another rank was faster."""
         text = replace(failure, reported_by=self.rank).text()
         try:
-            return Failure.from_text(self.ask(lambda channel: channel.claim("failed", text)))
+            first = Failure.from_text(self.ask(lambda channel: channel.claim("failed", text)))
         except StoreGoneError:
             return Failure.from_text(self._claim_file(text))
+        if first.reported_by == self.rank and failure.kind != "mistake":
+            self._claim_file(text)  # for a rank that looks when the store has left with rank 0
+        return first
 
     def _claim_file(self, text: str) -> str:
         path = self.folder / FIRST_FILE

@@ -46,22 +46,24 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[ExitProtocol]
     return [ExitProtocol(rank, 4, tmp_path / "failures", StoreChannel(store)) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("store", [True, False])
+@pytest.mark.parametrize(("store", "later"), [(True, True), (False, False), (True, False)])
 def test_one_reports_and_the_others_follow(
-    store: bool, ranks: list[ExitProtocol], capsys: pytest.CaptureFixture[str]
+    store: bool, later: bool, ranks: list[ExitProtocol], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Also one that finds no store any more: rank 0 has left with it."""
     one, other = ranks
-    one.store_gone = other.store_gone = not store
+    one.store_gone = not store
     assert one.known_failure() is None
     with pytest.raises(Left, match="1"):
         one.fail(LOST, "start again")
+    other.store_gone = not later
     assert other.known_failure() == LOST
     with pytest.raises(Left, match="1"):
         other.fail(Failure("lost", 2, "n1", "step 7 (train)", "killed"), "start again")
     errors = capsys.readouterr().err
     assert errors.splitlines()[0] == "LOST  rank 3 of 4 on n1, in step 7 (train)" and errors.count("LOST") == 1
     assert (one.folder / "report.txt").read_text() == errors
-    assert [path.name for path in one.folder.glob("first.*")] == ([] if store else ["first.json"])
+    assert [path.name for path in one.folder.glob("first.*")] == ["first.json"]
 
 
 @pytest.mark.parametrize("store", [True, False])
