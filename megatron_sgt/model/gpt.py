@@ -121,7 +121,7 @@ def build_model(
         _drop_empty_extra_state(chunk)
         chunks.append(chunk.to(groups.device))
     if cut.size == 1:
-        model = LanguageModel(chunks[0], meter).to(groups.device)
+        model = LanguageModel(chunks[0], meter)
     else:
         pipeline = Pipeline(cut, groups, tuple(chunks), TiedWeight(chunks, groups) if tied else None)
         model = LanguageModel(PipelineStage(chunks, cut, groups.pp_rank), meter, pipeline)

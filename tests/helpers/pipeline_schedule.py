@@ -19,9 +19,9 @@ def simulated_time(chunks: Sequence[float], size: int, micro_batches: int) -> fl
     free = [0.0] * size
     while any(left):
         before = len(ended)
-        for stage, todo in enumerate(left):
-            while todo:
-                forward, chunk = todo[-1][0], todo[-1][1] * size + stage
+        for stage, queue in enumerate(left):
+            while queue:
+                forward, chunk = queue[-1][0], queue[-1][1] * size + stage
                 one = count[forward, chunk]
                 needed = (True, chunk - 1, one) if forward else (False, chunk + 1, one)
                 if not forward and chunk == len(chunks) - 1:
@@ -31,6 +31,6 @@ def simulated_time(chunks: Sequence[float], size: int, micro_batches: int) -> fl
                 free[stage] = max(free[stage], ended.get(needed, 0.0)) + chunks[chunk] * (1 if forward else 2) / 3
                 ended[forward, chunk, one] = free[stage]
                 count[forward, chunk] += 1
-                todo.pop()
+                queue.pop()
         assert len(ended) > before, "stages wait for each other"
     return max(free)
