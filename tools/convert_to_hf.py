@@ -97,6 +97,8 @@ def main() -> int:
     if export.drift:
         print(f"NOTE    tensor-parallel copies of replicated weights differed by up to {export.drift:.1e}; rank 0's "
               "were taken")  # fmt: skip
+    for note in export.tokenizer_notes:
+        print(f"NOTE    {note}")
     for check in () if parity is None else parity.checks:
         print(f"PARITY  {check.line()}")
     seconds = elapsed(time.perf_counter() - start)

@@ -32,6 +32,14 @@ class TokenIds:
     pad: int | None = None
 
 
+@dataclass(frozen=True)
+class WrittenTokenizer:
+    """The tokenizer of an exported folder. ``notes``: what its user must know, a sentence each."""
+
+    ids: TokenIds = TokenIds()
+    notes: tuple[str, ...] = ()
+
+
 def plain_architecture(model: ModelConfig, plan: LoopPlan) -> tuple[str | None, str]:
     """The class of transformers that computes exactly this model (None: there is none), and why, in a phrase.
 

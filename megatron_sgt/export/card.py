@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_sgt.checkpoint.contents import Details, LoopingLayer
@@ -17,7 +18,13 @@ _CUSTOM = (
 )
 
 
-def model_card(source: ExportSource, plan: LoopPlan, config: dict[str, Any], training_gates: bool) -> str:
+def model_card(
+    source: ExportSource,
+    plan: LoopPlan,
+    config: dict[str, Any],
+    training_gates: bool,
+    tokenizer_notes: Sequence[str] = (),
+) -> str:
     """Markdown with the front matter that model hubs read. ``config``: the folder's ``config.json``."""
     details = source.details
     custom = config["model_type"] == "sgt"
@@ -51,6 +58,8 @@ def model_card(source: ExportSource, plan: LoopPlan, config: dict[str, Any], tra
         *(f"| {name} | {value} |" for name, value in _shape(source, config)),
         "",
     ]
+    if tokenizer_notes:
+        lines += ["## Tokenizer", "", *(f"- {note}" for note in tokenizer_notes), ""]
     if custom:
         code = "`configuration_sgt.py`, `attention_sgt.py`, `modeling_sgt.py`"
         lines += ["## Custom code", "", _CUSTOM.format(files=code), ""]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_sgt.config.data import TokenizerConfig
 from megatron_sgt.errors import CheckpointError, LeaseError, SGTError
-from megatron_sgt.export.architecture import TokenIds, generation_config, hf_config, plain_architecture
+from megatron_sgt.export.architecture import WrittenTokenizer, generation_config, hf_config, plain_architecture
 from megatron_sgt.export.card import model_card
 from megatron_sgt.export.hf.tokenizer import write_tokenizer
 from megatron_sgt.export.shards import write_weights
@@ -56,6 +56,7 @@ class Export:
     options: ExportOptions
     architecture: str
     why: str
+    tokenizer_notes: tuple[str, ...]
     weight_bytes: int
     drift: float
 
@@ -111,11 +112,11 @@ def _whole_or_nothing(output: Path) -> Iterator[Path]:
 
 def _write(source: ExportSource, plan: LoopPlan, options: ExportOptions, temporary: Path, output: Path) -> Export:
     model = source.config.model
-    tokens = TokenIds()
+    tokenizer = WrittenTokenizer()
     wanted = options.tokenizer or source.config.data.tokenizer
     if options.write_tokenizer and wanted is not None:
         # Before the weights: it is the part most likely to be missing, and quickly checked.
-        tokens = write_tokenizer(wanted, temporary, source.config)
+        tokenizer = write_tokenizer(wanted, temporary, source.config)
     plain, why = plain_architecture(model, plan)
     drifts = [0.0]
 
@@ -128,13 +129,14 @@ def _write(source: ExportSource, plan: LoopPlan, options: ExportOptions, tempora
                 yield name, tensors.pop(name)
 
     size = write_weights(temporary, source.names, stream(), DTYPES[options.dtype], options.max_shard_bytes)
-    config = hf_config(model, plan, source.vocab_rows, options.dtype, tokens)
+    config = hf_config(model, plan, source.vocab_rows, options.dtype, tokenizer.ids)
     unused = range(model.vocab_size or source.vocab_rows, source.vocab_rows)
     write_json(temporary / "config.json", config)
-    write_json(temporary / "generation_config.json", generation_config(tokens, unused))
+    write_json(temporary / "generation_config.json", generation_config(tokenizer.ids, unused))
     if plain is None:
         for name in MODEL_CODE:
             shutil.copyfile(Path(__file__).parent / "hf" / name, temporary / name)
-    export = Export(output, source, plan, options, plain or "SGTForCausalLM", why, weight_bytes=size, drift=drifts[0])
-    write_text(temporary / "README.md", model_card(source, plan, config, options.training_gates))
-    return export
+    card = model_card(source, plan, config, options.training_gates, tokenizer.notes)
+    write_text(temporary / "README.md", card)
+    architecture = plain or "SGTForCausalLM"
+    return Export(output, source, plan, options, architecture, why, tokenizer.notes, size, drifts[0])

@@ -11,7 +11,7 @@ from megatron_sgt.config.data import TokenizerConfig
 from megatron_sgt.data.indexed import read_metadata
 from megatron_sgt.data.tokenizer import HF_FILES, Tokenizer, build_tokenizer, resolve_vocab_size
 from megatron_sgt.errors import DataError
-from megatron_sgt.export.architecture import TokenIds
+from megatron_sgt.export.architecture import TokenIds, WrittenTokenizer
 from megatron_sgt.export.hf.sentencepiece_fast import fast_tokenizer, read_pieces
 from megatron_sgt.files import write_json
 
@@ -27,7 +27,7 @@ PROBES = (
 """Texts that the fast tokenizer must encode and decode as the training tokenizer does."""
 
 
-def write_tokenizer(wanted: TokenizerConfig, folder: Path, config: Config) -> TokenIds:
+def write_tokenizer(wanted: TokenizerConfig, folder: Path, config: Config) -> WrittenTokenizer:
     """Write the tokenizer's files into ``folder``; ``config``: of the run, whose model must know all ids.
 
     Raises:
@@ -53,7 +53,7 @@ def _check_data(tokenizer: Tokenizer, config: Config) -> None:
             )
 
 
-def _write_sentencepiece(model: Path, tokenizer: Tokenizer, folder: Path, max_length: int) -> TokenIds:
+def _write_sentencepiece(model: Path, tokenizer: Tokenizer, folder: Path, max_length: int) -> WrittenTokenizer:
     pieces = read_pieces(model)
     fast = fast_tokenizer(pieces)
     # A special token written out in a text is text, as it was in training.
@@ -87,10 +87,10 @@ def _write_sentencepiece(model: Path, tokenizer: Tokenizer, folder: Path, max_le
     }
     write_json(folder / "tokenizer_config.json", settings)
     write_json(folder / "special_tokens_map.json", special)
-    return TokenIds(pieces.bos, pieces.eos, pieces.pad_or_stand_in)
+    return WrittenTokenizer(TokenIds(pieces.bos, pieces.eos, pieces.pad_or_stand_in))
 
 
-def _copy_hugging_face(source: Path, tokenizer: Tokenizer, folder: Path) -> TokenIds:
+def _copy_hugging_face(source: Path, tokenizer: Tokenizer, folder: Path) -> WrittenTokenizer:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     offline = {"local_files_only": True, "trust_remote_code": False}
@@ -113,4 +113,5 @@ def _copy_hugging_face(source: Path, tokenizer: Tokenizer, folder: Path) -> Toke
     else:
         AutoTokenizer.from_pretrained(str(source), **offline).save_pretrained(folder)
     loaded = AutoTokenizer.from_pretrained(folder, **offline)
-    return TokenIds(loaded.bos_token_id, eos, loaded.pad_token_id if loaded.pad_token_id is not None else eos)
+    pad = loaded.pad_token_id if loaded.pad_token_id is not None else eos
+    return WrittenTokenizer(TokenIds(loaded.bos_token_id, eos, pad))

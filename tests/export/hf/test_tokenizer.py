@@ -35,7 +35,7 @@ def model(tmp_path: Path) -> TokenizerConfig:
 def test_a_sentencepiece_model_becomes_a_fast_tokenizer(model: TokenizerConfig, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    assert write_tokenizer(model, out, config()) == TokenIds(bos=1, eos=2, pad=0)
+    assert write_tokenizer(model, out, config()).ids == TokenIds(bos=1, eos=2, pad=0)
     loaded = AutoTokenizer.from_pretrained(out)
     trained = build_tokenizer(model)
     assert loaded.is_fast and len(loaded) == 400 and loaded.padding_side == "left"
@@ -73,7 +73,7 @@ def test_hugging_face_tokenizers_are_copied(kind: str, tmp_path: Path) -> None:
         (source / "tokenizer_config.json").write_text(json.dumps(settings))
     wanted = TokenizerConfig(type="huggingface", model=str(source / "tokenizer.json" if kind == "file" else source))
     trained = build_tokenizer(wanted)
-    assert write_tokenizer(wanted, out, config()) == TokenIds(None, trained.eod, trained.eod)
+    assert write_tokenizer(wanted, out, config()).ids == TokenIds(None, trained.eod, trained.eod)
     loaded = AutoTokenizer.from_pretrained(out)
     assert loaded.eos_token_id == trained.eod == 0
     assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
