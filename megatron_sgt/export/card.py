@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_sgt.checkpoint.contents import Details, LoopingLayer
 from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE
+from megatron_sgt.export.forms import form_of
 from megatron_sgt.export.source import ExportSource
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.metrics.units import si
@@ -27,9 +28,9 @@ def model_card(
 ) -> str:
     """Markdown with the front matter that model hubs read. ``config``: the folder's ``config.json``."""
     details = source.details
-    custom = config["model_type"] == "sgt"
+    form = form_of(config["model_type"])
     title = f"{'Sparse Growing Transformer' if plan.layers else 'Decoder'}, {si(details.parameters)} parameters"
-    trust = ", trust_remote_code=True" if custom else ""
+    trust = ", trust_remote_code=True" if form else ""
     lines = [
         "---",
         "library_name: transformers",
@@ -60,8 +61,8 @@ def model_card(
     ]
     if tokenizer_notes:
         lines += ["## Tokenizer", "", *(f"- {note}" for note in tokenizer_notes), ""]
-    if custom:
-        code = "`configuration_sgt.py`, `attention_sgt.py`, `modeling_sgt.py`"
+    if form:
+        code = ", ".join(f"`{name}`" for name in form.files)
         lines += ["## Custom code", "", _CUSTOM.format(files=code), ""]
     return "\n".join(lines)
 
