@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_sgt.arch.ffn import all_kinds, kind_of_hf
 from megatron_sgt.errors import CheckpointError, first_line
-from megatron_sgt.export.forms import STANDARD, form_of
+from megatron_sgt.export.forms import SERVING, STANDARD, form_of
 from megatron_sgt.export.hf.loading import own_class
 
 CONFIG_FILE = "config.json"
@@ -109,7 +109,7 @@ def _common_problems(config: Any) -> Iterator[str]:
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if kinds:
         yield f"layer_types {', '.join(sorted(kinds))}: only full_attention is supported"
-    wanted = f"{config.model_type}forcausallm"
+    wanted = f"{config.model_type.replace('_', '')}forcausallm"
     named = [name for name in config.architectures or () if name.lower() != wanted]
     if named:
         yield f"architectures {', '.join(named)}: only the causal language model can be trained"
@@ -194,6 +194,10 @@ def _sgt(config: Any) -> dict[str, Any]:
     }
 
 
+def _sgt_serving(config: Any) -> dict[str, Any]:
+    return {**_sgt(config), "num_layers": config.sgt_num_layers}
+
+
 @dataclass(frozen=True)
 class _Family:
     """What one model_type has beside the common fields, and what of its options cannot be represented."""
@@ -208,4 +212,5 @@ _FAMILIES = {
     "qwen2": _Family(_qwen2, lambda config: iter(())),
     "qwen3": _Family(_qwen3, _attention_bias_problem),
     STANDARD.model_type: _Family(_sgt, _sgt_problems),
+    SERVING.model_type: _Family(_sgt_serving, _sgt_problems),
 }

@@ -27,35 +27,54 @@ from .attention_sgt import (
     SGTAttention,
     SGTHeadLoop,
     SGTRMSNorm,
-    make_room_for_loops,
     rotary_embedding,
 )
+from .cache_sgt import check_runtime, refuse_runtime
 from .configuration_sgt import SGTConfig
 
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters  # they differ between transformers 4 and 5
 
 
-def _norm(config: SGTConfig) -> nn.Module:
+def norm_of(config: SGTConfig) -> nn.Module:
+    """A norm of hidden states."""
     kind = SGTRMSNorm if config.normalization == "RMSNorm" else nn.LayerNorm
     return kind(config.hidden_size, eps=config.rms_norm_eps)
 
 
-class SGTMLP(nn.Module):
-    """down(act(gate(x)) · up(x)), or without gate down(act(up(x)))."""
+class SGTGatedMLP(nn.Module):
+    """down(act(gate(x)) · up(x)); one expression, which vLLM fuses."""
 
     def __init__(self, config: SGTConfig) -> None:
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(hidden, inner, bias=bias) if config.gated_mlp else None
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
         self.up_proj = nn.Linear(hidden, inner, bias=bias)
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, S, D]."""
-        if self.gate_proj is None:
-            return self.down_proj(self.act_fn(self.up_proj(x)))
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [B, S, D]."""
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class SGTMLP(nn.Module):
+    """down(act(up(x)))."""
+
+    def __init__(self, config: SGTConfig) -> None:
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [B, S, D]."""
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+def mlp_of(config: SGTConfig) -> nn.Module:
+    """The feed-forward layer."""
+    return SGTGatedMLP(config) if config.gated_mlp else SGTMLP(config)
 
 
 class SGTDecoderLayer(GradientCheckpointingLayer):
@@ -68,9 +87,9 @@ class SGTDecoderLayer(GradientCheckpointingLayer):
         self.first_pass = first_pass
         self.self_attn = SGTAttention(config, layer_idx)
         self.loop = SGTHeadLoop(config, layer_idx)
-        self.mlp = SGTMLP(config)
-        self.input_layernorm = _norm(config)
-        self.post_attention_layernorm = _norm(config)
+        self.mlp = mlp_of(config)
+        self.input_layernorm = norm_of(config)
+        self.post_attention_layernorm = norm_of(config)
 
     def forward(
         self,
@@ -99,7 +118,7 @@ class SGTDecoderLayer(GradientCheckpointingLayer):
 class SGTPreTrainedModel(PreTrainedModel):
     """What transformers must know of the architecture."""
 
-    config_class = SGTConfig
+    config_class: type[SGTConfig] = SGTConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["SGTDecoderLayer"]  # noqa: RUF012 (as in transformers)
@@ -107,7 +126,7 @@ class SGTPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
-    _supports_attention_backend = True
+    _supports_attention_backend = False
     _can_compile_fullgraph = True
 
 
@@ -123,7 +142,7 @@ class SGTModel(SGTPreTrainedModel):
         self.layers = nn.ModuleList(
             [SGTDecoderLayer(config, n, sum(passes[:n])) for n in range(config.num_hidden_layers)]
         )
-        self.norm = _norm(config)
+        self.norm = norm_of(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -155,14 +174,14 @@ class SGTModel(SGTPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        make_room_for_loops(past_key_values, config)
+        check_runtime(past_key_values, config, kwargs)
         cache_position = kwargs.pop("cache_position", None)
         if cache_position is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             cache_position = torch.arange(x.shape[1], device=x.device) + seen
         if position_ids is None:
             position_ids = cache_position.unsqueeze(0)
-        mask = _causal_mask(config, x, attention_mask, cache_position, past_key_values, position_ids)
+        mask = causal_mask(config, x, attention_mask, cache_position, past_key_values, position_ids)
         rotary = rotary_embedding(position_ids, config, x.dtype)
         kwargs |= {"position_ids": position_ids, "output_attentions": attentions_too}
         states, attentions = [], []
@@ -180,7 +199,7 @@ class SGTModel(SGTPreTrainedModel):
         return outputs if _wants_dict(return_dict, config) else outputs.to_tuple()
 
 
-def _causal_mask(
+def causal_mask(
     config: SGTConfig,
     x: Tensor,
     attention_mask: Tensor | None,
@@ -188,6 +207,7 @@ def _causal_mask(
     cache: Cache | None,
     position_ids: Tensor,
 ) -> Any:
+    """The mask of x [B, S, D] after what is in ``cache``, as the attention implementation wants it (or None)."""
     embeds = "inputs_embeds" if "inputs_embeds" in _MASK_ARGUMENTS else "input_embeds"
     arguments = {embeds: x, "position_ids": position_ids}
     if "cache_position" in _MASK_ARGUMENTS:
@@ -202,14 +222,25 @@ def _wants_dict(return_dict: bool | None, config: SGTConfig) -> bool:
 class SGTForCausalLM(SGTPreTrainedModel, GenerationMixin):
     """The language model."""
 
+    decoder_class: type[nn.Module] = SGTModel
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (as in transformers)
 
     def __init__(self, config: SGTConfig) -> None:
         super().__init__(config)
-        self.model = SGTModel(config)
+        self.model = self.decoder_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As GenerationMixin's, through which ``generate_batch`` goes too.
+
+        Raises:
+            ValueError: layers loop, and this is the standard form; without this, requests would fail one by one.
+        """
+        if not self._supports_attention_backend and self.config.loops():
+            refuse_runtime("continuous batching")
+        return super().init_continuous_batching(*args, **kwargs)
 
     def forward(
         self,
