@@ -18,6 +18,7 @@ import re
 import time
 
 from megatron_sgt.cli import path, path_text, run_main, words
+from megatron_sgt.export.forms import FORMS, STANDARD
 from megatron_sgt.metrics.units import elapsed, file_size
 
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -49,6 +50,8 @@ def parse() -> argparse.Namespace:
         default="bf16",
         help="of the stored weights [%(default)s]",
     )
+    add("--for", dest="form", choices=tuple(FORMS), default=STANDARD.name, help="where it will run: transformers' own "
+        "generation and training, or a server; one that is plain is the same in both [%(default)s]")  # fmt: skip
     add("--weights", choices=("trained", "ema"), default="trained", help="the trained ones, or their moving average "
         "(train.ema_decay) [%(default)s]")  # fmt: skip
     add("--tokenizer", type=path_text, metavar="PATH", help="instead of the configuration's: a sentencepiece .model, "
@@ -90,6 +93,7 @@ def main() -> int:
     tokenizer = None if args.tokenizer in (None, "none") else TokenizerConfig.at(args.tokenizer)
     options = ExportOptions(
         dtype=args.dtype,
+        form=FORMS[args.form],
         averaged=args.weights == "ema",
         training_gates=args.training_gates,
         keep_padding=args.keep_padding,
@@ -104,7 +108,8 @@ def main() -> int:
     size = file_size(export.weight_bytes)
     kind = "averaged weights" if export.options.averaged else "weights"
     print(f"EXPORT  {export.source.folder} -> {export.folder}: {size} of {args.dtype} {kind}")
-    print(f"MODEL   {export.architecture}: {export.why}")
+    same = "" if export.form else "; the same for every --for"
+    print(f"MODEL   {export.architecture}: {export.why}{same}")
     if export.drift:
         print(f"NOTE    tensor-parallel copies of replicated weights differed by up to {export.drift:.1e}; rank 0's "
               "were taken")  # fmt: skip

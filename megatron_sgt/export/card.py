@@ -10,6 +10,7 @@ from megatron_sgt.checkpoint.contents import Details, LoopingLayer
 from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE
 from megatron_sgt.config.yaml_io import dump_yaml
 from megatron_sgt.export.card_run import data_section, size_section, training_section, validation_section
+from megatron_sgt.export.forms import form_of
 from megatron_sgt.export.inherited import BASE_MODEL
 from megatron_sgt.export.source import ExportSource
 from megatron_sgt.growth import LoopPlan
@@ -53,9 +54,9 @@ def model_card(
         license_id: of the weights, as hubs name licences; None: the card says that none was named.
     """
     details = source.details
-    custom = "auto_map" in config
+    form = form_of(config["model_type"])
     title = f"{'Sparse Growing Transformer' if plan.layers else 'Decoder'}, {si(details.parameters)} parameters"
-    trust = ", trust_remote_code=True" if custom else ""
+    trust = ", trust_remote_code=True" if form else ""
     lines = [
         *_front_matter(source, license_id),
         f"# {title}",
@@ -80,8 +81,8 @@ def model_card(
     ]
     if tokenizer_notes:
         lines += ["## Tokenizer", "", *(f"- {note}" for note in tokenizer_notes), ""]
-    if custom:
-        code = "`configuration_sgt.py`, `attention_sgt.py`, `modeling_sgt.py`"
+    if form:
+        code = ", ".join(f"`{name}`" for name in form.files)
         lines += ["## Custom code", "", _CUSTOM.format(files=code), ""]
     if details.step:  # of an import that was not trained on, nothing of the run has happened
         lines += [*data_section(source), *training_section(source), *validation_section(source)]

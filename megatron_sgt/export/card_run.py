@@ -126,9 +126,9 @@ def _growth(source: ExportSource) -> str:
     if growth.options is not None or not selected:  # a method with settings of its own, or none were used
         return f"`{growth.method}`"
     return (
-        f"`{growth.method}`: from step {growth.first_selection_step:,} on, windows of {growth.window_size:,} steps, at most "
-        f"{growth.max_selected_layers} layers of depth {growth.max_loop_depth}, {growth.num_keep_heads} heads kept "
-        f"({growth.head_choice} entropy), decay {growth.decay_type}"
+        f"`{growth.method}`: from step {growth.first_selection_step:,} on, windows of {growth.window_size:,} steps, "
+        f"at most {growth.max_selected_layers} layers of depth {growth.max_loop_depth}, {growth.num_keep_heads} heads "
+        f"kept ({growth.head_choice} entropy), decay {growth.decay_type}"
     )
 
 

@@ -61,7 +61,7 @@ def blended(tmp_path: Path, orders: list[dict[str, Any]] | None) -> ExportSource
     """A checkpoint whose run read a blend of two data sets; ``orders``: as it recorded them."""
     for name in ("web", "code"):
         write_dataset(tmp_path / name, [20] * 8, vocab_size=50)
-    (tmp_path / "web.json").write_text(json.dumps({"documents": 8, "tokens": 160}))
+    (tmp_path / "code.json").unlink()
     folder = write_grown_checkpoint(tmp_path / "run")
     data = {"data_path": ["3", str(tmp_path / "web"), "1", str(tmp_path / "code")], "split": "8,1,1"}
     (folder / layout.CONFIG_FILE).write_text(

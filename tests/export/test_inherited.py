@@ -70,11 +70,11 @@ def test_training_keeps_them(tmp_path: Path) -> None:
 
 def test_a_model_without_ids_takes_the_tokenizers(tmp_path: Path) -> None:
     assert generation_values({}, TokenIds(1, 2, 0), range(5, 7)) == {
-        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "suppress_tokens": [5, 6],
+        "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 0, "suppress_tokens": [5, 6],
     }  # fmt: skip
     inherited = {"token_ids": {"eos_token_id": 4}, "generation_config": {"suppress_tokens": [1]}}
     assert generation_values(inherited, TokenIds(1, 2, 0), range(5, 7)) == {
-        "bos_token_id": 1, "eos_token_id": [4, 2], "pad_token_id": 0, "suppress_tokens": [1, 5, 6],
+        "bos_token_id": 2, "eos_token_id": [4, 2], "pad_token_id": 0, "suppress_tokens": [1, 5, 6],
     }  # fmt: skip
 
 

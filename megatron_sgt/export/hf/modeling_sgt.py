@@ -253,5 +253,16 @@ class SGTForCausalLM(SGTPreTrainedModel, GenerationMixin):
         )
         return result if _wants_dict(return_dict, self.config) else result.to_tuple()
 
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'. Texts without a token begin as ``generate`` without input does, and do not fail inside."""
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        if ids is None or ids.shape[-1] or "inputs_embeds" in kwargs:
+            return super().generate(inputs, *args, **kwargs)
+        begin = self.generation_config.bos_token_id
+        if begin is None:
+            raise ValueError("input_ids holds no token and generation_config.bos_token_id is not set: give a token")
+        rest = {name: value for name, value in kwargs.items() if name not in ("input_ids", "attention_mask")}
+        return super().generate(ids.new_full((len(ids), 1), begin), *args, **rest)
+
 
 __all__ = ["SGTForCausalLM", "SGTModel", "SGTPreTrainedModel"]

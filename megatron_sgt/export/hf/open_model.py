@@ -16,10 +16,9 @@ from torch import Tensor
 from megatron_sgt.config.data import TokenizerConfig
 from megatron_sgt.errors import CheckpointError, DataError, SGTError, first_line
 from megatron_sgt.export.architecture import TokenIds, hf_config
-from megatron_sgt.export.hf.configuration_sgt import SGTConfig
+from megatron_sgt.export.forms import CAUSAL_LM, STANDARD, form_of
 from megatron_sgt.export.hf.families import CONFIG_FILE, read_config
-from megatron_sgt.export.hf.loading import quiet
-from megatron_sgt.export.hf.modeling_sgt import SGTForCausalLM
+from megatron_sgt.export.hf.loading import own_class, quiet
 from megatron_sgt.export.hf.tokenizer import write_tokenizer
 from megatron_sgt.export.hf_tensors import HFTensors
 from megatron_sgt.export.inherited import config_ids, generation_values
@@ -93,7 +92,8 @@ def _open_checkpoint(source: ExportSource, dtype: str) -> OpenModel:
     model, plan = source.config.model, source.plan()
     values = hf_config(model, plan, source.vocab_rows, dtype, TokenIds())
     name = values["architectures"][0]
-    kind = SGTForCausalLM if name == SGTForCausalLM.__name__ else getattr(transformers, name)
+    ours = name == STANDARD.architecture
+    kind = own_class(STANDARD, CAUSAL_LM) if ours else getattr(transformers, name)
     values = {key: v for key, v in values.items() if key != "auto_map"} | config_ids(source.imported)
     config = kind.config_class.from_dict(values)
     weights: dict[str, Tensor] = {}
@@ -124,8 +124,8 @@ def _open_folder(path: Path, dtype: str, trust_remote_code: bool) -> OpenModel:
             if trust_remote_code:
                 loaded, report = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **options)
             else:
-                ours = isinstance(read_config(path), SGTConfig)
-                kind = SGTForCausalLM if ours else AutoModelForCausalLM
+                form = form_of(read_config(path).model_type)
+                kind = own_class(form, CAUSAL_LM) if form else AutoModelForCausalLM
                 loaded, report = kind.from_pretrained(path, **options)
     except SGTError:
         raise
