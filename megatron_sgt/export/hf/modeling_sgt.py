@@ -28,9 +28,9 @@ from .attention_sgt import (
     SGTHeadLoop,
     SGTRMSNorm,
     make_room_for_loops,
-    rotary_embedding,
 )
 from .configuration_sgt import SGTConfig
+from .rotary_sgt import SGTRotaryEmbedding
 
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters  # they differ between transformers 4 and 5
 
@@ -124,6 +124,7 @@ class SGTModel(SGTPreTrainedModel):
             [SGTDecoderLayer(config, n, sum(passes[:n])) for n in range(config.num_hidden_layers)]
         )
         self.norm = _norm(config)
+        self.rotary_emb = SGTRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -163,7 +164,7 @@ class SGTModel(SGTPreTrainedModel):
         if position_ids is None:
             position_ids = cache_position.unsqueeze(0)
         mask = _causal_mask(config, x, attention_mask, cache_position, past_key_values, position_ids)
-        rotary = rotary_embedding(position_ids, config, x.dtype)
+        rotary = self.rotary_emb(x, position_ids)
         kwargs |= {"position_ids": position_ids, "output_attentions": attentions_too}
         states, attentions = [], []
         for layer in self.layers:
