@@ -161,9 +161,9 @@ def differing_sizes(there: ModelConfig, here: ModelConfig) -> list[str]:
 
 
 def _sizes(model: ModelConfig) -> dict[str, Any]:
-    scaling = model.rotary_scaling
-    scaled = {"rotary_scaling": None if scaling is None else scaling.formula()}
-    return model.model_dump(exclude=_FREE_MODEL_FIELDS) | scaled
+    return model.model_dump(exclude=_FREE_MODEL_FIELDS) | {
+        "rotary_scaling": None if model.rotary_scaling is None else model.rotary_scaling.positions()
+    }
 
 
 def check_checkpoint(folder: Path, config: Config, tokenizer: str | None = None) -> dict[str, Any]:

@@ -95,10 +95,14 @@ class RotaryScaling(Section):
             if slow > fast:
                 yield f"beta_slow: must be <= beta_fast {fast:g}, got {slow:g}"
 
+    def positions(self) -> dict[str, Any]:
+        """Everything that changes a position, without nulls."""
+        return self.model_dump(include={"type", *settings_of(self.type)}, exclude_none=True)
+
     def formula(self) -> dict[str, Any]:
-        """Everything that changes a position, as ``rope_scaling`` in a ``config.json`` has it."""
-        values = {name: getattr(self, name) for name in settings_of(self.type)}
-        return {"rope_type": self.type, **{name: value for name, value in values.items() if value is not None}}
+        """``positions`` as ``rope_scaling`` in a ``config.json`` has them."""
+        values = self.positions()
+        return {"rope_type": values.pop("type"), **values}
 
     def describe(self) -> str:
         """Return "llama3, factor 8 of 8192 tokens"."""
