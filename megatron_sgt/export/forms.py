@@ -40,7 +40,15 @@ class Form:
         }
 
 
-_COMMON = ("configuration_sgt.py", "attention_sgt.py", "cache_sgt.py", "modeling_sgt.py")
+_COMMON = (
+    "configuration_sgt.py",
+    "rotary_sgt.py",
+    "attention_sgt.py",
+    "mlp_sgt.py",
+    "cache_sgt.py",
+    "generation_sgt.py",
+    "modeling_sgt.py",
+)
 
 STANDARD = Form(
     name="standard",
@@ -50,6 +58,9 @@ STANDARD = Form(
         "AutoConfig": "configuration_sgt.SGTConfig",
         "AutoModel": "modeling_sgt.SGTModel",
         CAUSAL_LM: "modeling_sgt.SGTForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_sgt.SGTForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_sgt.SGTForTokenClassification",
+        "AutoModelForQuestionAnswering": "modeling_sgt.SGTForQuestionAnswering",
     },
     passes_are_layers=False,
 )

@@ -16,14 +16,16 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .attention_sgt import rotary_embedding
-from .attention_sgt_serving import SGTPass, SGTServingAttention, passes_of, rank_in_runtime
-
 # Of a folder's files transformers 4 copies those that this one names, not what they import in turn.
+from .attention_sgt import SGTAttention  # noqa: F401
+from .attention_sgt_serving import SGTPass, SGTServingAttention, passes_of, rank_in_runtime
 from .cache_sgt import refuse_runtime  # noqa: F401
 from .configuration_sgt import SGTConfig  # noqa: F401
 from .configuration_sgt_serving import SGTServingConfig
-from .modeling_sgt import SGTForCausalLM, SGTPreTrainedModel, causal_mask, mlp_of, norm_of
+from .generation_sgt import SGTGenerationMixin  # noqa: F401
+from .mlp_sgt import mlp_of
+from .modeling_sgt import SGTForCausalLM, SGTPreTrainedModel, causal_mask, chosen, norm_of
+from .rotary_sgt import SGTRotaryEmbedding
 
 
 class SGTServingLayer(GradientCheckpointingLayer):
@@ -69,6 +71,7 @@ class SGTServingModel(SGTPreTrainedModel):
         self._ends = [sum(len(passes) for passes in each[: n + 1]) for n in range(len(each))]
         self._rank = rank_in_runtime()
         self.norm = norm_of(config)
+        self.rotary_emb = SGTRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -93,7 +96,7 @@ class SGTServingModel(SGTPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
@@ -117,7 +120,7 @@ class SGTServingModel(SGTPreTrainedModel):
         if position_ids is None:
             position_ids = cache_position.unsqueeze(0)
         kwargs["mask"] = causal_mask(config, x, attention_mask, cache_position, past_key_values, position_ids)
-        kwargs["cos"], kwargs["sin"] = rotary_embedding(position_ids, config, x.dtype)
+        kwargs["cos"], kwargs["sin"] = self.rotary_emb(x, position_ids)
         kwargs |= {"position_ids": position_ids, "cache_position": cache_position, "past_key_values": past_key_values}
         states = [x]
         for n, layer in enumerate(self.layers):
@@ -125,11 +128,11 @@ class SGTServingModel(SGTPreTrainedModel):
             passes = [self.passes[index] for index in range(first, self._ends[n])]
             x = layer(x, passes=passes, rank=self._rank_of(layer), **kwargs)
             states.append(x)
-        x = self.norm(x)
+        states[-1] = x = self.norm(x)
         outputs = BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=(*states[:-1], x) if states_too else None,
+            hidden_states=chosen(states, states_too) if states_too else None,
         )
         return outputs if (config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
 

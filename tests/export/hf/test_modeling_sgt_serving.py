@@ -11,7 +11,6 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from megatron_sgt.export.hf.modeling_sgt import SGTForCausalLM
 from megatron_sgt.export.hf.modeling_sgt_serving import SGTServingForCausalLM
 from tests.helpers.hf_models import gap
 from tests.helpers.serving import KINDS, TOKENS, Pair, for_serving, pair_of, served, standard_model
@@ -72,12 +71,6 @@ def test_continuous_batching_is_generate(pair: Pair, attention: str, monkeypatch
     model.set_attn_implementation("sdpa")
     wanted = [model.generate(p[None], do_sample=False, max_new_tokens=8)[0, len(p) :].tolist() for p in prompts]
     assert texts == sorted(zip([p.tolist() for p in prompts], wanted, strict=True))
-
-
-def test_the_standard_form_refuses_continuous_batching_at_once(pair: Pair) -> None:
-    with pytest.raises(ValueError, match=r"continuous batching would mix up .* --for serving"):
-        pair.standard.generate_batch(inputs=[[3, 4, 5]])
-    assert not SGTForCausalLM.is_backend_compatible() and SGTServingForCausalLM.is_backend_compatible()
 
 
 def test_pipeline_stages_and_attentions_are_refused() -> None:
