@@ -19,6 +19,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 16, "rope_theta": 1e6}),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "olmo2": ("Olmo2", {}),
+    "olmo3": ("Olmo3", {"layer_types": ["full_attention"] * 3, "rope_theta": 1e4}),
 }
 """Name -> what its classes begin with, and its settings beside SHAPE."""
 

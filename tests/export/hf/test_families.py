@@ -40,7 +40,8 @@ def test_reads_what_transformers_saves(name: str, tmp_path: Path) -> None:
     assert fields.kv_channels == model.model.layers[0].self_attn.head_dim
     assert fields.layernorm_epsilon == model.config.rms_norm_eps
     assert fields.rotary_base == (1e6 if name == "mistral" else 1e4)
-    assert fields.qk_layernorm is (name == "qwen3")
+    assert fields.qk_layernorm is (name in ("qwen3", "olmo2", "olmo3"))
+    assert fields.norms_all_heads is (fields.norm_position == "output") is (name in ("olmo2", "olmo3"))
     assert (fields.add_bias_linear, fields.add_qkv_bias) == (name == "llama_tied_biased", name == "qwen2")
     assert fields.untie_embeddings_and_output_weights is (name not in ("llama_tied_biased", "qwen3"))
 
@@ -82,9 +83,11 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_pos
         ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1, "layer_types": None},
          "sliding_window 16"),
         ("qwen3", {"attention_bias": True}, "attention_bias True"),
-        ("llama", {"model_type": "olmo2"}, "normalises the output"),
+        ("olmo2", {"attention_bias": True}, "attention_bias True: the MLP has none"),
         ("llama", {"model_type": "mixtral"}, "mixture of experts"),
-        ("llama", {"model_type": "gpt2"}, "type 'gpt2', which cannot be imported; known types: llama, mistral"),
+        ("llama", {"model_type": "gpt2"}, "type 'gpt2', which cannot be imported: its positions are learned"),
+        ("olmo3", {"layer_types": ["full_attention", "full_attention", "sliding_attention"], "sliding_window": 8},
+         "sliding_window 8"),
         ("llama", {"model_type": "no_such"}, "cannot be used (model_type 'no_such')"),
         ("llama", {"model_type": None}, "names no model_type"),
         ("llama", {"model_type": "sgt", "hidden_act": "gelu"}, "hidden_act 'gelu' with gated_mlp True"),
