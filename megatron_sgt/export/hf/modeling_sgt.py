@@ -31,11 +31,11 @@ from .attention_sgt import (
     SGTAttention,
     SGTHeadLoop,
     make_room_for_loops,
-    rotary_embedding,
 )
 from .configuration_sgt import SGTConfig
 from .mlp_sgt import SGTMLP
 from .norms_sgt import SGTNorms, norm_of
+from .rotary_sgt import SGTRotaryEmbedding
 
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters  # they differ between transformers 4 and 5
 
@@ -109,6 +109,7 @@ class SGTModel(SGTPreTrainedModel):
             [SGTDecoderLayer(config, n, sum(passes[:n])) for n in range(config.num_hidden_layers)]
         )
         self.norm = norm_of(config)
+        self.rotary_emb = SGTRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -151,7 +152,7 @@ class SGTModel(SGTPreTrainedModel):
         mask = _causal_mask(config, x, attention_mask, cache_position, past_key_values, position_ids)
         kwargs |= {
             "attention_mask": mask,
-            "position_embeddings": rotary_embedding(position_ids, config, x.dtype),
+            "position_embeddings": self.rotary_emb(x, position_ids),
             "position_ids": position_ids,
             "cache_position": cache_position,
             "past_key_values": past_key_values,
