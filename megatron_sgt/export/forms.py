@@ -45,6 +45,7 @@ _COMMON = (
     "rotary_sgt.py",
     "attention_sgt.py",
     "mlp_sgt.py",
+    "norms_sgt.py",
     "cache_sgt.py",
     "generation_sgt.py",
     "modeling_sgt.py",

@@ -89,7 +89,7 @@ def logits_on_rank(info: RankInfo, config: Config, folder: Path, tokens: torch.T
 
 
 @pytest.mark.parametrize(
-    ("name", "tp_size"), [*((name, 1) for name in FAMILIES), ("llama_tied_biased", 2), ("qwen3", 2)]
+    ("name", "tp_size"), [*((name, 1) for name in FAMILIES), ("llama_tied_biased", 2), ("qwen3", 2), ("olmo2", 2)]
 )
 def test_the_project_computes_the_same_logits(name: str, tp_size: int, tmp_path: Path) -> None:
     model = save_hf_model(tmp_path / "hf", name)

@@ -2,7 +2,7 @@
 
 A layer is x ← x + Attn(Norm₁(x)); then, ``depth`` times, x ← x + W_o · concat_h(head_h(Norm₁(x))) over the heads h
 that it keeps looping, with the same weights; then x ← x + MLP(Norm₂(x)). Only the kept heads are computed in the
-loops.
+loops. With ``norm_position`` "output" it is x ← x + Norm₁(...(x)) and x ← x + Norm₂(MLP(x)).
 
 Shapes: B batch, S new tokens, T all tokens so far, D hidden, N query heads.
 """
@@ -29,24 +29,18 @@ from .attention_sgt import (
     CachedPass,
     SGTAttention,
     SGTHeadLoop,
-    SGTRMSNorm,
 )
 from .cache_sgt import check_runtime
 from .configuration_sgt import SGTConfig
 from .generation_sgt import SGTGenerationMixin
 from .mlp_sgt import mlp_of
+from .norms_sgt import SGTNorms, norm_of
 from .rotary_sgt import SGTRotaryEmbedding
 
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters  # they differ between transformers 4 and 5
 
 
-def norm_of(config: SGTConfig) -> nn.Module:
-    """A norm of hidden states."""
-    kind = SGTRMSNorm if config.normalization == "RMSNorm" else nn.LayerNorm
-    return kind(config.hidden_size, eps=config.rms_norm_eps)
-
-
-class SGTDecoderLayer(GradientCheckpointingLayer):
+class SGTDecoderLayer(SGTNorms, GradientCheckpointingLayer):
     """Attention, its loops, MLP. ``first_pass``: index in the cache of its first attention pass."""
 
     def __init__(self, config: SGTConfig, layer_idx: int, first_pass: int) -> None:
@@ -57,8 +51,7 @@ class SGTDecoderLayer(GradientCheckpointingLayer):
         self.self_attn = SGTAttention(config, layer_idx)
         self.loop = SGTHeadLoop(config, layer_idx)
         self.mlp = mlp_of(config)
-        self.input_layernorm = norm_of(config)
-        self.post_attention_layernorm = norm_of(config)
+        self.make_norms(config)
 
     def forward(
         self,
@@ -78,13 +71,13 @@ class SGTDecoderLayer(GradientCheckpointingLayer):
         rotary, mask = position_embeddings, attention_mask
         for _ in range(1 + self.block_loops):
             cached = CachedPass(past_key_values, index, cache_position)
-            out, weights = self.self_attn(self.input_layernorm(x), rotary, mask, cached, **kwargs)
-            x, index = x + out, index + 1
+            out, weights = self.self_attn(self.attention_input(x), rotary, mask, cached, **kwargs)
+            x, index = x + self.attention_output(out), index + 1
             for _ in range(self.depth):
                 cached = CachedPass(past_key_values, index, cache_position)
-                x = x + self.loop(self.self_attn, self.input_layernorm(x), rotary, mask, cached, **kwargs)
-                index += 1
-            x = x + self.mlp(self.post_attention_layernorm(x))
+                out = self.loop(self.self_attn, self.attention_input(x), rotary, mask, cached, **kwargs)
+                x, index = x + self.attention_output(out), index + 1
+            x = x + self.mlp_output(x)
         return (x, weights) if kwargs.get("output_attentions") else x
 
 

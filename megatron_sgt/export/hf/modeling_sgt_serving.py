@@ -24,11 +24,12 @@ from .configuration_sgt import SGTConfig  # noqa: F401
 from .configuration_sgt_serving import SGTServingConfig
 from .generation_sgt import SGTGenerationMixin  # noqa: F401
 from .mlp_sgt import mlp_of
-from .modeling_sgt import SGTForCausalLM, SGTPreTrainedModel, causal_mask, chosen, norm_of
+from .modeling_sgt import SGTForCausalLM, SGTPreTrainedModel, causal_mask, chosen
+from .norms_sgt import SGTNorms, norm_of
 from .rotary_sgt import SGTRotaryEmbedding
 
 
-class SGTServingLayer(GradientCheckpointingLayer):
+class SGTServingLayer(SGTNorms, GradientCheckpointingLayer):
     """Attention, its loops, MLP. The passes belong to the model, which has one list of all."""
 
     def __init__(self, config: SGTServingConfig, layer_idx: int) -> None:
@@ -36,16 +37,15 @@ class SGTServingLayer(GradientCheckpointingLayer):
         self.blocks = 1 + config.loop_of(layer_idx)["block_loops"]
         self.self_attn = SGTServingAttention(config, layer_idx)
         self.mlp = mlp_of(config)
-        self.input_layernorm = norm_of(config)
-        self.post_attention_layernorm = norm_of(config)
+        self.make_norms(config)
 
     def forward(self, hidden_states: Tensor, passes: Sequence[SGTPass], **kwargs: Any) -> Tensor:
         """hidden_states [B, S, D] -> [B, S, D]; the rest as the attention's."""
         x, each = hidden_states, len(passes) // self.blocks
         for block in range(self.blocks):
             for attend in passes[block * each : (block + 1) * each]:
-                x = x + self.self_attn(self.input_layernorm(x), attend=attend, **kwargs)
-            x = x + self.mlp(self.post_attention_layernorm(x))
+                x = x + self.attention_output(self.self_attn(self.attention_input(x), attend=attend, **kwargs))
+            x = x + self.mlp_output(x)
         return x
 
 
