@@ -26,8 +26,9 @@ from megatron_sgt.config import Config
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError, DataError, LeaseError
 from megatron_sgt.export.continued_run import RUN_FILE, fitting_config, growth_state, run_config, run_yaml
-from megatron_sgt.export.hf.families import HFModel, read_model
+from megatron_sgt.export.hf.families import HFModel, read_config, read_model
 from megatron_sgt.export.hf_tensors import HFTensors
+from megatron_sgt.export.inherited import read_inherited
 from megatron_sgt.export.tokenizers import (
     TOKENIZER_FOLDER,
     check_tokenizers,
@@ -38,6 +39,7 @@ from megatron_sgt.export.tokenizers import (
 from megatron_sgt.files import fresh_folder, replace_text, temporary_of
 from megatron_sgt.lease import Lease, held, inside
 from megatron_sgt.model.hf_weights import check_tensors
+from megatron_sgt.model.rotary import scaled_frequencies
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _FREQUENCIES = ".self_attn.rotary_emb.inv_freq"
@@ -68,12 +70,14 @@ def import_model(
     config_file: Path | None = None,
     seq_length: int | None = None,
     padding: int | None = None,
+    base_model: str | None = None,
 ) -> Imported:
     """Write the model of the Hugging Face folder ``source`` as checkpoint 0 below ``root``.
 
     Args:
         config_file: of the run that will continue it; None: one is written to ``root``, with ``seq_length`` and
             ``padding`` as in ``run_config``.
+        base_model: a hub's name for the model; None: that of a folder in the hub's cache (``read_inherited``).
 
     Raises:
         CheckpointError: a model that does not fit; a tensor is missing, left over or of the wrong shape; a shard
@@ -81,8 +85,8 @@ def import_model(
             configuration's, cannot be read or has more tokens than the model.
         ConfigError: ``config_file`` is wrong or of another model.
     """
-    model = read_model(source)
-    tensors = HFTensors(source)
+    model, tensors = read_model(source), HFTensors(source)
+    inherited = read_inherited(source, read_config(source), base_model)
     tokenizer = tokenizer_in(source)
     if config_file is None:
         moved = None if tokenizer is None else tokenizer_at(root / TOKENIZER_FOLDER, tokenizer)
@@ -98,7 +102,7 @@ def import_model(
     final = root / layout.tag_for(0)
     with _all_or_nothing(root, final) as (temporary, lease):
         _write_weights(tensors, config.model, temporary)
-        state = _state(f"{source} ({model.model_type})", growth_state(model, config))
+        state = _state(f"{source} ({model.model_type})", growth_state(model, config), inherited)
         lease.check()
         num_bytes = _commit(state, config, fingerprint, temporary, final)
         if tokenizer is not None:
@@ -122,7 +126,7 @@ def import_model(
     )
 
 
-def _state(origin: str, hooks: dict[str, Any]) -> dict[str, Any]:
+def _state(origin: str, hooks: dict[str, Any], inherited: dict[str, Any]) -> dict[str, Any]:
     made = {
         "version": 1,
         "source_layout": None,
@@ -135,6 +139,7 @@ def _state(origin: str, hooks: dict[str, Any]) -> dict[str, Any]:
         "hooks": hooks,
         "layout": None,
         LAYOUT_FREE: made,
+        layout.IMPORTED_STATE: inherited,
     }
 
 
@@ -182,7 +187,7 @@ def _all_or_nothing(root: Path, final: Path) -> Iterator[tuple[Path, Lease]]:
 def _drop_derived(source: Path, tensors: HFTensors, model: ModelConfig) -> None:
     """Drop what older versions of transformers stored redundantly, after checking it.
 
-    The head of a tied model is its embedding; the rotary frequencies follow from theta.
+    The head of a tied model is its embedding; the rotary frequencies follow from theta and the scaling.
     """
     if HEAD in tensors.shapes and not model.untie_embeddings_and_output_weights:
         if tensors.shapes[HEAD] != tensors.shapes.get(EMBEDDING) or not torch.equal(
@@ -195,6 +200,8 @@ def _drop_derived(source: Path, tensors: HFTensors, model: ModelConfig) -> None:
         tensors.forget(HEAD)
     size = model.kv_channels
     expected = model.rotary_base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    scaled, _ = scaled_frequencies(model)
+    expected = expected if scaled is None else scaled.double()
     for name in [name for name in tensors.shapes if name.endswith(_FREQUENCIES)]:
         found = tensors.read(name).double()
         # The stored ones may have been rounded to bf16.

@@ -72,6 +72,8 @@ def reference_logits(model: SGTForCausalLM, tokens: Tensor) -> Tensor:
         "norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
     }
+    if config.rope_parameters["rope_type"] != "default":
+        settings["rotary_scaling"] = {"type": config.rope_parameters["rope_type"], **config.rope_parameters}
     params = dict(model.named_parameters())  # a tied output is listed once
     return forward(params, tokens, settings, depth, gates, blocks)[0]
 

@@ -32,10 +32,10 @@ from .attention_sgt import (
     SGTHeadLoop,
     SGTRMSNorm,
     make_room_for_loops,
-    rotary_embedding,
 )
 from .configuration_sgt import SGTConfig
 from .mlp_sgt import SGTMLP
+from .rotary_sgt import SGTRotaryEmbedding
 
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters  # they differ between transformers 4 and 5
 
@@ -115,6 +115,7 @@ class SGTModel(SGTPreTrainedModel):
             [SGTDecoderLayer(config, n, sum(passes[:n])) for n in range(config.num_hidden_layers)]
         )
         self.norm = _norm(config)
+        self.rotary_emb = SGTRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -157,7 +158,7 @@ class SGTModel(SGTPreTrainedModel):
         mask = _causal_mask(config, x, attention_mask, cache_position, past_key_values, position_ids)
         kwargs |= {
             "attention_mask": mask,
-            "position_embeddings": rotary_embedding(position_ids, config, x.dtype),
+            "position_embeddings": self.rotary_emb(x, position_ids),
             "position_ids": position_ids,
             "cache_position": cache_position,
             "past_key_values": past_key_values,
@@ -262,6 +263,17 @@ class SGTForCausalLM(SGTPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
         return result if _wants_dict(return_dict, self.config) else result.to_tuple()
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'. Texts without a token begin as ``generate`` without input does, and do not fail inside."""
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        if ids is None or ids.shape[-1] or "inputs_embeds" in kwargs:
+            return super().generate(inputs, *args, **kwargs)
+        begin = self.generation_config.bos_token_id
+        if begin is None:
+            raise ValueError("input_ids holds no token and generation_config.bos_token_id is not set: give a token")
+        rest = {name: value for name, value in kwargs.items() if name not in ("input_ids", "attention_mask")}
+        return super().generate(ids.new_full((len(ids), 1), begin), *args, **rest)
 
 
 # What follows stands in this file, and not in one of its own, because transformers saves with a model only the files
