@@ -39,8 +39,9 @@ def load_suite(name: str) -> Any:
     if PACKAGE not in sys.modules:
         _hide_unusable_datasets()
         sys.path.append(str(folder.parents[1]))  # what the tests themselves need
-        for module in (PACKAGE, *(f"{PACKAGE}.{missing}" for missing in MISSING)):
-            _add_package(module.rpartition(".")[0] if module != PACKAGE else module, folder)
+        for package in (PACKAGE, *(f"{PACKAGE}.{module.split('.')[0]}" for module in MISSING)):
+            sys.modules[package] = types.ModuleType(package)
+            sys.modules[package].__path__ = [str(folder)]
         for module, kind in MISSING.items():
             stand_in = types.ModuleType(f"{PACKAGE}.{module}")
             setattr(stand_in, kind, type(kind, (), {}))
@@ -48,17 +49,10 @@ def load_suite(name: str) -> Any:
     return importlib.import_module(f"{PACKAGE}.{name}")
 
 
-def _add_package(name: str, folder: Path) -> None:
-    """An empty package; its modules lie in ``folder``."""
-    if name not in sys.modules:
-        package = types.ModuleType(name)
-        package.__path__ = [str(folder)]
-        sys.modules[name] = package
-
-
 def _hide_unusable_datasets() -> None:
     """The library ``datasets`` of this environment needs a newer huggingface_hub than transformers 4 has."""
     try:
         importlib.import_module("datasets")
     except ImportError:
-        setattr(importlib.import_module("transformers.utils.import_utils"), "_datasets_available", False)
+        utils: Any = importlib.import_module("transformers.utils.import_utils")
+        utils._datasets_available = False

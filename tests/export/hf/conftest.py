@@ -7,5 +7,5 @@ import pytest
 
 def pytest_configure(config: pytest.Config) -> None:
     for mark in ("accelerate_tests", "flash_attn_test", "flash_attn_3_test", "flash_attn_4_test", "torch_compile_test",
-                 "torch_export_test", "generate", "is_pipeline_test", "is_staging_test"):  # fmt: skip
+                 "torch_export_test", "generate", "is_pipeline_test", "is_staging_test", "order"):  # fmt: skip
         config.addinivalue_line("markers", f"{mark}: of transformers' own tests")
