@@ -149,9 +149,6 @@ def _summed_loss(logits: Tensor, labels: Tensor, mask: Tensor) -> float:
 
 
 def _bytes(tokenizer: Tokenizer, ids: list[int]) -> int:
-    """UTF-8 bytes of the text of ``ids``; ends of documents are no text."""
-    try:
-        end = tokenizer.eod
-    except DataError:
-        end = -1
-    return len(tokenizer.decode([i for i in ids if i != end]).encode())
+    """UTF-8 bytes of the text of ``ids``; beginnings and ends of documents are no text."""
+    outside = tokenizer.boundaries
+    return len(tokenizer.decode([i for i in ids if i not in outside]).encode())
