@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from megatron_sgt.config.base import Choice, Section, derived
+from megatron_sgt.config.rotary import RotaryScaling
 from megatron_sgt.errors import ConfigError
 
 SWIGLU_MULTIPLE = 64
@@ -55,6 +56,9 @@ class ModelConfig(Section):
     )
     layernorm_epsilon: float = Field(default=1e-6, gt=0, description="Epsilon inside every normalization.")
     rotary_base: float = Field(default=10000.0, gt=0, description="Theta of the rotary position embedding.")
+    rotary_scaling: RotaryScaling | None = Field(
+        default=None, description="How the rotary frequencies are scaled for longer contexts; null: not at all."
+    )
     qk_layernorm: bool = Field(default=False, description="Normalize each query and key head before the rotation.")
     untie_embeddings_and_output_weights: bool = Field(
         default=True,

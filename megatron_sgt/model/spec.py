@@ -75,6 +75,7 @@ def decoder_spec(
     fused: bool = False,
     fused_rotary: bool = False,
     num_layers: int | None = None,
+    attention_factor: float = 1.0,
 ) -> TransformerBlockSubmodules:
     """Spec of the whole decoder, or of a chunk of it.
 
@@ -84,13 +85,14 @@ def decoder_spec(
         fused: loop kept heads through the fused operations (see ``loop_backend``).
         fused_rotary: apply rotary positions in one compiled function (``ops.rotary``).
         num_layers: of the chunk; None: the model's.
+        attention_factor: of scaled rotary positions (``rotary.scaled_frequencies``); plain layers know none.
     """
     params: dict[str, Any] = {}
     if not plain:
         params = {
             "loop_options": LoopOptions.of(config, layout, fused),
             "recompute": config.recomputed_layers("full"),
-            "tables": RotaryTables(),
+            "tables": RotaryTables(attention_factor),
         }
     layer = ModuleSpec(
         module=TransformerLayer if plain else SGTLayer,

@@ -93,6 +93,7 @@ def trajectory_config(tensors: Tensors, meta: dict[str, Any], overrides: dict[st
             "seq_length": model["seq_length"],
             "layernorm_epsilon": model["norm_eps"],
             "rotary_base": model["rope_theta"],
+            "rotary_scaling": model.get("rotary_scaling"),
             "kv_channels": head_size,
             "num_query_groups": kv_rows // head_size,
             "qk_layernorm": f"{first}q_norm.weight" in tensors,
