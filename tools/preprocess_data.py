@@ -59,11 +59,7 @@ def parse_arguments() -> argparse.Namespace:
         help="processes [the CPU cores: %(default)s]",
     )
     parser.add_argument("--max-bad-documents", type=zero_or_more, metavar="N", default=0, help=BAD_HELP)
-    parser.add_argument(
-        "--add-bos",
-        action="store_true",
-        help="begin every document with the beginning-of-text token; a run says so, too: data.tokenizer.add_bos=true",
-    )
+    parser.add_argument("--add-bos", action="store_true", help="begin every document with the beginning-of-text token")
     parser.add_argument("--append-eod", action="store_true", help="end every document with the end-of-text token")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing data set")
     parser.add_argument("--checksum", action="store_true", help="print the sha256 of the .bin")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_sgt.data.hard_texts import HARD_TEXTS
 from megatron_sgt.data.tokenizer import build_tokenizer
-from megatron_sgt.export.hf.loading import quiet
+from megatron_sgt.export.hf.loading import load_tokenizer
 from megatron_sgt.export.hf.sentencepiece_fast import read_pieces
 from megatron_sgt.export.hf.tokenizer import begins_with_bos
 from megatron_sgt.export.hf.tokenizer_files import NONE, Sameness, differing_texts
@@ -16,14 +16,11 @@ from megatron_sgt.export.to_hf import Export
 
 def tokenizer_checks(export: Export) -> tuple[Check, ...]:
     """How many of HARD_TEXTS become other ids in the folder than in training, or other text again; () without one."""
-    from transformers import AutoTokenizer
-
     wanted = export.options.tokenizer or export.source.config.data.tokenizer
     if not export.options.write_tokenizer or wanted is None:
         return ()
     training = build_tokenizer(wanted)
-    with quiet():
-        exported = AutoTokenizer.from_pretrained(export.folder, local_files_only=True, trust_remote_code=False)
+    exported = load_tokenizer(export.folder)
     same = Sameness()
     if wanted.type == "sentencepiece":
         pieces = read_pieces(Path(wanted.model))

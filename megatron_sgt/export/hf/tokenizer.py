@@ -61,7 +61,7 @@ def write_tokenizer(
         template = chat_template_of(chat_template, None)
         written = _write_sentencepiece(Path(wanted.model), tokenizer, folder, config.model.seq_length, bos, template)
     write_origin(folder, tokenizer.fingerprint(), add_bos)
-    return written
+    return replace(written, ids=replace(written.ids, begin=bos))
 
 
 def begins_with_bos(config: Config) -> bool:

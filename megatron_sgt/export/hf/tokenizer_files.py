@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from megatron_sgt.data.hard_texts import HARD_TEXTS
 from megatron_sgt.data.tokenizer import Tokenizer
 from megatron_sgt.errors import DataError
+from megatron_sgt.export.hf.loading import load_tokenizer
 from megatron_sgt.files import write_json, write_text
 
 CLASS = "PreTrainedTokenizerFast"
@@ -74,8 +75,6 @@ def write_slow(loaded: Any, settings: Settings, folder: Path, training: Tokenize
     Raises:
         DataError: texts would become other ids than in ``training``.
     """
-    from transformers import AutoTokenizer
-
     loaded.save_pretrained(str(folder))
     file = folder / "tokenizer_config.json"
     values = json.loads(file.read_text(encoding="utf-8"))
@@ -83,7 +82,7 @@ def write_slow(loaded: Any, settings: Settings, folder: Path, training: Tokenize
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     _write_chat_template(settings, folder)
     bos = None if settings.bos is None else settings.bos[1]
-    again = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    again = load_tokenizer(folder)
     if found := differing_texts(training, again, bos, settings.chat_template is not None):
         raise DataError(
             f"tokenizer {training.name} is a {type(loaded).__name__}, which exists in Python alone and makes other ids "
