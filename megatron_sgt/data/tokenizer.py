@@ -83,6 +83,10 @@ class Tokenizer(ABC):
         """The text of ``ids``."""
 
     @abstractmethod
+    def piece(self, token: int) -> str:
+        """How the vocabulary spells ``token``: " the" as "▁the" or "Ġthe", a byte as "<0xE4>" or "ä"."""
+
+    @abstractmethod
     def fingerprint(self) -> str:
         """SHA-256 (hex) of what defines the tokenizer; independent of where the files are."""
 
@@ -117,6 +121,9 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: list[int]) -> str:
         return self._processor.decode(ids)
 
+    def piece(self, token: int) -> str:
+        return self._processor.id_to_piece(token)
+
     def fingerprint(self) -> str:
         return hashlib.sha256(self._bytes).hexdigest()
 
@@ -147,15 +154,14 @@ class TokenizersJson(Tokenizer):
         """The ``tokenizers.Tokenizer``."""
         return self._tokenizer
 
-    def token(self, index: int) -> str:
-        """The text of the token ``index``."""
-        return str(self._tokenizer.id_to_token(index))
-
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def piece(self, token: int) -> str:
+        return self._tokenizer.id_to_token(token) or ""
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self._path.read_bytes()).hexdigest()
@@ -195,15 +201,14 @@ class AutoTokenizerFolder(Tokenizer):
         """The ``tokenizers.Tokenizer``; None where the class is written in Python alone."""
         return self.loaded.backend_tokenizer if self.loaded.is_fast else None
 
-    def token(self, index: int) -> str:
-        """The text of the token ``index``."""
-        return str(self.loaded.convert_ids_to_tokens(index))
-
     def encode(self, text: str) -> list[int]:
         return self.loaded.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def decode(self, ids: list[int]) -> str:
         return self.loaded.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def piece(self, token: int) -> str:
+        return self.loaded.convert_ids_to_tokens(token) or ""
 
     def fingerprint(self) -> str:
         if (origin := read_origin(self._folder)) is not None:

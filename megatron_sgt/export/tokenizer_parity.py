@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_sgt.data.hard_texts import HARD_TEXTS
 from megatron_sgt.data.tokenizer import build_tokenizer
-from megatron_sgt.export.hf.loading import load_tokenizer
+from megatron_sgt.export.hf.loading import load_tokenizer, quiet
 from megatron_sgt.export.hf.sentencepiece_fast import read_pieces
 from megatron_sgt.export.hf.tokenizer import begins_with_bos
 from megatron_sgt.export.hf.tokenizer_files import NONE, Sameness, differing_texts
@@ -14,6 +14,7 @@ from megatron_sgt.export.parity import Check
 from megatron_sgt.export.to_hf import Export
 
 
+@quiet()
 def tokenizer_checks(export: Export) -> tuple[Check, ...]:
     """How many of HARD_TEXTS become other ids in the folder than in training, or other text again; () without one."""
     wanted = export.options.tokenizer or export.source.config.data.tokenizer

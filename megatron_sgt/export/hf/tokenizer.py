@@ -119,11 +119,11 @@ def _write_hugging_face(
 ) -> WrittenTokenizer:
     """``bos``: begins every text; ``wanted``: see ``chat_template_of``."""
     loaded = tokenizer.loaded if isinstance(tokenizer, AutoTokenizerFolder) else None
-    settings = Settings(max_length, None if bos is None else (tokenizer.token(bos), bos))
+    settings = Settings(max_length, None if bos is None else (tokenizer.piece(bos), bos))
     settings = replace(settings, chat_template=chat_template_of(wanted, loaded))
     ids = TokenIds(bos, tokenizer.end, tokenizer.end)
     if loaded is None:
-        end = {} if tokenizer.end is None else dict.fromkeys(("eos_token", "pad_token"), tokenizer.token(tokenizer.end))
+        end = {} if tokenizer.end is None else dict.fromkeys(("eos_token", "pad_token"), tokenizer.piece(tokenizer.end))
         settings = replace(settings, special=end)
     else:
         settings = of_loaded(settings, loaded)
