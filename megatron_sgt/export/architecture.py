@@ -34,14 +34,21 @@ class TokenIds:
 
 @dataclass(frozen=True)
 class WrittenTokenizer:
-    """The tokenizer of an exported folder. ``notes``: what its user must know, a sentence each."""
+    """The tokenizer of an exported folder.
+
+    notes: what its user must know, a sentence each. like_qwen: it cuts text as Qwen2's does, or there is none.
+    """
 
     ids: TokenIds = TokenIds()
     notes: tuple[str, ...] = ()
+    like_qwen: bool = True
 
 
-def plain_architecture(model: ModelConfig, plan: LoopPlan) -> tuple[str | None, str]:
+def plain_architecture(model: ModelConfig, plan: LoopPlan, like_qwen: bool = True) -> tuple[str | None, str]:
     """The class of transformers that computes exactly this model (None: there is none), and why, in a phrase.
+
+    Args:
+        like_qwen: see ``WrittenTokenizer``.
 
     Raises:
         CheckpointError: not even the architecture ``sgt`` computes its feed-forward layers.
@@ -60,12 +67,20 @@ def plain_architecture(model: ModelConfig, plan: LoopPlan) -> tuple[str | None, 
             return None, "no plain decoder there has q/k norms and these biases"
         return "Qwen3ForCausalLM", "no layer loops, and it has q/k norms"
     if model.add_qkv_bias and not model.add_bias_linear:
+        if not like_qwen:
+            return None, "transformers 5 reads any tokenizer beside a Qwen2 model as Qwen2's, which this one is not"
         return "Qwen2ForCausalLM", "no layer loops, and it has q/k/v biases"
     return "LlamaForCausalLM", "no layer loops"
 
 
 def hf_config(
-    model: ModelConfig, plan: LoopPlan, vocab_rows: int, dtype: str, tokens: TokenIds, form: Form = STANDARD
+    model: ModelConfig,
+    plan: LoopPlan,
+    vocab_rows: int,
+    dtype: str,
+    tokens: TokenIds,
+    form: Form = STANDARD,
+    like_qwen: bool = True,
 ) -> dict[str, Any]:
     """The contents of ``config.json``.
 
@@ -73,6 +88,7 @@ def hf_config(
         vocab_rows: rows of the exported embedding.
         dtype: "fp32", "bf16" or "fp16", of the exported weights.
         form: of a model that is not plain.
+        like_qwen: see ``WrittenTokenizer``.
     """
     common = {
         "vocab_size": vocab_rows,
@@ -96,7 +112,7 @@ def hf_config(
         # Not the padding token: it would switch off the training of that token's embedding.
         "pad_token_id": None,
     }
-    plain, _ = plain_architecture(model, plan)
+    plain, _ = plain_architecture(model, plan, like_qwen)
     if plain is None:
         scaled = {} if model.rotary_scaling is None else _rope(model)
         return form.head() | common | _sgt_tail(model, plan, form) | scaled

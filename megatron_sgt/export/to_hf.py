@@ -127,7 +127,7 @@ def _write(source: ExportSource, plan: LoopPlan, options: ExportOptions, tempora
     if options.write_tokenizer and wanted is not None:
         # Before the weights: it is the part most likely to be missing, and quickly checked.
         tokenizer = write_tokenizer(wanted, temporary, source.config, options.chat_template)
-    plain, why = plain_architecture(model, plan)
+    plain, why = plain_architecture(model, plan, tokenizer.like_qwen)
     drifts = [0.0]
 
     def stream() -> Iterator[tuple[str, Tensor]]:
@@ -139,7 +139,8 @@ def _write(source: ExportSource, plan: LoopPlan, options: ExportOptions, tempora
                 yield name, tensors.pop(name)
 
     size = write_weights(temporary, source.names, stream(), DTYPES[options.dtype], options.max_shard_bytes)
-    config = hf_config(model, plan, source.vocab_rows, options.dtype, tokenizer.ids, options.form)
+    rows = source.vocab_rows
+    config = hf_config(model, plan, rows, options.dtype, tokenizer.ids, options.form, tokenizer.like_qwen)
     config |= config_ids(source.imported)
     unused = range(model.vocab_size or source.vocab_rows, source.vocab_rows)
     write_json(temporary / "config.json", config)

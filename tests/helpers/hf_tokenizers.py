@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from megatron_sgt.data.hard_texts import HARD_TEXTS
+from megatron_sgt.export.hf.tokenizer_files import QWEN_WORDS
 
 CHAT = "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|stop|>{% endfor %}"
 _PLAIN = [text for text in HARD_TEXTS if "<" not in text and "[" not in text]
@@ -148,6 +149,8 @@ def roberta(folder: Path) -> Path:
 def qwen_2(folder: Path) -> Path:
     tokenizer = byte_level([])
     tokenizer.normalizer = normalizers.NFC()
+    words = pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     tokenizer.add_tokens(["<think>"])
     return _save(folder, tokenizer, tokenizer_class="Qwen2TokenizerFast", eos_token="<|endoftext|>",

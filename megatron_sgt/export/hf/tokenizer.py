@@ -27,6 +27,7 @@ from megatron_sgt.export.hf.tokenizer_files import (
     NONE,
     Settings,
     chat_template_of,
+    cuts_as_qwen,
     notes_of,
     of_loaded,
     write_files,
@@ -61,7 +62,8 @@ def write_tokenizer(
         template = chat_template_of(chat_template, None)
         written = _write_sentencepiece(Path(wanted.model), tokenizer, folder, config.model.seq_length, bos, template)
     write_origin(folder, tokenizer.fingerprint(), add_bos)
-    return replace(written, ids=replace(written.ids, begin=bos))
+    qwen = isinstance(tokenizer, TokenizersJson | AutoTokenizerFolder) and cuts_as_qwen(tokenizer.fast)
+    return replace(written, ids=replace(written.ids, begin=bos), like_qwen=qwen)
 
 
 def begins_with_bos(config: Config) -> bool:

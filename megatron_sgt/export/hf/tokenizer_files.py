@@ -25,6 +25,11 @@ CLASS = "PreTrainedTokenizerFast"
 """The one name that transformers 4 and 5 both know."""
 NONE, KEEP = "none", "keep"
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""What counts as a word, in the tokenizer.json of Qwen2 and Qwen2.5."""
 CHAT_NOTE = (
     "It has a chat template, so special tokens written out in a text are read as special tokens; training read them "
     "as text, as `tokenizer(text, split_special_tokens=True)` does."
@@ -118,6 +123,23 @@ def differing_texts(
         if not fits or (back != training.decode(ids) and same.unread not in ids):
             differing.append(text)
     return tuple(differing)
+
+
+def cuts_as_qwen(fast: FastTokenizer | None) -> bool:
+    """Whether ``fast`` cuts text as Qwen2's tokenizer.
+
+    Beside a model of the type ``qwen2``, transformers 5 takes no other one: it keeps vocabulary and merges of any, and
+    cuts text by Qwen2's rules.
+    """
+    if fast is None:
+        return False
+    parts = json.loads(fast.to_str())
+    model, steps = parts["model"], (parts["pre_tokenizer"] or {}).get("pretokenizers", [])
+    if model["type"] != "BPE" or model.get("byte_fallback") or model.get("ignore_merges"):
+        return False
+    if parts["normalizer"] != {"type": "NFC"} or [step["type"] for step in steps] != ["Split", "ByteLevel"]:
+        return False
+    return steps[0]["pattern"] == {"Regex": QWEN_WORDS} and not steps[1]["add_prefix_space"]
 
 
 def of_loaded(settings: Settings, loaded: Any) -> Settings:

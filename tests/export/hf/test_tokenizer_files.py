@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from megatron_sgt.data.hard_texts import HARD_TEXTS
 from megatron_sgt.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_sgt.errors import DataError
 from megatron_sgt.export.architecture import WrittenTokenizer
+from megatron_sgt.export.forms import FORMS, Form
+from megatron_sgt.export.hf import configuration_sgt
 from megatron_sgt.export.hf.tokenizer import write_tokenizer
 from megatron_sgt.export.hf.tokenizer_files import differing_texts
 from tests.helpers.hf_tokenizers import KINDS
@@ -55,6 +58,38 @@ def test_a_text_becomes_the_ids_of_training(kind: str, tmp_path: Path) -> None:
         assert written.notes[0].startswith("Every text begins with `")
         loaded.save_pretrained(tmp_path / "saved")
         assert not differing_texts(training, AutoTokenizer.from_pretrained(tmp_path / "saved"), training.bos)
+
+
+def test_beside_a_qwen2_model_only_its_own_kind_is_safe(tmp_path: Path) -> None:
+    for kind in ("qwen_2", "gpt_2_files", "llama_3", "gemma"):
+        training, _, written = exported(made(kind, tmp_path / kind), tmp_path / f"{kind}_out")
+        (tmp_path / f"{kind}_out" / "config.json").write_text('{"model_type": "qwen2"}')
+        differing = differing_texts(training, AutoTokenizer.from_pretrained(tmp_path / f"{kind}_out"), None)
+        assert written.like_qwen == (kind == "qwen_2") and not (written.like_qwen and differing), kind
+
+
+class _Asked(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_nothing_is_asked_where_code_lies_in_the_folder(
+    form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(*_: object) -> str:
+        raise _Asked
+
+    training, _, _ = exported(made("llama_3", tmp_path / "in"), tmp_path / "out")
+    values = {"vocab_size": 512, "num_hidden_layers": 1, "sgt_num_layers": 1} | form.head()
+    (tmp_path / "out" / "config.json").write_text(json.dumps(values))
+    for name in form.files:
+        shutil.copyfile(Path(configuration_sgt.__file__).parent / name, tmp_path / "out" / name)
+    monkeypatch.setattr("builtins.input", ask)
+    for trust in (True, False):
+        loaded = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=trust)
+        assert not differing_texts(training, loaded, None)
+    monkeypatch.setattr("builtins.input", lambda *_: (_ for _ in ()).throw(EOFError()))
+    assert not differing_texts(training, AutoTokenizer.from_pretrained(tmp_path / "out"), None), "nobody can answer"
 
 
 def test_special_tokens_in_a_text_are_text(tmp_path: Path) -> None:
