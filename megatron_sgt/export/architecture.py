@@ -1,7 +1,7 @@
 """From the project's model to a Hugging Face ``config.json``: which architecture, under which names.
 
 A model in which no layer loops is a plain Llama, Qwen2 or Qwen3 where one of them is exactly the same function; every
-other one is ``sgt``, whose code travels with the folder.
+other one is of a form of ``sgt``, whose code travels with the folder (``export/forms.py``).
 """
 
 from __future__ import annotations
@@ -13,14 +13,10 @@ from megatron_sgt.arch.attention import CAUSAL
 from megatron_sgt.arch.ffn import ffn_kind
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError
+from megatron_sgt.export.forms import STANDARD, Form
 from megatron_sgt.growth import LayerPlan, LoopPlan
 
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-AUTO_MAP = {
-    "AutoConfig": "configuration_sgt.SGTConfig",
-    "AutoModel": "modeling_sgt.SGTModel",
-    "AutoModelForCausalLM": "modeling_sgt.SGTForCausalLM",
-}
 
 
 @dataclass(frozen=True)
@@ -64,12 +60,15 @@ def plain_architecture(model: ModelConfig, plan: LoopPlan) -> tuple[str | None, 
     return "LlamaForCausalLM", "no layer loops"
 
 
-def hf_config(model: ModelConfig, plan: LoopPlan, vocab_rows: int, dtype: str, tokens: TokenIds) -> dict[str, Any]:
+def hf_config(
+    model: ModelConfig, plan: LoopPlan, vocab_rows: int, dtype: str, tokens: TokenIds, form: Form = STANDARD
+) -> dict[str, Any]:
     """The contents of ``config.json``.
 
     Args:
         vocab_rows: rows of the exported embedding.
         dtype: "fp32", "bf16" or "fp16", of the exported weights.
+        form: of a model that is not plain.
     """
     common = {
         "vocab_size": vocab_rows,
@@ -95,7 +94,7 @@ def hf_config(model: ModelConfig, plan: LoopPlan, vocab_rows: int, dtype: str, t
     }
     plain, _ = plain_architecture(model, plan)
     if plain is None:
-        return _sgt_head() | common | _sgt_tail(model, plan)
+        return form.head() | common | _sgt_tail(model, plan, form)
     family = plain.removesuffix("ForCausalLM").lower()
     biases = {
         "llama": {"attention_bias": model.add_bias_linear, "mlp_bias": model.add_bias_linear},
@@ -107,12 +106,11 @@ def hf_config(model: ModelConfig, plan: LoopPlan, vocab_rows: int, dtype: str, t
     return {"architectures": [plain], "model_type": family} | common | biases[family] | rope
 
 
-def _sgt_head() -> dict[str, Any]:
-    return {"architectures": ["SGTForCausalLM"], "model_type": "sgt", "auto_map": dict(AUTO_MAP)}
-
-
-def _sgt_tail(model: ModelConfig, plan: LoopPlan) -> dict[str, Any]:
+def _sgt_tail(model: ModelConfig, plan: LoopPlan, form: Form) -> dict[str, Any]:
+    passes = sum((1 + plan[n].loops) * (1 + plan[n].block_loops) for n in range(model.num_layers))
+    depth = {"num_hidden_layers": passes, "sgt_num_layers": model.num_layers} if form.passes_are_layers else {}
     return {
+        **depth,
         "gated_mlp": ffn_kind(model.activation).gated,
         "normalization": model.normalization,
         **CAUSAL.hf_fields(model),
@@ -132,9 +130,16 @@ def _loop(layer: LayerPlan) -> dict[str, Any]:
 
 
 def generation_config(tokens: TokenIds, unused_ids: range) -> dict[str, Any]:
-    """The contents of ``generation_config.json``. ``unused_ids``: rows of padding, which no text has."""
+    """The contents of ``generation_config.json``.
+
+    ``bos_token_id`` is what ``generate`` without input begins with: what came before a document in training, the end of
+    the one before.
+
+    Args:
+        unused_ids: rows of padding, which no text has.
+    """
     values: dict[str, Any] = {
-        "bos_token_id": tokens.bos,
+        "bos_token_id": tokens.bos if tokens.eos is None else tokens.eos,
         "eos_token_id": tokens.eos,
         "pad_token_id": tokens.pad,
     }

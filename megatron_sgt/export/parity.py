@@ -103,7 +103,7 @@ def loss_of(logits: Tensor, tokens: Tensor) -> float:
 @quiet()
 def check_parity(export: Export, new_tokens: int = NEW_TOKENS) -> Parity:
     """Load the folder ``export`` and compare it, both models in fp32; ``new_tokens``: of the greedy continuation."""
-    trust = export.architecture == "SGTForCausalLM"
+    trust = export.form is not None
     tokens = probe_tokens(export)
     own = own_model(export.source, export.plan, DTYPES[export.options.dtype])
     theirs = load_exported(export.folder, torch.float32, trust)

@@ -78,7 +78,7 @@ def check_parity_by_layers(export: Export) -> Parity:
 
     The cache is checked in each layer, on the exported side's own hidden states.
     """
-    trust = export.architecture == "SGTForCausalLM"
+    trust = export.form is not None
     tokens = probe_tokens(export, length=LENGTH)
     own = _Layers(export.source, DTYPES[export.options.dtype])
     exported = HFTensors(export.folder)

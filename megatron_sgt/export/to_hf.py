@@ -12,9 +12,11 @@ from torch import Tensor
 
 from megatron_sgt.config.data import TokenizerConfig
 from megatron_sgt.errors import CheckpointError, LeaseError, SGTError
-from megatron_sgt.export.architecture import WrittenTokenizer, generation_config, hf_config, plain_architecture
+from megatron_sgt.export.architecture import WrittenTokenizer, hf_config, plain_architecture
 from megatron_sgt.export.card import model_card
+from megatron_sgt.export.forms import STANDARD, Form
 from megatron_sgt.export.hf.tokenizer import write_tokenizer
+from megatron_sgt.export.inherited import GENERATION_FILE, config_ids, generation_values
 from megatron_sgt.export.shards import write_weights
 from megatron_sgt.export.source import ExportSource, open_checkpoint
 from megatron_sgt.files import commit, fresh_folder, sync_all, temporary_of, write_json, write_text
@@ -23,37 +25,43 @@ from megatron_sgt.lease import Lease, beside, held
 from megatron_sgt.model.mcore_config import DTYPES
 
 MAX_SHARD_BYTES = 5_000_000_000
-MODEL_CODE = ("configuration_sgt.py", "attention_sgt.py", "modeling_sgt.py")
 
 
 @dataclass(frozen=True)
 class ExportOptions:
     """How to export.
 
-    dtype: "fp32", "bf16" or "fp16", of the stored weights. averaged: the moving average of the weights
-    (train.ema_decay) instead of them. training_gates: inside a decay window, the gates of the
+    dtype: "fp32", "bf16" or "fp16", of the stored weights. form: of a model that is not plain. averaged: the moving
+    average of the weights (train.ema_decay) instead of them. training_gates: inside a decay window, the gates of the
     saved step instead of those of inference. keep_padding: keep the rows that pad the vocabulary. tokenizer: instead
     of the one in the checkpoint's configuration; write_tokenizer: False leaves it out. max_shard_bytes: of one
-    weight file.
+    weight file. license: that the card names.
     """
 
     dtype: str = "bf16"
+    form: Form = STANDARD
     averaged: bool = False
     training_gates: bool = False
     keep_padding: bool = False
     tokenizer: TokenizerConfig | None = None
     write_tokenizer: bool = True
     max_shard_bytes: int = MAX_SHARD_BYTES
+    license: str | None = None
 
 
 @dataclass(frozen=True)
 class Export:
-    """A finished export; ``drift``: largest difference between the checkpoint's copies of a replicated weight."""
+    """A finished export.
+
+    form: None where the model is plain. drift: largest difference between the checkpoint's copies of a replicated
+    weight.
+    """
 
     folder: Path
     source: ExportSource
     plan: LoopPlan
     options: ExportOptions
+    form: Form | None
     architecture: str
     why: str
     tokenizer_notes: tuple[str, ...]
@@ -129,14 +137,15 @@ def _write(source: ExportSource, plan: LoopPlan, options: ExportOptions, tempora
                 yield name, tensors.pop(name)
 
     size = write_weights(temporary, source.names, stream(), DTYPES[options.dtype], options.max_shard_bytes)
-    config = hf_config(model, plan, source.vocab_rows, options.dtype, tokenizer.ids)
+    config = hf_config(model, plan, source.vocab_rows, options.dtype, tokenizer.ids, options.form)
+    config |= config_ids(source.imported)
     unused = range(model.vocab_size or source.vocab_rows, source.vocab_rows)
     write_json(temporary / "config.json", config)
-    write_json(temporary / "generation_config.json", generation_config(tokenizer.ids, unused))
-    if plain is None:
-        for name in MODEL_CODE:
-            shutil.copyfile(Path(__file__).parent / "hf" / name, temporary / name)
-    card = model_card(source, plan, config, options.training_gates, tokenizer.notes)
+    write_json(temporary / GENERATION_FILE, generation_values(source.imported, tokenizer.ids, unused))
+    form = options.form if plain is None else None
+    for name in form.files if form else ():
+        shutil.copyfile(Path(__file__).parent / "hf" / name, temporary / name)
+    card = model_card(source, plan, config, options.training_gates, tokenizer.notes, options.license)
     write_text(temporary / "README.md", card)
-    architecture = plain or "SGTForCausalLM"
-    return Export(output, source, plan, options, architecture, why, tokenizer.notes, size, drifts[0])
+    architecture = plain or options.form.architecture
+    return Export(output, source, plan, options, form, architecture, why, tokenizer.notes, size, drifts[0])

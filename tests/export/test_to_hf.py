@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from megatron_sgt.checkpoint.reshard.rank_state import WEIGHTS
 from megatron_sgt.config.data import TokenizerConfig
 from megatron_sgt.errors import CheckpointError
-from megatron_sgt.export.to_hf import MODEL_CODE, ExportOptions, export_checkpoint
+from megatron_sgt.export.forms import STANDARD
+from megatron_sgt.export.to_hf import ExportOptions, export_checkpoint
 from megatron_sgt.lease import beside
 from tests.helpers.checkpoints import grown_config, write_grown_checkpoint
 from tests.helpers.commands import snapshot
@@ -55,7 +56,7 @@ def test_every_layout_gives_the_same_folder(
         "1": {"heads": [1, 2], "depth": 1}, "3": {"heads": [0, 3], "depth": 2},
     }  # fmt: skip
     assert (export.architecture, export.drift) == ("SGTForCausalLM", 0.0)
-    assert set(MODEL_CODE) <= {path.name for path in export.folder.iterdir()}
+    assert set(STANDARD.files) <= {path.name for path in export.folder.iterdir()}
     assert snapshot(tmp_path / "ckpt") == before
     assert {path.name for path in tmp_path.iterdir()} == {"ckpt", "out"}
 

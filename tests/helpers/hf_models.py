@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from megatron_sgt.export.hf.configuration_sgt import SGTConfig
@@ -84,3 +85,16 @@ def random_ids(*shape: int, seed: int = 0) -> Tensor:
 def gap(one: Tensor, other: Tensor) -> float:
     """Largest absolute difference."""
     return float((one - other).detach().abs().max())
+
+
+def as_llama(model: Any, name: str = "LlamaForCausalLM") -> Any:
+    """transformers' own class ``name`` with the shape and the weights of ``model``, which must not loop."""
+    config = model.config
+    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+              "num_key_value_heads", "head_dim", "rms_norm_eps", "pad_token_id", "num_labels")  # fmt: skip
+    llama = getattr(transformers, name)(transformers.LlamaConfig(**{key: getattr(config, key) for key in shared}))
+    # Its head for answers in the text calls the decoder by another name.
+    inner = "transformer." if name == "LlamaForQuestionAnswering" else "model."
+    weights = {key.replace("model.", inner, 1): tensor for key, tensor in model.state_dict().items()}
+    llama.load_state_dict(weights)
+    return llama.train(model.training)

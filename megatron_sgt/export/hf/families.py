@@ -9,7 +9,8 @@ from typing import Any
 
 from megatron_sgt.arch.ffn import all_kinds, kind_of_hf
 from megatron_sgt.errors import CheckpointError, first_line
-from megatron_sgt.export.hf.configuration_sgt import SGTConfig
+from megatron_sgt.export.forms import STANDARD, form_of
+from megatron_sgt.export.hf.loading import own_class
 
 CONFIG_FILE = "config.json"
 
@@ -83,8 +84,8 @@ def read_config(folder: Path) -> Any:
     if model_type is None:
         raise CheckpointError(f"{path} names no model_type: it is not a model that transformers has saved")
     try:
-        if model_type == SGTConfig.model_type:
-            return SGTConfig.from_pretrained(folder)
+        if form := form_of(model_type):
+            return own_class(form, "AutoConfig").from_pretrained(folder)
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # unusual values may raise anything in the library
         raise CheckpointError(f"{path} cannot be used (model_type {model_type!r}): {first_line(error)}") from error
@@ -206,5 +207,5 @@ _FAMILIES = {
     "mistral": _Family(lambda config: {}, lambda config: iter(())),
     "qwen2": _Family(_qwen2, lambda config: iter(())),
     "qwen3": _Family(_qwen3, _attention_bias_problem),
-    SGTConfig.model_type: _Family(_sgt, _sgt_problems),
+    STANDARD.model_type: _Family(_sgt, _sgt_problems),
 }

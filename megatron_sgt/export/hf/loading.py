@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from megatron_sgt.compat.quiet import quiet_logs
+from megatron_sgt.export.forms import Form
 
 
 @contextmanager
@@ -25,6 +27,12 @@ def quiet() -> Iterator[None]:
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def own_class(form: Form, auto: str) -> Any:
+    """This package's class of ``form`` for transformers' class ``auto``: what a folder's own code would define."""
+    module, name = form.auto_map[auto].split(".")
+    return getattr(importlib.import_module(f"megatron_sgt.export.hf.{module}"), name)
 
 
 def load_exported(folder: Path, dtype: torch.dtype | str, trust: bool) -> Any:

@@ -91,6 +91,19 @@ def test_generation_is_the_same_with_every_cache() -> None:
     assert torch.equal(torch.stack(steps, 1), uncached)
 
 
+def test_a_text_without_tokens_begins_with_bos() -> None:
+    model = hf_model(LOOPING)
+    with torch.no_grad():
+        alone = model.generate(**GREEDY)
+        assert torch.equal(alone, model.generate(torch.tensor([[1]]), **GREEDY)), "bos_token_id"
+        nothing = torch.zeros(2, 0, dtype=torch.long)
+        for inputs in ({"inputs": nothing}, {"input_ids": nothing, "attention_mask": nothing}):
+            assert torch.equal(model.generate(**inputs, **GREEDY), alone.repeat(2, 1))
+    model.generation_config.bos_token_id = None
+    with pytest.raises(ValueError, match=r"generation_config.bos_token_id is not set"):
+        model.generate(nothing, **GREEDY)
+
+
 @pytest.mark.parametrize("options", [{"num_beams": 4}, {"num_beams": 2, "num_return_sequences": 2},
                                      {"do_sample": True, "top_k": 20}])  # fmt: skip
 def test_beams_and_sampling_do_not_depend_on_the_cache(options: dict[str, Any]) -> None:
