@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -132,17 +131,31 @@ class ExportForm:
     form: Literal["fast", "slow", "none"]
     why: str = ""
 
+    @property
+    def line(self) -> str | None:
+        """What the user of the training tokenizer should know before training, a sentence; None for a fast one."""
+        if self.form == "fast":
+            return None
+        if self.form == "slow":
+            return f"the tokenizer has no fast form ({self.why}): an export holds a slow one of the same ids"
+        return (
+            f"the tokenizer has no form in transformers, fast or slow, with the same ids: {self.why}; an export needs "
+            "--tokenizer none and a tokenizer of your own; tools/train_tokenizer.py makes one that can be exported"
+        )
+
 
 FAST = ExportForm("fast")
 
 
-def export_form(tokenizer: TokenizerConfig) -> ExportForm:
+def export_form(tokenizer: TokenizerConfig | None) -> ExportForm:
     """How a run's tokenizer will be exported; reads no more than the model file.
 
     Raises:
         DataError: as ``read_pieces``.
     """
-    return FAST if tokenizer.type != "sentencepiece" else form_of(read_pieces(Path(tokenizer.model)))
+    if tokenizer is None or tokenizer.type != "sentencepiece":
+        return FAST
+    return form_of(read_pieces(Path(tokenizer.model)))
 
 
 def form_of(model: Pieces) -> ExportForm:
@@ -152,7 +165,7 @@ def form_of(model: Pieces) -> ExportForm:
         return FAST
     # The slow class looks up what sentencepiece gives as text: of characters that are all unknown, the text itself.
     known = set(model.texts(NORMAL, USER_DEFINED))
-    mistaken = [text for text in model.texts(CONTROL, UNKNOWN) if not known & set(text)]
+    mistaken = [text for text in model.texts(CONTROL, UNKNOWN) if known.isdisjoint(text)]
     if mistaken and not model.byte_fallback and model.kind != WORD:
         return ExportForm("none", f"{why}, and the slow class takes {mistaken[0]!r} in a text for the special token")
     return ExportForm("slow", why)
@@ -160,7 +173,8 @@ def form_of(model: Pieces) -> ExportForm:
 
 def _not_fast(model: Pieces) -> str | None:
     """Why no fast tokenizer gives the same ids and the same text, None if one does."""
-    normal, single = model.texts(NORMAL, UNUSED), {text for text, _, kind in model.pieces if kind == NORMAL}
+    normal = model.texts(NORMAL)
+    single = set(normal)
     if model.rewrites_decoded:
         return "it has rules for decoded text"
     if model.kind == WORD:
@@ -169,6 +183,9 @@ def _not_fast(model: Pieces) -> str | None:
         spaced = [text for text in model.texts(USER_DEFINED) if " " in text]
         if any(text.strip(" ") for text in spaced) or (spaced and model.charsmap):
             return f"it removes spaces, but not those of its user-defined symbol {spaced[0]!r}"
+    short = [text for text in model.texts(CONTROL, UNKNOWN) if len(text) == 1]
+    if short and model.kind in (BPE, CHAR):  # the library would find it in a text
+        return f"its special token {short[0]!r} is one character"
     if model.kind == UNIGRAM:
         # A fast unigram model would find the special token in a text, where its characters are unknown.
         for text in model.texts(CONTROL, UNKNOWN, BYTE):
@@ -176,10 +193,10 @@ def _not_fast(model: Pieces) -> str | None:
                 return f"not every character of its special token {text!r} is a piece"
     if model.kind == BPE:
         if model.texts(UNUSED):
-            return "it has unused pieces"
+            return "it has pieces marked as unused"
         if lacking := set().union(*normal) - single:
-            return f"its pieces hold {min(lacking)!r}, which is none"
-        scores = Counter(score for text, score, kind in model.pieces if kind == NORMAL and len(text) > 1)
-        if scores and scores.most_common(1)[0][1] > 1:
+            return f"pieces of it hold {min(lacking)!r}, which is no piece"
+        scores = [score for text, score, kind in model.pieces if kind == NORMAL and len(text) > 1]
+        if len(set(scores)) < len(scores):
             return "pieces of it have the same score"
     return None

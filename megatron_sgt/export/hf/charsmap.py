@@ -21,21 +21,27 @@ def read_charsmap(compiled: bytes) -> dict[str, str]:
     (size,) = struct.unpack_from("<I", compiled)
     units = np.frombuffer(compiled, dtype="<u4", count=size // 4, offset=4).astype(np.int64)
     texts = compiled[4 + size :]
+    places = np.arange(units.size)
+    # A child's place is its parent's base, with its label (a byte) exclusively or-ed.
+    labels = np.where(units & _LEAF, 0, units & 0xFF)
+    children = np.nonzero(labels)[0]
+    children = children[np.argsort(children ^ labels[children], kind="stable")]
+    bases = children ^ labels[children]
     rules: dict[str, str] = {}
-    nodes, prefixes = np.zeros(1, np.int64), [b""]
-    labels = np.arange(1, 256)
+    nodes, prefixes = places[:1], [b""]
     while nodes.size:
-        children = (nodes ^ _offset(units[nodes]))[:, None] ^ labels
-        inside = children < units.size
-        found = np.where(inside, units[np.where(inside, children, 0)], _LEAF)
-        rows, columns = np.nonzero((found & (_LEAF | 0xFF)) == labels)
-        nodes = children[rows, columns]
+        base = nodes ^ _offset(units[nodes])
+        first, last = np.searchsorted(bases, base, "left"), np.searchsorted(bases, base, "right")
+        counts = last - first
+        rows = np.repeat(np.arange(nodes.size), counts)
+        found = children[np.arange(rows.size) - np.repeat(np.cumsum(counts) - counts, counts) + first[rows]]
         prefixes = [
-            prefixes[row] + bytes([label]) for row, label in zip(rows.tolist(), labels[columns].tolist(), strict=True)
+            prefixes[row] + bytes((label,)) for row, label in zip(rows.tolist(), labels[found].tolist(), strict=True)
         ]
-        ends = (units[nodes] >> 8 & 1).astype(bool)
-        values = units[(nodes ^ _offset(units[nodes]))[ends]] & (_LEAF - 1)
-        for index, value in zip(np.nonzero(ends)[0].tolist(), values.tolist(), strict=True):
+        nodes = found
+        ends = np.nonzero(units[nodes] >> 8 & 1)[0]
+        values = units[nodes[ends] ^ _offset(units[nodes[ends]])] & (_LEAF - 1)
+        for index, value in zip(ends.tolist(), values.tolist(), strict=True):
             rules[prefixes[index].decode()] = texts[value : texts.index(b"\0", value)].decode()
     return rules
 

@@ -114,18 +114,24 @@ def _rules(model: Pieces) -> Iterator[normalizers.Normalizer]:
 
 
 def _composed(rules: dict[str, str], several: list[str]) -> tuple[bool, dict[str, str]]:
-    """Whether NFKC serves for the rules of ``several`` characters, and the rules for which neither it nor that for
-    single characters does, with their results."""
+    """Whether NFKC serves for the rules of ``several`` characters, and the rules that need a way of their own."""
     others = {text: rules[text] for text in several if _singly(rules, text) != rules[text]}
     if len(others) <= _MANY:
         return False, others
-    forms = _forms(rules)
-    others = {text: result for (text, result), form in zip(rules.items(), forms, strict=True) if _singly(rules, form) != result}
-    if len(others) <= _NEWER_SHARE * len(rules):
-        others = {}
-    # Characters that the rules leave alone, and NFKC does not.
-    every = [one for code in range(0x110000) if not 0xD800 <= code < 0xE000 and (one := chr(code)) not in rules]
-    others |= {one: one for one, form in zip(every, _forms(every), strict=True) if form != one}
+    forms = zip(rules.items(), _forms(rules), strict=True)
+    failed = sum(_singly(rules, form) != result for (_, result), form in forms)
+    if failed > _NEWER_SHARE * len(rules):
+        return False, others
+    # Characters that the rules leave alone, and NFKC does not; ideographs and Hangul it never changes.
+    codes = (
+        *range(0x3400),
+        *range(0xA000, 0xAC00),
+        *range(0xD7A4, 0xD800),
+        *range(0xE000, 0x20000),
+        *range(0x2F800, 0x30000),
+    )
+    every = [one for code in codes if (one := chr(code)) not in rules and one not in _BETWEEN]
+    others = {one: one for one, form in zip(every, _forms(every), strict=True) if form != one}
     return True, others
 
 
