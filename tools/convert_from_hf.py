@@ -78,6 +78,11 @@ def main() -> None:
             f"the vocabulary has {done.padding_rows} rows of padding, which take part in the softmax: the loss "
             "begins slightly above the model's own"
         )
+    if done.model.window is not None:
+        print(
+            f"layers of the model see {done.model.window:,} tokens back, all of a sequence up to that length: "
+            f"model.seq_length is {done.config.model.seq_length:,}, and an export names no longer context"
+        )
     if done.config.data.tokenizer is None:
         print("no tokenizer: set data.tokenizer, or train on data of the model's own tokens")
     run = args.config or done.config_file

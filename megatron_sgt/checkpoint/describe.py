@@ -98,7 +98,8 @@ def _details(details: Details) -> Iterator[tuple[str, str]]:
         f"{si(details.parameters, ' ')} parameters: {model.num_layers} layers, hidden {model.hidden_size:,}, "
         f"{model.num_attention_heads} heads of {model.kv_channels} in {model.num_query_groups} groups, "
         f"{model.activation} {model.ffn_hidden_size:,}, vocabulary {model.vocab_size:,} "
-        f"in {model.padded_vocab_size():,} rows",
+        f"in {model.padded_vocab_size():,} rows"
+        + ("" if model.rotary_scaling is None else f", rotary {model.rotary_scaling.describe()}"),
     )
     if details.layout is None:
         origin = "" if details.origin is None else f", imported from {details.origin}"

@@ -154,12 +154,16 @@ def starts_fresh(saved: dict[str, Any], hook: str) -> bool:
 
 def differing_sizes(there: ModelConfig, here: ModelConfig) -> list[str]:
     """Fields in which the model of a checkpoint and that of a run differ, so that its weights do not fit."""
-    saved, wanted = there.model_dump(), here.model_dump()
+    saved, wanted = _sizes(there), _sizes(here)
     return [
-        f"model.{name} is {saved.get(name)} there and {wanted[name]} here"
-        for name in wanted
-        if name not in _FREE_MODEL_FIELDS and saved.get(name) != wanted[name]
+        f"model.{name} is {saved[name]} there and {wanted[name]} here" for name in wanted if saved[name] != wanted[name]
     ]
+
+
+def _sizes(model: ModelConfig) -> dict[str, Any]:
+    return model.model_dump(exclude=_FREE_MODEL_FIELDS) | {
+        "rotary_scaling": None if model.rotary_scaling is None else model.rotary_scaling.positions()
+    }
 
 
 def check_checkpoint(folder: Path, config: Config, tokenizer: str | None = None) -> dict[str, Any]:

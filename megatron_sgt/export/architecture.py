@@ -81,7 +81,7 @@ def hf_config(
         "hidden_act": ffn_kind(model.activation).hidden_act,
         "rms_norm_eps": model.layernorm_epsilon,
         "rope_theta": model.rotary_base,
-        "max_position_embeddings": model.seq_length,
+        "max_position_embeddings": _context(model),
         "attention_dropout": model.attention_dropout,
         "initializer_range": model.init_method_std,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
@@ -94,16 +94,28 @@ def hf_config(
     }
     plain, _ = plain_architecture(model, plan)
     if plain is None:
-        return form.head() | common | _sgt_tail(model, plan, form)
+        scaled = {} if model.rotary_scaling is None else _rope(model)
+        return form.head() | common | _sgt_tail(model, plan, form) | scaled
     family = plain.removesuffix("ForCausalLM").lower()
     biases = {
         "llama": {"attention_bias": model.add_bias_linear, "mlp_bias": model.add_bias_linear},
         "qwen2": {"use_sliding_window": False},
         "qwen3": {"use_sliding_window": False, "attention_bias": False},
     }
-    # transformers 4 reads rope_theta, transformers 5 rope_parameters.
-    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base}}
-    return {"architectures": [plain], "model_type": family} | common | biases[family] | rope
+    # transformers 4 reads rope_theta and rope_scaling, transformers 5 rope_parameters.
+    scaling = {} if model.rotary_scaling is None else {"rope_scaling": model.rotary_scaling.formula()}
+    return {"architectures": [plain], "model_type": family} | common | biases[family] | _rope(model) | scaling
+
+
+def _rope(model: ModelConfig) -> dict[str, Any]:
+    formula = {"rope_type": "default"} if model.rotary_scaling is None else model.rotary_scaling.formula()
+    return {"rope_parameters": {**formula, "rope_theta": model.rotary_base}}
+
+
+def _context(model: ModelConfig) -> int:
+    """Tokens: what the model has been trained on, or what a scaled one was made for by whoever scaled it."""
+    scaling = model.rotary_scaling
+    return max(model.seq_length, (scaling and scaling.max_position_embeddings) or 0)
 
 
 def _sgt_tail(model: ModelConfig, plan: LoopPlan, form: Form) -> dict[str, Any]:

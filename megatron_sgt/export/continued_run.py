@@ -39,18 +39,23 @@ def run_config(
 
     Args:
         tokenizer: of the imported folder, None without one.
-        seq_length: tokens per training sequence; None: the model's context, at most MAX_SEQ_LENGTH.
+        seq_length: tokens per training sequence; None: the model's context, or its sliding window where that is
+            less, at most MAX_SEQ_LENGTH.
         padding: multiple to pad the vocabulary to; None: the largest of PADDINGS that needs no padding, or the
             first.
 
     Raises:
-        ConfigError: the model cannot be trained with these values.
+        ConfigError: the model cannot be trained with these values, or would see more of a sequence than its sliding
+            window.
     """
     vocabulary = model.fields["vocab_size"]
     multiple = padding or next((n for n in PADDINGS if vocabulary % n == 0), PADDINGS[0])
-    length = seq_length or min(model.max_position_embeddings, MAX_SEQ_LENGTH)
+    length = seq_length or min(model.max_position_embeddings, MAX_SEQ_LENGTH, model.window or MAX_SEQ_LENGTH)
+    if problem := model.window_problem(length):
+        raise ConfigError(f"--seq-length: {problem}; give {model.window} at most")
+    fields = {name: value for name, value in model.fields.items() if value is not None}
     values = {
-        "model": {**model.fields, "seq_length": length, "make_vocab_size_divisible_by": multiple},
+        "model": {**fields, "seq_length": length, "make_vocab_size_divisible_by": multiple},
         "growth": settings_for(plan_of(model), model.fields["num_attention_heads"]),
         "optim": {"lr": 1e-4, "min_lr": 1e-5, "lr_warmup_iters": 100},
         "train": {"train_iters": 2000, "micro_batch_size": 1, "global_batch_size": 64},
@@ -69,10 +74,15 @@ def fitting_config(path: Path, model: HFModel) -> Config:
     """
     config = load_config(path)
     problems = []
-    for name, wanted in model.fields.items():
-        found = getattr(config.model, name)
+    here = config.model.model_dump(exclude={"rotary_scaling": {"max_position_embeddings"}}, exclude_none=True)
+    for name, value in model.fields.items():
+        found, wanted = here.get(name), value
+        if isinstance(value, dict):  # of a scaling, what changes no position is free
+            wanted = {key: part for key, part in value.items() if key != "max_position_embeddings"}
         if name not in _FREE and found != wanted:
             problems.append(f"model.{name}: is {found}, the imported model has {wanted}")
+    if problem := model.window_problem(config.model.seq_length):
+        problems.append(f"model.seq_length: {problem}")
     try:
         growth_state(model, config)
     except ConfigError as error:

@@ -43,7 +43,7 @@ class Form:
 STANDARD = Form(
     name="standard",
     model_type="sgt",
-    files=("configuration_sgt.py", "attention_sgt.py", "mlp_sgt.py", "modeling_sgt.py"),
+    files=("configuration_sgt.py", "rotary_sgt.py", "attention_sgt.py", "mlp_sgt.py", "modeling_sgt.py"),
     auto_map={
         "AutoConfig": "configuration_sgt.SGTConfig",
         "AutoModel": "modeling_sgt.SGTModel",

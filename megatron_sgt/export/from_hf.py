@@ -39,6 +39,7 @@ from megatron_sgt.export.tokenizers import (
 from megatron_sgt.files import fresh_folder, replace_text, temporary_of
 from megatron_sgt.lease import Lease, held, inside
 from megatron_sgt.model.hf_weights import check_tensors
+from megatron_sgt.model.rotary import scaled_frequencies
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _FREQUENCIES = ".self_attn.rotary_emb.inv_freq"
@@ -186,7 +187,7 @@ def _all_or_nothing(root: Path, final: Path) -> Iterator[tuple[Path, Lease]]:
 def _drop_derived(source: Path, tensors: HFTensors, model: ModelConfig) -> None:
     """Drop what older versions of transformers stored redundantly, after checking it.
 
-    The head of a tied model is its embedding; the rotary frequencies follow from theta.
+    The head of a tied model is its embedding; the rotary frequencies follow from theta and the scaling.
     """
     if HEAD in tensors.shapes and not model.untie_embeddings_and_output_weights:
         if tensors.shapes[HEAD] != tensors.shapes.get(EMBEDDING) or not torch.equal(
@@ -199,6 +200,8 @@ def _drop_derived(source: Path, tensors: HFTensors, model: ModelConfig) -> None:
         tensors.forget(HEAD)
     size = model.kv_channels
     expected = model.rotary_base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    scaled, _ = scaled_frequencies(model)
+    expected = expected if scaled is None else scaled.double()
     for name in [name for name in tensors.shapes if name.endswith(_FREQUENCIES)]:
         found = tensors.read(name).double()
         # The stored ones may have been rounded to bf16.

@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_sgt import __version__
 from megatron_sgt.export.hf.loading import load_exported, quiet
 from megatron_sgt.export.own_model import own_model
+from megatron_sgt.export.parity_positions import TOLERANCE, probe_positions, rotary_gap
 from megatron_sgt.export.to_hf import Export
 from megatron_sgt.files import write_json
 from megatron_sgt.model.gpt import LanguageModel
@@ -124,6 +125,7 @@ def _compare(own: LanguageModel, theirs: Any, tokens: Tensor, export: Export, ne
     tolerance = logit_tolerance(expected)
     yield Check("logits, largest difference", largest_gap(found, expected), tolerance)
     yield Check("loss, difference", abs(loss_of(found, tokens) - loss_of(expected, tokens)), LOSS)
+    yield from rotary_checks(own, theirs.model, export)
 
     def chunk(part: Tensor, cache: Any) -> tuple[Tensor, Any]:
         out = theirs(part, past_key_values=cache, use_cache=True)
@@ -140,6 +142,13 @@ def _compare(own: LanguageModel, theirs: Any, tokens: Tensor, export: Export, ne
     )
     wrong = wrong_tokens(own, text, prompts.shape[1], export, theirs.generation_config.eos_token_id, tolerance)
     yield Check("greedy continuation, differing tokens", float(wrong), 0.0)
+
+
+def rotary_checks(own: LanguageModel, decoder: Any, export: Export) -> Iterator[Check]:
+    """Of a model with scaled positions: these, up to its whole context."""
+    if positions := probe_positions(export.source.config.model):
+        gap = rotary_gap(own, decoder, positions)
+        yield Check(f"rotary positions up to {positions[-1]:,}, largest difference of cos and sin", gap, TOLERANCE)
 
 
 def through_cache(step: Callable[[Tensor, Any], tuple[Tensor, Any]], inputs: Tensor) -> Tensor:

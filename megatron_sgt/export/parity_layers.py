@@ -24,6 +24,7 @@ from megatron_sgt.export.parity import (
     logit_tolerance,
     loss_of,
     probe_tokens,
+    rotary_checks,
     through_cache,
 )
 from megatron_sgt.export.source import ExportSource
@@ -115,6 +116,7 @@ def _walk(
     found = F.linear(norm(theirs), _read(exported, embedding if tied else "lm_head.weight"))
     yield Check("logits, largest difference", largest_gap(found, expected), logit_tolerance(expected))
     yield Check("loss, difference", abs(loss_of(found, tokens) - loss_of(expected, tokens)), LOSS)
+    yield from rotary_checks(own.model, body, export)
     yield Check("hidden states of each layer, cached against uncached", cache_gap, 1e-5)
 
 

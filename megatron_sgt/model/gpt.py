@@ -16,6 +16,7 @@ from megatron_sgt.model.loop_backend import loop_backend
 from megatron_sgt.model.mcore_config import compiles, transformer_config
 from megatron_sgt.model.pipeline_forward import forward_only, from_last_stage
 from megatron_sgt.model.pipeline_stage import Pipeline, PipelineStage
+from megatron_sgt.model.rotary import scaled_frequencies
 from megatron_sgt.model.spec import decoder_spec
 from megatron_sgt.model.tied_weight import TiedWeight
 from megatron_sgt.ops.attention import newer_flash_attention
@@ -101,12 +102,13 @@ def build_model(
     cut = pipeline_layout(config)
     settings = transformer_config(config, precision, groups.device, plain)
     tied = not config.model.untie_embeddings_and_output_weights
+    frequencies, attention_factor = scaled_frequencies(config.model)
     chunks = []
     for number, layers in enumerate(cut.chunks(groups.pp_rank)):
         chunk = GPTModel(
             config=settings,
             transformer_layer_spec=decoder_spec(
-                config, meter, layout, plain, fused, compiles(config, groups.device), len(layers)
+                config, meter, layout, plain, fused, compiles(config, groups.device), len(layers), attention_factor
             ),
             vocab_size=config.model.padded_vocab_size(),
             max_sequence_length=config.model.seq_length,
@@ -118,6 +120,8 @@ def build_model(
             share_embeddings_and_output_weights=tied and cut.size == 1,
             vp_stage=number if cut.virtual_size > 1 else None,
         )
+        if frequencies is not None:
+            chunk.rotary_pos_emb.inv_freq = frequencies.to(groups.device)
         _drop_empty_extra_state(chunk)
         chunks.append(chunk.to(groups.device))
     if cut.size == 1:

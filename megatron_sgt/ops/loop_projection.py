@@ -95,6 +95,7 @@ def head_gradients(
     """
     heads, groups, size = dq.shape[2], dk.shape[2], dq.shape[3]
     dq, dk, dv, u = _wide(dq), _wide(dk), _wide(dv), _wide(qkv)
+    turned_q, turned_k = dq, dk
     dq, dk = rotate(dq, cos, -sin), rotate(dk, cos, -sin)
     dnorm = dq.new_empty(0)
     if q_norm is not None and k_norm is not None:
@@ -102,14 +103,14 @@ def head_gradients(
         dq, dq_norm = _norm_backward(dq, raw_q, q_norm, eps)
         dk, dk_norm = _norm_backward(dk, raw_k, k_norm, eps)
         dnorm = torch.stack([dq_norm, dk_norm])
-        query, key = raw_q, raw_k
+        du = torch.cat([dq, dk, dv], dim=2)
+        c = (du * torch.cat([raw_q, raw_k, u[:, :, heads + groups :]], dim=2)).sum((-1, -2))
     else:
-        query, key = (rotate(t, cos, -sin) for t in u.split([heads, groups, groups], dim=2)[:2])
-    du = torch.cat([dq, dk, dv], dim=2)
-    values = torch.cat([query, key, u[:, :, heads + groups :]], dim=2)
+        # Of the rotated: a product with the rotation's gradient is the product before it, whatever its scale.
+        c = (torch.cat([turned_q, turned_k, dv], dim=2) * u).sum((-1, -2))
+        du = torch.cat([dq, dk, dv], dim=2)
     if bias is not None:
-        values = values - blocks(bias, rows, size).to(values).view(-1, size)
-    c = (du * values).sum((-1, -2))
+        c = c - (du * blocks(bias, rows, size).to(du).view(-1, size)).sum((-1, -2))
     scale = r.unsqueeze(-1).unsqueeze(-1)
     return (scale * du).to(qkv.dtype), r.square() * c / width, dnorm
 

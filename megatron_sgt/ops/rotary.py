@@ -21,30 +21,32 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rotary:
-    """cos and sin [S, H / 2] fp32 (fp64 for fp64 angles) of the rotary angles."""
+    """cos and sin [S, H / 2] fp32 (fp64 for fp64 angles) of the rotary angles, times the attention factor of YaRN."""
 
     cos: Tensor
     sin: Tensor
 
 
-def rotary_table(angles: Tensor) -> Rotary:
-    """From Megatron's angles [S, 1, 1, H], whose halves are equal."""
+def rotary_table(angles: Tensor, factor: float = 1.0) -> Rotary:
+    """From Megatron's angles [S, 1, 1, H], whose halves are equal. ``factor``: of cos and sin."""
     half = angles[:, 0, 0, : angles.shape[-1] // 2]
     half = half if half.dtype == torch.float64 else half.float()
-    return Rotary(half.cos().contiguous(), half.sin().contiguous())
+    cos, sin = half.cos().contiguous(), half.sin().contiguous()
+    return Rotary(cos, sin) if factor == 1.0 else Rotary(cos * factor, sin * factor)
 
 
 class RotaryTables:
     """The table of the angles that Megatron-Core hands to every layer: one for all layers, the same in every step."""
 
-    def __init__(self) -> None:
+    def __init__(self, factor: float = 1.0) -> None:
+        self.factor = factor
         self._angles: Tensor | None = None
         self._table: Rotary | None = None
 
     def of(self, angles: Tensor) -> Rotary:
         """The table of ``angles``, computed when they are another tensor than last time."""
         if self._table is None or self._angles is not angles:
-            self._angles, self._table = angles, rotary_table(angles)
+            self._angles, self._table = angles, rotary_table(angles, self.factor)
         return self._table
 
 
@@ -61,7 +63,7 @@ def rotate_halves(heads: Tensor, rotary: Rotary) -> Tensor:
 
 
 class _Rotation(torch.autograd.Function):
-    """The gradient of a rotation is the rotation back."""
+    """The gradient of a rotation, scaled or not, is the rotation back with the same table."""
 
     @staticmethod
     def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -21,9 +21,10 @@ _EQUAL = 0.0005
 def model_line(config: Config) -> str:
     """Size and shape of the model."""
     model = config.model
+    scaling = "" if model.rotary_scaling is None else f" · rotary {model.rotary_scaling.describe()}"
     return (
         f"{parameter_count(model):,} parameters · {model.num_layers} layers · hidden {model.hidden_size} · "
-        f"{model.num_attention_heads} heads in {model.num_query_groups} groups · T = {model.seq_length}"
+        f"{model.num_attention_heads} heads in {model.num_query_groups} groups · T = {model.seq_length}{scaling}"
     )
 
 

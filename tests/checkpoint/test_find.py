@@ -178,6 +178,18 @@ def test_another_model_is_refused_field_by_field(tmp_path: Path) -> None:
     assert "hidden_size is 64" not in str(caught.value).replace("ffn_hidden_size", "")
 
 
+LINEAR = {"type": "linear", "factor": 2.0}
+
+
+def test_another_scaling_of_positions_is_another_model(tmp_path: Path) -> None:
+    """As another rotary_base is; the context that an export names is not."""
+    folder = make(tmp_path / "global_step7", model={"rotary_scaling": LINEAR})
+    check_checkpoint(folder, small_config(model={"rotary_scaling": {**LINEAR, "max_position_embeddings": 64}}))
+    said = r"model\.rotary_scaling is \{'type': 'linear', 'factor': 2\.0\} there and None here"
+    with pytest.raises(CheckpointError, match=said):
+        check_checkpoint(folder, small_config())
+
+
 def test_what_shapes_no_weight_may_change(tmp_path: Path) -> None:
     folder = make(tmp_path / "global_step7")
     free = {"seq_length": 64, "attention_dropout": 0.1, "hidden_dropout": 0.1, "init_method_std": 0.01}

@@ -18,7 +18,13 @@ FIELDS: dict[str, Any] = {
     "num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 96, "activation": "swiglu",
     "ffn_hidden_size": 48, "num_query_groups": 2, "kv_channels": 8, "layernorm_epsilon": 1e-5,
 }  # fmt: skip
-PLAIN = HFModel("llama", FIELDS, 8192)
+PLAIN = HFModel("llama", {**FIELDS, "rotary_scaling": None}, 8192)
+SCALED = HFModel(
+    "llama",
+    {**FIELDS, "rotary_scaling": {"type": "linear", "factor": 4.0, "max_position_embeddings": 8192}},
+    8192,
+)
+WINDOWED = HFModel("mistral", FIELDS, 8192, window=32)
 GROWN = HFModel("sgt", FIELDS, 64, {"3": {"heads": [3, 1], "depth": 2}, "1": {"heads": [0], "depth": 1}})
 BLOCKS = HFModel("sgt", FIELDS, 64, {"2": {"heads": [], "depth": 0, "block_loops": 2}})
 ROOT = Path("imports") / "a"
@@ -35,6 +41,7 @@ def write(path: Path, model: HFModel) -> Path:
 def test_the_file_says_what_the_weights_need(tmp_path: Path) -> None:
     config = load_config(write(tmp_path / "run.yaml", PLAIN))
     assert {name: getattr(config.model, name) for name in FIELDS} == FIELDS
+    assert "rotary_scaling" not in (tmp_path / "run.yaml").read_text()
     assert (config.model.seq_length, config.model.make_vocab_size_divisible_by) == (4096, 32)
     assert (config.checkpoint.load, config.growth.method) == (str(ROOT), "sgt")
     assert config.data.tokenizer is not None and config.data.tokenizer.type == "huggingface"
@@ -94,6 +101,9 @@ def test_mixed_loops_are_refused() -> None:
             "model.vocab_size: is None, the imported model has 96",
         ),
         (GROWN, ("method: sgt", "method: vanilla"), "growth.method: is vanilla"),
+        (SCALED, ("factor: 4.0", "factor: 2.0"), "model.rotary_scaling: is {'type': 'linear', 'factor': 2.0}, the"),
+        (PLAIN, ("num_layers: 4", "num_layers: 4\n  rotary_scaling: {type: linear, factor: 2}"), "model has None"),
+        (WINDOWED, ("seq_length: 32", "seq_length: 33"), "model.seq_length: 33 tokens are more than sliding_window 32"),
     ],
 )
 def test_a_file_of_another_model_is_refused(model: HFModel, change: tuple[str, str], says: str, tmp_path: Path) -> None:
@@ -103,6 +113,13 @@ def test_a_file_of_another_model_is_refused(model: HFModel, change: tuple[str, s
     with pytest.raises(ConfigError) as refused:
         fitting_config(path, model)
     assert says in str(refused.value)
+
+
+def test_a_file_need_not_name_the_context_of_an_export(tmp_path: Path) -> None:
+    path = write(tmp_path / "run.yaml", SCALED)
+    path.write_text(path.read_text().replace("    max_position_embeddings: 8192\n", ""))
+    scaling = fitting_config(path, SCALED).model.rotary_scaling
+    assert scaling is not None and scaling.max_position_embeddings is None
 
 
 def test_a_file_may_choose_its_own_growth(tmp_path: Path) -> None:

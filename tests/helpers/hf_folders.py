@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,35 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
 }
 """Name -> what its classes begin with, and its settings beside SHAPE."""
+LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SCALED: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama_3.1": ("Llama", {
+        "rope_theta": 5e5, "rope_scaling": {**LLAMA3, "factor": 8.0, "original_max_position_embeddings": 16},
+    }),
+    "llama_3.2": ("Llama", {
+        "rope_theta": 5e5, "rope_scaling": {**LLAMA3, "factor": 32.0, "original_max_position_embeddings": 16},
+        "tie_word_embeddings": True, "head_dim": 16,
+    }),
+    "llama_linear": ("Llama", {"rope_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "qwen2_yarn": ("Qwen2", {
+        "rope_theta": 1e6,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    }),
+    "qwen3_yarn": ("Qwen3", {
+        "head_dim": 16, "rope_theta": 1e6,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "attention_factor": 1.2,
+            "beta_fast": 8.0, "beta_slow": 2.0, "truncate": False,
+        },
+    }),
+}  # fmt: skip
+"""The same with scaled rotary positions, from a context of 16 tokens to one of 64."""
 
 
 def build_hf_model(name: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
-    """A randomly initialised model of FAMILIES, biases and norms too, in evaluation mode."""
-    family, own = FAMILIES[name]
-    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **own, **settings})
+    """A randomly initialised model of FAMILIES or SCALED, biases and norms too, in evaluation mode."""
+    family, own = {**FAMILIES, **SCALED}[name]
+    config = getattr(transformers, f"{family}Config")(**deepcopy({**SHAPE, **own, **settings}))
     torch.manual_seed(1)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     with torch.no_grad():

@@ -25,7 +25,10 @@ TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of one problem: see the legend in ``loop_projection``. ``kept``: heads of ``heads`` in ``groups``."""
+    """Sizes of one problem: see the legend in ``loop_projection``.
+
+    kept: heads of ``heads`` in ``groups``. factor: of cos and sin (YaRN).
+    """
 
     length: int = 48
     batch: int = 2
@@ -36,6 +39,7 @@ class Case:
     kept: tuple[int, ...] = (1, 2)
     bias: bool = False
     head_norm: bool = False
+    factor: float = 1.0
 
     @property
     def layout(self) -> HeadLayout:
@@ -46,10 +50,10 @@ CASES = {
     "two heads": Case(),
     "d64, ragged": Case(length=67, batch=1, width=128, size=64),
     "d128, grouped": Case(length=70, batch=1, width=160, size=128, groups=2, kept=(0, 2, 3), head_norm=True),
-    "shared group": Case(groups=2, kept=(0, 1), batch=1),
-    "uneven groups, norm": Case(groups=2, kept=(0, 1, 3), head_norm=True),
+    "shared group": Case(groups=2, kept=(0, 1), batch=1, factor=1.4),
+    "uneven groups, norm": Case(groups=2, kept=(0, 1, 3), head_norm=True, factor=1.2),
     "biases, norm": Case(length=33, kept=(3,), bias=True, head_norm=True),
-    "biases": Case(length=40, width=64, groups=1, kept=(0, 2), bias=True),
+    "biases": Case(length=40, width=64, groups=1, kept=(0, 2), bias=True, factor=1.3),
 }
 
 
@@ -71,7 +75,7 @@ class Problem:
 
     @property
     def rotary(self) -> Rotary:
-        return rotary_table(self.angles)
+        return rotary_table(self.angles, self.case.factor)
 
     @property
     def head_norms(self) -> tuple[Tensor, Tensor] | None:

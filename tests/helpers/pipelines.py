@@ -40,6 +40,7 @@ MINI: Settings = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "sgt": {},
     "tied": {"model": {"untie_embeddings_and_output_weights": False}},
+    "yarn": {"model": {"rotary_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}}},
     "all heads": {"growth": {"head_choice": "all"}},
     "block loop": {"growth": {"method": "block_loop", "block_loop_layers": [3, 6], "block_loop_count": 1}},
 }

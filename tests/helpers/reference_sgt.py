@@ -3,10 +3,12 @@
 Slow on purpose: every head of every pass is computed with an eager softmax and multiplied by its gate.
 Nothing here is shared with megatron_sgt. Shapes: B batch, T sequence, D hidden, H query heads, G key/value
 groups, d head size, L layers. Weights are a dict under Hugging Face Llama names; what they imply is read off
-them: G from k_proj's rows, q/k norms from `q_norm` and `k_norm` (one RMSNorm of size d for all heads), biases
+them: G from k_proj's rows, q/k norms from `q_norm` and `k_norm` (one RMSNorm of size d for all heads, or one over
+all heads of sizes H·d and G·d), norms of outputs instead of inputs from `post_feedforward_layernorm`, biases
 from their presence, a tied output from a missing `lm_head.weight`.
 
-`settings` is the metadata of a golden file: model {num_layers, num_attention_heads, norm_eps, rope_theta},
+`settings` is the metadata of a golden file: model {num_layers, num_attention_heads, norm_eps, rope_theta, and
+rotary_scaling {type llama3 | yarn | linear, factor, ...} where positions are scaled},
 growth {the options of the schedule; method sgt | vanilla | block_loop, direction, head_choice, seed,
 entropy_after_fixed, block_loop_layers and block_loop_count may be absent}, optim {lr, betas, eps,
 weight_decay, clip}, steps, micro_batch.
@@ -34,34 +36,64 @@ def linear(w: Params, name: str, x: Tensor) -> Tensor:
     return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
 
 
-def rotary(x: Tensor, theta: float) -> Tensor:
+def scaled(frequency: Tensor, theta: float, scaling: Settings) -> tuple[Tensor, float]:
+    """Frequencies [d/2] of a longer context, and what cos and sin are multiplied by.
+
+    llama3 (the Llama 3.1 report): waves longer than the context / low are divided by the factor, those shorter than
+    the context / high stay, between them linearly in the number of waves. yarn (arXiv 2309.00071): the same between
+    the dimensions that turn beta_fast and beta_slow times in the context, linearly in the dimension.
+    """
+    factor, context = scaling["factor"], scaling.get("original_max_position_embeddings")
+    if scaling["type"] == "linear":
+        return frequency / factor, 1.0
+    if scaling["type"] == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        stays = ((context * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        return frequency * (stays + (1 - stays) / factor), 1.0
+
+    def dimension(turns: float) -> float:
+        return len(frequency) * math.log(context / (2 * math.pi * turns)) / math.log(theta)
+
+    first, last = dimension(scaling.get("beta_fast", 32)), dimension(scaling.get("beta_slow", 1))
+    if scaling.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * len(frequency) - 1)
+    ramp = ((torch.arange(len(frequency)) - first) / max(last - first, 0.001)).clamp(0, 1)
+    return frequency * (1 - ramp + ramp / factor), scaling.get("attention_factor", 0.1 * math.log(factor) + 1)
+
+
+def rotary(x: Tensor, theta: float, scaling: Settings | None = None) -> Tensor:
     """Rotates x [B, heads, T, d] by its positions, pairing dimension i with i + d/2."""
     half = x.shape[-1] // 2
     frequency = theta ** (-torch.arange(half, dtype=torch.float32) / half)
+    frequency, factor = (frequency, 1.0) if scaling is None else scaled(frequency, theta, scaling)
     angle = torch.arange(x.shape[-2], dtype=torch.float32)[:, None] * frequency
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = angle.cos() * factor, angle.sin() * factor
     a, b = x[..., :half], x[..., half:]
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 def attention(w: Params, x: Tensor, gates: Tensor | None, model: Settings) -> tuple[Tensor, Tensor]:
-    """One pass over normed x [B, T, D]: W_o concat_h(g_h head_h) [B, T, D]; its last rows' entropy [H].
+    """One pass over x [B, T, D], normed or not: W_o concat_h(g_h head_h) [B, T, D]; its last rows' entropy [H].
 
     w holds one layer's weights; gates [H], None for the ordinary attention.
     """
     batch, length, _ = x.shape
     heads, eps = model["num_attention_heads"], model["norm_eps"]
 
+    size = w["self_attn.q_proj.weight"].shape[0] // heads
+
     def split(name: str) -> Tensor:
-        rows = linear(w, f"self_attn.{name}_proj", x)
-        size = w["self_attn.q_proj.weight"].shape[0] // heads
-        return rows.view(batch, length, -1, size).transpose(1, 2)
+        rows, norm = linear(w, f"self_attn.{name}_proj", x), w.get(f"self_attn.{name}_norm.weight")
+        if norm is not None and len(norm) == rows.shape[-1]:  # over all heads, whichever gates they have
+            rows = rms_norm(rows, norm, eps)
+        parts = rows.view(batch, length, -1, size)
+        if norm is not None and len(norm) == size:
+            parts = rms_norm(parts, norm, eps)
+        return parts.transpose(1, 2)
 
     q, k, v = split("q"), split("k"), split("v")
-    if "self_attn.q_norm.weight" in w:
-        q = rms_norm(q, w["self_attn.q_norm.weight"], eps)
-        k = rms_norm(k, w["self_attn.k_norm.weight"], eps)
-    q, k = rotary(q, model["rope_theta"]), rotary(k, model["rope_theta"])
+    q, k = (rotary(y, model["rope_theta"], model.get("rotary_scaling")) for y in (q, k))
     k, v = (y.repeat_interleave(heads // y.shape[1], dim=1) for y in (k, v))
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     hidden_future = torch.ones(length, length, dtype=torch.bool).triu(1)
@@ -76,14 +108,20 @@ def attention(w: Params, x: Tensor, gates: Tensor | None, model: Settings) -> tu
 def layer(w: Params, x: Tensor, loops: int, gates: Tensor, model: Settings) -> tuple[Tensor, list[Tensor]]:
     """One decoder layer with `loops` additional attention passes; also the entropies [H] of each pass."""
     entropies = []
+    outputs = "post_feedforward_layernorm.weight" in w
+    before = [None, None] if outputs else ["input_layernorm", "post_attention_layernorm"]
+    after = ["post_attention_layernorm", "post_feedforward_layernorm"] if outputs else [None, None]
+
+    def norm(name: str | None, y: Tensor) -> Tensor:
+        return y if name is None else rms_norm(y, w[f"{name}.weight"], model["norm_eps"])
+
     for index in range(1 + loops):
-        normed = rms_norm(x, w["input_layernorm.weight"], model["norm_eps"])
-        out, entropy = attention(w, normed, gates if index else None, model)
-        x = x + out
+        out, entropy = attention(w, norm(before[0], x), gates if index else None, model)
+        x = x + norm(after[0], out)
         entropies.append(entropy)
-    normed = rms_norm(x, w["post_attention_layernorm.weight"], model["norm_eps"])
+    normed = norm(before[1], x)
     gate, up = linear(w, "mlp.gate_proj", normed), linear(w, "mlp.up_proj", normed)
-    return x + linear(w, "mlp.down_proj", torch.nn.functional.silu(gate) * up), entropies
+    return x + norm(after[1], linear(w, "mlp.down_proj", torch.nn.functional.silu(gate) * up)), entropies
 
 
 def forward(

@@ -13,6 +13,8 @@ from megatron_sgt.model.hf_weights import megatron_shard
 from tests.helpers.single import random_batch, single_groups, single_model, small_config
 from tests.helpers.variants import make_weights_uneven
 
+LLAMA3 = {"factor": 8.0, "original_max_position_embeddings": 8, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 8}
 # Hugging Face class, changes to its configuration, the same changes under Megatron's names.
 TWINS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("Llama", {}, {}),
@@ -31,6 +33,16 @@ TWINS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
         },
         {"add_bias_linear": True, "layernorm_epsilon": 1e-3, "rotary_base": 500.0},
+    ),
+    "llama 3, scaled": (
+        "Llama",
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **LLAMA3}},
+        {"rotary_base": 5e5, "rotary_scaling": {"type": "llama3", **LLAMA3}},
+    ),
+    "qwen2, yarn": (
+        "Qwen2",
+        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", **YARN}},
+        {"add_qkv_bias": True, "rotary_scaling": {"type": "yarn", **YARN}},
     ),
     "qwen2": ("Qwen2", {"num_key_value_heads": 2}, {"num_query_groups": 2, "add_qkv_bias": True}),
     "qwen3": (

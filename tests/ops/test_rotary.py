@@ -67,7 +67,7 @@ compiled = pytest.mark.skipif(
 def test_the_compiled_function_equals_the_definition(grouped: bool, dtype: torch.dtype) -> None:
     """Really compiled, forward and backward."""
     query, key = heads(dtype, grouped)
-    table = rotary_table(angles(torch.float64 if dtype == torch.float64 else torch.float32))
+    table = rotary_table(angles(torch.float64 if dtype == torch.float64 else torch.float32), 1.3 if grouped else 1.0)
     turned = rotate_heads(query, key, table)
     exact = [t.detach().double().requires_grad_() for t in (query, key)]
     wanted = [rotate(t, table.cos.double(), table.sin.double()) for t in exact]
@@ -86,6 +86,17 @@ def test_one_table_for_all_layers() -> None:
     assert table.cos.shape == (LENGTH, SIZE // 2)
     torch.testing.assert_close(table.sin, first[:, 0, 0, : SIZE // 2].sin())
     assert tables.of(first[:5]).cos.shape[0] == 5
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.25])
+def test_the_attention_factor_is_in_the_table(factor: float) -> None:
+    table, plain = RotaryTables(factor).of(angles()), rotary_table(angles())
+    assert torch.equal(table.cos, factor * plain.cos) and torch.equal(table.sin, factor * plain.sin)
+    head = random(LENGTH, BATCH, 1, SIZE, seed=5).requires_grad_()
+    pull = random(LENGTH, BATCH, 1, SIZE, seed=6)
+    turned, wanted = rotate_halves(head, table), rotate(head, table.cos, table.sin)
+    torch.testing.assert_close(turned, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(t, head, pull)[0] for t in (turned, wanted)))
 
 
 @compiled

@@ -11,6 +11,9 @@ from tests.helpers.single import small_config
 def test_model() -> None:
     config = small_config()
     assert model_line(config).startswith(f"{parameter_count(config.model):,} parameters · 4 layers · hidden 64")
+    scaling = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 16}
+    scaled = model_line(small_config(model={"rotary_scaling": scaling}))
+    assert scaled == f"{model_line(config)} · rotary yarn, factor 4 of 16 tokens"
 
 
 @pytest.mark.parametrize(

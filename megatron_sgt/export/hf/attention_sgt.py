@@ -37,18 +37,6 @@ class SGTRMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
-def rotary_embedding(position_ids: Tensor, config: SGTConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, S, H] of positions [B, S].
-
-    Angles are computed in fp32 whatever the model was cast to: in bf16, positions above 256 would collide.
-    """
-    size = config.head_dim
-    exponent = torch.arange(0, size, 2, dtype=torch.float32, device=position_ids.device) / size
-    angles = position_ids[..., None].float() * (1.0 / config.rope_theta**exponent)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B, *, S, H] in the half-split convention."""
     first, second = x.chunk(2, dim=-1)

@@ -6,6 +6,32 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+SCALED = ("linear", "llama3", "yarn")
+"""Values of ``rope_type`` beside "default" whose frequencies do not depend on the length of a text."""
+
+
+def _rope_settings(theta: float, *given: dict[str, Any] | None) -> dict[str, Any]:
+    """``rope_parameters`` as transformers 5 has them, from what either version gives; later ones go first.
+
+    Raises:
+        ValueError: a type that this model does not have.
+    """
+    merged = {name: value for settings in given for name, value in (settings or {}).items() if value is not None}
+    kind = merged.pop("type", "default")
+    settings = {"rope_type": kind, "rope_theta": theta, **merged}
+    if settings["rope_type"] not in ("default", *SCALED):
+        raise ValueError(f"rope_type {settings['rope_type']!r}: choose default, {', '.join(SCALED)}")
+    return settings
+
+
+def _set_rope(config: PretrainedConfig, settings: dict[str, Any]) -> None:
+    """Give ``config`` its rotary settings under the names of both versions of transformers."""
+    config.rope_theta = settings["rope_theta"]
+    config.rope_parameters = settings
+    if not hasattr(PretrainedConfig, "standardize_rope_params"):  # transformers 4
+        scaled = settings["rope_type"] != "default"
+        config.rope_scaling = {k: v for k, v in settings.items() if k != "rope_theta"} if scaled else None
+
 
 class SGTConfig(PretrainedConfig):
     """A LLaMA-style decoder, some layers of which attend again with some of their heads.
@@ -19,9 +45,10 @@ class SGTConfig(PretrainedConfig):
         qk_norm: RMSNorm of every query and key head before the rotation.
         normalization: "RMSNorm" or "LayerNorm".
         gated_mlp: down(act(gate(x)) * up(x)) if true, else down(act(up(x))).
+        rope_parameters, rope_scaling: as transformers 5 and 4 have them; of rope_type default, linear, llama3 or yarn.
 
     Raises:
-        ValueError: ``sgt_loops`` names a layer or a head that does not exist.
+        ValueError: ``sgt_loops`` names a layer or a head that does not exist; another rope_type.
     """
 
     model_type = "sgt"
@@ -41,6 +68,8 @@ class SGTConfig(PretrainedConfig):
         normalization: str = "RMSNorm",
         rms_norm_eps: float = 1e-6,
         rope_theta: float = 10000.0,
+        rope_parameters: dict[str, Any] | None = None,
+        rope_scaling: dict[str, Any] | None = None,
         max_position_embeddings: int = 4096,
         qk_norm: bool = False,
         attention_bias: bool = False,
@@ -67,8 +96,8 @@ class SGTConfig(PretrainedConfig):
         self.gated_mlp = gated_mlp
         self.normalization = normalization
         self.rms_norm_eps = rms_norm_eps
-        self.rope_theta = rope_theta
         self.max_position_embeddings = max_position_embeddings
+        _set_rope(self, _rope_settings(rope_theta, rope_scaling, rope_parameters))
         self.qk_norm = qk_norm
         self.attention_bias = attention_bias
         self.attention_out_bias = attention_out_bias

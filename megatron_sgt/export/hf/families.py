@@ -11,6 +11,7 @@ from megatron_sgt.arch.ffn import all_kinds, kind_of_hf
 from megatron_sgt.errors import CheckpointError, first_line
 from megatron_sgt.export.forms import STANDARD, form_of
 from megatron_sgt.export.hf.loading import own_class
+from megatron_sgt.export.hf.positions import position_problems, rope_of, rotary_scaling, window_of
 
 CONFIG_FILE = "config.json"
 
@@ -30,12 +31,22 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class HFModel:
-    """A folder's model. ``fields``: of the section model; ``loops``: of an SGT model, as its config has them."""
+    """A folder's model. ``fields``: of the section model; ``loops``: of an SGT model, as its config has them.
+
+    ``window``: of its sliding layers, in tokens. Up to that length they see everything, as every layer here does.
+    """
 
     model_type: str
     fields: dict[str, Any]
     max_position_embeddings: int
     loops: dict[str, dict[str, Any]] = field(default_factory=dict)
+    window: int | None = None
+
+    def window_problem(self, seq_length: int) -> str | None:
+        """Why sequences of this length would be attended to otherwise than by the model itself; None: they are not."""
+        if self.window is None or seq_length <= self.window:
+            return None
+        return f"{seq_length} tokens are more than sliding_window {self.window}, beyond which the model sees a part"
 
 
 def read_model(folder: Path) -> HFModel:
@@ -60,7 +71,7 @@ def read_model(folder: Path) -> HFModel:
         raise CheckpointError(f"{folder} cannot be imported: {'; '.join(problems)}")
     fields = {**_common_fields(config), **family.fields(config)}
     loops = getattr(config, "sgt_loops", {})
-    return HFModel(config.model_type, fields, config.max_position_embeddings, loops)
+    return HFModel(config.model_type, fields, config.max_position_embeddings, loops, window_of(config))
 
 
 def read_config(folder: Path) -> Any:
@@ -98,30 +109,11 @@ def _common_problems(config: Any) -> Iterator[str]:
     if kind_of_hf(gated, act) is None:
         known = " or ".join(repr(kind.hidden_act) for kind in all_kinds().values() if kind.gated == gated)
         yield f"hidden_act {act!r} with gated_mlp {gated}: must be {known}"
-    rope = _rope(config)
-    if rope.get("rope_type", "default") != "default":
-        yield f"rope_scaling {rope['rope_type']!r}: only the plain rotary embedding is supported"
-    factor = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0))
-    if factor not in (None, 1, 1.0):
-        yield f"partial_rotary_factor {factor}: every dimension of a head must rotate"
-    if getattr(config, "sliding_window", None) is not None:
-        yield f"sliding_window {config.sliding_window}: attention is causal over the whole sequence here"
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if kinds:
-        yield f"layer_types {', '.join(sorted(kinds))}: only full_attention is supported"
+    yield from position_problems(config)
     wanted = f"{config.model_type}forcausallm"
     named = [name for name in config.architectures or () if name.lower() != wanted]
     if named:
         yield f"architectures {', '.join(named)}: only the causal language model can be trained"
-
-
-def _rope(config: Any) -> dict[str, Any]:
-    """Rotary settings under the names of transformers 5, whichever version wrote or reads them."""
-    found = getattr(config, "rope_parameters", None)
-    if found is not None:
-        return found
-    scaling = getattr(config, "rope_scaling", None) or {}
-    return {"rope_theta": config.rope_theta, **scaling}
 
 
 def _common_fields(config: Any) -> dict[str, Any]:
@@ -136,7 +128,8 @@ def _common_fields(config: Any) -> dict[str, Any]:
         "kv_channels": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         "normalization": "RMSNorm",
         "layernorm_epsilon": float(config.rms_norm_eps),
-        "rotary_base": float(_rope(config)["rope_theta"]),
+        "rotary_base": float(rope_of(config)["rope_theta"]),
+        "rotary_scaling": rotary_scaling(config),
         "qk_layernorm": False,
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
         "add_bias_linear": False,

@@ -32,10 +32,10 @@ from .attention_sgt import (
     SGTHeadLoop,
     SGTRMSNorm,
     make_room_for_loops,
-    rotary_embedding,
 )
 from .configuration_sgt import SGTConfig
 from .mlp_sgt import SGTMLP
+from .rotary_sgt import SGTRotaryEmbedding
 
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters  # they differ between transformers 4 and 5
 
@@ -115,6 +115,7 @@ class SGTModel(SGTPreTrainedModel):
             [SGTDecoderLayer(config, n, sum(passes[:n])) for n in range(config.num_hidden_layers)]
         )
         self.norm = _norm(config)
+        self.rotary_emb = SGTRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -157,7 +158,7 @@ class SGTModel(SGTPreTrainedModel):
         mask = _causal_mask(config, x, attention_mask, cache_position, past_key_values, position_ids)
         kwargs |= {
             "attention_mask": mask,
-            "position_embeddings": rotary_embedding(position_ids, config, x.dtype),
+            "position_embeddings": self.rotary_emb(x, position_ids),
             "position_ids": position_ids,
             "cache_position": cache_position,
             "past_key_values": past_key_values,

@@ -1,4 +1,4 @@
-"""Attention of exported models: only kept heads are computed, rotary angles stay exact, caches get room."""
+"""Attention of exported models: only kept heads are computed, caches get room."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from megatron_sgt.export.hf.attention_sgt import make_room_for_loops, rotary_embedding
+from megatron_sgt.export.hf.attention_sgt import make_room_for_loops
 from tests.helpers.hf_models import gap, hf_config, hf_model, random_ids
 
 
@@ -32,19 +32,6 @@ def test_loops_compute_the_kept_heads_alone() -> None:
     one_pass = flops({"2": {"heads": [0, 1], "depth": 1}}) - flops({})
     assert one_pass == projections + attention
     assert flops({"2": {"heads": [0, 1], "depth": 3}}) - flops({}) == 3 * one_pass
-
-
-def test_rotary_angles_do_not_depend_on_the_models_dtype() -> None:
-    """In bf16 neighbouring positions above 256 would get the same angle."""
-    positions = torch.tensor([[0, 1, 256, 257, 3001]])
-    config = hf_config()
-    exact = [t.double() for t in rotary_embedding(positions, config, torch.float32)]
-    angle = positions.double()[..., None] / 10000 ** (torch.arange(0, 12, 2, dtype=torch.float64) / 12)
-    assert (exact[0][..., :6] - angle.cos()).abs().max() < 1e-3 and (exact[1][..., 6:] - angle.sin()).abs().max() < 1e-3
-    rounded = rotary_embedding(positions, config, torch.bfloat16)
-    assert all(torch.equal(r, e.bfloat16()) for r, e in zip(rounded, exact, strict=True))
-    model = hf_model().bfloat16()
-    assert not [name for name, _ in model.named_buffers()], "a buffer would be cast with the model"
 
 
 @pytest.mark.parametrize("kind", ["subclass", "hook"])

@@ -1,0 +1,46 @@
+"""Rotary positions of exported models, scaled by transformers' own formulas where ``rope_parameters`` say so.
+
+Shapes: B batch, S tokens, H head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .configuration_sgt import SGTConfig
+
+
+class SGTRotaryEmbedding(nn.Module):
+    """cos and sin of the positions. No buffer: it would be cast with the model, and lost in a load through meta."""
+
+    def __init__(self, config: SGTConfig) -> None:
+        super().__init__()
+        self.theta, self.size = config.rope_theta, config.head_dim
+        self.frequencies: list[float] | None = None
+        self.attention_scaling = 1.0
+        kind = config.rope_parameters["rope_type"]
+        if kind != "default":
+            cpu = torch.device("cpu")
+            with cpu:
+                frequencies, self.attention_scaling = ROPE_INIT_FUNCTIONS[kind](config, cpu)
+            self.frequencies = frequencies.tolist()
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, S, H] of positions [B, S], in the type of x.
+
+        Angles are computed in fp32 whatever the model was cast to: in bf16, positions above 256 would collide.
+        """
+        angles = position_ids[..., None].float() * self._radians(position_ids.device)
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos(), angles.sin()
+        if self.attention_scaling != 1.0:
+            cos, sin = cos * self.attention_scaling, sin * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+    def _radians(self, device: torch.device) -> Tensor:
+        if self.frequencies is not None:
+            return torch.tensor(self.frequencies, dtype=torch.float32, device=device)
+        exponent = torch.arange(0, self.size, 2, dtype=torch.float32, device=device) / self.size
+        return 1.0 / self.theta**exponent
