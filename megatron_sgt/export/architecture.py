@@ -21,11 +21,15 @@ TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Ids that generation needs; None where the tokenizer has none."""
+    """Ids that generation needs; None where the tokenizer has none.
+
+    begin: what every text begins with; None: nothing of its own.
+    """
 
     bos: int | None = None
     eos: int | None = None
     pad: int | None = None
+    begin: int | None = None
 
 
 @dataclass(frozen=True)
@@ -144,14 +148,15 @@ def _loop(layer: LayerPlan) -> dict[str, Any]:
 def generation_config(tokens: TokenIds, unused_ids: range) -> dict[str, Any]:
     """The contents of ``generation_config.json``.
 
-    ``bos_token_id`` is what ``generate`` without input begins with: what came before a document in training, the end of
-    the one before.
+    ``bos_token_id`` is what ``generate`` without input begins with: what began a document in training, or the end of
+    the one before it.
 
     Args:
         unused_ids: rows of padding, which no text has.
     """
+    before = tokens.bos if tokens.eos is None else tokens.eos
     values: dict[str, Any] = {
-        "bos_token_id": tokens.bos if tokens.eos is None else tokens.eos,
+        "bos_token_id": before if tokens.begin is None else tokens.begin,
         "eos_token_id": tokens.eos,
         "pad_token_id": tokens.pad,
     }
