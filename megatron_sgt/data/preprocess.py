@@ -91,8 +91,8 @@ def preprocess(options: PreprocessOptions) -> PreprocessReport:
         note(line)
     bad = BadDocuments(options.max_bad_documents)
     tokenizer = build_tokenizer(options.tokenizer)
-    if line := export_form(options.tokenizer).line:
-        note(line)
+    if exported := export_form(options.tokenizer).line:
+        note(exported)
     _check_boundaries(tokenizer, options)
     dtype = "uint16" if tokenizer.vocab_size < UINT16_BELOW else "int32"
     total_bytes = sum(file.size for file in found.files)

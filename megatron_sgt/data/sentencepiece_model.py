@@ -82,7 +82,6 @@ def read_pieces(path: Path) -> Pieces:
     Raises:
         DataError: it cannot be read, or is not a sentencepiece model.
     """
-    from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
     proto: Any = sentencepiece_model_pb2.ModelProto()
@@ -90,7 +89,7 @@ def read_pieces(path: Path) -> Pieces:
         proto.ParseFromString(path.read_bytes())
     except OSError as error:
         raise DataError(f"tokenizer model {path} cannot be read: {error.strerror}") from error
-    except DecodeError as error:
+    except Exception as error:  # of protobuf's own kind
         raise DataError(f"{path} is not a sentencepiece model; give the .model file") from error
     trainer, rules = proto.trainer_spec, proto.normalizer_spec
     pieces = tuple((p.piece, p.score, p.type) for p in proto.pieces)
@@ -155,14 +154,19 @@ def export_form(tokenizer: TokenizerConfig | None) -> ExportForm:
     """
     if tokenizer is None or tokenizer.type != "sentencepiece":
         return FAST
-    return form_of(read_pieces(Path(tokenizer.model)))
+    return form_of(read_pieces(Path(tokenizer.model)), tokenizer.add_bos)
 
 
-def form_of(model: Pieces) -> ExportForm:
-    """How the model is exported."""
+def form_of(model: Pieces, add_bos: bool = False) -> ExportForm:
+    """How the model is exported; ``add_bos``: its texts begin with the beginning-of-text token."""
     why = _not_fast(model)
-    if why is None:
-        return FAST
+    return FAST if why is None else slow_or_none(model, why, add_bos)
+
+
+def slow_or_none(model: Pieces, why: str, add_bos: bool) -> ExportForm:
+    """How the model is exported, of which ``why`` says that it has no fast form."""
+    if add_bos:
+        return ExportForm("none", f"{why}, and the slow class begins no text with a token (add_bos)")
     # The slow class looks up what sentencepiece gives as text: of characters that are all unknown, the text itself.
     known = set(model.texts(NORMAL, USER_DEFINED))
     mistaken = [text for text in model.texts(CONTROL, UNKNOWN) if known.isdisjoint(text)]

@@ -216,7 +216,7 @@ class AutoTokenizerFolder(Tokenizer):
         return self.loaded.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def piece(self, token: int) -> str:
-        return self._tokenizer.convert_ids_to_tokens(token) or ""
+        return self.loaded.convert_ids_to_tokens(token) or ""
 
     def fingerprint(self) -> str:
         if (origin := read_origin(self._folder)) is not None:

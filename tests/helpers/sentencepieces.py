@@ -63,6 +63,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Options on top of OURS, by name; all have a fast form."""
 
+UNLIKE_ANY: dict[str, Any] = {"model_type": "char", "vocab_size": 360, "control_symbols": ["Ω"], "byte_fallback": False}
+"""No tokenizer of transformers is like it; with ``byte_fallback`` a slow one is."""
+
 
 def train(path: Path, **options: Any) -> Path:
     """A model like those of tools/train_tokenizer.py with ``options`` of sentencepiece on top, at ``path``.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 from tokenizers import Regex, normalizers
 
@@ -90,7 +91,7 @@ def _rules(model: Pieces) -> Iterator[normalizers.Normalizer]:
     composed, aside = _composed(rules, several)
     aside |= {text: text for text in symbols if _applied(rules, text) != text}
     if len(aside) > _MANY:
-        raise DataError(f"{len(aside)} of its rules of normalisation have no fast form")
+        raise DataError("too many of its rules of normalisation have no fast form")
     numbered = [(chr(_ASIDE + n), source, result) for n, (source, result) in enumerate(aside.items())]
     for private, source, _ in numbered:
         among = symbols if source in symbols else several
@@ -115,7 +116,8 @@ def _rules(model: Pieces) -> Iterator[normalizers.Normalizer]:
 
 def _composed(rules: dict[str, str], several: list[str]) -> tuple[bool, dict[str, str]]:
     """Whether NFKC serves for the rules of ``several`` characters, and the rules that need a way of their own."""
-    others = {text: rules[text] for text in several if _singly(rules, text) != rules[text]}
+    failing = (text for text in several if _singly(rules, text) != rules[text])
+    others = {text: rules[text] for text in islice(failing, _MANY + 1)}
     if len(others) <= _MANY:
         return False, others
     forms = zip(rules.items(), _forms(rules), strict=True)
