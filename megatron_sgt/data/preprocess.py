@@ -20,6 +20,7 @@ from megatron_sgt.data.encoding import EncodedKey, encode_chunks
 from megatron_sgt.data.inputs import Kind, find_inputs
 from megatron_sgt.data.progress import Progress, note
 from megatron_sgt.data.readers import read_chunks
+from megatron_sgt.data.sentencepiece_model import export_form
 from megatron_sgt.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_sgt.errors import DataError
 from megatron_sgt.files import commit, sha256_of, sync, temporary_of
@@ -90,6 +91,8 @@ def preprocess(options: PreprocessOptions) -> PreprocessReport:
         note(line)
     bad = BadDocuments(options.max_bad_documents)
     tokenizer = build_tokenizer(options.tokenizer)
+    if exported := export_form(options.tokenizer).line:
+        note(exported)
     _check_boundaries(tokenizer, options)
     dtype = "uint16" if tokenizer.vocab_size < UINT16_BELOW else "int32"
     total_bytes = sum(file.size for file in found.files)

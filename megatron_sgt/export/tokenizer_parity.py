@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_sgt.data.hard_texts import HARD_TEXTS
 from megatron_sgt.data.tokenizer import build_tokenizer
 from megatron_sgt.export.hf.loading import load_tokenizer, quiet
-from megatron_sgt.export.hf.sentencepiece_fast import read_pieces
+from megatron_sgt.export.hf.sentencepiece_files import sameness
 from megatron_sgt.export.hf.tokenizer import begins_with_bos
 from megatron_sgt.export.hf.tokenizer_files import NONE, Sameness, differing_texts
 from megatron_sgt.export.parity import Check
@@ -22,10 +22,7 @@ def tokenizer_checks(export: Export) -> tuple[Check, ...]:
         return ()
     training = build_tokenizer(wanted)
     exported = load_tokenizer(export.folder)
-    same = Sameness()
-    if wanted.type == "sentencepiece":
-        pieces = read_pieces(Path(wanted.model))
-        same = Sameness(pieces.same_segmentation, pieces.unk)
+    same = sameness(Path(wanted.model), exported) if wanted.type == "sentencepiece" else Sameness()
     bos = training.bos if begins_with_bos(export.source.config) else None
     found = differing_texts(training, exported, bos, export.options.chat_template != NONE, same)
     first = f", the first {found[0][:20]!r}" if found else ""

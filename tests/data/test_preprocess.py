@@ -11,6 +11,7 @@ from megatron_sgt.data.tokenizer import build_tokenizer
 from megatron_sgt.errors import DataError
 from megatron_sgt.files import sha256_of
 from tests.helpers.hf_tokenizers import bert
+from tests.helpers.sentencepieces import train
 
 
 def read_back(prefix: str) -> list[list[int]]:
@@ -42,6 +43,17 @@ def test_tokens_are_those_of_the_tokenizer(tmp_path: Path, sp_model: str, texts:
         assert written == [tokenizer.encode(text) + ending for text in texts]
         assert report.datasets[0].documents == len(texts)
         assert report.datasets[0].tokens == sum(map(len, written))
+
+
+def test_a_tokenizer_without_a_fast_form_is_said(
+    tmp_path: Path, sp_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "a.jsonl", [{"text": "a text"}])
+    preprocess(options(sp_model, source, tmp_path / "fast"))
+    assert "note" not in capsys.readouterr().err
+    other = train(tmp_path / "m.model", model_type="word", vocab_size=600)
+    preprocess(options(str(other), source, tmp_path / "slow"))
+    assert "note: the tokenizer has no fast form (it is a model of whole words)" in capsys.readouterr().err
 
 
 def test_workers_do_not_change_the_result(tmp_path: Path, sp_model: str, texts: list[str]) -> None:

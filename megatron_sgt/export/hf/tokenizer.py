@@ -1,14 +1,12 @@
-"""The tokenizer of an exported folder: a sentencepiece model as a fast tokenizer, a Hugging Face one as in training."""
+"""The tokenizer of an exported folder, as training had it."""
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_sgt.config import Config
 from megatron_sgt.config.data import DataConfig, TokenizerConfig
-from megatron_sgt.data.hard_texts import HARD_TEXTS
 from megatron_sgt.data.indexed import read_metadata
 from megatron_sgt.data.tokenizer import (
     HF_FILES,
@@ -22,7 +20,7 @@ from megatron_sgt.data.tokenizer import (
 )
 from megatron_sgt.errors import DataError
 from megatron_sgt.export.architecture import TokenIds, WrittenTokenizer
-from megatron_sgt.export.hf.sentencepiece_fast import fast_tokenizer, read_pieces
+from megatron_sgt.export.hf.sentencepiece_files import write_sentencepiece
 from megatron_sgt.export.hf.tokenizer_files import (
     NONE,
     Settings,
@@ -59,8 +57,9 @@ def write_tokenizer(
     if isinstance(tokenizer, TokenizersJson | AutoTokenizerFolder):
         written = _write_hugging_face(tokenizer, folder, config.model.seq_length, bos, chat_template)
     else:
-        template = chat_template_of(chat_template, None)
-        written = _write_sentencepiece(Path(wanted.model), tokenizer, folder, config.model.seq_length, bos, template)
+        beginning = None if bos is None else (tokenizer.piece(bos), bos)
+        settings = Settings(config.model.seq_length, beginning, chat_template=chat_template_of(chat_template, None))
+        written = write_sentencepiece(Path(wanted.model), tokenizer, settings, folder)
     write_origin(folder, tokenizer.fingerprint(), add_bos)
     qwen = isinstance(tokenizer, TokenizersJson | AutoTokenizerFolder) and cuts_as_qwen(tokenizer.fast)
     return replace(written, ids=replace(written.ids, begin=bos), like_qwen=qwen)
@@ -83,37 +82,6 @@ def _check_data(tokenizer: Tokenizer, config: Config) -> None:
                 f"tokenizer {tokenizer.name} (sha256 {tokenizer.fingerprint()[:12]}…) is not the one that {prefix} "
                 f"was made with (sha256 {made_with[:12]}…); give --tokenizer"
             )
-
-
-def _write_sentencepiece(
-    model: Path, tokenizer: Tokenizer, folder: Path, max_length: int, bos: int | None, chat_template: str | None
-) -> WrittenTokenizer:
-    pieces = read_pieces(model)
-    fast = fast_tokenizer(pieces)
-    # A special token written out in a text is text, as it was in training.
-    fast.encode_special_tokens = True
-    for text in HARD_TEXTS:
-        ids = tokenizer.encode(text)
-        same = pieces.same_segmentation(fast.encode(text, add_special_tokens=False).ids, ids)
-        if pieces.unk not in ids:  # for which sentencepiece writes a sign of its own
-            same = same and fast.decode(ids, skip_special_tokens=False) == tokenizer.decode(ids)
-        if not same:
-            raise DataError(
-                f"{model} cannot be expressed as a fast tokenizer: it treats {text!r} differently; give "
-                "--tokenizer none and put a tokenizer into the folder yourself"
-            )
-    names = {
-        "bos_token": pieces.special(pieces.bos),
-        "eos_token": pieces.special(pieces.eos),
-        "unk_token": pieces.special(pieces.unk),
-        "pad_token": pieces.special(pieces.pad_or_stand_in),
-    }
-    special = {name: token for name, token in names.items() if token is not None}
-    beginning = None if bos is None else (pieces.pieces[bos][0], bos)
-    settings = Settings(max_length, beginning, special, chat_template=chat_template)
-    write_files(fast, settings, folder)
-    shutil.copyfile(model, folder / "tokenizer.model")
-    return WrittenTokenizer(TokenIds(pieces.bos, pieces.eos, pieces.pad_or_stand_in), notes_of(settings))
 
 
 def _write_hugging_face(

@@ -86,11 +86,29 @@ def write_slow(loaded: Any, settings: Settings, folder: Path, training: Tokenize
     write_json(file, {name: v for name, v in values.items() if name != "chat_template"} | _values(settings))
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     _write_chat_template(settings, folder)
+    _check_slow(type(loaded).__name__, settings, folder, training, Sameness())
+
+
+def write_slow_class(name: str, settings: Settings, folder: Path, training: Tokenizer) -> None:
+    """Write how transformers is to use its class ``name``, in Python alone, whose own file is in ``folder`` already.
+
+    Raises:
+        DataError: texts would become other ids than in ``training``.
+    """
+    special = dict(settings.special)
+    # Those that the class would take for granted are named, too: as none.
+    values = {"tokenizer_class": name} | dict.fromkeys(NAMED) | special | _values(settings)
+    write_json(folder / "tokenizer_config.json", values)
+    write_json(folder / "special_tokens_map.json", special)
+    _write_chat_template(settings, folder)
+    _check_slow(name, settings, folder, training, Sameness(text=False))
+
+
+def _check_slow(name: str, settings: Settings, folder: Path, training: Tokenizer, same: Sameness) -> None:
     bos = None if settings.bos is None else settings.bos[1]
-    again = load_tokenizer(folder)
-    if found := differing_texts(training, again, bos, settings.chat_template is not None):
+    if found := differing_texts(training, load_tokenizer(folder), bos, settings.chat_template is not None, same):
         raise DataError(
-            f"tokenizer {training.name} is a {type(loaded).__name__}, which exists in Python alone and makes other ids "
+            f"tokenizer {training.name} is a {name}, which exists in Python alone and makes other ids "
             f"of {found[0][:30]!r} by itself than training had; convert it to a tokenizer.json, or "
             "give --tokenizer none and put a tokenizer into the folder yourself"
         )
@@ -98,10 +116,10 @@ def write_slow(loaded: Any, settings: Settings, folder: Path, training: Tokenize
 
 @dataclass(frozen=True)
 class Sameness:
-    """When two tokenizers count as one. ids: which are the same; unread: an id whose text is not compared."""
+    """When two tokenizers count as one. ids: which are the same; text: whether that of the ids is compared, too."""
 
     ids: Callable[[list[int], list[int]], bool] = operator.eq
-    unread: int | None = None
+    text: bool = True
 
 
 def differing_texts(
@@ -120,7 +138,7 @@ def differing_texts(
         ids, found = training.encode(text), exported(text, **options)["input_ids"]
         back = exported.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         fits = found[: len(beginning)] == beginning and same.ids(found[len(beginning) :], ids)
-        if not fits or (back != training.decode(ids) and same.unread not in ids):
+        if not fits or (same.text and back != training.decode(ids)):
             differing.append(text)
     return tuple(differing)
 
