@@ -104,7 +104,7 @@ test-newest:
 check: $(STAMP)
 	@echo "== ruff format" && $(PY) -m ruff format --check --output-format concise . || { echo "run 'make format'"; exit 1; }
 	@echo "== ruff check" && $(PY) -m ruff check --output-format concise .
-	@echo "== mypy" && $(PY) -m mypy megatron_sgt $(SCRIPTS)
+	@echo "== mypy" && $(PY) -m mypy megatron_sgt integrations/vllm_sgt $(SCRIPTS)
 	@echo "== architecture" && $(THREADS) $(PY) -m pytest -q tests/architecture
 
 format: $(STAMP)

@@ -11,10 +11,13 @@ does not fit is refused by name. The weights become fp32 masters; one tensor is 
 from __future__ import annotations
 
 import argparse
+import re
 import time
 
-from megatron_sgt.cli import path, positive, run_main
+from megatron_sgt.cli import path, positive, run_main, words
 from megatron_sgt.metrics.units import elapsed, file_size
+
+NAME = re.compile(r"(?:[\w.-]+/)?[\w.-]+")
 
 
 def parse() -> argparse.Namespace:
@@ -40,9 +43,17 @@ def parse() -> argparse.Namespace:
         help="rows of zeros up to a multiple of N, which the tensor-parallel size must divide "
         "[none if 128, 64, 32, 16 or 8 divides the vocabulary, else up to a multiple of 128]",
     )
+    parser.add_argument(
+        "--base-model",
+        type=words,
+        metavar="OWNER/NAME",
+        help="the hub's name for the model, for the cards of exports [known where the folder is in the hub's cache]",
+    )
     args = parser.parse_args()
     if args.config is not None and (args.seq_length or args.pad_vocabulary_to):
         parser.error("--seq-length and --pad-vocabulary-to stand in the file of --config")
+    if args.base_model is not None and not NAME.fullmatch(args.base_model):
+        parser.error(f"--base-model {args.base_model!r}: must be the hub's name for the model, OWNER/NAME")
     return args
 
 
@@ -55,7 +66,7 @@ def main() -> None:
     from megatron_sgt.export.from_hf import import_model
 
     start = time.perf_counter()
-    done = import_model(args.input, args.output, args.config, args.seq_length, args.pad_vocabulary_to)
+    done = import_model(args.input, args.output, args.config, args.seq_length, args.pad_vocabulary_to, args.base_model)
     print(
         f"{done.folder}: {done.model.model_type} with {done.num_parameters:,} parameters "
         f"({', '.join(done.stored_as)}), {file_size(done.num_bytes)} in {elapsed(time.perf_counter() - start)}"

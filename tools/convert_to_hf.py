@@ -14,11 +14,14 @@ Exit code 1 when the two are not the same model: the folder is then called DIR.f
 from __future__ import annotations
 
 import argparse
+import re
 import time
 
-from megatron_sgt.cli import path, path_text, run_main
+from megatron_sgt.cli import path, path_text, run_main, words
 from megatron_sgt.export.forms import FORMS, STANDARD
 from megatron_sgt.metrics.units import elapsed, file_size
+
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
 def number_of_bytes(text: str) -> int:
@@ -63,11 +66,18 @@ def parse() -> argparse.Namespace:
         metavar="SIZE",
         help="of one weight file [%(default)s]",
     )
+    add("--license", type=words, metavar="ID", help="licence of the weights for the card, as hubs name it: apache-2.0, "
+        "mit, other, ... [the card says that none was named]")  # fmt: skip
     parity = parser.add_mutually_exclusive_group()
     parity.add_argument("--skip-parity", action="store_true", help="do not compare")
     parity.add_argument("--parity-layers", action="store_true", help="compare with one layer of each model in memory, "
         "instead of both whole models in fp32; without the greedy continuation")  # fmt: skip
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.license is not None and not LICENSE.fullmatch(args.license):
+        parser.error(
+            f"--license {args.license!r}: must be an identifier as hubs have them, such as apache-2.0 or other"
+        )
+    return args
 
 
 def main() -> int:
@@ -90,6 +100,7 @@ def main() -> int:
         tokenizer=tokenizer,
         write_tokenizer=args.tokenizer != "none",
         max_shard_bytes=args.max_shard_size,
+        license=args.license,
     )
     mode: Mode = "skip" if args.skip_parity else "layers" if args.parity_layers else "full"
     start = time.perf_counter()

@@ -27,7 +27,10 @@ class CausalAttention:
     module: str = "causal"
 
     def weights(self, model: ModelConfig, layer: int) -> Iterator[Weight]:
-        """linear_qkv [(N + 2·G)·H, D], linear_proj [D, N·H], and the norms of queries and keys [H]."""
+        """linear_qkv [(N + 2·G)·H, D], linear_proj [D, N·H], and the norms of queries and keys.
+
+        Norms of each head are [H], over all heads [N·H] and [G·H], of which a rank holds the weights of its heads.
+        """
         hidden, size = model.hidden_size, model.kv_channels
         queries, keys = model.num_attention_heads * size, model.num_query_groups * size
         megatron, hf = f"decoder.layers.{layer}.self_attention", f"model.layers.{layer}.self_attn"
@@ -35,8 +38,11 @@ class CausalAttention:
         any_bias = model.add_bias_linear or model.add_qkv_bias
         yield from linear(f"{megatron}.linear_qkv", qkv, "qkv", "attention", any_bias)
         if model.qk_layernorm:
-            for x in "qk":
-                yield from norm(f"{megatron}.{x}_layernorm", f"{hf}.{x}_norm", size)
+            for x, rows in (("q", queries), ("k", keys)):
+                name, hf_name = f"{megatron}.{x}_layernorm", f"{hf}.{x}_norm"
+                yield from (
+                    norm(name, hf_name, rows, split="rows") if model.norms_all_heads else norm(name, hf_name, size)
+                )
         out = {f"{hf}.o_proj": (hidden, queries)}
         yield from linear(f"{megatron}.linear_proj", out, "columns", "attention", model.add_bias_linear)
 
@@ -45,12 +51,18 @@ class CausalAttention:
     ) -> Flops:
         """Operations of one pass of ``heads`` query heads on ``groups`` key/value groups.
 
+        Under norms over all heads queries, keys and values of all are projected, however few of them attend.
+
         Args:
             sequences: of ``model.seq_length`` tokens.
             entropy: the last token's attention entropies are measured as well.
         """
         length, size = model.seq_length, model.kv_channels
-        projections = (heads + 2 * groups) * size + heads * size
+        if model.norms_all_heads:
+            projected = model.num_attention_heads + 2 * model.num_query_groups
+        else:
+            projected = heads + 2 * groups
+        projections = (projected + heads) * size
         return Flops(
             linear=2 * sequences * length * model.hidden_size * projections,
             attention=4 * sequences * heads * length * length * size,
@@ -69,6 +81,7 @@ class CausalAttention:
         *,
         recomputed: bool = False,
         indexed: bool = False,
+        projected: int | None = None,
     ) -> int:
         """What is kept from the output of linear_qkv to the input of linear_proj, in bytes.
 
@@ -76,26 +89,36 @@ class CausalAttention:
             element: bytes of one element of an activation.
             recomputed: the attention itself is computed again in the backward pass.
             indexed: the heads are kept heads of a loop, whose shared groups are indexed into copies.
+            projected: heads and groups that are normalised, where that are more than those that attend.
         """
-        head = tokens * model.kv_channels * element
+        head, apart = tokens * model.kv_channels * element, model.norms_all_heads
         fused = (heads + 2 * groups) * head
-        kept = 2 * heads * head + self.head_norm_bytes(model, layer, heads + groups, tokens, element, kernels)
-        if heads != groups and model.qk_layernorm and not indexed:
+        normalised = heads + groups if projected is None else projected
+        kept = 2 * heads * head + self.head_norm_bytes(model, layer, normalised, tokens, element, kernels)
+        if heads != groups and model.qk_layernorm and not apart and not indexed:
             kept += heads * head  # grouped queries are copied out of the fused projection for their norm
         if not recomputed:
             kept += _FP32 * heads * tokens  # the softmax's statistics
         reads_groups = recomputed or (kernels.groups and element < _FP32)
         if heads == groups or (reads_groups and not indexed):
-            return kept + groups * head + fused  # values are a view of the fused projection
+            # Values are a view of the fused projection, if they are not selected from it.
+            return kept + groups * head + (groups * head if apart and indexed else fused)
         # Grouped keys and values are repeated; the norm of the keys still holds the fused projection.
-        return kept + 2 * heads * head + (fused if model.qk_layernorm else 0)
+        return kept + 2 * heads * head + (fused if model.qk_layernorm and not apart else 0)
 
     def head_norm_bytes(
         self, model: ModelConfig, layer: int, heads: int, tokens: int, element: int, kernels: Kernels
     ) -> int:
-        """Statistics of q/k norms, and their normalised copies; their input is the fused projection."""
+        """Statistics of q/k norms, and their normalised copies; their input is the fused projection.
+
+        Norms over all heads copy their input out of it, and where ranks share the heads keep no normalised copies.
+        """
         if not model.qk_layernorm:
             return 0
+        if model.norms_all_heads:
+            whole = heads == model.num_attention_heads + model.num_query_groups
+            copies = 1 + (kernels.norm_copies if whole else 0)
+            return tokens * (copies * heads * model.kv_channels * element + 2 * _FP32)
         copies = kernels.norm_copies * heads * model.kv_channels * element
         return tokens * (copies + _FP32 * heads)
 
@@ -103,6 +126,7 @@ class CausalAttention:
         """Its fields in the config.json of an exported model, beside those that every architecture has."""
         return {
             "qk_norm": model.qk_layernorm,
+            **({"qk_norm_over": "all"} if model.norms_all_heads else {}),
             "attention_bias": model.add_qkv_bias or model.add_bias_linear,
             "attention_out_bias": model.add_bias_linear,
         }

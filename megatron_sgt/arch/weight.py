@@ -97,8 +97,8 @@ def linear(megatron: str, hf: Mapping[str, Shape], split: Split, part: Part, bia
         )
 
 
-def norm(megatron: str, hf: str, size: int, bias: bool = False) -> Iterator[Weight]:
+def norm(megatron: str, hf: str, size: int, bias: bool = False, split: Split = "replicated") -> Iterator[Weight]:
     """The weight of a norm over ``size`` elements, and its bias."""
-    yield Weight(f"{megatron}.weight", (f"{hf}.weight",), ((size,),), "replicated", "norm", "norms")
+    yield Weight(f"{megatron}.weight", (f"{hf}.weight",), ((size,),), split, "norm", "norms")
     if bias:
-        yield Weight(f"{megatron}.bias", (f"{hf}.bias",), ((size,),), "replicated", "bias", "norms")
+        yield Weight(f"{megatron}.bias", (f"{hf}.bias",), ((size,),), split, "bias", "norms")

@@ -11,6 +11,15 @@ from megatron_sgt.arch.weight import Weight, linear, norm
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.config.pipeline import PipelineLayout
 
+NORMS = {
+    "input": (("input_layernorm", "input_layernorm"), ("pre_mlp_layernorm", "post_attention_layernorm")),
+    "output": (
+        ("post_attention_layernorm", "post_attention_layernorm"),
+        ("post_mlp_layernorm", "post_feedforward_layernorm"),
+    ),
+}
+"""By ``model.norm_position``: the norm of attention and that of the MLP, under Megatron's and Hugging Face's names."""
+
 
 @lru_cache(maxsize=16)
 def weights(model: ModelConfig) -> tuple[Weight, ...]:
@@ -50,13 +59,23 @@ def stage_of(weight: Weight, layout: PipelineLayout) -> int:
 def layer_weights(model: ModelConfig, layer: int) -> list[Weight]:
     """The parameters of one decoder layer, in the order in which files hold them."""
     megatron, hf = f"decoder.layers.{layer}", f"model.layers.{layer}"
-    found = [
-        *_norm(model, f"{megatron}.input_layernorm", f"{hf}.input_layernorm"),
-        *CAUSAL.weights(model, layer),
-        *_norm(model, f"{megatron}.pre_mlp_layernorm", f"{hf}.post_attention_layernorm"),
-        *ffn_kind(model.activation).weights(model, layer),
-    ]
+    first, second = (
+        list(_norm(model, f"{megatron}.{ours}", f"{hf}.{theirs}")) for ours, theirs in NORMS[model.norm_position]
+    )
+    attention, ffn = list(CAUSAL.weights(model, layer)), list(ffn_kind(model.activation).weights(model, layer))
+    if model.norm_position == "output":
+        found = [*attention, *first, *ffn, *second]
+    else:
+        found = [*first, *attention, *second, *ffn]
     return sorted(found, key=_comes_last)
+
+
+def ends_branch(weight: Weight, model: ModelConfig) -> bool:
+    """Whether a layer of ``model`` adds to its input what this parameter makes: nothing, where these are all zero."""
+    if model.norm_position == "output":
+        return weight.layer is not None and weight.megatron.split(".")[3] in dict(NORMS["output"])
+    back = weight.kind == "bias" and weight.split == "replicated" and weight.part != "norms"
+    return weight.layer is not None and (weight.kind == "residual" or back)
 
 
 def _comes_last(weight: Weight) -> bool:

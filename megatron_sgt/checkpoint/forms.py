@@ -138,6 +138,9 @@ def _checked(content: Any) -> dict[str, Any]:
     _check_growth(state["hooks"].get(layout.GROWTH_STATE))
     _check_stages(state.get(layout.STAGES_STATE, []), trainer["step"])
     _check_data(state.get(layout.DATA_STATE, []), trainer["consumed_samples"])
+    for name, kept in fields(state.get(layout.IMPORTED_STATE, {}), layout.IMPORTED_STATE).items():
+        if not isinstance(kept, str):
+            fields(kept, f"{layout.IMPORTED_STATE}.{name}")
     if "layout" not in state:
         raise FormError("layout is missing")
     known_layout(state["layout"], "layout")

@@ -59,7 +59,17 @@ class ModelConfig(Section):
     rotary_scaling: RotaryScaling | None = Field(
         default=None, description="How the rotary frequencies are scaled for longer contexts; null: not at all."
     )
-    qk_layernorm: bool = Field(default=False, description="Normalize each query and key head before the rotation.")
+    norm_position: Literal["input", "output"] = Field(
+        default="input",
+        description="What the norms of a layer normalize: input: what attention and MLP read, x + F(Norm(x)); output: "
+        "what they add, x + Norm(F(x)), as OLMo-2 does.",
+    )
+    qk_layernorm: bool = Field(default=False, description="Normalize queries and keys before the rotation.")
+    qk_layernorm_over: Literal["head", "all"] = Field(
+        default="head",
+        description="What qk_layernorm normalizes: head: each query and key head, with one weight for all of them; "
+        "all: the queries of all heads together, and the keys, as OLMo-2 does.",
+    )
     untie_embeddings_and_output_weights: bool = Field(
         default=True,
         description="Give the output projection its own weight; false: it shares the input embedding.",
@@ -113,7 +123,14 @@ class ModelConfig(Section):
             )
         return hidden // heads
 
+    @property
+    def norms_all_heads(self) -> bool:
+        """Whether queries and keys are normalised over all heads, so that a few heads need the projections of all."""
+        return self.qk_layernorm and self.qk_layernorm_over == "all"
+
     def problems(self) -> Iterator[str]:
+        if self.qk_layernorm_over == "all" and not self.qk_layernorm:
+            yield "qk_layernorm_over: all has no effect with qk_layernorm false; set qk_layernorm: true"
         if self.num_attention_heads % self.num_query_groups:
             yield (
                 f"num_query_groups: num_attention_heads {self.num_attention_heads} is not a multiple of "

@@ -71,6 +71,11 @@ def check_parallel(cfg: Config) -> Iterator[str]:
                 f"parallel.loop_method: balanced needs model.seq_length, {seq_length}, to be a multiple of "
                 f"tensor_model_parallel_size {tensor_parallel}"
             )
+        if cfg.model.norms_all_heads:
+            yield (
+                "parallel.loop_method: balanced loops project the kept heads alone, and model.qk_layernorm_over all "
+                "needs the projections of all heads; use owner"
+            )
         if cfg.model.attention_dropout > 0:
             yield (
                 f"parallel.loop_method: balanced has no attention dropout; set model.attention_dropout 0 instead "

@@ -49,6 +49,10 @@ class Tokenizer(ABC):
         """The text of ``ids``."""
 
     @abstractmethod
+    def piece(self, token: int) -> str:
+        """How the vocabulary spells ``token``: " the" as "▁the" or "Ġthe", a byte as "<0xE4>" or "ä"."""
+
+    @abstractmethod
     def fingerprint(self) -> str:
         """SHA-256 (hex) of what defines the tokenizer; independent of where the files are."""
 
@@ -83,6 +87,9 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: list[int]) -> str:
         return self._processor.decode(ids)
 
+    def piece(self, token: int) -> str:
+        return self._processor.id_to_piece(token)
+
     def fingerprint(self) -> str:
         return hashlib.sha256(self._bytes).hexdigest()
 
@@ -112,6 +119,9 @@ class TokenizersJson(Tokenizer):
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def piece(self, token: int) -> str:
+        return self._tokenizer.id_to_token(token) or ""
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self._path.read_bytes()).hexdigest()
@@ -148,6 +158,9 @@ class AutoTokenizerFolder(Tokenizer):
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def piece(self, token: int) -> str:
+        return self._tokenizer.convert_ids_to_tokens(token) or ""
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()

@@ -18,6 +18,7 @@ from megatron_sgt.data.splits import SPLIT_NAMES
 from megatron_sgt.data.tokenizer import Tokenizer
 from megatron_sgt.errors import DataError
 from megatron_sgt.evaluation.perplexity import perplexity
+from megatron_sgt.evaluation.text_bytes import TextBytes
 
 Logits = Callable[[Tensor], Tensor]
 """tokens [B, S] -> logits [B, S, rows]."""
@@ -30,7 +31,8 @@ class DatasetLoss:
 
     loss: nats per token over the ``vocab_size`` ids that a text can contain. padded_loss: the same over all rows of the
     vocabulary, as training measures it; None where there are no padding rows. text_bytes: UTF-8 bytes of the
-    predicted tokens, None without a tokenizer.
+    predicted tokens (text_bytes.py), None without a tokenizer. The ends of documents are predicted too: they count in
+    the loss, and have no bytes.
     """
 
     samples: int
@@ -120,6 +122,7 @@ def dataset_loss(
         tokenizer: counts the bytes of the text; None: they are not counted.
     """
     total, padded, tokens, text_bytes = 0.0, 0.0, 0, 0
+    counter = None if tokenizer is None else TextBytes(tokenizer)
     has_padding = False
     for first in range(0, num_samples, batch_size):
         batch = [samples[i] for i in range(first, min(first + batch_size, num_samples))]
@@ -130,8 +133,8 @@ def dataset_loss(
         total += _summed_loss(found[..., :vocab_size], labels, mask)
         padded += _summed_loss(found, labels, mask) if has_padding else 0.0
         tokens += int(mask.sum())
-        if tokenizer is not None:
-            text_bytes += sum(_bytes(tokenizer, row.tolist()) for row in labels)
+        if counter is not None:
+            text_bytes += sum(counter.count(int(s["tokens"][0]), s["labels"].tolist()) for s in batch)
     return DatasetLoss(
         samples=num_samples,
         tokens=tokens,
@@ -146,12 +149,3 @@ def _summed_loss(logits: Tensor, labels: Tensor, mask: Tensor) -> float:
     labels, mask = labels.to(logits.device), mask.to(logits.device)
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     return float((losses.double() * mask.flatten()).sum())
-
-
-def _bytes(tokenizer: Tokenizer, ids: list[int]) -> int:
-    """UTF-8 bytes of the text of ``ids``; ends of documents are no text."""
-    try:
-        end = tokenizer.eod
-    except DataError:
-        end = -1
-    return len(tokenizer.decode([i for i in ids if i != end]).encode())

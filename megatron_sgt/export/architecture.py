@@ -142,9 +142,16 @@ def _loop(layer: LayerPlan) -> dict[str, Any]:
 
 
 def generation_config(tokens: TokenIds, unused_ids: range) -> dict[str, Any]:
-    """The contents of ``generation_config.json``. ``unused_ids``: rows of padding, which no text has."""
+    """The contents of ``generation_config.json``.
+
+    ``bos_token_id`` is what ``generate`` without input begins with: what came before a document in training, the end of
+    the one before.
+
+    Args:
+        unused_ids: rows of padding, which no text has.
+    """
     values: dict[str, Any] = {
-        "bos_token_id": tokens.bos,
+        "bos_token_id": tokens.bos if tokens.eos is None else tokens.eos,
         "eos_token_id": tokens.eos,
         "pad_token_id": tokens.pad,
     }

@@ -1,13 +1,17 @@
-"""The README.md of an exported folder: what the model is, how it grew, how to load it."""
+"""The README.md of an exported folder: what the model is, how it grew, how to load it, what it was trained on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_sgt import __version__
 from megatron_sgt.checkpoint.contents import Details, LoopingLayer
 from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE
+from megatron_sgt.config.yaml_io import dump_yaml
+from megatron_sgt.export.card_run import data_section, size_section, training_section, validation_section
 from megatron_sgt.export.forms import form_of
+from megatron_sgt.export.inherited import BASE_MODEL
 from megatron_sgt.export.source import ExportSource
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.metrics.units import si
@@ -17,6 +21,22 @@ _CUSTOM = (
     "The model's code is part of this folder ({files}), so `transformers` asks for `trust_remote_code=True`: read "
     "it first if the folder does not come from you."
 )
+_CITATION = (
+    "```bibtex",
+    "@misc{sparse-growing-transformer,",
+    "  title         = {Sparse Growing Transformer: Training-Time Sparse Depth Allocation via Progressive Attention "
+    "Looping},",
+    "  year          = {2026},",
+    "  eprint        = {2603.23998},",
+    "  archivePrefix = {arXiv},",
+    "  url           = {https://arxiv.org/abs/2603.23998}",
+    "}",
+    "@software{megatron-sgt,",
+    "  title   = {megatron\\_sgt: large-scale pretraining of the Sparse Growing Transformer},",
+    f"  version = {{{__version__}}}",
+    "}",
+    "```",
+)
 
 
 def model_card(
@@ -25,24 +45,23 @@ def model_card(
     config: dict[str, Any],
     training_gates: bool,
     tokenizer_notes: Sequence[str] = (),
+    license_id: str | None = None,
 ) -> str:
-    """Markdown with the front matter that model hubs read. ``config``: the folder's ``config.json``."""
+    """Markdown with the front matter that model hubs read.
+
+    Args:
+        config: the folder's ``config.json``.
+        license_id: of the weights, as hubs name licences; None: the card says that none was named.
+    """
     details = source.details
     form = form_of(config["model_type"])
     title = f"{'Sparse Growing Transformer' if plan.layers else 'Decoder'}, {si(details.parameters)} parameters"
     trust = ", trust_remote_code=True" if form else ""
     lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [sgt, megatron_sgt]",
-        "---",
-        "",
+        *_front_matter(source, license_id),
         f"# {title}",
         "",
-        f"Pretrained with megatron_sgt ({_PAPER}): step {details.step:,} of {details.train_iters:,}, "
-        f"{details.tokens:,} tokens, growth phase `{details.growth.phase}`."
-        f"{_grown(details)}{_averaged(source)}{_faded(source)}",
+        _origin(source) + _grown(details) + _averaged(source) + _faded(source),
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -52,6 +71,7 @@ def model_card(
         "```",
         "",
         *_growth_section(details.growth.layers, plan, training_gates),
+        *size_section(source),
         "## Shape",
         "",
         "| | |",
@@ -64,7 +84,45 @@ def model_card(
     if form:
         code = ", ".join(f"`{name}`" for name in form.files)
         lines += ["## Custom code", "", _CUSTOM.format(files=code), ""]
+    if details.step:  # of an import that was not trained on, nothing of the run has happened
+        lines += [*data_section(source), *training_section(source), *validation_section(source)]
+    lines += ["## Licence", "", _licence(license_id), "", "## Citation", "", *_CITATION, ""]
     return "\n".join(lines)
+
+
+def _front_matter(source: ExportSource, license_id: str | None) -> list[str]:
+    """YAML, with the fields that hubs know and nothing that was not named."""
+    values: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["sgt", "megatron_sgt"],
+        "license": license_id,
+        "base_model": _base_model(source),
+    }
+    known = {name: value for name, value in values.items() if value is not None}
+    return ["---", dump_yaml(known).rstrip("\n"), "---", ""]
+
+
+def _base_model(source: ExportSource) -> str | None:
+    return source.imported.get(BASE_MODEL)
+
+
+def _origin(source: ExportSource) -> str:
+    details, base = source.details, _base_model(source)
+    begun = f"`{base}`" if base else "a model of another source"
+    if not details.step:
+        return f"Imported by megatron_sgt ({_PAPER}) from {begun}; no step has been trained since."
+    first = f" The run began from {begun}." if source.imported else ""
+    return (
+        f"Pretrained with megatron_sgt ({_PAPER}): step {details.step:,} of {details.train_iters:,}, "
+        f"{details.tokens:,} tokens, growth phase `{details.growth.phase}`.{first}"
+    )
+
+
+def _licence(license_id: str | None) -> str:
+    if license_id is None:
+        return "None was named when this folder was made: ask whoever gave it to you."
+    return f"`{license_id}`, as named when this folder was made."
 
 
 def _grown(details: Details) -> str:

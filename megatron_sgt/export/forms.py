@@ -43,11 +43,14 @@ class Form:
 STANDARD = Form(
     name="standard",
     model_type="sgt",
-    files=("configuration_sgt.py", "rotary_sgt.py", "attention_sgt.py", "modeling_sgt.py"),
+    files=("configuration_sgt.py", "rotary_sgt.py", "attention_sgt.py", "mlp_sgt.py", "modeling_sgt.py"),
     auto_map={
         "AutoConfig": "configuration_sgt.SGTConfig",
         "AutoModel": "modeling_sgt.SGTModel",
         CAUSAL_LM: "modeling_sgt.SGTForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_sgt.SGTForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_sgt.SGTForTokenClassification",
+        "AutoModelForQuestionAnswering": "modeling_sgt.SGTForQuestionAnswering",
     },
     passes_are_layers=False,
 )

@@ -26,8 +26,9 @@ from megatron_sgt.config import Config
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import CheckpointError, DataError, LeaseError
 from megatron_sgt.export.continued_run import RUN_FILE, fitting_config, growth_state, run_config, run_yaml
-from megatron_sgt.export.hf.families import HFModel, read_model
+from megatron_sgt.export.hf.families import HFModel, read_config, read_model
 from megatron_sgt.export.hf_tensors import HFTensors
+from megatron_sgt.export.inherited import read_inherited
 from megatron_sgt.export.tokenizers import (
     TOKENIZER_FOLDER,
     check_tokenizers,
@@ -69,12 +70,14 @@ def import_model(
     config_file: Path | None = None,
     seq_length: int | None = None,
     padding: int | None = None,
+    base_model: str | None = None,
 ) -> Imported:
     """Write the model of the Hugging Face folder ``source`` as checkpoint 0 below ``root``.
 
     Args:
         config_file: of the run that will continue it; None: one is written to ``root``, with ``seq_length`` and
             ``padding`` as in ``run_config``.
+        base_model: a hub's name for the model; None: that of a folder in the hub's cache (``read_inherited``).
 
     Raises:
         CheckpointError: a model that does not fit; a tensor is missing, left over or of the wrong shape; a shard
@@ -82,8 +85,8 @@ def import_model(
             configuration's, cannot be read or has more tokens than the model.
         ConfigError: ``config_file`` is wrong or of another model.
     """
-    model = read_model(source)
-    tensors = HFTensors(source)
+    model, tensors = read_model(source), HFTensors(source)
+    inherited = read_inherited(source, read_config(source), base_model)
     tokenizer = tokenizer_in(source)
     if config_file is None:
         moved = None if tokenizer is None else tokenizer_at(root / TOKENIZER_FOLDER, tokenizer)
@@ -99,7 +102,7 @@ def import_model(
     final = root / layout.tag_for(0)
     with _all_or_nothing(root, final) as (temporary, lease):
         _write_weights(tensors, config.model, temporary)
-        state = _state(f"{source} ({model.model_type})", growth_state(model, config))
+        state = _state(f"{source} ({model.model_type})", growth_state(model, config), inherited)
         lease.check()
         num_bytes = _commit(state, config, fingerprint, temporary, final)
         if tokenizer is not None:
@@ -123,7 +126,7 @@ def import_model(
     )
 
 
-def _state(origin: str, hooks: dict[str, Any]) -> dict[str, Any]:
+def _state(origin: str, hooks: dict[str, Any], inherited: dict[str, Any]) -> dict[str, Any]:
     made = {
         "version": 1,
         "source_layout": None,
@@ -136,6 +139,7 @@ def _state(origin: str, hooks: dict[str, Any]) -> dict[str, Any]:
         "hooks": hooks,
         "layout": None,
         LAYOUT_FREE: made,
+        layout.IMPORTED_STATE: inherited,
     }
 
 

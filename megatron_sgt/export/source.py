@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from megatron_sgt.arch.weight import Weight
 from megatron_sgt.arch.weights import weights
 from megatron_sgt.checkpoint import layout, manifest
 from megatron_sgt.checkpoint.contents import Details, read_contents
+from megatron_sgt.checkpoint.forms import read_state
 from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader
 from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE, WEIGHTS
 from megatron_sgt.checkpoint.reshard.source import Source, open_source
@@ -56,6 +58,16 @@ class ExportSource:
     _weights: Source | LayoutFreeReader
     quantity: str = WEIGHTS
     mask: float = 1.0
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """What the checkpoint says of its run, beside the weights."""
+        return read_state(self.folder)
+
+    @property
+    def imported(self) -> dict[str, Any]:
+        """What is kept of the model that its run, or the import, began from (inherited.py); empty without one."""
+        return self.state.get(layout.IMPORTED_STATE, {})
 
     def plan(self, training_gates: bool = False) -> LoopPlan:
         """What the model executes: at inference kept heads alone, or with the gates of the step that was saved."""

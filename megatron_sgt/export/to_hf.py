@@ -12,10 +12,11 @@ from torch import Tensor
 
 from megatron_sgt.config.data import TokenizerConfig
 from megatron_sgt.errors import CheckpointError, LeaseError, SGTError
-from megatron_sgt.export.architecture import WrittenTokenizer, generation_config, hf_config, plain_architecture
+from megatron_sgt.export.architecture import WrittenTokenizer, hf_config, plain_architecture
 from megatron_sgt.export.card import model_card
 from megatron_sgt.export.forms import STANDARD, Form
 from megatron_sgt.export.hf.tokenizer import write_tokenizer
+from megatron_sgt.export.inherited import GENERATION_FILE, config_ids, generation_values
 from megatron_sgt.export.shards import write_weights
 from megatron_sgt.export.source import ExportSource, open_checkpoint
 from megatron_sgt.files import commit, fresh_folder, sync_all, temporary_of, write_json, write_text
@@ -34,7 +35,7 @@ class ExportOptions:
     average of the weights (train.ema_decay) instead of them. training_gates: inside a decay window, the gates of the
     saved step instead of those of inference. keep_padding: keep the rows that pad the vocabulary. tokenizer: instead
     of the one in the checkpoint's configuration; write_tokenizer: False leaves it out. max_shard_bytes: of one
-    weight file.
+    weight file. license: that the card names.
     """
 
     dtype: str = "bf16"
@@ -45,6 +46,7 @@ class ExportOptions:
     tokenizer: TokenizerConfig | None = None
     write_tokenizer: bool = True
     max_shard_bytes: int = MAX_SHARD_BYTES
+    license: str | None = None
 
 
 @dataclass(frozen=True)
@@ -136,13 +138,14 @@ def _write(source: ExportSource, plan: LoopPlan, options: ExportOptions, tempora
 
     size = write_weights(temporary, source.names, stream(), DTYPES[options.dtype], options.max_shard_bytes)
     config = hf_config(model, plan, source.vocab_rows, options.dtype, tokenizer.ids, options.form)
+    config |= config_ids(source.imported)
     unused = range(model.vocab_size or source.vocab_rows, source.vocab_rows)
     write_json(temporary / "config.json", config)
-    write_json(temporary / "generation_config.json", generation_config(tokenizer.ids, unused))
+    write_json(temporary / GENERATION_FILE, generation_values(source.imported, tokenizer.ids, unused))
     form = options.form if plain is None else None
     for name in form.files if form else ():
         shutil.copyfile(Path(__file__).parent / "hf" / name, temporary / name)
-    card = model_card(source, plan, config, options.training_gates, tokenizer.notes)
+    card = model_card(source, plan, config, options.training_gates, tokenizer.notes, options.license)
     write_text(temporary / "README.md", card)
     architecture = plain or options.form.architecture
     return Export(output, source, plan, options, form, architecture, why, tokenizer.notes, size, drifts[0])

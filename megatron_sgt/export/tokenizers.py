@@ -7,9 +7,10 @@ from pathlib import Path
 
 from megatron_sgt.config import Config
 from megatron_sgt.config.data import TokenizerConfig
+from megatron_sgt.data.hard_texts import HARD_TEXTS
 from megatron_sgt.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_sgt.errors import DataError
-from megatron_sgt.export.hf.tokenizer import COPIED, PROBES
+from megatron_sgt.export.hf.tokenizer import COPIED
 
 TOKENIZER_FOLDER = "tokenizer"
 """Where an imported model's tokenizer lies, beside its checkpoint."""
@@ -78,8 +79,8 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def first_difference(one: Tokenizer, other: Tokenizer) -> str | None:
-    """The first of PROBES that the two tokenize differently; None if there is none."""
-    return next((text for text in PROBES if one.encode(text) != other.encode(text)), None)
+    """The first of HARD_TEXTS that the two tokenize differently; None if there is none."""
+    return next((text for text in HARD_TEXTS if one.encode(text) != other.encode(text)), None)
 
 
 def check_same(one: Tokenizer, other: Tokenizer) -> None:

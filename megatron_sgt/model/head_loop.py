@@ -1,5 +1,8 @@
 """The loop: x ← x + W_o · concat_h( g_h · head_h(Norm(x)) ), executed K times (SGT.md, "Forward pass of a layer").
 
+With norms of outputs (``model.norm_position``) it is x ← x + Norm( W_o · concat_h( g_h · head_h(x) ) ), with the norm
+of the ordinary pass. Norms of queries and keys over all heads are so in a loop too, as gates act after them.
+
 A way of looping is one object, chosen when a plan is applied (``loop_pass.py``). All ways that apply to a plan
 give the same numbers:
 
@@ -167,13 +170,16 @@ class SparseLoop(KeptLoop):
 
     A rank that owns none goes the same way with tensors of no heads: it then calls the same modules and enters
     the same collectives as its peers, in the forward and in the backward pass.
+
+    Args:
+        whole_projection: whether queries and keys are normalised over all heads, so that those of all are projected.
     """
+
+    whole_projection: bool = False
 
     def __call__(self, layer: LoopingLayer, x: Tensor, rotary: Rotary, index: int) -> Tensor:
         attention = layer.self_attention
-        tokens = _enter_tensor_parallel(layer.input_layernorm(x), layer)
-        fused = attention.linear_qkv(tokens, use=self._project_in)
-        query, key, value = self.split_heads(fused, layer)
+        query, key, value = self._projections(layer, layer.input_layernorm(x))
         query, key = rotate_halves(query, rotary), rotate_halves(key, rotary)
         if self.blocks.heads:
             out = self.attention(layer, query, key, value, index)
@@ -182,6 +188,15 @@ class SparseLoop(KeptLoop):
             out = query + key + value
         partial, bias = attention.linear_proj(out.flatten(2), use=self._project_out)
         return layer.add_residual((_leave_tensor_parallel(partial, layer), bias), x)
+
+    def _projections(self, layer: LoopingLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """query [S, B, h, H], key and value [S, B, g, H] of the kept heads, not rotated."""
+        attention, blocks = layer.self_attention, self.blocks
+        if self.whole_projection:
+            query, key, value = attention.get_query_key_value_tensors(x)
+            return query[:, :, blocks.head_index], key[:, :, blocks.group_index], value[:, :, blocks.group_index]
+        tokens = _enter_tensor_parallel(x, layer)
+        return self.split_heads(attention.linear_qkv(tokens, use=self._project_in), layer)
 
     def _project_in(self, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self.blocks.heads:

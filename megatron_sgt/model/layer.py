@@ -13,6 +13,7 @@ import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
+from torch.nn import Module
 from torch.utils.checkpoint import checkpoint
 
 from megatron_sgt.growth import LayerPlan
@@ -27,6 +28,8 @@ class SGTLayer(TransformerLayer):
 
     Args (beyond the parent's):
         loop_options: what, besides the plan, decides the way of looping.
+        output_norm: of what attention, each of its loops, and the MLP add to their input; None: their inputs are
+            normalised.
         recompute: ids of the layers whose activations are computed again in the backward pass.
         tables: cos and sin of the rotary angles, shared by all layers.
     """
@@ -35,6 +38,7 @@ class SGTLayer(TransformerLayer):
         self,
         *args: Any,
         loop_options: LoopOptions,
+        output_norm: type[Module] | None,
         recompute: tuple[int, ...],
         tables: RotaryTables,
         **kwargs: Any,
@@ -47,6 +51,12 @@ class SGTLayer(TransformerLayer):
         self.plan = LayerPlan()
         self.loop_pass: LoopPass | None = None
         self.branch_scale: float | None = None
+        self.post_attention_layernorm = self.post_mlp_layernorm = None
+        if output_norm is not None:
+            self.post_attention_layernorm, self.post_mlp_layernorm = (
+                output_norm(self.config, self.config.hidden_size, self.config.layernorm_epsilon) for _ in range(2)
+            )
+            self.scale_branches(None)
 
     def prepare(self, plan: LayerPlan) -> LoopPass | None:
         """What ``execute`` needs for ``plan``, on the host."""
@@ -59,7 +69,8 @@ class SGTLayer(TransformerLayer):
     def scale_branches(self, scale: float | None) -> None:
         """Compute x + scale · F(x) instead of x + F(x) from the next forward on, in loops too; None: as it was."""
         self.branch_scale = scale
-        self.self_attn_bda = self.mlp_bda = get_bias_dropout_add if scale is None else _scaled_sum(scale)
+        self.self_attn_bda = _sum(self.post_attention_layernorm, scale)
+        self.mlp_bda = _sum(self.post_mlp_layernorm, scale)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Call the layer with its input as a positional argument: the hooks of torch and ZeRO-3 see no others."""
@@ -97,22 +108,28 @@ class SGTLayer(TransformerLayer):
         return hidden, context
 
     def add_residual(self, out_with_bias: tuple[Tensor, Tensor | None], residual: Tensor) -> Tensor:
-        """residual + dropout(out + bias), as after the ordinary attention. Shapes [S, B, D]."""
+        """residual + dropout(out + bias), or of its norm, as after the ordinary attention. Shapes [S, B, D]."""
         combine = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
         with self.bias_dropout_add_exec_handler():
             return combine(out_with_bias, residual, self.hidden_dropout)
 
 
-def _scaled_sum(scale: float) -> Callable[[bool, bool], Callable[..., Tensor]]:
-    """``get_bias_dropout_add`` with what is added times ``scale``."""
+def _sum(norm: Module | None, scale: float | None) -> Callable[[bool, bool], Callable[..., Tensor]]:
+    """``get_bias_dropout_add`` with what is added normalised by ``norm``, its bias included, and times ``scale``."""
+    if norm is None and scale is None:
+        return get_bias_dropout_add
 
     def get(training: bool, fused: bool) -> Callable[..., Tensor]:
         combine = get_bias_dropout_add(training, fused)
 
-        def scaled(out_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
+        def changed(out_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
             out, bias = out_with_bias
-            return combine((out * scale, None if bias is None else bias * scale), residual, prob)
+            if norm is not None:
+                out, bias = norm(out if bias is None else out + bias), None
+            if scale is not None:
+                out, bias = out * scale, None if bias is None else bias * scale
+            return combine((out, bias), residual, prob)
 
-        return scaled
+        return changed
 
     return get

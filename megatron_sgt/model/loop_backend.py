@@ -27,6 +27,8 @@ def loop_backend(config: Config, precision: str, device: torch.device) -> tuple[
         dtype=DTYPES[precision],
         head_size=model.kv_channels,
         norm=model.normalization,
+        norm_position=model.norm_position,
+        norms_all_heads=model.norms_all_heads,
         attention_dropout=model.attention_dropout,
         hidden_dropout=model.hidden_dropout,
     )

@@ -27,17 +27,19 @@ class LoopOptions:
         balanced: spread kept heads over the tensor-parallel ranks instead of looping them at their owners.
         sharded: whether activations are split over those ranks (sequence parallelism).
         fused: loop kept heads through the fused operations (see ``loop_backend``).
+        whole_projection: see ``SparseLoop``; then nothing is balanced or fused.
     """
 
     layout: HeadLayout
     balanced: bool
     sharded: bool
     fused: bool
+    whole_projection: bool = False
 
     @classmethod
     def of(cls, config: Config, layout: HeadLayout, fused: bool) -> LoopOptions:
         balanced = layout.tp_size > 1 and choose_loop_method(config)[0] == "balanced"
-        return cls(layout, balanced, config.parallel.sequence_parallel, fused)
+        return cls(layout, balanced, config.parallel.sequence_parallel, fused, config.model.norms_all_heads)
 
     @property
     def fuses_projections(self) -> bool:
@@ -58,7 +60,7 @@ def choose_loop_pass(plan: LayerPlan, options: LoopOptions, group: dist.ProcessG
         gates = [1.0 if head in plan.kept_heads else plan.other_gate for head in layout.owned_heads]
         return DenseLoop(torch.tensor(gates, dtype=torch.float32))
     blocks = options.blocks(plan.kept_heads)
-    kept: KeptLoop = SparseLoop(blocks, options.fused)
+    kept: KeptLoop = SparseLoop(blocks, options.fused, options.whole_projection)
     if options.balanced:
         weights = kept_weights(plan.kept_heads, layout, group, partial_gradients=options.sharded)
         kept = BalancedLoop(blocks, options.fused, weights, layout, options.sharded)

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from megatron_sgt.ops.norm import rms_norm
+from megatron_sgt.ops.norm import rms_norm, sharded_rms_norm
 
 
 class _Norm(torch.nn.Module):
@@ -70,6 +72,31 @@ class HeadNorm(RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: object) -> None:
         super().__init__(config, hidden_size, eps)
         self.sum_over_ranks = config.tensor_model_parallel_size > 1
+
+
+class AllHeadsNorm(torch.nn.Module):
+    """RMSNorm of the queries or keys of all heads together (OLMo-2); x [S, B, heads of this rank, head_size].
+
+    Each tensor-parallel rank has the weights of its own heads; the mean square is that of the heads of all ranks.
+
+    Args:
+        heads: of all ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, heads: int, **_: object) -> None:
+        super().__init__()
+        self.eps, self.ranks = eps, config.tensor_model_parallel_size
+        own = torch.ones(heads // self.ranks * hidden_size, dtype=config.params_dtype)
+        self.weight = torch.nn.Parameter(own)
+        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x`` over its last two dimensions and all ranks; collective where there are several."""
+        flat = x.flatten(-2)
+        if self.ranks == 1:
+            return rms_norm(flat, self.weight, self.eps).view(x.shape)
+        group = parallel_state.get_tensor_model_parallel_group()
+        return sharded_rms_norm(flat, self.weight, self.eps, group).view(x.shape)
 
 
 NORMS: dict[str, type[_Norm]] = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}

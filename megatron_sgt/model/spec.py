@@ -11,23 +11,25 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch.nn import Identity
 
 from megatron_sgt.arch.attention import CAUSAL
 from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.config import Config
+from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.model.core_attention import SGTCoreAttention
 from megatron_sgt.model.entropy_meter import EntropyMeter
 from megatron_sgt.model.layer import SGTLayer
 from megatron_sgt.model.linear import LoopingColumnParallelLinear, LoopingRowParallelLinear
 from megatron_sgt.model.loop_pass import LoopOptions
 from megatron_sgt.model.mlp import ffn_module
-from megatron_sgt.model.norm import NORMS, HeadNorm
+from megatron_sgt.model.norm import NORMS, AllHeadsNorm, HeadNorm
 from megatron_sgt.ops.rotary import RotaryTables
 
 
 def causal_attention(config: Config, meter: EntropyMeter, fused: bool, fused_rotary: bool) -> ModuleSpec:
     """Megatron-Core's projections around this project's core attention."""
-    head_norm = HeadNorm if config.model.qk_layernorm else None
+    query_norm, key_norm = _head_norms(config.model)
     return ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -42,10 +44,23 @@ def causal_attention(config: Config, meter: EntropyMeter, fused: bool, fused_rot
                 fused_rotary=fused_rotary,
             ),
             linear_proj=LoopingRowParallelLinear,
-            q_layernorm=head_norm,
-            k_layernorm=head_norm,
+            q_layernorm=query_norm,
+            k_layernorm=key_norm,
         ),
     )
+
+
+def _head_norms(model: ModelConfig) -> tuple[type | ModuleSpec | None, type | ModuleSpec | None]:
+    """The norms of queries and keys."""
+    if not model.qk_layernorm:
+        return None, None
+    if not model.norms_all_heads:
+        return HeadNorm, HeadNorm
+    query, key = (
+        ModuleSpec(module=AllHeadsNorm, params={"heads": heads})
+        for heads in (model.num_attention_heads, model.num_query_groups)
+    )
+    return query, key
 
 
 ATTENTIONS = {"causal": causal_attention}
@@ -55,8 +70,11 @@ ATTENTIONS = {"causal": causal_attention}
 def layer_submodules(
     config: Config, meter: EntropyMeter, fused: bool = False, fused_rotary: bool = False
 ) -> TransformerLayerSubmodules:
-    """The parts of one layer, the same for SGT and for a plain Megatron-Core layer."""
-    norm = NORMS[config.model.normalization]
+    """The parts of one layer, the same for SGT and for a plain Megatron-Core layer.
+
+    Norms of outputs have no slot there: SGTLayer makes them.
+    """
+    norm = NORMS[config.model.normalization] if config.model.norm_position == "input" else Identity
     return TransformerLayerSubmodules(
         input_layernorm=norm,
         self_attention=ATTENTIONS[CAUSAL.module](config, meter, fused, fused_rotary),
@@ -89,7 +107,9 @@ def decoder_spec(
     """
     params: dict[str, Any] = {}
     if not plain:
+        output_norm = NORMS[config.model.normalization] if config.model.norm_position == "output" else None
         params = {
+            "output_norm": output_norm,
             "loop_options": LoopOptions.of(config, layout, fused),
             "recompute": config.recomputed_layers("full"),
             "tables": RotaryTables(attention_factor),

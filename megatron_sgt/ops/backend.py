@@ -26,12 +26,14 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class LoopShape:
-    """What the choice depends on: the model's norm, head size and dropouts, and the device and type of its tensors."""
+    """What the choice depends on: the model's norms, head size and dropouts, and the device and type of its tensors."""
 
     device: torch.device
     dtype: torch.dtype
     head_size: int
     norm: str = "RMSNorm"
+    norm_position: str = "input"
+    norms_all_heads: bool = False
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
 
@@ -62,6 +64,10 @@ def obstacle(shape: LoopShape) -> str | None:
         return "the GPU is older than compute capability 8.0"
     if shape.norm != "RMSNorm":
         return f"the norm is {shape.norm}; only RMSNorm folds into the projection"
+    if shape.norm_position != "input":
+        return f"model.norm_position is {shape.norm_position}; only norms of inputs fold into the projection"
+    if shape.norms_all_heads:
+        return "model.qk_layernorm_over is all, for which kept heads need the projections of all heads"
     if shape.head_size not in SIZES:
         return f"the head size is {shape.head_size}; kernels exist for {', '.join(map(str, SIZES))}"
     if shape.attention_dropout or shape.hidden_dropout:

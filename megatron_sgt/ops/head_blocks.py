@@ -16,6 +16,7 @@ class HeadBlocks:
     """The h kept heads in g key/value groups that a rank loops, as blocks of a fused projection and of W_o.
 
     ``ids`` [h] int64: global ids. ``heads``: h; ``groups``: g; ``size``: H.
+    ``head_index`` [h] and ``group_index`` [g] int64: which of the heads and groups of the weights they are.
     ``rows`` [h + 2g] and ``columns`` [h] int32: first row (column) of each block, see ``loop_projection``;
     ``row_index`` [(h + 2g) H] and ``column_index`` [h H] int64: all rows (columns) of the blocks.
     ``slots`` [h] int32 and ``slot_index`` [h] int64: group of each head. ``gates`` [h] fp32.
@@ -23,6 +24,8 @@ class HeadBlocks:
     """
 
     ids: Tensor
+    head_index: Tensor
+    group_index: Tensor
     heads: int
     groups: int
     size: int
@@ -45,6 +48,8 @@ def head_blocks(layout: HeadLayout, kept_heads: Sequence[int]) -> HeadBlocks:
     slots, row_index, columns = _index(kept.kv_slot), _index(kept.qkv_rows), _index(kept.proj_columns)
     return HeadBlocks(
         ids=_index(head + layout.owned_heads.start for head in kept.heads),
+        head_index=_index(kept.heads),
+        group_index=_index(kept.groups),
         heads=len(kept.heads),
         groups=len(kept.groups),
         size=size,
@@ -65,6 +70,8 @@ def whole_blocks(layout: HeadLayout, kept_heads: Sequence[int]) -> HeadBlocks:
     columns = rows[: len(blocks.column_index)]
     return replace(
         blocks,
+        head_index=torch.arange(blocks.heads),
+        group_index=torch.arange(blocks.groups),
         rows=rows[:: blocks.size].to(torch.int32),
         columns=columns[:: blocks.size].to(torch.int32),
         row_index=rows,

@@ -127,7 +127,7 @@ def changed(config: Config, values: dict[str, Any]) -> Config:
 def _loops(config: Config) -> Iterator[str]:
     ranks = config.parallel.tensor_model_parallel_size
     heads = tuple(range(most_kept_heads(config)))
-    if not heads or ranks == 1 or choose_loop_method(config)[0] != "owner":
+    if not heads or ranks == 1 or choose_loop_method(config)[0] != "owner" or config.model.norms_all_heads:
         return
     busiest = max(loop_flops(config, "owner", heads, rank).executed for rank in range(ranks))
     share = busiest * ranks / sum(loop_flops(config, "owner", heads, rank).executed for rank in range(ranks))

@@ -13,6 +13,11 @@ projection runs on all tokens on every rank, and so do both projections in the b
 
     linear, forward 2·S·B·D·((h + 2g)·H / t + h·H)                   backward 4·S·B·D·(2h + 2g)·H
 
+Where queries and keys are normalised over all heads (``model.qk_layernorm_over: all``), every rank projects all N of
+its heads and G of its groups, and the only way is "owner":
+
+    linear 2·S·B·D·((N + 2G)/t + h)·H                               attention as above
+
 Bytes: ``tensor_traffic.loop_pass_traffic``.
 """
 
@@ -72,7 +77,10 @@ def loop_flops(config: Config, looping: LoopMethod, kept_heads: tuple[int, ...],
     per_row = 2 * batch * length * model.hidden_size * size  # one projected head, all tokens
     if looping == "owner":
         heads, groups = HeadLayout.of(model, ranks, tp_rank).kept_counts(kept_heads)
-        linear = per_row * (2 * heads + 2 * groups)
+        projected = heads + 2 * groups
+        if model.norms_all_heads:
+            projected = (model.num_attention_heads + 2 * model.num_query_groups) // ranks
+        linear = per_row * (projected + heads)
         return LoopFlops(linear, 2 * linear, 4 * batch * heads * length * length * size, 0.5)
     heads, groups = HeadLayout.of(model).kept_counts(kept_heads)
     share, keys = length // ranks, (tp_rank + 1) * (length // ranks)
@@ -126,6 +134,8 @@ def choose_loop_method(config: Config) -> tuple[LoopMethod, str]:
         return parallel.loop_method, f"{parallel.loop_method} looping (parallel.loop_method)"
     if ranks == 1:
         return "owner", "kept heads loop where they are: there is one tensor-parallel rank"
+    if model.norms_all_heads:
+        return "owner", "owner looping: norms of queries and keys over all heads need the projections of all ranks"
     if model.attention_dropout > 0:
         return "owner", "owner looping: attention dropout is drawn per head, by its owner"
     if uneven := [length for length in config.seq_lengths.every if length % ranks]:

@@ -185,20 +185,26 @@ class _Rank:
         mask = self.element if self.kernels.mask_bytes is None else self.kernels.mask_bytes
         return self.stream // self.element * mask
 
-    def attention(self, layer: int, heads: int, groups: int, indexed: bool = False) -> int:
+    def attention(
+        self, layer: int, heads: int, groups: int, indexed: bool = False, projected: int | None = None
+    ) -> int:
         """From the fused projection's output to the output projection's input."""
         return CAUSAL.saved_bytes(
             self.model, layer, heads, groups, self.tokens, self.element, self.kernels,
-            recomputed=self.selective, indexed=indexed,
+            recomputed=self.selective, indexed=indexed, projected=projected,
         )  # fmt: skip
 
     def _owner(self, index: int, plan: LayerPlan) -> int:
         model = self.model
         heads, groups = HeadLayout.of(model, self.ranks, self.tp_rank).kept_counts(plan.kept_heads)
+        column = model.kv_channels * model.hidden_size * self.element  # of a projection, for one head
+        if model.norms_all_heads:
+            attention = self.attention(index, heads, groups, indexed=True, projected=sum(self.own_heads))
+            return self.norm() + self.stream + heads * column + attention
         tokens_in = self.tokens * model.hidden_size * self.element  # gathered under sequence parallelism
         if not heads:  # empty tensors, which q/k norms keep as views of their input
             return self.norm() + (tokens_in if model.qk_layernorm else 0)
-        rows = (2 * heads + 2 * groups) * model.kv_channels * model.hidden_size * self.element
+        rows = (2 * heads + 2 * groups) * column
         return self.norm() + tokens_in + rows + self.attention(index, heads, groups, indexed=True)
 
     def _balanced(self, index: int, plan: LayerPlan) -> int:

@@ -19,9 +19,11 @@ With T = S·B·D elements, tp tensor-parallel ranks, h kept heads on g groups of
                                                                  reduce-scatter T
     loss               three all-reduces of S·B fp32
     replicated weights under SP one all-reduce of each norm's and output bias' gradient per use; of q/k norms always
+    q/k norms over all heads: two all-reduces of S·B fp32 forward, two backward, per pass; their weights are split, and
+    a loop, owner, is as the attention
 
 Full recompute sends a layer's forward collectives again, except the last one, whose result nobody needs (with dropout
-after it, all).
+or a norm after it, all).
 """
 
 from __future__ import annotations
@@ -118,9 +120,10 @@ class MicroBatch:
             name = "block loops" if execution else part
             passes = [*attention[0], *mlp[0], *attention[1], *mlp[1]]
             if recomputed:
-                # The last collective's result is needed by nobody, unless a dropout mask comes after it.
-                again = [*attention[0], *mlp[0]] if self.config.model.hidden_dropout else [*attention[0], *mlp[0][:-1]]
-                passes += again
+                # The last collective's result is needed by nobody, unless a dropout mask or a norm comes after it.
+                model = self.config.model
+                needed = model.hidden_dropout or model.norm_position == "output"
+                passes += [*attention[0], *mlp[0]] if needed else [*attention[0], *mlp[0][:-1]]
             yield from (replace(item, part=name) for item in passes)
             for _ in range(plan.loops):
                 yield from loop_forward
@@ -135,7 +138,7 @@ class MicroBatch:
             return self._attention("loops in the window")
         if self.looping == "owner":
             forward, backward = self._attention("loops")
-            if self.sharded:  # the gathered input is kept for the backward pass
+            if self.sharded and not self.config.model.norms_all_heads:  # the gathered input is kept for the backward
                 backward = [item for item in backward if item.kind != "all_gather"]
                 backward.append(Transfer("loops", "tensor", "all_gather", self.stream))
             return forward, backward
@@ -158,6 +161,9 @@ class MicroBatch:
 
     def _attention(self, part: str) -> tuple[list[Transfer], list[Transfer]]:
         forward, backward = self._pair(part)
+        if self.config.model.norms_all_heads:
+            squares = Transfer(part, "tensor", "all_reduce", 2 * 4 * self.tokens, 2)
+            return [*forward[:-1], squares, forward[-1]], [*backward, squares]
         return forward, [*backward, *self._head_norm_gradients(part)]
 
     def _mlp(self, part: str) -> tuple[list[Transfer], list[Transfer]]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sgt.arch.weight import Shape, Weight
-from megatron_sgt.arch.weights import layer_weights, weights
+from megatron_sgt.arch.weights import ends_branch, layer_weights, weights
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.stages.growth import Growth
@@ -109,7 +109,7 @@ class _Maker:
 
     def weight(self, new: Weight, old: Weight, layer: int | None) -> WeightMap:
         growth, tensors = self.growth, []
-        silent = layer in growth.silent and writes(new, HIDDEN)
+        silent = layer in growth.silent and ends_branch(new, growth.new)
         for place, (name, shape) in enumerate(new.whole.items()):
             # Norms of queries and keys share epsilon, which shrinks: what they normalise shrinks with it.
             shrinks = growth.new.qk_layernorm and new.split == "qkv" and place < 2 and HIDDEN in growth.widths

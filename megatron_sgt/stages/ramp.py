@@ -17,7 +17,8 @@ The same holds for all weights of a new layer, whose every gradient has the fact
 m is a function of the applied step, so there is nothing to save: a step without a finite gradient does not advance it,
 and micro-batches do not count. At m = 1 nothing is multiplied any more.
 
-A mask is exact in the weights, too: rows of gate times m, and all that a new layer writes times m (``masked_weights``).
+A mask is exact in the weights, too: rows of gate times m, and all that a new layer writes times m (``masked_weights``),
+or where it normalises what it writes (``model.norm_position: output``), the weights of these norms.
 This is how a checkpoint from inside a ramp is exported.
 """
 
@@ -27,10 +28,9 @@ from dataclasses import dataclass
 
 from megatron_sgt.arch.ffn import ffn_kind
 from megatron_sgt.arch.weight import Weight
-from megatron_sgt.arch.weights import layer_weights
+from megatron_sgt.arch.weights import ends_branch, layer_weights
 from megatron_sgt.config.growth import RampConfig
 from megatron_sgt.config.model import ModelConfig
-from megatron_sgt.stages.maps import HIDDEN, writes
 
 
 def mask_at(ramp: RampConfig | None, step: int) -> float:
@@ -58,7 +58,7 @@ def masked_weights(model: ModelConfig, ramp: RampConfig) -> dict[str, Masked]:
     for layer in range(model.num_layers):
         for weight in layer_weights(model, layer):
             rows: tuple[int | None, ...] = ()
-            if layer in ramp.layers and writes(weight, HIDDEN):
+            if layer in ramp.layers and ends_branch(weight, model):
                 rows = (0,) * len(weight.hf)
             elif ramp.old_units is not None:
                 rows = _new_rows(weight, model, ramp.old_units)
@@ -69,7 +69,7 @@ def masked_weights(model: ModelConfig, ramp: RampConfig) -> dict[str, Masked]:
 
 def masks_units(masked: Masked) -> bool:
     """Whether it is of units, which its module puts out, and not of what a layer writes."""
-    return not writes(masked.weight, HIDDEN)
+    return masked.weight.part == "mlp" and masked.weight.split == "rows"
 
 
 def _new_rows(weight: Weight, model: ModelConfig, old_units: int) -> tuple[int | None, ...]:

@@ -15,10 +15,10 @@ from megatron_sgt.model.gpt import build_model
 from megatron_sgt.optim.param_groups import parameter_groups
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.single import single_model, small_config
-from tests.helpers.variants import ATTENTION_VARIANTS
+from tests.helpers.variants import MODEL_VARIANTS
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    **ATTENTION_VARIANTS,
+    **MODEL_VARIANTS,
     "gelu": {"activation": "gelu", "normalization": "LayerNorm", "add_bias_linear": True, "vocab_size": 101},
 }
 

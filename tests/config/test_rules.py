@@ -1,4 +1,4 @@
-"""The rules between the sections: what a pipeline does not go with. (Those of other sections: ``test_root.py``.)"""
+"""The rules between sections: what pipelines and norms over all heads do not go with (others: ``test_root.py``)."""
 
 from typing import Any
 
@@ -23,3 +23,19 @@ from tests.helpers.runs import TINY
 def test_a_pipeline_that_does_not_fit(given: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         parse_config({**TINY, "model": {**TINY["model"], "vocab_size": 64}, "parallel": given})
+
+
+@pytest.mark.parametrize(
+    ("model", "parallel", "says"),
+    [
+        ({"qk_layernorm_over": "all"}, {}, r"model\.qk_layernorm_over: all has no effect with qk_layernorm false"),
+        (
+            {"qk_layernorm": True, "qk_layernorm_over": "all"},
+            {"tensor_model_parallel_size": 2, "loop_method": "balanced"},
+            r"parallel\.loop_method: balanced .* model\.qk_layernorm_over all .* use owner",
+        ),
+    ],
+)
+def test_norms_over_all_heads(model: dict[str, Any], parallel: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse_config({**TINY, "model": {**TINY["model"], "vocab_size": 64, **model}, "parallel": parallel})

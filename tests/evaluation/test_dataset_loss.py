@@ -77,11 +77,10 @@ def test_bits_per_byte_count_the_bytes_of_the_text(tmp_path: Path) -> None:
     samples, _ = open_samples(which(prefix, ALL), tokenizer.vocab_size, tokenizer, str(tmp_path / "cache"))
     uniform = lambda tokens: torch.zeros(*tokens.shape, tokenizer.vocab_size)  # noqa: E731
     found = dataset_loss(uniform, samples, 10, tokenizer.vocab_size, 4, CPU, tokenizer)
-    text = "".join(
-        tokenizer.decode([t for t in samples[i]["labels"].tolist() if t != tokenizer.eod]) for i in range(10)
-    )
-    assert found.text_bytes == len(text.encode())
-    assert found.bits_per_byte == pytest.approx(80 * math.log2(300) / len(text.encode()))
+    labels = [token for i in range(10) for token in samples[i]["labels"].tolist()]
+    size = sum(len(tokenizer.piece(token)) for token in labels if token != tokenizer.eod)  # ASCII, and ▁ for a space
+    assert found.text_bytes == size and tokenizer.eod in labels
+    assert found.bits_per_byte == pytest.approx(80 * math.log2(300) / size)
     assert found.perplexity == pytest.approx(300)
 
 

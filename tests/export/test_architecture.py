@@ -56,5 +56,6 @@ def test_grown_models_say_how_they_loop() -> None:
 
 
 def test_generation_never_writes_padding_rows() -> None:
-    assert generation_config(TokenIds(1, 2, None), range(5, 5)) == {"bos_token_id": 1, "eos_token_id": 2}
+    assert generation_config(TokenIds(1, 2, None), range(5, 5)) == {"bos_token_id": 2, "eos_token_id": 2}
+    assert generation_config(TokenIds(1, None, None), range(5, 5)) == {"bos_token_id": 1}
     assert generation_config(TokenIds(), range(5, 7)) == {"suppress_tokens": [5, 6]}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers import reference_sgt
-from tests.helpers.trajectories import BASE, GOLDEN, init_weights, random_tokens, read_trajectory
+from tests.helpers.trajectories import BASE, GOLDEN, VARIANTS, init_weights, random_tokens, read_trajectory
 
 TOLERANCE = {"loss": 3e-5, "grad_norm": 1e-4, "ema_entropy": 3e-5, "head_decay": 1e-5, "probe_logits": 1e-3}
 
@@ -84,6 +84,7 @@ def plain_forward(weights: dict[str, Tensor], tokens: Tensor, model: dict[str, A
         ("Llama", {"num_query_groups": 2}),
         ("Llama", {"num_query_groups": 1, "untie_embeddings_and_output_weights": False}),
         ("Qwen3", {"num_query_groups": 2, "qk_layernorm": True, "kv_channels": 16}),
+        ("Olmo2", VARIANTS["olmo2"]["model"]),
     ],
 )
 def test_variants_of_the_decoder_against_hugging_face(architecture: str, changes: dict[str, Any]) -> None:

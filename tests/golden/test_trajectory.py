@@ -57,6 +57,8 @@ def test_variant_in_one_process(variant: str, trajectories: dict[str, Path]) -> 
     [
         ("grouped_query_qk_norm", 2, 1, {}),
         ("grouped_query_qk_norm", 2, 1, {"sequence_parallel": True}),
+        ("olmo2", 2, 1, {}),
+        ("olmo2", 2, 1, {"sequence_parallel": True, "zero_stage": 3, "loop_method": "owner"}),
         ("depth3_exponential", 2, 2, {"zero_stage": 1}),
         ("stopped_inside_a_window", 1, 2, {"zero_stage": 2}),
         ("stopped_inside_a_window", 2, 1, {"zero_stage": 0}),

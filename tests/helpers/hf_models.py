@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
 
 from megatron_sgt.export.hf.configuration_sgt import SGTConfig
 from megatron_sgt.export.hf.modeling_sgt import SGTForCausalLM
@@ -86,3 +87,74 @@ def random_ids(*shape: int, seed: int = 0) -> Tensor:
 def gap(one: Tensor, other: Tensor) -> float:
     """Largest absolute difference."""
     return float((one - other).detach().abs().max())
+
+
+def as_llama(model: Any, name: str = "LlamaForCausalLM") -> Any:
+    """transformers' own class ``name`` with the shape and the weights of ``model``, which must not loop."""
+    config = model.config
+    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+              "num_key_value_heads", "head_dim", "rms_norm_eps", "pad_token_id", "num_labels")  # fmt: skip
+    llama = getattr(transformers, name)(transformers.LlamaConfig(**{key: getattr(config, key) for key in shared}))
+    # Its head for answers in the text calls the decoder by another name.
+    inner = "transformer." if name == "LlamaForQuestionAnswering" else "model."
+    weights = {key.replace("model.", inner, 1): tensor for key, tensor in model.state_dict().items()}
+    llama.load_state_dict(weights)
+    return llama.train(model.training)
+
+
+class _Gated(nn.Module):
+    """An output projection, whose input counts as much as the heads' gates say."""
+
+    def __init__(self, linear: nn.Module, gates: Tensor, size: int) -> None:
+        super().__init__()
+        self.linear, self.gates = linear, gates.repeat_interleave(size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, S, heads · size]."""
+        return self.linear(x * self.gates)
+
+
+class _Silent(nn.Module):
+    """A feed-forward part that adds nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zeros."""
+        return torch.zeros_like(x)
+
+
+def unrolled_llama(model: Any) -> Any:
+    """Llama with a layer for every attention pass of ``model``: the same function, in transformers' own code.
+
+    Every layer has the modules of ``model`` themselves, whatever a tool has made of them.
+    """
+    config = model.config
+    passes = [
+        (layer, gates, position == config.loop_of(n)["depth"])
+        for n, layer in enumerate(model.model.layers)
+        for _ in range(1 + config.loop_of(n)["block_loops"])
+        for position, gates in enumerate(_gates_of_passes(config, n))
+    ]
+    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+              "head_dim", "rms_norm_eps")  # fmt: skip
+    values = {key: getattr(config, key) for key in shared}
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=len(passes), **values))
+    for copy, (layer, gates, ends) in zip(llama.model.layers, passes, strict=True):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(copy.self_attn, name, getattr(layer.self_attn, name))
+        o_proj = layer.self_attn.o_proj
+        copy.self_attn.o_proj = o_proj if gates is None else _Gated(o_proj, gates, config.head_dim)
+        copy.input_layernorm, copy.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
+        copy.mlp = layer.mlp if ends else _Silent()
+    llama.model.embed_tokens, llama.model.norm, llama.lm_head = (
+        model.model.embed_tokens,
+        model.model.norm,
+        model.lm_head,
+    )
+    return llama.train(model.training)
+
+
+def _gates_of_passes(config: SGTConfig, layer: int) -> list[Tensor | None]:
+    loop = config.loop_of(layer)
+    gates = torch.full((config.num_attention_heads,), float(loop["other_gate"]))
+    gates[loop["heads"]] = 1.0
+    return [None, *[gates] * loop["depth"]]

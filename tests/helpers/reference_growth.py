@@ -44,7 +44,7 @@ def wider(params: Params, hidden: int, ffn: int, drawn: Params, size: int, group
     grown: Params = {}
     for name, old in params.items():
         module = name.split(".")[-2]
-        if module in ("input_layernorm", "post_attention_layernorm", "norm"):
+        if module.endswith("layernorm") or module == "norm":
             grown[name] = torch.cat([old * root, torch.ones(hidden - old_hidden, dtype=old.dtype)])
             continue
         if module in ("q_norm", "k_norm"):

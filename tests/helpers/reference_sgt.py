@@ -3,7 +3,8 @@
 Slow on purpose: every head of every pass is computed with an eager softmax and multiplied by its gate.
 Nothing here is shared with megatron_sgt. Shapes: B batch, T sequence, D hidden, H query heads, G key/value
 groups, d head size, L layers. Weights are a dict under Hugging Face Llama names; what they imply is read off
-them: G from k_proj's rows, q/k norms from `q_norm` and `k_norm` (one RMSNorm of size d for all heads), biases
+them: G from k_proj's rows, q/k norms from `q_norm` and `k_norm` (one RMSNorm of size d for all heads, or one over
+all heads of sizes H·d and G·d), norms of outputs instead of inputs from `post_feedforward_layernorm`, biases
 from their presence, a tied output from a missing `lm_head.weight`.
 
 `settings` is the metadata of a golden file: model {num_layers, num_attention_heads, norm_eps, rope_theta, and
@@ -73,22 +74,25 @@ def rotary(x: Tensor, theta: float, scaling: Settings | None = None) -> Tensor:
 
 
 def attention(w: Params, x: Tensor, gates: Tensor | None, model: Settings) -> tuple[Tensor, Tensor]:
-    """One pass over normed x [B, T, D]: W_o concat_h(g_h head_h) [B, T, D]; its last rows' entropy [H].
+    """One pass over x [B, T, D], normed or not: W_o concat_h(g_h head_h) [B, T, D]; its last rows' entropy [H].
 
     w holds one layer's weights; gates [H], None for the ordinary attention.
     """
     batch, length, _ = x.shape
     heads, eps = model["num_attention_heads"], model["norm_eps"]
 
+    size = w["self_attn.q_proj.weight"].shape[0] // heads
+
     def split(name: str) -> Tensor:
-        rows = linear(w, f"self_attn.{name}_proj", x)
-        size = w["self_attn.q_proj.weight"].shape[0] // heads
-        return rows.view(batch, length, -1, size).transpose(1, 2)
+        rows, norm = linear(w, f"self_attn.{name}_proj", x), w.get(f"self_attn.{name}_norm.weight")
+        if norm is not None and len(norm) == rows.shape[-1]:  # over all heads, whichever gates they have
+            rows = rms_norm(rows, norm, eps)
+        parts = rows.view(batch, length, -1, size)
+        if norm is not None and len(norm) == size:
+            parts = rms_norm(parts, norm, eps)
+        return parts.transpose(1, 2)
 
     q, k, v = split("q"), split("k"), split("v")
-    if "self_attn.q_norm.weight" in w:
-        q = rms_norm(q, w["self_attn.q_norm.weight"], eps)
-        k = rms_norm(k, w["self_attn.k_norm.weight"], eps)
     q, k = (rotary(y, model["rope_theta"], model.get("rotary_scaling")) for y in (q, k))
     k, v = (y.repeat_interleave(heads // y.shape[1], dim=1) for y in (k, v))
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
@@ -104,14 +108,20 @@ def attention(w: Params, x: Tensor, gates: Tensor | None, model: Settings) -> tu
 def layer(w: Params, x: Tensor, loops: int, gates: Tensor, model: Settings) -> tuple[Tensor, list[Tensor]]:
     """One decoder layer with `loops` additional attention passes; also the entropies [H] of each pass."""
     entropies = []
+    outputs = "post_feedforward_layernorm.weight" in w
+    before = [None, None] if outputs else ["input_layernorm", "post_attention_layernorm"]
+    after = ["post_attention_layernorm", "post_feedforward_layernorm"] if outputs else [None, None]
+
+    def norm(name: str | None, y: Tensor) -> Tensor:
+        return y if name is None else rms_norm(y, w[f"{name}.weight"], model["norm_eps"])
+
     for index in range(1 + loops):
-        normed = rms_norm(x, w["input_layernorm.weight"], model["norm_eps"])
-        out, entropy = attention(w, normed, gates if index else None, model)
-        x = x + out
+        out, entropy = attention(w, norm(before[0], x), gates if index else None, model)
+        x = x + norm(after[0], out)
         entropies.append(entropy)
-    normed = rms_norm(x, w["post_attention_layernorm.weight"], model["norm_eps"])
+    normed = norm(before[1], x)
     gate, up = linear(w, "mlp.gate_proj", normed), linear(w, "mlp.up_proj", normed)
-    return x + linear(w, "mlp.down_proj", torch.nn.functional.silu(gate) * up), entropies
+    return x + norm(after[1], linear(w, "mlp.down_proj", torch.nn.functional.silu(gate) * up)), entropies
 
 
 def forward(

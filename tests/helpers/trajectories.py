@@ -2,7 +2,7 @@
 
 New ones come from the reference, with settings that the golden file does not have. Settings are those of
 `reference_sgt`, with these optional keys under "model", Megatron's names for what the weights imply:
-num_query_groups, kv_channels, qk_layernorm, untie_embeddings_and_output_weights.
+num_query_groups, kv_channels, qk_layernorm, qk_layernorm_over, norm_position, untie_embeddings_and_output_weights.
 """
 
 import json
@@ -59,6 +59,16 @@ VARIANTS: dict[str, Settings] = {
     "depth2_cosine": {"growth": {"max_loop_depth": 2, "decay_type": "cosine"}, "steps": 32},
     "depth3_exponential": {"growth": {"max_loop_depth": 3, "decay_type": "exponential"}, "steps": 44},
     "grouped_query_qk_norm": {"model": {"num_query_groups": 2, "qk_layernorm": True}},
+    "olmo2": {
+        "model": {
+            "num_query_groups": 2,
+            "qk_layernorm": True,
+            "qk_layernorm_over": "all",
+            "norm_position": "output",
+        },
+        "optim": {"eps": 1e-6},  # at 1e-8 some gradients near 0 make 2e-5 of loss out of the noise of fp32
+        "steps": 14,
+    },
     "eight_heads_keep_three": {"model": {"num_attention_heads": 8}, "growth": {"num_keep_heads": 3}},
     "wide_heads_tied": {"model": {"kv_channels": 16, "untie_embeddings_and_output_weights": False}},
     "stopped_inside_a_window": {"growth": {"max_loop_depth": 2, "ema_decay": 0.9}, "steps": 10},
@@ -113,11 +123,13 @@ def init_weights(model: Settings, seed: int) -> dict[str, Tensor]:
             "mlp.gate_proj": matrix(ffn, hidden),
             "mlp.up_proj": matrix(ffn, hidden),
             "mlp.down_proj": matrix(hidden, ffn),
-            "input_layernorm": 1.0 + matrix(1, hidden)[0],
-            "post_attention_layernorm": 1.0 + matrix(1, hidden)[0],
         }
+        other = "post_feedforward" if model.get("norm_position", "input") == "output" else "input"
+        layer |= {f"{name}_layernorm": 1.0 + matrix(1, hidden)[0] for name in (other, "post_attention")}
         if model.get("qk_layernorm", False):
-            layer |= {f"self_attn.{x}_norm": 1.0 + matrix(1, size, 0.3)[0] for x in ("q", "k")}
+            over_all = model.get("qk_layernorm_over", "head") == "all"
+            sizes = (heads * size, groups * size) if over_all else (size, size)
+            layer |= {f"self_attn.{x}_norm": 1.0 + matrix(1, n, 0.3)[0] for x, n in zip("qk", sizes, strict=True)}
         weights |= {f"model.layers.{n}.{name}.weight": w for name, w in layer.items()}
     weights["model.norm.weight"] = 1.0 + matrix(1, hidden)[0]
     if model.get("untie_embeddings_and_output_weights", True):

@@ -20,6 +20,12 @@ ATTENTION_VARIANTS: dict[str, dict[str, Any]] = {
     "qkv_bias": {"add_qkv_bias": True, "num_query_groups": 2},
     "wide_heads_tied": {"kv_channels": 24, "untie_embeddings_and_output_weights": False},
 }
+MODEL_VARIANTS: dict[str, dict[str, Any]] = {
+    **ATTENTION_VARIANTS,
+    "output_norms": {"norm_position": "output", "add_bias_linear": True},
+    "olmo2": {"norm_position": "output", "qk_layernorm": True, "qk_layernorm_over": "all", "num_query_groups": 2},
+}
+"""With those whose loops have no fused form."""
 
 
 def make_weights_uneven(model: torch.nn.Module, seed: int = 0) -> None:

@@ -22,6 +22,7 @@ TOLERANCE = 1e-6
 MODELS: dict[str, dict[str, Any]] = {
     "multi-head": {},
     "grouped query": {"num_query_groups": 4},
+    "norms of outputs": {"num_query_groups": 4, "norm_position": "output"},
     "q/k norm, biases": {"num_query_groups": 4, "qk_layernorm": True, "add_bias_linear": True},
 }
 PLANS: dict[str, LayerPlan] = {

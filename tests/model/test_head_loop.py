@@ -20,7 +20,7 @@ from tests.helpers.reference_sgt import forward, next_token_loss
 from tests.helpers.single import random_batch, single_model, small_config
 from tests.helpers.tensor_shapes import ShapeRecorder
 from tests.helpers.variants import (
-    ATTENTION_VARIANTS,
+    MODEL_VARIANTS,
     hf_of,
     largest_difference,
     leaves,
@@ -35,7 +35,7 @@ ALMOST_ZERO = 1e-30
 
 
 def built(variant: str, depth: int) -> tuple[Config, LanguageModel]:
-    config = small_config(model=ATTENTION_VARIANTS[variant], growth={"max_loop_depth": depth})
+    config = small_config(model=MODEL_VARIANTS[variant], growth={"max_loop_depth": depth})
     model = single_model(config)
     make_weights_uneven(model)
     return config, model
@@ -65,7 +65,7 @@ def measure(model: LanguageModel, config: Config, plan: LoopPlan) -> tuple[Tenso
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("kept", KEPT)
-@pytest.mark.parametrize("variant", ATTENTION_VARIANTS)
+@pytest.mark.parametrize("variant", MODEL_VARIANTS)
 def test_dense_loop_with_vanishing_gates_equals_sparse_loop(variant: str, kept: str, depth: int) -> None:
     config, model = built(variant, depth)
     sparse_loss, sparse, sparse_entropy = measure(model, config, plan_of(depth, KEPT[kept], 0.0))
@@ -82,7 +82,7 @@ def test_dense_loop_with_vanishing_gates_equals_sparse_loop(variant: str, kept: 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("gate", [1.0, 0.4, 0.0])
-@pytest.mark.parametrize("variant", ATTENTION_VARIANTS)
+@pytest.mark.parametrize("variant", MODEL_VARIANTS)
 def test_equals_the_reference(variant: str, gate: float, depth: int) -> None:
     """Logits, loss, all gradients and entropies, with one depth per layer and overlapping windows."""
     config, model = built(variant, depth)

@@ -34,6 +34,7 @@ GROWTHS: dict[str, dict[str, Any]] = {
 KINDS: dict[str, dict[str, Any]] = {
     "swiglu": {},
     "gelu with biases": {"activation": "gelu", "add_bias_linear": True, "normalization": "LayerNorm"},
+    "OLMo-2": {"norm_position": "output", "qk_layernorm": True, "qk_layernorm_over": "all", "num_query_groups": 2},
 }
 LOOPS = LoopPlan(4, ((1, LayerPlan(1, (0, 3))), (3, LayerPlan(2, (1, 2), 0.5))))
 

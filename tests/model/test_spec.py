@@ -33,7 +33,7 @@ def test_layers_of_the_decoder(plain: bool) -> None:
         loops = LoopOptions(LAYOUT, balanced=False, sharded=False, fused=False)
         # One table of rotary angles for all layers.
         tables = spec.layer_specs[0].params["tables"]
-        params = {"loop_options": loops, "recompute": (), "tables": tables}
+        params = {"loop_options": loops, "output_norm": None, "recompute": (), "tables": tables}
     assert all(layer.params == params for layer in spec.layer_specs)
     assert spec.layer_norm is RMSNorm
 
@@ -54,6 +54,21 @@ def test_norms(model: dict[str, Any], norm: type, head_norm: type | None) -> Non
     assert parts.input_layernorm is parts.pre_mlp_layernorm is norm
     assert attention.q_layernorm is attention.k_layernorm is head_norm
     assert decoder_spec(config, meter(), LAYOUT).layer_norm is norm
+
+
+def test_norms_of_outputs_and_over_all_heads() -> None:
+    model = {"norm_position": "output", "qk_layernorm": True, "qk_layernorm_over": "all", "num_query_groups": 2}
+    config = small_config(model=model)
+    parts = layer_submodules(config, meter())
+    assert parts.input_layernorm is parts.pre_mlp_layernorm is torch.nn.Identity
+    assert decoder_spec(config, meter(), LAYOUT).layer_specs[0].params["output_norm"] is RMSNorm
+    shapes = {name: tuple(p.shape) for name, p in single_model(config).gpt.decoder.layers[1].named_parameters()}
+    assert {name: shape for name, shape in shapes.items() if "norm" in name} == {
+        "self_attention.q_layernorm.weight": (64,),
+        "self_attention.k_layernorm.weight": (32,),
+        "post_attention_layernorm.weight": (64,),
+        "post_mlp_layernorm.weight": (64,),
+    }
 
 
 @pytest.mark.parametrize(("granularity", "recompute"), [("none", False), ("selective", True), ("full", False)])

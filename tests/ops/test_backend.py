@@ -30,6 +30,8 @@ def test_a_gpu_takes_triton() -> None:
     [
         ({"device": torch.device("cpu")}, "the device is cpu"),
         ({"norm": "LayerNorm"}, "the norm is LayerNorm"),
+        ({"norm_position": "output"}, "model.norm_position is output; only norms of inputs"),
+        ({"norms_all_heads": True}, "model.qk_layernorm_over is all"),
         ({"head_size": 96}, "the head size is 96; kernels exist for 16, 32, 64, 128"),
         ({"attention_dropout": 0.1}, "the model has dropout"),
         ({"hidden_dropout": 0.1}, "the model has dropout"),

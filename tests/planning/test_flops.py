@@ -36,6 +36,12 @@ MODELS = {
         "qk_layernorm": True,
         "normalization": "LayerNorm",
     },
+    "OLMo-2": {
+        "num_query_groups": 2,
+        "norm_position": "output",
+        "qk_layernorm": True,
+        "qk_layernorm_over": "all",
+    },
 }
 
 

@@ -68,6 +68,8 @@ COUNTED: list[tuple[str, bool, dict[str, Any], tuple[int, ...]]] = [
     for sharded in (False, True)
     for model, heads in (({}, (0, 1)), ({"num_query_groups": 4}, (1, 2, 7)), ({"qk_layernorm": True}, (6,)))
 ]
+OVER_ALL = {"qk_layernorm": True, "qk_layernorm_over": "all", "num_query_groups": 4}
+COUNTED += [("owner", sharded, OVER_ALL, (1, 6)) for sharded in (False, True)]
 
 
 def count_loops(info: RankInfo) -> list[tuple[int, int]]:
@@ -152,6 +154,9 @@ def test_what_balanced_looping_cannot_do_is_left_to_the_owner() -> None:
     assert choose_loop_method(pieces) == ("owner", "owner looping: seq_length 2 does not divide over 4 ranks")
     dropout = small_config(model={"attention_dropout": 0.1}, parallel={"tensor_model_parallel_size": 2})
     assert choose_loop_method(dropout)[0] == "owner"
+    over_all = {"qk_layernorm": True, "qk_layernorm_over": "all"}
+    chosen, why = choose_loop_method(small_config(model=over_all, parallel={"tensor_model_parallel_size": 2}))
+    assert chosen == "owner" and "over all heads" in why
 
 
 def test_a_recorded_run_loops_as_one_that_decides(tmp_path: Path) -> None:

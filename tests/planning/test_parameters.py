@@ -13,7 +13,7 @@ from megatron_sgt.config import load_config
 from megatron_sgt.planning.parameters import parameter_count, parameters_by_part
 from tests.helpers.meta import meta_model
 from tests.helpers.single import single_model, small_config
-from tests.helpers.variants import ATTENTION_VARIANTS
+from tests.helpers.variants import MODEL_VARIANTS
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.yaml"))
 PARTS = {
@@ -42,10 +42,10 @@ def test_every_example_has_as_many_as_are_built(path: Path) -> None:
     assert parameter_count(config.model) == sum(counted.values())
 
 
-@pytest.mark.parametrize("variant", [*ATTENTION_VARIANTS, "gelu"])
+@pytest.mark.parametrize("variant", [*MODEL_VARIANTS, "gelu"])
 def test_every_variant(variant: str) -> None:
     gelu = {"activation": "gelu", "normalization": "LayerNorm", "add_bias_linear": True}
-    config = small_config(model=ATTENTION_VARIANTS.get(variant, gelu))
+    config = small_config(model=MODEL_VARIANTS.get(variant, gelu))
     assert parameters_by_part(config.model) == by_part(single_model(config))
 
 

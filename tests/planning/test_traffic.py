@@ -33,6 +33,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "normalization": "LayerNorm",
         "hidden_dropout": 0.1,
     },
+    "OLMo-2": {
+        "num_query_groups": 4,
+        "norm_position": "output",
+        "qk_layernorm": True,
+        "qk_layernorm_over": "all",
+    },
 }
 PLANS: dict[str, tuple[tuple[int, LayerPlan], ...]] = {
     "vanilla": (),
@@ -43,7 +49,8 @@ PLANS: dict[str, tuple[tuple[int, LayerPlan], ...]] = {
 }
 Layout = tuple[str, str, bool, str]
 EVERY = list(itertools.product(MODELS, ("owner", "balanced"), (False, True), ("none", "selective", "full")))
-SHARE = EVERY[::7]
+EVERY = [case for case in EVERY if case[:2] != ("OLMo-2", "balanced")]
+SHARE = [*EVERY[::7], ("OLMo-2", "owner", False, "none"), ("OLMo-2", "owner", True, "full")]
 """Each method, sharding and recompute meets each other, each method every model."""
 
 

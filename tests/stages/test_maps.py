@@ -28,7 +28,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "grouped_qk_norm": {"num_query_groups": 2, "qk_layernorm": True},
     "tied_biases": {"untie_embeddings_and_output_weights": False, "add_bias_linear": True},
     "qkv_bias_qk_norm": {"add_qkv_bias": True, "qk_layernorm": True},
+    "output_norms": {"norm_position": "output", "qk_layernorm": True, "add_bias_linear": True},
+    "olmo2": {"norm_position": "output", "qk_layernorm": True, "qk_layernorm_over": "all"},
 }
+NO_MORE_HEADS = "olmo2"
+"""Its norms of queries and keys are over all heads."""
 SIZES: dict[str, dict[str, int]] = {
     "hidden": {"hidden_size": 31},
     "ffn": {"ffn_hidden_size": 27},
@@ -81,8 +85,9 @@ def test_a_stack_of_stacks_computes_the_stack_twice() -> None:
     assert float((logits(twice, growth.new) - logits(params, model)).abs().max()) > 0.1, "it is another function"
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize(
+    ("sizes", "kind"), [(s, k) for s in SIZES for k in MODELS if k != NO_MORE_HEADS or s not in ("heads", "all")]
+)
 def test_widening_preserves_the_function(sizes: str, kind: str) -> None:
     model = shape(**MODELS[kind])
     params, growth = random_params(model), msg(model, **SIZES[sizes])
@@ -94,9 +99,17 @@ def test_widening_preserves_the_function(sizes: str, kind: str) -> None:
     expected = wider(expected, *widths, initial(growth.new), 6, heads) if sizes != "layers" else expected
     for name, tensor in expected.items():
         layer = int(name.split(".")[2]) if ".layers." in name else 0
-        if layer > 2 and ("o_proj" in name or "down_proj" in name):
+        outputs = ("post_attention_layernorm", "post_feedforward_layernorm")
+        silent = outputs if model.norm_position == "output" else ("o_proj", "down_proj")
+        if layer > 2 and any(part in name for part in silent):
             expected[name] = torch.zeros_like(tensor)
     assert gap(new, expected) == 0.0
+
+
+def test_norms_over_all_heads_keep_their_heads() -> None:
+    growth = msg(shape(**MODELS[NO_MORE_HEADS]), num_attention_heads=6)
+    with pytest.raises(ConfigError, match=r"q_norm\.weight normalises over num_attention_heads, which cannot grow"):
+        maps_of(growth)
 
 
 def test_members_of_a_group_can_come_between_heads() -> None:
@@ -125,7 +138,8 @@ def test_without_the_rules_of_the_norm_the_function_changes() -> None:
 def test_gradients_of_copies_are_in_the_proportion_that_moments_get(how: str, kind: str) -> None:
     model = shape(**MODELS[kind])
     options = {"factor": 3, "noise": 0.0} if how == "compound_grow" else dict(SIZES["all"])
-    options |= {"num_layers": 3} if how == "msg" else {}
+    if how == "msg":
+        options |= {"num_layers": 3} | ({"num_attention_heads": 4} if kind == NO_MORE_HEADS else {})
     growth, params = OPERATORS[how](model, options), random_params(model)
     before, after = gradients(params, model), gradients(grown(growth, params), growth.new)
     for one in maps_of(growth).values():

@@ -53,6 +53,7 @@ def test_a_grown_model_comes_back(tmp_path: Path) -> None:
 def test_a_run_of_ones_own(tmp_path: Path) -> None:
     save_hf_model(tmp_path / "hf", "llama")
     assert run_here(SCRIPT, ["--input", "hf", "--output", "first", "--seq-length", "32"], tmp_path).code == 0
+    assert run_here(SCRIPT, ["--input", "hf", "--output", "no", "--base-model", "a/b/c"], tmp_path).code == 2
     text = (tmp_path / "first" / "run.yaml").read_text()
     (tmp_path / "mine.yaml").write_text(text.replace("lr: 0.0001", "lr: 0.0002"))
     done = run_here(SCRIPT, ["--input", "hf", "--output", "second", "--config", "mine.yaml"], tmp_path)

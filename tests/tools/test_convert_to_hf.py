@@ -65,5 +65,10 @@ def test_mistakes_are_told_in_one_line(root: Path, tmp_path: Path) -> None:
         assert snapshot(tmp_path) == before
     full = run_script(SCRIPT, ["--load", "ckpt", "--output", "hf"], tmp_path, before=limit_file_size)
     assert full.code == 4 and "hf cannot be written" in full.err and snapshot(tmp_path) == before
-    for wrong in (["--max-shard-size", "5XB"], ["--skip-parity", "--parity-layers"], ["--dtype", "int8"]):
+    for wrong in (
+        ["--max-shard-size", "5XB"],
+        ["--skip-parity", "--parity-layers"],
+        ["--dtype", "int8"],
+        ["--license", "My own"],
+    ):
         assert run_script(SCRIPT, ["--load", "ckpt", "--output", "hf", *wrong], tmp_path).code == 2

@@ -29,6 +29,15 @@ def test_a_checkpoint_and_its_export_print_the_same(tmp_path: Path) -> None:
     assert snapshot(tmp_path) == before
 
 
+def test_a_blank_line_is_an_empty_prompt(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("\nthe\n")
+    options = ["--prompt", "", "--prompt-file", "prompts.txt", "--max-new-tokens", "4", "--greedy", "--jsonl"]
+    done = run_here(SCRIPT, [str(grown_run.checkpoints()), *options], tmp_path)
+    one, other, third = map(json.loads, done.out.splitlines())
+    assert (done.code, done.err, third["prompt"]) == (0, "", "the")
+    assert one == other and one["prompt"] == "" and len(one["tokens"]) <= 4
+
+
 def test_one_json_object_per_sample(tmp_path: Path) -> None:
     arguments = [
         str(grown_run.checkpoints()),

@@ -72,7 +72,7 @@ def write_trajectory(path: Path, tensors: Tensors, meta: dict[str, Any]) -> None
 def trajectory_config(tensors: Tensors, meta: dict[str, Any], overrides: dict[str, dict[str, Any]]) -> Config:
     """The configuration that a trajectory's metadata describes.
 
-    Head size, query groups, q/k norm and tied embeddings are read off the shapes of the initial weights.
+    Head size, query groups, norms and tied embeddings are read off the shapes of the initial weights.
 
     Args:
         overrides: values per section (parallel layout, recompute, ...) on top.
@@ -86,6 +86,8 @@ def trajectory_config(tensors: Tensors, meta: dict[str, Any], overrides: dict[st
         kv_rows = tensors[f"{first}k_proj.weight"].shape[0]
     except KeyError as error:
         raise DataError(f"the trajectory lacks the initial weight {error}") from error
+    query_norm = tensors.get(f"{first}q_norm.weight")
+    outputs = "init/model.layers.0.post_feedforward_layernorm.weight" in tensors
     sections: dict[str, dict[str, Any]] = {
         "model": {
             **{name: model[name] for name in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")},
@@ -96,7 +98,9 @@ def trajectory_config(tensors: Tensors, meta: dict[str, Any], overrides: dict[st
             "rotary_scaling": model.get("rotary_scaling"),
             "kv_channels": head_size,
             "num_query_groups": kv_rows // head_size,
-            "qk_layernorm": f"{first}q_norm.weight" in tensors,
+            "norm_position": "output" if outputs else "input",
+            "qk_layernorm": query_norm is not None,
+            "qk_layernorm_over": "head" if query_norm is None or len(query_norm) == head_size else "all",
             "untie_embeddings_and_output_weights": "init/lm_head.weight" in tensors,
             # Unpadded, as the recorded softmax is over the real vocabulary alone.
             "make_vocab_size_divisible_by": model["vocab_size"],

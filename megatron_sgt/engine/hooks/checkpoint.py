@@ -11,7 +11,7 @@ from typing import Any
 import deepspeed
 
 from megatron_sgt.checkpoint.find import starts_fresh
-from megatron_sgt.checkpoint.layout import AVERAGE_STATE, DATA_STATE, STAGES_STATE, parse_json
+from megatron_sgt.checkpoint.layout import AVERAGE_STATE, DATA_STATE, IMPORTED_STATE, STAGES_STATE, parse_json
 from megatron_sgt.checkpoint.load import grown_state, load_checkpoint, load_grown
 from megatron_sgt.checkpoint.place import Place
 from megatron_sgt.checkpoint.save import Saver
@@ -72,6 +72,8 @@ class CheckpointHook(Hook):
         """In which orders the run has read its data (engine/data_start.py)."""
         self.stages: list[dict[str, Any]] = []
         """How the stages of the run began, up to the present one (stages/stages.py)."""
+        self.imported: dict[str, Any] = {}
+        """What the exports of an imported model keep."""
 
     def before_run(self, state: TrainState) -> None:
         """A checkpoint that was just loaded need not be written again."""
@@ -131,6 +133,8 @@ class CheckpointHook(Hook):
         saved = {"trainer": state.state_dict(), "hooks": hooks, DATA_STATE: self.data}
         if self.stages:
             saved[STAGES_STATE] = self.stages
+        if self.imported:
+            saved[IMPORTED_STATE] = self.imported
         self.saver.start(state.step, saved)
 
     def _poll(self, wait: bool) -> None:
@@ -177,6 +181,7 @@ class CheckpointHook(Hook):
         elif self.average is None and AVERAGE_STATE in saved:
             self._say("EMA", "the checkpoint holds an average of the weights: it is dropped, as train.ema_decay is 0")
         state.load_state_dict(saved["trainer"])
+        self.imported = saved.get(IMPORTED_STATE, {})
         kept = saved["hooks"]
         for hook in self.hooks:
             if starts_fresh(saved, hook.name):

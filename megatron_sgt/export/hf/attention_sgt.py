@@ -15,6 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils.module_tracker import ModuleTracker
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -111,7 +114,7 @@ class SGTAttention(nn.Module):
 class CachedPass:
     """The place of one attention pass in a cache (or in none)."""
 
-    def __init__(self, cache: Cache | None, index: int, cache_position: Tensor) -> None:
+    def __init__(self, cache: Cache | None, index: int, cache_position: Tensor | None) -> None:
         self.cache = cache
         self.index = index
         self.cache_position = cache_position
@@ -173,14 +176,35 @@ class SGTHeadLoop(nn.Module):
         )
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# A tensor's own class, and what stands for it while torch traces. Others (quantised, distributed) have no plain rows.
+_PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+
+
 def _is_plain(linear: nn.Module) -> bool:
-    """Whether a slice of the weight may be used: not with adapters, quantised, offloaded or spread by ZeRO-3."""
+    """Whether a slice of the weight does what the module does, and nobody looks on.
+
+    Not with adapters, quantised, parametrised (other classes of modules or tensors), pruned, offloaded, spread by
+    ZeRO-3 or watched (hooks, or a ``forward`` of the instance's own).
+    """
     return (
         type(linear) is nn.Linear
-        and not hasattr(linear, "_hf_hook")
+        and "forward" not in linear.__dict__
+        and not any(getattr(linear, hooks) for hooks in _HOOKS)
+        and not any(_looks_on(hook) for hooks in _HOOKS for hook in _hooks_of_all_modules(hooks))
+        and type(linear.weight) in _PLAIN_TENSORS
         and linear.weight.shape == (linear.out_features, linear.in_features)
         and not linear.weight.is_meta
     )
+
+
+def _hooks_of_all_modules(kind: str) -> list[Any]:
+    return list(getattr(torch.nn.modules.module, "_global" + kind).values())
+
+
+def _looks_on(hook: Any) -> bool:
+    """Not the tracker of torch's FLOP counter, which notes names alone, and which is to count what is done."""
+    return not isinstance(getattr(hook, "__self__", None), ModuleTracker)
 
 
 def _some_rows(linear: Any, x: Tensor, blocks: Sequence[int], size: int) -> Tensor:

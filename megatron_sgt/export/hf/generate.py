@@ -62,13 +62,10 @@ def check_prompts(prompts: Sequence[str]) -> None:
     """Check the prompts.
 
     Raises:
-        DataError: there is no prompt, or an empty one.
+        DataError: there is no prompt.
     """
     if not prompts:
         raise DataError("no prompts: give --prompt TEXT, or --prompt-file with one prompt per line")
-    for number, prompt in enumerate(prompts, start=1):
-        if not prompt.strip():
-            raise DataError(f"prompt {number} of {len(prompts)} is empty: a continuation needs a beginning")
 
 
 @torch.no_grad()
@@ -77,14 +74,17 @@ def generate(
 ) -> Iterator[Continuation]:
     """Continue every prompt ``sampling.num_samples`` times, in order, in batches of prompts.
 
+    An empty prompt is the beginning of a document.
+
     Raises:
-        DataError: a prompt is empty, or as long as the model's context; the model has no tokenizer.
+        DataError: a prompt is as long as the model's context, or empty and no token begins a document; the model has no
+            tokenizer.
     """
     check_prompts(prompts)
     tokenizer = opened.tokenizer
     if tokenizer is None:
         raise DataError(f"{opened.name} has no tokenizer; give --tokenizer PATH")
-    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    encoded = [tokenizer(prompt)["input_ids"] or _beginning(opened) for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
         if len(ids) + sampling.max_new_tokens > opened.context:
             raise DataError(
@@ -102,6 +102,21 @@ def generate(
             index = batch[place // sampling.num_samples]
             text = _new_text(tokenizer, encoded[index], tokens)
             yield Continuation(prompts[index], text, tuple(tokens), stop is not None)
+
+
+def _beginning(opened: OpenModel) -> list[int]:
+    """What precedes the first token of a document: as ``generate`` without input begins, else the end of another one.
+
+    Raises:
+        DataError: the model has neither.
+    """
+    begin = opened.model.generation_config.bos_token_id
+    found = [*([] if begin is None else [begin]), *_ends(opened)]
+    if not found:
+        raise DataError(
+            f"a prompt is empty, and {opened.name} has no token that begins or ends a document: give a longer prompt"
+        )
+    return found[:1]
 
 
 def _new_text(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:

@@ -14,11 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
@@ -30,6 +34,7 @@ from .attention_sgt import (
     make_room_for_loops,
 )
 from .configuration_sgt import SGTConfig
+from .mlp_sgt import SGTMLP
 from .rotary_sgt import SGTRotaryEmbedding
 
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters  # they differ between transformers 4 and 5
@@ -38,24 +43,6 @@ _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters  # they diffe
 def _norm(config: SGTConfig) -> nn.Module:
     kind = SGTRMSNorm if config.normalization == "RMSNorm" else nn.LayerNorm
     return kind(config.hidden_size, eps=config.rms_norm_eps)
-
-
-class SGTMLP(nn.Module):
-    """down(act(gate(x)) · up(x)), or without gate down(act(up(x)))."""
-
-    def __init__(self, config: SGTConfig) -> None:
-        super().__init__()
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(hidden, inner, bias=bias) if config.gated_mlp else None
-        self.up_proj = nn.Linear(hidden, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, hidden, bias=bias)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, S, D]."""
-        if self.gate_proj is None:
-            return self.down_proj(self.act_fn(self.up_proj(x)))
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 class SGTDecoderLayer(GradientCheckpointingLayer):
@@ -74,16 +61,20 @@ class SGTDecoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask: Any,
-        cache_position: Tensor,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        cache_position: Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """x [B, S, D] -> (x, weights of the ordinary attention [B, N, S, T] where the implementation has them)."""
-        index = self.first_pass
-        weights = None
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Hidden states [B, S, D] -> the same.
+
+        With ``output_attentions`` also the weights [B, N, S, T] of the ordinary attention, where the implementation
+        has them. Names and outputs are otherwise those of ``LlamaDecoderLayer``: tools call one layer on its own.
+        """
+        x, index, weights = hidden_states, self.first_pass, None
+        rotary, mask = position_embeddings, attention_mask
         for _ in range(1 + self.block_loops):
             cached = CachedPass(past_key_values, index, cache_position)
             out, weights = self.self_attn(self.input_layernorm(x), rotary, mask, cached, **kwargs)
@@ -93,7 +84,7 @@ class SGTDecoderLayer(GradientCheckpointingLayer):
                 x = x + self.loop(self.self_attn, self.input_layernorm(x), rotary, mask, cached, **kwargs)
                 index += 1
             x = x + self.mlp(self.post_attention_layernorm(x))
-        return x, weights
+        return (x, weights) if kwargs.get("output_attentions") else x
 
 
 class SGTPreTrainedModel(PreTrainedModel):
@@ -137,12 +128,13 @@ class SGTModel(SGTPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
-        """As LlamaModel.forward. ``attentions`` are those of the ordinary passes, one per layer.
+        """As LlamaModel.forward. ``attentions``: one per layer, of the ordinary pass (the last one of a block loop).
 
+        A loop's would be of other heads, so that layer and head numbers no longer meant what they do in a decoder.
         transformers 4 passes ``cache_position`` [S]; named as an argument, transformers 5 would warn of it.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -164,19 +156,27 @@ class SGTModel(SGTPreTrainedModel):
         if position_ids is None:
             position_ids = cache_position.unsqueeze(0)
         mask = _causal_mask(config, x, attention_mask, cache_position, past_key_values, position_ids)
-        rotary = self.rotary_emb(x, position_ids)
-        kwargs |= {"position_ids": position_ids, "output_attentions": attentions_too}
-        states, attentions = [], []
+        kwargs |= {
+            "attention_mask": mask,
+            "position_embeddings": self.rotary_emb(x, position_ids),
+            "position_ids": position_ids,
+            "cache_position": cache_position,
+            "past_key_values": past_key_values,
+            "output_attentions": attentions_too,
+        }
+        states, attentions = [x], []
         for layer in self.layers:
+            x = layer(x, **kwargs)
+            if attentions_too:
+                x, weights = x
+                attentions.append(weights)
             states.append(x)
-            x, weights = layer(x, rotary, mask, cache_position, past_key_values=past_key_values, **kwargs)
-            attentions.append(weights)
-        x = self.norm(x)
+        states[-1] = x = self.norm(x)
         outputs = BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=(*states, x) if states_too else None,
-            attentions=tuple(attentions) if attentions_too else None,
+            hidden_states=_chosen(states, states_too) if states_too else None,
+            attentions=tuple(w for w in attentions if w is not None) if attentions_too else None,
         )
         return outputs if _wants_dict(return_dict, config) else outputs.to_tuple()
 
@@ -194,6 +194,16 @@ def _causal_mask(
     if "cache_position" in _MASK_ARGUMENTS:
         arguments["cache_position"] = cache_position
     return create_causal_mask(config=config, attention_mask=attention_mask, past_key_values=cache, **arguments)
+
+
+def _chosen(states: list[Tensor], wanted: bool | int | list[int]) -> tuple[Tensor | None, ...]:
+    """All of them; or those of which the numbers are given, and None in the places of the others."""
+    if isinstance(wanted, bool):
+        return tuple(states)
+    numbers = {
+        n % len(states) for n in ([wanted] if isinstance(wanted, int) else wanted) if -len(states) <= n < len(states)
+    }
+    return tuple(state if n in numbers else None for n, state in enumerate(states))
 
 
 def _wants_dict(return_dict: bool | None, config: SGTConfig) -> bool:
@@ -222,7 +232,7 @@ class SGTForCausalLM(SGTPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
@@ -254,5 +264,61 @@ class SGTForCausalLM(SGTPreTrainedModel, GenerationMixin):
         )
         return result if _wants_dict(return_dict, self.config) else result.to_tuple()
 
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'. Texts without a token begin as ``generate`` without input does, and do not fail inside."""
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        if ids is None or ids.shape[-1] or "inputs_embeds" in kwargs:
+            return super().generate(inputs, *args, **kwargs)
+        begin = self.generation_config.bos_token_id
+        if begin is None:
+            raise ValueError("input_ids holds no token and generation_config.bos_token_id is not set: give a token")
+        rest = {name: value for name, value in kwargs.items() if name not in ("input_ids", "attention_mask")}
+        return super().generate(ids.new_full((len(ids), 1), begin), *args, **rest)
 
-__all__ = ["SGTForCausalLM", "SGTModel", "SGTPreTrainedModel"]
+
+# What follows stands in this file, and not in one of its own, because transformers saves with a model only the files
+# that its class needs: a folder saved after training with AutoModelForCausalLM must still know these classes.
+
+
+class SGTForSequenceClassification(GenericForSequenceClassification, SGTPreTrainedModel):
+    """One answer per sequence, from its last token that is no padding."""
+
+    def __init__(self, config: SGTConfig) -> None:
+        PreTrainedModel.__init__(self, config)  # the generic one looks for the decoder's class in a registry
+        self.num_labels = config.num_labels
+        self.model = SGTModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class SGTForTokenClassification(GenericForTokenClassification, SGTPreTrainedModel):
+    """One answer per token."""
+
+    def __init__(self, config: SGTConfig) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = SGTModel(config)
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class SGTForQuestionAnswering(GenericForQuestionAnswering, SGTPreTrainedModel):
+    """Where in the text an answer begins and ends."""
+
+    def __init__(self, config: SGTConfig) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.model = SGTModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+
+__all__ = [
+    "SGTForCausalLM",
+    "SGTForQuestionAnswering",
+    "SGTForSequenceClassification",
+    "SGTForTokenClassification",
+    "SGTModel",
+    "SGTPreTrainedModel",
+]

@@ -21,6 +21,7 @@ from megatron_sgt.export.hf.families import CONFIG_FILE, read_config
 from megatron_sgt.export.hf.loading import own_class, quiet
 from megatron_sgt.export.hf.tokenizer import write_tokenizer
 from megatron_sgt.export.hf_tensors import HFTensors
+from megatron_sgt.export.inherited import config_ids, generation_values
 from megatron_sgt.export.source import ExportSource, open_checkpoint
 from megatron_sgt.model.mcore_config import DTYPES
 
@@ -74,10 +75,12 @@ def open_model(
     else:
         opened = _open_checkpoint(open_checkpoint(path, step, keep_padding), dtype)
     model = opened.model.to(device).eval()
-    found = _tokenizer_of(opened, path, tokenizer)
-    if found is not None and (ids := len(found)) > opened.vocab_size:
+    found, ids = _tokenizer_of(opened, path, tokenizer)
+    if opened.source is not None:
+        model.generation_config = _generation_config(opened.source, ids)
+    if found is not None and (size := len(found)) > opened.vocab_size:
         raise DataError(
-            f"the tokenizer has {ids} ids, but {opened.name} knows {opened.vocab_size}: it belongs to another model; "
+            f"the tokenizer has {size} ids, but {opened.name} knows {opened.vocab_size}: it belongs to another model; "
             "give --tokenizer"
         )
     return OpenModel(opened.name, model, found, opened.vocab_size, opened.context, opened.source)
@@ -91,7 +94,8 @@ def _open_checkpoint(source: ExportSource, dtype: str) -> OpenModel:
     name = values["architectures"][0]
     ours = name == STANDARD.architecture
     kind = own_class(STANDARD, CAUSAL_LM) if ours else getattr(transformers, name)
-    config = kind.config_class.from_dict({key: v for key, v in values.items() if key != "auto_map"})
+    values = {key: v for key, v in values.items() if key != "auto_map"} | config_ids(source.imported)
+    config = kind.config_class.from_dict(values)
     weights: dict[str, Tensor] = {}
     for weight in source.weights():
         tensors, _ = source.read(weight)
@@ -139,27 +143,37 @@ def _refuse_differences(name: str, report: dict[str, Any]) -> None:
             raise CheckpointError(f"{name}: {len(keys)} {kind.replace('_', ' ')} in its weights: {', '.join(keys[:4])}")
 
 
-def _tokenizer_of(opened: OpenModel, path: Path, chosen: Path | None) -> Any:
+def _generation_config(source: ExportSource, ids: TokenIds) -> Any:
+    """As the export has it."""
+    from transformers import GenerationConfig
+
+    rows = source.vocab_rows
+    unused = range(source.config.model.vocab_size or rows, rows)
+    return GenerationConfig.from_dict(generation_values(source.imported, ids, unused))
+
+
+def _tokenizer_of(opened: OpenModel, path: Path, chosen: Path | None) -> tuple[Any, TokenIds]:
+    """The tokenizer of transformers, None without one; and the ids that generation needs, of a checkpoint's."""
     if chosen is None and opened.source is None:
         has_one = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-        return _load_tokenizer(path, opened.model.config) if has_one else None
+        return _load_tokenizer(path, opened.model.config) if has_one else None, TokenIds()
     if chosen is None:
         assert opened.source is not None
         wanted = opened.source.config.data.tokenizer
         if wanted is None:
-            return None
+            return None, TokenIds()
     else:
         if not chosen.exists():
             raise DataError(f"tokenizer {chosen} does not exist; give a .model file, a tokenizer.json or a folder")
         wanted = TokenizerConfig.at(chosen)
     if opened.source is None:
         if wanted.type == "huggingface" and chosen is not None and chosen.is_dir():
-            return _load_tokenizer(chosen)
+            return _load_tokenizer(chosen), TokenIds()
         raise DataError(f"--tokenizer {chosen}: for a Hugging Face folder give a folder with a tokenizer.json")
     with tempfile.TemporaryDirectory() as folder:
         # As the export would write it, so that texts are tokenized the same way before and after.
-        write_tokenizer(wanted, Path(folder), opened.source.config)
-        return _load_tokenizer(Path(folder))
+        written = write_tokenizer(wanted, Path(folder), opened.source.config)
+        return _load_tokenizer(Path(folder)), written.ids
 
 
 def _load_tokenizer(folder: Path, model_config: Any = None) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_sgt.config import Config
 from megatron_sgt.config.data import TokenizerConfig
+from megatron_sgt.data.hard_texts import HARD_TEXTS
 from megatron_sgt.data.indexed import read_metadata
 from megatron_sgt.data.tokenizer import HF_FILES, Tokenizer, build_tokenizer, resolve_vocab_size
 from megatron_sgt.errors import DataError
@@ -16,15 +17,6 @@ from megatron_sgt.export.hf.sentencepiece_fast import fast_tokenizer, read_piece
 from megatron_sgt.files import write_json
 
 COPIED = (*HF_FILES, "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
-PROBES = (
-    "The quick brown fox, jumps over  two   lazy dogs.\n\n\tdef f(x: int) -> int:\n        return x ** 2  # 3.14159\n",
-    " leading and trailing spaces ",
-    "naïve café – “quotes” … 北京 Владивосток नमस्ते 🙂👩‍🚀 \u00a0\u200b ﬁ Å Å ①",
-    "<s> </s> <unk> <0x0A> <|endoftext|>",
-    "aaaaaaaaaaaaaaaaaa        1234567890 0000 ======== \r\n\r\n\x00\x7f",
-    "",
-)
-"""Texts that the fast tokenizer must encode and decode as the training tokenizer does."""
 
 
 def write_tokenizer(wanted: TokenizerConfig, folder: Path, config: Config) -> WrittenTokenizer:
@@ -58,7 +50,7 @@ def _write_sentencepiece(model: Path, tokenizer: Tokenizer, folder: Path, max_le
     fast = fast_tokenizer(pieces)
     # A special token written out in a text is text, as it was in training.
     fast.encode_special_tokens = True
-    for text in PROBES:
+    for text in HARD_TEXTS:
         ids = tokenizer.encode(text)
         same = pieces.same_segmentation(fast.encode(text, add_special_tokens=False).ids, ids)
         if pieces.unk not in ids:  # for which sentencepiece writes a sign of its own

@@ -8,7 +8,8 @@ from 0 to 1 they need because there new entries of all matrices are random:
 * RMSNorm over D_new dimensions, of which D_old are not zero, divides by a root mean square that is smaller by
   sqrt(D_old / D_new): weights of norms get this factor and epsilon is multiplied by D_old / D_new. (Norms of queries
   and keys share epsilon: rows of q and k get the factor, too, so that nothing changes there.)
-* new layer i is a copy of layer i mod l whose o and down are zero.
+* new layer i is a copy of layer i mod l whose o and down are zero; under ``model.norm_position: output``, where a norm
+  follows them, the weights of its norms.
 
 With ``ramp_steps`` feed-forward layers and depth grow as the authors' do: new units are random in all matrices, new
 layers are whole copies, and a mask fades both in (stages/ramp.py). Their masks of norms, which wider streams and more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -75,11 +76,44 @@ def test_the_end_of_a_text_ends_it() -> None:
     assert cut.ended and cut.tokens == whole.tokens[: whole.tokens.index(end)] and not whole.ended
 
 
+def test_an_empty_prompt_is_the_beginning_of_a_document() -> None:
+    """Where documents have no BOS, the end of the one before is what the model saw there in training."""
+    (found, blank) = generate(opened(), ["", "the"], GREEDY)
+    model, end = opened().model, opened().tokenizer.eos_token_id
+    assert model.generation_config.bos_token_id == end != opened().tokenizer.bos_token_id
+    alone = model.generate(max_new_tokens=12, do_sample=False)[0].tolist()
+    assert alone[0] == end and alone[1 : len(found.tokens) + 1] == list(found.tokens)
+    assert blank.prompt == "the"
+    export = open_model(grown_run.export())
+    assert list(generate(export, [""], GREEDY)) == [found]
+    assert export.model.generate(max_new_tokens=12, do_sample=False)[0].tolist() == alone
+
+
+def test_an_empty_prompt_needs_a_token_to_begin_with() -> None:
+    settings = opened().model.generation_config
+    before = settings.bos_token_id
+    nothing = replace(opened(), tokenizer=Bare())
+    settings.bos_token_id = settings.eos_token_id = None
+    try:
+        with pytest.raises(DataError, match="no token that begins or ends a document"):
+            list(generate(nothing, [""], GREEDY))
+    finally:
+        settings.bos_token_id = settings.eos_token_id = before
+
+
+class Bare:
+    """A tokenizer without special tokens."""
+
+    eos_token_id = None
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": []}
+
+
 @pytest.mark.parametrize(
     ("prompts", "sampling", "says"),
     [
         ([], GREEDY, "no prompts"),
-        (["the", " \n"], GREEDY, "prompt 2 of 2 is empty"),
         (["the dog " * 30], GREEDY, "is longer than the 48"),
     ],
 )

@@ -9,13 +9,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache, __version__
 
 from megatron_sgt.export.hf.configuration_sgt import SGTConfig
 from megatron_sgt.export.hf.modeling_sgt import SGTForCausalLM
-from tests.helpers.hf_models import VARIANTS, gap, hf_model, random_ids, reference_logits
+from tests.helpers.hf_models import (
+    VARIANTS,
+    as_llama,
+    gap,
+    hf_model,
+    random_ids,
+    reference_logits,
+    unrolled_llama,
+)
 from tests.helpers.reference_sgt import next_token_loss
 
+OLD_TRANSFORMERS = __version__.startswith("4.")
 LOOPING = "grouped_qk_norm_depth_3"
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 24}
 
@@ -91,6 +100,19 @@ def test_generation_is_the_same_with_every_cache() -> None:
     assert torch.equal(torch.stack(steps, 1), uncached)
 
 
+def test_a_text_without_tokens_begins_with_bos() -> None:
+    model = hf_model(LOOPING)
+    with torch.no_grad():
+        alone = model.generate(**GREEDY)
+        assert torch.equal(alone, model.generate(torch.tensor([[1]]), **GREEDY)), "bos_token_id"
+        nothing = torch.zeros(2, 0, dtype=torch.long)
+        for inputs in ({"inputs": nothing}, {"input_ids": nothing, "attention_mask": nothing}):
+            assert torch.equal(model.generate(**inputs, **GREEDY), alone.repeat(2, 1))
+    model.generation_config.bos_token_id = None
+    with pytest.raises(ValueError, match=r"generation_config.bos_token_id is not set"):
+        model.generate(nothing, **GREEDY)
+
+
 @pytest.mark.parametrize("options", [{"num_beams": 4}, {"num_beams": 2, "num_return_sequences": 2},
                                      {"do_sample": True, "top_k": 20}])  # fmt: skip
 def test_beams_and_sampling_do_not_depend_on_the_cache(options: dict[str, Any]) -> None:
@@ -130,6 +152,42 @@ def test_outputs_have_the_shapes_of_every_decoder() -> None:
     assert gap(tail, out.logits[:, -2:]) < 1e-5 and gap(embedded, out.logits) == 0
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("chosen", [True, [0, -1], 2])
+def test_without_loops_outputs_are_llamas(attention: str, chosen: Any) -> None:
+    """transformers 5 knows the choice of some hidden states; 4 gives all of them."""
+    model, tokens = hf_model("never_grown", num_key_value_heads=2), random_ids(2, 8)
+    llama = as_llama(model)
+    with torch.no_grad():
+        outputs = []
+        for each in (model, llama):
+            each.set_attn_implementation(attention)
+            outputs.append(each(tokens, output_attentions=True, output_hidden_states=chosen))
+    found, expected = outputs
+    for one, other in zip(found.attentions, expected.attentions or (), strict=True):
+        assert one.dtype == other.dtype and gap(one, other) < 1e-6
+    assert len(found.attentions) == (4 if attention == "eager" else 0)
+    assert len(found.hidden_states) == len(expected.hidden_states) == 5
+    every = model(tokens, output_hidden_states=True).hidden_states
+    for number, (one, other) in enumerate(zip(found.hidden_states, expected.hidden_states, strict=True)):
+        if one is None:
+            assert chosen is not True and (other is None or OLD_TRANSFORMERS)
+        else:
+            assert gap(one, other) < 1e-5 and gap(one, every[number]) < 1e-5
+
+
+def test_attentions_of_a_looping_model_are_those_of_its_ordinary_passes() -> None:
+    """The last one of a block loop; Llama with a layer for every pass has them all."""
+    model = hf_model("never_grown", sgt_loops={"1": {"heads": [0, 3], "depth": 2}, "2": {"block_loops": 1}})
+    llama, tokens = unrolled_llama(model), random_ids(2, 8)
+    for each in (model, llama):
+        each.set_attn_implementation("eager")
+    found, every = (each(tokens, output_attentions=True).attentions for each in (model, llama))
+    assert len(found) == 4 and len(every) == 7
+    for one, number in zip(found, (0, 1, 5, 6), strict=True):
+        assert gap(one, every[number]) < 1e-5
 
 
 def test_saved_with_its_code_it_is_the_same_model(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import pytest
 import sentencepiece
 
 from megatron_sgt.data import preprocess, readers, train_tokenizer
+from megatron_sgt.data.hard_texts import HARD_TEXTS
 from megatron_sgt.errors import DataError
 from megatron_sgt.export.hf import sentencepiece_fast
 from megatron_sgt.export.hf.sentencepiece_fast import fast_tokenizer, read_pieces
-from megatron_sgt.export.hf.tokenizer import PROBES
 
 SOURCES = [inspect.getsource(module) for module in (preprocess, readers, train_tokenizer, sentencepiece_fast)]
 
@@ -39,7 +39,7 @@ def varied_texts() -> list[str]:
     rng = random.Random(0)
     noise = ["".join(rng.choices("ab  \n\t=-_.01()eé北😀▁", k=rng.randint(1, 60))) for _ in range(800)]
     runs = [f"x{sign * n}y" for sign in " =-#a" for n in range(40)]
-    return [*PROBES, *SOURCES, *noise, *runs, " ".join(noise)]
+    return [*HARD_TEXTS, *SOURCES, *noise, *runs, " ".join(noise)]
 
 
 OPTIONS = [

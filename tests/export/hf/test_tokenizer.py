@@ -12,11 +12,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from megatron_sgt.config.data import TokenizerConfig
+from megatron_sgt.data.hard_texts import HARD_TEXTS
 from megatron_sgt.data.tokenizer import build_tokenizer
 from megatron_sgt.data.train_tokenizer import train_tokenizer
 from megatron_sgt.errors import DataError
 from megatron_sgt.export.architecture import TokenIds
-from megatron_sgt.export.hf.tokenizer import PROBES, write_tokenizer
+from megatron_sgt.export.hf.tokenizer import write_tokenizer
 from tests.helpers.single import small_config
 
 
@@ -26,7 +27,7 @@ def config(**data: Any) -> Any:
 
 @pytest.fixture
 def model(tmp_path: Path) -> TokenizerConfig:
-    lines = [json.dumps({"text": text}) for text in (*PROBES, Path(__file__).read_text())]
+    lines = [json.dumps({"text": text}) for text in (*HARD_TEXTS[:7], Path(__file__).read_text())]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))
     train_tokenizer([str(tmp_path / "texts.jsonl")], str(tmp_path / "sp.model"), 400)
     return TokenizerConfig(type="sentencepiece", model=str(tmp_path / "sp.model"))
@@ -40,14 +41,16 @@ def test_a_sentencepiece_model_becomes_a_fast_tokenizer(model: TokenizerConfig, 
     trained = build_tokenizer(model)
     assert loaded.is_fast and len(loaded) == 400 and loaded.padding_side == "left"
     assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (1, 2, 0)
-    for text in (*PROBES, Path(__file__).read_text()):
+    for text in (*HARD_TEXTS, Path(__file__).read_text()):
         ids = trained.encode(text)
         assert loaded(text)["input_ids"] == ids, "no special token is added, none is read out of a text"
         assert loaded.decode(ids) == trained.decode(ids)
     batch = loaded(["a", "a longer text"], padding=True)
     assert batch["attention_mask"][0][0] == 0 and batch["attention_mask"][0][-1] == 1
     loaded.save_pretrained(tmp_path / "again")
-    assert AutoTokenizer.from_pretrained(tmp_path / "again")(PROBES[3])["input_ids"] == trained.encode(PROBES[3])
+    assert AutoTokenizer.from_pretrained(tmp_path / "again")(HARD_TEXTS[16])["input_ids"] == trained.encode(
+        HARD_TEXTS[16]
+    )
 
 
 def bare_tokenizer(path: Path) -> None:
@@ -56,7 +59,7 @@ def bare_tokenizer(path: Path) -> None:
     fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     fast.train_from_iterator(
-        PROBES,
+        HARD_TEXTS,
         trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet),
     )
     fast.save(str(path))
@@ -77,7 +80,7 @@ def test_hugging_face_tokenizers_are_copied(kind: str, tmp_path: Path) -> None:
     loaded = AutoTokenizer.from_pretrained(out)
     assert loaded.eos_token_id == trained.eod == 0
     assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
-    for text in PROBES:
+    for text in HARD_TEXTS:
         assert loaded(text)["input_ids"] == trained.encode(text)
 
 

@@ -1,0 +1,54 @@
+"""How many UTF-8 bytes of text tokens stand for, each on its own, so that samples may begin and end anywhere.
+
+Decoding a sample as a whole would lose the space before its first word, and would count a character that its first or
+last tokens cut in two as the sign for damaged text.
+"""
+
+from __future__ import annotations
+
+import re
+
+from megatron_sgt.data.tokenizer import Tokenizer
+from megatron_sgt.errors import DataError
+
+_DAMAGED = "\ufffd"
+_ONE_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+class TextBytes:
+    """Counts for one tokenizer. The sum over a document is the length of its decoded text.
+
+    The end of a document is no text: 0 bytes. What a token says of the space before it counts: the word " the" has 4
+    bytes, at the beginning of a document 3 where the tokenizer has put the space there.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        try:
+            self._end: int | None = tokenizer.eod
+        except DataError:
+            self._end = None
+        self._before = tokenizer.encode("a")[-1:]
+        """A token of known text, after which others do not stand at a beginning."""
+        self._inside: dict[int, int] = {}
+        self._at_beginning: dict[int, int] = {}
+
+    def count(self, previous: int, ids: list[int]) -> int:
+        """Bytes of ``ids``, the first of which comes after the token ``previous``."""
+        total = 0
+        for token in ids:
+            if token != self._end:
+                begins = previous == self._end
+                known = self._at_beginning if begins else self._inside
+                if token not in known:
+                    known[token] = self._bytes(token, [] if begins else self._before)
+                total += known[token]
+            previous = token
+        return total
+
+    def _bytes(self, token: int, before: list[int]) -> int:
+        text = self._tokenizer.decode([*before, token])
+        if _DAMAGED not in text:
+            return len(text.encode()) - len(self._tokenizer.decode(before).encode())
+        piece = self._tokenizer.piece(token)  # a part of a character
+        return 1 if _ONE_BYTE.fullmatch(piece) else len(piece)  # byte-level: each sign of the piece is a byte

@@ -1,0 +1,26 @@
+"""The feed-forward part of a layer. Shapes: B batch, S tokens, D hidden."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from .configuration_sgt import SGTConfig
+
+
+class SGTMLP(nn.Module):
+    """down(act(gate(x)) · up(x)), or without gate down(act(up(x)))."""
+
+    def __init__(self, config: SGTConfig) -> None:
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias) if config.gated_mlp else None
+        self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, S, D]."""
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(self.up_proj(x)))
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
