@@ -13,19 +13,23 @@ from .configuration_sgt import SGTConfig
 
 
 class SGTRotaryEmbedding(nn.Module):
-    """cos and sin of the positions. No buffer: it would be cast with the model, and lost in a load through meta."""
+    """cos and sin of the positions.
+
+    ``frequencies``: radians per token [H / 2] fp32 where they are scaled. No buffer: it would be cast with the model,
+    and lost in a load through the meta device.
+    """
 
     def __init__(self, config: SGTConfig) -> None:
         super().__init__()
         self.theta, self.size = config.rope_theta, config.head_dim
-        self.frequencies: list[float] | None = None
+        self.frequencies: Tensor | None = None
         self.attention_scaling = 1.0
         kind = config.rope_parameters["rope_type"]
         if kind != "default":
             cpu = torch.device("cpu")
             with cpu:
                 frequencies, self.attention_scaling = ROPE_INIT_FUNCTIONS[kind](config, cpu)
-            self.frequencies = frequencies.tolist()
+            self.frequencies = frequencies.float()
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [B, S, H] of positions [B, S], in the type of x.
@@ -41,6 +45,8 @@ class SGTRotaryEmbedding(nn.Module):
 
     def _radians(self, device: torch.device) -> Tensor:
         if self.frequencies is not None:
-            return torch.tensor(self.frequencies, dtype=torch.float32, device=device)
+            if self.frequencies.device != device:  # once: a copy in every forward could not be in a CUDA graph
+                self.frequencies = self.frequencies.to(device)
+            return self.frequencies
         exponent = torch.arange(0, self.size, 2, dtype=torch.float32, device=device) / self.size
         return 1.0 / self.theta**exponent
