@@ -8,7 +8,6 @@ Shapes: B batch, S new tokens, T all tokens so far, D hidden, N query heads, H h
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,9 +31,9 @@ class SGTRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., size]."""
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [..., size]: a name by which vLLM knows their shape."""
+        return F.rms_norm(hidden_states, (hidden_states.shape[-1],), self.weight, self.eps)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -257,34 +256,3 @@ def _some_columns(linear: Any, x: Tensor, blocks: Sequence[int], size: int, tota
     parts = dict(zip(blocks, x.split(size, dim=-1), strict=True))
     zeros = torch.zeros_like(x[..., :size])
     return linear(torch.cat([parts.get(b, zeros) for b in range(total)], dim=-1))
-
-
-def make_room_for_loops(cache: Cache | None, config: SGTConfig) -> None:
-    """Give a cache that was made for one pass per layer an entry for each pass, in the order of execution.
-
-    Raises:
-        ValueError: the cache is in use already, and by a model with other loops.
-    """
-    passes = [config.passes_of(n) for n in range(config.num_hidden_layers)]
-    layers = getattr(cache, "layers", None)
-    if cache is None or not layers or len(layers) == sum(passes):  # none, growing by itself, or made room in before
-        return
-    if len(layers) != len(passes) or cache.get_seq_length() > 0:
-        raise ValueError(
-            f"this cache has {len(layers)} entries; a model with {sum(passes)} attention passes in {len(passes)} "
-            "layers needs a new cache, made from its own configuration"
-        )
-    cache.layers = [
-        entry for layer, count in zip(layers, passes, strict=True) for entry in [layer, *_twins(layer, count - 1)]
-    ]
-
-
-def _twins(layer: Any, count: int) -> list[Any]:
-    """Empty cache layers of the same kind, which take the shape of the first keys that they are given."""
-    twins = [copy.copy(layer) for _ in range(count)]
-    for twin in twins:
-        twin.keys = twin.values = None
-        twin.is_initialized = False
-        if isinstance(getattr(twin, "cumulative_length", None), Tensor):
-            twin.cumulative_length = torch.zeros_like(twin.cumulative_length)
-    return twins

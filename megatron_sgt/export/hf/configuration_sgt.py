@@ -126,6 +126,10 @@ class SGTConfig(PretrainedConfig):
             **self.sgt_loops.get(str(layer), {}),
         }
 
+    def loops(self) -> bool:
+        """Whether any layer attends more than once."""
+        return any(self.passes_of(int(layer)) > 1 for layer in self.sgt_loops)
+
     def passes_of(self, layer: int) -> int:
         """Attention passes of one layer: 1, and the loops. It has as many entries in a cache."""
         loop = self.loop_of(layer)

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_sgt.arch.ffn import all_kinds, kind_of_hf
 from megatron_sgt.errors import CheckpointError, first_line
-from megatron_sgt.export.forms import STANDARD, form_of
+from megatron_sgt.export.forms import SERVING, STANDARD, form_of
 from megatron_sgt.export.hf.known_families import WHY_REFUSED
 from megatron_sgt.export.hf.loading import own_class
 from megatron_sgt.export.hf.positions import layer_kinds, position_problems, rope_of, rotary_scaling, window_of
@@ -98,7 +98,7 @@ def _common_problems(config: Any) -> Iterator[str]:
         known = " or ".join(repr(kind.hidden_act) for kind in all_kinds().values() if kind.gated == gated)
         yield f"hidden_act {act!r} with gated_mlp {gated}: must be {known}"
     yield from position_problems(config)
-    wanted = f"{config.model_type}forcausallm"
+    wanted = f"{config.model_type.replace('_', '')}forcausallm"
     named = [name for name in config.architectures or () if name.lower() != wanted]
     if named:
         yield f"architectures {', '.join(named)}: only the causal language model can be trained"
@@ -200,6 +200,10 @@ def _sgt(config: Any) -> dict[str, Any]:
     }
 
 
+def _sgt_serving(config: Any) -> dict[str, Any]:
+    return {**_sgt(config), "num_layers": config.sgt_num_layers}
+
+
 @dataclass(frozen=True)
 class _Family:
     """What one model_type has beside the common fields, and what of its options cannot be represented."""
@@ -216,4 +220,5 @@ _FAMILIES = {
     "olmo2": _Family(_olmo2, _olmo2_problems),
     "olmo3": _Family(_olmo2, _olmo3_problems),
     STANDARD.model_type: _Family(_sgt, _sgt_problems),
+    SERVING.model_type: _Family(_sgt_serving, _sgt_problems),
 }

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -30,10 +29,11 @@ from .attention_sgt import (
     CachedPass,
     SGTAttention,
     SGTHeadLoop,
-    make_room_for_loops,
 )
+from .cache_sgt import check_runtime
 from .configuration_sgt import SGTConfig
-from .mlp_sgt import SGTMLP
+from .generation_sgt import SGTGenerationMixin
+from .mlp_sgt import mlp_of
 from .norms_sgt import SGTNorms, norm_of
 from .rotary_sgt import SGTRotaryEmbedding
 
@@ -50,7 +50,7 @@ class SGTDecoderLayer(SGTNorms, GradientCheckpointingLayer):
         self.first_pass = first_pass
         self.self_attn = SGTAttention(config, layer_idx)
         self.loop = SGTHeadLoop(config, layer_idx)
-        self.mlp = SGTMLP(config)
+        self.mlp = mlp_of(config)
         self.make_norms(config)
 
     def forward(
@@ -84,7 +84,7 @@ class SGTDecoderLayer(SGTNorms, GradientCheckpointingLayer):
 class SGTPreTrainedModel(PreTrainedModel):
     """What transformers must know of the architecture."""
 
-    config_class = SGTConfig
+    config_class: type[SGTConfig] = SGTConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["SGTDecoderLayer"]  # noqa: RUF012 (as in transformers)
@@ -92,7 +92,7 @@ class SGTPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
-    _supports_attention_backend = True
+    _supports_attention_backend = False
     _can_compile_fullgraph = True
 
 
@@ -142,14 +142,14 @@ class SGTModel(SGTPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        make_room_for_loops(past_key_values, config)
+        check_runtime(past_key_values, config, kwargs)
         cache_position = kwargs.pop("cache_position", None)
         if cache_position is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             cache_position = torch.arange(x.shape[1], device=x.device) + seen
         if position_ids is None:
             position_ids = cache_position.unsqueeze(0)
-        mask = _causal_mask(config, x, attention_mask, cache_position, past_key_values, position_ids)
+        mask = causal_mask(config, x, attention_mask, cache_position, past_key_values, position_ids)
         kwargs |= {
             "attention_mask": mask,
             "position_embeddings": self.rotary_emb(x, position_ids),
@@ -169,13 +169,13 @@ class SGTModel(SGTPreTrainedModel):
         outputs = BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=_chosen(states, states_too) if states_too else None,
+            hidden_states=chosen(states, states_too) if states_too else None,
             attentions=tuple(w for w in attentions if w is not None) if attentions_too else None,
         )
         return outputs if _wants_dict(return_dict, config) else outputs.to_tuple()
 
 
-def _causal_mask(
+def causal_mask(
     config: SGTConfig,
     x: Tensor,
     attention_mask: Tensor | None,
@@ -183,6 +183,7 @@ def _causal_mask(
     cache: Cache | None,
     position_ids: Tensor,
 ) -> Any:
+    """The mask of x [B, S, D] after what is in ``cache``, as the attention implementation wants it (or None)."""
     embeds = "inputs_embeds" if "inputs_embeds" in _MASK_ARGUMENTS else "input_embeds"
     arguments = {embeds: x, "position_ids": position_ids}
     if "cache_position" in _MASK_ARGUMENTS:
@@ -190,7 +191,7 @@ def _causal_mask(
     return create_causal_mask(config=config, attention_mask=attention_mask, past_key_values=cache, **arguments)
 
 
-def _chosen(states: list[Tensor], wanted: bool | int | list[int]) -> tuple[Tensor | None, ...]:
+def chosen(states: list[Tensor], wanted: bool | int | list[int]) -> tuple[Tensor | None, ...]:
     """All of them; or those of which the numbers are given, and None in the places of the others."""
     if isinstance(wanted, bool):
         return tuple(states)
@@ -204,14 +205,15 @@ def _wants_dict(return_dict: bool | None, config: SGTConfig) -> bool:
     return config.return_dict if return_dict is None else return_dict
 
 
-class SGTForCausalLM(SGTPreTrainedModel, GenerationMixin):
+class SGTForCausalLM(SGTPreTrainedModel, SGTGenerationMixin):
     """The language model."""
 
+    decoder_class: type[nn.Module] = SGTModel
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (as in transformers)
 
     def __init__(self, config: SGTConfig) -> None:
         super().__init__(config)
-        self.model = SGTModel(config)
+        self.model = self.decoder_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -257,17 +259,6 @@ class SGTForCausalLM(SGTPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
         return result if _wants_dict(return_dict, self.config) else result.to_tuple()
-
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'. Texts without a token begin as ``generate`` without input does, and do not fail inside."""
-        ids = kwargs.get("input_ids") if inputs is None else inputs
-        if ids is None or ids.shape[-1] or "inputs_embeds" in kwargs:
-            return super().generate(inputs, *args, **kwargs)
-        begin = self.generation_config.bos_token_id
-        if begin is None:
-            raise ValueError("input_ids holds no token and generation_config.bos_token_id is not set: give a token")
-        rest = {name: value for name, value in kwargs.items() if name not in ("input_ids", "attention_mask")}
-        return super().generate(ids.new_full((len(ids), 1), begin), *args, **rest)
 
 
 # What follows stands in this file, and not in one of its own, because transformers saves with a model only the files

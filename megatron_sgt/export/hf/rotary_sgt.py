@@ -41,6 +41,9 @@ class SGTRotaryEmbedding(nn.Module):
 
     def _radians(self, device: torch.device) -> Tensor:
         if self.frequencies is not None:
-            return torch.tensor(self.frequencies, dtype=torch.float32, device=device)
+            if device.type == "cpu":
+                return torch.tensor(self.frequencies, dtype=torch.float32)
+            # Nothing is copied from the host, which a CUDA graph could not record.
+            return torch.cat([torch.full((1,), f, dtype=torch.float32, device=device) for f in self.frequencies])
         exponent = torch.arange(0, self.size, 2, dtype=torch.float32, device=device) / self.size
         return 1.0 / self.theta**exponent
