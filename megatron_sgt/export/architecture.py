@@ -1,7 +1,7 @@
 """From the project's model to a Hugging Face ``config.json``: which architecture, under which names.
 
-A model in which no layer loops is a plain Llama, Qwen2 or Qwen3 where one of them is exactly the same function; every
-other one is of a form of ``sgt``, whose code travels with the folder (``export/forms.py``).
+A model in which no layer loops is a plain Llama, Qwen2, Qwen3 or OLMo-2 where one of them is exactly the same function;
+every other one is of a form of ``sgt``, whose code travels with the folder (``export/forms.py``).
 """
 
 from __future__ import annotations
@@ -51,6 +51,12 @@ def plain_architecture(model: ModelConfig, plan: LoopPlan) -> tuple[str | None, 
         return None, f"no plain decoder there has {model.normalization} with {model.activation}"
     if model.hidden_size % model.num_attention_heads:
         return None, f"transformers wants heads to divide hidden_size {model.hidden_size}"
+    if model.norm_position == "output":
+        if not model.norms_all_heads or model.add_qkv_bias or model.add_bias_linear:
+            return None, "the plain decoder there with norms of outputs has q/k norms over all heads, and no biases"
+        return "Olmo2ForCausalLM", "no layer loops, and it has norms of outputs, and q/k norms over all heads"
+    if model.norms_all_heads:
+        return None, "no plain decoder there has norms of inputs, and q/k norms over all heads"
     if model.qk_layernorm:
         if model.add_qkv_bias or model.add_bias_linear:
             return None, "no plain decoder there has q/k norms and these biases"
@@ -101,6 +107,7 @@ def hf_config(
         "llama": {"attention_bias": model.add_bias_linear, "mlp_bias": model.add_bias_linear},
         "qwen2": {"use_sliding_window": False},
         "qwen3": {"use_sliding_window": False, "attention_bias": False},
+        "olmo2": {"attention_bias": False},
     }
     # transformers 4 reads rope_theta and rope_scaling, transformers 5 rope_parameters.
     scaling = {} if model.rotary_scaling is None else {"rope_scaling": model.rotary_scaling.formula()}
@@ -125,6 +132,7 @@ def _sgt_tail(model: ModelConfig, plan: LoopPlan, form: Form) -> dict[str, Any]:
         **depth,
         "gated_mlp": ffn_kind(model.activation).gated,
         "normalization": model.normalization,
+        **({"norm_position": model.norm_position} if model.norm_position != "input" else {}),
         **CAUSAL.hf_fields(model),
         "mlp_bias": model.add_bias_linear,
         "sgt_loops": {str(n): _loop(layer) for n, layer in plan.layers},

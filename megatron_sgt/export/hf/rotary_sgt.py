@@ -9,11 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .configuration_sgt import SGTConfig
+from .configuration_sgt import SCALED, SGTConfig
 
 
 class SGTRotaryEmbedding(nn.Module):
-    """cos and sin of the positions. No buffer: it would be cast with the model, and lost in a load through meta."""
+    """cos and sin of the positions. No buffer: it would be cast with the model, and lost in a load through meta.
+
+    Raises:
+        ValueError: frequencies of this ``rope_type`` depend on the length of a text.
+    """
 
     def __init__(self, config: SGTConfig) -> None:
         super().__init__()
@@ -21,6 +25,8 @@ class SGTRotaryEmbedding(nn.Module):
         self.frequencies: list[float] | None = None
         self.attention_scaling = 1.0
         kind = config.rope_parameters["rope_type"]
+        if kind not in ("default", *SCALED):  # set after the configuration was checked
+            raise ValueError(f"rope_type {kind!r}: choose default, {', '.join(SCALED)}")
         if kind != "default":
             cpu = torch.device("cpu")
             with cpu:
@@ -41,6 +47,9 @@ class SGTRotaryEmbedding(nn.Module):
 
     def _radians(self, device: torch.device) -> Tensor:
         if self.frequencies is not None:
-            return torch.tensor(self.frequencies, dtype=torch.float32, device=device)
+            if device.type == "cpu":
+                return torch.tensor(self.frequencies, dtype=torch.float32)
+            # Nothing is copied from the host, which a CUDA graph could not record.
+            return torch.cat([torch.full((1,), f, dtype=torch.float32, device=device) for f in self.frequencies])
         exponent = torch.arange(0, self.size, 2, dtype=torch.float32, device=device) / self.size
         return 1.0 / self.theta**exponent
