@@ -13,6 +13,7 @@ from torch import nn
 
 from tests.helpers.exhaustive import share_of
 from tests.helpers.hf_models import gap, hf_model, random_ids
+from tests.helpers.serving import for_serving
 
 pytestmark = pytest.mark.skipif(sys.version_info >= (3, 14), reason="torch.compile lags behind new Pythons")
 KINDS: dict[str, dict[str, Any]] = {
@@ -23,12 +24,13 @@ KINDS: dict[str, dict[str, Any]] = {
         "sgt_loops": {"1": {"block_loops": 1}},
     },
 }  # fmt: skip
-EVERY = [(kind, strict) for kind in KINDS for strict in (False, True)]
-SHARE = [("depth_2", True), ("window", False)]
+EVERY = [(kind, strict, form) for kind in KINDS for strict in (False, True) for form in ("standard", "serving")]
+SHARE = [("depth_2", True, "standard"), ("window", False, "serving")]
 
 
-def small_model(kind: str) -> Any:
-    return hf_model("never_grown", num_hidden_layers=2, **KINDS[kind])
+def small_model(kind: str, form: str = "standard") -> Any:
+    model = hf_model("never_grown", num_hidden_layers=2, **KINDS[kind])
+    return for_serving(model) if form == "serving" else model
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +48,9 @@ def padded(*shape: int) -> dict[str, Any]:
     return {"input_ids": tokens, "attention_mask": mask, "use_cache": False}
 
 
-@pytest.mark.parametrize(("kind", "strict"), share_of(EVERY, SHARE))
-def test_one_graph_serves_every_batch_and_length(kind: str, strict: bool) -> None:
-    model = small_model(kind)
+@pytest.mark.parametrize(("kind", "strict", "form"), share_of(EVERY, SHARE))
+def test_one_graph_serves_every_batch_and_length(kind: str, strict: bool, form: str) -> None:
+    model = small_model(kind, form)
     batch, length = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("length", min=2, max=64)
     sizes = {0: batch, 1: length}
     shapes = {"input_ids": sizes, "attention_mask": sizes, "use_cache": None}
@@ -60,7 +62,7 @@ def test_one_graph_serves_every_batch_and_length(kind: str, strict: bool) -> Non
     widths = {
         node.meta["val"].shape[-1] for node in program.graph.nodes if node.target is torch.ops.aten.linear.default
     }
-    assert kind != "depth_2" or 36 in widths, "the graph does not compute the kept heads alone"
+    assert (kind, form) != ("depth_2", "standard") or 36 in widths, "the graph does not compute the kept heads alone"
 
 
 def test_a_wrapped_projection_is_exported_as_it_is() -> None:
