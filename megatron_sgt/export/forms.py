@@ -46,6 +46,8 @@ _COMMON = (
     "attention_sgt.py",
     "mlp_sgt.py",
     "norms_sgt.py",
+    "mask_sgt.py",
+    "outputs_sgt.py",
     "cache_sgt.py",
     "generation_sgt.py",
     "modeling_sgt.py",

@@ -9,13 +9,11 @@ Shapes: B batch, S new tokens, T all tokens so far, D hidden, N query heads.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -33,11 +31,11 @@ from .attention_sgt import (
 from .cache_sgt import check_runtime
 from .configuration_sgt import SGTConfig
 from .generation_sgt import SGTGenerationMixin
+from .mask_sgt import causal_mask
 from .mlp_sgt import mlp_of
 from .norms_sgt import SGTNorms, norm_of
+from .outputs_sgt import chosen_states, wants_dict
 from .rotary_sgt import SGTRotaryEmbedding
-
-_MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters  # they differ between transformers 4 and 5
 
 
 class SGTDecoderLayer(SGTNorms, GradientCheckpointingLayer):
@@ -169,40 +167,10 @@ class SGTModel(SGTPreTrainedModel):
         outputs = BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=chosen(states, states_too) if states_too else None,
+            hidden_states=chosen_states(states, states_too) if states_too else None,
             attentions=tuple(w for w in attentions if w is not None) if attentions_too else None,
         )
-        return outputs if _wants_dict(return_dict, config) else outputs.to_tuple()
-
-
-def causal_mask(
-    config: SGTConfig,
-    x: Tensor,
-    attention_mask: Tensor | None,
-    cache_position: Tensor,
-    cache: Cache | None,
-    position_ids: Tensor,
-) -> Any:
-    """The mask of x [B, S, D] after what is in ``cache``, as the attention implementation wants it (or None)."""
-    embeds = "inputs_embeds" if "inputs_embeds" in _MASK_ARGUMENTS else "input_embeds"
-    arguments = {embeds: x, "position_ids": position_ids}
-    if "cache_position" in _MASK_ARGUMENTS:
-        arguments["cache_position"] = cache_position
-    return create_causal_mask(config=config, attention_mask=attention_mask, past_key_values=cache, **arguments)
-
-
-def chosen(states: list[Tensor], wanted: bool | int | list[int]) -> tuple[Tensor | None, ...]:
-    """All of them; or those of which the numbers are given, and None in the places of the others."""
-    if isinstance(wanted, bool):
-        return tuple(states)
-    numbers = {
-        n % len(states) for n in ([wanted] if isinstance(wanted, int) else wanted) if -len(states) <= n < len(states)
-    }
-    return tuple(state if n in numbers else None for n, state in enumerate(states))
-
-
-def _wants_dict(return_dict: bool | None, config: SGTConfig) -> bool:
-    return config.return_dict if return_dict is None else return_dict
+        return outputs if wants_dict(return_dict, config) else outputs.to_tuple()
 
 
 class SGTForCausalLM(SGTPreTrainedModel, SGTGenerationMixin):
@@ -258,7 +226,7 @@ class SGTForCausalLM(SGTPreTrainedModel, SGTGenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-        return result if _wants_dict(return_dict, self.config) else result.to_tuple()
+        return result if wants_dict(return_dict, self.config) else result.to_tuple()
 
 
 # What follows stands in this file, and not in one of its own, because transformers saves with a model only the files

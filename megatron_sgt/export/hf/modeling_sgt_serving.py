@@ -23,9 +23,11 @@ from .cache_sgt import refuse_runtime  # noqa: F401
 from .configuration_sgt import SGTConfig  # noqa: F401
 from .configuration_sgt_serving import SGTServingConfig
 from .generation_sgt import SGTGenerationMixin  # noqa: F401
+from .mask_sgt import causal_mask
 from .mlp_sgt import mlp_of
-from .modeling_sgt import SGTForCausalLM, SGTPreTrainedModel, causal_mask, chosen
+from .modeling_sgt import SGTForCausalLM, SGTPreTrainedModel
 from .norms_sgt import SGTNorms, norm_of
+from .outputs_sgt import chosen_states, wants_dict
 from .rotary_sgt import SGTRotaryEmbedding
 
 
@@ -132,9 +134,9 @@ class SGTServingModel(SGTPreTrainedModel):
         outputs = BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=chosen(states, states_too) if states_too else None,
+            hidden_states=chosen_states(states, states_too) if states_too else None,
         )
-        return outputs if (config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
+        return outputs if wants_dict(return_dict, config) else outputs.to_tuple()
 
     def _rank_of(self, layer: Any) -> int | None:
         return self._rank if self._rank is not None else layer.self_attn.rank()

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .configuration_sgt import SGTConfig
+from .configuration_sgt import SCALED, SGTConfig
 
 
 class SGTRotaryEmbedding(nn.Module):
-    """cos and sin of the positions. No buffer: it would be cast with the model, and lost in a load through meta."""
+    """cos and sin of the positions. No buffer: it would be cast with the model, and lost in a load through meta.
+
+    Raises:
+        ValueError: frequencies of this ``rope_type`` depend on the length of a text.
+    """
 
     def __init__(self, config: SGTConfig) -> None:
         super().__init__()
@@ -21,6 +25,8 @@ class SGTRotaryEmbedding(nn.Module):
         self.frequencies: list[float] | None = None
         self.attention_scaling = 1.0
         kind = config.rope_parameters["rope_type"]
+        if kind not in ("default", *SCALED):  # set after the configuration was checked
+            raise ValueError(f"rope_type {kind!r}: choose default, {', '.join(SCALED)}")
         if kind != "default":
             cpu = torch.device("cpu")
             with cpu:

@@ -81,6 +81,16 @@ def test_pipeline_stages_and_attentions_are_refused() -> None:
         model(TOKENS, output_attentions=True)
 
 
+@torch.no_grad()
+def test_norms_of_outputs_and_over_all_heads_are_right_too() -> None:
+    norms = {"norm_position": "output", "qk_norm": True, "qk_norm_over": "all"}
+    standard = standard_model("two_of_eight_heads", **norms)
+    expected = standard(TOKENS).logits
+    serving = for_serving(standard)
+    assert gap(serving(TOKENS).logits, expected) < 1e-9
+    assert max(gap(*both) for both in zip(served(serving, "vllm", *TOKENS), expected, strict=True)) < 1e-5
+
+
 def test_names_by_which_runtimes_know_it() -> None:
     model = for_serving(standard_model("depths_qk_norm"))
     passes = [(name, m.layer_idx) for name, m in model.named_modules() if type(m).__name__ == "SGTPass"]

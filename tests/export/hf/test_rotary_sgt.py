@@ -88,3 +88,10 @@ def test_either_versions_names_are_read(given: dict[str, Any]) -> None:
 def test_another_type_is_refused() -> None:
     with pytest.raises(ValueError, match="rope_type 'dynamic': choose default, linear, llama3, yarn"):
         hf_config(rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+
+
+def test_another_type_that_was_set_later_is_refused_too() -> None:
+    config = hf_config()
+    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": THETA, "factor": 4.0}
+    with pytest.raises(ValueError, match="rope_type 'dynamic': choose default, linear"):
+        SGTRotaryEmbedding(config)
