@@ -79,7 +79,7 @@ def main() -> None:
             f"the vocabulary has {done.padding_rows} rows of padding, which take part in the softmax: the loss "
             "begins slightly above the model's own"
         )
-    if done.model.window is not None:
+    if done.model.window is not None and done.model.window < done.model.max_position_embeddings:
         print(
             f"layers of the model see {done.model.window:,} tokens back, all of a sequence up to that length: "
             f"model.seq_length is {done.config.model.seq_length:,}, and an export names no longer context"
