@@ -31,12 +31,13 @@ define stage
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-all test-transformers-4 test-newest check format study study-growing bench clean distclean
+.PHONY: help env quickstart test test-all transformers-suite test-transformers-4 test-newest check format study study-growing bench clean distclean
 
 help:
 	@echo "make quickstart   from nothing to a small grown, saved and resumed SGT model (CPU, a few minutes)"
 	@echo "make test         the test suite"
 	@echo "make test-all     the test suite with every case of its matrices (layouts, kernels, formulas), by hand"
+	@echo "make transformers-suite    only download transformers' own tests of models (the targets with test do it when needed)"
 	@echo "make test-transformers-4   the code of exported models under the last transformers 4"
 	@echo "make test-newest           what rests on Megatron-Core, under its newest version (needs Python 3.12 or newer)"
 	@echo "make check        formatting, lint, types, architecture"
@@ -67,14 +68,34 @@ $(STAMP): setup.py constraints.txt
 quickstart: $(STAMP)
 	@PATH="$(BIN):$$PATH" $(THREADS) bash examples/quickstart.sh
 
-test: $(STAMP)
+# transformers' own tests of models, which its source distributions have, of the version in $(VENV) and of the last
+# transformers 4; and what they import. Nothing of it is installed.
+OLD_LIST := tests/export/hf/transformers-4.txt
+SUITE := .venv-transformers-suite
+SUITE_VERSIONS = $$($(PY) -c 'import transformers as t; print(t.__version__)') $$(sed -n 's/^transformers==//p' $(OLD_LIST))
+DOWNLOAD = $(PY) -m pip download --disable-pip-version-check --no-input $(PIP_FLAGS) --no-deps --no-build-isolation
+
+transformers-suite: $(SUITE)/.complete
+
+$(SUITE)/.complete: constraints.txt $(OLD_LIST) | $(STAMP)
+	@rm -rf $(SUITE)
+	$(call stage,transformers' own tests in $(SUITE),$(PIP_BARE) --no-deps --target $(SUITE) parameterized==0.9.0)
+	@set -e; for version in $(SUITE_VERSIONS); do \
+	  $(DOWNLOAD) --no-binary :all: --dest $(SUITE) transformers==$$version >> $(LOG) 2>&1 || { tail -n 25 $(LOG); exit 1; }; \
+	  mkdir $(SUITE)/$$version; \
+	  tar -xzf $(SUITE)/transformers-$$version.tar.gz -C $(SUITE)/$$version --strip-components 1 \
+	    transformers-$$version/tests transformers-$$version/LICENSE; \
+	  rm $(SUITE)/transformers-$$version.tar.gz; \
+	done
+	@touch $@
+
+test: $(STAMP) $(SUITE)/.complete
 	@$(PYTEST) $(PYTEST_FLAGS)
 
-test-all: $(STAMP)
+test-all: $(STAMP) $(SUITE)/.complete
 	@$(PYTEST) -m "" $(PYTEST_FLAGS)
 
 # The packages of an older transformers before those of $(VENV), and nothing else.
-OLD_LIST := tests/export/hf/transformers-4.txt
 OLD_VENV := $(VENV)-transformers-4
 OLD := PYTHONPATH=$(abspath $(OLD_VENV)) $(THREADS) $(PY)
 
@@ -83,7 +104,7 @@ $(OLD_VENV)/.complete: $(OLD_LIST) | $(STAMP)
 	$(call stage,transformers 4 in $(OLD_VENV),$(PIP_BARE) --no-deps --target $(OLD_VENV) -r $(OLD_LIST))
 	@touch $@
 
-test-transformers-4: $(OLD_VENV)/.complete
+test-transformers-4: $(OLD_VENV)/.complete $(SUITE)/.complete
 	@$(OLD) -c 'import transformers as t; assert t.__version__.startswith("4."), t.__version__'
 	@$(OLD) -m pytest -q $(PYTEST_FLAGS) tests/export/hf
 
@@ -124,4 +145,4 @@ clean:
 	@find . -path './.venv*' -prune -o -path ./runs -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean
-	@rm -rf $(VENV) $(OLD_VENV) $(NEWEST_VENV)
+	@rm -rf $(VENV) $(OLD_VENV) $(NEWEST_VENV) $(SUITE)

@@ -40,10 +40,23 @@ class Form:
         }
 
 
+_COMMON = (
+    "configuration_sgt.py",
+    "rotary_sgt.py",
+    "attention_sgt.py",
+    "mlp_sgt.py",
+    "norms_sgt.py",
+    "mask_sgt.py",
+    "outputs_sgt.py",
+    "cache_sgt.py",
+    "generation_sgt.py",
+    "modeling_sgt.py",
+)
+
 STANDARD = Form(
     name="standard",
     model_type="sgt",
-    files=("configuration_sgt.py", "rotary_sgt.py", "attention_sgt.py", "mlp_sgt.py", "modeling_sgt.py"),
+    files=_COMMON,
     auto_map={
         "AutoConfig": "configuration_sgt.SGTConfig",
         "AutoModel": "modeling_sgt.SGTModel",
@@ -56,7 +69,20 @@ STANDARD = Form(
 )
 """For transformers' own generation and training: loops compute and cache their kept heads alone."""
 
-FORMS = {form.name: form for form in (STANDARD,)}
+SERVING = Form(
+    name="serving",
+    model_type="sgt_serving",
+    files=(*_COMMON, "configuration_sgt_serving.py", "attention_sgt_serving.py", "modeling_sgt_serving.py"),
+    auto_map={
+        "AutoConfig": "configuration_sgt_serving.SGTServingConfig",
+        "AutoModel": "modeling_sgt_serving.SGTServingModel",
+        CAUSAL_LM: "modeling_sgt_serving.SGTServingForCausalLM",
+    },
+    passes_are_layers=True,
+)
+"""For runtimes with a cache of their own: every attention pass is a layer to them, with all heads."""
+
+FORMS = {form.name: form for form in (STANDARD, SERVING)}
 
 
 def form_of(model_type: str | None) -> Form | None:

@@ -18,10 +18,13 @@ from megatron_sgt.data.gpt_dataset import build_datasets
 from megatron_sgt.engine.build import build_runtime, start_processes
 from megatron_sgt.errors import CheckpointError, LeaseError
 from megatron_sgt.export import from_hf
+from megatron_sgt.export.forms import FORMS, SERVING
 from megatron_sgt.export.from_hf import import_model
+from megatron_sgt.export.to_hf import ExportOptions, export_checkpoint
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.lease import inside
 from tests.helpers.commands import snapshot
+from tests.helpers.exports import export_config, write_run
 from tests.helpers.hf_folders import FAMILIES, VOCAB_SIZE, save_hf_model
 from tests.helpers.leases import held_by_another
 from tests.helpers.ranks import run_on_ranks
@@ -56,6 +59,27 @@ def load_files(folder: Path) -> dict[str, torch.Tensor]:
     return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
+def test_both_forms_of_a_model_come_in_as_the_same(tmp_path: Path) -> None:
+    """And the form for serving, exported again, is the same bytes."""
+    write_run(tmp_path / "ckpt", export_config("grouped_query"))
+    options = ExportOptions(dtype="fp32", form=SERVING)
+    done = {}
+    for form in FORMS.values():
+        folder = tmp_path / form.name
+        export_checkpoint(tmp_path / "ckpt", folder, options=ExportOptions(dtype="fp32", form=form))
+        done[form.name] = import_model(folder, tmp_path / f"{form.name}_root")
+    one, other = done.values()
+    assert one.model.fields == other.model.fields and one.model.loops == other.model.loops
+    weights = [imported_weights(each.folder) for each in done.values()]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    again = export_checkpoint(done[SERVING.name].folder.parent, tmp_path / "again", options=options)
+    names = ["model.safetensors", *SERVING.files]
+    assert all((again.folder / n).read_bytes() == (tmp_path / "serving" / n).read_bytes() for n in names)
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (again.folder, tmp_path / "serving")]
+    assert configs[0]["sgt_loops"] == configs[1]["sgt_loops"] and configs[0]["num_hidden_layers"] == 7
+
+
 def logits_on_rank(info: RankInfo, config: Config, folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     """The project's logits [B, S, V] of a checkpoint, in fp32; for ``run_on_ranks``."""
     groups = start_processes(config, info)
@@ -65,7 +89,7 @@ def logits_on_rank(info: RankInfo, config: Config, folder: Path, tokens: torch.T
 
 
 @pytest.mark.parametrize(
-    ("name", "tp_size"), [*((name, 1) for name in FAMILIES), ("llama_tied_biased", 2), ("qwen3", 2)]
+    ("name", "tp_size"), [*((name, 1) for name in FAMILIES), ("llama_tied_biased", 2), ("qwen3", 2), ("olmo2", 2)]
 )
 def test_the_project_computes_the_same_logits(name: str, tp_size: int, tmp_path: Path) -> None:
     model = save_hf_model(tmp_path / "hf", name)

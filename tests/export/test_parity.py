@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_sgt.export.forms import SERVING
 from megatron_sgt.export.parity import PARITY_FILE, Check, Parity, check_parity, logit_tolerance
 from megatron_sgt.export.to_hf import Export, ExportOptions, export_checkpoint
 from tests.helpers.exports import VARIANTS, change_config, export_config, write_run
@@ -56,8 +57,9 @@ def test_models_that_never_grew_are_plain_ones(tmp_path: Path, variant: str, fam
 @pytest.mark.parametrize(
     "options",
     [ExportOptions(), ExportOptions(dtype="fp16"), ExportOptions(dtype="fp32", training_gates=True),
-     ExportOptions(dtype="fp32", keep_padding=True)],
-    ids=["bf16", "fp16", "training gates", "padding"],
+     ExportOptions(dtype="fp32", keep_padding=True), ExportOptions(form=SERVING),
+     ExportOptions(dtype="fp32", training_gates=True, form=SERVING)],
+    ids=["bf16", "fp16", "training gates", "padding", "serving", "serving with training gates"],
 )  # fmt: skip
 def test_with_other_options(tmp_path: Path, options: ExportOptions) -> None:
     parity = check_parity(exported(tmp_path, "tied_wide_padded", options=options), new_tokens=16)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sgt.export.forms import SERVING, STANDARD, Form
 from megatron_sgt.export.parity import check_parity
 from megatron_sgt.export.parity_layers import check_parity_by_layers
 from megatron_sgt.export.to_hf import ExportOptions, export_checkpoint
@@ -14,13 +15,13 @@ from tests.helpers.exports import export_config, write_run
 
 
 @pytest.mark.parametrize(
-    ("variant", "grown"),
-    [("qk_norm", True), ("tied_wide_padded", True), ("layer_norm_gelu", True), ("qkv_bias", False),
-     ("qk_norm", False)],
+    ("variant", "grown", "form"),
+    [("qk_norm", True, STANDARD), ("tied_wide_padded", True, STANDARD), ("layer_norm_gelu", True, STANDARD),
+     ("qkv_bias", False, STANDARD), ("qk_norm", False, STANDARD), ("layer_norm_gelu", True, SERVING)],
 )  # fmt: skip
-def test_agrees_with_the_whole_models(tmp_path: Path, variant: str, grown: bool) -> None:
+def test_agrees_with_the_whole_models(tmp_path: Path, variant: str, grown: bool, form: Form) -> None:
     write_run(tmp_path / "ckpt", export_config(variant, grown))
-    options = ExportOptions(dtype="fp32", max_shard_bytes=50_000)
+    options = ExportOptions(dtype="fp32", form=form, max_shard_bytes=50_000)
     export = export_checkpoint(tmp_path / "ckpt", tmp_path / "out", options=options)
     parity = check_parity_by_layers(export)
     assert parity.passed, [check.line() for check in parity.checks]

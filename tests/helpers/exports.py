@@ -20,6 +20,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "biases": {"add_bias_linear": True},
     "qkv_bias_qk_norm": {"add_qkv_bias": True, "qk_layernorm": True},
     "qkv_bias": {"add_qkv_bias": True, "num_query_groups": 1},
+    "olmo2": {"norm_position": "output", "qk_layernorm": True, "qk_layernorm_over": "all", "num_query_groups": 2},
+    "output_norms": {"norm_position": "output", "normalization": "LayerNorm", "add_qkv_bias": True},
     "tied_wide_padded": {
         "kv_channels": 24, "untie_embeddings_and_output_weights": False, "vocab_size": 101,
         "make_vocab_size_divisible_by": 16,

@@ -16,6 +16,7 @@ from megatron_sgt.config.data import TokenizerConfig
 from megatron_sgt.data.encoding import EncodedKey
 from megatron_sgt.data.preprocess import DatasetWriter
 from megatron_sgt.data.tokenizer import build_tokenizer
+from megatron_sgt.export.forms import STANDARD, Form
 from megatron_sgt.export.to_hf import ExportOptions, export_checkpoint
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import pretrain, reported, tiny_config
@@ -55,11 +56,12 @@ def checkpoints() -> Path:
     return folder() / "run" / "checkpoints"
 
 
-@cache
-def export() -> Path:
+def export(form: Form = STANDARD) -> Path:
     """The last checkpoint as a Hugging Face folder in fp32."""
-    export_checkpoint(checkpoints(), folder() / "hf", options=ExportOptions(dtype="fp32"))
-    return folder() / "hf"
+    made = folder() / f"hf_{form.name}"
+    if not made.exists():
+        export_checkpoint(checkpoints(), made, options=ExportOptions(dtype="fp32", form=form))
+    return made
 
 
 def data_prefix() -> str:

@@ -34,6 +34,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "wide_heads_all_loop": {"head_dim": 20, "sgt_loops": {"0": {"heads": [0, 1, 2, 3], "depth": 1}}},
     "window": {"num_key_value_heads": 2, "sgt_loops": {"2": {"heads": [1, 3], "depth": 2, "other_gate": 0.35}}},
     "block_loop": {"sgt_loops": {"1": {"block_loops": 2}, "2": {"block_loops": 1}}},
+    "olmo2_depth_2": {
+        "num_key_value_heads": 2, "norm_position": "output", "qk_norm": True, "qk_norm_over": "all",
+        "sgt_loops": {"3": {"heads": [0, 3], "depth": 2}, "1": {"heads": [1], "depth": 1}},
+    },
     "never_grown": {},
 }  # fmt: skip
 

@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "biases": {"add_bias_linear": True, "num_query_groups": 4},
     "qkv_bias": {"add_qkv_bias": True},
     "qk_norm_wide_heads": {"qk_layernorm": True, "kv_channels": 6, "num_query_groups": 4},
+    "olmo2": {"norm_position": "output", "qk_layernorm": True, "qk_layernorm_over": "all", "num_query_groups": 4},
     "tied": {"untie_embeddings_and_output_weights": False},
     "gelu_layer_norm": {"activation": "gelu", "normalization": "LayerNorm", "add_bias_linear": True},
     "vocabulary_fits": {"vocab_size": 128},
@@ -52,7 +53,8 @@ def hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
     if model.activation == "swiglu":
         linears["mlp.gate_proj"] = (ffn, hidden)
-    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    other = "post_feedforward" if model.norm_position == "output" else "input"
+    norms = {f"{other}_layernorm": hidden, "post_attention_layernorm": hidden}
     for n in range(model.num_layers):
         for name, shape in linears.items():
             shapes[f"model.layers.{n}.{name}.weight"] = shape
@@ -64,7 +66,9 @@ def hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
             if model.normalization == "LayerNorm":
                 shapes[f"model.layers.{n}.{name}.bias"] = (width,)
         if model.qk_layernorm:
-            shapes |= {f"model.layers.{n}.self_attn.{x}_norm.weight": (size,) for x in "qk"}
+            widths = (queries, keys) if model.qk_layernorm_over == "all" else (size, size)
+            norm_shapes = zip("qk", widths, strict=True)
+            shapes |= {f"model.layers.{n}.self_attn.{x}_norm.weight": (width,) for x, width in norm_shapes}
     shapes["model.norm.weight"] = (hidden,)
     if model.normalization == "LayerNorm":
         shapes["model.norm.bias"] = (hidden,)

@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_sgt.export.hf.open_model import open_model
 from tests.helpers.commands import limit_file_size, run_script, snapshot
 from tests.helpers.exports import export_config, write_run
 
@@ -38,6 +40,25 @@ def test_converts_compares_and_says_so(root: Path, tmp_path: Path) -> None:
     assert lines[-1].startswith("DONE    the same model")
     assert json.loads((tmp_path / "hf" / "parity.json").read_text())["passed"] is True
     assert snapshot(root) == before
+
+
+def test_the_form_for_serving_works_with_every_tool(root: Path, tmp_path: Path) -> None:
+    done = run_script(SCRIPT, ["--load", "ckpt", "--output", "hf", "--dtype", "fp32", "--for", "serving"], tmp_path)
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[1] == "MODEL   SGTServingForCausalLM: it loops in layers 1, 3"
+    assert "DONE    the same model" in done.out
+    found = [open_model(tmp_path / folder).model for folder in ("ckpt", "hf")]
+    tokens = torch.arange(24).view(2, 12)
+    assert type(found[1]).__name__ == "SGTServingForCausalLM" and found[1].config.sgt_num_layers == 4
+    with torch.no_grad():
+        assert torch.allclose(found[0](tokens).logits, found[1](tokens).logits, atol=1e-5)
+
+
+def test_a_plain_model_is_plain_in_every_form(tmp_path: Path) -> None:
+    write_run(tmp_path / "ckpt", export_config("multi_head", grown=False))
+    done = run_script(SCRIPT, ["--load", "ckpt", "--output", "hf", "--for", "serving", "--skip-parity"], tmp_path)
+    assert done.out.splitlines()[1] == "MODEL   LlamaForCausalLM: no layer loops; the same for every --for"
+    assert not list((tmp_path / "hf").glob("*.py"))
 
 
 def test_another_model_ends_with_code_1(root: Path, tmp_path: Path) -> None:

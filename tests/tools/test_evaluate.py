@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sgt.export.forms import FORMS
 from tests.helpers import grown_run
 from tests.helpers.commands import run_here, snapshot
 
@@ -30,9 +31,10 @@ def test_a_checkpoint_and_its_export_measure_the_same(tmp_path: Path) -> None:
         "8",
         "--json",
     ]
-    export = json.loads(run_here(SCRIPT, [str(grown_run.export()), *options], tmp_path).out)["data"]
-    for name in ("loss", "perplexity", "bits_per_byte"):
-        assert export[name] == pytest.approx(checkpoint[name], abs=1e-5)
+    for form in FORMS.values():
+        export = json.loads(run_here(SCRIPT, [str(grown_run.export(form)), *options], tmp_path).out)["data"]
+        for name in ("loss", "perplexity", "bits_per_byte"):
+            assert export[name] == pytest.approx(checkpoint[name], abs=1e-5)
     assert snapshot(tmp_path) == before
 
 

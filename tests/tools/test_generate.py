@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from megatron_sgt.export.forms import SERVING
 from tests.helpers import grown_run
 from tests.helpers.commands import run_here, snapshot
 
@@ -22,6 +23,8 @@ def test_a_checkpoint_and_its_export_print_the_same(tmp_path: Path) -> None:
             assert (done.code, done.err) == (0, "")
             outs.append(done.out)
     assert outs[:2] == outs[2:]
+    done = run_here(SCRIPT, [str(grown_run.export(SERVING)), *options, "--greedy"], tmp_path)
+    assert (done.code, done.out) == (0, outs[0])
     assert [outs[0].find(prompt) for prompt in ("dog", "the quick", "over the")] == sorted(
         outs[0].find(prompt) for prompt in ("dog", "the quick", "over the")
     )

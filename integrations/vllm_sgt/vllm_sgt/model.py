@@ -21,6 +21,7 @@ from vllm.distributed import (
     get_pp_group,
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
 )
 from vllm.model_executor.layers.activation import get_act_and_mul_fn, get_act_fn
 from vllm.model_executor.layers.attention import Attention
@@ -54,6 +55,31 @@ def _norm(config: Any) -> nn.Module:
     if getattr(config, "normalization", "RMSNorm") == "LayerNorm":
         return nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
     return RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class SGTHeadsNorm(nn.Module):
+    """RMSNorm over all heads of all ranks together, of which this rank holds some; groups may be on several ranks."""
+
+    def __init__(self, heads: int, size: int, eps: float) -> None:
+        super().__init__()
+        ranks = get_tensor_model_parallel_world_size()
+        self.ranks, self.copies, self.eps = ranks, max(1, ranks // heads), eps
+        self.width = heads * size * self.copies  # what all ranks hold
+        self.weight = nn.Parameter(torch.ones(self.width // ranks))
+        self.weight.weight_loader = self.load  # type: ignore[attr-defined]
+
+    def load(self, parameter: nn.Parameter, tensor: Tensor) -> None:
+        """This rank's part of the exported weight."""
+        place = get_tensor_model_parallel_rank() // self.copies
+        parameter.data.copy_(tensor[place * len(parameter) : (place + 1) * len(parameter)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, heads of this rank · size]."""
+        wide = x.float()
+        squares = wide.pow(2).sum(-1, keepdim=True)
+        if self.ranks > 1:
+            squares = tensor_model_parallel_all_reduce(squares)
+        return (wide * torch.rsqrt(squares / self.width + self.eps)).to(x.dtype) * self.weight
 
 
 class SGTPass(nn.Module):
@@ -130,7 +156,11 @@ class SGTAttention(nn.Module):
         )
         self.q_norm: nn.Module | None = None
         self.k_norm: nn.Module | None = None
-        if getattr(config, "qk_norm", False):
+        self.norms_all_heads = getattr(config, "qk_norm_over", "head") == "all"
+        if getattr(config, "qk_norm", False) and self.norms_all_heads:
+            self.q_norm = SGTHeadsNorm(config.num_attention_heads, self.head_dim, config.rms_norm_eps)
+            self.k_norm = SGTHeadsNorm(config.num_key_value_heads, self.head_dim, config.rms_norm_eps)
+        elif getattr(config, "qk_norm", False):
             self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         # vLLM reads a layer's index from the name: each pass has that of its place among all passes.
@@ -151,6 +181,8 @@ class SGTAttention(nn.Module):
         return out
 
     def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
+        if self.norms_all_heads:
+            return norm(x)
         return norm(x.unflatten(-1, (-1, self.head_dim)).contiguous()).flatten(-2)
 
 
@@ -190,16 +222,26 @@ class SGTDecoderLayer(nn.Module):
         runs = passes_of(config, int(prefix.rpartition(".")[2]))
         self.self_attn = SGTAttention(runs, vllm_config, f"{prefix}.self_attn")
         self.mlp = SGTMLP(vllm_config, f"{prefix}.mlp")
-        self.input_layernorm = _norm(config)
+        self.norms_outputs = getattr(config, "norm_position", "input") == "output"
         self.post_attention_layernorm = _norm(config)
+        if self.norms_outputs:  # under OLMo-2's names, else Llama's
+            self.post_feedforward_layernorm = _norm(config)
+        else:
+            self.input_layernorm = _norm(config)
 
     def forward(self, positions: Tensor, x: Tensor) -> Tensor:
         """positions [T], x [T, D]."""
         runs: Any = self.self_attn.passes
         for run in runs:
             for one in run:
-                x = x + self.self_attn(positions, self.input_layernorm(x), one)
-            x = x + self.mlp(self.post_attention_layernorm(x))
+                if self.norms_outputs:
+                    x = x + self.post_attention_layernorm(self.self_attn(positions, x, one))
+                else:
+                    x = x + self.self_attn(positions, self.input_layernorm(x), one)
+            if self.norms_outputs:
+                x = x + self.post_feedforward_layernorm(self.mlp(x))
+            else:
+                x = x + self.mlp(self.post_attention_layernorm(x))
         return x
 
 

@@ -8,7 +8,6 @@ Shapes: B batch, S new tokens, T all tokens so far, D hidden, N query heads, H h
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,9 +31,9 @@ class SGTRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., size]."""
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [..., size]: a name by which vLLM knows their shape."""
+        return F.rms_norm(hidden_states, (hidden_states.shape[-1],), self.weight, self.eps)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -87,9 +86,10 @@ class SGTAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_out_bias)
+        self.norms_all_heads = config.qk_norm and config.qk_norm_over == "all"
         if config.qk_norm:
-            self.q_norm = SGTRMSNorm(self.head_dim, config.rms_norm_eps)
-            self.k_norm = SGTRMSNorm(self.head_dim, config.rms_norm_eps)
+            sizes = (queries, keys) if self.norms_all_heads else (self.head_dim, self.head_dim)
+            self.q_norm, self.k_norm = (SGTRMSNorm(size, config.rms_norm_eps) for size in sizes)
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Any, cached: CachedPass, **kwargs: Any
@@ -103,9 +103,31 @@ class SGTAttention(nn.Module):
     def prepare(
         self, query: Tensor, key: Tensor, value: Tensor, rotary: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Projections [B, S, heads · H] -> [B, heads, S, H], queries and keys normalised and rotated."""
+        """Projections of all heads [B, S, heads · H] -> [B, heads, S, H], queries and keys normalised and rotated."""
+        return self.rotated(*self.normalised(query, key), value, rotary)
+
+    def normalised(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys of all heads [B, S, heads · H], normalised if that is over all of them.
+
+        Raises:
+            ValueError: it is, and these are not all.
+        """
+        if not self.norms_all_heads:
+            return query, key
+        found, wanted = query.shape[-1] // self.head_dim, self.config.num_attention_heads
+        if found != wanted:
+            raise ValueError(
+                f"{found} of {wanted} heads are on this rank, and queries are normalised over all of them: serve this "
+                "model without tensor parallelism"
+            )
+        return self.q_norm(query), self.k_norm(key)
+
+    def rotated(
+        self, query: Tensor, key: Tensor, value: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Any heads [B, S, heads · H] -> [B, heads, S, H], queries and keys rotated, after norms of each head."""
         query, key, value = (t.unflatten(-1, (-1, self.head_dim)) for t in (query, key, value))
-        if self.config.qk_norm:
+        if self.config.qk_norm and not self.norms_all_heads:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
         return _rotate(query, *rotary), _rotate(key, *rotary), value
@@ -158,9 +180,14 @@ class SGTHeadLoop(nn.Module):
     ) -> Tensor:
         """x [B, S, D] -> [B, S, D]."""
         size = attention.head_dim
-        query = _some_rows(attention.q_proj, x, self.heads, size)
-        key, value = (_some_rows(p, x, self.groups, size) for p in (attention.k_proj, attention.v_proj))
-        query, key, value = attention.prepare(query, key, value, rotary)
+        if attention.norms_all_heads:
+            query, key = attention.normalised(attention.q_proj(x), attention.k_proj(x))
+            query, key = _blocks(query, self.heads, size), _blocks(key, self.groups, size)
+        else:
+            query = _some_rows(attention.q_proj, x, self.heads, size)
+            key = _some_rows(attention.k_proj, x, self.groups, size)
+        value = _some_rows(attention.v_proj, x, self.groups, size)
+        query, key, value = attention.rotated(query, key, value, rotary)
         key, value = cached.update(key, value)
         if self.slots != list(range(len(self.groups))):
             key, value = (torch.cat([t[:, s : s + 1] for s in self.slots], dim=1) for t in (key, value))
@@ -207,10 +234,13 @@ def _looks_on(hook: Any) -> bool:
     return not isinstance(getattr(hook, "__self__", None), ModuleTracker)
 
 
+def _blocks(x: Tensor, blocks: Sequence[int], size: int) -> Tensor:
+    return torch.cat([x[..., b * size : (b + 1) * size] for b in blocks], dim=-1)
+
+
 def _some_rows(linear: Any, x: Tensor, blocks: Sequence[int], size: int) -> Tensor:
     if not _is_plain(linear):
-        out = linear(x)
-        return torch.cat([out[..., b * size : (b + 1) * size] for b in blocks], dim=-1)
+        return _blocks(linear(x), blocks, size)
     weight = torch.cat([linear.weight[b * size : (b + 1) * size] for b in blocks])
     bias = linear.bias
     if bias is not None:
@@ -226,34 +256,3 @@ def _some_columns(linear: Any, x: Tensor, blocks: Sequence[int], size: int, tota
     parts = dict(zip(blocks, x.split(size, dim=-1), strict=True))
     zeros = torch.zeros_like(x[..., :size])
     return linear(torch.cat([parts.get(b, zeros) for b in range(total)], dim=-1))
-
-
-def make_room_for_loops(cache: Cache | None, config: SGTConfig) -> None:
-    """Give a cache that was made for one pass per layer an entry for each pass, in the order of execution.
-
-    Raises:
-        ValueError: the cache is in use already, and by a model with other loops.
-    """
-    passes = [config.passes_of(n) for n in range(config.num_hidden_layers)]
-    layers = getattr(cache, "layers", None)
-    if cache is None or not layers or len(layers) == sum(passes):  # none, growing by itself, or made room in before
-        return
-    if len(layers) != len(passes) or cache.get_seq_length() > 0:
-        raise ValueError(
-            f"this cache has {len(layers)} entries; a model with {sum(passes)} attention passes in {len(passes)} "
-            "layers needs a new cache, made from its own configuration"
-        )
-    cache.layers = [
-        entry for layer, count in zip(layers, passes, strict=True) for entry in [layer, *_twins(layer, count - 1)]
-    ]
-
-
-def _twins(layer: Any, count: int) -> list[Any]:
-    """Empty cache layers of the same kind, which take the shape of the first keys that they are given."""
-    twins = [copy.copy(layer) for _ in range(count)]
-    for twin in twins:
-        twin.keys = twin.values = None
-        twin.is_initialized = False
-        if isinstance(getattr(twin, "cumulative_length", None), Tensor):
-            twin.cumulative_length = torch.zeros_like(twin.cumulative_length)
-    return twins

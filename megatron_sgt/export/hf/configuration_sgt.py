@@ -42,7 +42,9 @@ class SGTConfig(PretrainedConfig):
             ``"other_gate"``: the gate in (0, 1] of its other heads, of a model exported inside a decay window;
             ``"block_loops"``: how often the whole layer is executed again (the static baseline; ``depth`` is 0).
         attention_bias, attention_out_bias, mlp_bias: biases of q/k/v, of the output projection, of the MLP.
-        qk_norm: RMSNorm of every query and key head before the rotation.
+        norm_position: "input": x + F(Norm(x)) of attention, each of its loops, and the MLP; "output": x + Norm(F(x)).
+        qk_norm: RMSNorm of every query and key head before the rotation; with ``qk_norm_over`` "all", of the queries
+            of all heads together, and of the keys.
         normalization: "RMSNorm" or "LayerNorm".
         gated_mlp: down(act(gate(x)) * up(x)) if true, else down(act(up(x))).
         rope_parameters, rope_scaling: as transformers 5 and 4 have them; of rope_type default, linear, llama3 or yarn.
@@ -71,7 +73,9 @@ class SGTConfig(PretrainedConfig):
         rope_parameters: dict[str, Any] | None = None,
         rope_scaling: dict[str, Any] | None = None,
         max_position_embeddings: int = 4096,
+        norm_position: str = "input",
         qk_norm: bool = False,
+        qk_norm_over: str = "head",
         attention_bias: bool = False,
         attention_out_bias: bool = False,
         mlp_bias: bool = False,
@@ -98,10 +102,8 @@ class SGTConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.max_position_embeddings = max_position_embeddings
         _set_rope(self, _rope_settings(rope_theta, rope_scaling, rope_parameters))
-        self.qk_norm = qk_norm
-        self.attention_bias = attention_bias
-        self.attention_out_bias = attention_out_bias
-        self.mlp_bias = mlp_bias
+        self.norm_position, self.qk_norm, self.qk_norm_over = norm_position, qk_norm, qk_norm_over
+        self.attention_bias, self.attention_out_bias, self.mlp_bias = attention_bias, attention_out_bias, mlp_bias
         self.attention_dropout = attention_dropout
         self.initializer_range = initializer_range
         self.use_cache = use_cache
@@ -124,6 +126,10 @@ class SGTConfig(PretrainedConfig):
             **self.sgt_loops.get(str(layer), {}),
         }
 
+    def loops(self) -> bool:
+        """Whether any layer attends more than once."""
+        return any(self.passes_of(int(layer)) > 1 for layer in self.sgt_loops)
+
     def passes_of(self, layer: int) -> int:
         """Attention passes of one layer: 1, and the loops. It has as many entries in a cache."""
         loop = self.loop_of(layer)
@@ -132,6 +138,10 @@ class SGTConfig(PretrainedConfig):
     def _check_loops(self) -> None:
         if self.normalization not in ("RMSNorm", "LayerNorm"):
             raise ValueError(f"normalization {self.normalization!r}: choose RMSNorm or LayerNorm")
+        if self.norm_position not in ("input", "output"):
+            raise ValueError(f"norm_position {self.norm_position!r}: choose input or output")
+        if self.qk_norm_over not in ("head", "all"):
+            raise ValueError(f"qk_norm_over {self.qk_norm_over!r}: choose head or all")
         for layer, loop in self.sgt_loops.items():
             if not layer.isdigit() or int(layer) >= self.num_hidden_layers:
                 raise ValueError(f"sgt_loops: layer {layer} of a model with {self.num_hidden_layers} layers")

@@ -9,24 +9,12 @@ from typing import Any
 
 from megatron_sgt.arch.ffn import all_kinds, kind_of_hf
 from megatron_sgt.errors import CheckpointError, first_line
-from megatron_sgt.export.forms import STANDARD, form_of
+from megatron_sgt.export.forms import SERVING, STANDARD, form_of
+from megatron_sgt.export.hf.known_families import WHY_REFUSED
 from megatron_sgt.export.hf.loading import own_class
-from megatron_sgt.export.hf.positions import position_problems, rope_of, rotary_scaling, window_of
+from megatron_sgt.export.hf.positions import layer_kinds, position_problems, rope_of, rotary_scaling, window_of
 
 CONFIG_FILE = "config.json"
-
-# model_type -> why it is not supported, for those that one would expect.
-_REFUSED = {
-    "olmo": "its norms have no weights",
-    "olmo2": "it normalises the output of attention and MLP, not their input",
-    "olmo3": "it normalises the output of attention and MLP, and has sliding windows",
-    "gemma": "its norms multiply by 1 + weight, and its embeddings are scaled",
-    "gemma2": "it has norms on both sides, sliding windows and capped logits",
-    "phi3": "its query, key and value projections are one tensor, and its rotation is scaled",
-    "mixtral": "it is a mixture of experts",
-    "qwen2_moe": "it is a mixture of experts",
-    "qwen3_moe": "it is a mixture of experts",
-}
 
 
 @dataclass(frozen=True)
@@ -59,7 +47,7 @@ def read_model(folder: Path) -> HFModel:
     config = read_config(folder)
     family = _FAMILIES.get(config.model_type)
     if family is None:
-        why = _REFUSED.get(config.model_type)
+        why = WHY_REFUSED.get(config.model_type)
         known = ", ".join(sorted(_FAMILIES))
         raise CheckpointError(
             f"{folder} holds a model of type {config.model_type!r}, which cannot be imported"
@@ -110,7 +98,7 @@ def _common_problems(config: Any) -> Iterator[str]:
         known = " or ".join(repr(kind.hidden_act) for kind in all_kinds().values() if kind.gated == gated)
         yield f"hidden_act {act!r} with gated_mlp {gated}: must be {known}"
     yield from position_problems(config)
-    wanted = f"{config.model_type}forcausallm"
+    wanted = f"{config.model_type.replace('_', '')}forcausallm"
     named = [name for name in config.architectures or () if name.lower() != wanted]
     if named:
         yield f"architectures {', '.join(named)}: only the causal language model can be trained"
@@ -130,7 +118,9 @@ def _common_fields(config: Any) -> dict[str, Any]:
         "layernorm_epsilon": float(config.rms_norm_eps),
         "rotary_base": float(rope_of(config)["rope_theta"]),
         "rotary_scaling": rotary_scaling(config),
+        "norm_position": "input",
         "qk_layernorm": False,
+        "qk_layernorm_over": "head",
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
         "add_bias_linear": False,
         "add_qkv_bias": False,
@@ -178,13 +168,40 @@ def _qwen3(config: Any) -> dict[str, Any]:
     return {"qk_layernorm": True}
 
 
+def _olmo2(config: Any) -> dict[str, Any]:
+    return {"norm_position": "output", "qk_layernorm": True, "qk_layernorm_over": "all"}
+
+
+def _olmo3_problems(config: Any) -> Iterator[str]:
+    yield from _olmo2_problems(config)
+    kinds = layer_kinds(config)
+    by_kind = getattr(config, "rope_parameters", None)
+    if by_kind is None:  # transformers 4: only full attention is scaled
+        differ = getattr(config, "rope_scaling", None) is not None
+    else:
+        differ = by_kind[kinds[0]] != by_kind[kinds[-1]]
+    if len(kinds) > 1 and differ:
+        yield f"rotary positions of {' and '.join(kinds)} differ: all layers rotate alike here"
+
+
+def _olmo2_problems(config: Any) -> Iterator[str]:
+    if config.attention_bias:
+        yield "attention_bias True: the MLP has none, and biases in attention alone are not supported"
+
+
 def _sgt(config: Any) -> dict[str, Any]:
     return {
         "normalization": config.normalization,
+        "norm_position": config.norm_position,
         "qk_layernorm": config.qk_norm,
+        "qk_layernorm_over": config.qk_norm_over,
         "add_bias_linear": config.mlp_bias,
         "add_qkv_bias": config.attention_bias and not config.mlp_bias,
     }
+
+
+def _sgt_serving(config: Any) -> dict[str, Any]:
+    return {**_sgt(config), "num_layers": config.sgt_num_layers}
 
 
 @dataclass(frozen=True)
@@ -200,5 +217,8 @@ _FAMILIES = {
     "mistral": _Family(lambda config: {}, lambda config: iter(())),
     "qwen2": _Family(_qwen2, lambda config: iter(())),
     "qwen3": _Family(_qwen3, _attention_bias_problem),
+    "olmo2": _Family(_olmo2, _olmo2_problems),
+    "olmo3": _Family(_olmo2, _olmo3_problems),
     STANDARD.model_type: _Family(_sgt, _sgt_problems),
+    SERVING.model_type: _Family(_sgt_serving, _sgt_problems),
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from megatron_sgt.compat.quiet import quiet_logs
@@ -50,21 +50,30 @@ def load_exported(folder: Path, dtype: torch.dtype | str, trust: bool) -> Any:
     return model.eval()
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in ``folder``."""
+    with quiet():
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
 def one_layer_models(folder: Path, trust: bool) -> Callable[[int], Any]:
     """Makes, for any layer, a model of the folder's architecture with that layer's loops as its only one.
 
     Its vocabulary is 8, its weights are random, its type is fp32.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
-    config.num_hidden_layers, config.vocab_size = 1, 8
+    config.vocab_size = 8
     config.bos_token_id = config.eos_token_id = None
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:1]
     loops = dict(getattr(config, "sgt_loops", {}))
 
     def build(layer: int) -> Any:
+        config.num_hidden_layers = 1
         if hasattr(config, "sgt_loops"):
             config.sgt_loops = {"0": loops[str(layer)]} if str(layer) in loops else {}
+        if hasattr(config, "sgt_num_layers"):
+            config.sgt_num_layers, config.num_hidden_layers = 1, config.passes_of(0)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust, dtype=torch.float32).eval()
 
     return build

@@ -2,21 +2,18 @@
 
 A layer is x ← x + Attn(Norm₁(x)); then, ``depth`` times, x ← x + W_o · concat_h(head_h(Norm₁(x))) over the heads h
 that it keeps looping, with the same weights; then x ← x + MLP(Norm₂(x)). Only the kept heads are computed in the
-loops.
+loops. With ``norm_position`` "output" it is x ← x + Norm₁(...(x)) and x ← x + Norm₂(MLP(x)).
 
 Shapes: B batch, S new tokens, T all tokens so far, D hidden, N query heads.
 """
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -30,22 +27,18 @@ from .attention_sgt import (
     CachedPass,
     SGTAttention,
     SGTHeadLoop,
-    SGTRMSNorm,
-    make_room_for_loops,
 )
+from .cache_sgt import check_runtime
 from .configuration_sgt import SGTConfig
-from .mlp_sgt import SGTMLP
+from .generation_sgt import SGTGenerationMixin
+from .mask_sgt import causal_mask
+from .mlp_sgt import mlp_of
+from .norms_sgt import SGTNorms, norm_of
+from .outputs_sgt import chosen_states, wants_dict
 from .rotary_sgt import SGTRotaryEmbedding
 
-_MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters  # they differ between transformers 4 and 5
 
-
-def _norm(config: SGTConfig) -> nn.Module:
-    kind = SGTRMSNorm if config.normalization == "RMSNorm" else nn.LayerNorm
-    return kind(config.hidden_size, eps=config.rms_norm_eps)
-
-
-class SGTDecoderLayer(GradientCheckpointingLayer):
+class SGTDecoderLayer(SGTNorms, GradientCheckpointingLayer):
     """Attention, its loops, MLP. ``first_pass``: index in the cache of its first attention pass."""
 
     def __init__(self, config: SGTConfig, layer_idx: int, first_pass: int) -> None:
@@ -55,9 +48,8 @@ class SGTDecoderLayer(GradientCheckpointingLayer):
         self.first_pass = first_pass
         self.self_attn = SGTAttention(config, layer_idx)
         self.loop = SGTHeadLoop(config, layer_idx)
-        self.mlp = SGTMLP(config)
-        self.input_layernorm = _norm(config)
-        self.post_attention_layernorm = _norm(config)
+        self.mlp = mlp_of(config)
+        self.make_norms(config)
 
     def forward(
         self,
@@ -77,20 +69,20 @@ class SGTDecoderLayer(GradientCheckpointingLayer):
         rotary, mask = position_embeddings, attention_mask
         for _ in range(1 + self.block_loops):
             cached = CachedPass(past_key_values, index, cache_position)
-            out, weights = self.self_attn(self.input_layernorm(x), rotary, mask, cached, **kwargs)
-            x, index = x + out, index + 1
+            out, weights = self.self_attn(self.attention_input(x), rotary, mask, cached, **kwargs)
+            x, index = x + self.attention_output(out), index + 1
             for _ in range(self.depth):
                 cached = CachedPass(past_key_values, index, cache_position)
-                x = x + self.loop(self.self_attn, self.input_layernorm(x), rotary, mask, cached, **kwargs)
-                index += 1
-            x = x + self.mlp(self.post_attention_layernorm(x))
+                out = self.loop(self.self_attn, self.attention_input(x), rotary, mask, cached, **kwargs)
+                x, index = x + self.attention_output(out), index + 1
+            x = x + self.mlp_output(x)
         return (x, weights) if kwargs.get("output_attentions") else x
 
 
 class SGTPreTrainedModel(PreTrainedModel):
     """What transformers must know of the architecture."""
 
-    config_class = SGTConfig
+    config_class: type[SGTConfig] = SGTConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["SGTDecoderLayer"]  # noqa: RUF012 (as in transformers)
@@ -98,7 +90,7 @@ class SGTPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
-    _supports_attention_backend = True
+    _supports_attention_backend = False
     _can_compile_fullgraph = True
 
 
@@ -114,7 +106,7 @@ class SGTModel(SGTPreTrainedModel):
         self.layers = nn.ModuleList(
             [SGTDecoderLayer(config, n, sum(passes[:n])) for n in range(config.num_hidden_layers)]
         )
-        self.norm = _norm(config)
+        self.norm = norm_of(config)
         self.rotary_emb = SGTRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -148,14 +140,14 @@ class SGTModel(SGTPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        make_room_for_loops(past_key_values, config)
+        check_runtime(past_key_values, config, kwargs)
         cache_position = kwargs.pop("cache_position", None)
         if cache_position is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             cache_position = torch.arange(x.shape[1], device=x.device) + seen
         if position_ids is None:
             position_ids = cache_position.unsqueeze(0)
-        mask = _causal_mask(config, x, attention_mask, cache_position, past_key_values, position_ids)
+        mask = causal_mask(config, x, attention_mask, cache_position, past_key_values, position_ids)
         kwargs |= {
             "attention_mask": mask,
             "position_embeddings": self.rotary_emb(x, position_ids),
@@ -175,49 +167,21 @@ class SGTModel(SGTPreTrainedModel):
         outputs = BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=_chosen(states, states_too) if states_too else None,
+            hidden_states=chosen_states(states, states_too) if states_too else None,
             attentions=tuple(w for w in attentions if w is not None) if attentions_too else None,
         )
-        return outputs if _wants_dict(return_dict, config) else outputs.to_tuple()
+        return outputs if wants_dict(return_dict, config) else outputs.to_tuple()
 
 
-def _causal_mask(
-    config: SGTConfig,
-    x: Tensor,
-    attention_mask: Tensor | None,
-    cache_position: Tensor,
-    cache: Cache | None,
-    position_ids: Tensor,
-) -> Any:
-    embeds = "inputs_embeds" if "inputs_embeds" in _MASK_ARGUMENTS else "input_embeds"
-    arguments = {embeds: x, "position_ids": position_ids}
-    if "cache_position" in _MASK_ARGUMENTS:
-        arguments["cache_position"] = cache_position
-    return create_causal_mask(config=config, attention_mask=attention_mask, past_key_values=cache, **arguments)
-
-
-def _chosen(states: list[Tensor], wanted: bool | int | list[int]) -> tuple[Tensor | None, ...]:
-    """All of them; or those of which the numbers are given, and None in the places of the others."""
-    if isinstance(wanted, bool):
-        return tuple(states)
-    numbers = {
-        n % len(states) for n in ([wanted] if isinstance(wanted, int) else wanted) if -len(states) <= n < len(states)
-    }
-    return tuple(state if n in numbers else None for n, state in enumerate(states))
-
-
-def _wants_dict(return_dict: bool | None, config: SGTConfig) -> bool:
-    return config.return_dict if return_dict is None else return_dict
-
-
-class SGTForCausalLM(SGTPreTrainedModel, GenerationMixin):
+class SGTForCausalLM(SGTPreTrainedModel, SGTGenerationMixin):
     """The language model."""
 
+    decoder_class: type[nn.Module] = SGTModel
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (as in transformers)
 
     def __init__(self, config: SGTConfig) -> None:
         super().__init__(config)
-        self.model = SGTModel(config)
+        self.model = self.decoder_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -262,18 +226,7 @@ class SGTForCausalLM(SGTPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-        return result if _wants_dict(return_dict, self.config) else result.to_tuple()
-
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'. Texts without a token begin as ``generate`` without input does, and do not fail inside."""
-        ids = kwargs.get("input_ids") if inputs is None else inputs
-        if ids is None or ids.shape[-1] or "inputs_embeds" in kwargs:
-            return super().generate(inputs, *args, **kwargs)
-        begin = self.generation_config.bos_token_id
-        if begin is None:
-            raise ValueError("input_ids holds no token and generation_config.bos_token_id is not set: give a token")
-        rest = {name: value for name, value in kwargs.items() if name not in ("input_ids", "attention_mask")}
-        return super().generate(ids.new_full((len(ids), 1), begin), *args, **rest)
+        return result if wants_dict(return_dict, self.config) else result.to_tuple()
 
 
 # What follows stands in this file, and not in one of its own, because transformers saves with a model only the files

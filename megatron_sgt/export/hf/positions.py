@@ -15,9 +15,15 @@ def rope_of(config: Any) -> dict[str, Any]:
     """Rotary settings under the names of transformers 5, whichever version wrote or reads them."""
     found = getattr(config, "rope_parameters", None)
     if found is not None:
+        found = found.get(layer_kinds(config)[0], found)  # OLMo-3 has settings of each kind of layer
         return {"rope_theta": getattr(config, "rope_theta", None), **found}
     scaling = getattr(config, "rope_scaling", None) or {}
     return {"rope_theta": config.rope_theta, **scaling}
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """The kinds of layers that a model has, full attention first."""
+    return sorted(set(getattr(config, "layer_types", None) or ("full_attention",)))
 
 
 def rotary_scaling(config: Any) -> dict[str, Any] | None:

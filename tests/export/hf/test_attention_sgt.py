@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from megatron_sgt.export.hf.attention_sgt import make_room_for_loops
+from megatron_sgt.export.hf.cache_sgt import make_room_for_loops
 from tests.helpers.hf_models import gap, hf_config, hf_model, random_ids
 
 
@@ -63,6 +63,7 @@ def test_every_attention_implementation_sees_loops_as_attention_of_fewer_heads()
         seen.append((query.shape[1], key.shape[1], module.num_key_value_groups, module.is_causal))
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
 
+    kernel.__module__ = "transformers.integrations.counted"  # one of its own: others are refused
     ALL_ATTENTION_FUNCTIONS.register("counted", kernel)
     model = hf_model("grouped_qk_norm_depth_3")
     expected = model(random_ids(1, 8)).logits
@@ -100,5 +101,5 @@ def test_a_cache_in_use_by_another_model_is_refused() -> None:
     cache = DynamicCache(config=hf_config("never_grown"))
     with torch.no_grad():
         hf_model("never_grown")(random_ids(1, 4), past_key_values=cache)
-    with pytest.raises(ValueError, match="4 entries; a model with 5 attention passes in 4 layers"):
+    with pytest.raises(ValueError, match="4 entries of another model; a model with 5 attention passes in 4 layers"):
         make_room_for_loops(cache, config)

@@ -39,8 +39,10 @@ def test_reads_what_transformers_saves(name: str, tmp_path: Path) -> None:
     )
     assert fields.kv_channels == model.model.layers[0].self_attn.head_dim
     assert fields.layernorm_epsilon == model.config.rms_norm_eps
-    assert fields.rotary_base == (1e6 if name == "mistral" else 1e4)
-    assert fields.qk_layernorm is (name == "qwen3")
+    assert fields.rotary_base == {"mistral": 1e6, "olmo3": 5e5}.get(name, 1e4)
+    assert found.window == (32 if name == "olmo3" else None)
+    assert fields.qk_layernorm is (name in ("qwen3", "olmo2", "olmo3"))
+    assert fields.norms_all_heads is (fields.norm_position == "output") is (name in ("olmo2", "olmo3"))
     assert (fields.add_bias_linear, fields.add_qkv_bias) == (name == "llama_tied_biased", name == "qwen2")
     assert fields.untie_embeddings_and_output_weights is (name not in ("llama_tied_biased", "qwen3"))
 
@@ -65,6 +67,12 @@ def test_reads_an_sgt_model(tmp_path: Path) -> None:
     assert found.loops == loops and found.fields["qk_layernorm"] and found.fields["add_qkv_bias"]
 
 
+OF_EACH_KIND = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+}
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "says"),
     [
@@ -73,9 +81,10 @@ def test_reads_an_sgt_model(tmp_path: Path) -> None:
         ("llama", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "quantised"),
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ("qwen3", {"attention_bias": True}, "attention_bias True"),
-        ("llama", {"model_type": "olmo2"}, "normalises the output"),
+        ("olmo2", {"attention_bias": True}, "attention_bias True: the MLP has none"),
         ("llama", {"model_type": "mixtral"}, "mixture of experts"),
-        ("llama", {"model_type": "gpt2"}, "type 'gpt2', which cannot be imported; known types: llama, mistral"),
+        ("llama", {"model_type": "gpt2"}, "type 'gpt2', which cannot be imported: its positions are learned"),
+        ("olmo3", {"rope_parameters": OF_EACH_KIND}, "rotary positions of full_attention and sliding_attention differ"),
         ("llama", {"model_type": "no_such"}, "cannot be used (model_type 'no_such')"),
         ("llama", {"model_type": None}, "names no model_type"),
         ("llama", {"model_type": "sgt", "hidden_act": "gelu"}, "hidden_act 'gelu' with gated_mlp True"),

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_sgt.export.hf.mlp_sgt import SGTMLP
+from megatron_sgt.export.hf.mlp_sgt import mlp_of
 from tests.helpers.hf_models import gap, hf_config
 
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_the_formula(gated: bool) -> None:
-    mlp = SGTMLP(hf_config(gated_mlp=gated, hidden_act="gelu", mlp_bias=True))
+    mlp = mlp_of(hf_config(gated_mlp=gated, hidden_act="gelu", mlp_bias=True))
     x = torch.randn(2, 3, 48)
     weights = dict(mlp.named_parameters())
 

@@ -44,7 +44,9 @@ def test_equals_the_reference(variant: str, attention: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
-@pytest.mark.parametrize("variant", ["multi_query_tied_biases_depth_2", LOOPING, "window", "block_loop"])
+@pytest.mark.parametrize(
+    "variant", ["multi_query_tied_biases_depth_2", LOOPING, "window", "block_loop", "olmo2_depth_2"]
+)
 def test_gradients_equal_the_references_with_and_without_checkpointing(variant: str) -> None:
     model, tokens = hf_model(variant).train(), random_ids(2, 12)
 
@@ -70,7 +72,7 @@ def make_cache(kind: str, config: SGTConfig) -> Any:
     return DynamicCache(config=config) if kind == "dynamic" else DynamicCache()
 
 
-@pytest.mark.parametrize("variant", [LOOPING, "window", "block_loop"])
+@pytest.mark.parametrize("variant", [LOOPING, "window", "block_loop", "olmo2_depth_2"])
 @pytest.mark.parametrize("kind", ["dynamic", "lazy", "static"])
 def test_chunks_through_a_cache_equal_one_forward(variant: str, kind: str) -> None:
     model, tokens = hf_model(variant), random_ids(2, 30)

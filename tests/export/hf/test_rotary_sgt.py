@@ -69,7 +69,7 @@ def test_a_folder_keeps_them(kind: str, tmp_path: Path) -> None:
     again = SGTForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert again.config.rope_parameters == model.config.rope_parameters == {**KINDS[kind], "rope_theta": THETA}
     assert again.config.rope_theta == THETA
-    assert again.model.rotary_emb.frequencies == model.model.rotary_emb.frequencies
+    assert torch.equal(again.model.rotary_emb.frequencies, model.model.rotary_emb.frequencies)
 
 
 @pytest.mark.parametrize(
@@ -88,3 +88,10 @@ def test_either_versions_names_are_read(given: dict[str, Any]) -> None:
 def test_another_type_is_refused() -> None:
     with pytest.raises(ValueError, match="rope_type 'dynamic': choose default, linear, llama3, yarn"):
         hf_config(rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+
+
+def test_another_type_that_was_set_later_is_refused_too() -> None:
+    config = hf_config()
+    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": THETA, "factor": 4.0}
+    with pytest.raises(ValueError, match="rope_type 'dynamic': choose default, linear"):
+        SGTRotaryEmbedding(config)
