@@ -11,12 +11,13 @@ README = ROOT / "README.md"
 # megatron-core from 0.17 on needs Python 3.12; an older Python gets 0.16.
 # deepspeed before 0.19.8 adds a leaked gradient to the sum of a half-precision run.
 # transformers is imported only by export, evaluation and the Hugging Face tokenizer, but exporting
-# what was trained is part of the main job, so it is not an extra.
+# what was trained is part of the main job, so it is not an extra. protobuf reads sentencepiece's model files.
 INSTALL_REQUIRES = [
     "torch>=2.6",
     "megatron-core>=0.16,<0.20",
     "deepspeed>=0.19.8",
     "numpy",
+    "protobuf",
     "pydantic>=2",
     "pyyaml",
     "safetensors",

@@ -64,6 +64,7 @@ def main() -> None:
 
     quiet_imports()
     from megatron_sgt.export.from_hf import import_model
+    from megatron_sgt.export.tokenizers import begins_texts
 
     start = time.perf_counter()
     done = import_model(args.input, args.output, args.config, args.seq_length, args.pad_vocabulary_to, args.base_model)
@@ -78,13 +79,19 @@ def main() -> None:
             f"the vocabulary has {done.padding_rows} rows of padding, which take part in the softmax: the loss "
             "begins slightly above the model's own"
         )
-    if done.model.window is not None:
+    if done.model.window is not None and done.model.window < done.model.max_position_embeddings:
         print(
             f"layers of the model see {done.model.window:,} tokens back, all of a sequence up to that length: "
             f"model.seq_length is {done.config.model.seq_length:,}, and an export names no longer context"
         )
-    if done.config.data.tokenizer is None:
+    tokenizer = done.config.data.tokenizer
+    if tokenizer is None:
         print("no tokenizer: set data.tokenizer, or train on data of the model's own tokens")
+    elif not tokenizer.add_bos and (token := begins_texts(args.input)):
+        print(
+            f"the tokenizer begins texts with {token}, which the model has probably seen before every document: "
+            "tools/preprocess_data.py --add-bos does so, and data.tokenizer.add_bos=true"
+        )
     run = args.config or done.config_file
     load = "" if done.config_file else f" checkpoint.load={args.output}"
     data = "" if done.config.data.data_path else " data.data_path=PREFIX"

@@ -56,6 +56,8 @@ def parse() -> argparse.Namespace:
         "(train.ema_decay) [%(default)s]")  # fmt: skip
     add("--tokenizer", type=path_text, metavar="PATH", help="instead of the configuration's: a sentencepiece .model, "
         "a tokenizer.json, a folder; 'none' to leave it out")  # fmt: skip
+    add("--chat-template", type=path_text, default="none", metavar="none|keep|PATH", help="the tokenizer's own chat "
+        "template, or a Jinja file; special tokens in a text then are read as such [%(default)s]")  # fmt: skip
     add("--training-gates", action="store_true", help="inside a decay window: keep the gates of that step, instead of "
         "those of inference (kept heads 1, others 0)")  # fmt: skip
     add("--keep-padding", action="store_true", help="keep the rows that pad the vocabulary [they are cut off]")
@@ -99,6 +101,7 @@ def main() -> int:
         keep_padding=args.keep_padding,
         tokenizer=tokenizer,
         write_tokenizer=args.tokenizer != "none",
+        chat_template=args.chat_template,
         max_shard_bytes=args.max_shard_size,
         license=args.license,
     )

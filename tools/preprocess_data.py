@@ -59,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
         help="processes [the CPU cores: %(default)s]",
     )
     parser.add_argument("--max-bad-documents", type=zero_or_more, metavar="N", default=0, help=BAD_HELP)
+    parser.add_argument("--add-bos", action="store_true", help="begin every document with the beginning-of-text token")
     parser.add_argument("--append-eod", action="store_true", help="end every document with the end-of-text token")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing data set")
     parser.add_argument("--checksum", action="store_true", help="print the sha256 of the .bin")
@@ -75,7 +76,7 @@ def main() -> None:
     options = PreprocessOptions(
         inputs=tuple(args.input),
         output_prefix=args.output_prefix,
-        tokenizer=TokenizerConfig(type=args.tokenizer_type, model=args.tokenizer_model),
+        tokenizer=TokenizerConfig(type=args.tokenizer_type, model=args.tokenizer_model, add_bos=args.add_bos),
         json_keys=tuple(args.json_keys or ("text",)),
         input_format=args.input_format,
         num_workers=args.workers,

@@ -18,12 +18,17 @@ class TokenizerConfig(Section):
     model: PathText = Field(
         description="sentencepiece: the .model file; huggingface: a folder, or the name of a cached model.",
     )
+    add_bos: bool = Field(
+        default=False,
+        description="Documents of the data set begin with the beginning-of-text token: it was made with --add-bos. So "
+        "does every prompt, in this project and in the exported model.",
+    )
 
     @classmethod
-    def at(cls, path: str | PathLike[str]) -> "TokenizerConfig":
+    def at(cls, path: str | PathLike[str], add_bos: bool = False) -> "TokenizerConfig":
         """Return the section that reads the file or folder ``path``: sentencepiece if it ends in .model."""
         kind: Any = "sentencepiece" if str(path).endswith(".model") else "huggingface"
-        return cls(type=kind, model=str(path))
+        return cls(type=kind, model=str(path), add_bos=add_bos)
 
 
 class DataConfig(Section):

@@ -53,9 +53,11 @@ class Encoder:
     keys: tuple[str, ...]
     append_eod: bool
     dtype: str
+    add_bos: bool = False
 
     def __call__(self, chunk: Chunk) -> EncodedChunk:
         """Tokenize every document; bad ones are counted, for the caller to judge."""
+        beginning = [self.tokenizer.bos] if self.add_bos else []
         ending = [self.tokenizer.eod] if self.append_eod else []
         tokens: list[list[np.ndarray]] = [[] for _ in self.keys]
         empty = [0] * len(self.keys)
@@ -70,7 +72,7 @@ class Encoder:
                 repaired += clean != text
                 ids = self.tokenizer.encode(clean)
                 if ids:
-                    tokens[k].append(np.array(ids + ending, dtype=self.dtype))
+                    tokens[k].append(np.array(beginning + ids + ending, dtype=self.dtype))
                 else:
                     empty[k] += 1
         nothing = np.zeros(0, self.dtype)
@@ -126,7 +128,7 @@ _encoder: Encoder | None = None
 
 
 def _make_encoder(config: TokenizerConfig, keys: tuple[str, ...], append_eod: bool, dtype: str) -> Encoder:
-    return Encoder(build_tokenizer(config), keys, append_eod, dtype)
+    return Encoder(build_tokenizer(config), keys, append_eod, dtype, config.add_bos)
 
 
 def _start_worker(config: TokenizerConfig, keys: tuple[str, ...], append_eod: bool, dtype: str) -> None:

@@ -41,13 +41,17 @@ class IndexedInfo:
 
 
 def check_indexed_dataset(
-    prefix: str, vocab_size: int | None = None, tokenizer_fingerprint: str | None = None
+    prefix: str,
+    vocab_size: int | None = None,
+    tokenizer_fingerprint: str | None = None,
+    add_bos: bool | None = None,
 ) -> IndexedInfo:
-    """Compare the files of ``prefix`` with each other and, if given, with vocabulary and tokenizer.
+    """Compare the files of ``prefix`` with each other and, if given, with vocabulary, tokenizer, and its add_bos.
 
     Raises:
         DataError: not an index, truncated .idx or .bin, a .bin that belongs to another .idx, a token id outside
-            0..vocab_size-1 (all ids up to CHECKED_TOKENS, else a sample), another tokenizer than PREFIX.json names.
+            0..vocab_size-1 (all ids up to CHECKED_TOKENS, else a sample), another tokenizer than PREFIX.json names, or
+            documents that begin otherwise.
     """
     dtype, lengths, boundaries = _read_index(prefix)
     tokens = int(lengths.sum(dtype=np.int64))
@@ -71,9 +75,20 @@ def check_indexed_dataset(
             f"data.tokenizer is another one (sha256 {tokenizer_fingerprint[:12]}…); set data.tokenizer to "
             "the former, or run tools/preprocess_data.py again"
         )
+    if add_bos is not None and metadata and add_bos != bool(metadata.get("add_bos")):
+        raise DataError(_other_beginning(prefix, add_bos))
     if vocab_size is not None and tokens:
         _check_ids(prefix, dtype, tokens, vocab_size)
     return IndexedInfo(prefix, len(lengths), len(boundaries) - 1, tokens, dtype.name, lengths_digest(lengths))
+
+
+def _other_beginning(prefix: str, wanted: bool) -> str:
+    made, other = ("do not begin", "with") if wanted else ("begin", "without")
+    return (
+        f"the documents of {prefix} {made} with the beginning-of-text token, but data.tokenizer.add_bos is "
+        f"{str(wanted).lower()}: set it to {str(not wanted).lower()}, or run tools/preprocess_data.py again {other} "
+        "--add-bos"
+    )
 
 
 def lengths_digest(lengths: np.ndarray) -> str:

@@ -20,6 +20,7 @@ from megatron_sgt.data.encoding import EncodedKey, encode_chunks
 from megatron_sgt.data.inputs import Kind, find_inputs
 from megatron_sgt.data.progress import Progress, note
 from megatron_sgt.data.readers import read_chunks
+from megatron_sgt.data.sentencepiece_model import export_form
 from megatron_sgt.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_sgt.errors import DataError
 from megatron_sgt.files import commit, sha256_of, sync, temporary_of
@@ -90,6 +91,9 @@ def preprocess(options: PreprocessOptions) -> PreprocessReport:
         note(line)
     bad = BadDocuments(options.max_bad_documents)
     tokenizer = build_tokenizer(options.tokenizer)
+    if exported := export_form(options.tokenizer).line:
+        note(exported)
+    _check_boundaries(tokenizer, options)
     dtype = "uint16" if tokenizer.vocab_size < UINT16_BELOW else "int32"
     total_bytes = sum(file.size for file in found.files)
     repaired = 0
@@ -217,12 +221,19 @@ def _metadata(tokenizer: Tokenizer, options: PreprocessOptions) -> dict[str, Any
         "tokenizer_fingerprint": tokenizer.fingerprint(),
         "vocab_size": tokenizer.vocab_size,
         "append_eod": options.append_eod,
+        "add_bos": options.tokenizer.add_bos,
     }
 
 
 def _bad_metadata(bad: BadDocuments, others: int) -> dict[str, Any]:
     first = {"bad_share": bad.share(others), "first_bad_document": str(bad.first)} if bad.count else {}
     return {"bad_documents": bad.count, **first}
+
+
+def _check_boundaries(tokenizer: Tokenizer, options: PreprocessOptions) -> None:
+    """Refuse, with DataError, a token between documents that the tokenizer lacks: before workers do."""
+    _ = options.tokenizer.add_bos and tokenizer.bos
+    _ = options.append_eod and tokenizer.eod
 
 
 def _check_keys(keys: Sequence[str]) -> None:

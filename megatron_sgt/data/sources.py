@@ -61,9 +61,10 @@ def find_sources(cfg: Config, tokenizer: Tokenizer | None) -> tuple[Source, ...]
     """Find and check every data set of ``cfg.data.data_path``.
 
     Raises:
-        DataError: no data, a missing or damaged file, ids outside the vocabulary, another tokenizer, a blend weight
-            too small to count, fewer tokens than one sample in the training split, or in the validation split when
-            ``train.eval_interval`` asks for it.
+        DataError: no data, a missing or damaged file, ids outside the vocabulary, another tokenizer,
+            documents that begin otherwise than data.tokenizer.add_bos says, a blend weight too small to count, fewer
+            tokens than one sample in the training split, or in the validation split when ``train.eval_interval`` asks
+            for it.
     """
     blend = cfg.data.blend() if cfg.data.data_path else ()
     if not blend:
@@ -76,10 +77,11 @@ def find_sources(cfg: Config, tokenizer: Tokenizer | None) -> tuple[Source, ...]
         raise DataError(f"data.data_path: {error}") from error
     vocab_size = resolve_vocab_size(cfg.model.vocab_size, tokenizer)
     fingerprint = tokenizer.fingerprint() if tokenizer is not None else None
+    add_bos = None if cfg.data.tokenizer is None else cfg.data.tokenizer.add_bos
     sources = []
     for weight, path in blend:
         prefix, note = resolve_prefix(path)
-        info = check_indexed_dataset(prefix, vocab_size, fingerprint)
+        info = check_indexed_dataset(prefix, vocab_size, fingerprint, add_bos)
         parts = split_parts(sequence_lengths(prefix), cfg.data.split_shares(), cfg.model.seq_length)
         _require_samples(cfg, info, parts)
         sources.append(Source(weight, info, parts, note))

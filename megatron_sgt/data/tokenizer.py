@@ -8,22 +8,36 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgt.config.data import DataConfig, TokenizerConfig
+from megatron_sgt.data.special_tokens import read_as_text
 from megatron_sgt.errors import DataError, first_line
+from megatron_sgt.files import sha256_of, write_json
 
 EOD_CANDIDATES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>")
 """Possible end-of-text tokens of a bare ``tokenizer.json``, which does not name its own."""
+
+BOS_CANDIDATES = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<|bos|>", "[BOS]")
+"""Possible beginning-of-text tokens of such a file."""
+
+ORIGIN_FILE = "tokenizer_origin.json"
+"""In an exported folder: which tokenizer its data was made with, as the files of the folder are other ones."""
+
+_ORIGINALS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 HF_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back. No special token is added to a text; ``eod`` separates documents."""
+    """Text to token ids and back. No special token is added to a text, and none is read out of one.
 
-    def __init__(self, name: str, vocab_size: int, eod: int | None) -> None:
+    ``eod`` separates documents; ``bos`` begins them where data.tokenizer.add_bos says so.
+    """
+
+    def __init__(self, name: str, vocab_size: int, eod: int | None, bos: int | None) -> None:
         self.name = name
         self.vocab_size = vocab_size
         """The largest id plus 1: the rows that an embedding needs."""
-        self._eod = eod
+        self.end, self.beginning = eod, bos
+        """Ids of the tokens that end and begin a text; None where it has none."""
 
     @property
     def eod(self) -> int:
@@ -32,17 +46,37 @@ class Tokenizer(ABC):
         Raises:
             DataError: the tokenizer has none.
         """
-        if self._eod is None:
+        if self.end is None:
             raise DataError(
                 f"tokenizer {self.name} has no end-of-text token (an eos id, or one of "
                 f"{', '.join(EOD_CANDIDATES)}); train one with tools/train_tokenizer.py, or add the token to "
                 "its tokenizer_config.json"
             )
-        return self._eod
+        return self.end
+
+    @property
+    def bos(self) -> int:
+        """Id of the token that begins a text.
+
+        Raises:
+            DataError: the tokenizer has none.
+        """
+        if self.beginning is None:
+            raise DataError(
+                f"tokenizer {self.name} has no beginning-of-text token (a bos id, or one of "
+                f"{', '.join(BOS_CANDIDATES)}): leave out --add-bos (data.tokenizer.add_bos), or add the token to its "
+                "tokenizer_config.json"
+            )
+        return self.beginning
+
+    @property
+    def boundaries(self) -> frozenset[int]:
+        """The ids that begin and end documents, as far as there are such: they are no text."""
+        return frozenset(index for index in (self.beginning, self.end) if index is not None)
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, without special tokens."""
+        """Token ids of ``text``, without special tokens; one that is written out in ``text`` is text."""
 
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
@@ -78,8 +112,8 @@ class SentencePieceTokenizer(Tokenizer):
                 f"{path} is not a sentencepiece model ({len(self._bytes)} bytes); "
                 "give the .model file, or set data.tokenizer.type to huggingface"
             ) from error
-        eos = self._processor.eos_id()
-        super().__init__(f"sentencepiece {path}", self._processor.get_piece_size(), eos if eos >= 0 else None)
+        eos, bos = (i if i >= 0 else None for i in (self._processor.eos_id(), self._processor.bos_id()))
+        super().__init__(f"sentencepiece {path}", self._processor.get_piece_size(), eos, bos)
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
@@ -111,8 +145,14 @@ class TokenizersJson(Tokenizer):
         self._tokenizer.no_padding()
         self._path = Path(path)
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
-        eod = next((vocab[token] for token in EOD_CANDIDATES if token in vocab), None)
-        super().__init__(f"huggingface {path}", _size(vocab, path), eod)
+        eod, bos = (_first_of(names, vocab) for names in (EOD_CANDIDATES, BOS_CANDIDATES))
+        super().__init__(f"huggingface {path}", _size(vocab, path), eod, bos)
+        read_as_text(self._tokenizer, self.boundaries)
+
+    @property
+    def fast(self) -> Any:
+        """The ``tokenizers.Tokenizer``."""
+        return self._tokenizer
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -145,24 +185,34 @@ class AutoTokenizerFolder(Tokenizer):
                 "give a local folder with a tokenizer.json, or the name of a model in the local cache"
             ) from error
         tokenizer.model_max_length = 10**12  # documents are longer than the context of the model it came from
-        self._tokenizer = tokenizer
+        self.loaded = tokenizer
+        """As transformers has it."""
         self._folder = Path(path)
         self._vocab = tokenizer.get_vocab()
-        eod = tokenizer.eos_token_id
-        if eod is None:
-            eod = next((self._vocab[token] for token in EOD_CANDIDATES if token in self._vocab), None)
-        super().__init__(f"huggingface {path}", _size(self._vocab, path), eod)
+        eod, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+        eod = _first_of(EOD_CANDIDATES, self._vocab) if eod is None else eod
+        bos = _first_of(BOS_CANDIDATES, self._vocab) if bos is None else bos
+        super().__init__(f"huggingface {path}", _size(self._vocab, path), eod, bos)
+        if self.fast is not None:
+            read_as_text(self.fast, self.boundaries)
+
+    @property
+    def fast(self) -> Any:
+        """The ``tokenizers.Tokenizer``; None where the class is written in Python alone."""
+        return self.loaded.backend_tokenizer if self.loaded.is_fast else None
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        return self.loaded.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.loaded.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def piece(self, token: int) -> str:
-        return self._tokenizer.convert_ids_to_tokens(token) or ""
+        return self.loaded.convert_ids_to_tokens(token) or ""
 
     def fingerprint(self) -> str:
+        if (origin := read_origin(self._folder)) is not None:
+            return origin["fingerprint"]
         digest = hashlib.sha256()
         for name in HF_FILES:
             file = self._folder / name
@@ -170,6 +220,26 @@ class AutoTokenizerFolder(Tokenizer):
                 digest.update(name.encode() + b"\0" + file.read_bytes())
         digest.update(json.dumps(sorted(self._vocab.items()), ensure_ascii=True).encode())
         return digest.hexdigest()
+
+
+def write_origin(folder: Path, fingerprint: str, add_bos: bool) -> None:
+    """Note in an exported ``folder`` the training tokenizer's fingerprint; it holds as long as the files stay."""
+    digests = {name: sha256_of(folder / name) for name in _ORIGINALS if (folder / name).is_file()}
+    write_json(folder / ORIGIN_FILE, {"fingerprint": fingerprint, "add_bos": add_bos, "sha256": digests})
+
+
+def read_origin(folder: Path) -> dict[str, Any] | None:
+    """What ``write_origin`` has noted; None if there is nothing, or the files are not those that were written."""
+    try:
+        noted = json.loads((folder / ORIGIN_FILE).read_text(encoding="utf-8"))
+        same = all(sha256_of(folder / name) == digest for name, digest in noted["sha256"].items())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return noted if same and noted["sha256"] else None
+
+
+def _first_of(names: tuple[str, ...], vocab: dict[str, int]) -> int | None:
+    return next((vocab[name] for name in names if name in vocab), None)
 
 
 def _size(vocab: dict[str, int], path: str) -> int:
@@ -203,9 +273,13 @@ def tokenizer_of(data: DataConfig) -> Tokenizer | None:
     """The tokenizer of a run's section data, None without one.
 
     Raises:
-        DataError: as ``build_tokenizer``.
+        DataError: as ``build_tokenizer``; it has no beginning-of-text token where add_bos asks for one.
     """
-    return None if data.tokenizer is None else build_tokenizer(data.tokenizer)
+    if data.tokenizer is None:
+        return None
+    tokenizer = build_tokenizer(data.tokenizer)
+    _ = data.tokenizer.add_bos and tokenizer.bos
+    return tokenizer
 
 
 def resolve_vocab_size(model_vocab_size: int | None, tokenizer: Tokenizer | None) -> int:

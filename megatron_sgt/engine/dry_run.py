@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_sgt.config import Config
 from megatron_sgt.config.base import count
+from megatron_sgt.data.sentencepiece_model import export_form
 from megatron_sgt.data.sources import validate_data
 from megatron_sgt.engine.data_start import data_start
 from megatron_sgt.engine.deepspeed_config import check_deepspeed
@@ -55,7 +56,12 @@ def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:
     notes = [*data.notes, *_start_notes(config, start), *([] if change is None else [change.line()])]
     if assumed:
         notes.append(f"planned for {count(world_size, 'rank')}; --world-size N plans for another number")
+    exported = export_form(config.data.tokenizer)
+    if exported.form == "slow":
+        notes.append(str(exported.line))
     rows += [("note", note) for note in notes]
+    if exported.form == "none":
+        rows.append(("WARNING", str(exported.line)))
     return "\n".join(f"{name:<11} {text}" for name, text in rows)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_sgt.checkpoint.surgery.state import GROW
+from megatron_sgt.data.sentencepiece_model import export_form
 from megatron_sgt.engine.data_start import DataStart, data_record
 from megatron_sgt.engine.run_folders import CONFIG_FILE
 from megatron_sgt.engine.session import Session
@@ -34,6 +35,8 @@ def report_start(run: Session, stage: RunningStage, start: Start, data: DataStar
     if data.change is not None:
         run.hub.log("data", data_record(data.change, run.state.step))
     groups, config = run.groups, stage.config
+    if groups.is_main and (exported := export_form(config.data.tokenizer)).form == "none":
+        print(f"WARNING  {exported.line}", flush=True)
     if groups.is_main and len(run.stages) > 1:  # those to come are in no checkpoint that a change could be told from
         print(f"STAGES  {stages_line(run.stages)}", flush=True)
     for line in pipeline_lines(run.stages, groups.world_size) if groups.is_main else ():

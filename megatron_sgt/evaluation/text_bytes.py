@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 
 from megatron_sgt.data.tokenizer import Tokenizer
-from megatron_sgt.errors import DataError
 
 _DAMAGED = "\ufffd"
 _ONE_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -18,16 +17,13 @@ _ONE_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 class TextBytes:
     """Counts for one tokenizer. The sum over a document is the length of its decoded text.
 
-    The end of a document is no text: 0 bytes. What a token says of the space before it counts: the word " the" has 4
-    bytes, at the beginning of a document 3 where the tokenizer has put the space there.
+    The tokens that begin and end a document are no text: 0 bytes. What a token says of the space before it counts: the
+    word " the" has 4 bytes, at the beginning of a document 3 where the tokenizer has put the space there.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        try:
-            self._end: int | None = tokenizer.eod
-        except DataError:
-            self._end = None
+        self._boundaries = tokenizer.boundaries
         self._before = tokenizer.encode("a")[-1:]
         """A token of known text, after which others do not stand at a beginning."""
         self._inside: dict[int, int] = {}
@@ -37,8 +33,8 @@ class TextBytes:
         """Bytes of ``ids``, the first of which comes after the token ``previous``."""
         total = 0
         for token in ids:
-            if token != self._end:
-                begins = previous == self._end
+            if token not in self._boundaries:
+                begins = previous in self._boundaries
                 known = self._at_beginning if begins else self._inside
                 if token not in known:
                     known[token] = self._bytes(token, [] if begins else self._before)

@@ -21,23 +21,34 @@ TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Ids that generation needs; None where the tokenizer has none."""
+    """Ids that generation needs; None where the tokenizer has none.
+
+    begin: what every text begins with; None: nothing of its own.
+    """
 
     bos: int | None = None
     eos: int | None = None
     pad: int | None = None
+    begin: int | None = None
 
 
 @dataclass(frozen=True)
 class WrittenTokenizer:
-    """The tokenizer of an exported folder. ``notes``: what its user must know, a sentence each."""
+    """The tokenizer of an exported folder.
+
+    notes: what its user must know, a sentence each. like_qwen: it cuts text as Qwen2's does, or there is none.
+    """
 
     ids: TokenIds = TokenIds()
     notes: tuple[str, ...] = ()
+    like_qwen: bool = True
 
 
-def plain_architecture(model: ModelConfig, plan: LoopPlan) -> tuple[str | None, str]:
+def plain_architecture(model: ModelConfig, plan: LoopPlan, like_qwen: bool = True) -> tuple[str | None, str]:
     """The class of transformers that computes exactly this model (None: there is none), and why, in a phrase.
+
+    Args:
+        like_qwen: see ``WrittenTokenizer``.
 
     Raises:
         CheckpointError: not even the architecture ``sgt`` computes its feed-forward layers.
@@ -62,12 +73,20 @@ def plain_architecture(model: ModelConfig, plan: LoopPlan) -> tuple[str | None, 
             return None, "no plain decoder there has q/k norms and these biases"
         return "Qwen3ForCausalLM", "no layer loops, and it has q/k norms"
     if model.add_qkv_bias and not model.add_bias_linear:
+        if not like_qwen:
+            return None, "transformers 5 reads any tokenizer beside a Qwen2 model as Qwen2's, which this one is not"
         return "Qwen2ForCausalLM", "no layer loops, and it has q/k/v biases"
     return "LlamaForCausalLM", "no layer loops"
 
 
 def hf_config(
-    model: ModelConfig, plan: LoopPlan, vocab_rows: int, dtype: str, tokens: TokenIds, form: Form = STANDARD
+    model: ModelConfig,
+    plan: LoopPlan,
+    vocab_rows: int,
+    dtype: str,
+    tokens: TokenIds,
+    form: Form = STANDARD,
+    like_qwen: bool = True,
 ) -> dict[str, Any]:
     """The contents of ``config.json``.
 
@@ -75,6 +94,7 @@ def hf_config(
         vocab_rows: rows of the exported embedding.
         dtype: "fp32", "bf16" or "fp16", of the exported weights.
         form: of a model that is not plain.
+        like_qwen: see ``WrittenTokenizer``.
     """
     common = {
         "vocab_size": vocab_rows,
@@ -98,7 +118,7 @@ def hf_config(
         # Not the padding token: it would switch off the training of that token's embedding.
         "pad_token_id": None,
     }
-    plain, _ = plain_architecture(model, plan)
+    plain, _ = plain_architecture(model, plan, like_qwen)
     if plain is None:
         scaled = {} if model.rotary_scaling is None else _rope(model)
         return form.head() | common | _sgt_tail(model, plan, form) | scaled
@@ -152,14 +172,15 @@ def _loop(layer: LayerPlan) -> dict[str, Any]:
 def generation_config(tokens: TokenIds, unused_ids: range) -> dict[str, Any]:
     """The contents of ``generation_config.json``.
 
-    ``bos_token_id`` is what ``generate`` without input begins with: what came before a document in training, the end of
-    the one before.
+    ``bos_token_id`` is what ``generate`` without input begins with: what began a document in training, or the end of
+    the one before it.
 
     Args:
         unused_ids: rows of padding, which no text has.
     """
+    before = tokens.bos if tokens.eos is None else tokens.eos
     values: dict[str, Any] = {
-        "bos_token_id": tokens.bos if tokens.eos is None else tokens.eos,
+        "bos_token_id": before if tokens.begin is None else tokens.begin,
         "eos_token_id": tokens.eos,
         "pad_token_id": tokens.pad,
     }

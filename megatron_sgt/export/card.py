@@ -67,7 +67,7 @@ def model_card(
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})',
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+        f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})',
         "```",
         "",
         *_growth_section(details.growth.layers, plan, training_gates),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +10,7 @@ from megatron_sgt.errors import CheckpointError
 from megatron_sgt.export.parity import Parity, check_parity
 from megatron_sgt.export.parity_layers import check_parity_by_layers
 from megatron_sgt.export.to_hf import Export, ExportOptions, export_checkpoint
+from megatron_sgt.export.tokenizer_parity import tokenizer_checks
 
 Mode = Literal["full", "layers", "skip"]
 
@@ -44,6 +46,7 @@ def checked_export(
         return export, None
     try:
         parity = check_parity(export) if mode == "full" else check_parity_by_layers(export)
+        parity = replace(parity, checks=(*parity.checks, *tokenizer_checks(export)))
         parity.write(output, export)
     except BaseException:
         output.rename(failed)

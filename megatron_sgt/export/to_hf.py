@@ -16,6 +16,7 @@ from megatron_sgt.export.architecture import WrittenTokenizer, hf_config, plain_
 from megatron_sgt.export.card import model_card
 from megatron_sgt.export.forms import STANDARD, Form
 from megatron_sgt.export.hf.tokenizer import write_tokenizer
+from megatron_sgt.export.hf.tokenizer_files import NONE
 from megatron_sgt.export.inherited import GENERATION_FILE, config_ids, generation_values
 from megatron_sgt.export.shards import write_weights
 from megatron_sgt.export.source import ExportSource, open_checkpoint
@@ -35,7 +36,7 @@ class ExportOptions:
     average of the weights (train.ema_decay) instead of them. training_gates: inside a decay window, the gates of the
     saved step instead of those of inference. keep_padding: keep the rows that pad the vocabulary. tokenizer: instead
     of the one in the checkpoint's configuration; write_tokenizer: False leaves it out. max_shard_bytes: of one
-    weight file. license: that the card names.
+    weight file. chat_template: of the tokenizer, as in ``chat_template_of``. license: that the card names.
     """
 
     dtype: str = "bf16"
@@ -45,6 +46,7 @@ class ExportOptions:
     keep_padding: bool = False
     tokenizer: TokenizerConfig | None = None
     write_tokenizer: bool = True
+    chat_template: str = NONE
     max_shard_bytes: int = MAX_SHARD_BYTES
     license: str | None = None
 
@@ -124,8 +126,8 @@ def _write(source: ExportSource, plan: LoopPlan, options: ExportOptions, tempora
     wanted = options.tokenizer or source.config.data.tokenizer
     if options.write_tokenizer and wanted is not None:
         # Before the weights: it is the part most likely to be missing, and quickly checked.
-        tokenizer = write_tokenizer(wanted, temporary, source.config)
-    plain, why = plain_architecture(model, plan)
+        tokenizer = write_tokenizer(wanted, temporary, source.config, options.chat_template)
+    plain, why = plain_architecture(model, plan, tokenizer.like_qwen)
     drifts = [0.0]
 
     def stream() -> Iterator[tuple[str, Tensor]]:
@@ -137,7 +139,8 @@ def _write(source: ExportSource, plan: LoopPlan, options: ExportOptions, tempora
                 yield name, tensors.pop(name)
 
     size = write_weights(temporary, source.names, stream(), DTYPES[options.dtype], options.max_shard_bytes)
-    config = hf_config(model, plan, source.vocab_rows, options.dtype, tokenizer.ids, options.form)
+    rows = source.vocab_rows
+    config = hf_config(model, plan, rows, options.dtype, tokenizer.ids, options.form, tokenizer.like_qwen)
     config |= config_ids(source.imported)
     unused = range(model.vocab_size or source.vocab_rows, source.vocab_rows)
     write_json(temporary / "config.json", config)

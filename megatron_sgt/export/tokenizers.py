@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_sgt.config import Config
 from megatron_sgt.config.data import TokenizerConfig
 from megatron_sgt.data.hard_texts import HARD_TEXTS
-from megatron_sgt.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_sgt.data.tokenizer import AutoTokenizerFolder, Tokenizer, TokenizersJson, build_tokenizer, read_origin
 from megatron_sgt.errors import DataError
 from megatron_sgt.export.hf.tokenizer import COPIED
 
@@ -20,12 +20,28 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 
 def tokenizer_forms(folder: Path) -> list[TokenizerConfig]:
     """The sections data.tokenizer that read the tokenizer of ``folder``: its fast form, its sentencepiece model."""
-    forms = []
+    forms, add_bos = [], bool((read_origin(folder) or {}).get("add_bos"))
     if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        forms.append(TokenizerConfig(type="huggingface", model=str(folder)))
+        forms.append(TokenizerConfig(type="huggingface", model=str(folder), add_bos=add_bos))
     if (folder / SENTENCEPIECE_FILE).is_file():
-        forms.append(TokenizerConfig(type="sentencepiece", model=str(folder / SENTENCEPIECE_FILE)))
+        path = str(folder / SENTENCEPIECE_FILE)
+        forms.append(TokenizerConfig(type="sentencepiece", model=path, add_bos=add_bos))
     return forms
+
+
+def begins_texts(folder: Path) -> str | None:
+    """The token that the tokenizer of ``folder`` begins every text with by itself; None where it does not.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    for form in tokenizer_forms(folder):
+        if form.type == "huggingface":
+            found = build_tokenizer(form)
+            fast = found.fast if isinstance(found, TokenizersJson | AutoTokenizerFolder) else None
+            if fast is not None and found.beginning is not None and fast.encode("a").ids[:1] == [found.beginning]:
+                return fast.id_to_token(found.beginning)
+    return None
 
 
 def tokenizer_in(folder: Path) -> TokenizerConfig | None:
@@ -47,7 +63,7 @@ def tokenizer_in(folder: Path) -> TokenizerConfig | None:
 def tokenizer_at(folder: Path, found: TokenizerConfig) -> TokenizerConfig:
     """``found`` after ``copy_tokenizer`` into ``folder``."""
     path = folder / SENTENCEPIECE_FILE if found.type == "sentencepiece" else folder
-    return TokenizerConfig(type=found.type, model=str(path))
+    return TokenizerConfig(type=found.type, model=str(path), add_bos=found.add_bos)
 
 
 def copy_tokenizer(source: Path, folder: Path, found: TokenizerConfig) -> None:

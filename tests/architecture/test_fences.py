@@ -12,7 +12,7 @@ from tests.architecture.source_tree import PACKAGE, Source, python_sources
 LIBRARY_HOMES = {
     "deepspeed": ("engine/", "compat/", "checkpoint/"),
     "transformers": ("export/hf/", "evaluation/", "data/tokenizer.py", "model/rotary.py"),
-    "tokenizers": ("export/hf/", "evaluation/", "data/tokenizer.py"),
+    "tokenizers": ("export/hf/", "evaluation/", "data/tokenizer.py", "data/special_tokens.py"),
     "mpi4py": ("launch/",),
     "matplotlib": ("reporting/",),
     "wandb": ("metrics/",),

@@ -103,3 +103,20 @@ def test_another_tokenizer(prefix: str) -> None:
     Path(prefix + ".json").write_text("{")
     with pytest.raises(DataError, match=r"\.json is damaged"):
         check_indexed_dataset(prefix)
+
+
+def test_documents_that_begin_otherwise(prefix: str) -> None:
+    Path(prefix + ".json").unlink(missing_ok=True)
+    check_indexed_dataset(prefix, add_bos=True)  # of Megatron's own data sets nothing is known
+    for noted, wanted, message in (
+        (
+            {"tokenizer": "an old one"},
+            True,
+            "do not begin with .* is true: set it to false, or .* again with --add-bos",
+        ),
+        ({"add_bos": True}, False, "begin with .* is false: set it to true, or .* again without --add-bos"),
+    ):
+        Path(prefix + ".json").write_text(json.dumps(noted))
+        check_indexed_dataset(prefix, add_bos=not wanted)
+        with pytest.raises(DataError, match=message):
+            check_indexed_dataset(prefix, add_bos=wanted)

@@ -10,6 +10,8 @@ from megatron_sgt.data.preprocess import DatasetWriter, PreprocessOptions, prepr
 from megatron_sgt.data.tokenizer import build_tokenizer
 from megatron_sgt.errors import DataError
 from megatron_sgt.files import sha256_of
+from tests.helpers.hf_tokenizers import bert
+from tests.helpers.sentencepieces import train
 
 
 def read_back(prefix: str) -> list[list[int]]:
@@ -41,6 +43,17 @@ def test_tokens_are_those_of_the_tokenizer(tmp_path: Path, sp_model: str, texts:
         assert written == [tokenizer.encode(text) + ending for text in texts]
         assert report.datasets[0].documents == len(texts)
         assert report.datasets[0].tokens == sum(map(len, written))
+
+
+def test_a_tokenizer_without_a_fast_form_is_said(
+    tmp_path: Path, sp_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "a.jsonl", [{"text": "a text"}])
+    preprocess(options(sp_model, source, tmp_path / "fast"))
+    assert "note" not in capsys.readouterr().err
+    other = train(tmp_path / "m.model", model_type="word", vocab_size=600)
+    preprocess(options(str(other), source, tmp_path / "slow"))
+    assert "note: the tokenizer has no fast form (it is a model of whole words)" in capsys.readouterr().err
 
 
 def test_workers_do_not_change_the_result(tmp_path: Path, sp_model: str, texts: list[str]) -> None:
@@ -112,3 +125,23 @@ def test_unfinished_writer(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="another process is writing"):
             DatasetWriter(prefix, "int32", overwrite=False)
     assert not list(Path(prefix).parent.iterdir())
+
+
+def test_documents_begin_with_the_token_if_asked(tmp_path: Path, sp_model: str) -> None:
+    source = write(tmp_path / "a.jsonl", [{"text": "layer"}, {"text": ""}, {"text": "head"}])
+    tokenizer = TokenizerConfig(type="sentencepiece", model=sp_model, add_bos=True)
+    preprocess(PreprocessOptions((source,), str(tmp_path / "out"), tokenizer, append_eod=True))
+    encode = build_tokenizer(tokenizer).encode
+    assert read_back(f"{tmp_path}/out_text_document") == [[1, *encode(text), 2] for text in ("layer", "head")]
+    assert json.loads((tmp_path / "out_text_document.json").read_text())["add_bos"] is True
+    folder = bert(tmp_path / "bert")
+    for changes, message in (
+        (
+            {"tokenizer": TokenizerConfig.at(folder, add_bos=True)},
+            "has no beginning-of-text token .* leave out --add-bos",
+        ),
+        ({"tokenizer": TokenizerConfig.at(folder), "append_eod": True}, "has no end-of-text token"),
+    ):
+        with pytest.raises(DataError, match=message):
+            preprocess(PreprocessOptions((source,), str(tmp_path / "no"), **changes))  # type: ignore[arg-type]
+    assert not list(tmp_path.glob("no*"))

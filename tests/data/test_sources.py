@@ -35,6 +35,9 @@ def test_with_a_tokenizer(tmp_path: Path, make_config: MakeConfig, sp_model: str
     assert summary.tokenizer == f"sentencepiece {sp_model}"
     with pytest.raises(DataError, match="vocab_size 300 is smaller than the 320 ids"):
         validate_data(make_config(prefix, **{"data.tokenizer": tokenizer, "model.vocab_size": 300}))
+    begins = {**tokenizer, "add_bos": True}
+    with pytest.raises(DataError, match=r"the documents of .*a do not begin with .*data\.tokenizer\.add_bos is true"):
+        validate_data(make_config(prefix, **{"data.tokenizer": begins, "model.vocab_size": None}))
     other = write_dataset(tmp_path / "b", [50] * 10, vocab_size=321)
     with pytest.raises(DataError, match="token id 320, but the vocabulary has 320 ids"):
         validate_data(make_config(other, **{"data.tokenizer": tokenizer, "model.vocab_size": None}))

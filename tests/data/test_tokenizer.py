@@ -3,8 +3,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sgt.config.data import TokenizerConfig
-from megatron_sgt.data.tokenizer import build_tokenizer, resolve_vocab_size
+from megatron_sgt.config.data import DataConfig, TokenizerConfig
+from megatron_sgt.data.tokenizer import (
+    ORIGIN_FILE,
+    build_tokenizer,
+    read_origin,
+    resolve_vocab_size,
+    tokenizer_of,
+    write_origin,
+)
 from megatron_sgt.errors import DataError
 
 
@@ -110,3 +117,26 @@ def test_vocabulary_of_the_model(sp_model: str) -> None:
         resolve_vocab_size(319, tokenizer)
     with pytest.raises(DataError, match="must be set"):
         resolve_vocab_size(None, None)
+
+
+def test_a_run_that_begins_documents_needs_the_token(tmp_path: Path, sp_model: str) -> None:
+    file = make_hf_json(tmp_path / "t.json")
+    assert build_tokenizer(TokenizerConfig(type="sentencepiece", model=sp_model)).bos == 1
+    for add_bos in (False, True):
+        data = DataConfig(tokenizer=TokenizerConfig.at(file, add_bos))
+        with pytest.raises(DataError, match=r"has no beginning-of-text token .*data\.tokenizer\.add_bos"):
+            _ = tokenizer_of(data).bos if add_bos is False else tokenizer_of(data)  # type: ignore[union-attr]
+
+
+def test_the_origin_holds_as_long_as_the_files_stay(tmp_path: Path) -> None:
+    assert read_origin(tmp_path) is None
+    make_hf_json(tmp_path / "tokenizer.json")
+    write_origin(tmp_path, "f" * 64, add_bos=True)
+    assert read_origin(tmp_path) is not None
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    assert build_tokenizer(TokenizerConfig.at(tmp_path)).fingerprint() == "f" * 64
+    make_hf_json(tmp_path / "tokenizer.json", eod="<eos>")
+    assert read_origin(tmp_path) is None
+    assert build_tokenizer(TokenizerConfig.at(tmp_path)).fingerprint() != "f" * 64
+    (tmp_path / ORIGIN_FILE).write_text("[]")
+    assert read_origin(tmp_path) is None

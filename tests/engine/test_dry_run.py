@@ -16,6 +16,7 @@ from megatron_sgt.planning.structure import final_plan
 from megatron_sgt.stages.stages import stages_of
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import pretrain, tiny_config, write_tiny_data
+from tests.helpers.sentencepieces import UNLIKE_ANY, train
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,18 @@ def test_the_shape_of_a_run(data: str, tmp_path: Path) -> None:
     assert "120 documents" in shown["data"]
     assert shown["start"].startswith("FRESH START")
     assert not (tmp_path / "new").exists(), "a dry run leaves nothing behind"
+
+
+@pytest.mark.parametrize("options, name", [({"byte_fallback": True}, "note"), ({}, "WARNING")], ids=["slow", "none"])
+def test_a_tokenizer_that_an_export_cannot_keep_is_said(
+    options: dict[str, Any], name: str, data: str, tmp_path: Path
+) -> None:
+    model = train(tmp_path / "m.model", **{**UNLIKE_ANY, **options})
+    tokenizer = {"type": "sentencepiece", "model": str(model)}
+    config = tiny_config(tmp_path / "new", data, data={"tokenizer": tokenizer}, model={"vocab_size": 512})
+    shown = rows(dry_run(config, 1))
+    assert "its special token 'Ω' is one character" in shown[name]
+    assert ("--tokenizer none" in shown[name]) == (name == "WARNING")
 
 
 def test_how_a_pipeline_cuts_the_model(data: str, tmp_path: Path) -> None:

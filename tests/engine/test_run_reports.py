@@ -20,6 +20,7 @@ from megatron_sgt.errors import ExitCode
 from megatron_sgt.preflight import Start
 from megatron_sgt.stages.stages import stages_of
 from tests.helpers.fake_groups import fake_groups
+from tests.helpers.sentencepieces import UNLIKE_ANY, train
 from tests.helpers.single import small_config
 
 CONFIG = small_config()
@@ -65,6 +66,19 @@ def test_the_first_record(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     monkeypatch.setattr(run_reports, "describe_attention", lambda device: "an attention")
     report_start(on_gpu, stage(), start, DataStart([]))
     assert capsys.readouterr().out == "LOOPS  some kernels; an attention\n"
+
+
+def test_each_start_warns_of_a_tokenizer_that_cannot_be_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for bytes_too in (True, False):
+        model = train(tmp_path / "m.model", **{**UNLIKE_ANY, "byte_fallback": bytes_too})
+        run = stage()
+        run.config = small_config(data={"tokenizer": {"type": "sentencepiece", "model": str(model)}})
+        report_start(session(Hub()), run, Start(None, {}), DataStart([]))
+        said = capsys.readouterr().out
+        assert said.startswith("WARNING  the tokenizer has no form in transformers, fast or slow") != bytes_too
+        assert said.count("\n") == (0 if bytes_too else 1)
 
 
 def test_each_start_tells_the_stages_to_come(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Every example configuration loads, has the size that its name and comment say, and differs from its twin in
 nothing but the method."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,11 @@ import pytest
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.config.growth import GrowthConfig
 from megatron_sgt.config.model import ModelConfig
+from megatron_sgt.export.architecture import TokenIds, hf_config
+from megatron_sgt.export.continued_run import fitting_config
+from megatron_sgt.export.hf.families import read_model
+from megatron_sgt.growth import LoopPlan
+from megatron_sgt.planning.parameters import parameter_count
 from megatron_sgt.planning.pipeline import pipeline_layout
 from megatron_sgt.stages.presets import preset_named
 from megatron_sgt.stages.stages import stages_of
@@ -70,6 +76,7 @@ def test_loads_and_round_trips(name: str, tmp_path: Path) -> None:
 def test_the_set_is_complete() -> None:
     expected = {f"{kind}_{size}" for kind in ("sgt", "vanilla") for size in SIZES}
     expected |= {"quickstart", "vanilla_quickstart", "block_loop_300m", "quickstart_pipeline", "sgt_70b_pipeline"}
+    expected |= {"continue_llama_3.2_1b"}
     expected |= {"sgt_300m_lowest_heads", "sgt_300m_shallow_first", "study_cpu", "study_gpu", "study_growing"}
     expected |= set(GROWING)
     assert set(NAMES) == expected
@@ -152,6 +159,29 @@ def test_growing_models_have_the_numbers_of_their_sources() -> None:
         assert (same.model, same.growth.stages) == (midas.model, stages)
     depths = [stage.config.model.num_layers for stage in stages_of(load("auto_prog_1.2b"))]
     assert depths == [12, 16, 20, 24]
+
+
+LLAMA_3_2_1B = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 2048,
+    "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "head_dim": 64, "hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 131072,
+    "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False, "rope_theta": 500000.0,
+    "rope_scaling": {
+        "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+}  # fmt: skip
+"""The published config.json."""
+
+
+def test_llama_is_continued_by_a_run_of_its_own_shape(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_2_1B))
+    path = FOLDER / "continue_llama_3.2_1b.yaml"
+    config = fitting_config(path, read_model(tmp_path))
+    assert hf_config(config.model, LoopPlan.empty(16), 128256, "bf16", TokenIds()).items() >= LLAMA_3_2_1B.items()
+    words = re.findall(r"\d{1,3}(?:,\d{3}){2,}", path.read_text())
+    assert words == [f"{parameter_count(config.model):,}", f"{128256 * 2048:,}"]
+    assert f"{config.train.train_iters * 64 * 8192 / 1e9:.1f} B tokens" in path.read_text()
 
 
 def test_300m_is_the_paper_to_the_number() -> None:

@@ -58,7 +58,15 @@ def test_grown_models_say_how_they_loop() -> None:
     assert plain_architecture(model(), plan)[1] == "it loops in layers 1, 2, 3"
 
 
+def test_a_qwen2_folder_has_a_tokenizer_of_its_kind() -> None:
+    found, why = plain_architecture(model(add_qkv_bias=True), EMPTY, like_qwen=False)
+    assert found is None and "beside a Qwen2 model" in why
+    config = hf_config(model(add_qkv_bias=True), EMPTY, 128, "bf16", TokenIds(), like_qwen=False)
+    assert config["model_type"] == "sgt" and config["sgt_loops"] == {}
+
+
 def test_generation_never_writes_padding_rows() -> None:
     assert generation_config(TokenIds(1, 2, None), range(5, 5)) == {"bos_token_id": 2, "eos_token_id": 2}
     assert generation_config(TokenIds(1, None, None), range(5, 5)) == {"bos_token_id": 1}
+    assert generation_config(TokenIds(1, 2, None, begin=1), range(5, 5)) == {"bos_token_id": 1, "eos_token_id": 2}
     assert generation_config(TokenIds(), range(5, 7)) == {"suppress_tokens": [5, 6]}

@@ -32,6 +32,10 @@ KINDS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True, "attention_bias": True, "attention_out_bias": True, "mlp_bias": True,
         "sgt_loops": {"1": {"heads": list(range(8)), "depth": 2}},
     },
+    "olmo2": {
+        "num_key_value_heads": 2, "norm_position": "output", "qk_norm": True, "qk_norm_over": "all",
+        "sgt_loops": {"1": {"heads": [1, 6], "depth": 2}},
+    },
     "block_loop": {"num_key_value_heads": 2, "sgt_loops": {"1": {"block_loops": 2}, "2": {"block_loops": 1}}},
     "block_and_heads_in_a_window": {
         "num_key_value_heads": 2,

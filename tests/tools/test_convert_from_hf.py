@@ -50,6 +50,23 @@ def test_a_grown_model_comes_back(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["llama_3.1", "qwen2_yarn"])
+def test_scaled_positions_are_not_warned_of(name: str, tmp_path: Path) -> None:
+    save_hf_model(tmp_path / "hf", name)
+    done = run_here(SCRIPT, ["--input", "hf", "--output", "in", "--seq-length", "16"], tmp_path)
+    assert (done.code, done.err) == (0, "") and "see" not in done.out
+    done = run_here("tools/convert_to_hf.py", ["--load", "in", "--output", "out", "--dtype", "fp32"], tmp_path)
+    assert (done.code, done.err) == (0, "") and "rotary positions up to 128" in done.out
+
+
+def test_a_sliding_window_is_said(tmp_path: Path) -> None:
+    save_hf_model(tmp_path / "hf", "mistral", sliding_window=40)
+    done = run_here(SCRIPT, ["--input", "hf", "--output", "in"], tmp_path)
+    assert done.code == 0 and "see 40 tokens back" in done.out and "model.seq_length is 40" in done.out
+    done = run_here(SCRIPT, ["--input", "hf", "--output", "no", "--seq-length", "41"], tmp_path)
+    assert done.code == 2 and "41 tokens are more than sliding_window 40" in done.err
+
+
 def test_a_run_of_ones_own(tmp_path: Path) -> None:
     save_hf_model(tmp_path / "hf", "llama")
     assert run_here(SCRIPT, ["--input", "hf", "--output", "first", "--seq-length", "32"], tmp_path).code == 0

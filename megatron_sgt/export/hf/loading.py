@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from megatron_sgt.compat.quiet import quiet_logs
@@ -48,6 +48,12 @@ def load_exported(folder: Path, dtype: torch.dtype | str, trust: bool) -> Any:
             folder, dtype=dtype, trust_remote_code=trust, local_files_only=True
         )
     return model.eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in ``folder``."""
+    with quiet():
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def one_layer_models(folder: Path, trust: bool) -> Callable[[int], Any]:

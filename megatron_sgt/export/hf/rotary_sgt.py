@@ -13,7 +13,10 @@ from .configuration_sgt import SCALED, SGTConfig
 
 
 class SGTRotaryEmbedding(nn.Module):
-    """cos and sin of the positions. No buffer: it would be cast with the model, and lost in a load through meta.
+    """cos and sin of the positions.
+
+    ``frequencies``: radians per token [H / 2] fp32 where they are scaled. No buffer: it would be cast with the model,
+    and lost in a load through the meta device.
 
     Raises:
         ValueError: frequencies of this ``rope_type`` depend on the length of a text.
@@ -22,7 +25,8 @@ class SGTRotaryEmbedding(nn.Module):
     def __init__(self, config: SGTConfig) -> None:
         super().__init__()
         self.theta, self.size = config.rope_theta, config.head_dim
-        self.frequencies: list[float] | None = None
+        self.frequencies: Tensor | None = None
+        self._copied: Tensor | None = None  # on the device where they are used
         self.attention_scaling = 1.0
         kind = config.rope_parameters["rope_type"]
         if kind not in ("default", *SCALED):  # set after the configuration was checked
@@ -31,7 +35,7 @@ class SGTRotaryEmbedding(nn.Module):
             cpu = torch.device("cpu")
             with cpu:
                 frequencies, self.attention_scaling = ROPE_INIT_FUNCTIONS[kind](config, cpu)
-            self.frequencies = frequencies.tolist()
+            self.frequencies = frequencies.float()
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [B, S, H] of positions [B, S], in the type of x.
@@ -47,9 +51,11 @@ class SGTRotaryEmbedding(nn.Module):
 
     def _radians(self, device: torch.device) -> Tensor:
         if self.frequencies is not None:
-            if device.type == "cpu":
-                return torch.tensor(self.frequencies, dtype=torch.float32)
-            # Nothing is copied from the host, which a CUDA graph could not record.
-            return torch.cat([torch.full((1,), f, dtype=torch.float32, device=device) for f in self.frequencies])
+            if self.frequencies.device == device:
+                return self.frequencies
+            if self._copied is None or self._copied.device != device:
+                # Once: a copy from the host in every forward could not be in a CUDA graph.
+                self._copied = self.frequencies.to(device)
+            return self._copied
         exponent = torch.arange(0, self.size, 2, dtype=torch.float32, device=device) / self.size
         return 1.0 / self.theta**exponent

@@ -2,120 +2,142 @@
 
 sentencepiece's BPE joins, again and again, the neighbouring pieces whose union has the highest score (of equals the
 leftmost); the library's BPE joins by the rank of the pair. Every split of a piece into two pieces is a pair, ranked by
-the piece's score: the ids are the same. Its unigram model is the same search for the likeliest segmentation in both
-libraries, but sentencepiece adds the scores in single precision: where two segmentations are equally likely
-("=====" as "====" "=" or "=" "===="), they may take different ones.
+the piece's score: the ids are the same. A character model is one without pairs.
+User-defined symbols are cut out before, and are then pieces as they are. Its unigram model is the same search for the
+likeliest segmentation in both libraries, user-defined symbols by a high score, but sentencepiece adds the scores in
+single precision: where two segmentations are equally likely ("=====" as "====" "=" or "=" "===="), they may take
+different ones.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
-from tokenizers import AddedToken, Regex, decoders, normalizers
+from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE, Unigram
 
+from megatron_sgt.data.sentencepiece_model import (
+    BPE as BPE_KIND,
+)
+from megatron_sgt.data.sentencepiece_model import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    SPACE,
+    UNIGRAM,
+    UNKNOWN,
+    USER_DEFINED,
+    Pieces,
+)
 from megatron_sgt.errors import DataError
+from megatron_sgt.export.hf.charsmap import alternation
+from megatron_sgt.export.hf.sentencepiece_normalizer import MARK, normalizer
 
-SPACE = "\u2581"
-"""What sentencepiece writes for a space."""
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
-_UNIGRAM, _BPE = 1, 2
 _NEVER = -1e6
-TIE = 1e-3
-"""Difference of log-likelihoods that counts as none: single precision, summed over a text."""
+_PER_BYTE = 1e4
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """What a sentencepiece model file says. ``pieces``: (text, score, kind) by id; ids are None where unset."""
-
-    pieces: tuple[tuple[str, float, int], ...]
-    kind: int
-    byte_fallback: bool
-    add_dummy_prefix: bool
-    remove_extra_whitespaces: bool
-    charsmap: bytes
-    bos: int | None
-    eos: int | None
-    unk: int
-    pad: int | None
-
-    def special(self, index: int | None) -> str | None:
-        return None if index is None else self.pieces[index][0]
-
-    def same_segmentation(self, one: list[int], other: list[int]) -> bool:
-        """Whether two encodings of a text are the same, or equally likely under a unigram model."""
-        if self.kind == _BPE or one == other:
-            return one == other
-        likelihoods = [sum(self.pieces[index][1] for index in ids) for ids in (one, other)]
-        return abs(likelihoods[0] - likelihoods[1]) < TIE
-
-    @property
-    def pad_or_stand_in(self) -> int | None:
-        """The padding token; without one, unknown where no text can produce it, else the end of a text."""
-        return self.pad if self.pad is not None else self.unk if self.byte_fallback else self.eos
-
-
-def read_pieces(path: Path) -> Pieces:
-    """Read a model file.
+def fast_tokenizer(path: Path, model: Pieces) -> FastTokenizer:
+    """The equivalent fast tokenizer of the model file.
 
     Raises:
-        DataError: its kind of model has no fast form here.
+        DataError: there is none.
     """
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto: Any = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(path.read_bytes())
-    trainer, rules = proto.trainer_spec, proto.normalizer_spec
-    if trainer.model_type not in (_UNIGRAM, _BPE):
-        raise DataError(f"{path} is neither a BPE nor a unigram model: it has no fast form")
-    if trainer.treat_whitespace_as_suffix or not rules.escape_whitespaces:
-        raise DataError(f"{path} treats white space in a way that has no fast form")
-    processor = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-    ids = [processor.bos_id(), processor.eos_id(), processor.pad_id()]
-    bos, eos, pad = (index if index >= 0 else None for index in ids)
-    return Pieces(
-        pieces=tuple((p.piece, p.score, p.type) for p in proto.pieces),
-        kind=trainer.model_type,
-        byte_fallback=trainer.byte_fallback,
-        add_dummy_prefix=rules.add_dummy_prefix,
-        remove_extra_whitespaces=rules.remove_extra_whitespaces,
-        charsmap=rules.precompiled_charsmap,
-        bos=bos,
-        eos=eos,
-        unk=processor.unk_id(),
-        pad=pad,
-    )
-
-
-def fast_tokenizer(model: Pieces) -> FastTokenizer:
-    """The equivalent fast tokenizer."""
-    if model.kind == _BPE:
-        vocabulary = {text: index for index, (text, _, _) in enumerate(model.pieces)}
-        unknown = model.pieces[model.unk][0]
-        bpe = BPE(vocabulary, _merges(model), unk_token=unknown, fuse_unk=True, byte_fallback=model.byte_fallback)
-        fast = FastTokenizer(bpe)
-    else:
-        # Special tokens and bytes written out in a text must not look like pieces.
-        scored = [(text, score if kind in (_NORMAL, _USER_DEFINED) else _NEVER) for text, score, kind in model.pieces]
-        fast = FastTokenizer(Unigram(scored, unk_id=model.unk, byte_fallback=model.byte_fallback))
-    fast.normalizer = _normalizer(model)
-    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    fast.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * model.add_dummy_prefix)
+    fast = _unigram(model) if model.kind == UNIGRAM else _bpe(path, model)
+    fast.normalizer = normalizer(model)
+    fast.decoder = _decoder(model)
     special = [AddedToken(text, normalized=False, special=True)
-               for text, _, kind in model.pieces if kind in (_UNKNOWN, _CONTROL)]  # fmt: skip
+               for text, _, kind in model.pieces if kind in (UNKNOWN, CONTROL)]  # fmt: skip
     fast.add_special_tokens(special)
-    fast.add_tokens([AddedToken(text.replace(SPACE, " "), normalized=False)
-                     for text, _, kind in model.pieces if kind == _USER_DEFINED])  # fmt: skip
     return fast
 
 
+def _unigram(model: Pieces) -> FastTokenizer:
+    """Special tokens and bytes written out in a text must not look like pieces: their score is too low.
+
+    An unknown character scores lower than any piece. Where such a text has one, every byte gets so much more that the
+    many pieces and unknown characters of the text win against the one piece; all other sums differ by a constant.
+    """
+    per_byte = 0.0 if model.spells_special_tokens else _PER_BYTE
+    symbols = set(model.user_defined)
+
+    def scored(text: str, score: float, kind: int) -> float:
+        size = len(text.encode())
+        if text in symbols and kind == USER_DEFINED:  # as in sentencepiece's search
+            score = 0.1 * (size - 1)
+        elif kind != NORMAL:
+            score = -per_byte if per_byte else _NEVER
+        return score + per_byte * size
+
+    vocabulary = [(piece[0], scored(*piece)) for piece in model.pieces]
+    return FastTokenizer(Unigram(vocabulary, unk_id=model.unk, byte_fallback=model.byte_fallback))
+
+
+def _bpe(path: Path, model: Pieces) -> FastTokenizer:
+    vocabulary = {text: index for index, (text, _, _) in enumerate(model.pieces)}
+    merges = _merges(model) if model.kind == BPE_KIND else []
+    options: dict[str, Any] = {"unk_token": model.pieces[model.unk][0], "fuse_unk": True}
+    symbols = model.user_defined
+    if symbols:  # a piece as it is, where it stands alone
+        options["ignore_merges"] = True
+    fast = FastTokenizer(BPE(vocabulary, merges, byte_fallback=model.byte_fallback, **options))
+    if symbols:
+        cuts = [pre_tokenizers.Split(Regex(alternation(symbols)), "isolated")]
+        if (apart := _apart(path, model, set(symbols))) is not None:
+            cuts.append(pre_tokenizers.Split(Regex(apart), "removed"))
+        fast.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+    return fast
+
+
+def _apart(path: Path, model: Pieces, symbols: set[str]) -> str | None:
+    """Where to cut a text that looks like one piece, and is not for sentencepiece: a regular expression.
+
+    Special tokens and bytes written out, and pieces that no joining leads to.
+    """
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
+
+    bare: Any = sentencepiece_model_pb2.ModelProto()
+    bare.ParseFromString(path.read_bytes())
+    rules = bare.normalizer_spec
+    rules.precompiled_charsmap, rules.add_dummy_prefix = b"", False
+    rules.remove_extra_whitespaces, rules.escape_whitespaces = False, False
+    processor = sentencepiece.SentencePieceProcessor(model_proto=bare.SerializeToString())
+    texts = [text for text, _, _ in model.pieces if len(text) > 1 and text not in symbols]
+    cut: dict[str, list[str]] = {}
+    for text, ids in zip(texts, processor.encode(texts), strict=True):
+        if len(ids) == 1 and model.pieces[ids[0]][0] == text:
+            continue
+        first = processor.encode(text, out_type=str)[0]
+        head = text[0] if model.pieces[ids[0]][2] == BYTE else first
+        if head == text:
+            raise DataError(f"it does not know its piece {text!r}")
+        cut.setdefault(head, []).append(text[len(head) :])
+    if not cut:
+        return None
+    places = (rf"{re.escape(head)}\K(?={alternation(tails)}\z)" for head, tails in cut.items())
+    return rf"\A(?:{'|'.join(places)})"
+
+
+def _decoder(model: Pieces) -> decoders.Decoder:
+    steps: list[decoders.Decoder] = []
+    if not model.byte_fallback:
+        steps.append(decoders.Replace(Regex(rf"\A{re.escape(model.pieces[model.unk][0])}\z"), MARK))
+    steps += [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if model.remove_extra_whitespaces and not any(text.startswith(2 * SPACE) for text, _, _ in model.pieces):
+        steps.append(decoders.Replace(Regex(r"\A +"), ""))
+    elif model.remove_extra_whitespaces or model.add_dummy_prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    if not model.byte_fallback:
+        steps.append(decoders.Replace(MARK, model.unknown_surface))
+    return decoders.Sequence(steps)
+
+
 def _merges(model: Pieces) -> list[tuple[str, str]]:
-    scores = {text: score for text, score, kind in model.pieces if kind in (_NORMAL, _USER_DEFINED)}
+    scores = {text: score for text, score, kind in model.pieces if kind == NORMAL}
     order = {text: index for index, text in enumerate(scores)}
     ranked = []
     for text, score in scores.items():
@@ -124,14 +146,3 @@ def _merges(model: Pieces) -> list[tuple[str, str]]:
             if left in scores and right in scores:
                 ranked.append((-score, order[text], order[left], order[right], (left, right)))
     return [pair for *_, pair in sorted(ranked)]
-
-
-def _normalizer(model: Pieces) -> normalizers.Normalizer:
-    steps: list[normalizers.Normalizer] = []
-    if model.charsmap:
-        steps.append(normalizers.Precompiled(model.charsmap))
-    if model.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    if model.add_dummy_prefix:
-        steps.append(normalizers.Prepend(SPACE))
-    return normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])

@@ -1,37 +1,76 @@
-"""The tokenizer of an exported folder: a sentencepiece model as a fast tokenizer, a Hugging Face one copied."""
+"""The tokenizer of an exported folder, as training had it."""
 
 from __future__ import annotations
 
-import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from megatron_sgt.config import Config
-from megatron_sgt.config.data import TokenizerConfig
-from megatron_sgt.data.hard_texts import HARD_TEXTS
+from megatron_sgt.config.data import DataConfig, TokenizerConfig
 from megatron_sgt.data.indexed import read_metadata
-from megatron_sgt.data.tokenizer import HF_FILES, Tokenizer, build_tokenizer, resolve_vocab_size
+from megatron_sgt.data.tokenizer import (
+    HF_FILES,
+    ORIGIN_FILE,
+    AutoTokenizerFolder,
+    Tokenizer,
+    TokenizersJson,
+    resolve_vocab_size,
+    tokenizer_of,
+    write_origin,
+)
 from megatron_sgt.errors import DataError
 from megatron_sgt.export.architecture import TokenIds, WrittenTokenizer
-from megatron_sgt.export.hf.sentencepiece_fast import fast_tokenizer, read_pieces
-from megatron_sgt.files import write_json
+from megatron_sgt.export.hf.sentencepiece_files import write_sentencepiece
+from megatron_sgt.export.hf.tokenizer_files import (
+    NONE,
+    Settings,
+    chat_template_of,
+    cuts_as_qwen,
+    notes_of,
+    of_loaded,
+    write_files,
+    write_slow,
+)
 
-COPIED = (*HF_FILES, "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
+COPIED = (*HF_FILES, ORIGIN_FILE, "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
 
 
-def write_tokenizer(wanted: TokenizerConfig, folder: Path, config: Config) -> WrittenTokenizer:
-    """Write the tokenizer's files into ``folder``; ``config``: of the run, whose model must know all ids.
+def write_tokenizer(
+    wanted: TokenizerConfig, folder: Path, config: Config, chat_template: str = NONE
+) -> WrittenTokenizer:
+    """Write the tokenizer's files into ``folder``.
+
+    Args:
+        config: of the run, whose model must know all ids, and whose data says how documents begin.
+        chat_template: see ``chat_template_of``.
 
     Raises:
         DataError: it cannot be read, is not the one that the run's data was made with, or cannot be expressed as
-            a fast tokenizer.
+            a tokenizer of transformers that gives the ids of training.
     """
-    tokenizer = build_tokenizer(wanted)
+    add_bos = begins_with_bos(config)
+    tokenizer = tokenizer_of(DataConfig(tokenizer=wanted.model_copy(update={"add_bos": add_bos})))
+    assert tokenizer is not None
     resolve_vocab_size(config.model.vocab_size, tokenizer)
     _check_data(tokenizer, config)
-    if wanted.type == "sentencepiece":
-        return _write_sentencepiece(Path(wanted.model), tokenizer, folder, config.model.seq_length)
-    return _copy_hugging_face(Path(wanted.model), tokenizer, folder)
+    bos = tokenizer.bos if add_bos else None
+    if isinstance(tokenizer, TokenizersJson | AutoTokenizerFolder):
+        written = _write_hugging_face(tokenizer, folder, config.model.seq_length, bos, chat_template)
+    else:
+        beginning = None if bos is None else (tokenizer.piece(bos), bos)
+        settings = Settings(config.model.seq_length, beginning, chat_template=chat_template_of(chat_template, None))
+        written = write_sentencepiece(Path(wanted.model), tokenizer, settings, folder)
+    write_origin(folder, tokenizer.fingerprint(), add_bos)
+    qwen = isinstance(tokenizer, TokenizersJson | AutoTokenizerFolder) and cuts_as_qwen(tokenizer.fast)
+    return replace(written, ids=replace(written.ids, begin=bos), like_qwen=qwen)
+
+
+def begins_with_bos(config: Config) -> bool:
+    """Whether the documents that a run trains on begin with the beginning-of-text token."""
+    if config.data.tokenizer is not None:
+        return config.data.tokenizer.add_bos
+    prefixes = [prefix for _, prefix in config.data.blend()] if config.data.data_path else []
+    return any(read_metadata(prefix).get("add_bos") for prefix in prefixes)
 
 
 def _check_data(tokenizer: Tokenizer, config: Config) -> None:
@@ -45,65 +84,26 @@ def _check_data(tokenizer: Tokenizer, config: Config) -> None:
             )
 
 
-def _write_sentencepiece(model: Path, tokenizer: Tokenizer, folder: Path, max_length: int) -> WrittenTokenizer:
-    pieces = read_pieces(model)
-    fast = fast_tokenizer(pieces)
-    # A special token written out in a text is text, as it was in training.
-    fast.encode_special_tokens = True
-    for text in HARD_TEXTS:
-        ids = tokenizer.encode(text)
-        same = pieces.same_segmentation(fast.encode(text, add_special_tokens=False).ids, ids)
-        if pieces.unk not in ids:  # for which sentencepiece writes a sign of its own
-            same = same and fast.decode(ids, skip_special_tokens=False) == tokenizer.decode(ids)
-        if not same:
-            raise DataError(
-                f"{model} cannot be expressed as a fast tokenizer: it treats {text!r} differently; give "
-                "--tokenizer none and put a tokenizer into the folder yourself"
-            )
-    fast.save(str(folder / "tokenizer.json"))
-    shutil.copyfile(model, folder / "tokenizer.model")
-    names = {
-        "bos_token": pieces.special(pieces.bos),
-        "eos_token": pieces.special(pieces.eos),
-        "unk_token": pieces.special(pieces.unk),
-        "pad_token": pieces.special(pieces.pad_or_stand_in),
-    }
-    special = {name: token for name, token in names.items() if token is not None}
-    settings: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # the one name that transformers 4 and 5 both know
-        "model_max_length": max_length,
-        "padding_side": "left",
-        "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,
-        **special,
-    }
-    write_json(folder / "tokenizer_config.json", settings)
-    write_json(folder / "special_tokens_map.json", special)
-    return WrittenTokenizer(TokenIds(pieces.bos, pieces.eos, pieces.pad_or_stand_in))
-
-
-def _copy_hugging_face(source: Path, tokenizer: Tokenizer, folder: Path) -> WrittenTokenizer:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    offline = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        eos: int | None = tokenizer.eod
-    except DataError:
-        eos = None
-    if source.is_dir() and (source / "tokenizer_config.json").is_file():
-        for name in COPIED:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
-    elif source.exists():
-        file = source if source.is_file() else source / "tokenizer.json"
-        bare = PreTrainedTokenizerFast(tokenizer_file=str(file))
-        end = None if eos is None else bare.convert_ids_to_tokens(eos)
-        shutil.copyfile(file, folder / "tokenizer.json")
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        named = {} if end is None else {"eos_token": end, "pad_token": end}
-        write_json(folder / "tokenizer_config.json", settings | named)
+def _write_hugging_face(
+    tokenizer: TokenizersJson | AutoTokenizerFolder, folder: Path, max_length: int, bos: int | None, wanted: str
+) -> WrittenTokenizer:
+    """``bos``: begins every text; ``wanted``: see ``chat_template_of``."""
+    loaded = tokenizer.loaded if isinstance(tokenizer, AutoTokenizerFolder) else None
+    settings = Settings(max_length, None if bos is None else (tokenizer.piece(bos), bos))
+    settings = replace(settings, chat_template=chat_template_of(wanted, loaded))
+    ids = TokenIds(bos, tokenizer.end, tokenizer.end)
+    if loaded is None:
+        end = {} if tokenizer.end is None else dict.fromkeys(("eos_token", "pad_token"), tokenizer.piece(tokenizer.end))
+        settings = replace(settings, special=end)
     else:
-        AutoTokenizer.from_pretrained(str(source), **offline).save_pretrained(folder)
-    loaded = AutoTokenizer.from_pretrained(folder, **offline)
-    pad = loaded.pad_token_id if loaded.pad_token_id is not None else eos
-    return WrittenTokenizer(TokenIds(loaded.bos_token_id, eos, pad))
+        settings = of_loaded(settings, loaded)
+        if loaded.bos_token_id is not None:
+            ids = replace(ids, bos=loaded.bos_token_id)
+        if loaded.pad_token_id is not None:
+            ids = replace(ids, pad=loaded.pad_token_id)
+    if tokenizer.fast is None:
+        write_slow(loaded, settings, folder, tokenizer)
+    else:
+        write_files(tokenizer.fast, settings, folder)
+    adds = tokenizer.fast is not None and tokenizer.fast.num_special_tokens_to_add(False) > 0
+    return WrittenTokenizer(ids, notes_of(settings, adds, bool(getattr(loaded, "chat_template", None))))

@@ -66,7 +66,7 @@ def bare_tokenizer(path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "bare folder", "folder"])
-def test_hugging_face_tokenizers_are_copied(kind: str, tmp_path: Path) -> None:
+def test_hugging_face_tokenizers_are_written(kind: str, tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
     out.mkdir()
@@ -79,7 +79,6 @@ def test_hugging_face_tokenizers_are_copied(kind: str, tmp_path: Path) -> None:
     assert write_tokenizer(wanted, out, config()).ids == TokenIds(None, trained.eod, trained.eod)
     loaded = AutoTokenizer.from_pretrained(out)
     assert loaded.eos_token_id == trained.eod == 0
-    assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     for text in HARD_TEXTS:
         assert loaded(text)["input_ids"] == trained.encode(text)
 

@@ -71,7 +71,7 @@ CANNOT = {
     "test_resize_position_vector_embeddings": "positions are rotary",
     "test_vision_axial_rope": "there are no images",
     "test_model_rope_scaling_from_config_1_dynamic": "frequencies that depend on a text's length are refused",
-    "test_model_rope_scaling_frequencies": "tries such frequencies too; tests/export/hf/test_rotary_sgt.py has the others",
+    "test_model_rope_scaling_frequencies": "such too; tests/export/hf/test_rotary_sgt.py has the others",
     "test_sliding_window_mask": "there are no windows",
     "test_generation_tester_mixin_inheritance": "the tests of generation are not in the source distribution",
 }

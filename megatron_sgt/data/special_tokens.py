@@ -1,0 +1,40 @@
+"""Special tokens of Hugging Face's tokenizers library that are written out in a text: they are text."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+
+def read_as_text(fast: Any, boundaries: Iterable[int] = ()) -> None:
+    """Make ``fast``, a ``tokenizers.Tokenizer``, cut special tokens that a text mentions as it cuts other text.
+
+    Added tokens that are not special remain tokens, except ``boundaries``: ids that begin and end documents.
+
+    The library does so where they are nothing but added tokens. Where they are words of the model's vocabulary, too
+    (``</s>`` of a unigram model, ``[SEP]`` between spaces), the model itself would find them: these words alone are
+    split behind their first character, which changes no other text.
+    """
+    from tokenizers import AddedToken, Regex, pre_tokenizers
+
+    added = fast.get_added_tokens_decoder()
+    ordinary = sorted(index for index in boundaries if index not in added or not added[index].special)
+    fast.add_special_tokens([AddedToken(fast.id_to_token(index), normalized=False) for index in ordinary])
+    fast.encode_special_tokens = True
+    words = [
+        token.content
+        for index, token in fast.get_added_tokens_decoder().items()
+        if token.special and len(token.content) > 1 and _ids(fast.model, token.content) == [index]
+    ]
+    if not words:
+        return
+    pattern = "|".join(f"{re.escape(word[0])}(?={re.escape(word[1:])})" for word in words)
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    before = fast.pre_tokenizer
+    fast.pre_tokenizer = split if before is None else pre_tokenizers.Sequence([before, split])
+
+
+def _ids(model: Any, word: str) -> list[int]:
+    try:
+        return [token.id for token in model.tokenize(word)]
+    except Exception:  # the library's bare one: a model without an unknown token that does not know a sign of it
+        return []
