@@ -24,10 +24,8 @@ WIDE = {
     "num_attention_heads": 8, "head_dim": 6,
     "sgt_loops": {"1": {"heads": [2, 5], "depth": 2}, "3": {"heads": [0, 1], "depth": 1}},
 }  # fmt: skip
-REFUSED = "olmo2_depth_2"
-"""Its norms are none of the plugin's."""
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in VARIANTS if name != REFUSED},
+    **{name: (name, {}) for name in VARIANTS},
     "2 of 8 heads, 4 groups": ("multi_head", {**WIDE, "num_key_value_heads": 4}),
     "2 of 8 heads, 2 groups": ("multi_head", {**WIDE, "num_key_value_heads": 2, "qk_norm": True}),
     "layer norm, no gate": (
@@ -149,8 +147,6 @@ def test_rotary_settings_of_both_versions() -> None:
     [
         ({}, 3, {}, "4 query heads in 4 key/value groups cannot be divided among 3"),
         ({"sliding_window": 8}, 1, {}, "sliding_window 8"),
-        ({"norm_position": "output"}, 1, {}, "norm_position output: this plugin has input alone; .* --model-impl"),
-        ({"qk_norm": True, "qk_norm_over": "all"}, 1, {}, "qk_norm_over all: this plugin has head alone"),
         ({"sgt_kv_heads": "some"}, 1, {}, "sgt_kv_heads is 'some'; it is 'all' or 'kept'"),
         ({"sgt_kv_heads": "kept"}, 1, {"kv_transfer_config": object()}, "a KV connector does not expect"),
         ({"sgt_loops": {"1": {"heads": [4], "depth": 1}}}, 1, {}, r"layer 1 loops heads \[4\] of 4"),

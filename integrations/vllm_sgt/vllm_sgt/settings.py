@@ -18,15 +18,8 @@ def check(config: Any, vllm_config: Any, ranks: int) -> None:
     """Refuse what would be computed wrong.
 
     Raises:
-        ValueError: norms that the plugin does not have, a division among ``ranks`` that the heads do not allow, or
-            settings that exclude each other.
+        ValueError: a division among ``ranks`` that the heads do not allow, or settings that exclude each other.
     """
-    for name, known in (("norm_position", "input"), ("qk_norm_over", "head")):
-        if (found := getattr(config, name, known)) != known:
-            raise ValueError(
-                f"{name} {found}: this plugin has {known} alone; export the model --for serving, and start vLLM with "
-                "--model-impl transformers"
-            )
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if heads % ranks or (groups % ranks and ranks % groups):
         raise ValueError(
