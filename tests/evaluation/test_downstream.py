@@ -6,6 +6,7 @@ import json
 import os
 import random
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,10 +162,24 @@ def test_the_command_line_of_the_harness_finds_the_same(tasks: Path, tmp_path: P
         assert ours[task][metric] == pytest.approx(theirs[task][f"{metric},none"], rel=1e-6)
 
 
+@pytest.mark.exhaustive  # ten seconds in which the harness reads the definitions of its own tasks
+def test_a_task_that_the_harness_lacks(tasks: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown: 'no_such_task'"):
+        run_tasks(None, object(), ["sgt_choice", "no_such_task"], tasks)
+
+
+def test_a_task_that_no_folder_has(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an empty list of the harness's own."""
+    from lm_eval.tasks import TaskManager
+
+    found = partial(TaskManager, include_defaults=False)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_path, **_: found(include_path=include_path))
+    with pytest.raises(ConfigError, match="unknown: 'no_such_task'; 'lm_eval ls tasks' lists"):
+        run_tasks(None, object(), ["sgt_choice", "no_such_task"], tasks)
+
+
 def test_what_cannot_be_run(tasks: Path) -> None:
     opened = open_model(grown_run.checkpoints())
-    with pytest.raises(ConfigError, match="unknown: 'no_such_task'"):
-        run_tasks(opened.model, opened.tokenizer, ["sgt_choice", "no_such_task"], tasks)
     with pytest.raises(DataError, match="the data of sgt_absent cannot be read"):
         run_tasks(opened.model, opened.tokenizer, ["sgt_absent"], tasks)
     with pytest.raises(DataError, match="no tokenizer"):
