@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Greedy text of an exported model under vLLM, against transformers' generate on the same folder.
 
-python integrations/vllm_sgt/compare.py runs/a_hf --trust-remote-code
-python integrations/vllm_sgt/compare.py runs/a_hf --trust-remote-code --kv-heads kept --without-kernels
+python integrations/vllm_sgt/check_served.py runs/a_hf --trust-remote-code
+python integrations/vllm_sgt/check_served.py runs/a_hf --trust-remote-code --kv-heads kept --without-kernels
 
 vLLM runs in float32, and transformers on the CPU, with the code in the folder (hence --trust-remote-code). Prompts are
 random ids. Exit code 1 where a token differs; ties aside, that is an error. Needs vLLM and the plugin.
