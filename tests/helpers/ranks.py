@@ -26,7 +26,8 @@ from typing import Any
 from megatron_sgt.launch.rank_info import LOOPBACK, RankInfo, to_environ
 
 ROOT = Path(__file__).parents[2]
-PRELOADED = ["megatron_sgt.engine.run"]
+PRELOADED = ["megatron_sgt.engine.run", "megatron_sgt.export.parity", "matplotlib.figure", "tests.helpers.warm"]
+"""What many forks import, in this order; what is not installed is left out."""
 SHARED_MEMORY = "shared_memory"
 """Name of the tests' own backend."""
 LOG_TAIL = 4000
