@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from megatron_sgt.checkpoint.reshard.layout_free import file_name
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.export.checked import checked_export
+from megatron_sgt.export.forms import SERVING
 from megatron_sgt.export.from_hf import import_model
 from megatron_sgt.export.hf.loading import load_exported
 from megatron_sgt.export.parity import Parity
@@ -61,6 +63,8 @@ def test_a_grown_model_has_them_in_its_loops_too(kind: str, tmp_path: Path) -> N
     write_run(tmp_path / "run", small_config(model=model, growth=growth))
     first, parity = checked_export(tmp_path / "run", tmp_path / "first", options=FP32)
     assert parity is not None and parity.passed, [check.line() for check in parity.checks]
+    _, served = checked_export(tmp_path / "run", tmp_path / "served", options=replace(FP32, form=SERVING))
+    assert served is not None and served.passed, [check.line() for check in served.checks]
     by_layers = check_parity_by_layers(first)
     assert by_layers.passed and "rotary positions" in by_layers.checks[2].name
     import_model(first.folder, tmp_path / "root")
