@@ -152,7 +152,7 @@ def unknown_key(root: type[BaseModel], path: tuple[str, ...]) -> str:
             return f"{line}; did you mean '{meant}'?"
     keys = all_keys(root)
     misplaced = [known for known in keys if known.rpartition(".")[2] == name]
-    if misplaced:
+    if misplaced and name not in FOREIGN_NAMES:
         return f"{line}; did you mean '{misplaced[0]}'?"
     if name.lower() in FOREIGN_NAMES:
         target, _, note = FOREIGN_NAMES[name.lower()].partition(" ")

@@ -66,11 +66,11 @@ class RotaryScaling(Section):
     truncate: bool | None = Field(
         default=None, description="yarn: round the bounds of the ramp to whole dimensions; null: yes."
     )
-    max_position_embeddings: int | None = Field(
+    context_length: int | None = Field(
         default=None,
         gt=0,
-        description="Context in tokens that an export names, if the run's sequences are shorter; null: "
-        "model.seq_length. Changes no position.",
+        description="Tokens that an export names as max_position_embeddings where the run's sequences are shorter; "
+        "null: model.seq_length. Changes no position.",
     )
 
     @field_validator("type", mode="before")

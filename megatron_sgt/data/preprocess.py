@@ -17,10 +17,10 @@ import numpy as np
 from megatron_sgt.config.data import TokenizerConfig
 from megatron_sgt.data.documents import BadDocuments
 from megatron_sgt.data.encoding import EncodedKey, encode_chunks
+from megatron_sgt.data.export_form import export_form
 from megatron_sgt.data.inputs import Kind, find_inputs
 from megatron_sgt.data.progress import Progress, note
 from megatron_sgt.data.readers import read_chunks
-from megatron_sgt.data.sentencepiece_model import export_form
 from megatron_sgt.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_sgt.errors import DataError
 from megatron_sgt.files import commit, sha256_of, sync, temporary_of

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_sgt.config.data import TokenizerConfig
 from megatron_sgt.errors import DataError
 
 SPACE = "\u2581"
@@ -144,17 +143,6 @@ class ExportForm:
 
 
 FAST = ExportForm("fast")
-
-
-def export_form(tokenizer: TokenizerConfig | None) -> ExportForm:
-    """How a run's tokenizer will be exported; reads no more than the model file.
-
-    Raises:
-        DataError: as ``read_pieces``.
-    """
-    if tokenizer is None or tokenizer.type != "sentencepiece":
-        return FAST
-    return form_of(read_pieces(Path(tokenizer.model)), tokenizer.add_bos)
 
 
 def form_of(model: Pieces, add_bos: bool = False) -> ExportForm:

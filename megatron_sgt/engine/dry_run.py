@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_sgt.config import Config
 from megatron_sgt.config.base import count
-from megatron_sgt.data.sentencepiece_model import export_form
+from megatron_sgt.data.export_form import export_form
 from megatron_sgt.data.sources import validate_data
 from megatron_sgt.engine.data_start import data_start
 from megatron_sgt.engine.deepspeed_config import check_deepspeed

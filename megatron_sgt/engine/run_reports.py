@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_sgt.checkpoint.surgery.state import GROW
-from megatron_sgt.data.sentencepiece_model import export_form
+from megatron_sgt.data.export_form import export_form
 from megatron_sgt.engine.data_start import DataStart, data_record
 from megatron_sgt.engine.run_folders import CONFIG_FILE
 from megatron_sgt.engine.session import Session

@@ -142,7 +142,7 @@ def _rope(model: ModelConfig) -> dict[str, Any]:
 def _context(model: ModelConfig) -> int:
     """Tokens: what the model has been trained on, or what a scaled one was made for by whoever scaled it."""
     scaling = model.rotary_scaling
-    return max(model.seq_length, (scaling and scaling.max_position_embeddings) or 0)
+    return max(model.seq_length, (scaling and scaling.context_length) or 0)
 
 
 def _sgt_tail(model: ModelConfig, plan: LoopPlan, form: Form) -> dict[str, Any]:

@@ -74,11 +74,11 @@ def fitting_config(path: Path, model: HFModel) -> Config:
     """
     config = load_config(path)
     problems = []
-    here = config.model.model_dump(exclude={"rotary_scaling": {"max_position_embeddings"}}, exclude_none=True)
+    here = config.model.model_dump(exclude={"rotary_scaling": {"context_length"}}, exclude_none=True)
     for name, value in model.fields.items():
         found, wanted = here.get(name), value
         if isinstance(value, dict):  # of a scaling, what changes no position is free
-            wanted = {key: part for key, part in value.items() if key != "max_position_embeddings"}
+            wanted = {key: part for key, part in value.items() if key != "context_length"}
         if name not in _FREE and found != wanted:
             problems.append(f"model.{name}: is {found}, the imported model has {wanted}")
     if problem := model.window_problem(config.model.seq_length):

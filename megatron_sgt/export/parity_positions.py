@@ -19,7 +19,7 @@ def probe_positions(model: ModelConfig) -> list[int]:
     scaling = model.rotary_scaling
     if scaling is None:
         return []
-    ends = (scaling.original_max_position_embeddings, model.seq_length, scaling.max_position_embeddings)
+    ends = (scaling.original_max_position_embeddings, model.seq_length, scaling.context_length)
     near = {n for end in ends if end for n in (end // 2, end - 1, end, 2 * end)}
     return sorted({0, 1, *near})
 

@@ -106,6 +106,7 @@ def decoder_spec(
         attention_factor: of scaled rotary positions (``rotary.scaled_frequencies``); plain layers know none.
     """
     params: dict[str, Any] = {}
+    assert not plain or config.model.norm_position == "input", "Megatron-Core's own layer has no norms of outputs"
     if not plain:
         output_norm = NORMS[config.model.normalization] if config.model.norm_position == "output" else None
         params = {

@@ -184,7 +184,7 @@ LINEAR = {"type": "linear", "factor": 2.0}
 def test_another_scaling_of_positions_is_another_model(tmp_path: Path) -> None:
     """As another rotary_base is; the context that an export names is not."""
     folder = make(tmp_path / "global_step7", model={"rotary_scaling": LINEAR})
-    check_checkpoint(folder, small_config(model={"rotary_scaling": {**LINEAR, "max_position_embeddings": 64}}))
+    check_checkpoint(folder, small_config(model={"rotary_scaling": {**LINEAR, "context_length": 64}}))
     said = r"model\.rotary_scaling is \{'type': 'linear', 'factor': 2\.0\} there and None here"
     with pytest.raises(CheckpointError, match=said):
         check_checkpoint(folder, small_config())

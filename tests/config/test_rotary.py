@@ -50,7 +50,7 @@ def test_types_of_transformers_that_no_run_has_say_why(kind: str) -> None:
 
 
 def test_only_what_changes_a_position_is_the_formula() -> None:
-    scaling = run({**LLAMA3, "max_position_embeddings": 131072}).model.rotary_scaling
+    scaling = run({**LLAMA3, "context_length": 131072}).model.rotary_scaling
     assert scaling is not None
     assert scaling.formula() == {
         "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192, "low_freq_factor": 1.0,

@@ -34,6 +34,8 @@ EVERYDAY = {
 }
 """Programs of the system, whose arguments are not ours to check."""
 CLUSTER = {"sbatch", "scancel", "squeue", "sacct", "scontrol", "sinfo", "enroot", "apptainer"}
+RUNTIMES = {"vllm"}
+"""Programs of other packages that serve models."""
 OURS = {"make", "python", "python3", "torchrun", "deepspeed", "srun", "mpirun", "bash", "lm_eval"}
 
 ALL = [command for page in PAGES for command in commands(page)]
@@ -49,7 +51,7 @@ def help_of(script: str) -> str:
 
 def problems(command: Command) -> list[str]:
     """What is wrong with a command; empty if nothing is."""
-    if command.program not in EVERYDAY | CLUSTER | OURS:
+    if command.program not in EVERYDAY | CLUSTER | RUNTIMES | OURS:
         return [f"unknown program {command.program}"]
     if command.program == "make":
         return _make_problems(command.words[1:])

@@ -21,7 +21,7 @@ FIELDS: dict[str, Any] = {
 PLAIN = HFModel("llama", {**FIELDS, "rotary_scaling": None}, 8192)
 SCALED = HFModel(
     "llama",
-    {**FIELDS, "rotary_scaling": {"type": "linear", "factor": 4.0, "max_position_embeddings": 8192}},
+    {**FIELDS, "rotary_scaling": {"type": "linear", "factor": 4.0, "context_length": 8192}},
     8192,
 )
 WINDOWED = HFModel("mistral", FIELDS, 8192, window=32)
@@ -117,9 +117,9 @@ def test_a_file_of_another_model_is_refused(model: HFModel, change: tuple[str, s
 
 def test_a_file_need_not_name_the_context_of_an_export(tmp_path: Path) -> None:
     path = write(tmp_path / "run.yaml", SCALED)
-    path.write_text(path.read_text().replace("    max_position_embeddings: 8192\n", ""))
+    path.write_text(path.read_text().replace("    context_length: 8192\n", ""))
     scaling = fitting_config(path, SCALED).model.rotary_scaling
-    assert scaling is not None and scaling.max_position_embeddings is None
+    assert scaling is not None and scaling.context_length is None
 
 
 def test_a_file_may_choose_its_own_growth(tmp_path: Path) -> None:

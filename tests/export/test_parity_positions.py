@@ -10,7 +10,7 @@ from megatron_sgt.export.parity_positions import TOLERANCE, probe_positions, rot
 from tests.helpers.single import single_model, small_config
 
 YARN = {"factor": 8.0, "original_max_position_embeddings": 8192}
-CONFIG = small_config(model={"rotary_scaling": {"type": "yarn", **YARN, "max_position_embeddings": 65536}})
+CONFIG = small_config(model={"rotary_scaling": {"type": "yarn", **YARN, "context_length": 65536}})
 
 
 def test_positions_reach_the_whole_context() -> None:

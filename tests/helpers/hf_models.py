@@ -93,11 +93,14 @@ def gap(one: Tensor, other: Tensor) -> float:
     return float((one - other).detach().abs().max())
 
 
+_SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+
 def as_llama(model: Any, name: str = "LlamaForCausalLM") -> Any:
     """transformers' own class ``name`` with the shape and the weights of ``model``, which must not loop."""
     config = model.config
     shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-              "num_key_value_heads", "head_dim", "rms_norm_eps", "pad_token_id", "num_labels")  # fmt: skip
+              "num_key_value_heads", "head_dim", "rms_norm_eps", "num_labels", *_SPECIAL)  # fmt: skip
     llama = getattr(transformers, name)(transformers.LlamaConfig(**{key: getattr(config, key) for key in shared}))
     # Its head for answers in the text calls the decoder by another name.
     inner = "transformer." if name == "LlamaForQuestionAnswering" else "model."
@@ -139,7 +142,7 @@ def unrolled_llama(model: Any) -> Any:
         for position, gates in enumerate(_gates_of_passes(config, n))
     ]
     shared = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
-              "head_dim", "rms_norm_eps")  # fmt: skip
+              "head_dim", "rms_norm_eps", *_SPECIAL)  # fmt: skip
     values = {key: getattr(config, key) for key in shared}
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=len(passes), **values))
     for copy, (layer, gates, ends) in zip(llama.model.layers, passes, strict=True):

@@ -39,9 +39,8 @@ def linear(w: Params, name: str, x: Tensor) -> Tensor:
 def scaled(frequency: Tensor, theta: float, scaling: Settings) -> tuple[Tensor, float]:
     """Frequencies [d/2] of a longer context, and what cos and sin are multiplied by.
 
-    llama3 (the Llama 3.1 report): waves longer than the context / low are divided by the factor, those shorter than
-    the context / high stay, between them linearly in the number of waves. yarn (arXiv 2309.00071): the same between
-    the dimensions that turn beta_fast and beta_slow times in the context, linearly in the dimension.
+    llama3: between waves of context / high, which stay, and context / low, divided by the factor, as 1 / length.
+    yarn (arXiv 2309.00071): so between two numbers of turns in the context, as the dimension.
     """
     factor, context = scaling["factor"], scaling.get("original_max_position_embeddings")
     if scaling["type"] == "linear":
@@ -54,10 +53,9 @@ def scaled(frequency: Tensor, theta: float, scaling: Settings) -> tuple[Tensor, 
     def dimension(turns: float) -> float:
         return len(frequency) * math.log(context / (2 * math.pi * turns)) / math.log(theta)
 
-    first, last = dimension(scaling.get("beta_fast", 32)), dimension(scaling.get("beta_slow", 1))
-    if scaling.get("truncate", True):
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, 2 * len(frequency) - 1)
+    down, up = (math.floor, math.ceil) if scaling.get("truncate", True) else (float, float)
+    first = max(down(dimension(scaling.get("beta_fast", 32))), 0)
+    last = min(up(dimension(scaling.get("beta_slow", 1))), 2 * len(frequency) - 1)
     ramp = ((torch.arange(len(frequency)) - first) / max(last - first, 0.001)).clamp(0, 1)
     return frequency * (1 - ramp + ramp / factor), scaling.get("attention_factor", 0.1 * math.log(factor) + 1)
 

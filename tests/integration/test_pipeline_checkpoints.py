@@ -37,7 +37,10 @@ AVERAGED = merged(BASE, {"train": {"ema_decay": 0.75}})
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     **EVERYWHERE,
     "tied": {
-        "model": {"num_query_groups": 2, "qk_layernorm": True, "untie_embeddings_and_output_weights": False},
+        "model": {
+            "num_query_groups": 2, "qk_layernorm": True, "qk_layernorm_over": "all", "norm_position": "output",
+            "untie_embeddings_and_output_weights": False,
+        },
     },
 }  # fmt: skip
 

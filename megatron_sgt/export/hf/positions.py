@@ -76,4 +76,4 @@ def _section(config: Any, kind: str) -> RotaryScaling:
         given.setdefault("original_max_position_embeddings", context)
         given.setdefault("factor", context / given["original_max_position_embeddings"])
     longest = min(context, window_of(config) or context)
-    return RotaryScaling.model_validate({"type": kind, **given, "max_position_embeddings": longest})
+    return RotaryScaling.model_validate({"type": kind, **given, "context_length": longest})

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
+from megatron_sgt.launch.rank_info import RankInfo
 from tests.helpers.hf_models import gap
+from tests.helpers.ranks import run_on_ranks
 from tests.helpers.serving import KINDS, TOKENS, Pair, for_serving, pair_of, standard_model
 
 
@@ -87,6 +92,32 @@ def test_two_tensor_parallel_ranks_are_right(pair: Pair) -> None:
             model(TOKENS, use_cache=False)
         return
     assert gap(model(TOKENS, use_cache=False).logits, pair.expected) < 1e-5
+
+
+def on_rank(info: RankInfo, folder: Path) -> tuple[tuple[int, ...], Tensor, Tensor]:
+    """Rows of a query projection on this rank, logits and greedy text under transformers' own tensor parallelism."""
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto", tp_plan="auto").eval()
+    with torch.no_grad():
+        rows = model.model.layers[0].self_attn.q_proj.weight.to_local().shape
+        return tuple(rows), model(TOKENS).logits, model.generate(TOKENS, do_sample=False, max_new_tokens=4)
+
+
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="it is another tensor parallelism there")
+@torch.no_grad()
+def test_transformers_own_tensor_parallelism_is_right(tmp_path: Path) -> None:
+    model = for_serving(standard_model("block_and_heads_in_a_window"))
+    auto = {"AutoConfig": type(model.config), "AutoModelForCausalLM": type(model)}
+    try:
+        for name, kind in auto.items():
+            kind.register_for_auto_class(name)
+        model.save_pretrained(tmp_path)
+    finally:
+        for kind in auto.values():
+            kind._auto_class = None
+    text = model.generate(TOKENS, do_sample=False, max_new_tokens=4)
+    for rows, logits, greedy in run_on_ranks(2, on_rank, tmp_path, backend="gloo"):
+        assert rows == (32, 64), "half of the heads"
+        assert gap(logits, model(TOKENS).logits) < 1e-9 and torch.equal(greedy, text)
 
 
 @torch.no_grad()

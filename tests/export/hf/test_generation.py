@@ -1,13 +1,11 @@
 """What transformers tests of ``generate`` for its own models, beside test_modeling_sgt.py.
 
 Its own tests of generation (GenerationTesterMixin) are in no package that can be downloaded; these are written after
-the list of what they check. Where a model without loops is enough of an answer, Llama is the reference; with loops it is
-Llama with a layer for every attention pass.
+the list of what they check. The reference is Llama with a layer for every attention pass.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
@@ -87,10 +85,13 @@ def test_embeddings_in_the_place_of_ids(model: Any, cache: str | None) -> None:
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_positions_may_be_given_or_not(model: Any, kind: str) -> None:
     prompt = random_ids(2, 6)
-    position_ids = torch.arange(6)[None].expand(2, -1)
-    expected = generate(model, prompt)
-    cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=20)
-    assert torch.equal(generate(model, prompt, position_ids=position_ids, past_key_values=cache), expected)
+    texts = []
+    for options in ({}, {"position_ids": torch.arange(6)[None].expand(2, -1)}):
+        for each in (model, unrolled_llama(model)):
+            config = each.config
+            cache = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config, max_cache_len=20)
+            texts.append(generate(each, prompt, past_key_values=cache, **options))
+    assert torch.equal(texts[0], texts[1]) and torch.equal(texts[2], texts[3])
 
 
 def test_assisted_by_another_model(model: Any) -> None:
@@ -114,16 +115,6 @@ def test_a_mask_of_four_dimensions(model: Any) -> None:
         packed = model(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits
         alone = [model(part, use_cache=False).logits for part in (tokens[:, :4], tokens[:, 4:])]
     assert gap(packed, torch.cat(alone, dim=1)) < 5e-5
-
-
-@pytest.mark.parametrize("backend", ["quanto", "hqq"])
-def test_a_quantised_cache(model: Any, backend: str) -> None:
-    package = {"quanto": "optimum", "hqq": "hqq"}[backend]
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not a dependency of this project")
-    found = generate(model, random_ids(1, 6), cache_implementation="quantized",
-                     cache_config={"backend": backend, "nbits": 4, "residual_length": 128})  # fmt: skip
-    assert torch.equal(found, generate(model, random_ids(1, 6)))
 
 
 @pytest.mark.parametrize("mode", [exhaustive("flex_attention")])

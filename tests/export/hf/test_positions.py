@@ -46,7 +46,7 @@ def test_what_older_files_leave_out_is_filled_in(tmp_path: Path) -> None:
     """``type`` in place of ``rope_type``, whole numbers, no context before the scaling."""
     scaling = {"type": "yarn", "factor": 4, "finetuned": True}
     assert read(tmp_path, rope_scaling=scaling).fields["rotary_scaling"] == {
-        "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "max_position_embeddings": 64,
+        "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "context_length": 64,
     }  # fmt: skip
 
 

@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_sgt.config.data import TokenizerConfig
+from megatron_sgt.data.export_form import export_form
 from megatron_sgt.data.hard_texts import HARD_TEXTS
-from megatron_sgt.data.sentencepiece_model import export_form
 from megatron_sgt.data.tokenizer import build_tokenizer
 from megatron_sgt.errors import DataError
 from megatron_sgt.export.hf.sentencepiece_files import SLOW_CLASS, sameness, write_sentencepiece

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from tests.helpers.hf_models import as_llama, gap, hf_model, random_ids, reference_logits, unrolled_llama
+from tests.helpers.serving import for_serving
 
 # Where a value lies between two of its steps, dynamic quantisation turns the last bit of a sum into a step.
 STEPS = {"dynamic_int8": 0.05}
@@ -30,8 +31,11 @@ LOOPS: dict[str, dict[str, Any]] = {
 }
 
 
-def looping(loops: str = "depths") -> Any:
-    return hf_model("never_grown", num_key_value_heads=2, sgt_loops=LOOPS[loops])
+FORMS: dict[str, Callable[[Any], Any]] = {"standard": lambda model: model, "serving": for_serving}
+
+
+def looping(loops: str = "depths", form: str = "standard") -> Any:
+    return FORMS[form](hf_model("never_grown", num_key_value_heads=2, sgt_loops=LOOPS[loops]))
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
@@ -152,10 +156,12 @@ OPERATIONS: dict[str, Callable[[nn.Module], Any]] = {
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_without_loops_a_tool_gives_what_it_gives_on_llama(name: str) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_without_loops_a_tool_gives_what_it_gives_on_llama(name: str, form: str) -> None:
     plain, tokens = hf_model("never_grown", num_key_value_heads=2), random_ids(2, 9)
     untouched = plain(tokens).logits
     llama = OPERATIONS[name](as_llama(plain))
+    plain = FORMS[form](plain)
     found = OPERATIONS[name](plain)(tokens).logits
     assert close(found, llama(tokens).logits, STEPS.get(name, 1e-5))
     assert name in ("fused_qkv", "offloaded") or gap(found, untouched) > 0.01, "the tool did nothing"
@@ -163,8 +169,9 @@ def test_without_loops_a_tool_gives_what_it_gives_on_llama(name: str) -> None:
 
 @pytest.mark.parametrize("loops", LOOPS)
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_with_loops_every_pass_is_the_tools(name: str, loops: str) -> None:
-    model, tokens = OPERATIONS[name](looping(loops)), random_ids(2, 9)
+@pytest.mark.parametrize("form", FORMS)
+def test_with_loops_every_pass_is_the_tools(name: str, loops: str, form: str) -> None:
+    model, tokens = OPERATIONS[name](looping(loops, form)), random_ids(2, 9)
     assert close(model(tokens).logits, unrolled_llama(model)(tokens).logits, STEPS.get(name, 1e-5))
 
 
@@ -173,12 +180,13 @@ def test_the_unrolled_llama_is_the_reference() -> None:
     assert close(unrolled_llama(model)(tokens).logits, reference_logits(model, tokens))
 
 
-def test_merged_adapters_are_the_model_that_they_were() -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_merged_adapters_are_the_model_that_they_were(form: str) -> None:
     tokens = random_ids(2, 9)
-    wrapped = peft.get_peft_model(looping(), lora())
+    wrapped = peft.get_peft_model(looping(form=form), lora())
     unmerged = wrapped(tokens).logits
     merged = wrapped.merge_and_unload()
-    assert close(merged(tokens).logits, unmerged) and close(reference_logits(merged, tokens), unmerged)
+    assert close(merged(tokens).logits, unmerged) and close(unrolled_llama(merged)(tokens).logits, unmerged)
 
 
 def test_gradients_of_adapters_come_from_every_pass() -> None:
@@ -211,9 +219,10 @@ def second_moments(model: nn.Module, names: dict[nn.Module, str], tokens: Tensor
 
 
 @pytest.mark.parametrize("loops", LOOPS)
-def test_statistics_count_every_pass(loops: str) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_statistics_count_every_pass(loops: str, form: str) -> None:
     """A loop's output projection is seen with zeros in the place of the heads that do not loop."""
-    model, tokens = looping(loops), random_ids(2, 9)
+    model, tokens = looping(loops, form), random_ids(2, 9)
     names = {m: n for n, m in model.model.named_modules() if n.endswith("_proj")}
     found = second_moments(model, names, tokens)
     expected = second_moments(unrolled_llama(model), names, tokens)
@@ -246,7 +255,10 @@ def test_hooks_of_every_kind_see_loops(kind: str, everywhere: bool) -> None:
 
 
 def test_layers_can_be_run_one_by_one_as_llamas() -> None:
-    """As quantisers do: they catch what the first layer is given, and hand each layer's output to the next."""
+    """As quantisers do: they catch what the first layer is given, and hand each layer's output to the next.
+
+    In the form for serving a layer is handed the passes that are its own: such tools take the standard form.
+    """
     model, tokens = looping(), random_ids(2, 9)
     model.set_attn_implementation("eager")
     caught: list[Any] = []

@@ -13,11 +13,24 @@ from torch import nn
 
 from tests.helpers.exhaustive import share_of
 from tests.helpers.hf_models import gap, hf_model, random_ids
+from tests.helpers.serving import for_serving
 
 pytestmark = pytest.mark.skipif(sys.version_info >= (3, 14), reason="torch.compile lags behind new Pythons")
-KINDS = ["grouped_qk_norm_depth_3", "multi_query_tied_biases_depth_2", "window", "block_loop"]
-EVERY = [(variant, strict) for variant in KINDS for strict in (False, True)]
-SHARE = [("grouped_qk_norm_depth_3", True), ("window", False)]
+KINDS: dict[str, dict[str, Any]] = {
+    "depth_2": {"num_key_value_heads": 2, "qk_norm": True, "sgt_loops": {"1": {"heads": [0, 1, 3], "depth": 2}}},
+    "window": {"num_key_value_heads": 2, "sgt_loops": {"0": {"heads": [1], "depth": 1, "other_gate": 0.35}}},
+    "block_loop_tied_biases": {
+        "tie_word_embeddings": True, "attention_bias": True, "attention_out_bias": True, "mlp_bias": True,
+        "sgt_loops": {"1": {"block_loops": 1}},
+    },
+}  # fmt: skip
+EVERY = [(kind, strict, form) for kind in KINDS for strict in (False, True) for form in ("standard", "serving")]
+SHARE = [("depth_2", True, "standard"), ("window", False, "serving")]
+
+
+def small_model(kind: str, form: str = "standard") -> Any:
+    model = hf_model("never_grown", num_hidden_layers=2, **KINDS[kind])
+    return for_serving(model) if form == "serving" else model
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +48,9 @@ def padded(*shape: int) -> dict[str, Any]:
     return {"input_ids": tokens, "attention_mask": mask, "use_cache": False}
 
 
-@pytest.mark.parametrize(("variant", "strict"), share_of(EVERY, SHARE))
-def test_one_graph_serves_every_batch_and_length(variant: str, strict: bool) -> None:
-    model = hf_model(variant)
+@pytest.mark.parametrize(("kind", "strict", "form"), share_of(EVERY, SHARE))
+def test_one_graph_serves_every_batch_and_length(kind: str, strict: bool, form: str) -> None:
+    model = small_model(kind, form)
     batch, length = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("length", min=2, max=64)
     sizes = {0: batch, 1: length}
     shapes = {"input_ids": sizes, "attention_mask": sizes, "use_cache": None}
@@ -49,8 +62,7 @@ def test_one_graph_serves_every_batch_and_length(variant: str, strict: bool) -> 
     widths = {
         node.meta["val"].shape[-1] for node in program.graph.nodes if node.target is torch.ops.aten.linear.default
     }
-    kept = {"grouped_qk_norm_depth_3": 36}.get(variant)
-    assert kept is None or kept in widths, "the graph computes the kept heads alone"
+    assert (kind, form) != ("depth_2", "standard") or 36 in widths, "the graph does not compute the kept heads alone"
 
 
 def test_a_wrapped_projection_is_exported_as_it_is() -> None:
@@ -60,7 +72,7 @@ def test_a_wrapped_projection_is_exported_as_it_is() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 0.5 * super().forward(x)
 
-    model, inputs = hf_model("grouped_qk_norm_depth_3"), padded(2, 9)
+    model, inputs = small_model("depth_2"), padded(2, 9)
     untouched = model(**inputs).logits
     for layer in model.model.layers:
         layer.self_attn.o_proj.__class__ = Half

@@ -1,0 +1,29 @@
+"""How a run's tokenizer will be exported, known before the run."""
+
+from pathlib import Path
+
+from megatron_sgt.config.data import TokenizerConfig
+from megatron_sgt.data.hard_texts import HARD_TEXTS
+from megatron_sgt.data.sentencepiece_model import FAST, ExportForm, form_of, read_pieces
+from megatron_sgt.data.tokenizer import AutoTokenizerFolder, build_tokenizer
+
+
+def export_form(config: TokenizerConfig | None) -> ExportForm:
+    """How the tokenizer of ``config`` will be exported.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if config is None:
+        return FAST
+    if config.type == "sentencepiece":
+        return form_of(read_pieces(Path(config.model)), config.add_bos)
+    tokenizer = build_tokenizer(config)
+    if not isinstance(tokenizer, AutoTokenizerFolder) or tokenizer.fast is not None:
+        return FAST
+    loaded, beginning = tokenizer.loaded, [tokenizer.bos] if config.add_bos else []
+    why = f"a {type(loaded).__name__} exists in Python alone"
+    for text in HARD_TEXTS:
+        if loaded(text, split_special_tokens=True)["input_ids"] != [*beginning, *tokenizer.encode(text)]:
+            return ExportForm("none", f"{why}, and gives other ids by itself")
+    return ExportForm("slow", why)

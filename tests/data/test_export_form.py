@@ -1,0 +1,30 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_sgt.config.data import TokenizerConfig
+from megatron_sgt.data.export_form import export_form
+from tests.helpers.hf_tokenizers import bert
+
+
+def python_alone(folder: Path, name: str) -> Path:
+    folder.mkdir()
+    settings = {"tokenizer_class": name, "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_what_has_no_form_is_known_before_the_run(tmp_path: Path, sp_model: str) -> None:
+    assert export_form(None).form == export_form(TokenizerConfig.at(sp_model, add_bos=True)).form == "fast"
+    assert export_form(TokenizerConfig.at(bert(tmp_path / "bert"))).line is None
+    found = export_form(TokenizerConfig.at(python_alone(tmp_path / "bytes", "ByT5Tokenizer")))
+    assert found.form == "none" and "a ByT5Tokenizer exists in Python alone, and gives other ids" in str(found.line)
+
+
+def test_a_class_in_python_that_adds_nothing_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import ByT5Tokenizer
+
+    monkeypatch.setattr(ByT5Tokenizer, "build_inputs_with_special_tokens", lambda self, ids, _=None: ids)
+    found = export_form(TokenizerConfig.at(python_alone(tmp_path / "bytes", "ByT5Tokenizer")))
+    assert found.form == "slow" and "an export holds a slow one of the same ids" in str(found.line)
