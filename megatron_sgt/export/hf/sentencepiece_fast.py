@@ -2,11 +2,10 @@
 
 sentencepiece's BPE joins, again and again, the neighbouring pieces whose union has the highest score (of equals the
 leftmost); the library's BPE joins by the rank of the pair. Every split of a piece into two pieces is a pair, ranked by
-the piece's score: the ids are the same. A character model is one without pairs.
-User-defined symbols are cut out before, and are then pieces as they are. Its unigram model is the same search for the
-likeliest segmentation in both libraries, user-defined symbols by a high score, but sentencepiece adds the scores in
-single precision: where two segmentations are equally likely ("=====" as "====" "=" or "=" "===="), they may take
-different ones.
+the piece's score: the ids are the same. A character model is one without pairs. User-defined symbols are cut out
+before, and are then pieces as they are. Its unigram model is the same search for the likeliest segmentation in both
+libraries, user-defined symbols by a high score, but sentencepiece adds the scores in single precision: where two
+segmentations are equally likely ("=====" as "====" "=" or "=" "===="), they may take different ones.
 """
 
 from __future__ import annotations
@@ -15,14 +14,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers.models import BPE, Unigram
 
 from megatron_sgt.data.sentencepiece_model import (
-    BPE as BPE_KIND,
-)
-from megatron_sgt.data.sentencepiece_model import (
+    BPE,
     BYTE,
     CONTROL,
     NORMAL,
@@ -38,6 +34,7 @@ from megatron_sgt.export.hf.sentencepiece_normalizer import MARK, normalizer
 
 _NEVER = -1e6
 _PER_BYTE = 1e4
+"""More than the scores of the pieces of one special token come to."""
 
 
 def fast_tokenizer(path: Path, model: Pieces) -> FastTokenizer:
@@ -73,17 +70,17 @@ def _unigram(model: Pieces) -> FastTokenizer:
         return score + per_byte * size
 
     vocabulary = [(piece[0], scored(*piece)) for piece in model.pieces]
-    return FastTokenizer(Unigram(vocabulary, unk_id=model.unk, byte_fallback=model.byte_fallback))
+    return FastTokenizer(models.Unigram(vocabulary, unk_id=model.unk, byte_fallback=model.byte_fallback))
 
 
 def _bpe(path: Path, model: Pieces) -> FastTokenizer:
     vocabulary = {text: index for index, (text, _, _) in enumerate(model.pieces)}
-    merges = _merges(model) if model.kind == BPE_KIND else []
+    merges = _merges(model) if model.kind == BPE else []
     options: dict[str, Any] = {"unk_token": model.pieces[model.unk][0], "fuse_unk": True}
     symbols = model.user_defined
     if symbols:  # a piece as it is, where it stands alone
         options["ignore_merges"] = True
-    fast = FastTokenizer(BPE(vocabulary, merges, byte_fallback=model.byte_fallback, **options))
+    fast = FastTokenizer(models.BPE(vocabulary, merges, byte_fallback=model.byte_fallback, **options))
     if symbols:
         cuts = [pre_tokenizers.Split(Regex(alternation(symbols)), "isolated")]
         if (apart := _apart(path, model, set(symbols))) is not None:
@@ -127,10 +124,10 @@ def _decoder(model: Pieces) -> decoders.Decoder:
     if not model.byte_fallback:
         steps.append(decoders.Replace(Regex(rf"\A{re.escape(model.pieces[model.unk][0])}\z"), MARK))
     steps += [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if model.remove_extra_whitespaces and not any(text.startswith(2 * SPACE) for text, _, _ in model.pieces):
-        steps.append(decoders.Replace(Regex(r"\A +"), ""))
-    elif model.remove_extra_whitespaces or model.add_dummy_prefix:
-        steps.append(decoders.Strip(" ", 1, 0))
+    runs = any(text.startswith(2 * SPACE) for text, _, _ in model.pieces)
+    if model.escape_whitespaces and (model.remove_extra_whitespaces or model.add_dummy_prefix):
+        all_of_them = model.remove_extra_whitespaces and not runs
+        steps.append(decoders.Replace(Regex(r"\A +"), "") if all_of_them else decoders.Strip(" ", 1, 0))
     if not model.byte_fallback:
         steps.append(decoders.Replace(MARK, model.unknown_surface))
     return decoders.Sequence(steps)

@@ -12,6 +12,7 @@ import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from megatron_sgt.export.hf.modeling_sgt_serving import SGTServingForCausalLM
+from tests.helpers.exhaustive import exhaustive
 from tests.helpers.hf_models import gap
 from tests.helpers.serving import KINDS, TOKENS, Pair, for_serving, pair_of, served, standard_model
 
@@ -49,7 +50,7 @@ def test_the_standard_form_is_refused_there(pair: Pair, kind: str) -> None:
         served(pair.standard, kind, *TOKENS)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", exhaustive("eager")])
 def test_continuous_batching_is_generate(pair: Pair, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = pair.serving, [TOKENS[0, :9], TOKENS[1, :14]]
     config = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
