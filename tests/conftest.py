@@ -27,7 +27,6 @@ LONGEST = (
     "planning/test_memory.py",
     "ops/test_interpreter.py",
     "golden/test_fused_trajectory.py",
-    "planning/test_state_memory.py",
     "planning/test_traffic.py",
     "guard/test_watch.py",
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,8 +106,13 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def python_sources(folder: str = "") -> list[Source]:
     """All Python files below a folder of the repository ("": the whole repository)."""
-    paths = [path for path in _walk(ROOT / folder) if path.suffix == ".py"]
-    return [Source(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")) for path in paths]
+    return [source_of(path) for path in _walk(ROOT / folder) if path.suffix == ".py"]
+
+
+@cache
+def source_of(path: Path) -> Source:
+    """A file of the repository; it is parsed once for all rules (see conftest.py)."""
+    return Source(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8"))
 
 
 def text_files() -> list[tuple[str, str]]:

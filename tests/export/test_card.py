@@ -11,6 +11,7 @@ import yaml
 from megatron_sgt.checkpoint.surgery.offline import grow_checkpoint
 from megatron_sgt.export.architecture import TokenIds, hf_config, plain_architecture
 from megatron_sgt.export.card import model_card
+from megatron_sgt.export.forms import FORMS, Form
 from megatron_sgt.export.from_hf import import_model
 from megatron_sgt.export.source import open_checkpoint
 from megatron_sgt.export.to_hf import ExportOptions, export_checkpoint
@@ -79,3 +80,12 @@ def test_an_import_is_called_one_and_has_no_training(tmp_path: Path) -> None:
     assert front_matter(card)["base_model"] == "some/llama" and front_matter(card)["license"] == "llama3"
     assert "from `some/llama`; no step has been trained since" in card
     assert "## Training" not in card and str(tmp_path) not in card
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_every_form_names_the_code_that_it_brings(form: Form, tmp_path: Path) -> None:
+    source = open_checkpoint(write_grown_checkpoint(tmp_path))
+    plan = source.plan()
+    card = model_card(source, plan, hf_config(source.config.model, plan, 128, "bf16", TokenIds(), form), False)
+    assert all(f"`{name}`" in card for name in form.files) and "trust_remote_code=True" in card
+    assert front_matter(card)["library_name"] == "transformers" and f"| architecture | {form.architecture} |" in card
