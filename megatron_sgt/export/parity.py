@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_sgt import __version__
-from megatron_sgt.export.hf.loading import load_exported, quiet
+from megatron_sgt.export.hf.loading import load_exported, only_greedy, quiet
 from megatron_sgt.export.own_model import own_model
 from megatron_sgt.export.parity_positions import TOLERANCE, probe_positions, rotary_gap
 from megatron_sgt.export.to_hf import Export
@@ -133,14 +133,9 @@ def _compare(own: LanguageModel, theirs: Any, tokens: Tensor, export: Export, ne
 
     yield Check("logits, cached against uncached", largest_gap(through_cache(chunk, tokens), found), tolerance)
     prompts = tokens[:, :PROMPT]
-    text = theirs.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=new_tokens,
-    )
-    wrong = wrong_tokens(own, text, prompts.shape[1], export, theirs.generation_config.eos_token_id, tolerance)
+    ends = only_greedy(theirs)
+    text = theirs.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=new_tokens)
+    wrong = wrong_tokens(own, text, prompts.shape[1], export, ends, tolerance)
     yield Check("greedy continuation, differing tokens", float(wrong), 0.0)
 
 
@@ -168,21 +163,21 @@ def through_cache(step: Callable[[Tensor, Any], tuple[Tensor, Any]], inputs: Ten
 
 
 def wrong_tokens(
-    own: LanguageModel, text: Tensor, prompt: int, export: Export, eos: int | None, tolerance: float
+    own: LanguageModel, text: Tensor, prompt: int, export: Export, ends: list[int], tolerance: float
 ) -> int:
     """Tokens of ``text`` [B, S] after the first ``prompt`` that the project's model would not have chosen.
 
     One forward pass over the whole text suffices: by induction each token was chosen after the same text. Where two
-    tokens are equally likely, up to twice the tolerance of logits, either is right.
+    tokens are equally likely, up to twice the tolerance of logits, either is right. Behind one of ``ends`` there is
+    padding.
     """
     model = export.source.config.model
     known = min(model.vocab_size or export.source.vocab_rows, export.source.vocab_rows)
     logits = own.logits(text)[:, prompt - 1 : -1, :known]
     chosen = text[:, prompt:]
     behind = logits.max(-1).values - logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
-    alive = torch.ones_like(chosen, dtype=torch.bool)
-    if eos is not None:  # what follows an end is padding
-        alive = (chosen == eos).int().cumsum(1) - (chosen == eos).int() == 0
+    ended = torch.isin(chosen, torch.tensor(ends, dtype=chosen.dtype)).int()
+    alive = ended.cumsum(1) - ended == 0
     return int((~(behind <= 2 * tolerance) & alive).sum())
 
 

@@ -12,6 +12,7 @@ from megatron_sgt.checkpoint import layout
 from megatron_sgt.config import load_config
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.export.architecture import TokenIds
+from megatron_sgt.export.checked import checked_export
 from megatron_sgt.export.from_hf import import_model
 from megatron_sgt.export.hf.open_model import open_model
 from megatron_sgt.export.inherited import generation_values
@@ -21,7 +22,7 @@ from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import pretrain, write_tiny_data
 
 IDS = {"bos_token_id": 5, "eos_token_id": [7, 9, 11], "pad_token_id": 3}
-GENERATION = {**IDS, "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+GENERATION = {**IDS, "do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 2.0}
 
 
 def written(folder: Path, name: str) -> dict[str, Any]:
@@ -39,7 +40,8 @@ def write_source(folder: Path, family: str = "llama") -> None:
 def test_they_come_out_as_they_came_in(family: str, tmp_path: Path) -> None:
     write_source(tmp_path / "hf", family)
     import_model(tmp_path / "hf", tmp_path / "in", base_model="some/model")
-    export_checkpoint(tmp_path / "in", tmp_path / "out", options=ExportOptions(dtype="fp32"))
+    _, parity = checked_export(tmp_path / "in", tmp_path / "out", options=ExportOptions(dtype="fp32"))
+    assert parity is not None and parity.passed, "settings of generation are no part of the comparison"
     before, after = written(tmp_path / "hf", "config.json"), written(tmp_path / "out", "config.json")
     assert {name: after[name] for name in IDS} == {name: before[name] for name in IDS}
     assert written(tmp_path / "out", "generation_config.json") == GENERATION

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from megatron_sgt.compat.quiet import quiet_logs
@@ -54,6 +54,19 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in ``folder``."""
     with quiet():
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def only_greedy(model: Any) -> list[int]:
+    """Let ``model`` generate its most likely tokens; returns the ids that end a text.
+
+    What else an imported generation_config.json asks for (a repetition penalty, sampling, least lengths) would choose
+    other tokens.
+    """
+    given = model.generation_config
+    kept = {name: getattr(given, name) for name in ("eos_token_id", "pad_token_id", "suppress_tokens")}
+    model.generation_config = GenerationConfig(do_sample=False, num_beams=1, **kept)
+    ends = kept["eos_token_id"]
+    return [] if ends is None else ends if isinstance(ends, list) else [ends]
 
 
 def one_layer_models(folder: Path, trust: bool) -> Callable[[int], Any]:
