@@ -78,7 +78,6 @@ MISTAKES = (
     Mistake("convert_from_hf", "--input hf --output new", 4, ("lack 1 tensors", "model.norm.weight"), drop_tensor),
     Mistake("convert_from_hf", "--input llama --output new", 4, ("280 ids, the model knows 96",), give_wrong_tokenizer),
     Mistake("generate", "run", 3, ("no prompts", "--prompt-file")),
-    Mistake("generate", "run --prompt the --prompt=", 3, ("prompt 2 of 2 is empty",)),
     Mistake("generate", "run --prompt-file no.txt", 3, ("cannot read no.txt: No such file",)),
     Mistake("generate", "run --prompt the --max-new-tokens 99", 3, ("--max-new-tokens 99", "48")),
     Mistake("generate", "run --prompt the --greedy --num-samples 2", 2, ("--num-samples 2",)),
