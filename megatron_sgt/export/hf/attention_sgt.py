@@ -191,6 +191,8 @@ class SGTHeadLoop(nn.Module):
         key, value = cached.update(key, value)
         if self.slots != list(range(len(self.groups))):
             key, value = (torch.cat([t[:, s : s + 1] for s in self.slots], dim=1) for t in (key, value))
+        if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] > 1:  # one for each head
+            mask = mask[:, self.heads]
         out, _ = _attend(self, query, key, value, mask, **kwargs)
         if self.gates is not None:
             out = out * torch.tensor(self.gates, dtype=out.dtype, device=out.device)[:, None]

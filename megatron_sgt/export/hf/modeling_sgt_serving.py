@@ -126,6 +126,8 @@ class SGTServingModel(SGTPreTrainedModel):
         kwargs |= {"position_ids": position_ids, "cache_position": cache_position, "past_key_values": past_key_values}
         states = [x]
         for n, layer in enumerate(self.layers):
+            if self._ends[n] > config.num_hidden_layers:  # a draft of it exits early
+                break
             first = self._ends[n - 1] if n else 0
             passes = [self.passes[index] for index in range(first, self._ends[n])]
             x = layer(x, passes=passes, rank=self._rank_of(layer), **kwargs)

@@ -15,6 +15,7 @@ from transformers import DynamicCache, StaticCache
 
 from tests.helpers.exhaustive import exhaustive
 from tests.helpers.hf_models import gap, hf_model, random_ids, unrolled_llama
+from tests.helpers.serving import for_serving
 
 LOOPS = {
     "3": {"heads": [0, 3], "depth": 2},
@@ -102,6 +103,29 @@ def test_assisted_by_another_model(model: Any) -> None:
         each.generation_config.eos_token_id, each.generation_config.pad_token_id = 1, 0
     expected = generate(model, prompt, max_new_tokens=16)
     assert torch.equal(generate(model, prompt, max_new_tokens=16, assistant_model=assistant), expected)
+
+
+@pytest.mark.parametrize("serving", [False, True])
+def test_assisted_by_its_own_first_layers(model: Any, serving: bool) -> None:
+    """Layers of the form for serving are counted by their passes: 3 of them are layer 0, and no part of layer 1."""
+    model = for_serving(model) if serving else model
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 1, 0
+    prompt, layers = random_ids(1, 6), model.config.num_hidden_layers
+    expected = generate(model, prompt, max_new_tokens=16)
+    found = generate(model, prompt, max_new_tokens=16, assistant_early_exit=3 if serving else 1)
+    assert torch.equal(found, expected) and model.config.num_hidden_layers == layers
+
+
+def test_a_mask_for_each_head(model: Any) -> None:
+    tokens = random_ids(1, 9)
+    hidden = torch.ones(9, 9).triu(1).bool().repeat(1, 4, 1, 1)
+    hidden[:, 1, 5:, :2] = hidden[:, 3, 4:, 2] = True
+    mask = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        found, expected = (
+            each(tokens, attention_mask=mask, use_cache=False).logits for each in (model, unrolled_llama(model))
+        )
+    assert gap(found, expected) < 5e-5 < gap(found, model(tokens).logits)
 
 
 def test_a_mask_of_four_dimensions(model: Any) -> None:
