@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import unittest
 import warnings
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging as transformers_logging
 
 from megatron_sgt.export.hf import modeling_sgt
 from megatron_sgt.export.hf.configuration_sgt import SGTConfig
@@ -115,12 +117,16 @@ def model_tests() -> Any:
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For transformers' tests SGT is one of transformers' models."""
+def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For transformers' tests SGT is one of transformers' models, and the library says what it has to say."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_warning()  # the tools of this project silence it, for the whole process
     monkeypatch.setitem(CONFIG_MAPPING._extra_content, "sgt", SGTConfig)
     for table, name in KINDS.items():
         monkeypatch.setitem(getattr(modeling_auto, f"{table}_NAMES"), "sgt", name)
         monkeypatch.setitem(getattr(modeling_auto, table)._extra_content, SGTConfig, getattr(modeling_sgt, name))
+    yield
+    transformers_logging.set_verbosity(before)
 
 
 def matches(name: str, patterns: Any) -> bool:
