@@ -29,8 +29,12 @@ class ExitCode(enum.IntEnum):
 
 
 def first_line(error: BaseException) -> str:
-    """What ``error`` says, without what a library adds below; its type where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """What ``error`` says, without what a library adds below; its type where it says nothing.
+
+    A line that ends with a colon goes on in the next one.
+    """
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -25,3 +25,4 @@ def test_every_exit_code_says_what_it_means() -> None:
 def test_the_first_line_of_what_a_library_says() -> None:
     assert first_line(RuntimeError("\nno GPU\nstack")) == "no GPU"
     assert first_line(KeyError()) == "KeyError"
+    assert first_line(ValueError("field 'eps':\n    TypeError: a text\nstack")) == "field 'eps': TypeError: a text"

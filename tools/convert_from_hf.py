@@ -4,8 +4,9 @@
 python tools/convert_from_hf.py --input Llama-3-8B --output runs/llama/import
 torchrun --nproc-per-node 8 pretrain_sgt.py --config runs/llama/import/run.yaml data.data_path=data/c4
 
-Llama, Mistral without a sliding window, Qwen2, Qwen3 (dense), and folders that this project has exported. What
-does not fit is refused by name. The weights become fp32 masters; one tensor is in memory at a time.
+Llama, Mistral, Qwen2 and Qwen3 (dense), OLMo-2 and OLMo-3, and folders that this project has exported; sequences up
+to a sliding window. What does not fit is refused by name. The weights become fp32 masters; one tensor is in memory at a
+time.
 """
 
 from __future__ import annotations

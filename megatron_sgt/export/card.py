@@ -44,19 +44,21 @@ def model_card(
     plan: LoopPlan,
     config: dict[str, Any],
     training_gates: bool,
-    tokenizer_notes: Sequence[str] = (),
+    tokenizer_notes: Sequence[str] | None = None,
     license_id: str | None = None,
 ) -> str:
     """Markdown with the front matter that model hubs read.
 
     Args:
         config: the folder's ``config.json``.
+        tokenizer_notes: what its user must know; None: the folder has no tokenizer.
         license_id: of the weights, as hubs name licences; None: the card says that none was named.
     """
     details = source.details
     form = form_of(config["model_type"])
     title = f"{'Sparse Growing Transformer' if plan.layers else 'Decoder'}, {si(details.parameters)} parameters"
     trust = ", trust_remote_code=True" if form else ""
+    has_tokenizer = tokenizer_notes is not None
     lines = [
         *_front_matter(source, license_id),
         f"# {title}",
@@ -64,10 +66,10 @@ def model_card(
         _origin(source) + _grown(details) + _averaged(source) + _faded(source),
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if has_tokenizer else ''}",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})',
-        f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})',
+        *([f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})'] if has_tokenizer else []),
         "```",
         "",
         *_growth_section(details.growth.layers, plan, training_gates),
@@ -83,7 +85,7 @@ def model_card(
         lines += ["## Tokenizer", "", *(f"- {note}" for note in tokenizer_notes), ""]
     if form:
         code = ", ".join(f"`{name}`" for name in form.files)
-        lines += ["## Custom code", "", _CUSTOM.format(files=code), ""]
+        lines += ["## Custom code", "", _CUSTOM.format(files=code), "", form.about, ""]
     if details.step:  # of an import that was not trained on, nothing of the run has happened
         lines += [*data_section(source), *training_section(source), *validation_section(source)]
     lines += ["## Licence", "", _licence(license_id), "", "## Citation", "", *_CITATION, ""]
@@ -158,7 +160,7 @@ def _shape(source: ExportSource, config: dict[str, Any]) -> list[tuple[str, str]
         ("query heads, key/value heads, head size",
          f"{model.num_attention_heads}, {model.num_query_groups}, {model.kv_channels}"),
         ("vocabulary", f"{rows:,} rows{padding}"),
-        ("trained context", f"{model.seq_length:,} tokens"),
+        ("context", f"{config['max_position_embeddings']:,} tokens"),
         ("stored in", config["torch_dtype"]),
     ]  # fmt: skip
 

@@ -24,6 +24,8 @@ from megatron_sgt.jsonl import read_all, without_void_records
 from megatron_sgt.metrics import METRICS_FILE
 
 Row = tuple[str, str]
+PIPE = "\\|"
+"""How a table has this sign in a cell, in code too."""
 
 
 def data_section(source: ExportSource) -> list[str]:
@@ -34,8 +36,8 @@ def data_section(source: ExportSource) -> list[str]:
         return []
     total = sum(file["weight"] for file in files)
     rows = [
-        f"| {_name(file['prefix'])} | {file['weight'] / total:.4g} | {_count(file.get('documents'))} | "
-        f"{_count(file.get('tokens'))} |"
+        f"| {_code(_name(file['prefix'])).replace('|', PIPE)} | {file['weight'] / total:.4g} | "
+        f"{_count(file.get('documents'))} | {_count(file.get('tokens'))} |"
         for file in files
     ]
     lines = [
@@ -49,7 +51,7 @@ def data_section(source: ExportSource) -> list[str]:
         lines += ["", held]
     before = [*dict.fromkeys(_name(file["prefix"]) for order in orders[:-1] for file in order["files"])]
     if before and orders[-1]["from_sample"]:
-        names = ", ".join(f"`{name}`" for name in before)
+        names = ", ".join(map(_code, before))
         lines += ["", f"From sample {orders[-1]['from_sample']:,} on; before, the run read {names}."]
     return [*lines, ""]
 
@@ -185,4 +187,9 @@ def _became(event: dict[str, Any]) -> str:
 
 
 def _name(prefix: str) -> str:
-    return Path(prefix).name.replace("|", "\\|")
+    return " ".join(Path(prefix).name.split())
+
+
+def _code(text: str) -> str:
+    """``text`` as it stands, whatever signs of Markdown it has."""
+    return f"`` {text} ``" if "`" in text else f"`{text}`"

@@ -17,7 +17,7 @@ class Form:
 
     name: what ``--for`` calls it. files: of ``export/hf/``, copied into the folder. auto_map: class of transformers ->
     "file.Class" in the folder, as ``config.json`` has it. passes_are_layers: ``num_hidden_layers`` counts attention
-    passes, and ``sgt_num_layers`` the layers.
+    passes, and ``sgt_num_layers`` the layers. about: what the card of an export says of it.
     """
 
     name: str
@@ -25,6 +25,7 @@ class Form:
     files: tuple[str, ...]
     auto_map: dict[str, str]
     passes_are_layers: bool
+    about: str
 
     @property
     def architecture(self) -> str:
@@ -66,6 +67,8 @@ STANDARD = Form(
         "AutoModelForQuestionAnswering": "modeling_sgt.SGTForQuestionAnswering",
     },
     passes_are_layers=False,
+    about="This is the form for transformers' own generation and training. vLLM and SGLang without a plugin, and "
+    "continuous batching, need the same model exported with `--for serving`.",
 )
 """For transformers' own generation and training: loops compute and cache their kept heads alone."""
 
@@ -79,6 +82,8 @@ SERVING = Form(
         CAUSAL_LM: "modeling_sgt_serving.SGTServingForCausalLM",
     },
     passes_are_layers=True,
+    about="This is the form for serving: `num_hidden_layers` in `config.json` counts attention passes, each with an "
+    "entry of its own in the cache, and `sgt_num_layers` the layers.",
 )
 """For runtimes with a cache of their own: every attention pass is a layer to them, with all heads."""
 

@@ -123,8 +123,8 @@ def _whole_or_nothing(output: Path) -> Iterator[Path]:
 def _write(source: ExportSource, plan: LoopPlan, options: ExportOptions, temporary: Path, output: Path) -> Export:
     model = source.config.model
     tokenizer = WrittenTokenizer()
-    wanted = options.tokenizer or source.config.data.tokenizer
-    if options.write_tokenizer and wanted is not None:
+    wanted = (options.tokenizer or source.config.data.tokenizer) if options.write_tokenizer else None
+    if wanted is not None:
         # Before the weights: it is the part most likely to be missing, and quickly checked.
         tokenizer = write_tokenizer(wanted, temporary, source.config, options.chat_template)
     plain, why = plain_architecture(model, plan, tokenizer.like_qwen)
@@ -148,7 +148,8 @@ def _write(source: ExportSource, plan: LoopPlan, options: ExportOptions, tempora
     form = options.form if plain is None else None
     for name in form.files if form else ():
         shutil.copyfile(Path(__file__).parent / "hf" / name, temporary / name)
-    card = model_card(source, plan, config, options.training_gates, tokenizer.notes, options.license)
+    notes = None if wanted is None else tokenizer.notes
+    card = model_card(source, plan, config, options.training_gates, notes, options.license)
     write_text(temporary / "README.md", card)
     architecture = plain or options.form.architecture
     return Export(output, source, plan, options, form, architecture, why, tokenizer.notes, size, drifts[0])

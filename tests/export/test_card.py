@@ -80,12 +80,14 @@ def test_an_import_is_called_one_and_has_no_training(tmp_path: Path) -> None:
     assert front_matter(card)["base_model"] == "some/llama" and front_matter(card)["license"] == "llama3"
     assert "from `some/llama`; no step has been trained since" in card
     assert "## Training" not in card and str(tmp_path) not in card
+    assert "AutoTokenizer" not in card, "the folder has none"
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_every_form_names_the_code_that_it_brings(form: Form, tmp_path: Path) -> None:
     source = open_checkpoint(write_grown_checkpoint(tmp_path))
     plan = source.plan()
-    card = model_card(source, plan, hf_config(source.config.model, plan, 128, "bf16", TokenIds(), form), False)
+    card = model_card(source, plan, hf_config(source.config.model, plan, 128, "bf16", TokenIds(), form), False, ())
+    assert form.about in card and 'AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)' in card
     assert all(f"`{name}`" in card for name in form.files) and "trust_remote_code=True" in card
     assert front_matter(card)["library_name"] == "transformers" and f"| architecture | {form.architecture} |" in card

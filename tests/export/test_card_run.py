@@ -31,7 +31,7 @@ def test_a_run_is_told_without_the_machines_paths() -> None:
     card = (grown_run.export() / "README.md").read_text()
     assert str(grown_run.folder()) not in card and "/tmp" not in card
     beside = json.loads(Path(grown_run.data_prefix() + ".json").read_text())
-    assert f"| words | 1 | {beside['documents']:,} | {beside['tokens']:,} |" in card
+    assert f"| `words` | 1 | {beside['documents']:,} | {beside['tokens']:,} |" in card
     assert "held out: 0.1 for validation." in card
     losses = grown_run.validation_losses()
     assert f"after step 18: **{losses[18]:.4f}** nats per token" in card
@@ -76,7 +76,7 @@ def blended(tmp_path: Path, orders: list[dict[str, Any]] | None) -> ExportSource
 
 def test_a_blend_from_what_lies_beside_its_files(tmp_path: Path) -> None:
     lines = data_section(blended(tmp_path, None))
-    assert told(lines)["web"] == "0.75 | 8 | 160" and told(lines)["code"] == "0.25 | not recorded | not recorded"
+    assert told(lines)["`web`"] == "0.75 | 8 | 160" and told(lines)["`code`"] == "0.25 | not recorded | not recorded"
     assert "Of the documents of each, shares were held out: 0.1 for validation and 0.1 for test." in lines
 
 
@@ -91,8 +91,18 @@ def order(from_sample: int, **weights: float) -> dict[str, Any]:
 
 def test_what_the_run_read_before(tmp_path: Path) -> None:
     lines = data_section(blended(tmp_path, [order(0, old=1.0), order(8, web=0.5, new=0.5)]))
-    assert told(lines)["new"] == "0.5 | 5 | 1,000" and "/home/me" not in "".join(lines)
+    assert told(lines)["`new`"] == "0.5 | 5 | 1,000" and "/home/me" not in "".join(lines)
     assert "From sample 8 on; before, the run read `old`." in lines
+
+
+def test_names_are_no_markdown(tmp_path: Path) -> None:
+    """Nor is one a cell of the table more, or a line."""
+    odd = ("a|b", "c`d|e", "_f_<g>[h](i)", "j\nk")
+    recorded = [order(0, **dict.fromkeys(odd, 1.0)), order(8, **dict.fromkeys(odd, 1.0))]
+    lines = data_section(blended(tmp_path, recorded))
+    names = [line.split(" | 0.25 | ")[0] for line in lines if " | 0.25 | " in line]
+    assert names == [r"| `a\|b`", r"| `` c`d\|e ``", "| `_f_<g>[h](i)`", "| `j k`"]
+    assert "From sample 8 on; before, the run read `a|b`, `` c`d|e ``, `_f_<g>[h](i)`, `j k`." in lines
 
 
 @pytest.mark.parametrize(

@@ -78,8 +78,10 @@ def read_config(folder: Path) -> Any:
         model_type = values.get("model_type")
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is no Hugging Face model folder: it has no {CONFIG_FILE}") from error
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except AttributeError as error:
+        raise CheckpointError(f"{path} is no JSON object; copy it again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; copy it again") from error
     if model_type is None:
         raise CheckpointError(f"{path} names no model_type: it is not a model that transformers has saved")
     try:

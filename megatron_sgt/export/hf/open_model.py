@@ -117,6 +117,7 @@ def _open_folder(path: Path, dtype: str, trust_remote_code: bool) -> OpenModel:
         "dtype": DTYPES[dtype],
         "local_files_only": True,
         "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # they are in what is returned, and refused by name
         "use_safetensors": True,  # never a pickle that lies beside them
     }
     try:
@@ -139,8 +140,12 @@ def _open_folder(path: Path, dtype: str, trust_remote_code: bool) -> OpenModel:
 def _refuse_differences(name: str, report: dict[str, Any]) -> None:
     """transformers only warns about missing or unknown weights, and draws new ones."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(map(str, report.get(kind) or ())):
-            raise CheckpointError(f"{name}: {len(keys)} {kind.replace('_', ' ')} in its weights: {', '.join(keys[:4])}")
+        found = report.get(kind) or ()
+        if keys := sorted({key[0] if isinstance(key, tuple) else str(key) for key in found}):  # shapes behind the name
+            raise CheckpointError(
+                f"{name}: {len(keys)} {kind.replace('_', ' ')} in its weights: {', '.join(keys[:4])}; config.json and "
+                "weights are of two models, or a part was not copied"
+            )
 
 
 def _generation_config(source: ExportSource, ids: TokenIds) -> Any:

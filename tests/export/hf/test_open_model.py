@@ -75,6 +75,15 @@ def test_weights_that_are_missing_are_not_drawn_anew(tmp_path: Path) -> None:
         open_model(tmp_path)
 
 
+def test_weights_of_another_size_are_named(tmp_path: Path) -> None:
+    save_hf_model(tmp_path, "llama")
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"vocab_size": VOCAB_SIZE + 8}))
+    named = r"2 mismatched keys in its weights: lm_head\.weight, model\.embed_tokens\.weight; config\.json and weights"
+    with pytest.raises(CheckpointError, match=named):
+        open_model(tmp_path)
+
+
 def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
     save_hf_model(tmp_path, "llama", shard_size="20KB")
     shard = next(tmp_path.glob("model-00002-*"))
