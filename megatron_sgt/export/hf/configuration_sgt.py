@@ -24,13 +24,13 @@ def _rope_settings(theta: float, *given: dict[str, Any] | None) -> dict[str, Any
     return settings
 
 
-def _set_rope(config: PretrainedConfig, settings: dict[str, Any]) -> None:
-    """Give ``config`` its rotary settings under the names of both versions of transformers."""
-    config.rope_theta = settings["rope_theta"]
-    config.rope_parameters = settings
+def _rope_fields(settings: dict[str, Any]) -> dict[str, Any]:
+    """Rotary settings under the names of both versions of transformers."""
+    fields = {"rope_theta": settings["rope_theta"], "rope_parameters": settings}
     if not hasattr(PretrainedConfig, "standardize_rope_params"):  # transformers 4
         scaled = settings["rope_type"] != "default"
-        config.rope_scaling = {k: v for k, v in settings.items() if k != "rope_theta"} if scaled else None
+        fields["rope_scaling"] = {k: v for k, v in settings.items() if k != "rope_theta"} if scaled else None
+    return fields
 
 
 def _check_entries(layer: str, loop: dict[str, Any]) -> None:
@@ -112,7 +112,7 @@ class SGTConfig(PretrainedConfig):
         self.normalization = normalization
         self.rms_norm_eps = rms_norm_eps
         self.max_position_embeddings = max_position_embeddings
-        _set_rope(self, _rope_settings(rope_theta, rope_scaling, rope_parameters))
+        self.__dict__.update(_rope_fields(_rope_settings(rope_theta, rope_scaling, rope_parameters)))
         self.norm_position, self.qk_norm, self.qk_norm_over = norm_position, qk_norm, qk_norm_over
         self.attention_bias, self.attention_out_bias, self.mlp_bias = attention_bias, attention_out_bias, mlp_bias
         self.attention_dropout = attention_dropout
@@ -127,6 +127,15 @@ class SGTConfig(PretrainedConfig):
             tie_word_embeddings=tie_word_embeddings,
             **kwargs,
         )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A rotary setting that is changed later (by ``from_pretrained``'s arguments) changes under all its names."""
+        known = self.__dict__.get("rope_parameters")
+        if known is None or name not in ("rope_theta", "rope_scaling", "rope_parameters"):
+            super().__setattr__(name, value)
+            return
+        given = {**known, "rope_theta": value} if name == "rope_theta" else value
+        self.__dict__.update(_rope_fields(_rope_settings(known["rope_theta"], given)))
 
     def loop_of(self, layer: int) -> dict[str, Any]:
         return {

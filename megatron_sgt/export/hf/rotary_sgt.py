@@ -24,7 +24,7 @@ class SGTRotaryEmbedding(nn.Module):
 
     def __init__(self, config: SGTConfig) -> None:
         super().__init__()
-        self.theta, self.size = config.rope_theta, config.head_dim
+        self.theta, self.size = config.rope_parameters["rope_theta"], config.head_dim
         self.frequencies: Tensor | None = None
         self._copied: Tensor | None = None  # on the device where they are used
         self.attention_scaling = 1.0

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_sgt.export.hf.configuration_sgt import SGTConfig
-from tests.helpers.hf_models import hf_config
+from megatron_sgt.export.hf.rotary_sgt import SGTRotaryEmbedding
+from tests.helpers.hf_models import hf_config, hf_model
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -19,6 +21,30 @@ def test_round_trip(tmp_path: Path) -> None:
         "3": {"heads": [0, 3], "depth": 3}, "1": {"heads": [0, 1, 2], "depth": 1},
     }  # fmt: skip
     assert (again.head_dim, again.num_key_value_heads, again.qk_norm) == (12, 2, True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_theta": 500.0},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    ],
+)
+def test_rotary_settings_given_to_from_pretrained_are_those_of_the_model(change: Any, tmp_path: Path) -> None:
+    hf_model().save_pretrained(tmp_path)
+    changed = type(hf_model()).from_pretrained(tmp_path, **change)
+    changed.save_pretrained(tmp_path / "again")
+    again = type(changed).from_pretrained(tmp_path / "again")
+    config = hf_config(**change)
+    assert changed.config.rope_parameters == again.config.rope_parameters == config.rope_parameters
+    positions = torch.arange(8)[None]
+    wanted = SGTRotaryEmbedding(config)(torch.zeros(1), positions)
+    for model in (changed, again):
+        assert all(map(torch.equal, model.model.rotary_emb(torch.zeros(1), positions), wanted))
+    assert not torch.equal(wanted[0], hf_model().model.rotary_emb(torch.zeros(1), positions)[0])
 
 
 def test_passes_count_every_attention() -> None:

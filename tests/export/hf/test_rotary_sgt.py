@@ -92,6 +92,8 @@ def test_another_type_is_refused() -> None:
 
 def test_another_type_that_was_set_later_is_refused_too() -> None:
     config = hf_config()
-    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": THETA, "factor": 4.0}
+    with pytest.raises(ValueError, match="rope_type 'dynamic': choose default, linear"):
+        config.rope_parameters = {"rope_type": "dynamic", "rope_theta": THETA, "factor": 4.0}
+    config.rope_parameters["rope_type"] = "dynamic"
     with pytest.raises(ValueError, match="rope_type 'dynamic': choose default, linear"):
         SGTRotaryEmbedding(config)
