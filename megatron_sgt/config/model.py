@@ -129,6 +129,8 @@ class ModelConfig(Section):
         return self.qk_layernorm and self.qk_layernorm_over == "all"
 
     def problems(self) -> Iterator[str]:
+        if self.rotary_scaling is not None and self.rotary_scaling.type == "yarn" and self.rotary_base <= 1:
+            yield f"rotary_base: rotary_scaling.type yarn needs one above 1, got {self.rotary_base:g}"
         if self.qk_layernorm_over == "all" and not self.qk_layernorm:
             yield "qk_layernorm_over: all has no effect with qk_layernorm false; set qk_layernorm: true"
         if self.num_attention_heads % self.num_query_groups:

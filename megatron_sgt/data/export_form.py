@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatron_sgt.config.data import TokenizerConfig
 from megatron_sgt.data.hard_texts import HARD_TEXTS
-from megatron_sgt.data.sentencepiece_model import FAST, ExportForm, form_of, read_pieces
+from megatron_sgt.data.sentencepiece_model import FAST, ExportForm, form_of, read_pieces, slow_or_none
 from megatron_sgt.data.tokenizer import AutoTokenizerFolder, build_tokenizer
 
 
@@ -17,7 +17,12 @@ def export_form(config: TokenizerConfig | None) -> ExportForm:
     if config is None:
         return FAST
     if config.type == "sentencepiece":
-        return form_of(read_pieces(Path(config.model)), config.add_bos)
+        pieces = read_pieces(Path(config.model))
+        form = form_of(pieces, config.add_bos)
+        if form == FAST and pieces.own_rules:  # the conversion alone shows whether they have a fast form
+            other = slow_or_none(pieces, "it has rules of normalisation of its own", config.add_bos)
+            return ExportForm("unsure", other.why) if other.form == "none" else FAST
+        return form
     tokenizer = build_tokenizer(config)
     if not isinstance(tokenizer, AutoTokenizerFolder) or tokenizer.fast is not None:
         return FAST

@@ -12,6 +12,7 @@ SPACE = "\u2581"
 """What sentencepiece writes for a space."""
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 UNIGRAM, BPE, WORD, CHAR = 1, 2, 3, 4
+_KNOWN_RULES = ("nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf", "identity")
 TIE = 1e-3
 """Difference of log-likelihoods that counts as none: single precision, summed over a text."""
 
@@ -30,6 +31,8 @@ class Pieces:
     """Whether a space belongs to the word before it."""
     charsmap: bytes
     """Rules of normalisation, as sentencepiece compiles them."""
+    own_rules: bool
+    """Whether they are the user's, and not sentencepiece's."""
     rewrites_decoded: bool
     """Whether decoding has rules of its own, too."""
     unknown_surface: str
@@ -110,6 +113,7 @@ def read_pieces(path: Path) -> Pieces:
         escape_whitespaces=rules.escape_whitespaces,
         suffix=trainer.treat_whitespace_as_suffix,
         charsmap=rules.precompiled_charsmap,
+        own_rules=rules.name not in _KNOWN_RULES and bool(rules.precompiled_charsmap),
         rewrites_decoded=bool(proto.denormalizer_spec.precompiled_charsmap),
         unknown_surface=trainer.unk_surface,
         bos=control(trainer.bos_piece),
@@ -124,10 +128,16 @@ class ExportForm:
     """How a tokenizer is exported. ``why``: what stands against a better form, a phrase; empty for a fast one.
 
     fast: a tokenizer.json. slow: a class of transformers around sentencepiece itself. none: neither gives the same ids.
+    unsure: fast or none, which the export finds out.
     """
 
-    form: Literal["fast", "slow", "none"]
+    form: Literal["fast", "slow", "none", "unsure"]
     why: str = ""
+
+    @property
+    def may_fail(self) -> bool:
+        """Whether an export with the tokenizer is refused, or may be."""
+        return self.form in ("none", "unsure")
 
     @property
     def line(self) -> str | None:
@@ -136,9 +146,16 @@ class ExportForm:
             return None
         if self.form == "slow":
             return f"the tokenizer has no fast form ({self.why}): an export holds a slow one of the same ids"
+        if self.form == "unsure":
+            known = (
+                f"the tokenizer may have no form in transformers with the same ids ({self.why}), which the export of "
+                "an early checkpoint shows; without one"
+            )
+        else:
+            known = f"the tokenizer has no form in transformers, fast or slow, with the same ids: {self.why};"
         return (
-            f"the tokenizer has no form in transformers, fast or slow, with the same ids: {self.why}; an export needs "
-            "--tokenizer none and a tokenizer of your own; tools/train_tokenizer.py makes one that can be exported"
+            f"{known} an export needs --tokenizer none and a tokenizer of your own; tools/train_tokenizer.py makes one "
+            "that can be exported"
         )
 
 

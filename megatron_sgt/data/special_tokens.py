@@ -12,7 +12,7 @@ def read_as_text(fast: Any, boundaries: Iterable[int] = ()) -> None:
 
     The library does so where they are nothing but added tokens. Where they are words of the model's vocabulary, too
     (``</s>`` of a unigram model, ``[SEP]`` between spaces), the model itself would find them: these words alone are
-    split behind their first character, which changes no other text.
+    split behind their first character, which changes no text that does not spell them.
     """
     from tokenizers import AddedToken, Regex, pre_tokenizers
 
@@ -27,8 +27,10 @@ def read_as_text(fast: Any, boundaries: Iterable[int] = ()) -> None:
     ]
     if not words:
         return
-    pattern = "|".join(f"{re.escape(word[0])}(?={re.escape(word[1:])})" for word in words)
-    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    # Unigram finds them anywhere, WordPiece where a word begins, the others as whole words only.
+    begins, ends = {"Unigram": ("", ""), "WordPiece": (r"\A", "")}.get(type(fast.model).__name__, (r"\A", r"\z"))
+    pattern = "|".join(f"{re.escape(word[0])}(?={re.escape(word[1:])}{ends})" for word in words)
+    split = pre_tokenizers.Split(Regex(f"{begins}(?:{pattern})"), "isolated")
     before = fast.pre_tokenizer
     fast.pre_tokenizer = split if before is None else pre_tokenizers.Sequence([before, split])
 

@@ -195,6 +195,19 @@ class AutoTokenizerFolder(Tokenizer):
         super().__init__(f"huggingface {path}", _size(self._vocab, path), eod, bos)
         if self.fast is not None:
             read_as_text(self.fast, self.boundaries)
+        else:
+            self._refuse_ordinary_added_tokens()
+
+    def _refuse_ordinary_added_tokens(self) -> None:
+        """A class in Python alone takes all added tokens in a text for text, or none."""
+        special = {*self.loaded.all_special_tokens}
+        added = self.loaded.added_tokens_decoder.values()
+        if ordinary := [str(token) for token in added if not token.special and str(token) not in special]:
+            raise DataError(
+                f"tokenizer {self.name} is a {type(self.loaded).__name__}, which exists in Python alone and cannot "
+                f"tell its added token {ordinary[0]!r} from special tokens written out in a text; convert it to a "
+                "tokenizer.json, or mark the token as special in its tokenizer_config.json"
+            )
 
     @property
     def fast(self) -> Any:

@@ -60,7 +60,7 @@ def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:
     if exported.form == "slow":
         notes.append(str(exported.line))
     rows += [("note", note) for note in notes]
-    if exported.form == "none":
+    if exported.may_fail:
         rows.append(("WARNING", str(exported.line)))
     return "\n".join(f"{name:<11} {text}" for name, text in rows)
 

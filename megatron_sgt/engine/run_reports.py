@@ -35,7 +35,7 @@ def report_start(run: Session, stage: RunningStage, start: Start, data: DataStar
     if data.change is not None:
         run.hub.log("data", data_record(data.change, run.state.step))
     groups, config = run.groups, stage.config
-    if groups.is_main and (exported := export_form(config.data.tokenizer)).form == "none":
+    if groups.is_main and (exported := export_form(config.data.tokenizer)).may_fail:
         print(f"WARNING  {exported.line}", flush=True)
     if groups.is_main and len(run.stages) > 1:  # those to come are in no checkpoint that a change could be told from
         print(f"STAGES  {stages_line(run.stages)}", flush=True)

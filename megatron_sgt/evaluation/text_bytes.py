@@ -44,7 +44,8 @@ class TextBytes:
 
     def _bytes(self, token: int, before: list[int]) -> int:
         text = self._tokenizer.decode([*before, token])
-        if _DAMAGED not in text:
+        piece = self._tokenizer.piece(token)
+        if _DAMAGED not in text or _DAMAGED in piece:  # a vocabulary may have the sign itself
             return len(text.encode()) - len(self._tokenizer.decode(before).encode())
-        piece = self._tokenizer.piece(token)  # a part of a character
+        # A part of a character.
         return 1 if _ONE_BYTE.fullmatch(piece) else len(piece)  # byte-level: each sign of the piece is a byte

@@ -11,7 +11,7 @@ from megatron_sgt.config.pipeline import AUTO
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.metrics.units import file_size
 from megatron_sgt.planning.hardware import USABLE
-from megatron_sgt.planning.loop_cost import choose_loop_method, loop_flops
+from megatron_sgt.planning.loop_cost import choose_loop_method, loop_flops, loop_methods
 from megatron_sgt.planning.parameters import stage_parameter_count
 from megatron_sgt.planning.pipeline import bubble, cut_cost, expected_plan, pipeline_layout
 from megatron_sgt.planning.rank_memory import peak_memory
@@ -127,7 +127,7 @@ def changed(config: Config, values: dict[str, Any]) -> Config:
 def _loops(config: Config) -> Iterator[str]:
     ranks = config.parallel.tensor_model_parallel_size
     heads = tuple(range(most_kept_heads(config)))
-    if not heads or ranks == 1 or choose_loop_method(config)[0] != "owner" or config.model.norms_all_heads:
+    if not heads or choose_loop_method(config)[0] != "owner" or "balanced" not in loop_methods(config):
         return
     busiest = max(loop_flops(config, "owner", heads, rank).executed for rank in range(ranks))
     share = busiest * ranks / sum(loop_flops(config, "owner", heads, rank).executed for rank in range(ranks))

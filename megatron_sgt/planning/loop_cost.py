@@ -122,24 +122,38 @@ def _payload(transfers: tuple[Transfer, ...]) -> int:
     return sum(item.payload * (2 if item.kind == "all_reduce" else 1) for item in transfers)
 
 
+def balanced_obstacle(config: Config) -> str | None:
+    """Why the kept heads of this run cannot be spread over its tensor-parallel ranks; None: they can."""
+    ranks = config.parallel.tensor_model_parallel_size
+    if config.model.norms_all_heads:
+        return "norms of queries and keys over all heads need the projections of all ranks"
+    if config.model.attention_dropout > 0:
+        return "attention dropout is drawn per head, by its owner"
+    if uneven := [length for length in config.seq_lengths.every if length % ranks]:
+        return f"seq_length {uneven[0]} does not divide over {ranks} ranks"
+    return None
+
+
+def loop_methods(config: Config) -> tuple[LoopMethod, ...]:
+    """The ways that this run has, whatever ``parallel.loop_method`` says."""
+    alone = config.parallel.tensor_model_parallel_size == 1
+    return ("owner",) if alone or balanced_obstacle(config) is not None else ("owner", "balanced")
+
+
 def choose_loop_method(config: Config) -> tuple[LoopMethod, str]:
     """The way of looping for this run, and why, in one line.
 
     A ``parallel.loop_method`` other than "auto" is taken as it is. The kept heads are not known before growth, so the
     usual case is compared: all of them on one rank.
     """
-    parallel, model = config.parallel, config.model
+    parallel = config.parallel
     ranks = parallel.tensor_model_parallel_size
     if parallel.loop_method != "auto":
         return parallel.loop_method, f"{parallel.loop_method} looping (parallel.loop_method)"
     if ranks == 1:
         return "owner", "kept heads loop where they are: there is one tensor-parallel rank"
-    if model.norms_all_heads:
-        return "owner", "owner looping: norms of queries and keys over all heads need the projections of all ranks"
-    if model.attention_dropout > 0:
-        return "owner", "owner looping: attention dropout is drawn per head, by its owner"
-    if uneven := [length for length in config.seq_lengths.every if length % ranks]:
-        return "owner", f"owner looping: seq_length {uneven[0]} does not divide over {ranks} ranks"
+    if (obstacle := balanced_obstacle(config)) is not None:
+        return "owner", f"owner looping: {obstacle}"
     kept = tuple(range(most_kept_heads(config)))
     if not kept:
         return "owner", "no head loops"

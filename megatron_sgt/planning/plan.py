@@ -11,17 +11,16 @@ from megatron_sgt.growth import ENTROPY, LoopPlan
 from megatron_sgt.planning.advice import other_layouts, warnings
 from megatron_sgt.planning.flops import at_length, batch_flops, overhead, step_flops
 from megatron_sgt.planning.hardware import USABLE
-from megatron_sgt.planning.loop_cost import choose_loop_method
+from megatron_sgt.planning.loop_cost import choose_loop_method, loop_methods
 from megatron_sgt.planning.parameters import checkpoint_bytes, parameter_count, parameters_by_part
 from megatron_sgt.planning.pipeline import describe_cut, pipeline_layout
 from megatron_sgt.planning.rank_memory import rank_memory
 from megatron_sgt.planning.stages import StagePlan, plan_stages, stage_table
 from megatron_sgt.planning.step_time import NOT_CALIBRATED, Machine, step_time
 from megatron_sgt.planning.structure import FIXED, Stretch, final_plan, schedule_of
-from megatron_sgt.planning.tensor_traffic import LoopMethod, loop_pass_traffic
+from megatron_sgt.planning.tensor_traffic import loop_pass_traffic
 from megatron_sgt.planning.traffic import group_sizes, step_traffic
 
-METHODS: tuple[LoopMethod, ...] = ("owner", "balanced")
 ERROR_BARS = (
     "parameters and FLOPs: exact, as the built model and torch's counter count them",
     "weights, gradients, optimizer, saved activations: within 5 % of the live tensors (CPU; activations in fp32)",
@@ -197,7 +196,7 @@ def _traffic(config: Config, world_size: int, precision: str) -> dict[str, Any]:
             method: sum(
                 item.wire_bytes(tensor) for way in loop_pass_traffic(config, looping, precision, method) for item in way
             )
-            for method in METHODS
+            for method in loop_methods(config)
         }
     ordinary = [item for item in traffic["per_step"] if item["part"] == "ordinary layers"]
     layers = len(pipeline_layout(config).layers(busiest))
@@ -207,12 +206,11 @@ def _traffic(config: Config, world_size: int, precision: str) -> dict[str, Any]:
 
 def _step_times(config: Config, world_size: int, machine: Machine, precision: str) -> dict[str, Any]:
     plan, empty = final_plan(config, together=True), LoopPlan.empty(config.model.num_layers)
-    tensor = config.parallel.tensor_model_parallel_size
     times: dict[str, Any] = {"note": NOT_CALIBRATED}
     times["vanilla"] = asdict(step_time(config, empty, world_size, machine, precision, "owner"))
     vanilla = times["vanilla"]["total"] = sum(times["vanilla"].values())
     if plan.layers:
-        for method in METHODS if tensor > 1 and any(plan.loops) else METHODS[:1]:
+        for method in loop_methods(config) if any(plan.loops) else ("owner",):
             time = step_time(config, plan, world_size, machine, precision, method)
             # Loops on a stage that is not the largest cost its pipeline less than they take; one that becomes it, more.
             pipeline = config.parallel.pipeline_model_parallel_size > 1

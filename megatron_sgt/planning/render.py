@@ -197,10 +197,10 @@ def _traffic(plan: dict[str, Any], config: Config) -> Iterator[str]:
         )
     passes = plan["traffic"].get("loop_pass")
     if passes:
-        yield (
-            f"  per micro-batch: a layer {file_size(plan['traffic']['layer'])}; a loop pass "
-            f"{file_size(passes['owner'])} naive (at the owner), {file_size(passes['balanced'])} balanced"
-        )
+        loops = f"{file_size(passes['owner'])} at the owner"
+        if "balanced" in passes:
+            loops = f"{file_size(passes['owner'])} naive (at the owner), {file_size(passes['balanced'])} balanced"
+        yield f"  per micro-batch: a layer {file_size(plan['traffic']['layer'])}; a loop pass {loops}"
 
 
 def _time(plan: dict[str, Any], config: Config) -> Iterator[str]:

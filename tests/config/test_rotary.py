@@ -15,6 +15,7 @@ LLAMA3 = {
     "type": "llama3", "factor": 8, "original_max_position_embeddings": 8192, "low_freq_factor": 1,
     "high_freq_factor": 4,
 }  # fmt: skip
+YARN = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 64}
 
 
 def run(scaling: Any) -> Config:
@@ -58,6 +59,13 @@ def test_only_what_changes_a_position_is_the_formula() -> None:
     }  # fmt: skip
     assert scaling.describe() == "llama3, factor 8 of 8192 tokens"
     assert RotaryScaling(type="linear", factor=2.5).describe() == "linear, factor 2.5"
+
+
+def test_yarn_needs_a_base_whose_logarithm_divides() -> None:
+    model = {**SMALL["model"], "rotary_base": 1.0}
+    with pytest.raises(ConfigError, match=r"model\.rotary_base: rotary_scaling\.type yarn needs one above 1, got 1"):
+        parse_config({**SMALL, "model": {**model, "rotary_scaling": YARN}}, "a test")
+    parse_config({**SMALL, "model": {**model, "rotary_scaling": LLAMA3}}, "a test")
 
 
 def test_another_projects_names_are_hinted_at() -> None:

@@ -6,6 +6,7 @@ import pytest
 from megatron_sgt.config.data import TokenizerConfig
 from megatron_sgt.data.export_form import export_form
 from tests.helpers.hf_tokenizers import bert
+from tests.helpers.sentencepieces import train
 
 
 def python_alone(folder: Path, name: str) -> Path:
@@ -28,3 +29,11 @@ def test_a_class_in_python_that_adds_nothing_is_exported(tmp_path: Path, monkeyp
     monkeypatch.setattr(ByT5Tokenizer, "build_inputs_with_special_tokens", lambda self, ids, _=None: ids)
     found = export_form(TokenizerConfig.at(python_alone(tmp_path / "bytes", "ByT5Tokenizer")))
     assert found.form == "slow" and "an export holds a slow one of the same ids" in str(found.line)
+
+
+def test_rules_of_the_user_may_have_no_form(tmp_path: Path) -> None:
+    """With add_bos, where no slow class helps: the conversion itself shows it, at the export."""
+    path = str(train(tmp_path / "m.model", rules={"a b": "c", "a": " b"}))
+    assert export_form(TokenizerConfig(type="sentencepiece", model=path)).line is None
+    found = export_form(TokenizerConfig(type="sentencepiece", model=path, add_bos=True))
+    assert found.may_fail and "may have no form" in str(found.line) and "rules of normalisation of its own" in found.why

@@ -58,7 +58,8 @@ def test_most_are_fast(model: Path) -> None:
 SMALL = Pieces(
     pieces=(("<unk>", 0, UNKNOWN), ("<s>", 0, CONTROL), *((c, -9.0, NORMAL) for c in "abc"), ("ab", -1.0, NORMAL)),
     kind=BPE, byte_fallback=False, add_dummy_prefix=False, remove_extra_whitespaces=False, escape_whitespaces=True,
-    suffix=False, charsmap=b"", rewrites_decoded=False, unknown_surface=" ? ", bos=1, eos=None, unk=0, pad=None,
+    suffix=False, charsmap=b"", own_rules=False, rewrites_decoded=False, unknown_surface=" ? ",
+    bos=1, eos=None, unk=0, pad=None,
 )  # fmt: skip
 
 

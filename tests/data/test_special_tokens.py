@@ -23,3 +23,13 @@ def test_ordinary_added_tokens_stay_unless_they_bound_documents() -> None:
     read_as_text(tokenizer, [2])
     assert tokenizer.encode("a <eos> <think>").ids == [0, 1, 1, 3]
     assert tokenizer.token_to_id("<eos>") == 2
+
+
+def test_a_word_that_merely_holds_a_special_token_is_left_whole() -> None:
+    tokenizer = Tokenizer(models.WordLevel({"?": 0, "EOS": 1, "GEOSPHERE": 2, "EOSIN": 3}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken("EOS", single_word=True)])
+    before = tokenizer.encode("GEOSPHERE EOSIN").ids
+    read_as_text(tokenizer)
+    assert tokenizer.encode("GEOSPHERE EOSIN").ids == before == [2, 3]
+    assert 1 not in tokenizer.encode("EOS EOSIN EOS").ids

@@ -140,3 +140,16 @@ def test_the_origin_holds_as_long_as_the_files_stay(tmp_path: Path) -> None:
     assert build_tokenizer(TokenizerConfig.at(tmp_path)).fingerprint() != "f" * 64
     (tmp_path / ORIGIN_FILE).write_text("[]")
     assert read_origin(tmp_path) is None
+
+
+def test_a_class_in_python_alone_keeps_no_ordinary_added_token(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text(json.dumps({"<unk>": 0, "<eos>": 1, "a": 2, "b": 3}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b</w>\n")
+    settings = {"tokenizer_class": "CTRLTokenizer", "unk_token": "<unk>", "eos_token": "<eos>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert build_tokenizer(TokenizerConfig.at(tmp_path)).encode("a <eos>")[0] == 2
+    flags = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word", "special"), False)
+    added = {"added_tokens_decoder": {"4": {"content": "covfefe", **flags}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | added))
+    with pytest.raises(DataError, match=r"is a CTRLTokenizer, .* its added token 'covfefe' .*; convert it"):
+        build_tokenizer(TokenizerConfig.at(tmp_path))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import sentencepiece
 
@@ -61,3 +63,14 @@ def test_the_numbers_by_hand(tokenizer: Tokenizer) -> None:
     assert counter.count(tokenizer.encode("a")[-1], the) == len(" the")
     chinese = tokenizer.encode("京")[-3:]  # three bytes, each a token
     assert [counter.count(chinese[0], [token]) for token in chinese] == [1, 1, 1]
+
+
+def test_the_sign_for_damaged_text_may_be_a_piece(tmp_path: Path) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([f"{TEXT} \ufffd"] * 50), model_prefix=str(tmp_path / "a"), vocab_size=300,
+        minloglevel=2, model_type="bpe", hard_vocab_limit=False, byte_fallback=True, character_coverage=1.0,
+        normalization_rule_name="identity",
+    )  # fmt: skip
+    found = build_tokenizer(TokenizerConfig(type="sentencepiece", model=str(tmp_path / "a.model")))
+    ids = found.encode("a\ufffd")
+    assert found.piece(ids[-1]) == "\ufffd" and TextBytes(found).count(ids[0], ids[-1:]) == 3

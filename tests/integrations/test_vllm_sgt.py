@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +17,7 @@ from tests.architecture.source_tree import ROOT
 from tests.helpers.hf_models import VARIANTS, gap, hf_config, hf_model, random_ids, reference_logits
 from tests.helpers.vllm_stand_in import Engine, plugin_model
 from vllm_sgt import passes
-from vllm_sgt.config import SGTConfig, SGTServingConfig
+from vllm_sgt.config import CONFIGS, SGTConfig, SGTServingConfig
 from vllm_sgt.passes import heads_of, passes_of
 from vllm_sgt.settings import rope_parameters
 from vllm_sgt.weights import stacked
@@ -140,6 +142,16 @@ def test_rotary_settings_of_both_versions() -> None:
     assert rope_parameters(SGTConfig(rope_theta=5e5)) == {"rope_type": "default", "rope_theta": 5e5}
     old = SGTConfig(rope_theta=1e4, rope_scaling={"type": "linear", "factor": 2.0})
     assert rope_parameters(old) == {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_scaled_positions_are_read_as_transformers_4_saves_them(kind: Any, tmp_path: Path) -> None:
+    scaled = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "rope_theta": 5e5}
+    entries = hf_config(rope_parameters=scaled).to_dict() | {"model_type": kind.model_type, "sgt_num_layers": 4}
+    entries["rope_scaling"] = {name: value for name, value in scaled.items() if name != "rope_theta"}
+    (tmp_path / "config.json").write_text(json.dumps(entries), encoding="utf-8")
+    found = kind.from_pretrained(tmp_path)
+    assert (rope_parameters(found), found.max_position_embeddings, found.head_dim) == (scaled, 64, 12)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from megatron_sgt.config import load_config
+from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.planning.flops import step_flops
 from megatron_sgt.planning.hardware import find_gpu
 from megatron_sgt.planning.parameters import parameter_count
 from megatron_sgt.planning.plan import make_plan
+from megatron_sgt.planning.render import render
 from megatron_sgt.planning.step_time import Machine
 from megatron_sgt.planning.structure import final_plan
 from megatron_sgt.stages.stages import stages_of
@@ -109,6 +111,18 @@ def test_balanced_passes_send_less_than_naive_ones_and_vanilla_none() -> None:
     _, vanilla = plan_of("vanilla_7b", 32)
     assert "loop_pass" not in vanilla["traffic"]
     assert {item["part"] for item in vanilla["traffic"]["per_step"]}.isdisjoint({"loops", "entropy"})
+
+
+@pytest.mark.parametrize(
+    "settings", [("model.qk_layernorm=true", "model.qk_layernorm_over=all"), ("model.attention_dropout=0.1",)]
+)
+def test_no_balanced_passes_are_promised_where_the_rules_refuse_them(settings: tuple[str, ...]) -> None:
+    config, plan = plan_of("sgt_7b", 32, *settings)
+    assert plan["traffic"]["loop_pass"].keys() == {"owner"}
+    assert {"owner", "balanced"} & plan["step_time"].keys() == {"owner"}
+    assert "balanced" not in render(plan, config, "a plan")
+    with pytest.raises(ConfigError, match=r"parallel\.loop_method: balanced"):
+        plan_of("sgt_7b", 32, *settings, "parallel.loop_method=balanced")
 
 
 def test_an_average_of_the_weights_takes_four_bytes_per_parameter_shared_like_the_optimizer() -> None:

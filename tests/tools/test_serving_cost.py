@@ -6,11 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from serving_cost import FORMS, costs
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.docs.shell_blocks import ROOT
 from tests.helpers.commands import run_script
-from tests.helpers.hf_models import hf_config
+from tests.helpers.hf_models import VARIANTS, hf_config, hf_model, random_ids
 
 PAGE = ROOT / "docs" / "serving.md"
 
@@ -44,6 +46,15 @@ def test_formulas(form: str) -> None:
     assert found == tuple(base[k] + 2 * one[0][k] + one[1][k] for k in (0, 1))
     mlp = 6 * d * config.intermediate_size
     assert base == (4 * (every[0] + mlp) + 2 * d * config.vocab_size, 4 * every[1])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_standard_form_computes_what_is_said(name: str) -> None:
+    model = hf_model(name)
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        model(random_ids(1, 1), use_cache=False)
+    assert counted.get_total_flops() == costs(model.config, 1, 2)["kept heads"][0]
 
 
 def test_a_window_and_block_loops_cost_whole_layers() -> None:

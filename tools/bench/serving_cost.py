@@ -26,7 +26,10 @@ FORMS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """Of attention: hidden size, query heads, key/value heads, head size; tokens of context; bytes of an element."""
+    """Of attention: hidden size, query heads, key/value heads, head size; tokens of context; bytes of an element.
+
+    joint_norms: queries are normalised over all heads, and keys.
+    """
 
     hidden: int
     heads: int
@@ -34,25 +37,31 @@ class Shape:
     size: int
     context: int
     element: int
+    joint_norms: bool
 
-    def one_pass(self, projected: tuple[int, int], attending: tuple[int, int]) -> tuple[int, int]:
-        """(FLOPs, bytes of cache) of one token in a pass; both arguments count (query heads, key/value heads)."""
-        heads, groups = projected
-        linear = 2 * self.hidden * self.size * (2 * heads + 2 * groups)
+    def one_pass(self, projected: int, attending: tuple[int, int]) -> tuple[int, int]:
+        """(FLOPs, bytes of cache) of one token in a pass.
+
+        Args:
+            projected: heads of all four projections together.
+            attending: query heads, key/value heads.
+        """
+        linear = 2 * self.hidden * self.size * projected
         attention = 4 * self.context * self.size * attending[0]
         return linear + attention, 2 * attending[1] * self.size * self.element
 
 
 def loop_cost(shape: Shape, loop: dict[str, Any], form: str) -> tuple[int, int]:
     """(FLOPs, bytes of cache) of one token in one pass of a layer's loop."""
-    total = (shape.heads, shape.groups)
+    total = 2 * (shape.heads + shape.groups)
     if form == "all heads" or loop.get("other_gate"):
-        return shape.one_pass(total, total)
+        return shape.one_pass(total, (shape.heads, shape.groups))
     each = shape.heads // shape.groups
     kept = len(loop["heads"])
     groups = len({head // each for head in loop["heads"]})
     if form == "kept heads":
-        return shape.one_pass((kept, groups), (kept, groups))
+        projected = total // 2 + kept + groups if shape.joint_norms else 2 * (kept + groups)
+        return shape.one_pass(projected, (kept, groups))
     return shape.one_pass(total, (groups * each, groups))
 
 
@@ -60,8 +69,9 @@ def costs(config: Any, context: int, element: int) -> dict[str, tuple[int, int]]
     """For each of ``FORMS``, (FLOPs, bytes of cache) of one token in the whole model."""
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    shape = Shape(config.hidden_size, heads, config.num_key_value_heads, size, context, element)
-    ordinary = shape.one_pass((heads, shape.groups), (heads, shape.groups))
+    joint_norms = getattr(config, "qk_norm", False) and getattr(config, "qk_norm_over", "head") == "all"
+    shape = Shape(config.hidden_size, heads, config.num_key_value_heads, size, context, element, joint_norms)
+    ordinary = shape.one_pass(2 * (heads + shape.groups), (heads, shape.groups))
     mlp = 2 * shape.hidden * config.intermediate_size * (3 if getattr(config, "gated_mlp", True) else 2)
     layers = getattr(config, "sgt_num_layers", None) or config.num_hidden_layers
     head = 2 * shape.hidden * config.vocab_size

@@ -24,5 +24,8 @@ class SGTServingConfig(SGTConfig):
 
     model_type = "sgt_serving"
 
+    # Without one of its own, transformers 5 makes one that reads rope_scaling before max_position_embeddings is set.
+    __init__ = SGTConfig.__init__
+
 
 CONFIGS = (SGTConfig, SGTServingConfig)

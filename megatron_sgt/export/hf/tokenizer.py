@@ -97,6 +97,8 @@ def _write_hugging_face(
         settings = replace(settings, special=end)
     else:
         settings = of_loaded(settings, loaded)
+        if tokenizer.end is not None:  # a batch needs a padding token, as generation_config.json has one
+            settings = replace(settings, special={"pad_token": tokenizer.piece(tokenizer.end), **settings.special})
         if loaded.bos_token_id is not None:
             ids = replace(ids, bos=loaded.bos_token_id)
         if loaded.pad_token_id is not None:

@@ -83,6 +83,7 @@ def write_slow(loaded: Any, settings: Settings, folder: Path, training: Tokenize
     loaded.save_pretrained(str(folder))
     file = folder / "tokenizer_config.json"
     values = json.loads(file.read_text(encoding="utf-8"))
+    values["pad_token"] = settings.special.get("pad_token")
     write_json(file, {name: v for name, v in values.items() if name != "chat_template"} | _values(settings))
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     _write_chat_template(settings, folder)

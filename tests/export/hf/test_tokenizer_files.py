@@ -47,6 +47,9 @@ def test_a_text_becomes_the_ids_of_training(kind: str, tmp_path: Path) -> None:
     assert not differing_texts(training, loaded, None)
     texts = [text for text in HARD_TEXTS if text]
     assert loaded(texts)["input_ids"] == [training.encode(text) for text in texts], "in a batch, too"
+    padded = loaded(texts, padding=True)
+    kept = [[i for i, one in zip(*row, strict=True) if one] for row in zip(*padded.values(), strict=True)]
+    assert kept == [training.encode(text) for text in texts] and loaded.pad_token_id == written.ids.pad
     assert loaded.model_max_length == 32 and set(loaded("a")) == {"input_ids", "attention_mask"}
     assert (loaded.bos_token_id, loaded.eos_token_id) == (written.ids.bos, written.ids.eos)
     again = TokenizerConfig.at(tmp_path / "out")
