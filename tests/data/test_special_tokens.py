@@ -33,3 +33,13 @@ def test_a_word_that_merely_holds_a_special_token_is_left_whole() -> None:
     read_as_text(tokenizer)
     assert tokenizer.encode("GEOSPHERE EOSIN").ids == before == [2, 3]
     assert 1 not in tokenizer.encode("EOS EOSIN EOS").ids
+
+
+def test_a_model_that_finds_none_is_left_as_it_is() -> None:
+    """Every rule costs time at every text."""
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "[SEP]": 1, "a": 2, "sep": 3}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.add_special_tokens(["[UNK]", "[SEP]"])
+    read_as_text(tokenizer)
+    assert isinstance(tokenizer.pre_tokenizer, pre_tokenizers.BertPreTokenizer)
+    assert tokenizer.encode("a [SEP] a").ids == [2, 0, 0, 0, 2]
