@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -123,3 +126,28 @@ def test_help_names_every_target() -> None:
     (phony,) = re.findall(r"^\.PHONY: (.*)$", text, flags=re.MULTILINE)
     named = set(re.findall(r"make ([\w-]+)", text))
     assert set(phony.split()) - {"help"} <= named
+
+
+@pytest.mark.parametrize(
+    ("target", "needed", "code"), [("test", "", 0), ("test", "1", 2), ("transformers-suite", "", 2)]
+)
+def test_what_cannot_be_downloaded_ends_no_tests(target: str, needed: str, code: int, tmp_path: Path) -> None:
+    """transformers' own tests: nothing half-made is left, and those that are there stay until newer ones are whole."""
+    (tmp_path / "stamp").touch()
+    (tmp_path / "suite/1.0").mkdir(parents=True)
+    said = {"STAMP": "stamp", "LOG": "log", "SUITE": "suite"}
+    words = [f"{name}={tmp_path / value}" for name, value in said.items()]
+    words += [f"PIP_BARE=mkdir {tmp_path}/suite.part; echo no network; false", "PYTEST=echo tests ran"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run(
+        ["make", target, *words],
+        cwd=ROOT,
+        env=environment | {"REQUIRE_LAUNCHERS": needed},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "no network" in done.stdout and "the tests that need them are skipped" in done.stdout
+    assert ("tests ran" in done.stdout) == (code == 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "stamp", "suite"]
+    assert [path.name for path in (tmp_path / "suite").iterdir()] == ["1.0"]

@@ -33,6 +33,17 @@ def _set_rope(config: PretrainedConfig, settings: dict[str, Any]) -> None:
         config.rope_scaling = {k: v for k, v in settings.items() if k != "rope_theta"} if scaled else None
 
 
+def _check_entries(layer: str, loop: dict[str, Any]) -> None:
+    unknown = sorted(set(loop) - {"heads", "depth", "other_gate", "block_loops"})
+    counts, gate = [loop.get(name, 0) for name in ("depth", "block_loops")], loop.get("other_gate", 0.0)
+    if unknown or not all(isinstance(n, int) and n >= 0 for n in counts):
+        raise ValueError(
+            f"sgt_loops: layer {layer} has {loop}; depth and block_loops count, others are heads, other_gate"
+        )
+    if not isinstance(gate, int | float) or not 0 <= gate <= 1:
+        raise ValueError(f"sgt_loops: layer {layer} has other_gate {gate}; it is a number in (0, 1], or left out")
+
+
 class SGTConfig(PretrainedConfig):
     """A LLaMA-style decoder, some layers of which attend again with some of their heads.
 
@@ -50,7 +61,7 @@ class SGTConfig(PretrainedConfig):
         rope_parameters, rope_scaling: as transformers 5 and 4 have them; of rope_type default, linear, llama3 or yarn.
 
     Raises:
-        ValueError: ``sgt_loops`` names a layer or a head that does not exist; another rope_type.
+        ValueError: ``sgt_loops`` names a layer or a head that does not exist, or has other entries; another rope_type.
     """
 
     model_type = "sgt"
@@ -143,7 +154,8 @@ class SGTConfig(PretrainedConfig):
         if self.qk_norm_over not in ("head", "all"):
             raise ValueError(f"qk_norm_over {self.qk_norm_over!r}: choose head or all")
         for layer, loop in self.sgt_loops.items():
-            if not layer.isdigit() or int(layer) >= self.num_hidden_layers:
+            _check_entries(layer, loop)
+            if not layer.isdecimal() or layer != str(int(layer)) or int(layer) >= self.num_hidden_layers:
                 raise ValueError(f"sgt_loops: layer {layer} of a model with {self.num_hidden_layers} layers")
             heads = loop.get("heads", [])
             if not all(isinstance(h, int) and 0 <= h < self.num_attention_heads for h in heads):

@@ -31,6 +31,12 @@ def test_passes_count_every_attention() -> None:
     [
         ({"4": {"heads": [0], "depth": 1}}, "layer 4 of a model with 4 layers"),
         ({"x": {"heads": [0], "depth": 1}}, "layer x"),
+        ({"01": {"heads": [0], "depth": 1}}, "layer 01"),
+        ({"1": {"block_loops": -1}}, "depth and block_loops count"),
+        ({"1": {"heads": [0], "depth": -1}}, "depth and block_loops count"),
+        ({"1": {"block_loop": 2}}, "others are heads, other_gate"),
+        ({"1": {"heads": [0], "depth": 1, "other_gate": None}}, r"other_gate None; it is a number in \(0, 1\]"),
+        ({"1": {"heads": [0], "depth": 1, "other_gate": 1.5}}, "other_gate 1.5"),
         ({"1": {"heads": [4], "depth": 1}}, r"heads \[4\] of layer 1, which has 4"),
         ({"1": {"heads": [0, 0], "depth": 1}}, r"heads \[0, 0\] to depth 1"),
         ({"1": {"heads": [0], "depth": 0}}, r"heads \[0\] to depth 0"),
