@@ -128,7 +128,7 @@ class _Maker:
             if entries is None:
                 continue
             if weight.part == "norms" and size != HIDDEN:
-                raise ConfigError(f"{source} normalises over {size}, which cannot grow then")
+                raise ConfigError(f"{source} normalises over {size}, which cannot grow then; grow other sizes")
             key = (size, entries, writes(weight, size), weight.kind == "norm")
             if key not in self._made:
                 self._made[key] = self._made_of_units(*key)

@@ -38,7 +38,7 @@ BASES = [
 OTHERS = [
     *(replace(base, recompute=recompute) for base in BASES for recompute in ("selective", "full")),
     *(replace(base, variant="tied", recompute=how) for base, how in product(BASES, ("none", "full"))),
-    *(replace(base, variant=kind) for kind in ("all heads", "block loop", "yarn")
+    *(replace(base, variant=kind) for kind in ("all heads", "block loop", "yarn", "olmo2")
       for base in (Case(), Case(pp=4, layout="1,3,3,1"), Case(tp=2, sequence=True), Case(vp=2))),
 ]  # fmt: skip
 SHARE = [

@@ -41,6 +41,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sgt": {},
     "tied": {"model": {"untie_embeddings_and_output_weights": False}},
     "yarn": {"model": {"rotary_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}}},
+    "olmo2": {
+        "model": {"norm_position": "output", "qk_layernorm": True, "qk_layernorm_over": "all"},
+        "optim": {"lr": 1e-5},  # norms of outputs make 5e-5 of a norm out of the noise of fp32 at 1e-3
+    },
     "all heads": {"growth": {"head_choice": "all"}},
     "block loop": {"growth": {"method": "block_loop", "block_loop_layers": [3, 6], "block_loop_count": 1}},
 }
