@@ -219,6 +219,7 @@ def _metadata(tokenizer: Tokenizer, options: PreprocessOptions) -> dict[str, Any
     return {
         "tokenizer": tokenizer.name,
         "tokenizer_fingerprint": tokenizer.fingerprint(),
+        "tokenizer_ids": tokenizer.digest_of_ids(),
         "vocab_size": tokenizer.vocab_size,
         "append_eod": options.append_eod,
         "add_bos": options.tokenizer.add_bos,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sgt.config.data import DataConfig, TokenizerConfig
+from megatron_sgt.data.hard_texts import HARD_TEXTS
 from megatron_sgt.data.special_tokens import read_as_text
 from megatron_sgt.errors import DataError, first_line
 from megatron_sgt.files import sha256_of, write_json
@@ -89,6 +90,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """SHA-256 (hex) of what defines the tokenizer; independent of where the files are."""
+
+    def digest_of_ids(self) -> str:
+        """SHA-256 (hex) of the ids of HARD_TEXTS: versions of a library may read the same files otherwise."""
+        ids = [self.encode(text) for text in HARD_TEXTS]
+        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
 class SentencePieceTokenizer(Tokenizer):

@@ -52,7 +52,7 @@ def write_tokenizer(
     tokenizer = tokenizer_of(DataConfig(tokenizer=wanted.model_copy(update={"add_bos": add_bos})))
     assert tokenizer is not None
     resolve_vocab_size(config.model.vocab_size, tokenizer)
-    _check_data(tokenizer, config)
+    of_data = _check_data(tokenizer, config)
     bos = tokenizer.bos if add_bos else None
     if isinstance(tokenizer, TokenizersJson | AutoTokenizerFolder):
         written = _write_hugging_face(tokenizer, folder, config.model.seq_length, bos, chat_template)
@@ -62,7 +62,8 @@ def write_tokenizer(
         written = write_sentencepiece(Path(wanted.model), tokenizer, settings, folder)
     write_origin(folder, tokenizer.fingerprint(), add_bos)
     qwen = isinstance(tokenizer, TokenizersJson | AutoTokenizerFolder) and cuts_as_qwen(tokenizer.fast)
-    return replace(written, ids=replace(written.ids, begin=bos), like_qwen=qwen)
+    notes = (*written.notes, *of_data)
+    return replace(written, ids=replace(written.ids, begin=bos), notes=notes, like_qwen=qwen)
 
 
 def begins_with_bos(config: Config) -> bool:
@@ -73,15 +74,24 @@ def begins_with_bos(config: Config) -> bool:
     return any(read_metadata(prefix).get("add_bos") for prefix in prefixes)
 
 
-def _check_data(tokenizer: Tokenizer, config: Config) -> None:
-    """Refuse, with DataError, a run whose data set can be read and was made with another tokenizer."""
+def _check_data(tokenizer: Tokenizer, config: Config) -> tuple[str, ...]:
+    """What to say of the data sets that can be read; DataError where one was made with another tokenizer."""
+    notes = []
     for _, prefix in config.data.blend() if config.data.data_path else ():
-        made_with = read_metadata(prefix).get("tokenizer_fingerprint")
+        metadata = read_metadata(prefix)
+        made_with = metadata.get("tokenizer_fingerprint")
         if made_with not in (None, tokenizer.fingerprint()):
             raise DataError(
                 f"tokenizer {tokenizer.name} (sha256 {tokenizer.fingerprint()[:12]}…) is not the one that {prefix} "
                 f"was made with (sha256 {made_with[:12]}…); give --tokenizer"
             )
+        if metadata.get("tokenizer_ids") not in (None, tokenizer.digest_of_ids()):
+            notes.append(
+                f"The data set {Path(prefix).name} was made with other ids from the same tokenizer files, by another "
+                "version of transformers or tokenizers: export with that version, or texts are cut otherwise than in "
+                "training."
+            )
+    return tuple(notes)
 
 
 def _write_hugging_face(

@@ -92,3 +92,14 @@ def test_a_wrong_tokenizer_is_refused(model: TokenizerConfig, tmp_path: Path) ->
     absent = TokenizerConfig(type="sentencepiece", model="nowhere.model")
     with pytest.raises(DataError, match=r"nowhere\.model does not exist"):
         write_tokenizer(absent, tmp_path, config())
+
+
+def test_data_whose_tokenizer_gave_other_ids_then_is_said(model: TokenizerConfig, tmp_path: Path) -> None:
+    """The same files, read by another version of their library."""
+    run = config(data_path=[str(tmp_path / "data")])
+    for digest, count in ((build_tokenizer(model).digest_of_ids(), 0), ("f" * 64, 1)):
+        (tmp_path / "data.json").write_text(json.dumps({"tokenizer_ids": digest}))
+        out = tmp_path / str(count)
+        out.mkdir()
+        notes = [note for note in write_tokenizer(model, out, run).notes if "The data set data was made" in note]
+        assert len(notes) == count
