@@ -148,7 +148,7 @@ bench: $(STAMP)
 	@$(PY) tools/bench/step_overhead.py
 
 clean:
-	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf build dist *.egg-info integrations/*/build integrations/*/*.egg-info .pytest_cache .mypy_cache .ruff_cache
 	@find . -path './.venv*' -prune -o -path ./runs -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean
