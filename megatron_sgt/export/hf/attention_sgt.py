@@ -14,13 +14,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils.module_tracker import ModuleTracker
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_sgt import SGTConfig
+
+try:  # private to torch: without them a loop that is traced calls whole projections, which is right, too
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    _TRACED: tuple[type, ...] = (FakeTensor, FunctionalTensor)
+except ImportError:
+    _TRACED = ()
 
 
 class SGTRMSNorm(nn.Module):
@@ -207,7 +213,7 @@ class SGTHeadLoop(nn.Module):
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # A tensor's own class, and what stands for it while torch traces. Others (quantised, distributed) have no plain rows.
-_PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+_PLAIN_TENSORS = (Tensor, nn.Parameter, *_TRACED)
 
 
 def _is_plain(linear: nn.Module) -> bool:
