@@ -5,7 +5,8 @@ python integrations/vllm_sgt/check_served.py runs/a_hf --trust-remote-code
 python integrations/vllm_sgt/check_served.py runs/a_hf --trust-remote-code --kv-heads kept --without-kernels
 
 vLLM runs in float32, and transformers on the CPU, with the code in the folder (hence --trust-remote-code). Prompts are
-random ids. Exit code 1 where a token differs; ties aside, that is an error. Needs vLLM and the plugin.
+random ids. Exit code 1 where a token differs; ties aside, that is an error. Needs vLLM, and the plugin or, with
+--impl transformers, a folder of the serving form.
 --without-kernels: on a machine without a GPU, with vLLM's wheel for CUDA, whose CPU operators PyTorch stands in for.
 """
 
@@ -84,6 +85,8 @@ def main() -> int:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_KVCACHE_SPACE": "1",
         }
+    if args.impl == "transformers":
+        os.environ["VLLM_PLUGINS"] = ""  # with the plugin's configuration the folder's own model cannot be made
     wanted = expected(args)
     gap, differing = 0.0, 0
     for (_, ids, scores), output in zip(wanted, served(args, [one[0] for one in wanted]), strict=True):
