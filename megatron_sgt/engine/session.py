@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_sgt.arch.attended_pairs import AttendedPairs
 from megatron_sgt.config import Config
 from megatron_sgt.data.gpt_dataset import build_datasets
 from megatron_sgt.data.loader import TrainLoader
+from megatron_sgt.data.measured_pairs import measured_pairs
 from megatron_sgt.data.tokenizer import tokenizer_of
 from megatron_sgt.engine.build import start_processes
 from megatron_sgt.engine.hooks.base import Hook, own_hooks
@@ -36,6 +38,7 @@ class Session:
         config: of the whole run; that of a stage has no ``growth.stages``.
         stages: of the run, all validated.
         train_data, valid_data: the data sets, None before ``open_data`` or where there is no such split.
+        pairs: of query and key that attend, measured from the data by ``open_data``; None: those of whole sequences.
         about: what the manifests of checkpoints say of the run.
         data_record: in which orders the run has read its data.
 
@@ -68,6 +71,7 @@ class Session:
         self.skipped_ranges = SkippedRanges(self.config.save_dir)
         self.train_data: Any = None
         self.valid_data: Any = None
+        self.pairs: AttendedPairs | None = None
         self.about: dict[str, Any] = {}
         self.data_record: list[dict[str, Any]] = []
         self._own_at_first: dict[str, dict[str, Any]] | None = None
@@ -79,6 +83,8 @@ class Session:
         """Open the data sets; collective. The tokenizer is read here, once: its file may be gone in days."""
         self.about = {"tokenizer": on_rank_zero(lambda: tokenizer_fingerprint(self.config))}
         self.train_data, self.valid_data, *_ = build_datasets(self.config, tokenizer_of(self.config.data))
+        if self.config.data.reset_attention_mask:
+            self.pairs = on_rank_zero(lambda: measured_pairs(self.config))
 
     def own_at_first(self) -> dict[str, dict[str, Any]]:
         """By name, the states of the user's hooks when they were first attached, and no checkpoint was loaded."""
