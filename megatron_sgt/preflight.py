@@ -46,6 +46,7 @@ _UNREMARKABLE = (
     "train.replica_check_interval",
     "data.num_workers",
     "data.allow_validation_leak",
+    "data.allow_changed_data",
 )
 _LENGTHS = "data.seq_length_curriculum"
 # What reading the data sets and the tokenizer needs.

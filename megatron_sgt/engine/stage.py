@@ -139,7 +139,7 @@ class RunningStage:
         )
         saver.stage_end = self.stage.last if self.stage is not session.stages[-1] else None
         saver.stages = [stage.record() for stage in session.stages[1 : self.stage.index + 1]]
-        saver.data = session.data_record
+        saver.data = lambda: session.ledger.to_json()
         saver.on_saved = session.stop.note_save
         return saver
 

@@ -3,12 +3,12 @@ not train on what was held out. The counts are compared with lists of the tokens
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,14 @@ from megatron_sgt.checkpoint.layout import read_json
 from megatron_sgt.config import Config
 from megatron_sgt.data import order
 from megatron_sgt.data.changes import Change, find_change
-from megatron_sgt.data.gpt_dataset import BlendedSamples, build_datasets
-from megatron_sgt.data.history import DataOrder, Span, from_json, order_of, to_json
+from megatron_sgt.data.gpt_dataset import BlendedSamples, build_datasets, follow
+from megatron_sgt.data.history import DataOrder, grown_files, order_of
 from megatron_sgt.data.index_cache import build_index_cache
+from megatron_sgt.data.ledger import Begins, Drawing, Ledger, Place, Span
 from megatron_sgt.data.splits import split_bounds
-from megatron_sgt.errors import CheckpointError
+from megatron_sgt.engine.data_start import data_start
+from megatron_sgt.errors import CheckpointError, DataError
+from megatron_sgt.preflight import Start, find_start
 from tests.helpers.commands import run_script, snapshot
 from tests.helpers.datasets import write_dataset
 from tests.helpers.edges import refused
@@ -70,31 +73,51 @@ class Data:
             self.folder / "run",
             "",
             model={"seq_length": self.seq_length, "vocab_size": VOCABULARY},
-            train={"seed": self.seed, "train_iters": self.batch, "global_batch_size": self.batch},
+            train={
+                "seed": self.seed,
+                "train_iters": self.batch,
+                "global_batch_size": self.batch,
+                "eval_interval": 0 if self.split == "100,0,0" else 5,
+            },
             data={"data_path": paths, "split": self.split, "data_cache_path": str(self.folder / "cache")},
         )
 
     def order(self) -> DataOrder:
         return order_of(self.config())
 
-    def samples(self) -> BlendedSamples:
-        return build_datasets(self.config(), None)[0]
+    def samples(self, span: Span | None = None) -> BlendedSamples:
+        made = build_datasets(self.config(), None)[0]
+        if span is not None:
+            follow(made, span, self.config())
+        return made
 
-    def tokens(self, start: int, stop: int) -> Counter[int]:
+    def tokens(self, start: int, stop: int, span: Span | None = None) -> Counter[int]:
         """How often each token is read by the samples number start .. stop - 1."""
-        samples = self.samples()
+        samples = self.samples(span)
         return Counter(int(t) for i in range(start, stop) for t in samples[i]["tokens"])
 
-    def change(self, *earlier: tuple[Data, int]) -> Change | None:
-        """What this one makes of runs that have read up to sample n each, one after the other."""
-        spans, start = [], 0
-        for data, stop in earlier:
-            spans.append(Span(data.order(), start, stop))
+    def ledger(self, *earlier: tuple[Data, int]) -> Ledger:
+        """After runs that have read up to sample n each, one after the other."""
+        made, start = Ledger(()), 0
+        for data, stop in (*earlier, (self, 0)):
+            made = made.turned(data.order(), start, every_begins(self.folder))
             start = stop
-        return find_change(spans, self.order(), self.indices)
+        return made
+
+    def change(self, *earlier: tuple[Data, int]) -> Change | None:
+        """What this one makes of them."""
+        ledger, consumed = self.ledger(*earlier), earlier[-1][1]
+        before = earlier[-1][0].ledger(*earlier[:-1]).until(consumed)
+        return find_change(before, ledger.now, every_begins(self.folder), self.indices)
 
     def indices(self, *wanted: Any) -> str:
         return build_index_cache(*wanted, str(self.folder / "cache"))
+
+
+@cache
+def every_begins(folder: Path) -> Begins:
+    files = [Data(folder, (name,)).order().files[0] for name in LENGTHS]
+    return grown_files(files, files)
 
 
 FILES = ("longer", "b", "c")
@@ -111,10 +134,13 @@ def expected(now: Data, earlier: list[tuple[Data, int]]) -> order.Tally:
     """The counts, from every sample of all runs."""
     read: Counter[int] = Counter()
     start = 0
-    for data, stop in earlier:
-        read += data.tokens(start, stop)
+    for number, (data, stop) in enumerate(earlier):
+        read += data.tokens(start, stop, data.ledger(*earlier[:number]).now)
         start = stop
-    assumed = now.tokens(0, start)
+    span, samples, assumed = now.ledger(*earlier).now, now.samples(), Counter[int]()
+    for source, place in enumerate(span.places):  # each as if it had been read by itself
+        samples.draw(Drawing((1.0,), (Place(place.number),)), [source], [None])
+        assumed += Counter(int(t) for i in range(place.drawn) for t in samples[i]["tokens"])
     samples = now.samples()
     epoch = [{int(t) for t in part[i]["tokens"]} for part in samples.parts for i in range(len(part))]
     comes = set().union(*epoch)
@@ -136,18 +162,27 @@ KINDS: dict[str, dict[str, Any]] = {
     "another seed": {"seed": 8},
     "a seed beyond 32 bits": {"seed": 7 + 2**32},
     "another split": {"split": "60,40,0"},
-    "a data set more": {"path": ("0.6", "a", "0.4", "b")},
-    "another data set": {"path": ("b",)},
-    "documents appended": {"path": ("longer",)},
     "documents appended and a seed": {"path": ("longer",), "seed": 3},
-    "one data set twice": {"path": ("0.6", "a", "0.4", "moved")},
 }
 BLENDS: dict[str, dict[str, Any]] = {
-    "another weight": {"path": ("0.5", "a", "0.5", "b")},
-    "another order of the blend": {"path": ("0.3", "b", "0.7", "a")},
-    "one less": {"path": ("a",)},
-    "one exchanged": {"path": ("0.7", "a", "0.3", "c")},
     "a longer sequence": {"path": ("0.7", "a", "0.3", "b"), "seq_length": 40},
+    "a seed and one more": {"path": ("0.6", "a", "0.2", "b", "0.2", "c"), "seed": 4},
+}
+CONTINUED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "a data set more": (
+        {"path": ("0.5", "a", "0.3", "b", "0.2", "c")},
+        ("b go on where they last stopped", "/c begins"),
+    ),
+    "another weight": ({"path": ("0.5", "a", "0.5", "b")}, ("a, ", "b go on where they last stopped")),
+    "another order of the blend": ({"path": ("0.3", "b", "0.7", "a")}, ("a go on where they last stopped",)),
+    "one less": ({"path": ("a",)}, ("goes on at sample 35 of 157 of epoch 1", "/b is not read on")),
+    "one exchanged": ({"path": ("0.7", "a", "0.3", "c")}, ("/a goes on where", "/c begins", "/b is not read on")),
+    "another data set": ({"path": ("c",)}, ("/c begins", "are not read on")),
+    "documents appended": (
+        {"path": ("0.7", "longer", "0.3", "b"), "split": "100,0,0"},
+        ("the 40 documents appended come with its next epoch, after the",),
+    ),
+    "one twice": ({"path": ("0.4", "a", "0.3", "b", "0.3", "moved")}, ("/moved begins",)),
 }
 
 
@@ -159,11 +194,11 @@ def test_counts_are_those_of_all_samples(kind: str, read: int, folder: Path) -> 
     change = now.change((before, read))
     assert change is not None and change.tally == expected(now, [(before, read)])
     assert change.tally.tokens_again or change.tally.tokens_skipped
-    line = change.line()
+    line, samples, length = change.line(), now.samples(), len(before.samples())
     assert "\n" not in line and ("again" in line or "skipped" in line)
-    if change.sample is not None:
-        length = len(now.samples())
-        assert f"sample {read % length:,} of {length:,} of epoch {read // length + 1}" in line
+    tokens = min(len(samples) * now.seq_length, read % length * before.seq_length)
+    place = -(-tokens // now.seq_length)
+    assert f"sample {place % len(samples):,} of {len(samples):,} of epoch {read // length + 1}" in line
 
 
 @pytest.mark.parametrize("kind", BLENDS)
@@ -172,6 +207,26 @@ def test_counts_of_blends(kind: str, folder: Path) -> None:
     now = replace(before, **BLENDS[kind])
     change = now.change((before, 150))
     assert change is not None and change.tally == expected(now, [(before, 150)])
+
+
+@pytest.mark.parametrize("kind", CONTINUED)
+def test_sources_of_another_blend_go_on_where_they_were(kind: str, folder: Path) -> None:
+    """Until the blend has come to the end of its epoch, no token of a source is read again."""
+    changed, said = CONTINUED[kind]
+    before = Data(folder, path=("0.7", "a", "0.3", "b"), split=changed.get("split", "80,20,0"))
+    now = replace(before, **changed)
+    change, span = now.change((before, 50)), now.ledger((before, 50)).now
+    assert change is not None and change.tally == order.Tally()
+    assert all(words in change.line() for words in said), change.line()
+    assert "nothing is read again or skipped" in change.line()
+    again = now.samples().names.index(str(folder / "moved")) if "moved" in now.path else None
+    read, samples = set(before.tokens(0, 50)), now.samples(span)
+    for index in range(50, 90):
+        part = samples.locate(index)[0]
+        if part != again:
+            tokens = set(samples[index]["tokens"].tolist())
+            assert not tokens & read, f"sample {index} of {samples.names[part]}"
+            read |= tokens
 
 
 def test_a_chain_of_changes_counts_from_the_beginning(folder: Path) -> None:
@@ -239,38 +294,22 @@ def test_documents_that_change_sides_are_counted(change: dict[str, Any], name: s
 def test_other_data_under_the_same_name_is_said(folder: Path, tmp_path: Path) -> None:
     write_dataset(tmp_path / "a", LENGTHS["a"], STARTS["a"], VOCABULARY)
     before = Data(tmp_path)
-    spans = [Span(before.order(), 0, 40)]
+    ledger, config = Ledger((Span(0, before.order()),)), before.config()
+    start = Start(tmp_path, {"trainer": {"step": 5, "consumed_samples": 40}, "data": ledger.to_json()})
     for suffix in (".bin", ".idx"):
         shutil.copy(folder / f"c{suffix}", tmp_path / f"a{suffix}")
-    change = find_change(spans, before.order(), before.indices)
-    assert (
-        change is not None
-        and re.search(r"not the 90 \([\d,]+\) of then", change.line())
-        and "is not known" in change.line()
-    )
+    with pytest.raises(DataError, match=r"a is other data than checkpoint .* then 90 .*data.allow_changed_data: true"):
+        data_start(config, start)
+    allowed = config.model_copy(update={"data": config.data.model_copy(update={"allow_changed_data": True})})
+    found = data_start(allowed, start)
+    assert found.change is not None and found.ledger.now.places == (Place(1),)
+    assert re.search(r"not the 90 \([\d,]+\) of then", found.change.line())
+    assert "is not known" in found.change.line() and "/a begins" in found.change.line()
     same_lengths = np.fromfile(folder / "a.bin", np.uint16)
     shutil.copy(folder / "a.idx", tmp_path / "a.idx")
     same_lengths[::-1].tofile(tmp_path / "a.bin")
-    change = find_change(spans, before.order(), before.indices)
-    assert change is not None and "is other data than before" in change.line()
-
-
-def test_the_record_survives_json(folder: Path) -> None:
-    one, two = Data(folder).order(), Data(folder, seq_length=32, path=("0.4", "a", "0.6", "b")).order()
-    record = json.loads(json.dumps(to_json([Span(one, 0, 30)], two, 30)))
-    spans = from_json(record, 50)
-    assert spans == (Span(one, 0, 30), Span(two, 30, 50))
-    assert json.loads(json.dumps(to_json(spans, two, 50))) == record, "the same order is no new entry"
-    assert to_json((), one, 50)[0]["from_sample"] == 50, "of what was read before, nothing is known"
-    assert json.loads(json.dumps(to_json(spans, one, 20))) == record[:1], (
-        "a run that goes back to before a change forgets it"
-    )
-
-
-@pytest.mark.parametrize("record", [[{}], [3], "x", [{"from_sample": 9, "files": 4}], None])
-def test_a_damaged_record_is_refused(record: Any) -> None:
-    with pytest.raises(CheckpointError, match="record of the data is damaged"):
-        from_json(record, 4)
+    with pytest.raises(DataError, match="is other data than checkpoint"):
+        data_start(config, start)
 
 
 # Whole runs.
@@ -310,6 +349,7 @@ def test_a_run_says_it_and_its_checkpoints_remember(begun: Path, walks: str, tmp
     [first, second] = read_json(run_dir / "checkpoints/global_step6/sgt_state.json")["data"]
     assert (first["from_sample"], first["seq_length"]) == (0, 16)
     assert (second["from_sample"], second["seq_length"]) == (32, 32)
+    assert second["places"] == [{"number": 0, "drawn": 16}], "as many tokens of the epoch"
 
 
 def refused_by_a_dry_run(config: Config, folder: Path, *said: str) -> None:
@@ -342,9 +382,6 @@ def forget(state: dict[str, Any]) -> None:
 
 
 def test_a_checkpoint_without_a_record(begun: Path, walks: str, tmp_path: Path) -> None:
-    from megatron_sgt.engine.data_start import data_start
-    from megatron_sgt.preflight import find_start
-
     def change(config: Config, edit: Callable[[dict[str, Any]], None]) -> str | None:
         start = find_start(config)
         edit(start.saved)
@@ -357,10 +394,17 @@ def test_a_checkpoint_without_a_record(begun: Path, walks: str, tmp_path: Path) 
     assert told is not None and old == f"{told}; the checkpoint does not say what its files held: taken as they are now"
 
 
+def no_begins(old: object, new: object) -> bool:
+    return False
+
+
 def test_what_came_before_the_first_record_is_not_counted(folder: Path) -> None:
     """The files of a checkpoint without a record had moved; records begin where the run went on."""
     before, now = Data(folder), Data(folder, seq_length=8)
-    known, cut = (find_change([Span(before.order(), first, 9)], now.order(), now.indices) for first in (0, 4))
+    known, cut = (
+        find_change(Ledger((Span(first, before.order()),)).until(9), Span(9, now.order()), no_begins, now.indices)
+        for first in (0, 4)
+    )
     assert known is not None and known.tally is not None and known.unknown == ()
     assert cut is not None and cut.tally is None and cut.unknown == ("what was read before sample 4 is not recorded",)
     assert "read before and to come again" not in cut.line() and "not recorded" in cut.line()
@@ -370,6 +414,7 @@ def test_a_registered_data_set_is_not_guessed_at(folder: Path) -> None:
     before = Data(folder).order()
     registered = replace(before, dataset="mine", files=())
     longer = replace(registered, seq_length=32)
-    change = find_change([Span(registered, 0, 9)], longer, Data(folder).indices)
+    reads, indices = Ledger((Span(0, registered),)).until(9), Data(folder).indices
+    change = find_change(reads, Span(9, longer), no_begins, indices)
     assert change is not None and "model.seq_length 16 -> 32: " in change.line() and "is not known" in change.line()
-    assert find_change([Span(registered, 0, 9)], registered, Data(folder).indices) is None
+    assert find_change(reads, Span(9, registered), no_begins, indices) is None
