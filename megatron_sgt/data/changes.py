@@ -1,4 +1,4 @@
-"""What a changed order of the data means for the run that goes on: where its sources go on, what is read again or leaks.
+"""What a changed order of the data means for the run that goes on: where its sources stand, what comes again or leaks.
 
 Another blend, and documents that were appended, repeat and skip nothing: the ledger goes on in each source where it was
 (ledger.py). Under another ``seq_length``, seed or split the samples of a source are other tokens, and it goes on at as

@@ -38,8 +38,7 @@ the position of a run is a count of samples. Data-parallel ranks read different 
 
 
 class BlendedSamples(Dataset[Sample]):
-    """An endless sequence of samples: ``samples[i]`` for any i from the beginning of the blend on, in constant time and
-    memory.
+    """An endless sequence of samples: ``samples[i]`` for any i of the present blend, in constant time and memory.
 
     A sample is a dict of ``tokens`` [T] int64, ``labels`` [T] int64 (the next tokens), ``loss_mask`` [T] float32 and
     ``position_ids`` [T] int64. ``len()`` is one epoch: the samples of all data sets, each counted once.
@@ -54,7 +53,8 @@ class BlendedSamples(Dataset[Sample]):
         vocab_size: int,
         names: Sequence[str],
     ) -> None:
-        """``parts``: one epoch of each data set, those of the first blend before all others; ``weights``: of that blend;
+        """``parts``: one epoch of each data set, those of the first blend before others; ``weights``: of that blend.
+
         ``shuffle``: a new order every epoch, or always theirs.
         """
         self.parts = list(parts)

@@ -3,12 +3,10 @@ not train on what was held out. The counts are compared with lists of the tokens
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,106 +16,22 @@ import pytest
 from megatron_sgt.checkpoint.layout import read_json
 from megatron_sgt.config import Config
 from megatron_sgt.data import order
-from megatron_sgt.data.changes import Change, find_change
-from megatron_sgt.data.gpt_dataset import BlendedSamples, build_datasets, follow
-from megatron_sgt.data.history import DataOrder, grown_files, order_of
-from megatron_sgt.data.index_cache import build_index_cache
-from megatron_sgt.data.ledger import Begins, Drawing, Ledger, Place, Span
+from megatron_sgt.data.changes import find_change
+from megatron_sgt.data.ledger import Drawing, Ledger, Place, Span
 from megatron_sgt.data.splits import split_bounds
 from megatron_sgt.engine.data_start import data_start
-from megatron_sgt.errors import CheckpointError, DataError
-from megatron_sgt.preflight import Start, find_start
+from megatron_sgt.errors import CheckpointError
+from megatron_sgt.preflight import find_start
+from tests.helpers.changing_data import LENGTHS, STARTS, Data, write_data_sets
 from tests.helpers.commands import run_script, snapshot
-from tests.helpers.datasets import write_dataset
 from tests.helpers.edges import refused
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import pretrain, reported, tiny_config, write_tiny_data
 
-VOCABULARY = 65_000
-"""More than all tokens of the data sets here, so that every token tells its place."""
-
-
-def lengths(number: int, seed: int) -> list[int]:
-    return [int(n) for n in np.random.default_rng(seed).integers(1, 70, number)]
-
-
-LENGTHS = {"a": lengths(90, 1), "b": lengths(60, 2), "longer": [*lengths(90, 1), *lengths(40, 3)], "c": lengths(80, 4)}
-STARTS = {"a": 0, "longer": 0, "b": 20_000, "c": 40_000}
-"""The first token of each data set: ``longer`` is ``a`` with documents appended."""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("data")
-    for name, each in LENGTHS.items():
-        write_dataset(made / name, each, STARTS[name], VOCABULARY)
-    for suffix in (".bin", ".idx"):
-        shutil.copy(made / f"a{suffix}", made / f"moved{suffix}")
-    return made
-
-
-@dataclass
-class Data:
-    """Settings of a run over the data sets of a folder."""
-
-    folder: Path
-    path: tuple[str, ...] = ("a",)
-    seq_length: int = 16
-    seed: int = 7
-    split: str = "80,20,0"
-    batch: int = 8
-
-    def config(self) -> Config:
-        paths = [part if part[0].isdigit() else str(self.folder / part) for part in self.path]
-        return tiny_config(
-            self.folder / "run",
-            "",
-            model={"seq_length": self.seq_length, "vocab_size": VOCABULARY},
-            train={
-                "seed": self.seed,
-                "train_iters": self.batch,
-                "global_batch_size": self.batch,
-                "eval_interval": 0 if self.split == "100,0,0" else 5,
-            },
-            data={"data_path": paths, "split": self.split, "data_cache_path": str(self.folder / "cache")},
-        )
-
-    def order(self) -> DataOrder:
-        return order_of(self.config())
-
-    def samples(self, span: Span | None = None) -> BlendedSamples:
-        made = build_datasets(self.config(), None)[0]
-        if span is not None:
-            follow(made, span, self.config())
-        return made
-
-    def tokens(self, start: int, stop: int, span: Span | None = None) -> Counter[int]:
-        """How often each token is read by the samples number start .. stop - 1."""
-        samples = self.samples(span)
-        return Counter(int(t) for i in range(start, stop) for t in samples[i]["tokens"])
-
-    def ledger(self, *earlier: tuple[Data, int]) -> Ledger:
-        """After runs that have read up to sample n each, one after the other."""
-        made, start = Ledger(()), 0
-        for data, stop in (*earlier, (self, 0)):
-            made = made.turned(data.order(), start, every_begins(self.folder))
-            start = stop
-        return made
-
-    def change(self, *earlier: tuple[Data, int]) -> Change | None:
-        """What this one makes of them."""
-        ledger, consumed = self.ledger(*earlier), earlier[-1][1]
-        before = earlier[-1][0].ledger(*earlier[:-1]).until(consumed)
-        return find_change(before, ledger.now, every_begins(self.folder), self.indices)
-
-    def indices(self, *wanted: Any) -> str:
-        return build_index_cache(*wanted, str(self.folder / "cache"))
-
-
-@cache
-def every_begins(folder: Path) -> Begins:
-    files = [Data(folder, (name,)).order().files[0] for name in LENGTHS]
-    return grown_files(files, files)
+    return write_data_sets(tmp_path_factory.mktemp("data"))
 
 
 FILES = ("longer", "b", "c")
@@ -168,22 +82,6 @@ BLENDS: dict[str, dict[str, Any]] = {
     "a longer sequence": {"path": ("0.7", "a", "0.3", "b"), "seq_length": 40},
     "a seed and one more": {"path": ("0.6", "a", "0.2", "b", "0.2", "c"), "seed": 4},
 }
-CONTINUED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "a data set more": (
-        {"path": ("0.5", "a", "0.3", "b", "0.2", "c")},
-        ("b go on where they last stopped", "/c begins"),
-    ),
-    "another weight": ({"path": ("0.5", "a", "0.5", "b")}, ("a, ", "b go on where they last stopped")),
-    "another order of the blend": ({"path": ("0.3", "b", "0.7", "a")}, ("a go on where they last stopped",)),
-    "one less": ({"path": ("a",)}, ("goes on at sample 35 of 157 of epoch 1", "/b is not read on")),
-    "one exchanged": ({"path": ("0.7", "a", "0.3", "c")}, ("/a goes on where", "/c begins", "/b is not read on")),
-    "another data set": ({"path": ("c",)}, ("/c begins", "are not read on")),
-    "documents appended": (
-        {"path": ("0.7", "longer", "0.3", "b"), "split": "100,0,0"},
-        ("the 40 documents appended come with its next epoch, after the",),
-    ),
-    "one twice": ({"path": ("0.4", "a", "0.3", "b", "0.3", "moved")}, ("/moved begins",)),
-}
 
 
 @pytest.mark.parametrize("read", [40, 250], ids=["in the first epoch", "in the third"])
@@ -207,26 +105,6 @@ def test_counts_of_blends(kind: str, folder: Path) -> None:
     now = replace(before, **BLENDS[kind])
     change = now.change((before, 150))
     assert change is not None and change.tally == expected(now, [(before, 150)])
-
-
-@pytest.mark.parametrize("kind", CONTINUED)
-def test_sources_of_another_blend_go_on_where_they_were(kind: str, folder: Path) -> None:
-    """Until the blend has come to the end of its epoch, no token of a source is read again."""
-    changed, said = CONTINUED[kind]
-    before = Data(folder, path=("0.7", "a", "0.3", "b"), split=changed.get("split", "80,20,0"))
-    now = replace(before, **changed)
-    change, span = now.change((before, 50)), now.ledger((before, 50)).now
-    assert change is not None and change.tally == order.Tally()
-    assert all(words in change.line() for words in said), change.line()
-    assert "nothing is read again or skipped" in change.line()
-    again = now.samples().names.index(str(folder / "moved")) if "moved" in now.path else None
-    read, samples = set(before.tokens(0, 50)), now.samples(span)
-    for index in range(50, 90):
-        part = samples.locate(index)[0]
-        if part != again:
-            tokens = set(samples[index]["tokens"].tolist())
-            assert not tokens & read, f"sample {index} of {samples.names[part]}"
-            read |= tokens
 
 
 def test_a_chain_of_changes_counts_from_the_beginning(folder: Path) -> None:
@@ -289,27 +167,6 @@ def test_documents_that_change_sides_are_counted(change: dict[str, Any], name: s
     assert found.held_out_trained == len(held & sides[0])
     assert found.trained_held_out == len(trained_documents(before, read, name) & (sides[1] | sides[2]))
     assert found.leaks == ("seq_length" not in change)
-
-
-def test_other_data_under_the_same_name_is_said(folder: Path, tmp_path: Path) -> None:
-    write_dataset(tmp_path / "a", LENGTHS["a"], STARTS["a"], VOCABULARY)
-    before = Data(tmp_path)
-    ledger, config = Ledger((Span(0, before.order()),)), before.config()
-    start = Start(tmp_path, {"trainer": {"step": 5, "consumed_samples": 40}, "data": ledger.to_json()})
-    for suffix in (".bin", ".idx"):
-        shutil.copy(folder / f"c{suffix}", tmp_path / f"a{suffix}")
-    with pytest.raises(DataError, match=r"a is other data than checkpoint .* then 90 .*data.allow_changed_data: true"):
-        data_start(config, start)
-    allowed = config.model_copy(update={"data": config.data.model_copy(update={"allow_changed_data": True})})
-    found = data_start(allowed, start)
-    assert found.change is not None and found.ledger.now.places == (Place(1),)
-    assert re.search(r"not the 90 \([\d,]+\) of then", found.change.line())
-    assert "is not known" in found.change.line() and "/a begins" in found.change.line()
-    same_lengths = np.fromfile(folder / "a.bin", np.uint16)
-    shutil.copy(folder / "a.idx", tmp_path / "a.idx")
-    same_lengths[::-1].tofile(tmp_path / "a.bin")
-    with pytest.raises(DataError, match="is other data than checkpoint"):
-        data_start(config, start)
 
 
 # Whole runs.
