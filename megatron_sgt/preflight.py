@@ -23,14 +23,15 @@ from megatron_sgt.checkpoint.find import (
 from megatron_sgt.checkpoint.forms import read_config, read_state
 from megatron_sgt.checkpoint.layout import GROWTH_STATE
 from megatron_sgt.config import Config
-from megatron_sgt.config.base import count
 from megatron_sgt.config.lengths import SequenceLengths
+from megatron_sgt.data.export_form import export_problems
 from megatron_sgt.data.prefix import resolve_prefix
 from megatron_sgt.data.tokenizer import resolve_vocab_size, tokenizer_of
 from megatron_sgt.errors import CheckpointError, ConfigError, DamagedCheckpointError, DataError
 from megatron_sgt.files import nearest, unwritable
 from megatron_sgt.metrics.units import file_size
 from megatron_sgt.metrics.writers import check_packages
+from megatron_sgt.planning.kept import kept_text
 from megatron_sgt.planning.layout import batch_line, layout_line
 from megatron_sgt.planning.parameters import checkpoint_bytes
 
@@ -47,6 +48,7 @@ _UNREMARKABLE = (
     "data.num_workers",
     "data.allow_validation_leak",
     "data.allow_changed_data",
+    "huggingface.",
 )
 _LENGTHS = "data.seq_length_curriculum"
 # What reading the data sets and the tokenizer needs.
@@ -122,6 +124,23 @@ def check_surroundings(config: Config) -> None:
     check_folders(config)
 
 
+def check_export(config: Config) -> list[str]:
+    """What an export of the run cannot keep, or may not, a sentence each (huggingface.check_at_start).
+
+    Raises:
+        ConfigError: something it certainly cannot, where the setting is error.
+        DataError: the tokenizer cannot be read.
+    """
+    setting = config.huggingface.check_at_start
+    found = [] if setting == "off" else list(export_problems(config))
+    if setting == "error" and (certain := [line for line, is_certain in found if is_certain]):
+        raise ConfigError(
+            f"huggingface.check_at_start: is error, and no checkpoint of this run could be exported: "
+            f"{'; '.join(certain)}. Change that, or set check_at_start to warn"
+        )
+    return [line for line, _ in found]
+
+
 def check_disk(config: Config, precision: str, libraries: bool = True) -> str:
     """The room for checkpoints and the size of one, in words; of a model that grows, the largest.
 
@@ -134,7 +153,7 @@ def check_disk(config: Config, precision: str, libraries: bool = True) -> str:
     """
     if config.model.vocab_size is None:  # the tokenizer's, which may not be readable here
         config = config.with_vocab_size(1)
-    size, keep = checkpoint_bytes(config, precision), config.checkpoint.keep_last
+    size = checkpoint_bytes(config, precision)
     stages = config.growth.stages if libraries else ()
     if stages:
         from megatron_sgt.planning.stages import largest_checkpoint  # needs NumPy
@@ -146,9 +165,7 @@ def check_disk(config: Config, precision: str, libraries: bool = True) -> str:
             f"a checkpoint takes about {file_size(size)}, but {config.save_dir} has {file_size(free)} free; "
             "make room, or set checkpoint.save to another place"
         )
-    kept = f"{keep} kept" if keep else "all kept"
-    each = "the largest" if stages else "each"
-    kept += f" and {count(len(stages), 'save')} between stages" if stages else ""
+    each, kept = "the largest" if stages else "each", kept_text(config, len(stages))
     return f"about {file_size(size)} {each}, {kept}; {file_size(free)} free for {config.save_dir}"
 
 
@@ -227,6 +244,7 @@ def check_job(config: Config, world_size: int, device: str) -> list[tuple[str, s
     needed = ("numpy", *_READERS[None if tokenizer is None else tokenizer.type])
     absent = [name for name in needed if importlib.util.find_spec(name) is None]
     data, disk = _data_line(config, absent), check_disk(config, precision, libraries="numpy" not in absent)
+    exported = [] if absent else check_export(config)
     start = find_start(config, libraries=not absent)
     if problem := start.problem(config):
         raise ConfigError(problem)
@@ -238,6 +256,7 @@ def check_job(config: Config, world_size: int, device: str) -> list[tuple[str, s
         ("data", data),
         ("disk", disk),
         ("start", start.sentence(config)),
+        *(("WARNING", line) for line in exported),
     ]
 
 

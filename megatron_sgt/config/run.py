@@ -159,8 +159,11 @@ class CheckpointConfig(Section):
     )
     save_interval: int = Field(default=0, ge=0, description="Save every so many steps; 0: only at the end.")
     keep_last: int = Field(default=3, ge=0, description="Checkpoints to keep, older ones are deleted; 0: all.")
-    keep_every: int = Field(
-        default=0, ge=0, description="Never delete a checkpoint at a multiple of so many steps; 0: no such."
+    keep_every: int | None = Field(
+        default=None,
+        ge=0,
+        description="Never delete a checkpoint at a multiple of so many steps, a milestone; null: about every tenth of "
+        "the run, at a multiple of save_interval; 0: no such.",
     )
     async_save: bool = Field(
         default=False,
@@ -192,4 +195,14 @@ class LoggingConfig(Section):
     progress_bar: Literal["auto", "on", "off"] = Field(default="auto", description="auto: on a terminal only.")
     style: Literal["sgt", "megatron"] = Field(
         default="sgt", description="Console line: short, or Megatron's for programs that parse it."
+    )
+
+
+class HuggingFaceConfig(Section):
+    """Exports to Hugging Face, which tools/convert_to_hf.py makes of the run's checkpoints."""
+
+    check_at_start: Literal["off", "warn", "error"] = Field(
+        default="warn",
+        description="Whether the start of a run says what of it no export can keep: the tokenizer, the kind of "
+        "feed-forward layer. error: such a run does not start. Nothing is written, and no network is needed.",
     )

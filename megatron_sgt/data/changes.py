@@ -16,12 +16,14 @@ from megatron_sgt.data.index_cache import open_split
 from megatron_sgt.data.indexed import lengths_digest, sequence_lengths
 from megatron_sgt.data.ledger import Begins, Continued, Place, Read, Span, go_on
 from megatron_sgt.data.listing import counted, listed
-from megatron_sgt.data.order import EpochOrder, Reading, Tally, compare, documents_read
-from megatron_sgt.data.splits import SplitPart, split_parts
+from megatron_sgt.data.order import EpochOrder, PackedOrder, Reading, Tally, compare, documents_read
+from megatron_sgt.data.packed_index import open_packing
+from megatron_sgt.data.splits import SplitPart
 
 Range = tuple[int, int]
-Indices = Callable[[str, tuple[SplitPart, ...], str, int, int], str]
-"""(prefix, parts, digest of the lengths, seq_length, seed) -> the folder of these sample indices, built if need be."""
+Indices = Callable[[str, tuple[SplitPart, ...], str, int, int, str], str]
+"""(prefix, parts, digest of the lengths, seq_length, seed, packing) -> the folder of these sample indices, built if
+need be."""
 
 
 @dataclass(frozen=True)
@@ -191,20 +193,21 @@ class _File:
 
     def _readings(self, order: DataOrder, place: int, before: Place, after: Place) -> Iterator[Reading]:
         """The samples of file number ``place`` of ``order`` that were drawn between two places."""
-        about = order.seq_length, order.seed
         for documents, start, stop in before.parts(after):
-            if stop == start:
-                continue
-            number = order.files[place].documents if documents is None else documents
-            lengths = self._lengths[:number]
-            parts = split_parts(lengths, order.shares, order.seq_length)
-            folder = self._indices(self.file.prefix, parts, lengths_digest(lengths), *about)
-            index = open_split(self.file.prefix, parts[0], *about, folder)
-            key = (order.seed, before.number)
-            epoch = EpochOrder(
-                parts[0].first, index.document_index, index.shuffle_index, self._lengths, order.seq_length, key
-            )
-            yield Reading(epoch, start, stop)
+            if stop > start:
+                number = order.files[place].documents if documents is None else documents
+                yield Reading(self._order(order, number, before.number), start, stop)
+
+    def _order(self, order: DataOrder, documents: int, number: int) -> EpochOrder:
+        lengths, about, key = self._lengths, (order.seq_length, order.seed), (order.seed, number)
+        parts = order.parts(lengths[:documents])
+        digest = lengths_digest(lengths[:documents])
+        folder = self._indices(self.file.prefix, parts, digest, *about, order.packing)
+        if order.packing == "best_fit":
+            packed = lengths[parts[0].first : parts[0].last]
+            return PackedOrder(parts[0].first, packed, *open_packing(folder, parts[0]), order.seq_length, key)
+        index = open_split(self.file.prefix, parts[0], *about, folder)
+        return EpochOrder(parts[0].first, index.document_index, index.shuffle_index, lengths, order.seq_length, key)
 
 
 def _distinct(now: DataOrder) -> list[tuple[DataFile, list[int]]]:

@@ -1,8 +1,9 @@
 """The samples that a run trains on, in an order that depends only on (seed, sample index).
 
 Megatron shuffles all epochs of a run together, so another ``train_iters`` gives another order. Here each
-data set is a GPTDataset of exactly one epoch; epoch e of data set d is that epoch under a permutation keyed
-by (seed, d, e); and the run's ledger says which data set sample i is drawn from, and how many were before.
+data set is a GPTDataset of exactly one epoch, or one epoch of packed sequences; epoch e of data set d is that
+epoch under a permutation keyed by (seed, d, e); and the run's ledger says which data set sample i is drawn from,
+and how many were before.
 """
 
 import logging
@@ -14,8 +15,10 @@ import torch
 from torch.utils.data import Dataset
 
 from megatron_sgt import extensions
+from megatron_sgt.config.data import DataConfig
 from megatron_sgt.config.root import Config
-from megatron_sgt.data.index_cache import build_index_cache, open_split, wait_for_folder
+from megatron_sgt.data.document_samples import DocumentSamples, check_documents
+from megatron_sgt.data.index_cache import build_index_cache, open_packed, open_split, wait_for_folder
 from megatron_sgt.data.indexed import lengths_digest, sequence_lengths
 from megatron_sgt.data.ledger import Drawing, Span
 from megatron_sgt.data.permutation import RandomPermutation
@@ -34,6 +37,8 @@ Builder = Callable[[Config, Tokenizer | None], tuple[Any, Any | None, Any | None
 
 ``samples[i]`` is a Sample like those of `BlendedSamples`, for any i >= 0, and the same in every process of every rank:
 the position of a run is a count of samples. Data-parallel ranks read different i, tensor-parallel ranks the same.
+With ``cfg.data.tells_documents`` samples have ``document_starts`` and ``num_tokens``; their ``position_ids`` and
+``loss_mask`` are what ``cfg.data`` asks for.
 """
 
 
@@ -41,7 +46,9 @@ class BlendedSamples(Dataset[Sample]):
     """An endless sequence of samples: ``samples[i]`` for any i of the present blend, in constant time and memory.
 
     A sample is a dict of ``tokens`` [T] int64, ``labels`` [T] int64 (the next tokens), ``loss_mask`` [T] float32 and
-    ``position_ids`` [T] int64. ``len()`` is one epoch: the samples of all data sets, each counted once.
+    ``position_ids`` [T] int64. With ``DataConfig.tells_documents`` also ``document_starts`` [T] int32 (where in the
+    sequence the document of each token begins; padding is a document of its own) and ``num_tokens`` int32 (the tokens
+    before the padding). ``len()`` is one epoch: the samples of all data sets, each counted once.
     """
 
     def __init__(
@@ -133,7 +140,7 @@ def follow(samples: Any, span: Span, cfg: Config) -> None:
     for d, number in former.items():
         wait_for_folder(folders[d])
         one = _first_documents(cfg, files[d].prefix, number)
-        parts[d] = open_split(one.prefix, one.parts[0], cfg.model.seq_length, cfg.train.seed, folders[d])
+        parts[d] = _open_part(cfg.data, one.prefix, one.parts[0], cfg.model.seq_length, cfg.train.seed, folders[d])
     samples.draw(span.drawing, [samples.names.index(file.prefix) for file in files], parts)
 
 
@@ -147,13 +154,14 @@ class _Cut:
 
 
 def _first_documents(cfg: Config, prefix: str, number: int) -> _Cut:
-    lengths = sequence_lengths(prefix)[:number]
-    return _Cut(prefix, split_parts(lengths, cfg.data.split_shares(), cfg.model.seq_length), lengths_digest(lengths))
+    lengths, data = sequence_lengths(prefix)[:number], cfg.data
+    parts = split_parts(lengths, data.split_shares(), cfg.model.seq_length, data.packing)
+    return _Cut(prefix, parts, lengths_digest(lengths))
 
 
 def _build(cfg: Config, cut: _Cut) -> str:
-    seq_length, seed = cfg.model.seq_length, cfg.train.seed
-    return build_index_cache(cut.prefix, cut.parts, cut.lengths_digest, seq_length, seed, str(cfg.data_cache_dir))
+    about = cfg.model.seq_length, cfg.train.seed, str(cfg.data_cache_dir), cfg.data.packing
+    return build_index_cache(cut.prefix, cut.parts, cut.lengths_digest, *about)
 
 
 @dataclass(frozen=True)
@@ -166,10 +174,21 @@ class _Prepared:
 
 
 def build_datasets(cfg: Config, tokenizer: Tokenizer | None) -> tuple[Any, Any | None, Any | None]:
-    """Training, validation and test samples of ``data.dataset``: of DATASETS, or from a registered ``Builder``."""
+    """Training, validation and test samples of ``data.dataset``: of DATASETS, or from a registered ``Builder``.
+
+    Raises:
+        DataError: whatever the builder refuses; registered samples do not tell their documents as ``cfg.data`` asks.
+    """
     name = cfg.data.dataset
-    build: Builder = DATASETS[name] if name in DATASETS else extensions.load("datasets", name)
-    return build(cfg, tokenizer)
+    if name in DATASETS:
+        return DATASETS[name](cfg, tokenizer)
+    build: Builder = extensions.load("datasets", name)
+    made = build(cfg, tokenizer)
+    if cfg.data.tells_documents:
+        for samples in made:
+            if samples is not None:
+                check_documents(samples[0], name)
+    return made
 
 
 def _indexed(
@@ -218,12 +237,20 @@ def _open(cfg: Config, prepared: _Prepared, split: int, vocab_size: int) -> Blen
         return None
     seq_length, seed = cfg.model.seq_length, cfg.train.seed
     parts = [
-        open_split(source.info.prefix, source.parts[split], seq_length, seed, folder)
+        _open_part(cfg.data, source.info.prefix, source.parts[split], seq_length, seed, folder)
         for source, folder in zip(sources, prepared.folders, strict=False)
     ]
     weights = [source.weight for source in sources[: prepared.blended]]
     names = [source.info.prefix for source in sources]
     return BlendedSamples(parts, weights, seed, training, vocab_size, names)
+
+
+def _open_part(data: DataConfig, prefix: str, part: SplitPart, seq_length: int, seed: int, folder: str) -> Any:
+    """One epoch of one split of a data set, in the form that ``data`` asks for."""
+    if data.packing == "best_fit":
+        return open_packed(prefix, part, seq_length, folder, data)
+    windows = open_split(prefix, part, seq_length, seed, folder)
+    return DocumentSamples(windows, data) if data.tells_documents or data.eod_mask_loss else windows
 
 
 DATASETS: dict[str, Builder] = {"indexed": _indexed}

@@ -18,12 +18,17 @@ from megatron_sgt.config.root import Config
 from megatron_sgt.data.blend import round_to_period
 from megatron_sgt.data.indexed import content_digest, lengths_digest, sequence_lengths
 from megatron_sgt.data.prefix import resolve_prefix
-from megatron_sgt.data.splits import split_bounds, split_parts
+from megatron_sgt.data.splits import SplitPart, split_bounds, split_parts
 
 INDEXED = "indexed"
-_ALWAYS_DIGESTED = ("dataset", "data_path", "split", "data_cache_path", "tokenizer", "seq_length_curriculum")
 Key = tuple[tuple[str, str], int]
 """(digests, how often they have stood in the order by then)."""
+_ALWAYS_DIGESTED = ("dataset", "data_path", "split", "data_cache_path", "tokenizer", "seq_length_curriculum")
+_NOT_THE_ORDER = {
+    "num_workers", "allow_validation_leak", "allow_changed_data", "reset_attention_mask", "reset_position_ids",
+    "eod_mask_loss", "packing",
+}  # fmt: skip
+"""Settings of the data that leave every sample its tokens, and the packing, which is kept beside them."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +65,15 @@ class DataOrder:
     split: str
     shares: tuple[float, float, float]
     files: tuple[DataFile, ...]
+    packing: str = "concat"
 
     def same(self, other: DataOrder) -> bool:
         """Whether sample i is the same tokens in both, for every i, and the same documents are held out."""
         return self._key() == other._key()
+
+    def parts(self, lengths: np.ndarray) -> tuple[SplitPart, ...]:
+        """The splits of a file whose sequences have ``lengths``."""
+        return split_parts(lengths, self.shares, self.seq_length, self.packing)
 
     def bounds(self, place: int) -> list[tuple[int, int]]:
         """The documents of training, validation and test of a file."""
@@ -72,7 +82,7 @@ class DataOrder:
     def windows(self, place: int, documents: int | None = None) -> tuple[Any, ...]:
         """What cuts and shuffles the first ``documents`` of a file (None: all) into samples, but for its number."""
         number = self.files[place].documents if documents is None else documents
-        return self.seq_length, self.seed, split_bounds(number, self.shares)[0]
+        return self.seq_length, self.seed, split_bounds(number, self.shares)[0], self.packing
 
     def sources(self) -> tuple[tuple[Key, DataFile], ...]:
         """The files, and by what each is known in other orders; one that stands there twice is two sources."""
@@ -92,6 +102,8 @@ class DataOrder:
             yield f"model.seq_length {self.seq_length} -> {now.seq_length}"
         if self.seed != now.seed:
             yield f"train.seed {self.seed} -> {now.seed}"
+        if self.packing != now.packing:
+            yield f"data.packing {self.packing} -> {now.packing}"
         if self.dataset != now.dataset:
             yield f"data.dataset {self.dataset} -> {now.dataset}"
         elif self.split != now.split:
@@ -101,7 +113,7 @@ class DataOrder:
     def _key(self) -> tuple[Any, ...]:
         files = [(file.lengths, file.content, split_bounds(file.documents, self.shares)) for file in self.files]
         registered = None if self.dataset == INDEXED else self.split
-        return self.dataset, self.seq_length, self.seed, self.weights(), files, registered
+        return self.dataset, self.seq_length, self.seed, self.weights(), files, registered, self.packing
 
 
 def _differing_files(then: DataOrder, now: DataOrder) -> Iterator[str]:
@@ -139,10 +151,10 @@ def order_of(config: Config, data_path: Sequence[str] | None = None) -> DataOrde
             lengths = sequence_lengths(prefix)
             tokens = int(lengths.sum(dtype=np.int64))
             digests = lengths_digest(lengths), content_digest(prefix, tokens)
-            samples = split_parts(lengths, shares, seq_length)[0].samples
+            samples = split_parts(lengths, shares, seq_length, data.packing)[0].samples
             files.append(DataFile(weight, prefix, len(lengths), tokens, *digests, samples))
     named = data.split if data.dataset == INDEXED else _digest(data)
-    return DataOrder(data.dataset, seq_length, config.train.seed, named, shares, tuple(files))
+    return DataOrder(data.dataset, seq_length, config.train.seed, named, shares, tuple(files), data.packing)
 
 
 def grown_files(old: Iterable[DataFile], now: Iterable[DataFile]) -> Callable[[DataFile, DataFile], bool]:
@@ -178,8 +190,7 @@ def _digest(data: DataConfig) -> str:
         for name, field in type(data).model_fields.items()
         if name not in _ALWAYS_DIGESTED and getattr(data, name) == field.get_default(call_default_factory=True)
     }
-    left_out = {"num_workers", "allow_validation_leak", "allow_changed_data"} | unset
-    return hashlib.sha256(data.model_dump_json(exclude=left_out).encode()).hexdigest()[:12]
+    return hashlib.sha256(data.model_dump_json(exclude=_NOT_THE_ORDER | unset).encode()).hexdigest()[:12]
 
 
 def order_from_json(entry: Mapping[str, Any]) -> DataOrder:
@@ -204,4 +215,5 @@ def order_from_json(entry: Mapping[str, Any]) -> DataOrder:
         str(entry["split"]),
         (train, valid, test),
         files,
+        str(entry.get("packing", "concat")),
     )

@@ -206,6 +206,8 @@ class Ledger:
         kept = []
         for span in self.spans:
             entry = {"from_sample": span.start, **asdict(span.order)}
+            if span.order.packing == "concat":
+                del entry["packing"]  # as in the checkpoints from before there was a choice
             if span.places:
                 entry["origin"] = span.origin
                 entry["places"] = [{k: v for k, v in asdict(place).items() if v is not None} for place in span.places]

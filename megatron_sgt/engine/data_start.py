@@ -17,7 +17,7 @@ from megatron_sgt.data.history import DataFile, DataOrder, grown_files, order_of
 from megatron_sgt.data.index_cache import build_index_cache, index_folder
 from megatron_sgt.data.indexed import sequence_lengths
 from megatron_sgt.data.ledger import Begins, Ledger, Read, Span, ledger_from_json
-from megatron_sgt.data.splits import SplitPart, split_parts
+from megatron_sgt.data.splits import SplitPart
 from megatron_sgt.errors import CheckpointError, DataError, SGTError
 from megatron_sgt.metrics.records import DataRecord
 from megatron_sgt.preflight import Start
@@ -94,7 +94,7 @@ def _with_samples(ledger: Ledger, files: Sequence[DataFile], begins: Begins) -> 
         if file.samples or there is None:
             return file
         lengths = sequence_lengths(there.prefix)[: file.documents]
-        return replace(file, samples=split_parts(lengths, order.shares, order.seq_length)[0].samples)
+        return replace(file, samples=order.parts(lengths)[0].samples)
 
     def one(span: Span) -> Span:
         sizes = tuple(sized(span.order, file) for file in span.order.files)
@@ -148,6 +148,9 @@ class _Indices:
     def __init__(self, root: str, other: str) -> None:
         self._root, self._other = root, other
 
-    def __call__(self, prefix: str, parts: tuple[SplitPart, ...], digest: str, seq_length: int, seed: int) -> str:
-        there = index_folder(prefix, parts, digest, seq_length, seed, self._root)
-        return build_index_cache(prefix, parts, digest, seq_length, seed, self._root if there.is_dir() else self._other)
+    def __call__(
+        self, prefix: str, parts: tuple[SplitPart, ...], digest: str, seq_length: int, seed: int, packing: str
+    ) -> str:
+        there = index_folder(prefix, parts, digest, seq_length, seed, self._root, packing)
+        root = self._root if there.is_dir() else self._other
+        return build_index_cache(prefix, parts, digest, seq_length, seed, root, packing)

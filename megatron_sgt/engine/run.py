@@ -27,12 +27,12 @@ from megatron_sgt.errors import CheckpointError, DamagedCheckpointError, ExitCod
 from megatron_sgt.growth import Schedule
 from megatron_sgt.growth.methods import with_schedule
 from megatron_sgt.guard import Watch
-from megatron_sgt.guard.stop import StopRequests, named
+from megatron_sgt.guard.stop import Reason, StopRequests, named
 from megatron_sgt.launch.environment import RankInfo
 from megatron_sgt.metrics.records import GrowRecord
 from megatron_sgt.parallel.collectives import barrier, on_rank_zero
 from megatron_sgt.planning.parameters import checkpoint_bytes
-from megatron_sgt.preflight import Start
+from megatron_sgt.preflight import Start, check_export
 from megatron_sgt.stages.stages import Stage
 
 
@@ -70,6 +70,8 @@ class PretrainingRun(Session):
 
     def _prepare(self) -> None:
         """All that comes before the first step, in folders that this run alone writes into."""
+        if self.config.huggingface.check_at_start == "error":  # else it is said with the other reports
+            on_rank_zero(lambda: check_export(self.config))
         look = first_look(self)
         self.start: Start = find_together(look, self)
         if self.groups.is_main:
@@ -232,8 +234,13 @@ class PretrainingRun(Session):
         return 0
 
     def _stopped(self) -> int:
-        """As ``Trainer`` asks, but no hook is told: the new engine, whose weights are not loaded, must not be saved."""
+        """As ``Trainer`` asks, but no hook is told: the new engine, whose weights are not loaded, must not be saved.
+
+        A request to save is met by the checkpoint that the old one has just written.
+        """
         reason = agreed_reason(self.stop, self.groups)
+        if reason == Reason.SAVE_NOW:
+            return 0
         if reason:
             self.hub.log("stop", {"step": self.state.step, "reason": named(reason)})
         return reason

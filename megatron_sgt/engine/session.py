@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_sgt.config import Config
@@ -19,6 +20,7 @@ from megatron_sgt.engine.skipped_ranges import SkippedRanges
 from megatron_sgt.engine.step import TrainState
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.guard import Progress, Watch
+from megatron_sgt.guard.save_now import SaveTrigger
 from megatron_sgt.guard.stop import StopRequests
 from megatron_sgt.launch.environment import RankInfo
 from megatron_sgt.metrics import MetricsHub, build_hub
@@ -74,6 +76,8 @@ class Session:
         self.ledger = Ledger(())
         self._own_at_first: dict[str, dict[str, Any]] | None = None
         self.folders.take()
+        if self.groups.is_main:
+            self.stop.trigger = SaveTrigger(Path(self.config.logging.run_dir))
 
     def open_data(self) -> None:
         """Open the data sets; collective. The tokenizer is read here, once: its file may be gone in days."""

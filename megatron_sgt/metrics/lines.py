@@ -191,7 +191,8 @@ def save_line(record: Record, paint: Paint = plain) -> str:
     seconds = _part(record, "seconds", units.elapsed)
     cost = f"{size} in {seconds}" if size and seconds else size or seconds
     path = _part(record, "path", str)
-    return _join((f"{paint('good', 'SAVE')}  step {record['step']:,}", cost, path))
+    asked = "as asked" if record.get("asked") else None
+    return _join((f"{paint('good', 'SAVE')}  step {record['step']:,}", asked, cost, path))
 
 
 def resume_line(record: Record, paint: Paint = plain) -> str:

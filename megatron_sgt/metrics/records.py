@@ -144,6 +144,7 @@ class SaveRecord(_Record, total=False):
     seconds: float  # until it was whole
     stall_s: float  # of them, those in which training stood still
     bytes: int
+    asked: bool  # True: by --save-now
 
 
 class SaveFailedRecord(_Record, total=False):

@@ -22,7 +22,7 @@ from megatron_sgt.data.splits import split_bounds
 from megatron_sgt.engine.data_start import data_start
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.preflight import find_start
-from tests.helpers.changing_data import LENGTHS, STARTS, Data, write_data_sets
+from tests.helpers.changing_data import LENGTHS, STARTS, Data, real, write_data_sets
 from tests.helpers.commands import run_script, snapshot
 from tests.helpers.edges import refused
 from tests.helpers.ranks import run_on_ranks
@@ -54,9 +54,9 @@ def expected(now: Data, earlier: list[tuple[Data, int]]) -> order.Tally:
     span, samples, assumed = now.ledger(*earlier).now, now.samples(), Counter[int]()
     for source, place in enumerate(span.places):  # each as if it had been read by itself
         samples.draw(Drawing((1.0,), (Place(place.number),)), [source], [None])
-        assumed += Counter(int(t) for i in range(place.drawn) for t in samples[i]["tokens"])
+        assumed += Counter(t for i in range(place.drawn) for t in real(samples[i]))
     samples = now.samples()
-    epoch = [{int(t) for t in part[i]["tokens"]} for part in samples.parts for i in range(len(part))]
+    epoch = [set(real(part[i])) for part in samples.parts for i in range(len(part))]
     comes = set().union(*epoch)
     again = {t: read[t] - assumed[t] for t in read if read[t] > assumed[t] and t in comes}
     skipped = assumed - read
@@ -77,6 +77,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "a seed beyond 32 bits": {"seed": 7 + 2**32},
     "another split": {"split": "60,40,0"},
     "documents appended and a seed": {"path": ("longer",), "seed": 3},
+    "packed documents": {"packing": "best_fit"},
+    "packed documents appended, and a seed": {"packing": "best_fit", "path": ("longer",), "seed": 3},
 }
 BLENDS: dict[str, dict[str, Any]] = {
     "a longer sequence": {"path": ("0.7", "a", "0.3", "b"), "seq_length": 40},
@@ -113,6 +115,10 @@ def test_a_chain_of_changes_counts_from_the_beginning(folder: Path) -> None:
     assert change is not None and change.tally == expected(three, [(one, 30), (two, 70)])
     back = one.change((one, 30), (two, 70))
     assert back is not None and back.tally == expected(one, [(one, 30), (two, 70)])
+    packed = replace(two, packing="best_fit")
+    change = replace(packed, seed=2).change((packed, 30), (one, 70))
+    assert change is not None and change.tally == expected(replace(packed, seed=2), [(packed, 30), (one, 70)])
+    assert "data.packing concat -> best_fit" in change.line()
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,11 @@ def write_data_sets(made: Path) -> Path:
     return made
 
 
+def real(sample: dict[str, Any]) -> list[int]:
+    """The tokens of a sample without its padding."""
+    return sample["tokens"].tolist()[: sample.get("num_tokens")]
+
+
 @dataclass
 class Data:
     """Settings of a run over the data sets of a folder."""
@@ -52,6 +57,7 @@ class Data:
     seed: int = 7
     split: str = "80,20,0"
     batch: int = 8
+    packing: str = "concat"
 
     def config(self) -> Config:
         paths = [part if part[0].isdigit() else str(self.folder / part) for part in self.path]
@@ -65,7 +71,13 @@ class Data:
                 "global_batch_size": self.batch,
                 "eval_interval": 0 if self.split == "100,0,0" else 5,
             },
-            data={"data_path": paths, "split": self.split, "data_cache_path": str(self.folder / "cache")},
+            data={
+                "data_path": paths,
+                "split": self.split,
+                "data_cache_path": str(self.folder / "cache"),
+                "packing": self.packing,
+                "reset_attention_mask": self.packing == "best_fit",
+            },
         )
 
     def order(self) -> DataOrder:
@@ -80,7 +92,7 @@ class Data:
     def tokens(self, start: int, stop: int, span: Span | None = None) -> Counter[int]:
         """How often each token is read by the samples number start .. stop - 1."""
         samples = self.samples(span)
-        return Counter(int(t) for i in range(start, stop) for t in samples[i]["tokens"])
+        return Counter(t for i in range(start, stop) for t in real(samples[i]))
 
     def ledger(self, *earlier: tuple[Data, int]) -> Ledger:
         """After runs that have read up to sample n each, one after the other."""
@@ -97,7 +109,8 @@ class Data:
         return find_change(before, ledger.now, every_begins(self.folder), self.indices)
 
     def indices(self, *wanted: Any) -> str:
-        return build_index_cache(*wanted, str(self.folder / "cache"))
+        *about, packing = wanted
+        return build_index_cache(*about, str(self.folder / "cache"), packing)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Saving every so many steps and at the end; loading before the first step."""
+"""Saving every so many steps, when asked and at the end; loading before the first step."""
 
 from __future__ import annotations
 
@@ -66,6 +66,7 @@ class CheckpointHook(Hook):
         self.last_path: Path | None = None
         self.on_saved: Callable[[float], None] = lambda seconds: None
         self._saved_at = -1
+        self._asked, self._asked_at = False, -1
         self.stage_end: int | None = None
         """After this step comes ``after_stage``, which saves whatever the interval is."""
         self.data: Callable[[], list[dict[str, Any]]] = list
@@ -82,16 +83,20 @@ class CheckpointHook(Hook):
             self.saver.prepare()
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        """Save at the interval; look after the save in flight."""
+        """Save at the interval, and when asked to; look after the save in flight."""
         interval = self.config.checkpoint.save_interval
+        due = self._asked or (interval and state.step % interval == 0)
         try:
             self._poll(wait=False)
-            if result.applied and interval and state.step % interval == 0 and state.step != self.stage_end:
+            if result.applied and due:
+                self._asked_at, self._asked = state.step if self._asked else self._asked_at, False
+            if result.applied and due and state.step != self.stage_end:
                 self._poll(wait=True)
                 self._start(state)
                 self._poll(wait=not self.config.checkpoint.async_save)
         except CheckpointError as error:
-            reason = f"{error} (training goes on, the next try is at step {_next(state.step, interval):,})"
+            again = f"the next try is at step {_next(state.step, interval):,}" if interval else "ask again"
+            reason = f"{error} (training goes on, {again})"
             self.hub.log("save_failed", {"step": state.step, "reason": reason})
 
     def after_run(self, state: TrainState) -> None:
@@ -126,6 +131,9 @@ class CheckpointHook(Hook):
         if state.step:
             self.after_run(state)
 
+    def on_save_now(self, state: TrainState) -> None:
+        self._asked = True
+
     def _start(self, state: TrainState) -> None:
         self.verify()
         hooks: dict[str, Any] = {}
@@ -150,6 +158,8 @@ class CheckpointHook(Hook):
             "stall_s": saved.stall_s,
             "bytes": saved.num_bytes,
         }
+        if saved.step == self._asked_at:
+            record["asked"] = True
         self.hub.log("save", record)
 
     def load(self, folder: Path, saved: dict[str, Any], state: TrainState, place: Place | None = None) -> list[str]:
@@ -226,4 +236,4 @@ def _saved_state(hook: Hook) -> dict[str, Any]:
 
 
 def _next(step: int, interval: int) -> int:
-    return (step // interval + 1) * interval if interval else step
+    return (step // interval + 1) * interval
