@@ -54,6 +54,12 @@ class DataConfig(Section):
     tokenizer: TokenizerConfig | None = Field(
         default=None, description="null: the data is already tokens, and model.vocab_size must be set."
     )
+    packing: Literal["concat", "best_fit"] = Field(
+        default="concat",
+        description="How documents fill samples. concat: one after the other, cut wherever a sample ends. best_fit: "
+        "whole documents where they fit best, cut only if longer than model.seq_length; what is left is padding, whose "
+        "loss does not count. Needs reset_attention_mask.",
+    )
     reset_attention_mask: bool = Field(
         default=False,
         description="No token attends to another document of its sequence. Where documents begin is known from the "
@@ -106,6 +112,11 @@ class DataConfig(Section):
             )
         elif self.data_path and not all(share > 0 for share, _ in self.blend()):
             yield f"data_path: the weights {list(self.data_path[::2])} are too far apart: one's share would be 0"
+        if self.packing == "best_fit" and not self.reset_attention_mask:
+            yield (
+                "packing: best_fit puts documents side by side for their lengths alone; set data.reset_attention_mask: "
+                "true, so that none attends to another"
+            )
         try:
             self.split_shares()
         except ValueError:

@@ -14,12 +14,14 @@ from megatron_sgt.data.history import INDEXED, DataFile, DataOrder, Span
 from megatron_sgt.data.index_cache import open_split
 from megatron_sgt.data.indexed import sequence_lengths
 from megatron_sgt.data.listing import counted
-from megatron_sgt.data.order import EpochOrder, Reading, Tally, compare, documents_read
+from megatron_sgt.data.order import EpochOrder, PackedOrder, Reading, Tally, compare, documents_read
+from megatron_sgt.data.packed_index import open_packing
 from megatron_sgt.data.splits import SplitPart
 
 Range = tuple[int, int]
-Indices = Callable[[str, tuple[SplitPart, ...], str, int, int], str]
-"""(prefix, parts, digest of the lengths, seq_length, seed) -> the folder of these sample indices, built if need be."""
+Indices = Callable[[str, tuple[SplitPart, ...], str, int, int, str], str]
+"""(prefix, parts, digest of the lengths, seq_length, seed, packing) -> the folder of these sample indices, built if
+need be."""
 
 
 @dataclass(frozen=True)
@@ -154,10 +156,13 @@ class _File:
     def _order(self, order: DataOrder, place: int) -> EpochOrder:
         parts = order.parts(place, self._lengths)
         about = (order.seq_length, order.seed)
-        folder = self._indices(self.file.prefix, parts, order.files[place].lengths, *about)
-        index = open_split(self.file.prefix, parts[0], *about, folder)
+        folder = self._indices(self.file.prefix, parts, order.files[place].lengths, *about, order.packing)
         lengths = self._lengths
         key = (order.seed, place)
+        if order.packing == "best_fit":
+            packed = lengths[parts[0].first : parts[0].last]
+            return PackedOrder(parts[0].first, packed, *open_packing(folder, parts[0]), order.seq_length, key)
+        index = open_split(self.file.prefix, parts[0], *about, folder)
         return EpochOrder(parts[0].first, index.document_index, index.shuffle_index, lengths, order.seq_length, key)
 
 

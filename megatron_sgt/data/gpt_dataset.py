@@ -1,8 +1,8 @@
 """The samples that a run trains on, in an order that depends only on (seed, sample index).
 
 Megatron shuffles all epochs of a run together, so another ``train_iters`` gives another order. Here each
-data set is a GPTDataset of exactly one epoch; epoch e of data set d is that epoch under a permutation keyed
-by (seed, d, e); and ``Blend`` says which data set sample i is drawn from.
+data set is a GPTDataset of exactly one epoch, or one epoch of packed sequences; epoch e of data set d is that
+epoch under a permutation keyed by (seed, d, e); and ``Blend`` says which data set sample i is drawn from.
 """
 
 import logging
@@ -14,13 +14,14 @@ import torch
 from torch.utils.data import Dataset
 
 from megatron_sgt import extensions
+from megatron_sgt.config.data import DataConfig
 from megatron_sgt.config.root import Config
 from megatron_sgt.data.blend import Blend
 from megatron_sgt.data.document_samples import DocumentSamples, check_documents
-from megatron_sgt.data.index_cache import build_index_cache, open_split, wait_for_folder
+from megatron_sgt.data.index_cache import build_index_cache, open_packed, open_split, wait_for_folder
 from megatron_sgt.data.permutation import RandomPermutation
 from megatron_sgt.data.sources import Source, find_sources
-from megatron_sgt.data.splits import SPLIT_NAMES
+from megatron_sgt.data.splits import SPLIT_NAMES, SplitPart
 from megatron_sgt.data.tokenizer import Tokenizer, resolve_vocab_size
 from megatron_sgt.errors import DataError
 from megatron_sgt.parallel.collectives import on_rank_zero
@@ -149,7 +150,8 @@ def _prepare(cfg: Config, tokenizer: Tokenizer | None) -> _Prepared:
     sources = find_sources(cfg, tokenizer)
     seq_length, seed, root = cfg.model.seq_length, cfg.train.seed, str(cfg.data_cache_dir)
     folders = tuple(
-        build_index_cache(s.info.prefix, s.parts, s.info.lengths_digest, seq_length, seed, root) for s in sources
+        build_index_cache(s.info.prefix, s.parts, s.info.lengths_digest, seq_length, seed, root, cfg.data.packing)
+        for s in sources
     )
     return _Prepared(sources, folders)
 
@@ -160,14 +162,20 @@ def _open(cfg: Config, prepared: _Prepared, split: int, vocab_size: int) -> Blen
         return None
     seq_length, seed = cfg.model.seq_length, cfg.train.seed
     parts = [
-        open_split(source.info.prefix, source.parts[split], seq_length, seed, folder)
+        _open_part(cfg.data, source.info.prefix, source.parts[split], seq_length, seed, folder)
         for source, folder in zip(sources, prepared.folders, strict=True)
     ]
-    if cfg.data.tells_documents or cfg.data.eod_mask_loss:
-        parts = [DocumentSamples(part, cfg.data) for part in parts]
     weights = [source.weight for source in sources]
     names = [source.info.prefix for source in sources]
     return BlendedSamples(parts, weights, seed, SPLIT_NAMES[split] == "train", vocab_size, names)
+
+
+def _open_part(data: DataConfig, prefix: str, part: SplitPart, seq_length: int, seed: int, folder: str) -> Any:
+    """One epoch of one split of a data set, in the form that ``data`` asks for."""
+    if data.packing == "best_fit":
+        return open_packed(prefix, part, seq_length, folder, data)
+    windows = open_split(prefix, part, seq_length, seed, folder)
+    return DocumentSamples(windows, data) if data.tells_documents or data.eod_mask_loss else windows
 
 
 DATASETS: dict[str, Builder] = {"indexed": _indexed}

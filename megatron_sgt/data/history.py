@@ -22,9 +22,9 @@ from megatron_sgt.errors import CheckpointError
 
 INDEXED = "indexed"
 _NOT_THE_ORDER = {
-    "num_workers", "allow_validation_leak", "reset_attention_mask", "reset_position_ids", "eod_mask_loss",
+    "num_workers", "allow_validation_leak", "reset_attention_mask", "reset_position_ids", "eod_mask_loss", "packing",
 }  # fmt: skip
-"""Settings of the data that leave every sample its tokens."""
+"""Settings of the data that leave every sample its tokens, and the packing, which is kept beside them."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class DataOrder:
     split: str
     shares: tuple[float, float, float]
     files: tuple[DataFile, ...]
+    packing: str = "concat"
 
     def same(self, other: DataOrder) -> bool:
         """Whether sample i is the same tokens in both, for every i, and the same documents are held out."""
@@ -68,7 +69,7 @@ class DataOrder:
 
     def parts(self, place: int, lengths: np.ndarray) -> tuple[SplitPart, ...]:
         """The splits of a file, whose sequences have ``lengths``."""
-        return split_parts(lengths[: self.files[place].documents], self.shares, self.seq_length)
+        return split_parts(lengths[: self.files[place].documents], self.shares, self.seq_length, self.packing)
 
     def bounds(self, place: int) -> list[tuple[int, int]]:
         """The documents of training, validation and test of a file."""
@@ -83,6 +84,8 @@ class DataOrder:
             yield f"model.seq_length {self.seq_length} -> {now.seq_length}"
         if self.seed != now.seed:
             yield f"train.seed {self.seed} -> {now.seed}"
+        if self.packing != now.packing:
+            yield f"data.packing {self.packing} -> {now.packing}"
         if self.dataset != now.dataset:
             yield f"data.dataset {self.dataset} -> {now.dataset}"
         elif self.split != now.split:
@@ -92,7 +95,7 @@ class DataOrder:
     def _key(self) -> tuple[Any, ...]:
         files = [(file.lengths, file.content, split_bounds(file.documents, self.shares)) for file in self.files]
         registered = None if self.dataset == INDEXED else self.split
-        return self.dataset, self.seq_length, self.seed, self.weights(), files, registered
+        return self.dataset, self.seq_length, self.seed, self.weights(), files, registered, self.packing
 
 
 def _differing_files(then: DataOrder, now: DataOrder) -> Iterator[str]:
@@ -138,7 +141,9 @@ def order_of(config: Config) -> DataOrder:
             digests = lengths_digest(lengths), content_digest(prefix, tokens)
             files.append(DataFile(weight, prefix, len(lengths), tokens, *digests))
     named = data.split if data.dataset == INDEXED else _digest(data.model_dump_json(exclude=_NOT_THE_ORDER))
-    return DataOrder(data.dataset, config.model.seq_length, config.train.seed, named, data.split_shares(), tuple(files))
+    return DataOrder(
+        data.dataset, config.model.seq_length, config.train.seed, named, data.split_shares(), tuple(files), data.packing
+    )
 
 
 def _digest(text: str) -> str:
@@ -154,7 +159,14 @@ def to_json(spans: Sequence[Span], now: DataOrder, consumed: int) -> list[dict[s
     begins = [(span.start, span.order) for span in kept]
     if not begins or not begins[-1][1].same(now):
         begins.append((consumed, now))
-    return [{"from_sample": start, **asdict(order)} for start, order in begins]
+    return [{"from_sample": start, **_entry(order)} for start, order in begins]
+
+
+def _entry(order: DataOrder) -> dict[str, Any]:
+    kept = asdict(order)
+    if order.packing == "concat":
+        del kept["packing"]  # as in the checkpoints from before there was a choice
+    return kept
 
 
 def from_json(kept: Any, consumed: int) -> tuple[Span, ...]:
@@ -194,4 +206,5 @@ def _order(entry: Mapping[str, Any]) -> DataOrder:
         str(entry["split"]),
         (train, valid, test),
         files,
+        str(entry.get("packing", "concat")),
     )

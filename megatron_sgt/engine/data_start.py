@@ -102,6 +102,9 @@ class _Indices:
     def __init__(self, root: str, other: str) -> None:
         self._root, self._other = root, other
 
-    def __call__(self, prefix: str, parts: tuple[SplitPart, ...], digest: str, seq_length: int, seed: int) -> str:
-        there = index_folder(prefix, parts, digest, seq_length, seed, self._root)
-        return build_index_cache(prefix, parts, digest, seq_length, seed, self._root if there.is_dir() else self._other)
+    def __call__(
+        self, prefix: str, parts: tuple[SplitPart, ...], digest: str, seq_length: int, seed: int, packing: str
+    ) -> str:
+        there = index_folder(prefix, parts, digest, seq_length, seed, self._root, packing)
+        root = self._root if there.is_dir() else self._other
+        return build_index_cache(prefix, parts, digest, seq_length, seed, root, packing)

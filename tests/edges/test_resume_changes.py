@@ -53,6 +53,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+def real(sample: dict[str, Any]) -> list[int]:
+    """The tokens of a sample without its padding."""
+    return sample["tokens"].tolist()[: sample.get("num_tokens")]
+
+
 @dataclass
 class Data:
     """Settings of a run over the data sets of a folder."""
@@ -63,6 +68,7 @@ class Data:
     seed: int = 7
     split: str = "80,20,0"
     batch: int = 8
+    packing: str = "concat"
 
     def config(self) -> Config:
         paths = [part if part[0].isdigit() else str(self.folder / part) for part in self.path]
@@ -71,7 +77,13 @@ class Data:
             "",
             model={"seq_length": self.seq_length, "vocab_size": VOCABULARY},
             train={"seed": self.seed, "train_iters": self.batch, "global_batch_size": self.batch},
-            data={"data_path": paths, "split": self.split, "data_cache_path": str(self.folder / "cache")},
+            data={
+                "data_path": paths,
+                "split": self.split,
+                "data_cache_path": str(self.folder / "cache"),
+                "packing": self.packing,
+                "reset_attention_mask": self.packing == "best_fit",
+            },
         )
 
     def order(self) -> DataOrder:
@@ -83,7 +95,7 @@ class Data:
     def tokens(self, start: int, stop: int) -> Counter[int]:
         """How often each token is read by the samples number start .. stop - 1."""
         samples = self.samples()
-        return Counter(int(t) for i in range(start, stop) for t in samples[i]["tokens"])
+        return Counter(t for i in range(start, stop) for t in real(samples[i]))
 
     def change(self, *earlier: tuple[Data, int]) -> Change | None:
         """What this one makes of runs that have read up to sample n each, one after the other."""
@@ -94,7 +106,8 @@ class Data:
         return find_change(spans, self.order(), self.indices)
 
     def indices(self, *wanted: Any) -> str:
-        return build_index_cache(*wanted, str(self.folder / "cache"))
+        *about, packing = wanted
+        return build_index_cache(*about, str(self.folder / "cache"), packing)
 
 
 FILES = ("longer", "b", "c")
@@ -116,7 +129,7 @@ def expected(now: Data, earlier: list[tuple[Data, int]]) -> order.Tally:
         start = stop
     assumed = now.tokens(0, start)
     samples = now.samples()
-    epoch = [{int(t) for t in part[i]["tokens"]} for part in samples.parts for i in range(len(part))]
+    epoch = [set(real(part[i])) for part in samples.parts for i in range(len(part))]
     comes = set().union(*epoch)
     again = {t: read[t] - assumed[t] for t in read if read[t] > assumed[t] and t in comes}
     skipped = assumed - read
@@ -140,6 +153,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "another data set": {"path": ("b",)},
     "documents appended": {"path": ("longer",)},
     "documents appended and a seed": {"path": ("longer",), "seed": 3},
+    "packed documents": {"packing": "best_fit"},
+    "packed documents appended": {"packing": "best_fit", "path": ("longer",)},
     "one data set twice": {"path": ("0.6", "a", "0.4", "moved")},
 }
 BLENDS: dict[str, dict[str, Any]] = {
@@ -180,6 +195,10 @@ def test_a_chain_of_changes_counts_from_the_beginning(folder: Path) -> None:
     assert change is not None and change.tally == expected(three, [(one, 30), (two, 70)])
     back = one.change((one, 30), (two, 70))
     assert back is not None and back.tally == expected(one, [(one, 30), (two, 70)])
+    packed = replace(two, packing="best_fit")
+    change = replace(packed, seed=2).change((packed, 30), (one, 70))
+    assert change is not None and change.tally == expected(replace(packed, seed=2), [(packed, 30), (one, 70)])
+    assert "data.packing concat -> best_fit" in change.line()
 
 
 @pytest.mark.parametrize(
@@ -256,8 +275,10 @@ def test_other_data_under_the_same_name_is_said(folder: Path, tmp_path: Path) ->
 
 
 def test_the_record_survives_json(folder: Path) -> None:
-    one, two = Data(folder).order(), Data(folder, seq_length=32, path=("0.4", "a", "0.6", "b")).order()
+    one = Data(folder).order()
+    two = Data(folder, seq_length=32, path=("0.4", "a", "0.6", "b"), packing="best_fit").order()
     record = json.loads(json.dumps(to_json([Span(one, 0, 30)], two, 30)))
+    assert "packing" not in record[0], "as before there was a choice"
     spans = from_json(record, 50)
     assert spans == (Span(one, 0, 30), Span(two, 30, 50))
     assert json.loads(json.dumps(to_json(spans, two, 50))) == record, "the same order is no new entry"
