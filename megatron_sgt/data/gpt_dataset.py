@@ -16,9 +16,9 @@ from torch.utils.data import Dataset
 from megatron_sgt import extensions
 from megatron_sgt.config.root import Config
 from megatron_sgt.data.blend import Blend
-from megatron_sgt.data.index_cache import build_index_cache, open_split, wait_for_folder
+from megatron_sgt.data.index_cache import EVAL_SEED, build_index_cache, open_split, wait_for_folder
 from megatron_sgt.data.permutation import RandomPermutation
-from megatron_sgt.data.sources import Source, find_sources
+from megatron_sgt.data.sources import Source, find_sources, find_validation_sets
 from megatron_sgt.data.splits import SPLIT_NAMES
 from megatron_sgt.data.tokenizer import Tokenizer, resolve_vocab_size
 from megatron_sgt.errors import DataError
@@ -119,23 +119,51 @@ def _indexed(
         DataError: on every rank, for whatever ``find_sources`` refuses.
     """
     vocab_size = resolve_vocab_size(cfg.model.vocab_size, tokenizer)
-    prepared = on_rank_zero(lambda: _prepare(cfg, tokenizer))
-    for note in (source.note for source in prepared.sources if source.note):
-        logger.info(note)
-    for folder in prepared.folders:
-        wait_for_folder(folder)
+    prepared = on_rank_zero(lambda: _prepare(cfg, find_sources(cfg, tokenizer), cfg.train.seed))
+    _await(prepared)
     train = _open(cfg, prepared, 0, vocab_size)
     assert train is not None, "find_sources refuses data without a training sample"
     return train, _open(cfg, prepared, 1, vocab_size), _open(cfg, prepared, 2, vocab_size)
 
 
-def _prepare(cfg: Config, tokenizer: Tokenizer | None) -> _Prepared:
-    sources = find_sources(cfg, tokenizer)
-    seq_length, seed, root = cfg.model.seq_length, cfg.train.seed, str(cfg.data_cache_dir)
+def open_validation_sets(cfg: Config, tokenizer: Tokenizer | None) -> dict[str, BlendedSamples]:
+    """The samples of every set of ``data.valid``, in an order that does not depend on the seed. Collective.
+
+    ``len()`` of one is the number of its samples, all of which are different.
+
+    Raises:
+        DataError: on every rank, for whatever ``find_validation_sets`` refuses.
+    """
+    if not cfg.data.valid:
+        return {}
+    vocab_size, opened = resolve_vocab_size(cfg.model.vocab_size, tokenizer), {}
+    for name, prepared in on_rank_zero(lambda: _prepare_sets(cfg, tokenizer)).items():
+        _await(prepared)
+        samples = _open(cfg, prepared, 1, vocab_size)
+        assert samples is not None, "find_validation_sets refuses a set without a sample"
+        opened[name] = samples
+    return opened
+
+
+def _prepare_sets(cfg: Config, tokenizer: Tokenizer | None) -> dict[str, _Prepared]:
+    sets = find_validation_sets(cfg, tokenizer)
+    return {name: _prepare(cfg, (source,), EVAL_SEED) for name, source in sets.items()}
+
+
+def _prepare(cfg: Config, sources: tuple[Source, ...], seed: int) -> _Prepared:
+    seq_length, root = cfg.model.seq_length, str(cfg.data_cache_dir)
     folders = tuple(
         build_index_cache(s.info.prefix, s.parts, s.info.lengths_digest, seq_length, seed, root) for s in sources
     )
     return _Prepared(sources, folders)
+
+
+def _await(prepared: _Prepared) -> None:
+    """Say what was assumed, and wait until this rank sees what rank 0 has built."""
+    for note in (source.note for source in prepared.sources if source.note):
+        logger.info(note)
+    for folder in prepared.folders:
+        wait_for_folder(folder)
 
 
 def _open(cfg: Config, prepared: _Prepared, split: int, vocab_size: int) -> BlendedSamples | None:

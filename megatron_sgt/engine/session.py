@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_sgt.config import Config
-from megatron_sgt.data.gpt_dataset import build_datasets
+from megatron_sgt.data.gpt_dataset import build_datasets, open_validation_sets
 from megatron_sgt.data.loader import TrainLoader
-from megatron_sgt.data.tokenizer import tokenizer_of
+from megatron_sgt.data.tokenizer import Tokenizer, tokenizer_of
 from megatron_sgt.engine.build import start_processes
 from megatron_sgt.engine.hooks.base import Hook, own_hooks
 from megatron_sgt.engine.run_folders import RunFolders
@@ -34,6 +34,7 @@ class Session:
         config: of the whole run; that of a stage has no ``growth.stages``.
         stages: of the run, all validated.
         train_data, valid_data: the data sets, None before ``open_data`` or where there is no such split.
+        valid_sets: those of data.valid, by name. tokenizer: of the data, None without one.
         about: what the manifests of checkpoints say of the run.
         data_record: in which orders the run has read its data.
 
@@ -66,6 +67,8 @@ class Session:
         self.skipped_ranges = SkippedRanges(self.config.save_dir)
         self.train_data: Any = None
         self.valid_data: Any = None
+        self.valid_sets: dict[str, Any] = {}
+        self.tokenizer: Tokenizer | None = None
         self.about: dict[str, Any] = {}
         self.data_record: list[dict[str, Any]] = []
         self._own_at_first: dict[str, dict[str, Any]] | None = None
@@ -74,7 +77,9 @@ class Session:
     def open_data(self) -> None:
         """Open the data sets; collective. The tokenizer is read here, once: its file may be gone in days."""
         self.about = {"tokenizer": on_rank_zero(lambda: tokenizer_fingerprint(self.config))}
-        self.train_data, self.valid_data, *_ = build_datasets(self.config, tokenizer_of(self.config.data))
+        self.tokenizer = tokenizer_of(self.config.data)
+        self.train_data, self.valid_data, *_ = build_datasets(self.config, self.tokenizer)
+        self.valid_sets = open_validation_sets(self.config, self.tokenizer)
 
     def own_at_first(self) -> dict[str, dict[str, Any]]:
         """By name, the states of the user's hooks when they were first attached, and no checkpoint was loaded."""

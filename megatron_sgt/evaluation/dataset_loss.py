@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from megatron_sgt.data.gpt_dataset import BlendedSamples, build_datasets
 from megatron_sgt.data.splits import SPLIT_NAMES
 from megatron_sgt.data.tokenizer import Tokenizer
 from megatron_sgt.errors import DataError
-from megatron_sgt.evaluation.perplexity import perplexity
+from megatron_sgt.evaluation.perplexity import bits_per_byte, perplexity
 from megatron_sgt.evaluation.text_bytes import TextBytes
 
 Logits = Callable[[Tensor], Tensor]
@@ -49,9 +48,7 @@ class DatasetLoss:
     @property
     def bits_per_byte(self) -> float | None:
         """loss in bits, per byte of text instead of per token: comparable between tokenizers."""
-        if not self.text_bytes:
-            return None
-        return self.loss * self.tokens / (math.log(2) * self.text_bytes)
+        return bits_per_byte(self.loss, self.tokens, self.text_bytes)
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,7 @@ def dataset_loss(
         padded += _summed_loss(found, labels, mask) if has_padding else 0.0
         tokens += int(mask.sum())
         if counter is not None:
-            text_bytes += sum(counter.count(int(s["tokens"][0]), s["labels"].tolist()) for s in batch)
+            text_bytes += counter.count_labels(torch.stack([sample["tokens"] for sample in batch]), labels, mask)
     return DatasetLoss(
         samples=num_samples,
         tokens=tokens,
