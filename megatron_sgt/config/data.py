@@ -59,6 +59,17 @@ class DataConfig(Section):
     tokenizer: TokenizerConfig | None = Field(
         default=None, description="null: the data is already tokens, and model.vocab_size must be set."
     )
+    reset_attention_mask: bool = Field(
+        default=False,
+        description="No token attends to another document of its sequence. Where documents begin is known from the "
+        "data set's index, whatever the tokens are.",
+    )
+    reset_position_ids: bool = Field(default=False, description="Positions begin at 0 with each document.")
+    eod_mask_loss: bool = Field(
+        default=False,
+        description="What the last token of a document predicts, the first token of the next document, counts for "
+        "nothing in the loss.",
+    )
     allow_validation_leak: bool = Field(
         default=False,
         description="Go on from a checkpoint although documents that it held out for validation or test are trained on "
@@ -74,6 +85,11 @@ class DataConfig(Section):
         "(growing.md). Each entry ends where its steps or tokens end; after the last one the length is "
         "model.seq_length. Empty: it always is.",
     )
+
+    @property
+    def tells_documents(self) -> bool:
+        """Whether samples say which of their tokens belong together: ``document_starts`` and ``num_tokens``."""
+        return self.reset_attention_mask or self.reset_position_ids
 
     @field_validator("data_path", mode="before")
     @classmethod

@@ -41,6 +41,7 @@ FOREIGN_NAMES = {
     "fp16": "train.precision",
     "grad_reduce_in_fp32": "optim.grad_reduce_dtype",
     "group_query_attention": "model.num_query_groups",
+    "inter_document_masking": "data.reset_attention_mask and data.reset_position_ids",
     "norm_epsilon": "model.layernorm_epsilon",
     "save_retain_interval": "checkpoint.keep_every",
     "swiglu": "model.activation",
@@ -76,6 +77,7 @@ FOREIGN_NAMES = {
     # torchtitan, OLMo, GPT-2 and others
     "betas": "optim.adam_beta1 and optim.adam_beta2",
     "d_model": "model.hidden_size",
+    "document_masking": "data.reset_attention_mask and data.reset_position_ids",
     "decay": "growth.decay_type",
     "dtype": "train.precision",
     "max_seq_len": "model.seq_length",

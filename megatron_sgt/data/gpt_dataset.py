@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from megatron_sgt import extensions
 from megatron_sgt.config.root import Config
 from megatron_sgt.data.blend import Blend
+from megatron_sgt.data.document_samples import DocumentSamples, check_documents
 from megatron_sgt.data.index_cache import EVAL_SEED, build_index_cache, open_split, wait_for_folder
 from megatron_sgt.data.permutation import RandomPermutation
 from megatron_sgt.data.sources import Source, find_sources, find_validation_sets
@@ -33,6 +34,8 @@ Builder = Callable[[Config, Tokenizer | None], tuple[Any, Any | None, Any | None
 
 ``samples[i]`` is a Sample like those of `BlendedSamples`, for any i >= 0, and the same in every process of every rank:
 the position of a run is a count of samples. Data-parallel ranks read different i, tensor-parallel ranks the same.
+With ``cfg.data.tells_documents`` samples have ``document_starts`` and ``num_tokens``; their ``position_ids`` and
+``loss_mask`` are what ``cfg.data`` asks for.
 """
 
 
@@ -40,7 +43,9 @@ class BlendedSamples(Dataset[Sample]):
     """An endless sequence of samples: ``samples[i]`` for any i >= 0, in constant time and memory.
 
     A sample is a dict of ``tokens`` [T] int64, ``labels`` [T] int64 (the next tokens), ``loss_mask`` [T] float32 and
-    ``position_ids`` [T] int64. ``len()`` is one epoch: the samples of all data sets, each counted once.
+    ``position_ids`` [T] int64. With ``DataConfig.tells_documents`` also ``document_starts`` [T] int32 (where in the
+    sequence the document of each token begins; padding is a document of its own) and ``num_tokens`` int32 (the tokens
+    before the padding). ``len()`` is one epoch: the samples of all data sets, each counted once.
     """
 
     def __init__(
@@ -100,10 +105,21 @@ class _Prepared:
 
 
 def build_datasets(cfg: Config, tokenizer: Tokenizer | None) -> tuple[Any, Any | None, Any | None]:
-    """Training, validation and test samples of ``data.dataset``: of DATASETS, or from a registered ``Builder``."""
+    """Training, validation and test samples of ``data.dataset``: of DATASETS, or from a registered ``Builder``.
+
+    Raises:
+        DataError: whatever the builder refuses; registered samples do not tell their documents as ``cfg.data`` asks.
+    """
     name = cfg.data.dataset
-    build: Builder = DATASETS[name] if name in DATASETS else extensions.load("datasets", name)
-    return build(cfg, tokenizer)
+    if name in DATASETS:
+        return DATASETS[name](cfg, tokenizer)
+    build: Builder = extensions.load("datasets", name)
+    made = build(cfg, tokenizer)
+    if cfg.data.tells_documents:
+        for samples in made:
+            if samples is not None:
+                check_documents(samples[0], name)
+    return made
 
 
 def _indexed(
@@ -175,6 +191,8 @@ def _open(cfg: Config, prepared: _Prepared, split: int, vocab_size: int) -> Blen
         open_split(source.info.prefix, source.parts[split], seq_length, seed, folder)
         for source, folder in zip(sources, prepared.folders, strict=True)
     ]
+    if cfg.data.tells_documents or cfg.data.eod_mask_loss:
+        parts = [DocumentSamples(part, cfg.data) for part in parts]
     weights = [source.weight for source in sources]
     names = [source.info.prefix for source in sources]
     return BlendedSamples(parts, weights, seed, SPLIT_NAMES[split] == "train", vocab_size, names)

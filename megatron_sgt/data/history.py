@@ -21,6 +21,10 @@ from megatron_sgt.data.splits import SplitPart, split_bounds, split_parts
 from megatron_sgt.errors import CheckpointError
 
 INDEXED = "indexed"
+_NOT_THE_ORDER = {
+    "num_workers", "allow_validation_leak", "reset_attention_mask", "reset_position_ids", "eod_mask_loss",
+}  # fmt: skip
+"""Settings of the data that leave every sample its tokens."""
 
 
 @dataclass(frozen=True)
@@ -133,11 +137,7 @@ def order_of(config: Config) -> DataOrder:
             tokens = int(lengths.sum(dtype=np.int64))
             digests = lengths_digest(lengths), content_digest(prefix, tokens)
             files.append(DataFile(weight, prefix, len(lengths), tokens, *digests))
-    named = (
-        data.split
-        if data.dataset == INDEXED
-        else _digest(data.model_dump_json(exclude={"num_workers", "allow_validation_leak"}))
-    )
+    named = data.split if data.dataset == INDEXED else _digest(data.model_dump_json(exclude=_NOT_THE_ORDER))
     return DataOrder(data.dataset, config.model.seq_length, config.train.seed, named, data.split_shares(), tuple(files))
 
 

@@ -27,7 +27,7 @@ def sample_ids(consumed_samples: int, micro_batch: int, micro_batch_size: int, d
 
 
 class TrainLoader(Iterator[MicroBatch]):
-    """Endless micro-batches of one data-parallel rank: dicts of tensors [micro_batch_size, T].
+    """Endless micro-batches of one data-parallel rank: dicts of tensors [micro_batch_size, T] (``num_tokens``: [B]).
 
     Starts at any ``consumed_samples``, even one reached with another batch size or number of ranks. With
     ``num_workers`` > 0 that many processes read ahead; the micro-batches are the same.

@@ -2,6 +2,8 @@
 
     out[i, b, n] = Σ_{j <= K − Q + i} softmax_j( q[i, b, n] · k[j, b, n // R] / sqrt(H) ) v[j, b, n // R],   i < Q
 
+Where a sequence has documents (``documents.py``), j begins at the start of that of position K − Q + i.
+
 ``causal_attention_reference`` is the definition, with the materialised scores of ``causal_scores``. Each fast version
 is held against it: ``causal_attention`` is the same for Q = K through torch's ``scaled_dot_product_attention``, which
 never materialises scores; ``shard_attention`` for Q < K; ``loop_attention`` with gates and entropies.
@@ -13,13 +15,16 @@ import contextlib
 import importlib.util
 import math
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.attention
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megatron_sgt.ops.document_attention import by_document
+from megatron_sgt.ops.documents import Documents
 
 # GPU generation -> name in torch's registry of FlashAttention implementations, and the module that it imports.
 _NEWER = {9: ("FA3", "flash_attn_interface"), 10: ("FA4", "flash_attn.cute.interface")}
@@ -101,17 +106,22 @@ def fastest_kernel(device: torch.device, dropout_p: float = 0.0) -> Iterator[Non
         yield
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0) -> Tensor:
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, documents: Documents | None = None
+) -> Tensor:
     """Causal attention through the fastest library kernel that torch finds.
 
     Args:
         query: [S, B, N, H].
         key, value: [S, B, G, H] with N divisible by G (head n reads group n // (N // G)).
         dropout_p: dropout of the attention weights. Above 0 the CPU has only a kernel that materialises them.
+        documents: those of the S positions, which attention then never leaves.
 
     Returns:
         [S, B, N, H].
     """
+    if documents is not None:
+        return by_document(partial(causal_attention, dropout_p=dropout_p), query, key, value, documents)
     heads, groups = query.shape[2], key.shape[2]
     q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
     grouped = heads != groups
@@ -124,15 +134,27 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float
     return out.permute(2, 0, 1, 3)
 
 
-def causal_scores(query: Tensor, key: Tensor) -> Tensor:
+def causal_scores(query: Tensor, key: Tensor, documents: Documents | None = None) -> Tensor:
     """Scores [B, N, Q, K] in nats, -inf where a query must not look; query [Q, B, N, H], key [K, B, N, H], Q <= K."""
+    return scores_within(query, key, None if documents is None else documents.starts)
+
+
+def scores_within(query: Tensor, key: Tensor, starts: Tensor | None) -> Tensor:
+    """``causal_scores``; ``starts`` [B, K at least]: as of ``Documents``."""
+    queries, keys = len(query), len(key)
     scores = torch.einsum("ibnh,jbnh->bnij", query, key) / math.sqrt(query.shape[-1])
-    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
-    return scores.masked_fill(hidden.triu(key.shape[0] - query.shape[0] + 1), float("-inf"))
+    hidden = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).triu(keys - queries + 1)
+    if starts is not None:
+        first = starts[:, keys - queries : keys, None]
+        hidden = (hidden | (torch.arange(keys, device=scores.device) < first)).unsqueeze(1)
+    return scores.masked_fill(hidden, float("-inf"))
 
 
-def causal_attention_reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The definition: query [Q, B, N, H], key and value [K, B, G, H] -> [Q, B, N, H]; materialised scores."""
+def causal_attention_reference(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None = None) -> Tensor:
+    """The definition: query [Q, B, N, H], key and value [K, B, G, H] -> [Q, B, N, H]; materialised scores.
+
+    ``documents``: of K positions at least.
+    """
     repeat = query.shape[2] // key.shape[2]
     k, v = (t.repeat_interleave(repeat, dim=2) for t in (key, value))
-    return torch.einsum("bnij,jbnh->ibnh", causal_scores(query, k).softmax(-1), v)
+    return torch.einsum("bnij,jbnh->ibnh", causal_scores(query, k, documents).softmax(-1), v)

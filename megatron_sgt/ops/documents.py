@@ -22,6 +22,7 @@ class Documents:
         num_tokens: on the host, the tokens of each sequence before its padding: S where there is none.
         starts: [B, S] int32 on the device of the micro-batch: where the document of each token begins.
         ends: [B, S] int32: the position after its last token.
+        last: [B] int32: the position of the last token before the padding; -1 where there is none.
         offsets: [documents + 1] int32: where the documents begin in [B · S], sequence by sequence, and B · S; what
             variable-length kernels call ``cu_seqlens``.
     """
@@ -30,6 +31,7 @@ class Documents:
     num_tokens: tuple[int, ...]
     starts: Tensor
     ends: Tensor
+    last: Tensor
     offsets: Tensor
 
     @classmethod
@@ -53,8 +55,24 @@ class Documents:
         )
         counts = begins.sum(1).tolist()
         lengths = tuple(tuple(part.tolist()) for part in sizes.split(counts))
-        there = (t.to(device, non_blocking=True) for t in (starts, ends, offsets))
+        there = (t.to(device, non_blocking=True) for t in (starts, ends, num_tokens.int() - 1, offsets))
         return cls(lengths, tuple(num_tokens.tolist()), *there)
+
+    def shares(self, queries: int, keys: int) -> list[list[tuple[int, int]]]:
+        """For each sequence, how many of the queries and of the keys each document has.
+
+        The queries are the last of the ``keys`` first positions. A document may end before them, and have none.
+        """
+        before, found = keys - queries, []
+        for parts in self.lengths:
+            begin, share = 0, []
+            for length in parts:
+                end = min(begin + length, keys)
+                if begin < end:
+                    share.append((max(0, end - max(begin, before)), end - begin))
+                begin += length
+            found.append(share)
+        return found
 
     @property
     def longest(self) -> int:

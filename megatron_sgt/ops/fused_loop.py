@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_sgt.ops import operators
+from megatron_sgt.ops.documents import Documents
 from megatron_sgt.ops.head_blocks import HeadBlocks
 from megatron_sgt.ops.rotary import Rotary
 
@@ -46,9 +47,20 @@ def project_in(
     return _ProjectIn.apply(x, norm_weight, weight, bias, q_norm, k_norm, blocks, rotary, eps)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, blocks: HeadBlocks, entropy: bool) -> tuple[Tensor, Tensor]:
-    """Gated causal attention from the last positions: (out [Q, B, h, H], row entropies [B, h, Q] or empty)."""
-    out, _, rows = operators.attend(query, key, value, blocks.gates, blocks.slots, entropy)
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: HeadBlocks,
+    entropy: bool,
+    documents: Documents | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gated causal attention from the last positions: (out [Q, B, h, H], row entropies [B, h, Q] or empty).
+
+    ``documents``: those of K positions at least, which attention then never leaves.
+    """
+    starts, ends = (None, None) if documents is None else (documents.starts, documents.ends)
+    out, _, rows = operators.attend(query, key, value, blocks.gates, blocks.slots, entropy, starts, ends)
     return out, rows
 
 

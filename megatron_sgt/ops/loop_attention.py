@@ -7,8 +7,9 @@ With the probabilities p of causal attention (its scores: ``attention.causal_sco
 
 with a gate γ per head, and o the gated output: nothing is divided by a gate, which may be 0. Queries are the last
 Q of K positions (Q < K for a rank that holds a share of the tokens). ``slots[i]`` is the key/value group of head i.
-Neither gates nor entropies have gradients: gates follow the schedule. The GPU versions are in
-``loop_attention_triton.py`` and ``loop_attention_backward_triton.py``; they never hold a score matrix.
+Neither gates nor entropies have gradients: gates follow the schedule. With ``starts`` and ``ends`` [B, K at least]
+int32, those of ``documents.Documents``, a query looks at its own document alone; both are given or neither. The GPU
+versions are in ``loop_attention_triton.py`` and ``loop_attention_backward_triton.py``; they never hold a score matrix.
 
 Legend: Q queries, K keys, B batch, h heads, g groups, H head size.
 """
@@ -20,11 +21,18 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_sgt.ops.attention import causal_scores
+from megatron_sgt.ops.attention import scores_within
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, gates: Tensor, slots: Tensor, entropy: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gates: Tensor,
+    slots: Tensor,
+    entropy: bool,
+    starts: Tensor | None = None,
+    ends: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gated attention.
 
@@ -37,7 +45,7 @@ def attend(
         o [Q, B, h, H] contiguous; the base-2 logarithm of the sum of exponentials [B, h, Q] fp32;
         e [B, h, Q] fp32 in nats, or an empty tensor.
     """
-    scores, v = _scores(query, key, slots), _wide(value)[:, :, slots.long()]
+    scores, v = _scores(query, key, slots, starts), _wide(value)[:, :, slots.long()]
     lse = scores.logsumexp(-1)
     p = (scores - lse.unsqueeze(-1)).exp()
     out = torch.einsum("bnij,jbnh->ibnh", p, v) * gates.to(p)[:, None]
@@ -55,12 +63,14 @@ def attend_backward(
     lse: Tensor,
     gates: Tensor,
     slots: Tensor,
+    starts: Tensor | None = None,
+    ends: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients dq [Q, B, h, H], dk and dv [K, B, g, H], contiguous, from dout [Q, B, h, H]."""
     q, k, v, do = (_wide(t) for t in (query, key, value, dout))
     k, v = k[:, :, slots.long()], v[:, :, slots.long()]
     gate = gates.to(q)[:, None, None]
-    p = (_scores(query, key, slots) - lse.to(q).unsqueeze(-1) * math.log(2.0)).exp()
+    p = (_scores(query, key, slots, starts) - lse.to(q).unsqueeze(-1) * math.log(2.0)).exp()
     delta = (do * _wide(out)).sum(-1).permute(1, 2, 0)
     ds = p * (gate * torch.einsum("ibnh,jbnh->bnij", do, v) - delta.unsqueeze(-1))
     ds = ds / math.sqrt(query.shape[-1])
@@ -70,8 +80,8 @@ def attend_backward(
     return dq.to(query.dtype).contiguous(), dk, dv
 
 
-def _scores(query: Tensor, key: Tensor, slots: Tensor) -> Tensor:
-    return causal_scores(_wide(query), _wide(key)[:, :, slots.long()])
+def _scores(query: Tensor, key: Tensor, slots: Tensor, starts: Tensor | None) -> Tensor:
+    return scores_within(_wide(query), _wide(key)[:, :, slots.long()], starts)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def project_in(
 
     Args:
         x: [S, B, D]. norm_weight: [D]. weight: [*, D] and bias: [*], the fused projection.
-        rows: [h + 2g] int32. cos, sin: [S, H / 2] fp32, of the rotary angles.
+        rows: [h + 2g] int32. cos, sin: [S, H / 2] or [S, B, H / 2] fp32, of the rotary angles.
         q_norm, k_norm: [H], both or neither. eps: of all norms. heads: h.
 
     Returns:

@@ -66,15 +66,15 @@ def _norm_back(d1, d2, u1, u2, gain_ptrs, H: tl.constexpr, eps):
 @triton.jit
 def head_gradients_kernel(
     dq_ptr, dk_ptr, dv_ptr, qkv_ptr, before_ptr, r_ptr, bias_ptr, rows_ptr, cos_ptr, sin_ptr, q_norm_ptr,
-    k_norm_ptr, scaled_ptr, coefficient_ptr, dnorm_ptr, tokens, batch, width, heads, groups, eps,
+    k_norm_ptr, scaled_ptr, coefficient_ptr, dnorm_ptr, tokens, repeat, width, heads, groups, eps,
     HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, H: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
-    """All head blocks of one tile of tokens; partial gradients of the q/k norms go to one row per program."""
+    """All head blocks of one tile of tokens, of which ``repeat`` share a row of cos and sin; of dnorm a row each."""
     HALF: tl.constexpr = H // 2
     first, local, half = tl.program_id(0) * BM, tl.arange(0, BM)[:, None], tl.arange(0, HALF)
     token = first + tl.arange(0, BM)
     live = (token < tokens)[:, None]
-    angle = (token // batch)[:, None] * HALF + half[None, :]
+    angle = (token // repeat)[:, None] * HALF + half[None, :]
     cos = tl.load(cos_ptr + angle, mask=live, other=0.0)
     sin = tl.load(sin_ptr + angle, mask=live, other=0.0)
     r = tl.load(r_ptr + token, mask=token < tokens, other=0.0)
@@ -225,11 +225,11 @@ def head_gradients(
     scaled, coefficient = torch.empty_like(qkv), torch.empty_like(r)
     shape, launch = tile("head_gradients", dq, size)
     programs = triton.cdiv(tokens, shape["BM"])
-    normed = q_norm is not None
+    normed, repeat = q_norm is not None, batch if cos.dim() == 2 else 1
     partial = r.new_empty((programs, 2, size) if normed else 0)
     head_gradients_kernel[(programs,)](
         dq, dk, dv, qkv, before, r, dq if bias is None else bias, rows, cos, sin, dq if q_norm is None else
-        q_norm, dq if k_norm is None else k_norm, scaled, coefficient, partial, tokens, batch, width, heads,
+        q_norm, dq if k_norm is None else k_norm, scaled, coefficient, partial, tokens, repeat, width, heads,
         groups, eps, HAS_BIAS=bias is not None, HAS_NORM=normed, H=size, **shape, **launch
     )  # fmt: skip
     return scaled, coefficient, partial.sum(0) if normed else partial

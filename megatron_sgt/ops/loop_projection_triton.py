@@ -33,11 +33,11 @@ def _norm_halves(first, second, gain_ptrs, H: tl.constexpr, eps):
 @triton.jit
 def project_in_kernel(
     x_ptr, norm_ptr, weight_ptr, bias_ptr, rows_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, qkv_ptr,
-    r_ptr, before_ptr, tokens, batch, width, heads, groups, eps, HAS_BIAS: tl.constexpr,
+    r_ptr, before_ptr, tokens, repeat, width, heads, groups, eps, HAS_BIAS: tl.constexpr,
     HAS_NORM: tl.constexpr, EVEN: tl.constexpr, H: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr
 ):  # fmt: skip
-    """One head block (axis 0) of one tile of tokens (axis 1)."""
+    """One head block (axis 0) of one tile of tokens (axis 1). ``repeat``: tokens that a row of cos and sin is for."""
     HALF: tl.constexpr = H // 2
     block = tl.program_id(0)
     first = tl.program_id(1) * BM
@@ -83,7 +83,7 @@ def project_in_kernel(
             tl.store(kept + HALF, two.to(before_ptr.dtype.element_ty), mask=live)
             gain_ptr = q_norm_ptr if block < heads else k_norm_ptr
             one, two = _norm_halves(one, two, gain_ptr + half, H, eps)
-        angle = (token // batch)[:, None] * HALF + half[None, :]
+        angle = (token // repeat)[:, None] * HALF + half[None, :]
         cos = tl.load(cos_ptr + angle, mask=live, other=0.0)
         sin = tl.load(sin_ptr + angle, mask=live, other=0.0)
         one, two = one * cos - two * sin, two * cos + one * sin
@@ -146,10 +146,10 @@ def project_in(
     r = x.new_empty(length, batch, dtype=torch.float32)
     before = x.new_empty(length, batch, heads + groups, size) if q_norm is not None else x.new_empty(0)
     shape, launch = tile("project_in", x, size)
-    absent = x
+    absent, repeat = x, batch if cos.dim() == 2 else 1
     project_in_kernel[(count, triton.cdiv(tokens, shape["BM"]))](
         x, norm_weight, weight, absent if bias is None else bias, rows, cos, sin, absent if q_norm is None
-        else q_norm, absent if k_norm is None else k_norm, qkv, r, before, tokens, batch, width, heads,
+        else q_norm, absent if k_norm is None else k_norm, qkv, r, before, tokens, repeat, width, heads,
         groups, eps, HAS_BIAS=bias is not None, HAS_NORM=q_norm is not None, EVEN=width % shape["BK"] == 0,
         H=size, PRECISION=precision(x), **shape, **launch
     )  # fmt: skip

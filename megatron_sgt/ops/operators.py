@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_sgt.ops import entropy as entropy_definition
 from megatron_sgt.ops import loop_attention, loop_projection
 from megatron_sgt.ops.backend import runs_triton
+from megatron_sgt.ops.documents import Documents
 
 _PACKAGE = "megatron_sgt.ops"
 # Registered by hand: torch.library.custom_op adds several microseconds of Python to every launch.
@@ -99,14 +100,15 @@ norm_weight_gradient: Any = _operator(
 attend: Any = _operator(
     loop_attention.attend,
     "loop_attention_triton",
-    "(Tensor query, Tensor key, Tensor value, Tensor gates, Tensor slots, bool entropy) -> (Tensor, Tensor, Tensor)",
+    "(Tensor query, Tensor key, Tensor value, Tensor gates, Tensor slots, bool entropy, "
+    "Tensor? starts=None, Tensor? ends=None) -> (Tensor, Tensor, Tensor)",
     views=True,
 )
 attend_backward: Any = _operator(
     loop_attention.attend_backward,
     "loop_attention_backward_triton",
-    "(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor gates, Tensor slots)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor gates, Tensor slots, "
+    "Tensor? starts=None, Tensor? ends=None) -> (Tensor, Tensor, Tensor)",
     views=True,
 )
 
@@ -157,7 +159,7 @@ def _(scaled: Tensor, coefficient: Tensor, x: Tensor, *rest: Any) -> Tensor:
 
 @_fake(attend)
 def _(
-    query: Tensor, key: Tensor, value: Tensor, gates: Tensor, slots: Tensor, entropy: bool
+    query: Tensor, key: Tensor, value: Tensor, gates: Tensor, slots: Tensor, entropy: bool, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     queries, batch, heads, _ = query.shape
     lse = query.new_empty(batch, heads, queries, dtype=_wide(query))
@@ -170,33 +172,51 @@ def _(dout: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tu
 
 
 def _save_attend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, key, value, gates, slots, _ = inputs
+    query, key, value, gates, slots, _, starts, ends = inputs
     out, lse, rows = output
     ctx.mark_non_differentiable(lse, rows)
     # Otherwise every backward pass would fill gradients of lse and rows with zeros.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, out, lse, gates, slots)
+    ctx.save_for_backward(query, key, value, out, lse, gates, slots, starts, ends)
 
 
 def _differentiate_attend(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 6
-    query, key, value, out, lse, gates, slots = ctx.saved_tensors
-    return *attend_backward(dout.contiguous(), query, key, value, out, lse, gates, slots), None, None, None
+        return (None,) * 8
+    return *attend_backward(dout.contiguous(), *ctx.saved_tensors), *(None,) * 5
 
 
 torch.library.register_autograd(attend.name(), _differentiate_attend, setup_context=_save_attend, lib=_LIBRARY)
 
 
-def _entropy(query: Tensor, key: Tensor) -> Tensor:
-    if query.shape[0] > 1 and query.stride(-1) == key.stride(-1) == 1:
+def _entropy(
+    query: Tensor, key: Tensor, starts: Tensor | None = None, last: Tensor | None = None, minimum: int = 2
+) -> Tensor:
+    readable = query.stride(-1) == key.stride(-1) == 1
+    if starts is not None and last is not None:
+        definition = entropy_definition.documents_entropy
+        run = _implementation(definition, "entropy_triton", query) if readable else definition
+        return run(query, key, starts, last, minimum)
+    if query.shape[0] > 1 and readable:
         return _implementation(entropy_definition.last_row_entropy, "entropy_triton", query)(query, key)
     return entropy_definition.last_row_entropy(query, key)
 
 
-last_row_entropy: Any = _register("last_row_entropy", "(Tensor query, Tensor key) -> Tensor", _entropy)
+row_entropy: Any = _register(
+    "last_row_entropy",
+    "(Tensor query, Tensor key, Tensor? starts=None, Tensor? last=None, int minimum=2) -> Tensor",
+    _entropy,
+)
 
 
-@_fake(last_row_entropy)
-def _(query: Tensor, key: Tensor) -> Tensor:
-    return query.new_empty(query.shape[2], dtype=torch.float32)
+@_fake(row_entropy)
+def _(query: Tensor, key: Tensor, starts: Any = None, *rest: Any) -> Tensor:
+    heads = query.shape[2]
+    return query.new_empty(heads if starts is None else (2, heads), dtype=torch.float32)
+
+
+def last_row_entropy(query: Tensor, key: Tensor, documents: Documents | None = None, minimum: int = 2) -> Tensor:
+    """``entropy.last_row_entropy`` as an operator."""
+    if documents is None:
+        return row_entropy(query, key)
+    return row_entropy(query, key, documents.starts, documents.last, minimum)

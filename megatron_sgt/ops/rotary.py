@@ -2,6 +2,8 @@
 
     rotate(x)[i, b, n] = (x1 cos_i − x2 sin_i, x2 cos_i + x1 sin_i),   x = (x1, x2)
 
+where positions begin again in each document, cos_ib and sin_ib of its own.
+
 (arXiv 2104.09864, in the layout of Hugging Face and Megatron-Core: halves, not pairs.) ``rotate`` is the definition;
 ``rotate_heads`` is the same for queries and keys of a whole layer, which torch.compile turns into one kernel. Done
 operation by operation it takes about six passes over each of them in either direction; where nothing is compiled,
@@ -18,13 +20,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_sgt.ops.documents import Documents
+
 
 @dataclass(frozen=True)
 class Rotary:
-    """cos and sin [S, H / 2] fp32 (fp64 for fp64 angles) of the rotary angles, times the attention factor of YaRN."""
+    """cos and sin of the rotary angles, times the attention factor of YaRN, fp32 (fp64 for fp64 angles).
+
+    [S, H / 2], the same for all sequences, or [S, B, H / 2].
+    """
 
     cos: Tensor
     sin: Tensor
+
+    def of_documents(self, documents: Documents) -> Rotary:
+        """[S, B, H / 2] from [S, H / 2]: positions are counted from the start of each document."""
+        starts = documents.starts
+        places = (torch.arange(starts.shape[1], device=starts.device) - starts).t()
+        return Rotary(self.cos[places], self.sin[places])
 
 
 def rotary_table(angles: Tensor, factor: float = 1.0) -> Rotary:
@@ -36,25 +49,43 @@ def rotary_table(angles: Tensor, factor: float = 1.0) -> Rotary:
 
 
 class RotaryTables:
-    """The table of the angles that Megatron-Core hands to every layer: one for all layers, the same in every step."""
+    """The table of the angles that Megatron-Core hands to every layer: one for all layers, the same in every step.
+
+    That of documents is one for all layers of a micro-batch.
+    """
 
     def __init__(self, factor: float = 1.0) -> None:
         self.factor = factor
         self._angles: Tensor | None = None
         self._table: Rotary | None = None
+        self._documents: Documents | None = None
+        self._restarted: Rotary | None = None
 
-    def of(self, angles: Tensor) -> Rotary:
-        """The table of ``angles``, computed when they are another tensor than last time."""
+    def of(self, angles: Tensor, documents: Documents | None = None) -> Rotary:
+        """The table of ``angles``, computed when they are another tensor than last time.
+
+        ``documents``: those in which positions begin again; [S, B, H / 2], computed when they are other ones.
+        """
         if self._table is None or self._angles is not angles:
             self._angles, self._table = angles, rotary_table(angles, self.factor)
-        return self._table
+            self._documents = None
+        if documents is None:
+            return self._table
+        if self._restarted is None or self._documents is not documents:
+            self._documents, self._restarted = documents, self._table.of_documents(documents)
+        return self._restarted
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate heads [S, B, *, H] by the angles whose cos and sin are [S, H / 2], in the type of ``heads``."""
-    cos, sin = (t.to(heads)[:, None, None] for t in (cos, sin))
+    """Rotate heads [S, B, *, H] by a table's cos and sin, in the type of ``heads``."""
+    cos, sin = (_per_head(t.to(heads)) for t in (cos, sin))
     first, second = heads.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _per_head(t: Tensor) -> Tensor:
+    """[S, H / 2] -> [S, 1, 1, H / 2], [S, B, H / 2] -> [S, B, 1, H / 2]."""
+    return t[:, None, None] if t.dim() == 2 else t[:, :, None]
 
 
 def rotate_halves(heads: Tensor, rotary: Rotary) -> Tensor:
@@ -79,7 +110,7 @@ class _Rotation(torch.autograd.Function):
 
 def _turned(heads: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     """Each half is written directly to its place. No multiply-add: it would round once less than Megatron-Core does."""
-    cos, sin = (t.to(heads)[:, None, None] for t in (cos, sin))
+    cos, sin = (_per_head(t.to(heads)) for t in (cos, sin))
     first, second = heads.chunk(2, dim=-1)
     out = torch.empty(heads.shape, dtype=heads.dtype, device=heads.device)
     (out_first, out_second), product = out.chunk(2, dim=-1), second * sin

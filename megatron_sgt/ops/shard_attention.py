@@ -18,20 +18,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from megatron_sgt.ops.document_attention import by_document
+from megatron_sgt.ops.documents import Documents
+
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def shard_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def shard_attention(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None = None) -> Tensor:
     """Attend from the last positions of a sequence.
 
     Args:
         query: [Q, B, N, H], the last Q of K positions.
         key, value: [K, B, N, H] with K >= Q, one key head per query head.
+        documents: those of K positions at least, which attention then never leaves.
 
     Returns:
         [Q, B, N, H].
     """
+    if documents is not None:
+        return by_document(shard_attention, query, key, value, documents)
     q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
     if q.shape[2] == k.shape[2]:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)

@@ -44,7 +44,7 @@ def arguments(p: Problem, operator: str) -> tuple[Any, ...]:
             torch.ones(len(at.row_index), 96, device=p.x.device), p.norm_weight, p.weight, at.rows,
             torch.zeros_like(p.weight), True
         ),
-        "last_row_entropy": (query, query),
+        "row_entropy": (query, query),
     }[operator]  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def arguments(p: Problem, operator: str) -> tuple[Any, ...]:
     "operator",
     [
         "project_in", "attend", "attend_backward", "project_out", "output_gradient", "head_gradients",
-        "input_gradient", "norm_weight_gradient", "last_row_entropy",
+        "input_gradient", "norm_weight_gradient", "row_entropy",
     ],
 )  # fmt: skip
 def test_opcheck(operator: str, name: str) -> None:
