@@ -12,6 +12,7 @@ from megatron_sgt.data.loader import TrainLoader
 from megatron_sgt.data.tokenizer import Tokenizer, tokenizer_of
 from megatron_sgt.engine.build import start_processes
 from megatron_sgt.engine.hooks.base import Hook, own_hooks
+from megatron_sgt.engine.live_tasks import RunTasks, open_tasks, run_no_tasks
 from megatron_sgt.engine.run_folders import RunFolders
 from megatron_sgt.engine.skipped_ranges import SkippedRanges
 from megatron_sgt.engine.step import TrainState
@@ -35,6 +36,7 @@ class Session:
         stages: of the run, all validated.
         train_data, valid_data: the data sets, None before ``open_data`` or where there is no such split.
         valid_sets: those of data.valid, by name. tokenizer: of the data, None without one.
+        run_tasks: of evaluation.tasks, for rank 0.
         about: what the manifests of checkpoints say of the run.
         data_record: in which orders the run has read its data.
 
@@ -69,6 +71,7 @@ class Session:
         self.valid_data: Any = None
         self.valid_sets: dict[str, Any] = {}
         self.tokenizer: Tokenizer | None = None
+        self.run_tasks: RunTasks = run_no_tasks
         self.about: dict[str, Any] = {}
         self.data_record: list[dict[str, Any]] = []
         self._own_at_first: dict[str, dict[str, Any]] | None = None
@@ -80,6 +83,10 @@ class Session:
         self.tokenizer = tokenizer_of(self.config.data)
         self.train_data, self.valid_data, *_ = build_datasets(self.config, self.tokenizer)
         self.valid_sets = open_validation_sets(self.config, self.tokenizer)
+        if self.config.evaluation.tasks:
+            opened: list[RunTasks] = []
+            on_rank_zero(lambda: opened.append(open_tasks(self.config)))
+            self.run_tasks = opened[0] if opened else run_no_tasks
 
     def own_at_first(self) -> dict[str, dict[str, Any]]:
         """By name, the states of the user's hooks when they were first attached, and no checkpoint was loaded."""

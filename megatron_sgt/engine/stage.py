@@ -25,8 +25,10 @@ from megatron_sgt.engine.hooks.ramp import RampHook
 from megatron_sgt.engine.hooks.replicas import ReplicaCheckHook
 from megatron_sgt.engine.hooks.spike import SpikeHook
 from megatron_sgt.engine.hooks.straggler import LagRule, StragglerHook
+from megatron_sgt.engine.hooks.tasks import TasksHook
 from megatron_sgt.engine.hooks.validation import EvalHook
 from megatron_sgt.engine.hooks.watched import watch_passes, watched_batches, watched_hooks
+from megatron_sgt.engine.live_tasks import live_model
 from megatron_sgt.engine.loop import Trainer
 from megatron_sgt.engine.session import Session
 from megatron_sgt.engine.step import Batch
@@ -103,6 +105,8 @@ class RunningStage:
                 runtime.engine, sets, train.eval_interval, self.schedule, hub, ema, train.eval_at_start
             )
             self.hooks.append(self.eval)
+        if config.evaluation.tasks:
+            self.hooks.append(self._tasks_hook(ema))
         if groups.pp_size > 1:
             watch_passes(runtime.model, session.progress)
         self.parts = RunParts(config, groups, runtime.model, runtime.engine, self.schedule, hub)
@@ -118,6 +122,13 @@ class RunningStage:
         self.hooks.append(self.saver)
         if before is not None:
             self._go_on_from(before)
+
+    def _tasks_hook(self, ema: EmaHook | None) -> TasksHook:
+        session, config, engine = self.session, self.config, self.runtime.engine
+        alive = partial(session.progress.enter, TasksHook.name)
+        live = live_model(config, engine, session.groups, session.tokenizer, alive)
+        interval = config.evaluation.tasks_interval
+        return TasksHook(engine, live, session.run_tasks, interval, self.schedule, session.hub, session.groups, ema)
 
     def _validation_sets(self) -> list[ValidationSet]:
         """The validation split, which is read from its beginning again where it ends early, and data.valid."""

@@ -198,6 +198,18 @@ def _set_line(name: str, record: Record, paint: Paint) -> str:
     return _join((f"      {name}", *_loss_parts(record, paint), None if size is None else f"({part} {size:,} samples)"))
 
 
+def tasks_line(record: Record, paint: Paint = plain) -> str:
+    """The measured values of each task, or why there are none."""
+    label = f"{paint('good', 'TASKS')} step {record['step']:,}"
+    if record.get("failed"):
+        return _join((label, paint("bad", "not measured"), str(record["failed"])))
+    parts = (
+        ", ".join((task, *(f"{name} {units.significant(value)}" for name, value in values.items())))
+        for task, values in record["results"].items()
+    )
+    return _join((label, *parts, _part(record, "seconds", lambda seconds: f"({units.elapsed(seconds)})")))
+
+
 def save_line(record: Record, paint: Paint = plain) -> str:
     """A checkpoint that is complete on disk."""
     size = _part(record, "bytes", units.file_size)

@@ -99,6 +99,15 @@ class ValidRecord(_Record, total=False):
     seconds: float
 
 
+class TasksRecord(_Record, total=False):
+    """Downstream tasks (evaluation.tasks), with the structure that inference uses."""
+
+    results: dict[str, dict[str, float]]  # task -> metric -> value
+    weights: str  # weights or average: which were measured
+    failed: str  # instead of results: why there are none
+    seconds: float
+
+
 class GrowthRecord(_Record, total=False):
     """One decision of the schedule, and the structure after it (growth/plan.py:GrowthEvent)."""
 
@@ -252,6 +261,7 @@ RECORDS: dict[str, type] = {
     "train": TrainRecord,
     "ranks": RanksRecord,
     "valid": ValidRecord,
+    "tasks": TasksRecord,
     "growth": GrowthRecord,
     "length": LengthRecord,
     "grow": GrowRecord,
