@@ -59,6 +59,12 @@ class DataConfig(Section):
     tokenizer: TokenizerConfig | None = Field(
         default=None, description="null: the data is already tokens, and model.vocab_size must be set."
     )
+    packing: Literal["concat", "best_fit"] = Field(
+        default="concat",
+        description="How documents fill samples. concat: one after the other, cut wherever a sample ends. best_fit: "
+        "whole documents where they fit best, cut only if longer than model.seq_length; what is left is padding, whose "
+        "loss does not count. Needs reset_attention_mask.",
+    )
     reset_attention_mask: bool = Field(
         default=False,
         description="No token attends to another document of its sequence. Where documents begin is known from the "
@@ -75,6 +81,12 @@ class DataConfig(Section):
         description="Go on from a checkpoint although documents that it held out for validation or test are trained on "
         "now, or the reverse: after another split, or with other files. And start although a set of data.valid is "
         "trained on.",
+    )
+    allow_changed_data: bool = Field(
+        default=False,
+        description="Go on from a checkpoint although a data set of its blend holds other documents than it did under "
+        "the same name (not the same ones with some appended): it counts as one that was never read, from its first "
+        "epoch on.",
     )
     num_workers: int = Field(
         default=0, ge=0, le=1024, description="Processes that read samples ahead, per rank; 0: none."
@@ -112,6 +124,11 @@ class DataConfig(Section):
             )
         elif self.data_path and not all(share > 0 for share, _ in self.blend()):
             yield f"data_path: the weights {list(self.data_path[::2])} are too far apart: one's share would be 0"
+        if self.packing == "best_fit" and not self.reset_attention_mask:
+            yield (
+                "packing: best_fit puts documents side by side for their lengths alone; set data.reset_attention_mask: "
+                "true, so that none attends to another"
+            )
         try:
             self.split_shares()
         except ValueError:

@@ -1,6 +1,7 @@
 """Finds, checks and splits the data sets of a configuration. Needs no process group."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_sgt import extensions
@@ -50,6 +51,8 @@ class DataSummary:
     samples_needed: int
     """train_iters times global_batch_size."""
     notes: tuple[str, ...]
+    padding: float | None = None
+    """Share of a training sample, on average over the blend; None where samples are filled without any."""
     unread: str | None = None
     """Name of a registered data set, of which nothing is known before the run starts: the numbers above are 0."""
 
@@ -64,6 +67,7 @@ class DataSummary:
         return (
             f"{self.documents:,} documents · {self.tokens:,} tokens · {self.train_samples:,} training samples · "
             f"{self.epochs:.2f} epochs · vocabulary {self.vocab_size:,}"
+            + ("" if self.padding is None else f" · padding {100 * self.padding:.2f} %")
         )
 
 
@@ -108,7 +112,8 @@ def find_validation_sets(cfg: Config, tokenizer: Tokenizer | None) -> dict[str, 
                 f"data.valid.{name}: {source.info.prefix} has {source.info.tokens} tokens, less than one sample of "
                 f"{cfg.model.seq_length} + 1; use more text or a smaller model.seq_length"
             )
-        trained = (path for _, path in cfg.data.blend())
+        blends = (cfg.data.model_copy(update={"data_path": paths}).blend() for paths in cfg.data_paths if paths)
+        trained = (path for blend in blends for _, path in blend)
         same = next((path for path in trained if _same_data(resolve_prefix(path)[0], source.info)), None)
         if same is not None and not cfg.data.allow_validation_leak:
             raise DataError(
@@ -128,7 +133,9 @@ def _checked(
         tokenizer.fingerprint() if tokenizer is not None else None,
         None if cfg.data.tokenizer is None else cfg.data.tokenizer.add_bos,
     )
-    return Source(weight, info, split_parts(sequence_lengths(prefix), shares, cfg.model.seq_length), note)
+    return Source(
+        weight, info, split_parts(sequence_lengths(prefix), shares, cfg.model.seq_length, cfg.data.packing), note
+    )
 
 
 def _same_data(prefix: str, other: IndexedInfo) -> bool:
@@ -155,7 +162,7 @@ def validate_data(cfg: Config) -> DataSummary:
     if cfg.data.dataset != "indexed":
         extensions.load("datasets", cfg.data.dataset)
         vocab_size = resolve_vocab_size(cfg.model.vocab_size, tokenizer)
-        return DataSummary((), None, vocab_size, 0, 0, 0, 0, 0, 0, (), cfg.data.dataset)
+        return DataSummary((), None, vocab_size, 0, 0, 0, 0, 0, 0, (), unread=cfg.data.dataset)
     sources = find_sources(cfg, tokenizer)
     train, valid, test = (sum(source.parts[split].samples for source in sources) for split in range(3))
     sets = find_validation_sets(cfg, tokenizer)
@@ -185,12 +192,20 @@ def validate_data(cfg: Config) -> DataSummary:
         test_samples=test,
         samples_needed=cfg.train.train_iters * cfg.train.global_batch_size,
         notes=tuple(notes),
+        padding=_padding(sources, cfg.model.seq_length) if cfg.data.packing == "best_fit" else None,
     )
+
+
+def _padding(sources: Sequence[Source], seq_length: int) -> float:
+    train = [source.parts[0] for source in sources]
+    share = [1 - part.tokens / (part.samples * seq_length) for part in train]
+    return sum(source.weight * empty for source, empty in zip(sources, share, strict=True))
 
 
 def _require_samples(cfg: Config, info: IndexedInfo, parts: tuple[SplitPart, ...]) -> None:
     seq_length = cfg.model.seq_length
     train, valid, _ = parts
+    least = "one token" if cfg.data.packing == "best_fit" else f"one sample of {seq_length} + 1"
     for part, wanted, remedy in (
         (train, True, "use more text or a smaller model.seq_length"),
         (
@@ -203,5 +218,5 @@ def _require_samples(cfg: Config, info: IndexedInfo, parts: tuple[SplitPart, ...
             raise DataError(
                 f"{info.prefix}: the {part.name} split (data.split {cfg.data.split}) gets "
                 f"{part.last - part.first} of {info.sequences} documents with {part.tokens} tokens, less "
-                f"than one sample of {seq_length} + 1; {remedy}"
+                f"than {least}; {remedy}"
             )

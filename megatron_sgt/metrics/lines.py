@@ -216,7 +216,15 @@ def save_line(record: Record, paint: Paint = plain) -> str:
     seconds = _part(record, "seconds", units.elapsed)
     cost = f"{size} in {seconds}" if size and seconds else size or seconds
     path = _part(record, "path", str)
-    return _join((f"{paint('good', 'SAVE')}  step {record['step']:,}", cost, path))
+    asked = "as asked" if record.get("asked") else None
+    return _join((f"{paint('good', 'SAVE')}  step {record['step']:,}", asked, cost, path))
+
+
+def began(origin: Mapping[str, Any]) -> str:
+    """With whose weights a new run began (checkpoint/new_run.py)."""
+    which = "the averaged weights" if origin["weights"] == "ema" else "the weights"
+    loops = "loops kept" if origin["growth"] == "keep" else "growth anew"
+    return f"{which} of {origin['checkpoint']} (step {origin['step']:,}, {origin['tokens']:,} tokens), {loops}"
 
 
 def resume_line(record: Record, paint: Paint = plain) -> str:
@@ -225,8 +233,10 @@ def resume_line(record: Record, paint: Paint = plain) -> str:
         searched = record.get("searched")
         looked = f" (no checkpoint in {searched})" if searched else ""
         return f"{paint('good', 'START')}  fresh start{looked}"
-    samples = _part(record, "consumed_samples", lambda n: f"({n:,} samples consumed)")
     changed = _part(record, "changed", lambda names: f"changed: {'; '.join(names)}" if names else "")
+    if (origin := record.get("origin")) is not None:
+        return _join((f"{paint('good', 'START')}  new run with {began(origin)}", changed))
+    samples = _part(record, "consumed_samples", lambda n: f"({n:,} samples consumed)")
     resumed = _join(
         (
             f"{paint('warn', 'RESUME')}  resumed at step {record['step']:,}",

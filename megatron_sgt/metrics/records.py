@@ -170,6 +170,7 @@ class SaveRecord(_Record, total=False):
     seconds: float  # until it was whole
     stall_s: float  # of them, those in which training stood still
     bytes: int
+    asked: bool  # True: by --save-now
 
 
 class SaveFailedRecord(_Record, total=False):
@@ -186,6 +187,9 @@ class ResumeRecord(_Record, total=False):
     consumed_samples: int
     skipped: tuple[str, ...] | list[str]  # damaged checkpoints that were passed over
     changed: tuple[str, ...] | list[str]  # settings unlike the checkpoint's: "train.train_iters 8 -> 12"
+    origin: dict[
+        str, int | str | None
+    ]  # of a new run with the weights of another (checkpoint/new_run.py), where it begins
 
 
 class DataRecord(_Record, total=False):

@@ -11,6 +11,7 @@ from megatron_sgt.growth import ENTROPY, LoopPlan
 from megatron_sgt.planning.advice import other_layouts, warnings
 from megatron_sgt.planning.flops import at_length, batch_flops, overhead, step_flops
 from megatron_sgt.planning.hardware import USABLE
+from megatron_sgt.planning.kept import kept_steps, milestones, saved_steps
 from megatron_sgt.planning.loop_cost import choose_loop_method, loop_methods
 from megatron_sgt.planning.parameters import checkpoint_bytes, parameter_count, parameters_by_part
 from megatron_sgt.planning.pipeline import describe_cut, pipeline_layout
@@ -140,9 +141,13 @@ def _memory(one: StagePlan, world_size: int, precision: str) -> dict[str, Any]:
 
 
 def _checkpoint(config: Config, precision: str) -> dict[str, Any]:
-    interval, kept = config.checkpoint.save_interval, config.checkpoint.keep_last
-    saves = config.train.train_iters // interval if interval else 1
-    return {"bytes": checkpoint_bytes(config, precision), "saves": saves, "kept": kept}
+    return {
+        "bytes": checkpoint_bytes(config, precision),
+        "saves": len(saved_steps(config)),
+        "kept": config.checkpoint.keep_last,
+        "milestones": milestones(config),
+        "at_the_end": len(kept_steps(config)),
+    }
 
 
 def _compute(one: StagePlan, several: bool) -> list[dict[str, Any]]:

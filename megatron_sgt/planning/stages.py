@@ -12,6 +12,7 @@ from megatron_sgt.config import Config
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.planning.boundary import boundary_time
 from megatron_sgt.planning.flops import flops_between
+from megatron_sgt.planning.kept import kept_steps
 from megatron_sgt.planning.parameters import checkpoint_bytes, parameter_count
 from megatron_sgt.planning.pipeline import describe_cut
 from megatron_sgt.planning.rank_memory import peak_memory
@@ -126,9 +127,6 @@ def _row(one: StagePlan, world_size: int, precision: str, rate: float) -> dict[s
 
 
 def _on_disk(config: Config, rows: Sequence[dict[str, Any]]) -> int:
-    """Bytes of checkpoints at the end: the newest that keep_last leaves, and the last one of each stage."""
-    interval, kept = config.checkpoint.save_interval, config.checkpoint.keep_last
-    last, ends = config.train.train_iters, {row["last_step"] for row in rows[:-1]}
-    steps = sorted(ends.union(range(interval, last + 1, interval) if interval else {last}))
-    there = ends.union(steps[-kept:] if kept else steps)
+    """Bytes of checkpoints at the end."""
+    there = kept_steps(config, [row["last_step"] for row in rows[:-1]])
     return sum(next(row["checkpoint_bytes"] for row in rows if step <= row["last_step"]) for step in there)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_sgt.config import Config
+from megatron_sgt.config.run import HuggingFaceConfig
 from megatron_sgt.engine import run_reports
 from megatron_sgt.engine.data_start import DataStart
 from megatron_sgt.engine.run_reports import report_end, report_start
@@ -79,6 +80,9 @@ def test_each_start_warns_of_a_tokenizer_that_cannot_be_exported(
         said = capsys.readouterr().out
         assert said.startswith("WARNING  the tokenizer has no form in transformers, fast or slow") != bytes_too
         assert said.count("\n") == (0 if bytes_too else 1)
+    run.config = run.config.model_copy(update={"huggingface": HuggingFaceConfig(check_at_start="off")})
+    report_start(session(Hub()), run, Start(None, {}), DataStart([]))
+    assert capsys.readouterr().out == ""
 
 
 def test_each_start_tells_the_stages_to_come(capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,4 +140,6 @@ def test_an_average_of_the_weights_takes_four_bytes_per_parameter_shared_like_th
 
 def test_checkpoints() -> None:
     config, plan = plan_of("sgt_7b", 32)
-    assert plan["checkpoint"] == {"bytes": 14 * parameter_count(config.model), "saves": 32, "kept": 3}
+    size = 14 * parameter_count(config.model)
+    expected = {"bytes": size, "saves": 32, "kept": 3, "milestones": 8, "at_the_end": 10}
+    assert plan["checkpoint"] == expected

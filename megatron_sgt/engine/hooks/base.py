@@ -86,6 +86,9 @@ class Hook:
         Not where the request comes while the model of the next stage is being built.
         """
 
+    def on_save_now(self, state: TrainState) -> None:
+        """The run was asked to save without stopping: it will do so after its next applied step."""
+
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart: JSON-able, and the same on every rank."""
         return {}
