@@ -8,7 +8,7 @@ from megatron_sgt.config.base import PathText, Section
 
 
 class EvaluationConfig(Section):
-    """Downstream tasks on the training model, with the structure of inference (docs/evaluation.md)."""
+    """Downstream tasks on the training model, with the structure of inference (docs/huggingface.md)."""
 
     tasks: tuple[str, ...] = Field(
         default=(),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_sgt.config import Config, parse_config
 from megatron_sgt.config.data import DataConfig
-from megatron_sgt.data.gpt_dataset import BlendedSamples, build_datasets
+from megatron_sgt.data.gpt_dataset import BlendedSamples, build_datasets, open_validation_sets
 from megatron_sgt.data.splits import SPLIT_NAMES
 from megatron_sgt.data.tokenizer import Tokenizer
 from megatron_sgt.errors import DataError
@@ -55,7 +55,7 @@ class DatasetLoss:
 class WhichSamples:
     """data: as in a run's configuration; part: "train", "valid", "test", or "all" for the data set as one.
 
-    num_samples: only the first ones; None: all, once.
+    Or a name in data.valid. num_samples: only the first ones, of a named set no more than it has; None: all, once.
     """
 
     data: DataConfig
@@ -76,6 +76,9 @@ def open_samples(
     if wanted.part == ALL:
         data["split"] = "1"
     config = _config(data, wanted.seq_length, vocab_size)
+    if wanted.part in config.data.valid:
+        named = open_validation_sets(config, tokenizer)[wanted.part]
+        return named, min(len(named), wanted.num_samples or len(named))
     parts = build_datasets(config, tokenizer)
     samples = parts[0] if wanted.part == ALL else parts[SPLIT_NAMES.index(wanted.part)]
     if samples is None:

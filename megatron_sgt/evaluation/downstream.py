@@ -103,11 +103,9 @@ def load_tasks(tasks: Tasks) -> Any:
     Raises:
         ConfigError, DataError: as ``run_tasks``.
     """
-    from lm_eval.tasks import get_task_dict
-
     manager = task_manager(tasks)
     with quiet_logs(), _readable(tasks):
-        get_task_dict(list(tasks.names), manager)
+        getattr(manager, "load", manager.load_task_or_group)(list(tasks.names))  # the latter before 0.4.13
     return manager
 
 

@@ -17,8 +17,9 @@ from megatron_sgt.export.hf.generate import Sampling, generate
 from megatron_sgt.export.hf.open_model import open_model
 from megatron_sgt.launch.rank_info import RankInfo
 from tests.helpers import grown_run
+from tests.helpers.commands import run_here
 from tests.helpers.ranks import SHARED_MEMORY, run_on_ranks
-from tests.helpers.runs import reported, tiny_config
+from tests.helpers.runs import differing_leaves, measured_steps, pretrain, reported, tiny_config
 from tests.helpers.tokenizers import TEXT
 
 pytest.importorskip("lm_eval")
@@ -106,7 +107,7 @@ def expected(tasks: Path) -> dict[str, dict[str, Any]]:
     [
         {"tensor_model_parallel_size": 2, "sequence_parallel": True},
         pytest.param({"pipeline_model_parallel_size": 2}, marks=pytest.mark.exhaustive),
-        {"zero_stage": 3},
+        pytest.param({"zero_stage": 3}, marks=pytest.mark.exhaustive),
     ],
     ids=["tensor", "pipeline", "zero3"],
 )
@@ -121,3 +122,38 @@ def test_every_layout_finds_what_the_export_has(
     assert expected["live_until"]["exact_match"] == 1.0
     for task, values in expected.items():
         assert record["results"][task] == pytest.approx(values, rel=1e-5), task
+
+
+def test_training_does_not_notice_validation_and_tasks(tasks: Path, tmp_path: Path) -> None:
+    """Bit for bit, with dropout, averaged weights and ZeRO-3; and what the run measures on the way."""
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
+        "train": {"train_iters": 4, "ema_decay": 0.5, "eval_interval": 0},
+        "growth": {"first_selection_step": 2, "window_size": 1},
+        "parallel": {"zero_stage": 3},
+    }
+    alone = live_config(tmp_path / "alone", tasks, **sections, evaluation={"tasks": [], "include_path": None})
+    run_on_ranks(2, pretrain, alone)
+    evaluated = live_config(
+        tmp_path / "evaluated",
+        tasks,
+        **{**sections, "train": {**sections["train"], "eval_interval": 2, "eval_at_start": True}},
+        data={"valid": {"words": grown_run.data_prefix()}, "allow_validation_leak": True},
+        evaluation={"tasks_interval": 2, "limit": 3},
+    )
+    run_on_ranks(2, pretrain, evaluated)
+    assert measured_steps(tmp_path / "evaluated") == measured_steps(tmp_path / "alone")
+    ends = [tmp_path / name / "checkpoints/global_step4" for name in ("alone", "evaluated")]
+    assert differing_leaves(*ends) == []
+    valid, done = reported(tmp_path / "evaluated", "valid"), reported(tmp_path / "evaluated", "tasks")
+    assert [record["step"] for record in valid] == [0, 2, 4] and [record["step"] for record in done] == [2, 4]
+    for record in valid:
+        words = record["sets"]["words"]
+        assert words["samples"] == 8 and words["tokens"] == 8 * grown_run.CONTEXT and words["loss"] != record["loss"]
+        assert 0 < words["bits_per_byte"] < 8 and 0 < record["ema_bits_per_byte"] < 8
+    assert valid[0]["loss"] == valid[0]["ema_loss"] and valid[2]["loss"] != valid[2]["ema_loss"]
+    assert all(record["weights"] == "average" and set(record["results"]) == set(NAMES) for record in done)
+    text = run_here("tools/evaluate.py", [str(ends[1]), "--valid-set", "words", "--json"], tmp_path)
+    assert json.loads(text.out)["data"]["loss_with_padding"] == pytest.approx(
+        valid[2]["sets"]["words"]["loss"], abs=1e-4
+    )

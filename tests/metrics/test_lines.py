@@ -237,3 +237,9 @@ def test_ranks_line() -> None:
         "SLOW  step 30  rank 17 on node3: computing 21% longer than the median rank"
     )
     assert "waiting for data 21% of a step longer" in lines.ranks_line({**lag, "what": "waiting for data"})
+
+
+def test_tasks_line() -> None:
+    record = {"step": 9, "results": {"words": {"acc": 0.5, "acc_norm": 0.25}, "own": {"f1": 1.0}}, "seconds": 3.0}
+    assert lines.tasks_line(record) == "TASKS step 9  words, acc 0.500, acc_norm 0.250  own, f1 1.00  (3.0 s)"
+    assert lines.tasks_line({"step": 9, "failed": "no such file"}) == "TASKS step 9  not measured  no such file"
