@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -25,13 +25,11 @@ def mean_loss(model: torch.nn.Module, batches: Iterable[dict[str, Tensor]], grou
     was_training = model.training
     begin_step(model)
     model.eval()
+    whole: Any = getattr(model, "module", model)  # of an engine
     if groups.pp_size > 1:
-        whole: Any = model
-        mean: Tensor | None = _through_pipeline(getattr(whole, "module", whole), batches, groups)
+        mean: Tensor | None = _through_pipeline(whole, batches, groups)
     else:
-        mean = _mean(
-            [model(**{k: v.to(groups.device, non_blocking=True) for k, v in batch.items()}) for batch in batches]
-        )
+        mean = _mean([model(**whole.inputs(batch, groups.device)) for batch in batches])
     model.train(was_training)
     return math.nan if mean is None else float(mean_over_data_parallel(mean, groups))
 
@@ -43,7 +41,11 @@ def _mean(losses: list[Tensor]) -> Tensor | None:
 def _through_pipeline(model: LanguageModel, batches: Iterable[dict[str, Tensor]], groups: ParallelGroups) -> Tensor:
     """The mean loss of ``batches``, on every stage."""
     assert model.pipeline is not None
-    mean = _mean(forward_only(model.pipeline, lambda chunk, inputs: model(**inputs, chunk=chunk), batches))
+
+    def forward(chunk: int, batch: Mapping[str, Tensor]) -> Tensor:
+        return model(**model.inputs(batch, groups.device, chunk), chunk=chunk)
+
+    mean = _mean(forward_only(model.pipeline, forward, batches))
     return from_last_stage(torch.full((), math.nan, device=groups.device) if mean is None else mean, groups)
 
 
