@@ -76,6 +76,12 @@ class DataConfig(Section):
         description="Go on from a checkpoint although documents that it held out for validation or test are trained on "
         "now, or the reverse: after another split, or with other files.",
     )
+    allow_changed_data: bool = Field(
+        default=False,
+        description="Go on from a checkpoint although a data set of its blend holds other documents than it did under "
+        "the same name (not the same ones with some appended): it counts as one that was never read, from its first "
+        "epoch on.",
+    )
     num_workers: int = Field(
         default=0, ge=0, le=1024, description="Processes that read samples ahead, per rank; 0: none."
     )

@@ -58,6 +58,15 @@ class Config(Section):
         return Path(self.data.data_cache_path or Path(self.logging.run_dir, "data_cache"))
 
     @property
+    def data_paths(self) -> tuple[tuple[str, ...], ...]:
+        """Every blend that the run reads, the first one first."""
+        return (self.data.data_path,)
+
+    def data_path_at(self, step: int) -> tuple[str, ...]:
+        """The blend that step ``step`` + 1 reads."""
+        return self.data_paths[0]
+
+    @property
     def lr_decay_iters(self) -> int:
         """Step at which the learning rate reaches min_lr."""
         return self.optim.lr_decay_iters or self.train.train_iters

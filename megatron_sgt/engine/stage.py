@@ -139,7 +139,7 @@ class RunningStage:
         )
         saver.stage_end = self.stage.last if self.stage is not session.stages[-1] else None
         saver.stages = [stage.record() for stage in session.stages[1 : self.stage.index + 1]]
-        saver.data = session.data_record
+        saver.data = lambda: session.ledger.to_json()
         saver.on_saved = session.stop.note_save
         return saver
 
@@ -165,10 +165,10 @@ class RunningStage:
             self.growth.events,
         )
 
-    def load(self, folder: Path, saved: dict[str, Any], place: Place) -> list[str]:
+    def load(self, folder: Path, saved: dict[str, Any], place: Place, weights: str | None = None) -> list[str]:
         """Continue from a checked checkpoint; see ``CheckpointHook.load``."""
         self.session.progress.enter("growing the model" if place.grows else "loading the checkpoint")
-        notes = self.saver.load(folder, saved, self.session.state, place)
+        notes = self.saver.load(folder, saved, self.session.state, place, weights)
         if self.ramp is not None:  # for losses that are measured before the first step
             self.ramp.before_run(self.session.state)
         return notes
