@@ -201,13 +201,13 @@ def resume_line(record: Record, paint: Paint = plain) -> str:
         searched = record.get("searched")
         looked = f" (no checkpoint in {searched})" if searched else ""
         return f"{paint('good', 'START')}  fresh start{looked}"
-    samples = _part(record, "consumed_samples", lambda n: f"({n:,} samples consumed)")
+    tokens = _part(record, "consumed_tokens", lambda n: f"({n:,} tokens consumed)")
     changed = _part(record, "changed", lambda names: f"changed: {'; '.join(names)}" if names else "")
     resumed = _join(
         (
             f"{paint('warn', 'RESUME')}  resumed at step {record['step']:,}",
             f"from {record['path']}",
-            samples,
+            tokens,
             changed,
         )
     )

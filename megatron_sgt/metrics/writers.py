@@ -49,9 +49,14 @@ class Writer(Protocol):
 
 
 def scalars(kind: str, record: Mapping[str, Any]) -> dict[str, float]:
-    """The curves of a record: "train/loss" -> number, for every field that is one; of a hook, for its values."""
+    """The curves of a record: "train/loss" -> number, for every field that is one; of a hook, for its values.
+
+    Of a save, also the epochs of every source of the data.
+    """
     if kind == "hook":
         kind, record = f"hook/{record['hook']}", record["values"]
+    epochs = record.get("source_epochs") or {}
+    record = {**record, **{f"source_epochs/{source}": number for source, number in epochs.items()}}
     return {
         f"{kind}/{key}": float(value)
         for key, value in record.items()
