@@ -21,7 +21,7 @@ from megatron_sgt.engine.run import PretrainingRun
 from megatron_sgt.errors import DataError
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.preflight import Start
-from tests.helpers.changing_data import LENGTHS, STARTS, VOCABULARY, Data, write_data_sets
+from tests.helpers.changing_data import LENGTHS, STARTS, VOCABULARY, Data, real, write_data_sets
 from tests.helpers.datasets import write_dataset
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import measured_steps, pretrain, reported, tiny_config
@@ -46,6 +46,10 @@ CONTINUED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"path": ("0.7", "longer", "0.3", "b"), "split": "100,0,0"},
         ("the 40 documents appended come with its next epoch, after the",),
     ),
+    "packed documents appended": (
+        {"path": ("0.7", "longer", "0.3", "b"), "split": "100,0,0", "packing": "best_fit"},
+        ("the 40 documents appended come with its next epoch, after the",),
+    ),
     "one twice": ({"path": ("0.4", "a", "0.3", "b", "0.3", "moved")}, ("/moved begins",)),
 }
 
@@ -55,6 +59,7 @@ def test_sources_of_another_blend_go_on_where_they_were(kind: str, folder: Path)
     """Until the blend has come to the end of its epoch, no token of a source is read again."""
     changed, said = CONTINUED[kind]
     before = Data(folder, path=("0.7", "a", "0.3", "b"), split=changed.get("split", "80,20,0"))
+    before.packing = changed.get("packing", "concat")
     now = replace(before, **changed)
     change, span = now.change((before, 50)), now.ledger((before, 50)).now
     assert change is not None and change.tally == order.Tally()
@@ -65,7 +70,7 @@ def test_sources_of_another_blend_go_on_where_they_were(kind: str, folder: Path)
     for index in range(50, 90):
         part = samples.locate(index)[0]
         if part != again:
-            tokens = set(samples[index]["tokens"].tolist())
+            tokens = set(real(samples[index]))
             assert not tokens & read, f"sample {index} of {samples.names[part]}"
             read |= tokens
 
