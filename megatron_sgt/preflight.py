@@ -21,7 +21,8 @@ from megatron_sgt.checkpoint.find import (
     verify_quickly,
 )
 from megatron_sgt.checkpoint.forms import read_config, read_state
-from megatron_sgt.checkpoint.layout import GROWTH_STATE
+from megatron_sgt.checkpoint.layout import GROWTH_STATE, ORIGIN_STATE
+from megatron_sgt.checkpoint.new_run import check_weights, new_state
 from megatron_sgt.config import Config
 from megatron_sgt.config.lengths import SequenceLengths
 from megatron_sgt.data.export_form import export_problems
@@ -29,6 +30,7 @@ from megatron_sgt.data.prefix import resolve_prefix
 from megatron_sgt.data.tokenizer import resolve_vocab_size, tokenizer_of
 from megatron_sgt.errors import CheckpointError, ConfigError, DamagedCheckpointError, DataError
 from megatron_sgt.files import nearest, unwritable
+from megatron_sgt.metrics.lines import began
 from megatron_sgt.metrics.units import file_size
 from megatron_sgt.metrics.writers import check_packages
 from megatron_sgt.planning.kept import kept_text
@@ -50,6 +52,8 @@ _UNREMARKABLE = (
     "data.allow_changed_data",
     "huggingface.",
 )
+# Settings on which the meaning of the weights depends that another run has trained.
+_OF_WEIGHTS = ("model.", "data.tokenizer")
 _LENGTHS = "data.seq_length_curriculum"
 # What reading the data sets and the tokenizer needs.
 _READERS = {None: (), "sentencepiece": ("sentencepiece",), "huggingface": ("transformers",)}
@@ -61,7 +65,8 @@ class Start:
 
     ``saved``: the checkpoint's JSON state; ``changed``: settings that the checkpoint was saved with otherwise, as
     "train.train_iters 8 -> 12"; ``skipped``: damaged ones that were passed over; ``explicit``: the user named the
-    checkpoint.
+    checkpoint. ``weights``: what of the checkpoint a new run begins with (checkpoint.weights), which takes nothing else
+    of it, so that ``saved`` is the new run's; None: the run goes on.
     """
 
     folder: Path | None
@@ -69,6 +74,7 @@ class Start:
     changed: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     explicit: bool = False
+    weights: str | None = None
 
     def problem(self, config: Config) -> str | None:
         """Why there is nothing to train, None if there is."""
@@ -84,6 +90,8 @@ class Start:
         """Whether the run starts fresh, from checkpoint.load or from its own newest checkpoint."""
         if self.folder is None:
             return f"FRESH START: no checkpoint in {config.save_dir}"
+        if self.weights is not None:
+            return f"NEW RUN of {config.train.train_iters:,} steps with {began(self.saved[ORIGIN_STATE])}"
         step, wanted = self.saved["trainer"]["step"], config.train.train_iters
         passed = f" (passed over: {'; '.join(self.skipped)})" if self.skipped else ""
         verb = "START" if self.explicit else "RESUME"
@@ -203,6 +211,8 @@ def _start_at(folder: Path, found: Found, config: Config, libraries: bool) -> St
     if config.model.vocab_size is None and there.model.vocab_size is not None:
         config = config.with_vocab_size(there.model.vocab_size)
     tokenizer = tokenizer_fingerprint(config) if libraries else None
+    if found.explicit and config.checkpoint.start == "weights":
+        return _new_run(folder, found, config, tokenizer, libraries)
     if libraries:
         from megatron_sgt.checkpoint.place import place_of  # needs NumPy
 
@@ -214,6 +224,21 @@ def _start_at(folder: Path, found: Found, config: Config, libraries: bool) -> St
         _check_growth(folder, saved, config, there)
     changes = tuple(_changes(there, config, saved["trainer"]["step"]))
     return Start(folder, saved, changes, found.skipped, found.explicit)
+
+
+def _new_run(folder: Path, found: Found, config: Config, tokenizer: str | None, libraries: bool) -> Start:
+    """The start of a run with the weights of ``folder``."""
+    whole = verify_quickly(folder)
+    if libraries:
+        from megatron_sgt.stages.stages import stages_of  # needs NumPy
+
+        config = stages_of(config)[0].config
+    elif config.growth.stages:  # the first model is not known here
+        config = config.model_copy(update={"model": whole.config.model})
+    other = check_weights(folder, whole, config, tokenizer)
+    changed = (line for line in _changes(whole.config, config, 0) if line.startswith(_OF_WEIGHTS))
+    saved = new_state(folder, whole, config, libraries)
+    return Start(folder, saved, (*changed, *other), found.skipped, True, config.checkpoint.weights)
 
 
 def tokenizer_fingerprint(config: Config) -> str | None:

@@ -16,7 +16,7 @@ from megatron_sgt.data.ledger import Progress, ledger_from_json, recorded_tokens
 from megatron_sgt.errors import CheckpointError, SGTError
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.planning.parameters import parameter_count
-from megatron_sgt.planning.structure import schedule_of
+from megatron_sgt.planning.structure import resumed_schedule
 
 Status = Literal["complete", "damaged", "unfinished"]
 Check = Callable[[Path], list[str]]
@@ -56,7 +56,8 @@ class Details:
 
     ``ema_decay``: of the average of the weights that it holds; None without one. ``stages``: how each stage of its run
     but the first began, up to its own (stages/stages.py). ``grown``: after which steps, and by which operators, its
-    model became deeper or wider, in its run or before. ``sources``: of its data, as far as it says what it has read.
+    model became deeper or wider, in its run or before. ``began``: with whose weights its run began (new_run.py).
+    ``sources``: of its data, as far as it says what it has read.
     """
 
     step: int
@@ -73,6 +74,7 @@ class Details:
     stages: tuple[dict[str, Any], ...] = ()
     grown: tuple[tuple[int, str], ...] = ()
     sources: dict[str, Progress] = field(default_factory=dict)
+    began: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,7 @@ def _details(folder: Path) -> Details:
             stages=tuple(state.get(layout.STAGES_STATE, ())),
             grown=tuple(_grown(state["hooks"].get(layout.GROWTH_STATE) or {})),
             sources=ledger_from_json(data).progress(trainer["consumed_samples"]) if data else {},
+            began=state.get(layout.ORIGIN_STATE),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / layout.STATE_FILE} is damaged: {error!r}") from error
@@ -221,9 +224,7 @@ def _grown(saved: dict[str, Any]) -> Iterator[tuple[int, str]]:
 
 def _growth(config: Config, saved: dict[str, Any] | None) -> GrowthContents:
     """``saved``: the growth hook's state; None where growth begins with the run."""
-    schedule = schedule_of(config)
-    if saved is not None:
-        schedule.load_state_dict(saved["schedule"])
+    schedule = resumed_schedule(config, saved)
     plan, selected = schedule.plan, schedule.selected_at()
     order = [*selected, *(layer for layer, _ in plan.layers if layer not in selected)]
     layers = tuple(

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_sgt.checkpoint.contents import Contents, Details, GrowthContents, LoopingLayer, RootContents
 from megatron_sgt.checkpoint.layout import PIPELINE_COUNTS, PIPELINE_SIZE
 from megatron_sgt.config.base import count
+from megatron_sgt.metrics.lines import began
 from megatron_sgt.metrics.units import duration, file_size, si
 
 _SHOWN_PROBLEMS = 5
@@ -98,6 +99,8 @@ def _details(details: Details) -> Iterator[tuple[str, str]]:
     for number, (name, source) in enumerate(details.sources.items()):
         epochs = "" if source.epochs is None else f", {source.epochs:,.2f} epochs"
         yield "" if number else "data", f"{name}: {source.tokens:,} tokens{epochs}"
+    if details.began is not None:
+        yield "began", f"with {began(details.began)}"
     yield (
         "model",
         f"{si(details.parameters, ' ')} parameters: {model.num_layers} layers, hidden {model.hidden_size:,}, "

@@ -141,6 +141,7 @@ def _checked(content: Any) -> dict[str, Any]:
     for name, kept in fields(state.get(layout.IMPORTED_STATE, {}), layout.IMPORTED_STATE).items():
         if not isinstance(kept, str):
             fields(kept, f"{layout.IMPORTED_STATE}.{name}")
+    _check_origin(state.get(layout.ORIGIN_STATE))
     if "layout" not in state:
         raise FormError("layout is missing")
     known_layout(state["layout"], "layout")
@@ -160,6 +161,18 @@ def _checked(content: Any) -> dict[str, Any]:
         if IMPORTED_FROM not in free and free.get("source_layout") is None:
             raise FormError(f"{LAYOUT_FREE}.source_layout is missing")
     return state
+
+
+def _check_origin(origin: Any) -> None:
+    """What checkpoint/new_run.py has written: whose weights the run began with."""
+    if origin is None:
+        return
+    place = layout.ORIGIN_STATE
+    for name in ("step", "tokens"):
+        whole(fields(origin, place).get(name), f"{place}.{name}")
+    for name in ("checkpoint", "weights", "growth"):
+        if not isinstance(origin.get(name), str):
+            raise FormError(f"{place}.{name} {_is(origin.get(name))}, not a text")
 
 
 def _check_growth(growth: Any) -> None:

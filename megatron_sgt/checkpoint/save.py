@@ -247,6 +247,7 @@ class Saver:
             "layout": where,
             **self._about,
             "run": self._id_of_run(),
+            **({layout.ORIGIN_STATE: origin} if (origin := flight.state.get(layout.ORIGIN_STATE)) else {}),
             "growth": growth_fingerprint(flight.state),
         }
         temporary, final = flight.temporary, self._root / layout.tag_for(flight.step)

@@ -138,6 +138,21 @@ def check_pipeline(cfg: Config) -> Iterator[str]:
         )
 
 
+def check_start(cfg: Config) -> Iterator[str]:
+    """Yield the rules that the beginning of the run breaks."""
+    checkpoint = cfg.checkpoint
+    if checkpoint.start == "weights":
+        if checkpoint.load is None:
+            yield "checkpoint.start: weights needs checkpoint.load, the checkpoint that a new run begins with"
+        return
+    for name, given in (("growth", checkpoint.growth), ("weights", checkpoint.weights)):
+        if given not in (None, "model"):
+            yield (
+                f"checkpoint.{name}: {given} has no effect with checkpoint.start resume, which goes on with "
+                "everything; leave it out, or set checkpoint.start to weights"
+            )
+
+
 def check_steps(cfg: Config) -> Iterator[str]:
     """Yield the rules that step and batch counts break."""
     train, optim, decay_iters = cfg.train, cfg.optim, cfg.lr_decay_iters
@@ -238,4 +253,13 @@ def _precision(cfg: Config) -> str:
     return resolve_precision(cfg.train.precision, cfg.parallel.device)
 
 
-RULES = (check_model, check_growth, check_parallel, check_pipeline, check_steps, check_curriculum, check_deepspeed)
+RULES = (
+    check_model,
+    check_growth,
+    check_parallel,
+    check_pipeline,
+    check_start,
+    check_steps,
+    check_curriculum,
+    check_deepspeed,
+)

@@ -153,6 +153,21 @@ class CheckpointConfig(Section):
         description="Start from this checkpoint: a folder of checkpoints (its latest) or one global_stepN. "
         "Finding none is an error.",
     )
+    start: Literal["resume", "weights"] = Field(
+        default="resume",
+        description="What load means. resume: the run goes on from that checkpoint. weights: a new run, with its own "
+        "folders, begins at step 0 with the weights of the checkpoint and nothing else of it; where save holds a "
+        "checkpoint of the new run, it goes on from that (docs/checkpoints.md).",
+    )
+    weights: Literal["model", "ema"] = Field(
+        default="model",
+        description="With start weights: those that were trained, or their moving average (train.ema_decay).",
+    )
+    growth: Literal["keep", "restart"] | None = Field(
+        default=None,
+        description="With start weights: keep the loops of the checkpoint, fixed for good, or restart: begin without "
+        "loops and grow anew by section growth; null: keep.",
+    )
     resume: Literal["auto", "never"] = Field(
         default="auto",
         description="auto: continue from the latest checkpoint in save, if it holds one; never: do not look.",
@@ -182,6 +197,11 @@ class CheckpointConfig(Section):
         description="What is checked of a checkpoint before it is loaded: every byte, shared among the ranks, or "
         "the sizes of its files.",
     )
+
+    @property
+    def keeps_growth(self) -> bool:
+        """Whether a new run that begins with given weights keeps their loops."""
+        return self.growth != "restart"
 
 
 class LoggingConfig(Section):

@@ -70,7 +70,8 @@ def _start_notes(config: Config, start: Start) -> Iterator[str]:
     if problem := start.problem(config):
         yield problem
     if start.changed:
-        yield f"changed since the checkpoint was saved: {'; '.join(start.changed)}"
+        when = "since the checkpoint was saved" if start.weights is None else "for the weights"
+        yield f"changed {when}: {'; '.join(start.changed)}"
 
 
 def _loop_rows(config: Config) -> list[tuple[str, str]]:

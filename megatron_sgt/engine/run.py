@@ -81,7 +81,8 @@ class PretrainingRun(Session):
         data = self.start_data(self.start)
         self.stage = RunningStage(self, self._place(self.start).here)
         self.open_hub()
-        self.skipped_ranges = on_rank_zero(lambda: SkippedRanges.at_start(self.start.folder, self.config.save_dir))
+        behind = None if self.start.weights else self.start.folder
+        self.skipped_ranges = on_rank_zero(lambda: SkippedRanges.at_start(behind, self.config.save_dir))
         self.stage.wire()
         grown: GrowRecord | None = None
         if self.start.folder is not None:
@@ -152,7 +153,7 @@ class PretrainingRun(Session):
         """Load the checkpoint of ``start`` into the present stage; ``before``: loss of the probe in the old one."""
         assert start.folder is not None
         begun = time.perf_counter()
-        notes = self.stage.load(start.folder, start.saved, place)
+        notes = self.stage.load(start.folder, start.saved, place, start.weights)
         if not place.grows:
             return None
         after = self.stage.probe_loss(self.stage.probe_batches())

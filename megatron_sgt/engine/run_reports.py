@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_sgt.checkpoint.layout import ORIGIN_STATE
 from megatron_sgt.checkpoint.surgery.state import GROW
 from megatron_sgt.data.changes import Change
 from megatron_sgt.engine.data_start import data_record
@@ -32,6 +33,8 @@ def report_start(run: Session, stage: RunningStage, start: Start, change: Change
         "changed": start.changed,
         "skipped": start.skipped,
     }
+    if start.weights is not None:
+        record["origin"] = start.saved[ORIGIN_STATE]
     run.hub.log("resume", record)
     if change is not None:
         run.hub.log("data", data_record(change, run.state.step))
@@ -57,7 +60,7 @@ def report_end(run: Session, stage: RunningStage, start: Start, reason: str, cod
         "train_iters": run.config.train.train_iters,
         "reason": reason,
         "exit_code": int(code),
-        "first_loss": measured.first_loss if start.folder is None else None,
+        "first_loss": measured.first_loss if start.folder is None or start.weights else None,
         "loss": measured.last_loss,
         "valid_loss": measured.valid_loss,
         "growth_events": sum(event.get("action") != GROW for event in measured.growth_events),

@@ -167,10 +167,10 @@ class RunningStage:
             self.growth.events,
         )
 
-    def load(self, folder: Path, saved: dict[str, Any], place: Place) -> list[str]:
+    def load(self, folder: Path, saved: dict[str, Any], place: Place, weights: str | None = None) -> list[str]:
         """Continue from a checked checkpoint; see ``CheckpointHook.load``."""
         self.session.progress.enter("growing the model" if place.grows else "loading the checkpoint")
-        notes = self.saver.load(folder, saved, self.session.state, place)
+        notes = self.saver.load(folder, saved, self.session.state, place, weights)
         if self.ramp is not None:  # for losses that are measured before the first step
             self.ramp.before_run(self.session.state)
         return notes

@@ -195,14 +195,23 @@ def save_line(record: Record, paint: Paint = plain) -> str:
     return _join((f"{paint('good', 'SAVE')}  step {record['step']:,}", asked, cost, path))
 
 
+def began(origin: Mapping[str, Any]) -> str:
+    """With whose weights a new run began (checkpoint/new_run.py)."""
+    which = "the averaged weights" if origin["weights"] == "ema" else "the weights"
+    loops = "loops kept" if origin["growth"] == "keep" else "growth anew"
+    return f"{which} of {origin['checkpoint']} (step {origin['step']:,}, {origin['tokens']:,} tokens), {loops}"
+
+
 def resume_line(record: Record, paint: Paint = plain) -> str:
     """From where the run starts: a checkpoint, or from nothing; one line more for each that was passed over."""
     if record.get("path") is None:
         searched = record.get("searched")
         looked = f" (no checkpoint in {searched})" if searched else ""
         return f"{paint('good', 'START')}  fresh start{looked}"
-    tokens = _part(record, "consumed_tokens", lambda n: f"({n:,} tokens consumed)")
     changed = _part(record, "changed", lambda names: f"changed: {'; '.join(names)}" if names else "")
+    if (origin := record.get("origin")) is not None:
+        return _join((f"{paint('good', 'START')}  new run with {began(origin)}", changed))
+    tokens = _part(record, "consumed_tokens", lambda n: f"({n:,} tokens consumed)")
     resumed = _join(
         (
             f"{paint('warn', 'RESUME')}  resumed at step {record['step']:,}",

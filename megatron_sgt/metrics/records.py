@@ -164,6 +164,9 @@ class ResumeRecord(_Record, total=False):
     consumed_tokens: int
     skipped: tuple[str, ...] | list[str]  # damaged checkpoints that were passed over
     changed: tuple[str, ...] | list[str]  # settings unlike the checkpoint's: "train.train_iters 8 -> 12"
+    origin: dict[
+        str, int | str | None
+    ]  # of a new run with the weights of another (checkpoint/new_run.py), where it begins
 
 
 class DataRecord(_Record, total=False):

@@ -55,7 +55,10 @@ def _valid_rows(valid: Sequence[Record]) -> Iterator[tuple[str, str]]:
 
 
 def _start_rows(resumes: Sequence[Record]) -> Iterator[tuple[str, str]]:
-    steps = [f"{r['step']:,}" for r in resumes if r.get("path")]
+    for record in resumes:
+        if record.get("origin"):
+            yield "began", f"with {lines.began(record['origin'])}"
+    steps = [f"{r['step']:,}" for r in resumes if r.get("path") and not r.get("origin")]
     if steps:
         yield "resumed", "at step " + ", ".join(steps)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_sgt.config.pipeline import AUTO
 from megatron_sgt.metrics import units
+from megatron_sgt.metrics.lines import began
 from megatron_sgt.reporting import style
 from megatron_sgt.reporting.curves import cost_figure, headline, loss_figure, speed_figure
 from megatron_sgt.reporting.page import Page
@@ -41,7 +42,7 @@ def write_report(run_dir: Path, output: Path | None = None) -> list[Path]:
 
 def build_page(run: RunData) -> Page:
     """The page of one run. It names the parts that the run directory lacks."""
-    page = Page(run.name, f"Report of {run.run_dir}: {_extent(run)}{_pipeline(run)}.")
+    page = Page(run.name, f"Report of {run.run_dir}: {_extent(run)}{_pipeline(run)}.{_began(run)}")
     page.notes(run.notes)
     page.cards(headline(run))
     page.picture(
@@ -114,6 +115,12 @@ def _extent(run: RunData) -> str:
     if not times:
         return steps
     return f"{steps}, {_utc(times[0])} to {_utc(times[-1])} UTC"
+
+
+def _began(run: RunData) -> str:
+    """With whose weights the run began; "" with none."""
+    found = [record["origin"] for record in run.of_kind("resume") if record.get("origin")]
+    return f" It began with {began(found[0])}." if found else ""
 
 
 def _pipeline(run: RunData) -> str:

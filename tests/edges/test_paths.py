@@ -37,7 +37,7 @@ NO_PATHS = {
 """Settings of any text that are no paths; one that is added must be told apart here or by its type."""
 TEXT_ARGUMENTS = {"words", "number_of_bytes"}
 PATH_ARGUMENTS = {"path", "path_text", "job_path", "script_path", "output", "sbatch_option"}
-NUMBERS = {"int", "positive", "zero_or_more", "seed", "number", "share", "depths"}
+NUMBERS = {"int", "positive", "zero_or_more", "seed", "number", "share", "depths", "shard"}
 SCRIPTS = [ROOT / "megatron_sgt/engine/main.py", *sorted((ROOT / "tools").rglob("*.py"))]
 
 

@@ -110,6 +110,9 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     run_on_ranks(2, run_with_mishaps, config)
     other_seed = config.train.model_copy(update={"seed": config.train.seed + 1})
     run_on_ranks(2, start_again, config.model_copy(update={"train": other_seed}))
+    first = {"load": str(config.save_dir / f"global_step{GROWN_AT}"), "start": "weights", "save": str(folder / "new")}
+    new_run = config.checkpoint.model_copy(update=first)
+    run_on_ranks(2, start_again, config.model_copy(update={"checkpoint": new_run}))
     damaged: list[int] = []
     found = read_all(folder / "run/metrics.jsonl", damaged)
     assert damaged == []

@@ -11,8 +11,15 @@ from typing import Any
 import deepspeed
 
 from megatron_sgt.checkpoint.find import starts_fresh
-from megatron_sgt.checkpoint.layout import AVERAGE_STATE, DATA_STATE, IMPORTED_STATE, STAGES_STATE, parse_json
-from megatron_sgt.checkpoint.load import grown_state, load_checkpoint, load_grown
+from megatron_sgt.checkpoint.layout import (
+    AVERAGE_STATE,
+    DATA_STATE,
+    IMPORTED_STATE,
+    ORIGIN_STATE,
+    STAGES_STATE,
+    parse_json,
+)
+from megatron_sgt.checkpoint.load import grown_state, load_checkpoint, load_grown, load_weights
 from megatron_sgt.checkpoint.place import Place
 from megatron_sgt.checkpoint.save import Saver
 from megatron_sgt.config import Config
@@ -79,6 +86,8 @@ class CheckpointHook(Hook):
         """How the stages of the run began, up to the present one (stages/stages.py)."""
         self.imported: dict[str, Any] = {}
         """What the exports of an imported model keep."""
+        self.origin: dict[str, Any] = {}
+        """With whose weights the run began (checkpoint/new_run.py)."""
 
     def before_run(self, state: TrainState) -> None:
         """A checkpoint that was just loaded need not be written again."""
@@ -147,6 +156,8 @@ class CheckpointHook(Hook):
             saved[STAGES_STATE] = self.stages
         if self.imported:
             saved[IMPORTED_STATE] = self.imported
+        if self.origin:
+            saved[ORIGIN_STATE] = self.origin
         self._sources = self.progress(state.consumed_samples)
         self.saver.start(state.step, saved)
 
@@ -169,11 +180,20 @@ class CheckpointHook(Hook):
             record["asked"] = True
         self.hub.log("save", record)
 
-    def load(self, folder: Path, saved: dict[str, Any], state: TrainState, place: Place | None = None) -> list[str]:
+    def load(
+        self,
+        folder: Path,
+        saved: dict[str, Any],
+        state: TrainState,
+        place: Place | None = None,
+        weights: str | None = None,
+    ) -> list[str]:
         """Continue from the checked checkpoint ``folder`` whose state is ``saved``; collective.
 
         Args:
             place: where it lies among the stages of the run; None: in the only one.
+            weights: begin a new run, whose state is ``saved``, with the weights of ``folder`` alone: see
+                ``load_weights``; None: the run goes on.
 
         Returns:
             What a user should know of the growth of the model, if it grows here; one line each.
@@ -183,8 +203,10 @@ class CheckpointHook(Hook):
             ConfigError: the schedule cannot go on in the grown model.
             DamagedCheckpointError: its files cannot be read; no weight has been touched.
         """
-        notes: list[str] = []
-        if place is None or not place.grows:
+        notes, note = list[str](), None
+        if weights is not None:
+            load_weights(folder, weights, self.config, self.engine, self.groups, self.average)
+        elif place is None or not place.grows:
             note = load_checkpoint(folder, saved, self.config, self.engine, self.groups, self.average)
         else:
             grown, notes = grown_state(saved, place)
@@ -198,7 +220,11 @@ class CheckpointHook(Hook):
         elif self.average is None and AVERAGE_STATE in saved:
             self._say("EMA", "the checkpoint holds an average of the weights: it is dropped, as train.ema_decay is 0")
         state.load_state_dict(saved["trainer"])
-        self.imported = saved.get(IMPORTED_STATE, {})
+        self.imported, self.origin = saved.get(IMPORTED_STATE, {}), saved.get(ORIGIN_STATE, {})
+        self._restore_hooks(folder, saved)
+        return notes
+
+    def _restore_hooks(self, folder: Path, saved: dict[str, Any]) -> None:
         kept = saved["hooks"]
         for hook in self.hooks:
             if starts_fresh(saved, hook.name):
@@ -218,7 +244,6 @@ class CheckpointHook(Hook):
             self._say(
                 "HOOKS", f"the checkpoint holds the state of {name!r}, which this run does not have: it is dropped"
             )
-        return notes
 
     def _say(self, label: str, note: str) -> None:
         if self.groups.is_main:
