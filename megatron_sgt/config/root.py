@@ -8,6 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from megatron_sgt.config.base import EXPAND, Section
 from megatron_sgt.config.data import DataConfig
+from megatron_sgt.config.evaluation import EvaluationConfig
 from megatron_sgt.config.growth import GrowthConfig
 from megatron_sgt.config.lengths import SequenceLengths
 from megatron_sgt.config.model import ModelConfig
@@ -32,6 +33,9 @@ class Config(Section):
     train: TrainConfig = Field(description="Length, batches, numerics.")
     data: DataConfig = Field(default_factory=DataConfig, description="Data sets and tokenizer.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Saving and loading.")
+    evaluation: EvaluationConfig = Field(
+        default_factory=EvaluationConfig, description="Downstream tasks while the run trains."
+    )
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="Output of the run.")
     huggingface: HuggingFaceConfig = Field(default_factory=HuggingFaceConfig, description="Exports of the run.")
     deepspeed: dict[str, Any] = Field(

@@ -18,11 +18,11 @@ from megatron_sgt import extensions
 from megatron_sgt.config.data import DataConfig
 from megatron_sgt.config.root import Config
 from megatron_sgt.data.document_samples import DocumentSamples, check_documents
-from megatron_sgt.data.index_cache import build_index_cache, open_packed, open_split, wait_for_folder
+from megatron_sgt.data.index_cache import EVAL_SEED, build_index_cache, open_packed, open_split, wait_for_folder
 from megatron_sgt.data.indexed import lengths_digest, sequence_lengths
 from megatron_sgt.data.ledger import Drawing, Span
 from megatron_sgt.data.permutation import RandomPermutation
-from megatron_sgt.data.sources import Source, find_sources
+from megatron_sgt.data.sources import Source, find_sources, find_validation_sets
 from megatron_sgt.data.splits import SPLIT_NAMES, SplitPart, split_parts
 from megatron_sgt.data.tokenizer import Tokenizer, resolve_vocab_size
 from megatron_sgt.errors import DataError
@@ -205,13 +205,35 @@ def _indexed(
     """
     vocab_size = resolve_vocab_size(cfg.model.vocab_size, tokenizer)
     prepared = on_rank_zero(lambda: _prepare(cfg, tokenizer))
-    for note in (source.note for source in prepared.sources if source.note):
-        logger.info(note)
-    for folder in prepared.folders:
-        wait_for_folder(folder)
+    _await(prepared)
     train = _open(cfg, prepared, 0, vocab_size)
     assert train is not None, "find_sources refuses data without a training sample"
     return train, _open(cfg, prepared, 1, vocab_size), _open(cfg, prepared, 2, vocab_size)
+
+
+def open_validation_sets(cfg: Config, tokenizer: Tokenizer | None) -> dict[str, BlendedSamples]:
+    """The samples of every set of ``data.valid``, in an order that does not depend on the seed. Collective.
+
+    ``len()`` of one is the number of its samples, all of which are different.
+
+    Raises:
+        DataError: on every rank, for whatever ``find_validation_sets`` refuses.
+    """
+    if not cfg.data.valid:
+        return {}
+    vocab_size, opened = resolve_vocab_size(cfg.model.vocab_size, tokenizer), {}
+    for name, prepared in on_rank_zero(lambda: _prepare_sets(cfg, tokenizer)).items():
+        _await(prepared)
+        samples = _open(cfg, prepared, 1, vocab_size)
+        assert samples is not None, "find_validation_sets refuses a set without a sample"
+        opened[name] = samples
+    return opened
+
+
+def _prepare_sets(cfg: Config, tokenizer: Tokenizer | None) -> dict[str, _Prepared]:
+    fixed = cfg.model_copy(update={"train": cfg.train.model_copy(update={"seed": EVAL_SEED})})
+    sets = find_validation_sets(cfg, tokenizer)
+    return {name: _prepared(fixed, (source,), 1) for name, source in sets.items()}
 
 
 def _prepare(cfg: Config, tokenizer: Tokenizer | None) -> _Prepared:
@@ -226,8 +248,20 @@ def _prepare(cfg: Config, tokenizer: Tokenizer | None) -> _Prepared:
         )
         known = {source.info.prefix for source in sources}
         sources += [source for source in find_sources(later, tokenizer) if source.info.prefix not in known]
+    return _prepared(cfg, tuple(sources), blended)
+
+
+def _prepared(cfg: Config, sources: tuple[Source, ...], blended: int) -> _Prepared:
     cuts = (_Cut(source.info.prefix, source.parts, source.info.lengths_digest) for source in sources)
-    return _Prepared(tuple(sources), tuple(_build(cfg, cut) for cut in cuts), blended)
+    return _Prepared(sources, tuple(_build(cfg, cut) for cut in cuts), blended)
+
+
+def _await(prepared: _Prepared) -> None:
+    """Say what was assumed, and wait until this rank sees what rank 0 has built."""
+    for note in (source.note for source in prepared.sources if source.note):
+        logger.info(note)
+    for folder in prepared.folders:
+        wait_for_folder(folder)
 
 
 def _open(cfg: Config, prepared: _Prepared, split: int, vocab_size: int) -> BlendedSamples | None:
