@@ -56,8 +56,8 @@ class Writer(Protocol):
 def scalars(kind: str, record: Mapping[str, Any]) -> dict[str, float]:
     """The curves of a record: "train/loss" -> number, for every field that is one; of a hook, for its values.
 
-    Those of a named validation set are "valid/NAME/loss", those of a task "tasks/NAME/acc", those of a save the epochs of
-    every source of the data.
+    Those of a named validation set are "valid/NAME/loss", those of a task "tasks/NAME/acc", those of a save
+    "save/source_epochs/PREFIX", too.
     """
     if kind == "hook":
         kind, record = f"hook/{record['hook']}", record["values"]
