@@ -1,4 +1,4 @@
-"""The rules between sections: what pipelines, norms over all heads and new runs do not go with (see ``test_root.py``)."""
+"""The rules between sections: what pipelines, norms over all heads and new runs do not go with (more: test_root.py)."""
 
 from typing import Any
 
