@@ -41,6 +41,7 @@ from megatron_sgt.planning.parameters import checkpoint_bytes
 _UNREMARKABLE = (
     "checkpoint.",
     "logging.",
+    "evaluation.",
     "train.exit_interval",
     "train.threads_per_rank",
     "train.hang_timeout_seconds",
@@ -49,6 +50,7 @@ _UNREMARKABLE = (
     "train.replica_check_interval",
     "data.num_workers",
     "data.allow_validation_leak",
+    "data.allow_changed_data",
     "huggingface.",
 )
 # Settings on which the meaning of the weights depends that another run has trained.
@@ -125,9 +127,15 @@ def check_surroundings(config: Config) -> None:
     """Check the packages and folders that the run needs.
 
     Raises:
-        ConfigError: a package that logging asks for is missing, or a folder can be neither made nor written.
+        ConfigError: a package that logging or evaluation asks for is missing, or a folder can be neither made nor
+            written.
     """
     check_packages(config.logging)
+    if config.evaluation.tasks and importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            "evaluation.tasks is set, but lm-evaluation-harness is not installed: run "
+            "'pip install megatron-sgt[eval]', or remove evaluation.tasks"
+        )
     check_folders(config)
 
 

@@ -229,3 +229,13 @@ def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(CheckpointError, match=r"takes about .*MB, but .*down has 1.00 kB free"):
         preflight.check_disk(config, "fp32")
+
+
+def test_tasks_without_the_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = {"type": "sentencepiece", "model": "a.model"}
+    sections = {"data": {"tokenizer": tokenizer}, "evaluation": {"tasks": ["words"]}}
+    asked = small_config(logging={"run_dir": str(tmp_path)}, **sections)
+    preflight.check_surroundings(asked)
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None if name == "lm_eval" else "found")
+    with pytest.raises(ConfigError, match=r"evaluation\.tasks is set, but .*: run 'pip install megatron-sgt\[eval\]'"):
+        preflight.check_surroundings(asked)

@@ -20,6 +20,8 @@ FOREIGN_NAMES = {
     "rotary_emb_base": "model.rotary_base",
     "train_batch_size": "train.global_batch_size",
     "train_data_paths": "data.data_path",
+    "valid_data_path": "data.valid",
+    "valid_data_paths": "data.valid",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
     "zero_optimization": "parallel.zero_stage",
     # Megatron-LM

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from megatron_sgt.config.base import EXPAND, Section
 from megatron_sgt.config.data import DataConfig
+from megatron_sgt.config.evaluation import EvaluationConfig
 from megatron_sgt.config.growth import GrowthConfig
 from megatron_sgt.config.lengths import SequenceLengths
 from megatron_sgt.config.model import ModelConfig
@@ -32,6 +33,9 @@ class Config(Section):
     train: TrainConfig = Field(description="Length, batches, numerics.")
     data: DataConfig = Field(default_factory=DataConfig, description="Data sets and tokenizer.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Saving and loading.")
+    evaluation: EvaluationConfig = Field(
+        default_factory=EvaluationConfig, description="Downstream tasks while the run trains."
+    )
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="Output of the run.")
     huggingface: HuggingFaceConfig = Field(default_factory=HuggingFaceConfig, description="Exports of the run.")
     deepspeed: dict[str, Any] = Field(
@@ -56,6 +60,15 @@ class Config(Section):
     @property
     def data_cache_dir(self) -> Path:
         return Path(self.data.data_cache_path or Path(self.logging.run_dir, "data_cache"))
+
+    @property
+    def data_paths(self) -> tuple[tuple[str, ...], ...]:
+        """Every blend that the run reads, the first one first."""
+        return (self.data.data_path,)
+
+    def data_path_at(self, step: int) -> tuple[str, ...]:
+        """The blend that step ``step`` + 1 reads."""
+        return self.data_paths[0]
 
     @property
     def lr_decay_iters(self) -> int:

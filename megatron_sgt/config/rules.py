@@ -161,6 +161,10 @@ def check_steps(cfg: Config) -> Iterator[str]:
             f"train.global_batch_size: {train.global_batch_size} is not a multiple of "
             f"train.micro_batch_size {train.micro_batch_size}"
         )
+    if cfg.evaluation.tasks and cfg.data.tokenizer is None:
+        yield "evaluation.tasks: tasks are text, but data.tokenizer is null; set it, or remove them"
+    if train.eval_at_start and not train.eval_interval:
+        yield "train.eval_at_start: has no effect with train.eval_interval 0; set how often to validate"
     if train.spike_sigma is not None and not cfg.checkpoint.save_interval:
         yield (
             f"train.spike_sigma: {train.spike_sigma:g} needs checkpoints to go back to; set checkpoint.save_interval"

@@ -28,7 +28,10 @@ class TrainConfig(Section):
     )
     seed: int = Field(default=1234, ge=0, le=MOST_SEED, description="Seed of initial weights, dropout and data order.")
     eval_interval: int = Field(default=0, ge=0, description="Validate every so many steps; 0: never.")
-    eval_iters: int = Field(default=10, gt=0, description="Global batches of one validation.")
+    eval_iters: int = Field(default=10, gt=0, description="Global batches of one validation, of each set.")
+    eval_at_start: bool = Field(
+        default=False, description="Validate before the first step, too; not again where the run is resumed."
+    )
     max_consecutive_skipped_steps: int = Field(
         default=3,
         gt=0,

@@ -11,7 +11,7 @@ from megatron_sgt.checkpoint.forms import read_state
 from megatron_sgt.checkpoint.place import Place
 from megatron_sgt.config import Config
 from megatron_sgt.engine.build import Runtime
-from megatron_sgt.engine.data_start import DataStart, data_start, record_at
+from megatron_sgt.engine.data_start import ledger_at
 from megatron_sgt.engine.grow_record import grow_record
 from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.hooks.growth import GrowthHook
@@ -78,7 +78,7 @@ class PretrainingRun(Session):
             layout.clear_leftovers(self.config.save_dir)
         self.progress.enter("opening the data")
         self.open_data()
-        data = self._compare_data()
+        data = self.start_data(self.start)
         self.stage = RunningStage(self, self._place(self.start).here)
         self.open_hub()
         behind = None if self.start.weights else self.start.folder
@@ -89,9 +89,8 @@ class PretrainingRun(Session):
             loaded, grown = self._load(self.start, look)
             if loaded is not self.start:  # an older one, which may have read other data
                 self.start = loaded
-                data = self._compare_data()
+                data = self.start_data(loaded)
             self.state.consumed_samples = self.skipped_ranges.after(self.state.consumed_samples)
-        self._keep_data_record(data.record)
         report_start(self, self.stage, self.start, data)
         if grown is not None:
             self.hub.log("grow", grown)
@@ -159,13 +158,7 @@ class PretrainingRun(Session):
             return None
         after = self.stage.probe_loss(self.stage.probe_batches())
         seconds = time.perf_counter() - begun
-        return grow_record(place, start.saved, self.schedule, notes, (before, after), seconds)
-
-    def _compare_data(self) -> DataStart:
-        return on_rank_zero(lambda: data_start(self.config, self.start))
-
-    def _keep_data_record(self, record: list[dict[str, object]]) -> None:
-        self.data_record = self.stage.saver.data = record
+        return grow_record(place, start.saved, self.schedule, notes, (before, after), seconds, self.pairs)
 
     # Training
 
@@ -270,7 +263,10 @@ class PretrainingRun(Session):
         if newest.folder is None:
             raise CheckpointError(f"no checkpoint in {self.config.save_dir} is whole; there is none to go back to")
         newest, grown = self._load(newest, look)
-        self._keep_data_record(record_at(newest.saved, self.data_record))
+        data, ledger = self.data, self.ledger
+        assert data is not None
+        self.ledger = on_rank_zero(lambda: ledger_at(newest.saved, ledger, data))
+        self.turn_blend(self.config.data_path_at(self.state.step))
         start = self.state.consumed_samples
         self.skipped_ranges.add(start, spike.stop)
         on_rank_zero(self.write_skipped_ranges)  # before a step is taken: a run that dies now must not forget it

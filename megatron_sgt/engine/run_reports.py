@@ -73,4 +73,6 @@ def report_end(run: Session, stage: RunningStage, start: Start, reason: str, cod
     }
     if measured.valid_ema_loss is not None:
         record["valid_ema_loss"] = measured.valid_ema_loss
+    if measured.valid_losses:
+        record["valid_losses"] = measured.valid_losses
     run.hub.log("summary", record)

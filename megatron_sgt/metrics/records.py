@@ -71,14 +71,40 @@ MEASURED = (
 """Fields of a train record that a run determines: another run of the same configuration has the same, bit for bit."""
 
 
-class ValidRecord(_Record, total=False):
-    """One validation, with the structure that inference uses."""
+class SetRecord(TypedDict, total=False):
+    """What a validation finds on one set."""
 
     loss: float
     perplexity: float
+    bits_per_byte: float  # the loss of all tokens in bits, per byte of their text; with a tokenizer only
     ema_loss: float  # of the averaged weights, with train.ema_decay
     ema_perplexity: float
-    batches: int  # micro-batches per rank
+    ema_bits_per_byte: float
+    samples: int  # sequences that were read
+    samples_in_set: int
+    tokens: int  # whose loss counts
+
+
+class ValidRecord(_Record, total=False):
+    """One validation, with the structure that inference uses. Losses are of the validation split, if there is one."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    ema_loss: float
+    ema_perplexity: float
+    ema_bits_per_byte: float
+    sets: dict[str, SetRecord]  # those of data.valid
+    batches: int  # micro-batches per rank, of all sets
+    seconds: float
+
+
+class TasksRecord(_Record, total=False):
+    """Downstream tasks (evaluation.tasks), with the structure that inference uses."""
+
+    results: dict[str, dict[str, float]]  # task -> metric -> value
+    weights: str  # weights or average: which were measured
+    failed: str  # instead of results: why there are none
     seconds: float
 
 
@@ -227,6 +253,7 @@ class SummaryRecord(_Record, total=False):
     loss: float | None
     valid_loss: float | None
     valid_ema_loss: float  # of the averaged weights, with train.ema_decay
+    valid_losses: dict[str, float]  # of the sets of data.valid
     growth_events: int
     seconds: float
     consumed_tokens: int
@@ -238,6 +265,7 @@ RECORDS: dict[str, type] = {
     "train": TrainRecord,
     "ranks": RanksRecord,
     "valid": ValidRecord,
+    "tasks": TasksRecord,
     "growth": GrowthRecord,
     "length": LengthRecord,
     "grow": GrowRecord,

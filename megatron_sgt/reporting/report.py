@@ -12,6 +12,7 @@ from megatron_sgt.metrics import units
 from megatron_sgt.metrics.lines import began
 from megatron_sgt.reporting import style
 from megatron_sgt.reporting.curves import cost_figure, headline, loss_figure, speed_figure
+from megatron_sgt.reporting.evaluation import sets_figure, tasks_figure, tasks_rows
 from megatron_sgt.reporting.page import Page
 from megatron_sgt.reporting.run_data import RunData, load_run
 from megatron_sgt.reporting.structure import (
@@ -52,6 +53,12 @@ def build_page(run: RunData) -> Page:
         f"{_BANDS if run.grows else ''}The first two per cent of a long run may lie above the picture.",
         loss_figure(run),
     )
+    for name, heading, figure in (
+        ("validation_sets", "Validation sets", sets_figure(run)),
+        ("tasks", "Downstream tasks", tasks_figure(run)),
+    ):
+        if figure is not None:
+            page.picture(name, heading, "As the run measured them, with the structure of inference.", figure)
     page.picture(
         "growth",
         "Growth",
@@ -87,6 +94,7 @@ def build_page(run: RunData) -> Page:
         cost_figure(run),
     )
     page.picture("speed", "Speed and memory", "As logged by rank 0.", speed_figure(run))
+    page.table("Tasks, last values", ("task", "metric", "value", "step"), tasks_rows(run))
     _event_tables(page, run)
     page.table("Restarts", ("resumed at step", "when (UTC)", "steps taken again", "from"), _restart_rows(run))
     page.table("Checkpoints", ("step", "size", "seconds", "path"), _save_rows(run))

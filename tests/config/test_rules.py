@@ -54,3 +54,14 @@ def test_what_a_new_run_begins_with(checkpoint: dict[str, Any], says: str) -> No
     with pytest.raises(ConfigError, match=says):
         parse_config({**TINY, "checkpoint": checkpoint})
     parse_config({**TINY, "checkpoint": {**checkpoint, "load": "somewhere", "start": "weights"}})
+
+
+def test_a_validation_at_the_start_of_a_run_that_has_none() -> None:
+    train = {**TINY["train"], "eval_interval": 0, "eval_at_start": True}
+    with pytest.raises(ConfigError, match=r"train\.eval_at_start: has no effect with train\.eval_interval 0"):
+        parse_config({**TINY, "train": train})
+
+
+def test_tasks_without_a_tokenizer() -> None:
+    with pytest.raises(ConfigError, match=r"evaluation\.tasks: tasks are text, but data\.tokenizer is null"):
+        parse_config({**TINY, "evaluation": {"tasks": ["words"]}})

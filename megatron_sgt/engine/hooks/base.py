@@ -23,7 +23,7 @@ from megatron_sgt.metrics import MetricsHub
 from megatron_sgt.model.gpt import LanguageModel
 from megatron_sgt.parallel.groups import ParallelGroups
 
-BUILT_IN = ("spike", "ema", "ramp", "growth", "log", "straggler", "eval", "replicas", "checkpoint")
+BUILT_IN = ("spike", "ema", "ramp", "growth", "log", "straggler", "eval", "tasks", "replicas", "checkpoint")
 """Names of the hooks that this project brings, in the order in which they act."""
 _OTHER_PHASES = ("train", "data")
 """What the watch calls the loop's own parts of a step (guard/progress.py)."""

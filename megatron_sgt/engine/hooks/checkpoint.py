@@ -76,8 +76,8 @@ class CheckpointHook(Hook):
         self._asked, self._asked_at = False, -1
         self.stage_end: int | None = None
         """After this step comes ``after_stage``, which saves whatever the interval is."""
-        self.data: list[dict[str, Any]] = []
-        """In which orders the run has read its data (engine/data_start.py)."""
+        self.data: Callable[[], list[dict[str, Any]]] = list
+        """What the run has read of its data so far (data/ledger.py)."""
         self.stages: list[dict[str, Any]] = []
         """How the stages of the run began, up to the present one (stages/stages.py)."""
         self.imported: dict[str, Any] = {}
@@ -147,7 +147,7 @@ class CheckpointHook(Hook):
         self.verify()
         hooks: dict[str, Any] = {}
         gather_or_raise(lambda: hooks.update({hook.name: _saved_state(hook) for hook in self.hooks}), self.groups)
-        saved = {"trainer": state.state_dict(), "hooks": hooks, DATA_STATE: self.data}
+        saved = {"trainer": state.state_dict(), "hooks": hooks, DATA_STATE: self.data()}
         if self.stages:
             saved[STAGES_STATE] = self.stages
         if self.imported:
