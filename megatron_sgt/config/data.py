@@ -103,6 +103,11 @@ class DataConfig(Section):
         """Whether samples say which of their tokens belong together: ``document_starts`` and ``num_tokens``."""
         return self.reset_attention_mask or self.reset_position_ids
 
+    @property
+    def masks_loss(self) -> bool:
+        """Whether the loss may count more tokens of one micro-batch than of another."""
+        return self.eod_mask_loss or self.packing == "best_fit"
+
     @field_validator("data_path", mode="before")
     @classmethod
     def _as_strings(cls, value: Any) -> Any:

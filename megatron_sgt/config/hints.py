@@ -44,6 +44,8 @@ FOREIGN_NAMES = {
     "inter_document_masking": "data.reset_attention_mask and data.reset_position_ids",
     "norm_epsilon": "model.layernorm_epsilon",
     "save_retain_interval": "checkpoint.keep_every",
+    "finetune": "checkpoint.start (weights)",
+    "no_load_optim": "checkpoint.start (weights)",
     "swiglu": "model.activation",
     "tokenizer_model": "data.tokenizer.model",
     "tokenizer_type": "data.tokenizer.type",

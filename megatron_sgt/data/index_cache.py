@@ -185,7 +185,9 @@ def wait_for_folder(folder: str, patience_seconds: float = VISIBLE_AFTER_SECONDS
 
 def megatron_version() -> str:
     """Version of megatron-core, installed or a checkout: its index builder decides what is in the cache."""
-    from megatron.core import __version__
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core import __version__
 
     return __version__
 

@@ -10,13 +10,14 @@ def cut(batch: MicroBatch, pieces: int) -> MicroBatch:
 
     Labels were shifted before, so that each token is predicted once, as without a cut, from the tokens of its own
     piece. Tokens are not copied; positions, where there are any, begin at 0 in each piece, and so does a document that
-    was cut. With one piece it is ``batch`` itself.
+    was cut. With one piece, or of nothing, it is ``batch`` itself.
     """
-    if pieces == 1:
+    if pieces == 1 or not batch:
         return batch
     parts = {name: tensor.reshape(len(tensor) * pieces, -1) for name, tensor in batch.items() if name != "num_tokens"}
-    length = parts["tokens"].shape[1]
-    place = torch.arange(length, device=parts["tokens"].device)
+    any_of_them = next(iter(parts.values()))
+    length = any_of_them.shape[1]
+    place = torch.arange(length, device=any_of_them.device)
     restart: torch.Tensor | int = 0
     if (starts := parts.get("document_starts")) is not None:
         begins = torch.arange(0, length * pieces, length, dtype=starts.dtype, device=starts.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_sgt.arch.attended_pairs import AttendedPairs
 from megatron_sgt.checkpoint.layout import GROWTH_STATE
 from megatron_sgt.checkpoint.place import Place
 from megatron_sgt.config import Config
@@ -24,6 +25,7 @@ def grow_record(
     notes: Sequence[str],
     losses: tuple[float | None, float],
     seconds: float,
+    pairs: AttendedPairs | None = None,
 ) -> GrowRecord:
     """The record of the growth at ``place``.
 
@@ -31,6 +33,7 @@ def grow_record(
         saved: the state of the checkpoint that was loaded.
         schedule: of the new model.
         losses: of the probe, before and after.
+        pairs: of the data, which FLOPs count.
     """
     stage, trainer = place.here, saved["trainer"]
     assert stage.grown is not None, "the first stage has not grown"
@@ -57,8 +60,8 @@ def grow_record(
         "sizes_after": sizes_of(growth.new),
         "parameters_before": parameter_count(growth.old),
         "parameters_after": parameter_count(growth.new),
-        "flops_per_token_before": _flops_per_token(at_length(growth.old, seq_length), before),
-        "flops_per_token_after": _flops_per_token(at_length(growth.new, seq_length), schedule),
+        "flops_per_token_before": _flops_per_token(at_length(growth.old, seq_length), before, pairs),
+        "flops_per_token_after": _flops_per_token(at_length(growth.new, seq_length), schedule, pairs),
         "probe_loss_before": losses[0],
         "probe_loss_after": losses[1],
         "consumed_samples": trainer["consumed_samples"],
@@ -73,5 +76,5 @@ def _schedule_of(config: Config, saved: Mapping[str, Any]) -> Schedule:
     return schedule
 
 
-def _flops_per_token(model: ModelConfig, schedule: Schedule) -> float:
-    return step_flops(model, schedule.plan, 1).model / model.seq_length
+def _flops_per_token(model: ModelConfig, schedule: Schedule, pairs: AttendedPairs | None) -> float:
+    return step_flops(model, schedule.plan, 1, pairs=pairs).model / model.seq_length

@@ -158,7 +158,7 @@ class PretrainingRun(Session):
             return None
         after = self.stage.probe_loss(self.stage.probe_batches())
         seconds = time.perf_counter() - begun
-        return grow_record(place, start.saved, self.schedule, notes, (before, after), seconds)
+        return grow_record(place, start.saved, self.schedule, notes, (before, after), seconds, self.pairs)
 
     # Training
 

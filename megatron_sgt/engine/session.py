@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_sgt.arch.attended_pairs import AttendedPairs
 from megatron_sgt.config import Config
 from megatron_sgt.data.gpt_dataset import build_datasets, follow, open_validation_sets
 from megatron_sgt.data.ledger import Ledger
 from megatron_sgt.data.loader import TrainLoader
+from megatron_sgt.data.measured_pairs import measured_pairs
 from megatron_sgt.data.tokenizer import Tokenizer, tokenizer_of
 from megatron_sgt.engine.build import start_processes
 from megatron_sgt.engine.data_start import DataStart, data_start
@@ -41,6 +43,7 @@ class Session:
         train_data, valid_data: the data sets, None before ``open_data`` or where there is no such split.
         valid_sets: those of data.valid, by name. tokenizer: of the data, None without one.
         run_tasks: of evaluation.tasks, for rank 0.
+        pairs: of query and key that attend, measured from the data by ``open_data``; None: those of whole sequences.
         about: what the manifests of checkpoints say of the run.
         data: the blends of the run and where it began in them, None before ``start_data``.
         ledger: what the run has read of its data so far, and how it goes on.
@@ -77,6 +80,7 @@ class Session:
         self.valid_sets: dict[str, Any] = {}
         self.tokenizer: Tokenizer | None = None
         self.run_tasks: RunTasks = run_no_tasks
+        self.pairs: AttendedPairs | None = None
         self.about: dict[str, Any] = {}
         self.data: DataStart | None = None
         self.ledger = Ledger(())
@@ -95,6 +99,8 @@ class Session:
             opened: list[RunTasks] = []
             on_rank_zero(lambda: opened.append(open_tasks(self.config, self.tokenizer)))
             self.run_tasks = opened[0] if opened else run_no_tasks
+        if self.config.data.reset_attention_mask:
+            self.pairs = on_rank_zero(lambda: measured_pairs(self.config))
 
     def start_data(self, start: Start) -> DataStart:
         """Let the training data go on where the checkpoint of ``start`` has left it; collective."""

@@ -84,7 +84,7 @@ class RunningStage:
         """Build the hooks, once the session has a hub. ``before``: of the stage that this one follows, if it does."""
         session, config, groups, runtime = self.session, self.config, self.session.groups, self.runtime
         hub = session.hub
-        self.log = LogHook(config, self.schedule, hub, groups, runtime.precision)
+        self.log = LogHook(config, self.schedule, hub, groups, runtime.precision, session.pairs)
         self.growth = GrowthHook(self.schedule, runtime.model, runtime.model.meter, groups, self.log.on_growth)
         lengths = config.seq_lengths
         self.spike = SpikeHook(config.train, session.skipped_ranges, self._can_go_back, hub, groups, lengths)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,13 +29,11 @@ def mean_loss(model: torch.nn.Module, batches: Iterable[Batch], groups: Parallel
     begin_step(model)
     model.eval()
     counted = _Counted(batches)
+    whole: Any = getattr(model, "module", model)  # of an engine
     if groups.pp_size > 1:
-        whole: Any = model
-        losses = _through_pipeline(getattr(whole, "module", whole), counted, groups)
+        losses = _through_pipeline(whole, counted, groups)
     else:
-        losses = _stack(
-            [model(**{k: v.to(groups.device, non_blocking=True) for k, v in batch.items()}) for batch in counted]
-        )
+        losses = _stack([model(**whole.inputs(batch, groups.device)) for batch in counted])
     model.train(was_training)
     if any_rank(counted.masked, groups):
         weights = torch.tensor(counted.tokens, dtype=torch.float64)
@@ -69,7 +67,11 @@ def _stack(losses: list[Tensor]) -> Tensor:
 def _through_pipeline(model: LanguageModel, batches: _Counted, groups: ParallelGroups) -> Tensor:
     """The loss of each of ``batches``, on every stage."""
     assert model.pipeline is not None
-    losses = _stack(forward_only(model.pipeline, lambda chunk, inputs: model(**inputs, chunk=chunk), batches))
+
+    def forward(chunk: int, batch: Mapping[str, Tensor]) -> Tensor:
+        return model(**model.inputs(batch, groups.device, chunk), chunk=chunk)
+
+    losses = _stack(forward_only(model.pipeline, forward, batches))
     here = losses if groups.is_last_stage else torch.full((len(batches.tokens),), math.nan, device=groups.device)
     return from_last_stage(here, groups)
 

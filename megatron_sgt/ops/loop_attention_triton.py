@@ -4,6 +4,10 @@ Scores are kept in base-2 units, and masked ones are -1e30, never -inf. With the
 scores t = s − m and w = exp2(t), three sums are carried: l = Σ w, a = Σ w v and (for entropies) e = Σ w t, which
 is rescaled when m grows. Then o = γ a / l, log2-sum-exp = m + log2 l, entropy = ln 2 · (log2 l − e / l).
 
+With documents a tile of queries reads keys from the start of its first row's document on, and needs no mask only
+between the start of its last row's and the diagonal; a row that has seen no key yet has m = -1e30 and sums of 0, which
+the first key it sees rescales to 0.
+
 The longest tiles start first. Where tiles are few, keys are split into parts whose sums are merged by the same
 rescaling in a second kernel.
 """
@@ -23,10 +27,14 @@ from megatron_sgt.ops.tiles import split_keys, tile
 
 @triton.jit
 def _scan(
-    q, k_ptr, v_ptr, k_stride, v_stride, row, low, high, keys, m, l, e, acc, scale,
-    MASKED: tl.constexpr, ENTROPY: tl.constexpr, H: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+    q, k_ptr, v_ptr, k_stride, v_stride, row, start, low, high, keys, m, l, e, acc, scale,
+    MASKED: tl.constexpr, DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr, H: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Keys low..high of one head into the running sums; ``row`` is each query's position among the keys."""
+    """Keys low..high of one head into the running sums.
+
+    ``row`` is each query's position among the keys, ``start`` where its document begins.
+    """
     column, across = tl.arange(0, BN), tl.arange(0, H)
     for n in range(low, high, BN):
         k_tile = k_ptr + (n + column)[:, None] * k_stride + across[None, :]
@@ -40,13 +48,16 @@ def _scan(
             v = tl.load(v_tile)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         if MASKED:
-            s = tl.where((n + column)[None, :] <= row[:, None], s, -1.0e30)
+            seen = (n + column)[None, :] <= row[:, None]
+            if DOCUMENTS:
+                seen = seen & ((n + column)[None, :] >= start[:, None])
+            s = tl.where(seen, s, -1.0e30)
         new = tl.maximum(m, tl.max(s, 1))
         alpha = tl.exp2(m - new)
         t = s - new[:, None]
         w = tl.exp2(t)
         if MASKED:
-            w = tl.where((n + column)[None, :] <= row[:, None], w, 0.0)
+            w = tl.where(seen, w, 0.0)
         if ENTROPY:
             e = alpha * (e + l * (m - new)) + tl.sum(w * t, 1)
         l = alpha * l + tl.sum(w, 1)
@@ -57,20 +68,22 @@ def _scan(
 
 @triton.jit
 def attend_kernel(
-    q_ptr, k_ptr, v_ptr, gates_ptr, slots_ptr, out_ptr, lse_ptr, entropy_ptr, part_acc_ptr, part_sums_ptr,
+    q_ptr, k_ptr, v_ptr, gates_ptr, slots_ptr, starts_ptr, out_ptr, lse_ptr, entropy_ptr, part_acc_ptr, part_sums_ptr,
     q_stride_t, q_stride_b, q_stride_h, k_stride_t, k_stride_b, k_stride_h,
-    v_stride_t, v_stride_b, v_stride_h, queries, keys, batch, heads, scale, chunk,
-    ENTROPY: tl.constexpr, SPLIT: tl.constexpr, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr
+    v_stride_t, v_stride_b, v_stride_h, queries, keys, positions, batch, heads, scale, chunk,
+    DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr, SPLIT: tl.constexpr, H: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """One tile of queries (axis 1, longest first), one head of one sequence (axis 0), one part of its keys (axis 2)."""
     first = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM
     pair = tl.program_id(0)
     b, head = pair // heads, pair % heads
-    low = tl.program_id(2) * chunk
-    offset = keys - queries
+    low, offset = tl.program_id(2) * chunk, keys - queries
     visible = tl.minimum(keys, offset + first + BM)
     high = tl.minimum(visible, low + chunk) if SPLIT else visible
+    if DOCUMENTS:
+        starts_ptr += b * positions + offset
+        low = tl.maximum(low, tl.load(starts_ptr + first) // BN * BN)
     if low < high:
         query = first + tl.arange(0, BM)
         across = tl.arange(0, H)
@@ -87,26 +100,42 @@ def attend_kernel(
         # Below `even` every key is seen by every query of the tile.
         even = tl.maximum(low, tl.minimum(high, (offset + first + 1) // BN * BN))
         row = offset + query
+        start = row
+        if DOCUMENTS:
+            start = tl.load(starts_ptr + query, mask=live, other=0)
+            alike = tl.load(starts_ptr + tl.minimum(first + BM, queries) - 1)
+            alike = tl.maximum(low, tl.minimum(high, tl.cdiv(alike, BN) * BN))
+            m, l, e, acc = _scan(
+                q, k_base, v_base, k_stride_t, v_stride_t, row, start, low, alike, keys, m, l, e, acc, scale,
+                True, True, ENTROPY, H, BN, PRECISION
+            )  # fmt: skip
+            low, even = alike, tl.maximum(alike, even)
         m, l, e, acc = _scan(
-            q, k_base, v_base, k_stride_t, v_stride_t, row, low, even, keys, m, l, e, acc, scale,
-            False, ENTROPY, H, BN, PRECISION
+            q, k_base, v_base, k_stride_t, v_stride_t, row, start, low, even, keys, m, l, e, acc, scale,
+            False, DOCUMENTS, ENTROPY, H, BN, PRECISION
         )  # fmt: skip
         m, l, e, acc = _scan(
-            q, k_base, v_base, k_stride_t, v_stride_t, row, even, high, keys, m, l, e, acc, scale,
-            True, ENTROPY, H, BN, PRECISION
+            q, k_base, v_base, k_stride_t, v_stride_t, row, start, even, high, keys, m, l, e, acc, scale,
+            True, DOCUMENTS, ENTROPY, H, BN, PRECISION
         )  # fmt: skip
         if SPLIT:
             place = (tl.program_id(2) * batch * heads + pair) * queries + query
-            tl.store(part_acc_ptr + place[:, None] * H + across[None, :], acc, mask=live[:, None])
             plane = tl.num_programs(2) * batch * heads * queries
-            tl.store(part_sums_ptr + place, m, mask=live)
-            tl.store(part_sums_ptr + plane + place, l, mask=live)
-            tl.store(part_sums_ptr + 2 * plane + place, e, mask=live)
+            _store_part(part_acc_ptr, part_sums_ptr, m, l, e, acc, place, plane, live, H)
         else:
             _finish(
                 out_ptr, lse_ptr, entropy_ptr, tl.load(gates_ptr + head), m, l, e, acc,
                 b, head, pair, query, live, queries, batch, heads, ENTROPY, H
             )  # fmt: skip
+
+
+@triton.jit
+def _store_part(part_acc_ptr, part_sums_ptr, m, l, e, acc, place, plane, live, H: tl.constexpr):
+    """Store the sums of one part of the keys; ``place`` of each query's, ``plane`` of them to the next sum."""
+    tl.store(part_acc_ptr + place[:, None] * H + tl.arange(0, H)[None, :], acc, mask=live[:, None])
+    tl.store(part_sums_ptr + place, m, mask=live)
+    tl.store(part_sums_ptr + plane + place, l, mask=live)
+    tl.store(part_sums_ptr + 2 * plane + place, e, mask=live)
 
 
 @triton.jit
@@ -127,9 +156,9 @@ def _finish(
 
 @triton.jit
 def merge_kernel(
-    gates_ptr, out_ptr, lse_ptr, entropy_ptr, part_acc_ptr, part_sums_ptr,
-    queries, keys, batch, heads, chunk, parts,
-    ENTROPY: tl.constexpr, H: tl.constexpr, BM: tl.constexpr
+    gates_ptr, starts_ptr, out_ptr, lse_ptr, entropy_ptr, part_acc_ptr, part_sums_ptr,
+    queries, keys, positions, batch, heads, chunk, parts,
+    DOCUMENTS: tl.constexpr, ENTROPY: tl.constexpr, H: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
     """Merge the parts of one tile of queries (axis 1) of one head of one sequence (axis 0)."""
     first, pair = tl.program_id(1) * BM, tl.program_id(0)
@@ -141,9 +170,15 @@ def merge_kernel(
     e = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, H], tl.float32)
     plane = parts * batch * heads * queries
+    row = keys - queries + query
+    start = row
+    if DOCUMENTS:
+        start = tl.load(starts_ptr + b * positions + row, mask=live, other=0)
     for part in range(parts):
-        # This row sees the part's keys if its position is not before them.
-        seen = live & (keys - queries + query >= part * chunk)
+        # This row sees the part's keys if its position is not before them, nor its document after them.
+        seen = live & (row >= part * chunk)
+        if DOCUMENTS:
+            seen = seen & (start < (part + 1) * chunk)
         place = (part * batch * heads + pair) * queries + query
         m_part = tl.load(part_sums_ptr + place, mask=seen, other=-1.0e30)
         l_part = tl.load(part_sums_ptr + plane + place, mask=seen, other=0.0)
@@ -170,9 +205,19 @@ def check_addresses(*tensors: Tensor, factor: int = 1) -> None:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, gates: Tensor, slots: Tensor, entropy: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gates: Tensor,
+    slots: Tensor,
+    entropy: bool,
+    starts: Tensor | None = None,
+    ends: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``loop_attention.attend``; tensors of less than 2^31 elements each (addresses are 32 bits wide)."""
+    """As ``loop_attention.attend``; tensors of less than 2^31 elements each (addresses are 32 bits wide).
+
+    ``starts`` is contiguous; ``ends`` are for the backward pass.
+    """
     queries, batch, heads, size = query.shape
     keys = key.shape[0]
     out = query.new_empty(queries, batch, heads, size)
@@ -184,17 +229,19 @@ def attend(
     parts = triton.cdiv(keys, chunk)
     split = parts > 1
     check_addresses(query, key, value, factor=parts)
+    documented = starts is not None
+    begins, positions = (slots, keys) if starts is None else (starts, starts.shape[1])
     part_acc = lse.new_empty((parts, batch, heads, queries, size) if split else 0)
     part_sums = lse.new_empty((3, parts, batch, heads, queries) if split else 0)
     attend_kernel[(batch * heads, tiles, parts)](
-        query, key, value, gates, slots, out, lse, rows, part_acc, part_sums,
+        query, key, value, gates, slots, begins, out, lse, rows, part_acc, part_sums,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        queries, keys, batch, heads, math.log2(math.e) / math.sqrt(size), chunk,
-        ENTROPY=entropy, SPLIT=split, H=size, PRECISION=precision(query), **shape, **launch
+        queries, keys, positions, batch, heads, math.log2(math.e) / math.sqrt(size), chunk,
+        DOCUMENTS=documented, ENTROPY=entropy, SPLIT=split, H=size, PRECISION=precision(query), **shape, **launch
     )  # fmt: skip
     if split:
         merge_kernel[(batch * heads, tiles)](
-            gates, out, lse, rows, part_acc, part_sums, queries, keys, batch, heads, chunk, parts,
-            ENTROPY=entropy, H=size, BM=shape["BM"], num_warps=4
+            gates, begins, out, lse, rows, part_acc, part_sums, queries, keys, positions, batch, heads, chunk, parts,
+            DOCUMENTS=documented, ENTROPY=entropy, H=size, BM=shape["BM"], num_warps=4
         )  # fmt: skip
     return out, lse, rows

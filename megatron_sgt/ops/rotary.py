@@ -36,7 +36,7 @@ class Rotary:
     def of_documents(self, documents: Documents) -> Rotary:
         """[S, B, H / 2] from [S, H / 2]: positions are counted from the start of each document."""
         starts = documents.starts
-        places = (torch.arange(starts.shape[1], device=starts.device) - starts).t()
+        places = (torch.arange(starts.shape[1], device=starts.device) - starts).t().contiguous()
         return Rotary(self.cos[places], self.sin[places])
 
 

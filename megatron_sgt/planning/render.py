@@ -72,6 +72,20 @@ def _shape(plan: dict[str, Any], config: Config) -> Iterator[str]:
     for number, line in enumerate(pipeline_lines(stages, world)):
         yield from _row("" if number else "pipeline", line)
     yield from _row("batch", batch_line(config, world))
+    if "documents" in plan:
+        yield from _row("documents", _documents(plan["documents"]))
+
+
+def _documents(documents: dict[str, Any]) -> str:
+    if not documents["measured"]:
+        return "no token attends to another document; FLOPs and times assume one per sequence: --data measures the data"
+    lengths = documents["share"]
+    shares = [
+        f"{100 * share:.3g} %" + (f" at T {int(length):,}" if len(lengths) > 1 else "")
+        for length, share in lengths.items()
+    ]
+    padding = f" · {100 * documents['padding']:.2g} % of the tokens are padding" if documents["padding"] else ""
+    return f"attention has {', '.join(shares)} of the work of whole sequences (measured){padding}"
 
 
 def _stages(plan: dict[str, Any], config: Config) -> Iterator[str]:

@@ -28,6 +28,7 @@ MIRROR_ELSEWHERE: dict[str, str] = {
     "megatron_sgt/model/linear.py": "tests/model/test_balanced_loop.py",
     "megatron_sgt/ops/loop_projection_triton.py": "tests/ops/test_loop_projection.py",
     "megatron_sgt/ops/loop_projection_backward_triton.py": "tests/ops/test_loop_projection.py",
+    "megatron_sgt/ops/loop_attention_sums_triton.py": "tests/ops/test_loop_attention.py",
     "megatron_sgt/ops/loop_attention_triton.py": "tests/ops/test_loop_attention.py",
     "megatron_sgt/ops/loop_attention_backward_triton.py": "tests/ops/test_loop_attention.py",
     "megatron_sgt/ops/entropy_triton.py": "tests/ops/test_entropy.py",

@@ -20,7 +20,7 @@ from megatron_sgt.ops.tiles import AMD, entry
 _FP32 = {"cos_ptr", "sin_ptr", "r_ptr", "coefficient_ptr", "dnorm_ptr", "gates_ptr", "lse_ptr", "entropy_ptr",
          "part_acc_ptr", "part_sums_ptr", "delta_ptr", "sums_ptr", "part_q_ptr", "part_k_ptr",
          "part_v_ptr", "product_ptr", "part_ptr"}  # fmt: skip
-_INT32 = {"rows_ptr", "columns_ptr", "slots_ptr"}
+_INT32 = {"rows_ptr", "columns_ptr", "slots_ptr", "starts_ptr", "ends_ptr", "last_ptr"}
 _SCALAR_FP32 = {"eps", "scale", "unit", "norm"}
 _ODD = {"batch", "heads", "groups", "count", "parts", "repeat"}  # small numbers: nothing is known of them
 
@@ -62,9 +62,11 @@ HEAD_SIZES = (64, 128)
 
 _IN, _BACK = "loop_projection_triton", "loop_projection_backward_triton"
 _ATTEND, _ATTEND_BACK = "loop_attention_triton", "loop_attention_backward_triton"
+_SUMS, _ENTROPY = "loop_attention_sums_triton", "entropy_triton"
 _PLAIN = {"HAS_BIAS": False, "HAS_NORM": False}
 _FULL = {"HAS_BIAS": True, "HAS_NORM": True}
 _RESIDUAL = {"HAS_RESIDUAL": True}
+_DOCUMENTS = {"DOCUMENTS": True}
 KERNELS = {
     "project_in": Kernel(_IN, "project_in_kernel", "project_in", {**_PLAIN, "EVEN": True}),
     "project_in, all": Kernel(_IN, "project_in_kernel", "project_in", {**_FULL, "EVEN": True}),
@@ -83,13 +85,24 @@ KERNELS = {
     "attend, entropy": Kernel(_ATTEND, "attend_kernel", "attend", {"ENTROPY": True, "SPLIT": False}),
     "attend, split": Kernel(_ATTEND, "attend_kernel", "attend", {"ENTROPY": False, "SPLIT": True}),
     "attend, split, entropy": Kernel(_ATTEND, "attend_kernel", "attend", {"ENTROPY": True, "SPLIT": True}),
+    "attend, documents": Kernel(_ATTEND, "attend_kernel", "attend", {"ENTROPY": False, "SPLIT": False, **_DOCUMENTS}),
+    "attend, split, entropy, documents": Kernel(
+        _ATTEND, "attend_kernel", "attend", {"ENTROPY": True, "SPLIT": True, **_DOCUMENTS}
+    ),
     "merge": Kernel(_ATTEND, "merge_kernel", "", {"ENTROPY": True, "BM": 64}, False),
-    "delta": Kernel(_ATTEND_BACK, "delta_kernel", "", {"BM": 64}, False),
+    "delta": Kernel(_SUMS, "delta_kernel", "", {"BM": 64}, False),
     "attend_backward": Kernel(_ATTEND_BACK, "attend_backward_kernel", "attend_backward", {"SPLIT": False}),
     "attend_backward, split": Kernel(_ATTEND_BACK, "attend_backward_kernel", "attend_backward", {"SPLIT": True}),
-    "sum_parts": Kernel(_ATTEND_BACK, "sum_parts_kernel", "", {"BM": 64, "BN": 64}, False),
-    "entropy, parts": Kernel("entropy_triton", "part_kernel", "", {"BN": 64}, False),
-    "entropy, merge": Kernel("entropy_triton", "merge_kernel", "", {"BLOCK": 64}, False, warps=1),
+    "attend_backward, documents": Kernel(
+        _ATTEND_BACK, "attend_backward_kernel", "attend_backward", {"SPLIT": False, **_DOCUMENTS}
+    ),
+    "attend_backward, split, documents": Kernel(
+        _ATTEND_BACK, "attend_backward_kernel", "attend_backward", {"SPLIT": True, **_DOCUMENTS}
+    ),
+    "sum_parts": Kernel(_SUMS, "sum_parts_kernel", "", {"BM": 64, "BN": 64}, False),
+    "entropy, parts": Kernel(_ENTROPY, "part_kernel", "", {"BN": 64}, False),
+    "entropy, merge": Kernel(_ENTROPY, "merge_kernel", "", {"BLOCK": 64}, False, warps=1),
+    "entropy, parts, documents": Kernel(_ENTROPY, "part_kernel", "", {"BN": 64, **_DOCUMENTS}, False),
 }
 
 
@@ -109,7 +122,7 @@ def compile_kernel(name: str, target: str, size: int, dtype: str = "bf16", **val
         entry(kernel.tiles, device.arch, size, dtype == "fp32") if kernel.tiles else ({}, {"num_warps": kernel.warps})
     )
     precision = "ieee" if dtype == "fp32" else "tf32"
-    known = {**kernel.switches, **values, **shape, "H": size, "BH": size, "PRECISION": precision}
+    known = {"DOCUMENTS": False, **kernel.switches, **values, **shape, "H": size, "BH": size, "PRECISION": precision}
     names = function.arg_names
     constants = {name: known[name] for name in names if name in known}
     types = {name: _type_of(name, dtype, kernel.switches) for name in names}

@@ -15,7 +15,9 @@ def starts_of(*lengths: Sequence[int]) -> torch.Tensor:
     return torch.stack([torch.tensor(row).repeat_interleave(torch.tensor(parts)) for row, parts in rows]).int()
 
 
-def documents_of(*lengths: Sequence[int], padding: Sequence[int] | None = None, device: str = "cpu") -> Documents:
+def documents_of(
+    *lengths: Sequence[int], padding: Sequence[int] | None = None, device: torch.device | str = "cpu"
+) -> Documents:
     """Documents of these lengths; ``padding``: for each sequence, how many of its last tokens are padding."""
     starts = starts_of(*lengths)
     unused = torch.tensor(padding or [0] * len(lengths), dtype=torch.int32)

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.ops.backend import runs_triton
+from megatron_sgt.ops.documents import Documents
 from megatron_sgt.ops.head_blocks import HeadBlocks, head_blocks
 from megatron_sgt.ops.rotary import Rotary, rotary_table
 from megatron_sgt.parallel.packed_copy import on_device
+from tests.helpers.documents import documents_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Where Triton runs (a GPU, or its interpreter in a process of its own) its kernels are tested beside the definitions.
@@ -27,7 +29,8 @@ TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 class Case:
     """Sizes of one problem: see the legend in ``loop_projection``.
 
-    kept: heads of ``heads`` in ``groups``. factor: of cos and sin (YaRN).
+    kept: heads of ``heads`` in ``groups``. factor: of cos and sin (YaRN). documents: their lengths in each sequence, in
+    which positions begin again.
     """
 
     length: int = 48
@@ -40,6 +43,7 @@ class Case:
     bias: bool = False
     head_norm: bool = False
     factor: float = 1.0
+    documents: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def layout(self) -> HeadLayout:
@@ -52,7 +56,7 @@ CASES = {
     "d128, grouped": Case(length=70, batch=1, width=160, size=128, groups=2, kept=(0, 2, 3), head_norm=True),
     "shared group": Case(groups=2, kept=(0, 1), batch=1, factor=1.4),
     "uneven groups, norm": Case(groups=2, kept=(0, 1, 3), head_norm=True, factor=1.2),
-    "biases, norm": Case(length=33, kept=(3,), bias=True, head_norm=True),
+    "biases, norm": Case(length=33, kept=(3,), bias=True, head_norm=True, documents=((10, 1, 22), (20, 13))),
     "biases": Case(length=40, width=64, groups=1, kept=(0, 2), bias=True, factor=1.3),
 }
 
@@ -70,12 +74,14 @@ class Problem:
     q_norm: Tensor | None
     k_norm: Tensor | None
     angles: Tensor
+    documents: Documents | None
     blocks: HeadBlocks
     eps: float = 1e-5
 
     @property
     def rotary(self) -> Rotary:
-        return rotary_table(self.angles, self.case.factor)
+        table = rotary_table(self.angles, self.case.factor)
+        return table if self.documents is None else table.of_documents(self.documents)
 
     @property
     def head_norms(self) -> tuple[Tensor, Tensor] | None:
@@ -119,6 +125,7 @@ def problem(case: Case, dtype: torch.dtype) -> Problem:
         angles=torch.cat([angles, angles], dim=-1)[:, None, None].to(
             DEVICE, torch.float64 if dtype == torch.float64 else torch.float32
         ),
+        documents=None if case.documents is None else documents_of(*case.documents, device=DEVICE),
         blocks=on_device(head_blocks(case.layout, case.kept), DEVICE),
     )
 

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from megatron_sgt.ops import operators
-from megatron_sgt.ops.entropy import last_row_entropy
+from megatron_sgt.ops.attention import causal_scores
+from megatron_sgt.ops.entropy import entropy_of_rows, last_row_entropy
+from tests.helpers.documents import documents_of
 from tests.helpers.loop_problems import DEVICE, DTYPES, IMPLEMENTATIONS
 from tests.helpers.tensor_shapes import ShapeRecorder
 
@@ -97,3 +99,45 @@ def test_one_row_of_scores_per_head() -> None:
         last_row_entropy(query, key)
     assert recorder.count > 5
     assert not recorder.with_twice(48)
+
+
+# Lengths and padding of four sequences: plain, padded, ended by too short a document, padding alone.
+LENGTHS, PADDING = ((5, 19), (14, 10), (22, 2), (24,)), (0, 10, 0, 24)
+
+
+@pytest.mark.parametrize("which", IMPLEMENTATIONS)
+@pytest.mark.parametrize("minimum", [2, 3, 15])
+def test_documents_count_by_their_last_real_row(minimum: int, which: str) -> None:
+    documents = documents_of(*LENGTHS, padding=PADDING, device=DEVICE)
+    query, key = (t.to(DEVICE) for t in random_qk((24, 4, 4, 2, 16)))
+    measure = last_row_entropy if which == "definition" else operators.last_row_entropy
+    total, count = measure(query, key, documents, minimum)
+    alone = {  # (first, end) of the last real document
+        0: (5, 24),
+        1: (0, 14),
+        2: (22, 24),
+    }
+    counted = {b: (low, high) for b, (low, high) in alone.items() if high - low >= minimum}
+    wanted = [by_hand(query[low:high, [b]], key[low:high, [b]]) for b, (low, high) in counted.items()]
+    assert total.tolist() == pytest.approx([sum(heads) for heads in zip(*wanted, strict=True)], abs=3e-6)
+    assert count.tolist() == [len(wanted)] * 4
+
+
+@pytest.mark.parametrize("which", IMPLEMENTATIONS)
+def test_ranks_with_shares_measure_each_sequence_once(which: str) -> None:
+    """Each of three ranks has the queries of its share, and the keys up to them; sums and counts add up."""
+    documents = documents_of(*LENGTHS, padding=PADDING, device=DEVICE)
+    query, key = (t.to(DEVICE) for t in random_qk((24, 4, 4, 4, 16)))
+    measure = last_row_entropy if which == "definition" else operators.last_row_entropy
+    parts = [measure(query[low : low + 8], key[: low + 8], documents) for low in (0, 8, 16)]
+    assert [int(part[1, 0]) for part in parts] == [0, 1, 2]
+    torch.testing.assert_close(sum(parts), measure(query, key, documents), rtol=0, atol=1e-6)
+
+
+def test_from_the_entropies_of_all_rows() -> None:
+    documents = documents_of(*LENGTHS, padding=PADDING)
+    query, key = random_qk((24, 4, 4, 4, 16))
+    for low, keys in ((0, 24), (8, 16)):
+        rows = torch.special.entr(causal_scores(query[low:keys], key[:keys], documents).softmax(-1)).sum(-1)
+        found = entropy_of_rows(rows, keys, documents, 3)
+        torch.testing.assert_close(found, last_row_entropy(query[low:keys], key[:keys], documents, 3))

@@ -40,7 +40,7 @@ def fused_pass(p: Problem, x: Tensor) -> Tensor:
     query, key, value, residual = fused_loop.project_in(
         x, p.norm_weight, p.weight, p.bias, p.head_norms, p.blocks, p.rotary, p.eps
     )
-    out, _ = fused_loop.attend(query, key, value, p.blocks, False)
+    out, _ = fused_loop.attend(query, key, value, p.blocks, False, p.documents)
     return fused_loop.project_out(out, residual, p.out_weight, p.blocks)
 
 
@@ -55,7 +55,7 @@ def plain_pass(p: Problem, x: Tensor) -> Tensor:
         query, key = (rms_norm_reference(t, w, p.eps) for t, w in zip((query, key), p.head_norms, strict=True))
     query, key = (rotate(t, p.rotary.cos, p.rotary.sin) for t in (query, key))
     key, value = (t[:, :, blocks.slots.long()] for t in (key, value))
-    out = blocks.gates.to(x)[:, None] * causal_attention_reference(query, key, value)
+    out = blocks.gates.to(x)[:, None] * causal_attention_reference(query, key, value, p.documents)
     return x + F.linear(out.flatten(2), p.out_weight[:, block_indices(blocks.columns, size)])
 
 
@@ -201,7 +201,7 @@ def test_a_pass_is_few_operations() -> None:
         query, key, value, residual = fused_loop.project_in(
             p.x, p.norm_weight, p.weight, p.bias, p.head_norms, p.blocks, rotary, p.eps
         )
-        out, _ = fused_loop.attend(query, key, value, p.blocks, False)
+        out, _ = fused_loop.attend(query, key, value, p.blocks, False, p.documents)
         out = fused_loop.project_out(out, residual, p.out_weight, p.blocks)
     with Operations() as backward:
         torch.autograd.grad(out, leaves, torch.ones_like(out))
@@ -229,7 +229,7 @@ def test_recompute_gives_the_same_bits() -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["two heads", "uneven groups, norm"])
+@pytest.mark.parametrize("name", ["two heads", "uneven groups, norm", "biases, norm"])
 def test_compiles_as_one_graph(name: str) -> None:
     """aot_eager: traced through fake tensors, forward and backward, without a break."""
     p = problem(CASES[name], torch.float64)
@@ -239,7 +239,7 @@ def test_compiles_as_one_graph(name: str) -> None:
         query, key, value, residual = fused_loop.project_in(
             x, norm, weight, p.bias, p.head_norms, p.blocks, rotary, p.eps
         )
-        out, _ = fused_loop.attend(query, key, value, p.blocks, False)
+        out, _ = fused_loop.attend(query, key, value, p.blocks, False, p.documents)
         return fused_loop.project_out(out, residual, out_weight, p.blocks)
 
     torch._dynamo.reset()

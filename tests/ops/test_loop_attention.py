@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_sgt.ops import loop_attention as definitions
-from megatron_sgt.ops.attention import causal_attention_reference
+from megatron_sgt.ops.attention import causal_attention_reference, causal_scores
+from tests.helpers.documents import documents_of
 from tests.helpers.loop_problems import (
     DEVICE,
     DTYPES,
@@ -31,6 +32,12 @@ SHAPES = {
     "one shared group": (65, 65, 2, 16, (0, 0), 1),
     "d128, uneven groups": (96, 160, 1, 128, (1, 0, 1), 2),
     "one query": (1, 70, 1, 16, (0,), 1),
+}
+# The shape, and the documents of its K positions (or more): in their sequences, and the padding.
+DOCUMENTS = {
+    "boundaries inside tiles": ((100, 100, 2, 16, (0, 1), 2), ((30, 1, 40, 29), (64, 36)), (0, 36)),
+    "split keys": ((200, 200, 1, 16, (1, 0), 2), ((70, 1, 1, 100, 28),), (0,)),
+    "a share, with documents before it": ((33, 161, 1, 32, (0, 0, 1), 2), ((20, 60, 70, 30),), (0,)),
 }
 GATES = {"open": 1.0, "fading": 0.37, "almost closed": 1e-6, "closed": 0.0}
 
@@ -89,6 +96,54 @@ def test_equals_the_definition(name: str, dtype: torch.dtype, which: str) -> Non
     arguments = backward_arguments(arguments)
     found = implementation(which, definitions.attend_backward, BACKWARD)(*arguments)
     assert_near(found, definitions.attend_backward(*exact(*arguments)), 2 * TOLERANCE[dtype], "backward")
+
+
+@pytest.mark.parametrize("which", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_documents_equal_the_definition(name: str, which: str) -> None:
+    """The definition against autograd through scores with a mask."""
+    shape, lengths, padding = DOCUMENTS[name]
+    documents = documents_of(*lengths, padding=padding, device=DEVICE)
+    dtype = torch.float64 if which == "definition" else torch.float32
+    arguments, borders = inputs(shape, dtype, 0.37), (documents.starts, documents.ends)
+    query, key, value, gates, slots = exact(*arguments)
+    leaves = [t.detach().requires_grad_() for t in (query, key, value)]
+    q, k, v = leaves[0], *(t[:, :, slots.long()] for t in leaves[1:])
+    out = gates[:, None] * causal_attention_reference(q, k, v, documents)
+    p = causal_scores(q, k, documents).softmax(-1)
+    lse = definitions.attend(query, key, value, gates, slots, False, *borders)[1]
+    backward = backward_arguments(arguments)
+    backward[4:6] = out.detach().to(dtype).contiguous(), lse.to(dtype)
+    grads = torch.autograd.grad(out, leaves, backward[0].double())
+    found = implementation(which, definitions.attend, FORWARD)(*arguments, True, *borders)
+    tolerance = 1e-13 if which == "definition" else TOLERANCE[dtype]
+    assert_near((found[0], found[2]), (out, torch.special.entr(p).sum(-1)), tolerance, "attend")
+    assert_near([found[1]], [lse], tolerance, "log-sum-exp")
+    found = implementation(which, definitions.attend_backward, BACKWARD)(*backward, *borders)
+    assert_near(found, grads, 2 * tolerance, "backward")
+
+
+@pytest.mark.parametrize("which", IMPLEMENTATIONS)
+def test_nothing_crosses_documents(which: str) -> None:
+    """The second document's outputs and gradients have the same bits whatever the others hold; others get exactly 0."""
+    documents = documents_of((50, 60, 22), device=DEVICE)
+    own, borders = slice(50, 110), (documents.starts, documents.ends)
+    results = []
+    for shift in (0.0, 3.0):
+        query, key, value, gates, slots = inputs((132, 132, 1, 16, (1, 0), 2), torch.float32)
+        tensors = [t.clone() for t in (query, key, value)]
+        for t in tensors:
+            t[:50] += shift
+            t[110:] -= shift
+        out, lse, rows = implementation(which, definitions.attend, FORWARD)(*tensors, gates, slots, True, *borders)
+        dout = torch.zeros_like(out)
+        dout[own] = 1.0
+        backward = implementation(which, definitions.attend_backward, BACKWARD)
+        grads = backward(dout, *tensors, out, lse, gates, slots, *borders)
+        assert not any(grad[:50].any() or grad[110:].any() for grad in grads)
+        results.append([out[own], rows[..., own], *(grad[own] for grad in grads)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b) and a.any()
 
 
 @pytest.mark.parametrize("which", IMPLEMENTATIONS)

@@ -28,12 +28,15 @@ def arguments(p: Problem, operator: str) -> tuple[Any, ...]:
     )
     qkv, r, before = operators.project_in(*forward)
     query, key, value = qkv.split([at.heads, at.groups, at.groups], dim=2)
-    out, lse, _ = operators.attend(query, key, value, at.gates, at.slots, True)
+    borders, rows = ((), ()) if p.documents is None else (
+        (p.documents.starts, p.documents.ends), (p.documents.starts, p.documents.last)
+    )  # fmt: skip
+    out, lse, _ = operators.attend(query, key, value, at.gates, at.slots, True, *borders)
     coefficient, dout = random(*shape, seed=1, dtype=r.dtype), torch.ones_like(p.x)
     return {
         "project_in": forward,
-        "attend": (query, key, value, at.gates, at.slots, True),
-        "attend_backward": (torch.ones_like(out), query, key, value, out, lse, at.gates, at.slots),
+        "attend": (query, key, value, at.gates, at.slots, True, *borders),
+        "attend_backward": (torch.ones_like(out), query, key, value, out, lse, at.gates, at.slots, *borders),
         "project_out": (out, p.x, p.out_weight, at.columns),
         "output_gradient": (p.x, p.out_weight, at.columns, p.case.size),
         "head_gradients": (
@@ -44,7 +47,7 @@ def arguments(p: Problem, operator: str) -> tuple[Any, ...]:
             torch.ones(len(at.row_index), 96, device=p.x.device), p.norm_weight, p.weight, at.rows,
             torch.zeros_like(p.weight), True
         ),
-        "row_entropy": (query, query),
+        "row_entropy": (query, query, *rows),
     }[operator]  # fmt: skip
 
 
@@ -61,8 +64,9 @@ def test_opcheck(operator: str, name: str) -> None:
     torch.library.opcheck(getattr(operators, operator), arguments(p, operator), test_utils=CHECKED)
 
 
-def test_attention_is_differentiable_by_registration() -> None:
-    p = problem(CASES["two heads"], torch.float32)
+@pytest.mark.parametrize("name", ["two heads", "biases, norm"])
+def test_attention_is_differentiable_by_registration(name: str) -> None:
+    p = problem(CASES[name], torch.float32)
     query, key, value, *rest = (t for t in arguments(p, "attend"))
     leaves = [t.detach().clone().requires_grad_() for t in (query, key, value)]
     checks = (*CHECKED, "test_aot_dispatch_dynamic")

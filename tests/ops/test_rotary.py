@@ -9,6 +9,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_sgt.ops.rotary import Rotary, RotaryTables, rotary_table, rotate, rotate_halves, rotate_heads
+from tests.helpers.documents import documents_of
 from tests.helpers.loop_problems import DEVICE, random
 
 LENGTH, BATCH, SIZE = 12, 2, 8
@@ -137,3 +138,33 @@ def test_no_heads_turn_into_none() -> None:
     none = torch.empty(LENGTH, BATCH, 0, SIZE, requires_grad=True)
     rotate_halves(none, rotary_table(angles())).sum().backward()
     assert none.grad is not None and none.grad.shape == none.shape
+
+
+DOCUMENTS = documents_of((5, 1, 6), (7, 5), device=DEVICE)
+
+
+def test_positions_begin_again_in_each_document() -> None:
+    """As each document alone, bit for bit; with and without documents in turn from one object."""
+    tables, turns = RotaryTables(1.25), angles()
+    table, plain = tables.of(turns, DOCUMENTS), tables.of(turns)
+    assert tables.of(turns, DOCUMENTS) is table and tables.of(turns) is plain
+    assert tables.of(turns, documents_of((3, 9), (7, 5), device=DEVICE)) is not table
+    assert table.cos.shape == (LENGTH, BATCH, SIZE // 2)
+    query, _ = heads(torch.float32)
+    turned = rotate_halves(query, table)
+    for b, lengths in enumerate(DOCUMENTS.lengths):
+        pieces = query[:, [b]].split(lengths)
+        alone = [rotate_halves(piece, Rotary(plain.cos[: len(piece)], plain.sin[: len(piece)])) for piece in pieces]
+        assert torch.equal(turned[:, [b]], torch.cat(alone))
+
+
+@compiled
+def test_all_rotations_take_tables_of_documents() -> None:
+    table = rotary_table(angles(), 1.25).of_documents(DOCUMENTS)
+    query, key = heads(torch.float32)
+    wanted = [rotate(t, table.cos, table.sin) for t in (query, key)]
+    pull = [random(*t.shape, seed=4 + n, dtype=torch.float32) for n, t in enumerate(wanted)]
+    grads = torch.autograd.grad(wanted, [query, key], pull)
+    for turned in ([rotate_halves(t, table) for t in (query, key)], rotate_heads(query, key, table)):
+        torch.testing.assert_close(list(turned), wanted)
+        torch.testing.assert_close(torch.autograd.grad(turned, [query, key], pull), grads)

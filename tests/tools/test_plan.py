@@ -6,10 +6,12 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.helpers.commands import ENVIRONMENT, ROOT, Finished, run_process
+from tests.helpers.datasets import write_dataset
 
 CONFIG = "examples/configs/sgt_70b.yaml"
 
@@ -89,3 +91,13 @@ def test_the_fastest_layouts_as_text_and_as_json() -> None:
     assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
     assert "a vocabulary of 32,000 tokens is assumed" in text.err
     assert "cuts the layers of a pipeline depends on the vocabulary" in text.err
+
+
+def test_documents_are_measured(tmp_path: Path) -> None:
+    """Documents of a quarter of a sequence."""
+    prefix = write_dataset(tmp_path / "x", [1024] * 41)
+    more = [f"data.data_path={prefix}", "data.split=1,0,0", "model.seq_length=4096", "--data"]
+    arguments = ["--config", CONFIG, "--nodes", "32", *more]
+    measured = plan(*arguments, "data.reset_attention_mask=true")
+    assert "documents   attention has 25 % of the work of whole sequences (measured)" in measured.out
+    assert "--data: nothing to measure" in " ".join(plan(*arguments).out.split())
