@@ -99,6 +99,14 @@ def zero_or_more(text: str) -> int:
     return _integer(text, 0, "0 or an integer above it")
 
 
+def shard(text: str) -> tuple[int, int]:
+    """Type of an argparse argument: ``i/n``, one of n equal parts, counted from 0."""
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count) <= MOST):
+        raise argparse.ArgumentTypeError(f"must be i/n with i from 0 to n - 1, got {shortened(text)}")
+    return int(index), int(count)
+
+
 def number(text: str) -> float:
     """Type of an argparse argument: a finite number."""
     try:

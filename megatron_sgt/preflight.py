@@ -21,16 +21,19 @@ from megatron_sgt.checkpoint.find import (
     verify_quickly,
 )
 from megatron_sgt.checkpoint.forms import read_config, read_state
-from megatron_sgt.checkpoint.layout import GROWTH_STATE
+from megatron_sgt.checkpoint.layout import GROWTH_STATE, ORIGIN_STATE
+from megatron_sgt.checkpoint.new_run import check_weights, new_state
 from megatron_sgt.config import Config
-from megatron_sgt.config.base import count
 from megatron_sgt.config.lengths import SequenceLengths
+from megatron_sgt.data.export_form import export_problems
 from megatron_sgt.data.prefix import resolve_prefix
 from megatron_sgt.data.tokenizer import resolve_vocab_size, tokenizer_of
 from megatron_sgt.errors import CheckpointError, ConfigError, DamagedCheckpointError, DataError
 from megatron_sgt.files import nearest, unwritable
+from megatron_sgt.metrics.lines import began
 from megatron_sgt.metrics.units import file_size
 from megatron_sgt.metrics.writers import check_packages
+from megatron_sgt.planning.kept import kept_text
 from megatron_sgt.planning.layout import batch_line, layout_line
 from megatron_sgt.planning.parameters import checkpoint_bytes
 
@@ -38,6 +41,7 @@ from megatron_sgt.planning.parameters import checkpoint_bytes
 _UNREMARKABLE = (
     "checkpoint.",
     "logging.",
+    "evaluation.",
     "train.exit_interval",
     "train.threads_per_rank",
     "train.hang_timeout_seconds",
@@ -46,7 +50,11 @@ _UNREMARKABLE = (
     "train.replica_check_interval",
     "data.num_workers",
     "data.allow_validation_leak",
+    "data.allow_changed_data",
+    "huggingface.",
 )
+# Settings on which the meaning of the weights depends that another run has trained.
+_OF_WEIGHTS = ("model.", "data.tokenizer")
 _LENGTHS = "data.seq_length_curriculum"
 # What reading the data sets and the tokenizer needs.
 _READERS = {None: (), "sentencepiece": ("sentencepiece",), "huggingface": ("transformers",)}
@@ -58,7 +66,8 @@ class Start:
 
     ``saved``: the checkpoint's JSON state; ``changed``: settings that the checkpoint was saved with otherwise, as
     "train.train_iters 8 -> 12"; ``skipped``: damaged ones that were passed over; ``explicit``: the user named the
-    checkpoint.
+    checkpoint. ``weights``: what of the checkpoint a new run begins with (checkpoint.weights), which takes nothing else
+    of it, so that ``saved`` is the new run's; None: the run goes on.
     """
 
     folder: Path | None
@@ -66,6 +75,7 @@ class Start:
     changed: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     explicit: bool = False
+    weights: str | None = None
 
     def problem(self, config: Config) -> str | None:
         """Why there is nothing to train, None if there is."""
@@ -81,6 +91,8 @@ class Start:
         """Whether the run starts fresh, from checkpoint.load or from its own newest checkpoint."""
         if self.folder is None:
             return f"FRESH START: no checkpoint in {config.save_dir}"
+        if self.weights is not None:
+            return f"NEW RUN of {config.train.train_iters:,} steps with {began(self.saved[ORIGIN_STATE])}"
         step, wanted = self.saved["trainer"]["step"], config.train.train_iters
         passed = f" (passed over: {'; '.join(self.skipped)})" if self.skipped else ""
         verb = "START" if self.explicit else "RESUME"
@@ -115,10 +127,33 @@ def check_surroundings(config: Config) -> None:
     """Check the packages and folders that the run needs.
 
     Raises:
-        ConfigError: a package that logging asks for is missing, or a folder can be neither made nor written.
+        ConfigError: a package that logging or evaluation asks for is missing, or a folder can be neither made nor
+            written.
     """
     check_packages(config.logging)
+    if config.evaluation.tasks and importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            "evaluation.tasks is set, but lm-evaluation-harness is not installed: run "
+            "'pip install megatron-sgt[eval]', or remove evaluation.tasks"
+        )
     check_folders(config)
+
+
+def check_export(config: Config) -> list[str]:
+    """What an export of the run cannot keep, or may not, a sentence each (huggingface.check_at_start).
+
+    Raises:
+        ConfigError: something it certainly cannot, where the setting is error.
+        DataError: the tokenizer cannot be read.
+    """
+    setting = config.huggingface.check_at_start
+    found = [] if setting == "off" else list(export_problems(config))
+    if setting == "error" and (certain := [line for line, is_certain in found if is_certain]):
+        raise ConfigError(
+            f"huggingface.check_at_start: is error, and no checkpoint of this run could be exported: "
+            f"{'; '.join(certain)}. Change that, or set check_at_start to warn"
+        )
+    return [line for line, _ in found]
 
 
 def check_disk(config: Config, precision: str, libraries: bool = True) -> str:
@@ -133,7 +168,7 @@ def check_disk(config: Config, precision: str, libraries: bool = True) -> str:
     """
     if config.model.vocab_size is None:  # the tokenizer's, which may not be readable here
         config = config.with_vocab_size(1)
-    size, keep = checkpoint_bytes(config, precision), config.checkpoint.keep_last
+    size = checkpoint_bytes(config, precision)
     stages = config.growth.stages if libraries else ()
     if stages:
         from megatron_sgt.planning.stages import largest_checkpoint  # needs NumPy
@@ -145,9 +180,7 @@ def check_disk(config: Config, precision: str, libraries: bool = True) -> str:
             f"a checkpoint takes about {file_size(size)}, but {config.save_dir} has {file_size(free)} free; "
             "make room, or set checkpoint.save to another place"
         )
-    kept = f"{keep} kept" if keep else "all kept"
-    each = "the largest" if stages else "each"
-    kept += f" and {count(len(stages), 'save')} between stages" if stages else ""
+    each, kept = "the largest" if stages else "each", kept_text(config, len(stages))
     return f"about {file_size(size)} {each}, {kept}; {file_size(free)} free for {config.save_dir}"
 
 
@@ -185,6 +218,8 @@ def _start_at(folder: Path, found: Found, config: Config, libraries: bool) -> St
     if config.model.vocab_size is None and there.model.vocab_size is not None:
         config = config.with_vocab_size(there.model.vocab_size)
     tokenizer = tokenizer_fingerprint(config) if libraries else None
+    if found.explicit and config.checkpoint.start == "weights":
+        return _new_run(folder, found, config, tokenizer, libraries)
     if libraries:
         from megatron_sgt.checkpoint.place import place_of  # needs NumPy
 
@@ -196,6 +231,21 @@ def _start_at(folder: Path, found: Found, config: Config, libraries: bool) -> St
         _check_growth(folder, saved, config, there)
     changes = tuple(_changes(there, config, saved["trainer"]["step"]))
     return Start(folder, saved, changes, found.skipped, found.explicit)
+
+
+def _new_run(folder: Path, found: Found, config: Config, tokenizer: str | None, libraries: bool) -> Start:
+    """The start of a run with the weights of ``folder``."""
+    whole = verify_quickly(folder)
+    if libraries:
+        from megatron_sgt.stages.stages import stages_of  # needs NumPy
+
+        config = stages_of(config)[0].config
+    elif config.growth.stages:  # the first model is not known here
+        config = config.model_copy(update={"model": whole.config.model})
+    other = check_weights(folder, whole, config, tokenizer)
+    changed = (line for line in _changes(whole.config, config, 0) if line.startswith(_OF_WEIGHTS))
+    saved = new_state(folder, whole, config, libraries)
+    return Start(folder, saved, (*changed, *other), found.skipped, True, config.checkpoint.weights)
 
 
 def tokenizer_fingerprint(config: Config) -> str | None:
@@ -226,6 +276,7 @@ def check_job(config: Config, world_size: int, device: str) -> list[tuple[str, s
     needed = ("numpy", *_READERS[None if tokenizer is None else tokenizer.type])
     absent = [name for name in needed if importlib.util.find_spec(name) is None]
     data, disk = _data_line(config, absent), check_disk(config, precision, libraries="numpy" not in absent)
+    exported = [] if absent else check_export(config)
     start = find_start(config, libraries=not absent)
     if problem := start.problem(config):
         raise ConfigError(problem)
@@ -237,6 +288,7 @@ def check_job(config: Config, world_size: int, device: str) -> list[tuple[str, s
         ("data", data),
         ("disk", disk),
         ("start", start.sentence(config)),
+        *(("WARNING", line) for line in exported),
     ]
 
 
@@ -277,6 +329,7 @@ def _data_line(config: Config, absent: Sequence[str]) -> str:
     if not config.data.data_path:
         raise DataError("data.data_path is empty; give the prefix of a .bin/.idx pair")
     prefixes = [resolve_prefix(path)[0] for _, path in config.data.blend()]
+    prefixes += [resolve_prefix(path)[0] for path in config.data.valid.values()]
     tokenizer = config.data.tokenizer
     if tokenizer is not None and tokenizer.type == "sentencepiece" and not Path(tokenizer.model).is_file():
         raise DataError(f"data.tokenizer.model: no such file: {tokenizer.model}")

@@ -94,6 +94,22 @@ def test_tells_the_shape_of_the_run(tmp_path: Path, data: str) -> None:
     assert not (tmp_path / "run").exists(), "nothing is written"
 
 
+@pytest.mark.parametrize(("form", "certain"), [("none", True), ("unsure", False)])
+def test_a_run_that_cannot_be_exported_is_told_or_refused(
+    form: str, certain: bool, tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "export_problems", lambda _: iter([(f"no form: {form}", certain)]))
+    rows = preflight.check_job(config(tmp_path, data), 2, "cpu")
+    assert rows[-1] == ("WARNING", f"no form: {form}")
+    assert preflight.check_export(small_config(huggingface={"check_at_start": "off"})) == []
+    strict = config(tmp_path, data, huggingface={"check_at_start": "error"})
+    if certain:
+        with pytest.raises(ConfigError, match="no checkpoint of this run could be exported: no form: none"):
+            preflight.check_job(strict, 2, "cpu")
+    else:
+        assert preflight.check_export(strict) == ["no form: unsure"]
+
+
 def test_tells_how_a_pipeline_cuts_the_model(tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
     staged = config(tmp_path, data, parallel={"pipeline_model_parallel_size": 2})
     row = dict(preflight.check_job(staged, 2, "cpu"))["pipeline"]
@@ -213,3 +229,13 @@ def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(CheckpointError, match=r"takes about .*MB, but .*down has 1.00 kB free"):
         preflight.check_disk(config, "fp32")
+
+
+def test_tasks_without_the_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = {"type": "sentencepiece", "model": "a.model"}
+    sections = {"data": {"tokenizer": tokenizer}, "evaluation": {"tasks": ["words"]}}
+    asked = small_config(logging={"run_dir": str(tmp_path)}, **sections)
+    preflight.check_surroundings(asked)
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None if name == "lm_eval" else "found")
+    with pytest.raises(ConfigError, match=r"evaluation\.tasks is set, but .*: run 'pip install megatron-sgt\[eval\]'"):
+        preflight.check_surroundings(asked)

@@ -2,6 +2,7 @@
 """Measure a checkpoint or an exported folder: loss on an indexed data set, tasks of lm-evaluation-harness.
 
 python tools/evaluate.py runs/a/checkpoints                              on what the run validates on
+python tools/evaluate.py runs/a/checkpoints --valid-set wiki             on a set of its data.valid
 python tools/evaluate.py a_hf --data data/wiki_text_document             on all of a data set
 python tools/evaluate.py a_hf --tasks hellaswag,arc_easy --limit 100     needs pip install megatron-sgt[eval]
 """
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_sgt.cli import path, path_text, positive, run_main, words
+from megatron_sgt.errors import ConfigError
 
 
 def parse() -> argparse.Namespace:
@@ -25,6 +27,7 @@ def parse() -> argparse.Namespace:
     add("--data", type=path_text, nargs="+", action="extend", default=[], metavar="PREFIX", help="an indexed data set "
         "or a blend: weight prefix ... [a checkpoint: that of its run]")  # fmt: skip
     add("--part", choices=("train", "valid", "test", "all"), help="split to read [of --data all; else valid]")
+    add("--valid-set", type=words, metavar="NAME", help="a set of data.valid of the checkpoint's run, as it validates")
     add("--split", type=words, metavar="A,B,C", help="shares of the splits [a checkpoint: those of its run]")
     add("--seq-length", type=positive, metavar="N", help="tokens per sample [the model's context]")
     add(
@@ -53,10 +56,12 @@ def main() -> None:
     args = parse()
     from megatron_sgt.compat.quiet import quiet_imports
 
+    if args.valid_set and (args.data or args.part or args.split):
+        raise ConfigError("--valid-set names the data and its part; leave --data, --part and --split out")
     quiet_imports()
     from megatron_sgt.config.run import resolve_precision
     from megatron_sgt.evaluation.downstream import require_harness, run_tasks
-    from megatron_sgt.export.evaluate import evaluate, which_samples
+    from megatron_sgt.export.evaluate import evaluate, which_of_set, which_samples
     from megatron_sgt.export.hf.open_model import open_model
     from megatron_sgt.parallel.device import select_device
 
@@ -73,11 +78,14 @@ def main() -> None:
         trust_remote_code=args.trust_remote_code,
     )
     report: dict[str, Any] = {"model": opened.name, "dtype": str(opened.model.dtype).removeprefix("torch.")}
-    if args.data or args.tasks is None:
-        wanted = which_samples(opened, tuple(args.data), args.split, args.part, args.seq_length, args.samples)
+    if args.data or args.valid_set or args.tasks is None:
+        if args.valid_set:
+            wanted = which_of_set(opened, args.valid_set, args.seq_length, args.samples)
+        else:
+            wanted = which_samples(opened, tuple(args.data), args.split, args.part, args.seq_length, args.samples)
         found = evaluate(opened, wanted, args.tokenizer, args.batch_size)
         report["data"] = {
-            "data_path": list(wanted.data.data_path),
+            "data_path": list(wanted.data.data_path or wanted.data.valid.values()),
             "part": wanted.part,
             "samples": found.samples,
             "tokens": found.tokens,

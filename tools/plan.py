@@ -20,6 +20,7 @@ from megatron_sgt.cli import path, positive, run_main, warn, words
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.config.base import count
 from megatron_sgt.config.loader import repeated
+from megatron_sgt.data.measured_pairs import measured_pairs
 from megatron_sgt.data.tokenizer import build_tokenizer, resolve_vocab_size
 from megatron_sgt.planning.hardware import GPUS, find_gpu
 from megatron_sgt.planning.plan import make_plan
@@ -72,6 +73,12 @@ def parse() -> argparse.Namespace:
         help=f"where the tokenizer cannot be read here [{ASSUMED_VOCABULARY:,}]",
     )
     parser.add_argument(
+        "--data",
+        action="store_true",
+        help="measure from data.data_path how long documents are, where no token attends to another document "
+        "[every sequence is taken as one]",
+    )
+    parser.add_argument(
         "--search",
         action="store_true",
         help="instead of the plan the fastest layouts that fit on these GPUs, and what to set for them",
@@ -103,16 +110,22 @@ def main() -> None:
         notes.append(
             "how auto cuts the layers of a pipeline depends on the vocabulary: the run's cut may be another one"
         )
+    pairs = measured_pairs(config) if args.data else None
+    if args.data and pairs is None:
+        notes.append(
+            "--data: nothing to measure, since documents attend to each other (data.reset_attention_mask) or the data "
+            "set is not indexed"
+        )
     machine = Machine(find_gpu(args.gpu), args.gpus_per_node)
     world_size = args.nodes * args.gpus_per_node
     precision = config.precision_on("cpu" if config.parallel.device == "cpu" else "cuda")
     where = f"{args.config} on {count(args.nodes, 'node')} of {args.gpus_per_node} x {machine.gpu.driver_name}"
     if args.search:
-        numbers = search_numbers(search(Run(plan_stages(config), world_size, machine, precision)))
+        numbers = search_numbers(search(Run(plan_stages(config, pairs), world_size, machine, precision)))
         show({**numbers, "notes": notes}, args, lambda: render_search(numbers, config, f"layouts of {where}"))
         warn(notes)
         return
-    plan = make_plan(config, world_size, machine, args.mfu, precision)
+    plan = make_plan(config, world_size, machine, args.mfu, precision, pairs)
     plan["warnings"] += notes
     show(plan, args, lambda: render(plan, config, f"plan of {where}"))
 

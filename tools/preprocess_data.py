@@ -1,12 +1,17 @@
 #!/usr/bin/env python
-"""Tokenize text into Megatron's indexed data sets, PREFIX_<key>_document.bin/.idx, for pretrain_sgt.py."""
+"""Tokenize text into Megatron's indexed data sets, PREFIX_<key>_document.bin/.idx, for pretrain_sgt.py.
+
+A run that is killed, at any moment, goes on with --resume and ends with the same bytes. Several jobs share one input
+with --shard; tools/merge_data.py joins what they write. Documents are not deduplicated: use a tool for that before.
+"""
 
 import argparse
 
-from megatron_sgt.cli import output, path_text, run_main, words, zero_or_more
+from megatron_sgt.cli import output, path_text, run_main, shard, words, zero_or_more
 from megatron_sgt.config.data import TokenizerConfig
 from megatron_sgt.data.inputs import BAD_HELP, INPUT_HELP
 from megatron_sgt.data.preprocess import PreprocessOptions, default_workers, describe, preprocess
+from megatron_sgt.data.shards import Shard
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-bad-documents", type=zero_or_more, metavar="N", default=0, help=BAD_HELP)
     parser.add_argument("--add-bos", action="store_true", help="begin every document with the beginning-of-text token")
     parser.add_argument("--append-eod", action="store_true", help="end every document with the end-of-text token")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing data set")
+    _add_parts(parser)
     parser.add_argument("--checksum", action="store_true", help="print the sha256 of the .bin")
     args = parser.parse_args()
     if args.workers < 1:
@@ -69,6 +74,25 @@ def parse_arguments() -> argparse.Namespace:
     if not args.tokenizer_model:
         parser.error("--tokenizer-model is empty")
     return args
+
+
+def _add_parts(parser: argparse.ArgumentParser) -> None:
+    """Arguments of runs that share the input, or go on."""
+    parser.add_argument(
+        "--shard",
+        type=shard,
+        metavar="i/n",
+        help="read only part i, from 0, of n: equal numbers of bytes, lines and rows whole, and write "
+        "PREFIX-0000i-of-0000n_<key>_document [all]",
+    )
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace an existing data set")
+    existing.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on where a killed run was, keep what is finished; other inputs or settings are refused [begin anew, "
+        "over what a killed run has left]",
+    )
 
 
 def main() -> None:
@@ -83,6 +107,8 @@ def main() -> None:
         append_eod=args.append_eod,
         overwrite=args.overwrite,
         max_bad_documents=args.max_bad_documents,
+        resume=args.resume,
+        shard=Shard(*args.shard) if args.shard else None,
     )
     for line in describe(preprocess(options), options, args.checksum):
         print(line)

@@ -10,7 +10,7 @@ python tools/replay_trajectory.py tests/golden/a.safetensors --out repeated.safe
 torchrun --nproc-per-node 4 tools/replay_trajectory.py tests/golden/a.safetensors \
     --out repeated.safetensors --tensor-parallel 2 --pipeline-parallel 2 --zero 1 --compare
 
-Inputs are the file's init/*, tokens, probe_tokens and metadata only; --compare reads the rest of it
+Inputs are the file's init/*, tokens, their documents, probe_tokens and metadata only; --compare reads the rest of it
 afterwards and exits with 1 beyond the tolerances.
 """
 
@@ -100,8 +100,7 @@ def main() -> int:
     if copy > 1 and info.launcher == "single":
         return start_ranks(copy)
     groups = start_processes(config, info)
-    inputs = {k: v for k, v in tensors.items() if k.startswith("init/") or k in ("tokens", "probe_tokens")}
-    result, result_meta = rp.repeat(config, groups, inputs, meta)
+    result, result_meta = rp.repeat(config, groups, rp.inputs_of(tensors), meta)
     status = 0
     if groups.is_main:
         rp.write_trajectory(Path(args.out), result, result_meta)

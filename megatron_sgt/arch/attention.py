@@ -47,7 +47,14 @@ class CausalAttention:
         yield from linear(f"{megatron}.linear_proj", out, "columns", "attention", model.add_bias_linear)
 
     def flops(
-        self, model: ModelConfig, layer: int, sequences: int, heads: int, groups: int, entropy: bool = False
+        self,
+        model: ModelConfig,
+        layer: int,
+        sequences: int,
+        heads: int,
+        groups: int,
+        entropy: bool = False,
+        square: float | None = None,
     ) -> Flops:
         """Operations of one pass of ``heads`` query heads on ``groups`` key/value groups.
 
@@ -56,6 +63,8 @@ class CausalAttention:
         Args:
             sequences: of ``model.seq_length`` tokens.
             entropy: the last token's attention entropies are measured as well.
+            square: mean over the sequences of the sum of the squares of their documents' lengths, where no token
+                attends to another document; None: a sequence is one document.
         """
         length, size = model.seq_length, model.kv_channels
         if model.norms_all_heads:
@@ -65,7 +74,7 @@ class CausalAttention:
         projections = (projected + heads) * size
         return Flops(
             linear=2 * sequences * length * model.hidden_size * projections,
-            attention=4 * sequences * heads * length * length * size,
+            attention=round(4 * sequences * heads * size * (length * length if square is None else square)),
             entropy=2 * sequences * heads * length * size if entropy else 0,
         )
 

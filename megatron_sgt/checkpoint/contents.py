@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +12,11 @@ from megatron_sgt.checkpoint.forms import LAYOUT_FREE, read_config, read_state
 from megatron_sgt.checkpoint.surgery.state import GROW
 from megatron_sgt.config import Config
 from megatron_sgt.config.model import ModelConfig
+from megatron_sgt.data.ledger import Progress, ledger_from_json, recorded_tokens
 from megatron_sgt.errors import CheckpointError, SGTError
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.planning.parameters import parameter_count
-from megatron_sgt.planning.structure import schedule_of
+from megatron_sgt.planning.structure import resumed_schedule
 
 Status = Literal["complete", "damaged", "unfinished"]
 Check = Callable[[Path], list[str]]
@@ -55,7 +56,8 @@ class Details:
 
     ``ema_decay``: of the average of the weights that it holds; None without one. ``stages``: how each stage of its run
     but the first began, up to its own (stages/stages.py). ``grown``: after which steps, and by which operators, its
-    model became deeper or wider, in its run or before.
+    model became deeper or wider, in its run or before. ``began``: with whose weights its run began (new_run.py).
+    ``sources``: of its data, as far as it says what it has read.
     """
 
     step: int
@@ -71,6 +73,8 @@ class Details:
     ema_decay: float | None = None
     stages: tuple[dict[str, Any], ...] = ()
     grown: tuple[tuple[int, str], ...] = ()
+    sources: dict[str, Progress] = field(default_factory=dict)
+    began: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -190,11 +194,12 @@ def _details(folder: Path) -> Details:
     state, config = read_state(folder), read_config(folder)
     try:
         trainer, free = state["trainer"], state.get(LAYOUT_FREE) or {}
+        data = state.get(layout.DATA_STATE)
         return Details(
             step=trainer["step"],
             train_iters=config.train.train_iters,
             samples=trainer["consumed_samples"],
-            tokens=trainer["consumed_samples"] * config.model.seq_length,
+            tokens=recorded_tokens(data, trainer["consumed_samples"], config.model.seq_length),
             skipped_steps=trainer["skipped_steps"],
             layout=state["layout"],
             origin=free.get("imported_from"),
@@ -204,6 +209,8 @@ def _details(folder: Path) -> Details:
             ema_decay=(state.get(layout.AVERAGE_STATE) or {}).get("decay"),
             stages=tuple(state.get(layout.STAGES_STATE, ())),
             grown=tuple(_grown(state["hooks"].get(layout.GROWTH_STATE) or {})),
+            sources=ledger_from_json(data).progress(trainer["consumed_samples"]) if data else {},
+            began=state.get(layout.ORIGIN_STATE),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / layout.STATE_FILE} is damaged: {error!r}") from error
@@ -217,9 +224,7 @@ def _grown(saved: dict[str, Any]) -> Iterator[tuple[int, str]]:
 
 def _growth(config: Config, saved: dict[str, Any] | None) -> GrowthContents:
     """``saved``: the growth hook's state; None where growth begins with the run."""
-    schedule = schedule_of(config)
-    if saved is not None:
-        schedule.load_state_dict(saved["schedule"])
+    schedule = resumed_schedule(config, saved)
     plan, selected = schedule.plan, schedule.selected_at()
     order = [*selected, *(layer for layer, _ in plan.layers if layer not in selected)]
     layers = tuple(

@@ -44,21 +44,30 @@ def find_checkpoint(config: Config, damaged: Mapping[Path, str] | None = None) -
     """The checkpoint that this run starts from.
 
     ``checkpoint.resume: auto`` looks for this run's own checkpoints first and skips damaged ones. Otherwise
-    ``checkpoint.load`` is used; there, finding nothing or a damaged checkpoint is an error.
+    ``checkpoint.load`` is used; there, finding nothing or a damaged checkpoint is an error. With ``checkpoint.start:
+    weights`` what is found there is of another run, whose weights a new one begins with.
 
     Args:
         damaged: checkpoints already known to be damaged, and how.
 
     Raises:
         CheckpointError: checkpoint.load holds no whole checkpoint, all of the run's own are damaged, or the run
-            would leave checkpoints of another run beside its own.
+            would leave checkpoints of another run beside its own, or go on from them.
     """
-    own = config.save_dir
+    own, begins = config.save_dir, config.checkpoint.start == "weights"
+    load = None if config.checkpoint.load is None else Path(config.checkpoint.load)
+    if begins and load is not None and own.resolve() in (load.resolve(), load.resolve().parent):
+        raise CheckpointError(
+            f"checkpoint.load {load} lies where the run saves, in {own}, but checkpoint.start weights begins a new "
+            "run, which needs folders of its own; choose another logging.run_dir or checkpoint.save"
+        )
     if config.checkpoint.resume == "auto" and (found := _newest_whole(own, damaged or {})) is not None:
+        if begins and found.folder is not None:
+            _refuse_other_run(own, found.folder)
         return found
-    if config.checkpoint.load is not None:
-        folder = layout.resolve(Path(config.checkpoint.load))
-        _refuse_mixture(own, layout.step_of(folder.name))
+    if load is not None:
+        folder = layout.resolve(load)
+        _refuse_mixture(own, 0 if begins else layout.step_of(folder.name))
         return Found(folder, explicit=True)
     _refuse_mixture(own, 0)
     return Found(None)
@@ -134,6 +143,16 @@ def _contradictions(folder: Path, about: Mapping[str, Any], state: Mapping[str, 
             layout.pipeline_of(state["layout"], config.model.num_layers)
         except ValueError as error:
             yield f"{layout.STATE_FILE} is of another model: {error}"
+
+
+def _refuse_other_run(own: Path, newest: Path) -> None:
+    """The new run of checkpoint.start weights goes on from its own checkpoints, never from another run's."""
+    if layout.ORIGIN_STATE not in read_state(newest):
+        raise CheckpointError(
+            f"checkpoint.start is weights, but {own} holds checkpoints of a run that did not begin so ({newest.name}): "
+            "a new run needs folders of its own. Choose another logging.run_dir or checkpoint.save, or set "
+            "checkpoint.start to resume to continue that run"
+        )
 
 
 def _refuse_mixture(own: Path, step: int) -> None:

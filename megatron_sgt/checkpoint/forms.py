@@ -141,6 +141,7 @@ def _checked(content: Any) -> dict[str, Any]:
     for name, kept in fields(state.get(layout.IMPORTED_STATE, {}), layout.IMPORTED_STATE).items():
         if not isinstance(kept, str):
             fields(kept, f"{layout.IMPORTED_STATE}.{name}")
+    _check_origin(state.get(layout.ORIGIN_STATE))
     if "layout" not in state:
         raise FormError("layout is missing")
     known_layout(state["layout"], "layout")
@@ -160,6 +161,18 @@ def _checked(content: Any) -> dict[str, Any]:
         if IMPORTED_FROM not in free and free.get("source_layout") is None:
             raise FormError(f"{LAYOUT_FREE}.source_layout is missing")
     return state
+
+
+def _check_origin(origin: Any) -> None:
+    """What checkpoint/new_run.py has written: whose weights the run began with."""
+    if origin is None:
+        return
+    place = layout.ORIGIN_STATE
+    for name in ("step", "tokens"):
+        whole(fields(origin, place).get(name), f"{place}.{name}")
+    for name in ("checkpoint", "weights", "growth"):
+        if not isinstance(origin.get(name), str):
+            raise FormError(f"{place}.{name} {_is(origin.get(name))}, not a text")
 
 
 def _check_growth(growth: Any) -> None:
@@ -201,12 +214,30 @@ def _check_data(orders: Any, consumed: int) -> None:
             weight = _share(fields(file, f"an entry of {place}.files").get("weight"), f"{place}.files.weight")
             whole(file.get("documents"), f"{place}.files.documents")
             whole(file.get("tokens"), f"{place}.files.tokens")
+            whole(file.get("samples", 0), f"{place}.files.samples")
             if weight * (1 << 18) < 1:
                 raise FormError(f"{place}.files.weight is too small")
+        _check_places(entry, len(files), before)
         texts = [entry.get("dataset"), entry.get("split")]
         texts += [file.get(name) for file in files for name in ("prefix", "lengths", "content")]
         if not all(isinstance(text, str) for text in texts):
             raise FormError(f"an entry of {place} lacks a text")
+
+
+def _check_places(entry: Mapping[str, Any], files: int, start: int) -> None:
+    """Where the sources stand (data/ledger.py); a span that starts a run does not say it."""
+    place = layout.DATA_STATE
+    whole(entry.get("origin", 0), f"{place}.origin", 0, start)
+    places = _listed(entry.get("places", []), f"{place}.places")
+    if places and len(places) != files:
+        raise FormError(f"{place}.places has {len(places)} entries for {files} files")
+    for one in places:
+        whole(fields(one, f"an entry of {place}.places").get("number"), f"{place}.places.number")
+        whole(one.get("drawn"), f"{place}.places.drawn")
+        if "former" in one:
+            former = fields(one["former"], f"{place}.places.former")
+            for name, least in (("documents", 1), ("samples", 1), ("drawn", 0)):
+                whole(former.get(name), f"{place}.places.former.{name}", least)
 
 
 def _listed(value: Any, place: str) -> list[Any]:

@@ -13,10 +13,11 @@ from megatron_sgt.checkpoint.identity import load_file
 from megatron_sgt.checkpoint.place import Place
 from megatron_sgt.checkpoint.reshard.engine_state import load_into_engine
 from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader, is_layout_free
+from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE, WEIGHTS
 from megatron_sgt.checkpoint.reshard.sibling import layout_free_copy
 from megatron_sgt.checkpoint.save import layout_of
 from megatron_sgt.checkpoint.shard_files import ShardFiles, redirected_to
-from megatron_sgt.checkpoint.surgery.reader import GrownReader, open_any
+from megatron_sgt.checkpoint.surgery.reader import GrownReader, Opened, WeightsReader, open_any
 from megatron_sgt.checkpoint.surgery.state import grown_hooks, stage_of
 from megatron_sgt.compat.quiet import quiet_logs
 from megatron_sgt.config import Config
@@ -154,6 +155,33 @@ def load_grown(
     if where == here:
         return None
     return f"{folder.name}: {_changes(where or {}, here)}; read as it grows; {note}"
+
+
+def load_weights(
+    folder: Path,
+    wanted: str,
+    config: Config,
+    engine: deepspeed.DeepSpeedEngine,
+    groups: ParallelGroups,
+    average: WeightAverage | None = None,
+) -> None:
+    """Give an ``engine`` that has trained nothing the weights of the checkpoint ``folder``, of any form; collective.
+
+    Every rank reads what it needs from the files of all ranks of exactly this folder, whatever ``latest`` names
+    (DeepSpeed's own loading without optimizer states takes the newest weights at ZeRO-3), and nothing is written beside
+    them, as they are another run's. The optimizer, its step, the loss scale and the random streams stay a new run's.
+
+    Args:
+        wanted: "model", or "ema": the moving average of the weights.
+        average: of the weights of this run; it starts from those that are loaded.
+
+    Raises:
+        CheckpointError: the files cannot be read.
+    """
+    opened: list[Opened] = []
+    gather_or_raise(lambda: opened.append(open_any(folder)), groups)
+    reader = WeightsReader(opened[0].tensors, AVERAGE if wanted == "ema" else WEIGHTS)
+    load_into_engine(reader, 0, None, config, engine, groups, average)
 
 
 def _open_grown(

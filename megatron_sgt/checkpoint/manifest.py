@@ -116,6 +116,7 @@ def _check_form(content: Mapping[str, Any]) -> None:
     for key in ("tag", "run", "tokenizer", "growth", "config_sha256", "code", "source"):
         if not isinstance(content.get(key, ""), str | None):
             raise FormError(f"{key} is no text")
+    fields(content.get(layout.ORIGIN_STATE, {}), layout.ORIGIN_STATE)
     known_layout(content.get("layout"), "layout")
 
 

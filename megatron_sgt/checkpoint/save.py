@@ -247,6 +247,7 @@ class Saver:
             "layout": where,
             **self._about,
             "run": self._id_of_run(),
+            **({layout.ORIGIN_STATE: origin} if (origin := flight.state.get(layout.ORIGIN_STATE)) else {}),
             "growth": growth_fingerprint(flight.state),
         }
         temporary, final = flight.temporary, self._root / layout.tag_for(flight.step)
@@ -270,11 +271,11 @@ class Saver:
             commit(temporary, final)
             self._may_write()
             layout.point_to(self._root, final.name)
-        options = self._config.checkpoint
+        keep_last = self._config.checkpoint.keep_last
         ends = {record["step"] for record in flight.state.get(layout.STAGES_STATE, ())}
         self._may_write()
         with suppress(FileNotFoundError):  # somebody else has deleted it
-            for pruned in layout.prune(self._root, options.keep_last, options.keep_every, ends):
+            for pruned in layout.prune(self._root, keep_last, self._config.milestone_interval, ends):
                 remove_sibling(self._root / pruned)
         return sum(file["bytes"] for file in files.values())
 

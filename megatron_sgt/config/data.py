@@ -48,16 +48,45 @@ class DataConfig(Section):
         default="949,50,1",
         description="Shares of the documents for training, validation and test, in any unit.",
     )
+    valid: dict[str, PathText] = Field(
+        default_factory=dict,
+        description="Further validation sets by name, {wiki: PREFIX, code: PREFIX}: each is read whole and measured "
+        "beside the validation split, with the first train.eval_iters global batches or all of it if that is less.",
+    )
     data_cache_path: PathText | None = Field(
         default=None, description="Folder of the sample indices; null: data_cache in logging.run_dir."
     )
     tokenizer: TokenizerConfig | None = Field(
         default=None, description="null: the data is already tokens, and model.vocab_size must be set."
     )
+    packing: Literal["concat", "best_fit"] = Field(
+        default="concat",
+        description="How documents fill samples. concat: one after the other, cut wherever a sample ends. best_fit: "
+        "whole documents where they fit best, cut only if longer than model.seq_length; what is left is padding, whose "
+        "loss does not count. Needs reset_attention_mask.",
+    )
+    reset_attention_mask: bool = Field(
+        default=False,
+        description="No token attends to another document of its sequence. Where documents begin is known from the "
+        "data set's index, whatever the tokens are.",
+    )
+    reset_position_ids: bool = Field(default=False, description="Positions begin at 0 with each document.")
+    eod_mask_loss: bool = Field(
+        default=False,
+        description="What the last token of a document predicts, the first token of the next document, counts for "
+        "nothing in the loss.",
+    )
     allow_validation_leak: bool = Field(
         default=False,
         description="Go on from a checkpoint although documents that it held out for validation or test are trained on "
-        "now, or the reverse: after another split, or with other files.",
+        "now, or the reverse: after another split, or with other files. And start although a set of data.valid is "
+        "trained on.",
+    )
+    allow_changed_data: bool = Field(
+        default=False,
+        description="Go on from a checkpoint although a data set of its blend holds other documents than it did under "
+        "the same name (not the same ones with some appended): it counts as one that was never read, from its first "
+        "epoch on.",
     )
     num_workers: int = Field(
         default=0, ge=0, le=1024, description="Processes that read samples ahead, per rank; 0: none."
@@ -68,6 +97,16 @@ class DataConfig(Section):
         "(growing.md). Each entry ends where its steps or tokens end; after the last one the length is "
         "model.seq_length. Empty: it always is.",
     )
+
+    @property
+    def tells_documents(self) -> bool:
+        """Whether samples say which of their tokens belong together: ``document_starts`` and ``num_tokens``."""
+        return self.reset_attention_mask or self.reset_position_ids
+
+    @property
+    def masks_loss(self) -> bool:
+        """Whether the loss may count more tokens of one micro-batch than of another."""
+        return self.eod_mask_loss or self.packing == "best_fit"
 
     @field_validator("data_path", mode="before")
     @classmethod
@@ -90,10 +129,20 @@ class DataConfig(Section):
             )
         elif self.data_path and not all(share > 0 for share, _ in self.blend()):
             yield f"data_path: the weights {list(self.data_path[::2])} are too far apart: one's share would be 0"
+        if self.packing == "best_fit" and not self.reset_attention_mask:
+            yield (
+                "packing: best_fit puts documents side by side for their lengths alone; set data.reset_attention_mask: "
+                "true, so that none attends to another"
+            )
         try:
             self.split_shares()
         except ValueError:
             yield f"split: '{self.split}' is not one to three shares such as '949,50,1', the first above 0"
+        for name in self.valid:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                yield f"valid: {shown(name)} is no plain name; use letters, digits and _, and begin with no digit"
+        if self.valid and self.dataset != "indexed":
+            yield f"valid: these are indexed data sets, but dataset is '{self.dataset}'; leave them out"
 
     def blend(self) -> tuple[tuple[float, str], ...]:
         """Return (weight, prefix) pairs, the weights summing to 1; empty if there is no data."""

@@ -116,6 +116,12 @@ class GrowthConfig(Section):
         description="Which heads of a selected layer are kept, by their entropy; all: every head.",
     )
     seed: int = Field(default=0, ge=0, le=MOST_SEED, description="Seed of head_choice random.")
+    entropy_min_document_tokens: int = Field(
+        default=2,
+        ge=2,
+        description="Tokens of the last document of a sequence from which on the entropy of its last row counts; below "
+        "they see too little. Read where samples say where documents begin (growth.md).",
+    )
     entropy_after_fixed: bool = Field(
         default=False, description="Go on measuring entropy once the structure is fixed (monitoring only)."
     )

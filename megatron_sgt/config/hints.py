@@ -20,6 +20,8 @@ FOREIGN_NAMES = {
     "rotary_emb_base": "model.rotary_base",
     "train_batch_size": "train.global_batch_size",
     "train_data_paths": "data.data_path",
+    "valid_data_path": "data.valid",
+    "valid_data_paths": "data.valid",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
     "zero_optimization": "parallel.zero_stage",
     # Megatron-LM
@@ -39,8 +41,11 @@ FOREIGN_NAMES = {
     "fp16": "train.precision",
     "grad_reduce_in_fp32": "optim.grad_reduce_dtype",
     "group_query_attention": "model.num_query_groups",
+    "inter_document_masking": "data.reset_attention_mask and data.reset_position_ids",
     "norm_epsilon": "model.layernorm_epsilon",
     "save_retain_interval": "checkpoint.keep_every",
+    "finetune": "checkpoint.start (weights)",
+    "no_load_optim": "checkpoint.start (weights)",
     "swiglu": "model.activation",
     "tokenizer_model": "data.tokenizer.model",
     "tokenizer_type": "data.tokenizer.type",
@@ -74,6 +79,7 @@ FOREIGN_NAMES = {
     # torchtitan, OLMo, GPT-2 and others
     "betas": "optim.adam_beta1 and optim.adam_beta2",
     "d_model": "model.hidden_size",
+    "document_masking": "data.reset_attention_mask and data.reset_position_ids",
     "decay": "growth.decay_type",
     "dtype": "train.precision",
     "max_seq_len": "model.seq_length",

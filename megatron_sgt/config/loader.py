@@ -37,16 +37,24 @@ def load_config(
     values = _read_with_bases(path, (), fill_in)
     chosen: dict[str, Any] = {}
     if preset is not None:
-        preview = copy.deepcopy(values)  # a preset depends on sizes that may be overridden
-        for override in overrides:
-            _apply_override(preview, override)
-        chosen = preset(preview)
+        chosen = preset(with_overrides(values, overrides))  # it depends on sizes that may be overridden
         values = _merge(values, chosen)
-    for override in overrides:
-        _apply_override(values, override)
+    values = with_overrides(values, overrides)
     if "model" in chosen:
         values = _merge(values, {"model": chosen["model"]})
     return parse_config(values, str(path), fill_in)
+
+
+def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return plain ``values`` with each ``section.key=value`` over them.
+
+    Raises:
+        ConfigError: an override that is none.
+    """
+    made = copy.deepcopy(dict(values))
+    for override in overrides:
+        _apply_override(made, override)
+    return made
 
 
 def recorded_config(path: Path) -> Config:

@@ -8,16 +8,19 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from megatron_sgt.config.base import EXPAND, Section
 from megatron_sgt.config.data import DataConfig
+from megatron_sgt.config.evaluation import EvaluationConfig
 from megatron_sgt.config.growth import GrowthConfig
 from megatron_sgt.config.lengths import SequenceLengths
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.config.optim import OptimConfig
 from megatron_sgt.config.parallel import ParallelConfig
 from megatron_sgt.config.rules import RULES, ZERO_0_HALF
-from megatron_sgt.config.run import CheckpointConfig, LoggingConfig, TrainConfig, resolve_precision
+from megatron_sgt.config.run import CheckpointConfig, HuggingFaceConfig, LoggingConfig, TrainConfig, resolve_precision
 from megatron_sgt.config.yaml_io import dump_yaml
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.paths import expand
+
+_MILESTONES = 10
 
 
 class Config(Section):
@@ -30,7 +33,11 @@ class Config(Section):
     train: TrainConfig = Field(description="Length, batches, numerics.")
     data: DataConfig = Field(default_factory=DataConfig, description="Data sets and tokenizer.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Saving and loading.")
+    evaluation: EvaluationConfig = Field(
+        default_factory=EvaluationConfig, description="Downstream tasks while the run trains."
+    )
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="Output of the run.")
+    huggingface: HuggingFaceConfig = Field(default_factory=HuggingFaceConfig, description="Exports of the run.")
     deepspeed: dict[str, Any] = Field(
         default_factory=dict,
         description="DeepSpeed JSON keys for experts, merged over the generated ones. A value that "
@@ -55,9 +62,29 @@ class Config(Section):
         return Path(self.data.data_cache_path or Path(self.logging.run_dir, "data_cache"))
 
     @property
+    def data_paths(self) -> tuple[tuple[str, ...], ...]:
+        """Every blend that the run reads, the first one first."""
+        return (self.data.data_path,)
+
+    def data_path_at(self, step: int) -> tuple[str, ...]:
+        """The blend that step ``step`` + 1 reads."""
+        return self.data_paths[0]
+
+    @property
     def lr_decay_iters(self) -> int:
         """Step at which the learning rate reaches min_lr."""
         return self.optim.lr_decay_iters or self.train.train_iters
+
+    @property
+    def milestone_interval(self) -> int:
+        """Checkpoints after multiples of so many steps are never deleted; 0: there are no such.
+
+        Where checkpoint.keep_every leaves it open, the least multiple of save_interval of which a run has at most ten.
+        """
+        given, interval = self.checkpoint.keep_every, self.checkpoint.save_interval
+        if given is not None or not interval:
+            return given or 0
+        return interval * -(-self.train.train_iters // (_MILESTONES * interval))
 
     @property
     def tokens_per_step(self) -> int:

@@ -138,6 +138,21 @@ def check_pipeline(cfg: Config) -> Iterator[str]:
         )
 
 
+def check_start(cfg: Config) -> Iterator[str]:
+    """Yield the rules that the beginning of the run breaks."""
+    checkpoint = cfg.checkpoint
+    if checkpoint.start == "weights":
+        if checkpoint.load is None:
+            yield "checkpoint.start: weights needs checkpoint.load, the checkpoint that a new run begins with"
+        return
+    for name, given in (("growth", checkpoint.growth), ("weights", checkpoint.weights)):
+        if given not in (None, "model"):
+            yield (
+                f"checkpoint.{name}: {given} has no effect with checkpoint.start resume, which goes on with "
+                "everything; leave it out, or set checkpoint.start to weights"
+            )
+
+
 def check_steps(cfg: Config) -> Iterator[str]:
     """Yield the rules that step and batch counts break."""
     train, optim, decay_iters = cfg.train, cfg.optim, cfg.lr_decay_iters
@@ -146,6 +161,10 @@ def check_steps(cfg: Config) -> Iterator[str]:
             f"train.global_batch_size: {train.global_batch_size} is not a multiple of "
             f"train.micro_batch_size {train.micro_batch_size}"
         )
+    if cfg.evaluation.tasks and cfg.data.tokenizer is None:
+        yield "evaluation.tasks: tasks are text, but data.tokenizer is null; set it, or remove them"
+    if train.eval_at_start and not train.eval_interval:
+        yield "train.eval_at_start: has no effect with train.eval_interval 0; set how often to validate"
     if train.spike_sigma is not None and not cfg.checkpoint.save_interval:
         yield (
             f"train.spike_sigma: {train.spike_sigma:g} needs checkpoints to go back to; set checkpoint.save_interval"
@@ -238,4 +257,13 @@ def _precision(cfg: Config) -> str:
     return resolve_precision(cfg.train.precision, cfg.parallel.device)
 
 
-RULES = (check_model, check_growth, check_parallel, check_pipeline, check_steps, check_curriculum, check_deepspeed)
+RULES = (
+    check_model,
+    check_growth,
+    check_parallel,
+    check_pipeline,
+    check_start,
+    check_steps,
+    check_curriculum,
+    check_deepspeed,
+)

@@ -28,7 +28,10 @@ class TrainConfig(Section):
     )
     seed: int = Field(default=1234, ge=0, le=MOST_SEED, description="Seed of initial weights, dropout and data order.")
     eval_interval: int = Field(default=0, ge=0, description="Validate every so many steps; 0: never.")
-    eval_iters: int = Field(default=10, gt=0, description="Global batches of one validation.")
+    eval_iters: int = Field(default=10, gt=0, description="Global batches of one validation, of each set.")
+    eval_at_start: bool = Field(
+        default=False, description="Validate before the first step, too; not again where the run is resumed."
+    )
     max_consecutive_skipped_steps: int = Field(
         default=3,
         gt=0,
@@ -153,14 +156,32 @@ class CheckpointConfig(Section):
         description="Start from this checkpoint: a folder of checkpoints (its latest) or one global_stepN. "
         "Finding none is an error.",
     )
+    start: Literal["resume", "weights"] = Field(
+        default="resume",
+        description="What load means. resume: the run goes on from that checkpoint. weights: a new run, with its own "
+        "folders, begins at step 0 with the weights of the checkpoint and nothing else of it; where save holds a "
+        "checkpoint of the new run, it goes on from that (docs/checkpoints.md).",
+    )
+    weights: Literal["model", "ema"] = Field(
+        default="model",
+        description="With start weights: those that were trained, or their moving average (train.ema_decay).",
+    )
+    growth: Literal["keep", "restart"] | None = Field(
+        default=None,
+        description="With start weights: keep the loops of the checkpoint, fixed for good, or restart: begin without "
+        "loops and grow anew by section growth; null: keep.",
+    )
     resume: Literal["auto", "never"] = Field(
         default="auto",
         description="auto: continue from the latest checkpoint in save, if it holds one; never: do not look.",
     )
     save_interval: int = Field(default=0, ge=0, description="Save every so many steps; 0: only at the end.")
     keep_last: int = Field(default=3, ge=0, description="Checkpoints to keep, older ones are deleted; 0: all.")
-    keep_every: int = Field(
-        default=0, ge=0, description="Never delete a checkpoint at a multiple of so many steps; 0: no such."
+    keep_every: int | None = Field(
+        default=None,
+        ge=0,
+        description="Never delete a checkpoint at a multiple of so many steps, a milestone; null: about every tenth of "
+        "the run, at a multiple of save_interval; 0: no such.",
     )
     async_save: bool = Field(
         default=False,
@@ -180,6 +201,11 @@ class CheckpointConfig(Section):
         "the sizes of its files.",
     )
 
+    @property
+    def keeps_growth(self) -> bool:
+        """Whether a new run that begins with given weights keeps their loops."""
+        return self.growth != "restart"
+
 
 class LoggingConfig(Section):
     """Where the run writes, and what it shows."""
@@ -192,4 +218,14 @@ class LoggingConfig(Section):
     progress_bar: Literal["auto", "on", "off"] = Field(default="auto", description="auto: on a terminal only.")
     style: Literal["sgt", "megatron"] = Field(
         default="sgt", description="Console line: short, or Megatron's for programs that parse it."
+    )
+
+
+class HuggingFaceConfig(Section):
+    """Exports to Hugging Face, which tools/convert_to_hf.py makes of the run's checkpoints."""
+
+    check_at_start: Literal["off", "warn", "error"] = Field(
+        default="warn",
+        description="Whether the start of a run says what of it no export can keep: the tokenizer, the kind of "
+        "feed-forward layer. error: such a run does not start. Nothing is written, and no network is needed.",
     )

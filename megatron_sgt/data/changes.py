@@ -1,41 +1,42 @@
-"""What a run that goes on reads again, skips or leaks when the order of its data is not the one that it began with.
+"""What a changed order of the data means for the run that goes on: where its sources stand, what comes again or leaks.
 
-The place of a run in its data is a count of samples. Under another ``seq_length``, seed, blend, split or other files
-the same count means another place, and the samples behind it are other tokens.
+Another blend, and documents that were appended, repeat and skip nothing: the ledger goes on in each source where it was
+(ledger.py). Under another ``seq_length``, seed or split the samples of a source are other tokens, and it goes on at as
+many tokens of the same epoch: what that repeats and skips is counted here.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_sgt.data.blend import Blend
-from megatron_sgt.data.history import INDEXED, DataFile, DataOrder, Span
+from megatron_sgt.data.history import INDEXED, DataFile, DataOrder
 from megatron_sgt.data.index_cache import open_split
-from megatron_sgt.data.indexed import sequence_lengths
-from megatron_sgt.data.listing import counted
-from megatron_sgt.data.order import EpochOrder, Reading, Tally, compare, documents_read
+from megatron_sgt.data.indexed import lengths_digest, sequence_lengths
+from megatron_sgt.data.ledger import Begins, Continued, Place, Read, Span, go_on
+from megatron_sgt.data.listing import counted, listed
+from megatron_sgt.data.order import EpochOrder, PackedOrder, Reading, Tally, compare, documents_read
+from megatron_sgt.data.packed_index import open_packing
 from megatron_sgt.data.splits import SplitPart
 
 Range = tuple[int, int]
-Indices = Callable[[str, tuple[SplitPart, ...], str, int, int], str]
-"""(prefix, parts, digest of the lengths, seq_length, seed) -> the folder of these sample indices, built if need be."""
+Indices = Callable[[str, tuple[SplitPart, ...], str, int, int, str], str]
+"""(prefix, parts, digest of the lengths, seq_length, seed, packing) -> the folder of these sample indices, built if
+need be."""
 
 
 @dataclass(frozen=True)
 class Change:
     """What a changed order means for the run that goes on.
 
-    ``differences``: what was changed. ``sample`` of ``samples``: where it goes on in its epoch number ``epoch`` (from
-    1); None for a blend, whose data sets have epochs of their own. ``held_out_trained``: documents that were held out
-    and are trained on from now on; ``trained_held_out``: the reverse. ``unknown``: what could not be told.
+    ``differences``: what was changed. ``places``: how the sources go on, in words. ``tally``: None where something is
+    not known. ``held_out_trained``: documents that were held out and are trained on from now on;
+    ``trained_held_out``: the reverse. ``unknown``: what could not be told.
     """
 
     differences: tuple[str, ...]
-    consumed: int
-    sample: int | None = None
-    samples: int | None = None
-    epoch: int | None = None
+    places: tuple[str, ...] = ()
     tally: Tally | None = None
     held_out_trained: int = 0
     trained_held_out: int = 0
@@ -57,12 +58,9 @@ class Change:
         )
 
     def _place(self) -> Iterator[str]:
+        yield from self.places
         if self.tally is None:
             return
-        at = f"sample {self.consumed:,} of the blend"
-        if self.sample is not None:
-            at = f"sample {self.sample:,} of {self.samples:,} of epoch {self.epoch:,}"
-        yield f"goes on at {at}"
         tally, about = self.tally, "" if self.tally.exact else "about "
         windows = f", {counted(tally.windows_again, 'window')}" if tally.windows_again else ""
         again = f"{counted(tally.documents_again, 'document')} ({tally.tokens_again:,} tokens{windows})"
@@ -83,81 +81,132 @@ class Change:
             yield f"trained on so far, and held out for validation or test now: {count}"
 
 
-def find_change(spans: Sequence[Span], now: DataOrder, indices: Indices) -> Change | None:
-    """What it means that samples were read as ``spans`` say and the next ones come in the order ``now``.
+def find_change(reads: Sequence[Read], now: Span, begins: Begins, indices: Indices) -> Change | None:
+    """What it means that ``reads`` were read and the next samples come as ``now`` says.
 
-    None where that is the order of the last span, or nothing was read. The numbers are exact up to
+    None where that is the order of the last ones, or nothing was read. The numbers are exact up to
     ``order.EXACT_PIECES``; samples that a run has passed over after a loss spike count as read.
     """
-    if not spans or not spans[-1].stop or spans[-1].order.same(now):
+    if not reads or reads[-1].order.same(now.order):
         return None
-    consumed = spans[-1].stop
-    change = Change(tuple(spans[-1].order.differences(now)), consumed)
-    if any(order.dataset != INDEXED for order in (now, *(span.order for span in spans))):
+    last, order = reads[-1].order, now.order
+    change = Change(tuple(last.differences(order)))
+    if any(one.dataset != INDEXED for one in (order, *(read.order for read in reads))):
         return replace(change, unknown=("what is read again or skipped of a registered data set is not known",))
-    found = [_File(file, places, spans, now, indices) for file, places in _distinct(now)]
-    begun = spans[0].start
-    tally = None if begun else sum((file.tally() for file in found), Tally())
-    if len(now.files) == 1:
-        epoch, sample = divmod(consumed, found[0].samples)
-        change = replace(change, sample=sample, samples=found[0].samples, epoch=epoch + 1)
+    ways = go_on(reads, order, begins)
+    found = [_File(file, places, reads, now, begins, indices) for file, places in _distinct(order)]
+    moved = [one for one in found if any(ways[place].kind == "moved" for place in one.places)]
+    begun = reads[0].start
     return replace(
         change,
-        tally=tally,
-        held_out_trained=sum(file.held_out_trained() for file in found),
-        trained_held_out=sum(file.trained_held_out() for file in found),
+        places=tuple(_places(last, order, ways)),
+        tally=None if begun else sum((one.tally() for one in moved), Tally()),
+        held_out_trained=sum(one.held_out_trained() for one in found),
+        trained_held_out=sum(one.trained_held_out() for one in found),
         unknown=(
             *([f"what was read before sample {begun:,} is not recorded"] if begun else []),
-            *_replaced(spans, now, found),
+            *(
+                f"{file.prefix} is other data than before: which of it was read or held out is not known"
+                for _, file in changed_files(reads, order, begins)
+            ),
         ),
     )
 
 
+def _places(last: DataOrder, now: DataOrder, ways: Sequence[Continued]) -> Iterator[str]:
+    """How the sources of a blend go on; ``last``: the order before."""
+    named = [file.prefix for file in now.files]
+    going_on = [name for name, way in zip(named, ways, strict=True) if way.kind in ("same", "grown")]
+    if going_on and len(named) > 1:
+        yield f"{listed(going_on)} {'goes' if len(going_on) == 1 else 'go'} on where {_it(going_on)} last stopped"
+    for file, way in zip(now.files, ways, strict=True):
+        if way.kind == "moved" or (way.kind == "same" and len(named) == 1):
+            epoch, sample = divmod(way.place.drawn, file.samples)
+            of = f"{file.prefix} " if len(named) > 1 else ""
+            yield f"{of}goes on at sample {sample:,} of {file.samples:,} of epoch {epoch + 1:,}"
+        if way.kind == "grown" and way.then is not None:
+            more = counted(file.documents - way.then.documents, "document")
+            first = (
+                "" if way.place.former is None else f", after the {way.place.former.rest:,} samples left of its epoch"
+            )
+            yield f"{file.prefix}: the {more} appended come with its next epoch{first}"
+    if new := [name for name, way in zip(named, ways, strict=True) if way.kind == "new"]:
+        yield f"{listed(new)} {'begins' if len(new) == 1 else 'begin'}"
+    kept = {way.then for way in ways}
+    if left := [file.prefix for file in last.files if file not in kept]:
+        yield f"{listed(left)} {'is' if len(left) == 1 else 'are'} not read on"
+
+
+def _it(names: Sequence[str]) -> str:
+    return "it" if len(names) == 1 else "they"
+
+
 class _File:
-    """One data set of the blend, perhaps at several places of it, and what was read of it."""
+    """One data set of ``now``, at its ``places`` in the blend, and where it was read."""
 
     def __init__(
-        self, file: DataFile, places: Sequence[int], spans: Sequence[Span], now: DataOrder, indices: Indices
+        self,
+        file: DataFile,
+        places: Sequence[int],
+        reads: Sequence[Read],
+        now: Span,
+        begins: Begins,
+        indices: Indices,
     ) -> None:
-        self.file, self._places, self._now, self._indices = file, places, now, indices
+        self.file, self.places, self._now, self._indices = file, places, now, indices
         self._lengths = sequence_lengths(file.prefix)
-        drawn = _drawn(now, spans[-1].stop)
-        self._assumed = [Reading(self._order(now, place), 0, drawn[place]) for place in places]
-        self.samples = self._assumed[0].order.samples
-        self.then = [
-            (span, place)
-            for span in spans
-            for place, old in enumerate(span.order.files)
-            if old.same(file) or old.begins(file, self._lengths)
+        self._then = [
+            (read, place)
+            for read in reads
+            for place, old in enumerate(read.order.files)
+            if old.same(file) or begins(old, file)
         ]
-        self._read = [
-            Reading(
-                self._order(span.order, place),
-                _drawn(span.order, span.start)[place],
-                _drawn(span.order, span.stop)[place],
-            )
-            for span, place in self.then
+
+    def _read(self) -> list[Reading]:
+        return [
+            reading
+            for read, place in self._then
+            for reading in self._readings(read.order, place, read.before()[place], read.after()[place])
         ]
 
     def tally(self) -> Tally:
-        return compare(self._lengths, self._read, self._assumed)
+        assumed = [
+            reading
+            for place in self.places
+            for there in (self._now.drawing.before(self._now.start)[place],)
+            for reading in self._readings(self._now.order, place, Place(there.number), replace(there, former=None))
+        ]
+        return compare(self._lengths, self._read(), assumed)
 
     def held_out_trained(self) -> int:
-        held = [bound for span, place in self.then for bound in span.order.bounds(place)[1:]]
-        trained = [self._now.bounds(place)[0] for place in self._places]
+        held = [bound for read, place in self._then for bound in read.order.bounds(place)[1:]]
+        trained = [self._now.order.bounds(place)[0] for place in self.places]
         return sum(last - first for first, last in _common(held, trained))
 
     def trained_held_out(self) -> int:
-        held = _union(bound for place in self._places for bound in self._now.bounds(place)[1:])
-        return sum(documents_read(self._lengths, first, last, self._read) for first, last in held)
+        held = _union(bound for place in self.places for bound in self._now.order.bounds(place)[1:])
+        trained = [read.order.bounds(place)[0] for read, place in self._then]
+        if not _common(held, trained):
+            return 0
+        read = self._read()
+        return sum(documents_read(self._lengths, first, last, read) for first, last in held)
 
-    def _order(self, order: DataOrder, place: int) -> EpochOrder:
-        parts = order.parts(place, self._lengths)
-        about = (order.seq_length, order.seed)
-        folder = self._indices(self.file.prefix, parts, order.files[place].lengths, *about)
+    def _readings(self, order: DataOrder, place: int, before: Place, after: Place) -> Iterator[Reading]:
+        """The samples of file number ``place`` of ``order`` that were drawn between two places."""
+        for documents, start, stop in before.parts(after):
+            if stop > start:
+                number = order.files[place].documents if documents is None else documents
+                yield Reading(self._order(order, number, before.number), start, stop)
+
+    def _order(self, order: DataOrder, documents: int, number: int) -> EpochOrder:
+        lengths, about, key = self._lengths, (order.seq_length, order.seed), (order.seed, number)
+        parts = order.parts(lengths[:documents])
+        digest = lengths_digest(lengths[:documents])
+        folder = self._indices(self.file.prefix, parts, digest, *about, order.packing)
+        if order.packing == "best_fit":
+            packed = lengths[parts[0].first : parts[0].last]
+            return PackedOrder(parts[0].first, packed, *open_packing(folder, parts[0]), order.seq_length, key)
         index = open_split(self.file.prefix, parts[0], *about, folder)
-        lengths = self._lengths
-        key = (order.seed, place)
         return EpochOrder(parts[0].first, index.document_index, index.shuffle_index, lengths, order.seq_length, key)
 
 
@@ -169,16 +218,13 @@ def _distinct(now: DataOrder) -> list[tuple[DataFile, list[int]]]:
     return [(now.files[places[0]], places) for places in found.values()]
 
 
-def _drawn(order: DataOrder, samples: int) -> tuple[int, ...]:
-    return Blend([file.weight for file in order.files]).drawn(samples)
-
-
-def _replaced(spans: Sequence[Span], now: DataOrder, found: Sequence[_File]) -> Iterator[str]:
-    """Files that were put into the place of others: nothing is known of what they share with these."""
-    known = {file.file.prefix for file in found if file.then}
-    read = {file.prefix for span in spans for file in span.order.files}
-    for prefix in sorted({file.prefix for file in now.files} & read - known):
-        yield f"{prefix} is other data than before: which of it was read or held out is not known"
+def changed_files(reads: Sequence[Read], now: DataOrder, begins: Begins) -> list[tuple[DataFile, DataFile]]:
+    """(then, now) of the files that hold something else than what was read under their names."""
+    old = [file for read in reads for file in read.order.files]
+    unknown = [file for file in now.files if not any(one.same(file) or begins(one, file) for one in old)]
+    by_name = {os.path.abspath(file.prefix): file for file in old}
+    names = ((by_name.get(os.path.abspath(file.prefix)), file) for file in unknown)
+    return [(then, file) for then, file in names if then is not None]
 
 
 def _union(ranges: Iterable[Range]) -> list[Range]:

@@ -1,10 +1,11 @@
 """Documents of a chunk, good and bad; and how many bad ones a command takes."""
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_sgt.errors import DataError
 
@@ -29,6 +30,17 @@ class BadDocument:
         return f"{self.where}: {self.reason}"
 
 
+class Position(NamedTuple):
+    """A place between two documents of the input."""
+
+    file: int
+    """Of the files that are read, from 0."""
+    start: int
+    """As ``InputFile.start``."""
+    line: int
+    """As ``InputFile.first_line``."""
+
+
 @dataclass
 class Chunk:
     """Some consecutive documents of one file, and where they are, for error messages."""
@@ -42,15 +54,19 @@ class Chunk:
     """The other kinds."""
     bytes_read: int = 0
     """Bytes on disk that the stream has read so far, over all files."""
+    counted_from: int = 0
+    """Where in the file line 1 is."""
+    end: Position | None = None
+    """What comes next."""
 
 
 class BadDocuments:
     """Counts those that are left out, up to ``most``."""
 
-    def __init__(self, most: int = 0) -> None:
+    def __init__(self, most: int = 0, count: int = 0, first: BadDocument | None = None) -> None:
         self.most = most
-        self.count = 0
-        self.first: BadDocument | None = None
+        self.count = count
+        self.first = first
 
     def add(self, count: int, first: BadDocument | None) -> None:
         """Count ``count`` more, of which ``first`` comes first.
@@ -89,7 +105,22 @@ def parse(chunk: Chunk, keys: Sequence[str]) -> Iterator[Document | BadDocument]
     for number, line in enumerate(chunk.lines, start=chunk.first_line):
         if bare := line.removeprefix(b"\xef\xbb\xbf").strip():
             document = _parse_line(bare, keys)
-            yield BadDocument(f"{chunk.path}:{number}", document) if isinstance(document, str) else document
+            if isinstance(document, str):
+                line_of_file = number + (lines_before(chunk.path, chunk.counted_from) if chunk.counted_from else 0)
+                yield BadDocument(f"{chunk.path}:{line_of_file}", document)
+            else:
+                yield document
+
+
+@functools.lru_cache(maxsize=16)
+def lines_before(path: str, offset: int) -> int:
+    """Ends of lines in the first ``offset`` bytes of a file; only to name the line of a bad document."""
+    count, left = 0, offset
+    with open(path, "rb") as stream:
+        while block := stream.read(min(left, 1 << 22)):
+            count += block.count(b"\n")
+            left -= len(block)
+    return count
 
 
 def _parse_line(line: bytes, keys: Sequence[str]) -> Document | str:

@@ -16,7 +16,7 @@ from multiprocessing import connection, get_context, parent_process
 import numpy as np
 
 from megatron_sgt.config.data import TokenizerConfig
-from megatron_sgt.data.documents import BadDocument, Chunk, parse
+from megatron_sgt.data.documents import BadDocument, Chunk, Position, parse
 from megatron_sgt.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_sgt.errors import SGTError
 
@@ -43,6 +43,8 @@ class EncodedChunk:
     bytes_read: int
     num_bad: int = 0
     first_bad: BadDocument | None = None
+    end: Position | None = None
+    """Where in the input the next chunk begins."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Encoder:
             )
             for documents, num_empty in zip(tokens, empty, strict=True)
         )
-        return EncodedChunk(keys, repaired, chunk.bytes_read, len(bad), next(iter(bad), None))
+        return EncodedChunk(keys, repaired, chunk.bytes_read, len(bad), next(iter(bad), None), chunk.end)
 
 
 def encode_chunks(

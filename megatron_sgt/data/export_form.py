@@ -1,7 +1,10 @@
-"""How a run's tokenizer will be exported, known before the run."""
+"""What of a run an export to Hugging Face cannot keep, known before the run."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_sgt.arch.ffn import ffn_kind
+from megatron_sgt.config import Config
 from megatron_sgt.config.data import TokenizerConfig
 from megatron_sgt.data.hard_texts import HARD_TEXTS
 from megatron_sgt.data.sentencepiece_model import FAST, ExportForm, form_of, read_pieces, slow_or_none
@@ -32,3 +35,16 @@ def export_form(config: TokenizerConfig | None) -> ExportForm:
         if loaded(text, split_special_tokens=True)["input_ids"] != [*beginning, *tokenizer.encode(text)]:
             return ExportForm("none", f"{why}, and gives other ids by itself")
     return ExportForm("slow", why)
+
+
+def export_problems(config: Config) -> Iterator[tuple[str, bool]]:
+    """What stands against exports of a run, a sentence each, and whether that is certain.
+
+    Raises:
+        DataError: the tokenizer cannot be read.
+    """
+    if ffn_kind(config.model.activation).hidden_act is None:
+        yield f"model.activation {config.model.activation}: no exported model can compute this kind", True
+    exported = export_form(config.data.tokenizer)
+    if exported.may_fail:
+        yield str(exported.line), exported.form == "none"

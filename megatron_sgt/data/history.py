@@ -1,31 +1,42 @@
-"""In which orders of the data a run has read. No torch.
+"""What decides the order of a run's samples: settings, and the files as they are. No torch.
 
-Its checkpoints keep it, so that a later start can tell what a change of the settings or of the files skips, repeats or
-leaks.
+Checkpoints keep it (ledger.py), so that a later start knows its sources again, goes on in each where it was, and can
+tell what a change of the settings skips, repeats or leaks.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from megatron_sgt.config.data import DataConfig
 from megatron_sgt.config.root import Config
 from megatron_sgt.data.blend import round_to_period
 from megatron_sgt.data.indexed import content_digest, lengths_digest, sequence_lengths
 from megatron_sgt.data.prefix import resolve_prefix
 from megatron_sgt.data.splits import SplitPart, split_bounds, split_parts
-from megatron_sgt.errors import CheckpointError
 
 INDEXED = "indexed"
+Key = tuple[tuple[str, str], int]
+"""(digests, how often they have stood in the order by then)."""
+_ALWAYS_DIGESTED = ("dataset", "data_path", "split", "data_cache_path", "tokenizer", "seq_length_curriculum")
+_NOT_THE_ORDER = {
+    "num_workers", "allow_validation_leak", "allow_changed_data", "reset_attention_mask", "reset_position_ids",
+    "eod_mask_loss", "packing",
+}  # fmt: skip
+"""Settings of the data that leave every sample its tokens, and the packing, which is kept beside them."""
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """One .bin/.idx pair, as it was. ``documents``: its sequences; digests as in data/indexed.py."""
+    """One .bin/.idx pair, as it was. ``documents``: its sequences; digests as in data/indexed.py.
+
+    ``samples``: of one epoch of its training split; 0 where a record of an earlier version does not say it.
+    """
 
     weight: float
     prefix: str
@@ -33,18 +44,15 @@ class DataFile:
     tokens: int
     lengths: str
     content: str
+    samples: int = 0
+
+    @property
+    def holds(self) -> tuple[str, str]:
+        return self.lengths, self.content
 
     def same(self, other: DataFile) -> bool:
         """Whether both hold the same documents, wherever they lie."""
-        return (self.lengths, self.content) == (other.lengths, other.content)
-
-    def begins(self, other: DataFile, lengths: np.ndarray) -> bool:
-        """Whether ``other``, whose sequences have ``lengths``, is this file with documents appended."""
-        return (
-            self.documents < other.documents
-            and lengths_digest(lengths[: self.documents]) == self.lengths
-            and content_digest(other.prefix, self.tokens) == self.content
-        )
+        return self.holds == other.holds
 
 
 @dataclass(frozen=True)
@@ -57,18 +65,33 @@ class DataOrder:
     split: str
     shares: tuple[float, float, float]
     files: tuple[DataFile, ...]
+    packing: str = "concat"
 
     def same(self, other: DataOrder) -> bool:
         """Whether sample i is the same tokens in both, for every i, and the same documents are held out."""
         return self._key() == other._key()
 
-    def parts(self, place: int, lengths: np.ndarray) -> tuple[SplitPart, ...]:
-        """The splits of a file, whose sequences have ``lengths``."""
-        return split_parts(lengths[: self.files[place].documents], self.shares, self.seq_length)
+    def parts(self, lengths: np.ndarray) -> tuple[SplitPart, ...]:
+        """The splits of a file whose sequences have ``lengths``."""
+        return split_parts(lengths, self.shares, self.seq_length, self.packing)
 
     def bounds(self, place: int) -> list[tuple[int, int]]:
         """The documents of training, validation and test of a file."""
         return split_bounds(self.files[place].documents, self.shares)
+
+    def windows(self, place: int, documents: int | None = None) -> tuple[Any, ...]:
+        """What cuts and shuffles the first ``documents`` of a file (None: all) into samples, but for its number."""
+        number = self.files[place].documents if documents is None else documents
+        return self.seq_length, self.seed, split_bounds(number, self.shares)[0], self.packing
+
+    def sources(self) -> tuple[tuple[Key, DataFile], ...]:
+        """The files, and by what each is known in other orders; one that stands there twice is two sources."""
+        found: dict[tuple[str, str], int] = {}
+        sources = []
+        for file in self.files:
+            found[file.holds] = found.get(file.holds, 0) + 1
+            sources.append(((file.holds, found[file.holds]), file))
+        return tuple(sources)
 
     def weights(self) -> tuple[int, ...]:
         return round_to_period([file.weight for file in self.files]) if self.files else ()
@@ -79,6 +102,8 @@ class DataOrder:
             yield f"model.seq_length {self.seq_length} -> {now.seq_length}"
         if self.seed != now.seed:
             yield f"train.seed {self.seed} -> {now.seed}"
+        if self.packing != now.packing:
+            yield f"data.packing {self.packing} -> {now.packing}"
         if self.dataset != now.dataset:
             yield f"data.dataset {self.dataset} -> {now.dataset}"
         elif self.split != now.split:
@@ -88,7 +113,7 @@ class DataOrder:
     def _key(self) -> tuple[Any, ...]:
         files = [(file.lengths, file.content, split_bounds(file.documents, self.shares)) for file in self.files]
         registered = None if self.dataset == INDEXED else self.split
-        return self.dataset, self.seq_length, self.seed, self.weights(), files, registered
+        return self.dataset, self.seq_length, self.seed, self.weights(), files, registered, self.packing
 
 
 def _differing_files(then: DataOrder, now: DataOrder) -> Iterator[str]:
@@ -110,71 +135,66 @@ def _blend(order: DataOrder) -> str:
     return " ".join(f"{file.weight:.4g} {file.prefix}" for file in order.files)
 
 
-@dataclass(frozen=True)
-class Span:
-    """Samples number ``start`` .. ``stop`` - 1 of a run, drawn from ``order``."""
-
-    order: DataOrder
-    start: int
-    stop: int
-
-
-def order_of(config: Config) -> DataOrder:
-    """The order of ``config``'s samples, over the files as they are.
+def order_of(config: Config, data_path: Sequence[str] | None = None) -> DataOrder:
+    """The order of ``config``'s samples, over the files as they are; ``data_path``: another blend than its own.
 
     Raises:
         DataError: a file is missing or damaged.
     """
     data, files = config.data, []
+    if data_path is not None:
+        data = data.model_copy(update={"data_path": tuple(data_path)})
+    shares, seq_length = data.split_shares(), config.model.seq_length
     if data.dataset == INDEXED:
         for weight, path in data.blend() if data.data_path else ():
             prefix = resolve_prefix(path)[0]
             lengths = sequence_lengths(prefix)
             tokens = int(lengths.sum(dtype=np.int64))
             digests = lengths_digest(lengths), content_digest(prefix, tokens)
-            files.append(DataFile(weight, prefix, len(lengths), tokens, *digests))
-    named = (
-        data.split
-        if data.dataset == INDEXED
-        else _digest(data.model_dump_json(exclude={"num_workers", "allow_validation_leak"}))
-    )
-    return DataOrder(data.dataset, config.model.seq_length, config.train.seed, named, data.split_shares(), tuple(files))
+            samples = split_parts(lengths, shares, seq_length, data.packing)[0].samples
+            files.append(DataFile(weight, prefix, len(lengths), tokens, *digests, samples))
+    named = data.split if data.dataset == INDEXED else _digest(data)
+    return DataOrder(data.dataset, seq_length, config.train.seed, named, shares, tuple(files), data.packing)
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def grown_files(old: Iterable[DataFile], now: Iterable[DataFile]) -> Callable[[DataFile, DataFile], bool]:
+    """A function that tells whether a file of ``now`` is one of ``old`` with documents appended; it reads nothing."""
+    found = set()
+    for file in set(now):
+        shorter = [one for one in set(old) if one.documents < file.documents]
+        lengths = sequence_lengths(file.prefix)
+        ends = np.cumsum(lengths, dtype=np.int64) if shorter else lengths
+        for one in shorter:
+            if one.tokens == (int(ends[one.documents - 1]) if one.documents else 0) and (
+                lengths_digest(lengths[: one.documents]) == one.lengths
+                and content_digest(file.prefix, one.tokens) == one.content
+            ):
+                found.add((one.holds, file.holds))
+    return _Begins(frozenset(found))
 
 
-def to_json(spans: Sequence[Span], now: DataOrder, consumed: int) -> list[dict[str, Any]]:
-    """What a checkpoint keeps: from which sample on the run has read in which order, the last being ``now``.
+@dataclass(frozen=True)
+class _Begins:
+    """Pairs of what two files hold, of which the second begins with the first."""
 
-    Without ``spans`` nothing is known of what was ``consumed``.
-    """
-    kept = [span for span in spans if span.start < min(span.stop, consumed)]
-    begins = [(span.start, span.order) for span in kept]
-    if not begins or not begins[-1][1].same(now):
-        begins.append((consumed, now))
-    return [{"from_sample": start, **asdict(order)} for start, order in begins]
+    pairs: frozenset[tuple[tuple[str, str], tuple[str, str]]]
+
+    def __call__(self, old: DataFile, new: DataFile) -> bool:
+        return (old.holds, new.holds) in self.pairs
 
 
-def from_json(kept: Any, consumed: int) -> tuple[Span, ...]:
-    """The spans of a run that has read ``consumed`` samples.
-
-    Raises:
-        CheckpointError: the record is damaged.
-    """
-    try:
-        orders = [(int(entry["from_sample"]), _order(entry)) for entry in kept]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"the record of the data is damaged ({error!r})") from error
-    stops = [start for start, _ in orders[1:]] + [consumed]
-    spans = tuple(Span(order, start, stop) for (start, order), stop in zip(orders, stops, strict=True))
-    if any(not 0 <= span.start <= span.stop for span in spans):
-        raise CheckpointError("the record of the data is damaged (its samples do not follow each other)")
-    return spans
+def _digest(data: DataConfig) -> str:
+    """Of all that a registered data set can read; settings that earlier versions did not have count if they are set."""
+    unset = {
+        name
+        for name, field in type(data).model_fields.items()
+        if name not in _ALWAYS_DIGESTED and getattr(data, name) == field.get_default(call_default_factory=True)
+    }
+    return hashlib.sha256(data.model_dump_json(exclude=_NOT_THE_ORDER | unset).encode()).hexdigest()[:12]
 
 
-def _order(entry: Mapping[str, Any]) -> DataOrder:
+def order_from_json(entry: Mapping[str, Any]) -> DataOrder:
+    """The inverse of ``dataclasses.asdict``; records of earlier versions know no ``samples``."""
     files = tuple(
         DataFile(
             float(file["weight"]),
@@ -183,6 +203,7 @@ def _order(entry: Mapping[str, Any]) -> DataOrder:
             int(file["tokens"]),
             str(file["lengths"]),
             str(file["content"]),
+            int(file.get("samples", 0)),
         )
         for file in entry["files"]
     )
@@ -194,4 +215,5 @@ def _order(entry: Mapping[str, Any]) -> DataOrder:
         str(entry["split"]),
         (train, valid, test),
         files,
+        str(entry.get("packing", "concat")),
     )

@@ -1,4 +1,6 @@
-"""Megatron's sample indices of one data set, built once by rank 0 and shared, completely or not at all.
+"""The sample indices of one data set, built once by rank 0 and shared, completely or not at all.
+
+They are Megatron's own, or those of packed documents (packed_index.py).
 
 Megatron's own cache is keyed by the path of the data and written in place, so a rebuilt corpus or a killed job can
 leave indices that match no data. Here the key covers everything that the indices depend on, and a folder gets its final
@@ -19,6 +21,11 @@ from typing import Any
 
 import numpy as np
 
+from megatron_sgt.config.data import DataConfig
+from megatron_sgt.data.indexed import sequence_lengths
+from megatron_sgt.data.packed_index import VERSION as PACKING_VERSION
+from megatron_sgt.data.packed_index import open_packing, save_packing
+from megatron_sgt.data.packed_samples import PackedSamples
 from megatron_sgt.data.splits import SplitPart
 from megatron_sgt.errors import DataError
 from megatron_sgt.files import commit, sync_all
@@ -60,9 +67,11 @@ def index_folder(
     seq_length: int,
     seed: int,
     cache_root: str,
+    packing: str = "concat",
 ) -> Path:
     """Where ``build_index_cache`` keeps the indices."""
-    key = json.dumps([lengths_digest, [[p.first, p.last] for p in parts], seq_length, seed, megatron_version()])
+    made_by = megatron_version() if packing == "concat" else [packing, PACKING_VERSION]
+    key = json.dumps([lengths_digest, [[p.first, p.last] for p in parts], seq_length, seed, made_by])
     return Path(cache_root) / f"{Path(prefix).name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
@@ -73,13 +82,14 @@ def build_index_cache(
     seq_length: int,
     seed: int,
     cache_root: str,
+    packing: str = "concat",
 ) -> str:
     """Build the indices of every non-empty split of ``prefix``, unless they are there; returns their folder.
 
     Raises:
         DataError: ``cache_root`` cannot be written.
     """
-    folder = index_folder(prefix, parts, lengths_digest, seq_length, seed, cache_root)
+    folder = index_folder(prefix, parts, lengths_digest, seq_length, seed, cache_root, packing)
     if folder.is_dir():
         return str(folder)
     name = folder.name
@@ -93,8 +103,10 @@ def build_index_cache(
         ) from error
     try:
         for part in parts:
-            if part.samples:
+            if part.samples and packing == "concat":
                 open_split(prefix, part, seq_length, seed, unfinished)
+            elif part.samples:
+                save_packing(unfinished, part, sequence_lengths(prefix), seq_length, _seed_of(part, seed))
         os.chmod(unfinished, 0o755)
         sync_all(Path(unfinished))
         with contextlib.suppress(OSError):  # another job was faster; its folder has the same content
@@ -112,7 +124,7 @@ def open_split(prefix: str, part: SplitPart, seq_length: int, seed: int, folder:
     """The one-epoch GPTDataset of one split, its indices in ``folder`` (built there by rank 0 if missing)."""
     gpt = megatron_datasets()
     config = gpt.GPTDatasetConfig(
-        random_seed=(seed if part.name == "train" else EVAL_SEED) % 2**32,
+        random_seed=_seed_of(part, seed) % 2**32,
         sequence_length=seq_length,
         blend=([prefix], None),
         split="1",
@@ -128,6 +140,19 @@ def open_split(prefix: str, part: SplitPart, seq_length: int, seed: int, folder:
     chosen = np.arange(part.first, part.last, dtype=np.int32)
     split = gpt.Split[part.name]
     return gpt.GPTDataset(sequences, Path(prefix).name, chosen, None, split, config)
+
+
+def open_packed(prefix: str, part: SplitPart, seq_length: int, folder: str, data: DataConfig) -> PackedSamples:
+    """The one epoch of packed sequences of one split, its indices in ``folder``."""
+    check_indices(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        documents = megatron_datasets().IndexedDataset(prefix)
+    return PackedSamples(documents, *open_packing(folder, part), seq_length, data)
+
+
+def _seed_of(part: SplitPart, seed: int) -> int:
+    return seed if part.name == "train" else EVAL_SEED
 
 
 def check_indices(folder: str) -> None:
@@ -160,7 +185,9 @@ def wait_for_folder(folder: str, patience_seconds: float = VISIBLE_AFTER_SECONDS
 
 def megatron_version() -> str:
     """Version of megatron-core, installed or a checkout: its index builder decides what is in the cache."""
-    from megatron.core import __version__
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core import __version__
 
     return __version__
 

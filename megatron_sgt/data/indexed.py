@@ -127,6 +127,15 @@ def sequence_lengths(prefix: str) -> np.ndarray:
     return _read_index(prefix)[1]
 
 
+def document_boundaries(prefix: str) -> np.ndarray:
+    """Where documents begin, in sequences, and where the last one ends: int64 [documents + 1], mapped from disk.
+
+    Raises:
+        DataError: the index is damaged.
+    """
+    return _read_index(prefix)[2]
+
+
 def read_metadata(prefix: str) -> dict[str, Any]:
     """The content of PREFIX.json; empty if there is none, as for data sets made by Megatron itself."""
     try:

@@ -47,13 +47,28 @@ _SPLIT = re.compile(r"(?<![a-z])(train|valid|validation|val|dev|test|eval)(?![a-
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file and how to read it."""
+    """A file, or a part of one, and how to read it."""
 
     path: Path
     kind: Kind
     compression: Compression
     size: int
     """Bytes on disk when it was found."""
+    start: int = 0
+    """What is read begins here: bytes of jsonl without its compression, rows of parquet, a text is 1."""
+    stop: int | None = None
+    """And ends before this one; None: the end of the file."""
+    counted_from: int = 0
+    """A byte of jsonl from which its lines are counted."""
+    first_line: int = 1
+    """The line at ``start``, so counted."""
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes on disk that are read, about."""
+        if self.kind == "jsonl" and not self.compression:
+            return max(0, (self.size if self.stop is None else self.stop) - self.start)
+        return self.size
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def sample_ids(consumed_samples: int, micro_batch: int, micro_batch_size: int, d
 
 
 class TrainLoader(Iterator[MicroBatch]):
-    """Endless micro-batches of one data-parallel rank: dicts of tensors [micro_batch_size, T].
+    """Endless micro-batches of one data-parallel rank: dicts of tensors [micro_batch_size, T] (``num_tokens``: [B]).
 
     Starts at any ``consumed_samples``, even one reached with another batch size or number of ranks. With
     ``num_workers`` > 0 that many processes read ahead; the micro-batches are the same.
@@ -84,7 +84,10 @@ class TrainLoader(Iterator[MicroBatch]):
 
 
 class EvalLoader:
-    """The micro-batches of one evaluation: every pass reads samples 0 .. num_steps · global batch - 1 again."""
+    """The micro-batches of one evaluation: every pass reads samples 0 .. num_steps · global batch - 1 again.
+
+    With ``num_samples`` no sample from that number on counts: its ``loss_mask`` is 0.
+    """
 
     def __init__(
         self,
@@ -95,8 +98,10 @@ class EvalLoader:
         dp_size: int,
         num_steps: int,
         pin_memory: bool = False,
+        num_samples: int | None = None,
     ) -> None:
-        self._arguments = (dataset, micro_batch_size, num_micro_batches, dp_rank, dp_size)
+        read = dataset if num_samples is None else _Bounded(dataset, num_samples)
+        self._arguments = (read, micro_batch_size, num_micro_batches, dp_rank, dp_size)
         self._num_batches = num_steps * num_micro_batches
         self._pin_memory = pin_memory
 
@@ -105,6 +110,20 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[MicroBatch]:
         return islice(TrainLoader(*self._arguments, pin_memory=self._pin_memory), self._num_batches)
+
+
+class _Bounded(Dataset[MicroBatch]):
+    """The first ``size`` samples; for what lies behind them, the first one without a position that counts."""
+
+    def __init__(self, dataset: Dataset[MicroBatch], size: int) -> None:
+        self._dataset = dataset
+        self._size = size
+
+    def __getitem__(self, index: int) -> MicroBatch:
+        if index < self._size:
+            return self._dataset[index]
+        sample = self._dataset[0]
+        return {**sample, "loss_mask": torch.zeros_like(sample["loss_mask"])}
 
 
 def _ids_of_rank(

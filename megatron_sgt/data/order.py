@@ -2,7 +2,8 @@
 
 A window is the ``seq_length`` tokens of one sample; the windows of an epoch lie one after the other in the documents
 as they were shuffled (GPTDataset's document index), what is left behind the last one is not read. The order in which
-the windows are drawn is GPTDataset's shuffle index under the permutation of the epoch (gpt_dataset.py).
+the windows are drawn is GPTDataset's shuffle index under the permutation of the epoch (gpt_dataset.py). Packed
+documents are cut into windows one by one, and each of a sequence's pieces lies in the window with its number.
 """
 
 from __future__ import annotations
@@ -47,9 +48,13 @@ class EpochOrder:
         self._starts = np.empty(len(documents), np.int64)
         self._starts[documents - first] = ends - lengths[documents]
 
-    def places(self, documents: np.ndarray) -> np.ndarray:
-        """Where each of the split's ``documents`` begins in the layout: int64, in tokens."""
-        return self._starts[documents - self.first]
+    def window(self, documents: np.ndarray, offset: np.ndarray) -> np.ndarray:
+        """The window that the token ``offset`` of each of the split's ``documents`` lies in."""
+        return (self._starts[documents - self.first] + offset) // self.seq_length
+
+    def first_cut(self, documents: np.ndarray) -> np.ndarray:
+        """Tokens of each of the split's ``documents`` before a window begins; the next ones follow every seq_length."""
+        return -self._starts[documents - self.first] % self.seq_length
 
     def times_read(self, windows: np.ndarray, drawn: int) -> np.ndarray:
         """How often each of ``windows`` is among the first ``drawn`` samples: int32; 0 for what is no window."""
@@ -63,6 +68,42 @@ class EpochOrder:
             permutation = RandomPermutation(self.samples, (*self._key, epochs))
             times[self._windows[slots]] += permutation.places(slots) < rest
         return times[np.minimum(windows, self.samples)]
+
+
+class PackedOrder(EpochOrder):
+    """The same of a split whose documents are packed (best_fit.py).
+
+    Args:
+        begins, pieces: as ``best_fit.pack`` returns them, with the numbers of documents in the data set.
+        lengths: int32 [documents of the split], tokens of each.
+    """
+
+    def __init__(
+        self,
+        first: int,
+        lengths: np.ndarray,
+        begins: np.ndarray,
+        pieces: np.ndarray,
+        seq_length: int,
+        key: tuple[int, int],
+    ) -> None:
+        self.first, self.last = first, first + len(lengths)
+        self.seq_length = seq_length
+        self.samples = len(begins) - 1
+        self._windows = np.arange(self.samples)
+        self._key = key
+        number = -(-lengths // seq_length).astype(np.int64)
+        self._starts = np.cumsum(number) - number  # of each document in the table of pieces
+        self._sequence = np.empty(len(pieces), np.int64)
+        place = self._starts[pieces[:, 0] - first] + pieces[:, 1]
+        self._sequence[place] = np.repeat(self._windows, np.diff(begins))
+
+    def window(self, documents: np.ndarray, offset: np.ndarray) -> np.ndarray:
+        place = self._starts[documents - self.first] + offset // self.seq_length
+        return self._sequence[np.minimum(place, len(self._sequence) - 1)]
+
+    def first_cut(self, documents: np.ndarray) -> np.ndarray:
+        return np.zeros(len(documents), np.int64)
 
 
 @dataclass(frozen=True)
@@ -119,8 +160,8 @@ class _Pieces:
     def windows(self, order: EpochOrder) -> np.ndarray:
         """The window of each piece in ``order``; past the last one outside its split."""
         inside = (order.first <= self.document) & (self.document < order.last)
-        place = order.places(np.where(inside, self.document, order.first)) + self.offset
-        return np.where(inside, place // order.seq_length, order.samples)
+        window = order.window(np.where(inside, self.document, order.first), self.offset)
+        return np.where(inside, window, order.samples)
 
     def times(self, readings: Sequence[Reading]) -> np.ndarray:
         total = np.zeros(len(self.document), np.int32)
@@ -207,7 +248,7 @@ def _cuts(order: EpochOrder, documents: np.ndarray, begins: np.ndarray, tokens: 
     """Where windows of ``order`` begin inside ``documents``, which are laid out at ``begins``."""
     inside = (order.first <= documents) & (documents < order.last)
     documents, begins, tokens = documents[inside], begins[inside], tokens[inside]
-    offset = -order.places(documents) % order.seq_length
+    offset = order.first_cut(documents)
     number = np.maximum(0, -(-(tokens - offset) // order.seq_length))
     before = np.cumsum(number) - number
     step = np.arange(int(number.sum())) - np.repeat(before, number)

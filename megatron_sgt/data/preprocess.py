@@ -1,29 +1,27 @@
 """Text files to Megatron's indexed data sets: PREFIX_<key>_document.bin and .idx."""
 
 import contextlib
-import fcntl
-import json
 import os
 import time
-import warnings
-from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_sgt.config.data import TokenizerConfig
 from megatron_sgt.data.documents import BadDocuments
-from megatron_sgt.data.encoding import EncodedKey, encode_chunks
+from megatron_sgt.data.encoding import encode_chunks
 from megatron_sgt.data.export_form import export_form
-from megatron_sgt.data.inputs import Kind, find_inputs
+from megatron_sgt.data.indexed import read_metadata
+from megatron_sgt.data.inputs import InputFile, Kind, find_inputs
 from megatron_sgt.data.progress import Progress, note
 from megatron_sgt.data.readers import read_chunks
+from megatron_sgt.data.resume import Journal, Mark, Origin
+from megatron_sgt.data.shards import Shard, files_of
 from megatron_sgt.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_sgt.data.writer import DatasetWriter, Written, finish
 from megatron_sgt.errors import DataError
-from megatron_sgt.files import commit, sha256_of, sync, temporary_of
+from megatron_sgt.files import sha256_of
 from megatron_sgt.metrics.units import elapsed
 
 UINT16_BELOW = 65500
@@ -45,6 +43,20 @@ class PreprocessOptions:
     overwrite: bool = False
     max_bad_documents: int = 0
     """So many are left out and counted; one more is an error."""
+    resume: bool = False
+    """Go on where a killed run was; keep what is finished, and what an error leaves unfinished."""
+    shard: Shard | None = None
+    """Of the input only this part, in data sets of its own; None: all."""
+
+    @property
+    def prefix(self) -> str:
+        """Of everything that is written."""
+        return self.shard.prefix(self.output_prefix) if self.shard else self.output_prefix
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """Of the data set of each key."""
+        return tuple(f"{self.prefix}_{key}_document" for key in self.json_keys)
 
 
 @dataclass(frozen=True)
@@ -69,150 +81,153 @@ class PreprocessReport:
     bad: str | None
     """What to say of bad documents, if there were any."""
     seconds: float
+    resumed_tokens: int = 0
+    """Which an earlier process has written."""
+    kept: bool = False
+    """Everything was finished before."""
 
     @property
     def tokens_per_second(self) -> float:
-        return sum(dataset.tokens for dataset in self.datasets) / max(self.seconds, 1e-9)
+        return (sum(dataset.tokens for dataset in self.datasets) - self.resumed_tokens) / max(self.seconds, 1e-9)
 
 
 def preprocess(options: PreprocessOptions) -> PreprocessReport:
     """Tokenize all documents, one data set per key; the result does not depend on the number of workers.
 
-    Files are renamed into place when they are complete. Memory: a few chunks of about a megabyte per worker, and about
-    50 bytes per document for the index.
+    Files are renamed into place when they are complete. A killed process leaves ``PREFIX.resume`` beside its temporary
+    files, with which one with ``resume`` goes on; without it they are written over. Memory: a few chunks of about a
+    megabyte per worker, whatever the size of the input.
 
     Raises:
         DataError: unreadable input, more bad documents than ``max_bad_documents`` (the first with file and line),
-            output that exists (without ``overwrite``), no document with a token at all.
+            output that exists (without ``overwrite``), no document with a token at all (but in a shard), other inputs
+            or settings than the run had that is to be resumed.
     """
     _check_keys(options.json_keys)
     found = find_inputs(options.inputs, options.input_format)
-    for line in found.notes:
-        note(line)
-    bad = BadDocuments(options.max_bad_documents)
+    for text in found.notes:
+        note(text)
     tokenizer = build_tokenizer(options.tokenizer)
     if exported := export_form(options.tokenizer).line:
         note(exported)
     _check_boundaries(tokenizer, options)
+    about = _metadata(tokenizer, options)
+    origin = Origin.of(_settings(about, options), found.files)
+    if options.resume and (kept := _finished(options, origin)):
+        return kept
+    files = files_of(options.shard, found.files) if options.shard else found.files
+    journal = Journal(options.prefix, origin, options.overwrite)
+    mark = journal.read() if options.resume else None
+    start = time.monotonic()
     dtype = "uint16" if tokenizer.vocab_size < UINT16_BELOW else "int32"
-    total_bytes = sum(file.size for file in found.files)
-    repaired = 0
+    resumed = sum(written.tokens for written in mark.written) if mark else 0
+    if mark is None or not mark.is_end:
+        mark = _write(options, files, dtype, journal, mark, about, origin)
+    else:
+        for prefix, written in zip(options.prefixes, mark.written, strict=True):
+            finish(prefix, dtype, written, about | _counts(mark, options, origin, written))
+        journal.remove()
+    datasets = tuple(
+        WrittenDataset(prefix, written.documents, written.tokens, written.empty)
+        for prefix, written in zip(options.prefixes, mark.written, strict=True)
+    )
+    bad = BadDocuments(options.max_bad_documents, mark.bad, mark.first_bad)
+    line = bad.line(mark.written[0].documents + mark.written[0].empty)
+    return PreprocessReport(datasets, mark.repaired, line, time.monotonic() - start, resumed)
+
+
+def _write(
+    options: PreprocessOptions,
+    files: Sequence[InputFile],
+    dtype: str,
+    journal: Journal,
+    mark: Mark | None,
+    about: dict[str, Any],
+    origin: Origin,
+) -> Mark:
+    """Write the data sets from ``mark`` on, and give them their names."""
+    total_bytes = sum(file.read_bytes for file in files)
+    if mark is not None:
+        share = mark.bytes_read / max(1, total_bytes)
+        note(f"goes on at {100 * share:.1f} % of the input, after {mark.written[0].documents:,} documents")
+    before = mark or Mark(tuple(Written() for _ in options.json_keys))
     with contextlib.ExitStack() as stack:
         writers = [
-            stack.enter_context(DatasetWriter(f"{options.output_prefix}_{key}_document", dtype, options.overwrite))
-            for key in options.json_keys
+            stack.enter_context(
+                DatasetWriter(prefix, dtype, journal.overwrite, written if mark else None, options.resume)
+            )
+            for prefix, written in zip(options.prefixes, before.written, strict=True)
         ]
-        start = time.monotonic()
-        progress = stack.enter_context(Progress("tokenizing", total_bytes))
+        if not options.resume:
+            stack.callback(journal.remove)
+        journal.save(before)
+        progress = stack.enter_context(Progress("tokenizing", total_bytes - before.bytes_read))
+        chunks = read_chunks(files, options.json_keys, say=note, start=before.position)
         encoded_chunks = stack.enter_context(
             contextlib.closing(
                 encode_chunks(
-                    read_chunks(found.files, options.json_keys, say=note),
-                    options.tokenizer,
-                    options.json_keys,
-                    options.append_eod,
-                    dtype,
-                    options.num_workers,
+                    chunks, options.tokenizer, options.json_keys, options.append_eod, dtype, options.num_workers
                 )
             )
         )
+        mark = before
+        bad = BadDocuments(options.max_bad_documents, before.bad, before.first_bad)
         for chunk in encoded_chunks:
             bad.add(chunk.num_bad, chunk.first_bad)
             for writer, encoded in zip(writers, chunk.keys, strict=True):
                 writer.add(encoded)
-            repaired += chunk.num_repaired
+            mark = Mark(
+                written=tuple(writer.written for writer in writers),
+                position=chunk.end,
+                bytes_read=before.bytes_read + chunk.bytes_read,
+                repaired=mark.repaired + chunk.num_repaired,
+                bad=bad.count,
+                first_bad=bad.first,
+            )
+            if journal.is_due:
+                _save(journal, writers, mark)
             progress.update(chunk.bytes_read, writers[0].documents, sum(writer.tokens for writer in writers))
-        others = writers[0].documents + writers[0].empty
+        if options.shard is None:
+            _check_written(writers)
+        mark = replace(mark, is_end=True)
+        _save(journal, writers, mark)
         for writer in writers:
-            writer.commit(_metadata(tokenizer, options) | _bad_metadata(bad, others))
-    datasets = tuple(WrittenDataset(w.prefix, w.documents, w.tokens, w.empty) for w in writers)
-    return PreprocessReport(datasets, repaired, bad.line(others), time.monotonic() - start)
+            writer.commit(about | _counts(mark, options, origin, writer.written))
+        journal.remove()
+    return mark
 
 
-class DatasetWriter:
-    """Writes one .bin/.idx pair (and its .json) under temporary names; ``commit`` renames them.
+def _save(journal: Journal, writers: Sequence[DatasetWriter], mark: Mark) -> None:
+    for writer in writers:
+        writer.save()
+    journal.save(mark)
 
-    A context manager: without a commit, what was written is removed.
+
+def _check_written(writers: Sequence[DatasetWriter]) -> None:
+    for writer in writers:
+        if writer.documents == 0:
+            raise DataError(f"nothing to write to {writer.prefix}.bin: the input has no document with text in it")
+
+
+def _finished(options: PreprocessOptions, origin: Origin) -> PreprocessReport | None:
+    """What a run with the same input and settings has completed, if there is such a thing.
 
     Raises:
-        DataError: the data set exists and may not be overwritten, or another process is writing it.
+        DataError: something is there that was made otherwise.
     """
-
-    def __init__(self, prefix: str, dtype: str, overwrite: bool) -> None:
-        existing = [prefix + suffix for suffix in (".bin", ".idx") if Path(prefix + suffix).exists()]
-        if existing and not overwrite:
-            raise DataError(f"{' and '.join(existing)} exists already; choose another prefix or give --overwrite")
-        self.prefix = prefix
-        self.documents = 0
-        self.tokens = 0
-        self.empty = 0
-        self._partial = {suffix: str(temporary_of(Path(prefix + suffix))) for suffix in (".bin", ".json", ".idx")}
-        try:
-            Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self._partial[".bin"])
-        except OSError as error:
-            raise DataError(f"cannot write {self._partial['.bin']}: {error.strerror}") from error
-        self._builder = _make_builder(self._partial[".bin"], dtype)
-
-    def add(self, encoded: EncodedKey) -> None:
-        end = 0
-        for length in encoded.lengths.tolist():
-            start, end = end, end + length
-            self._builder.add_document(encoded.tokens[start:end], [length])
-        self.documents += len(encoded.lengths)
-        self.tokens += end
-        self.empty += encoded.num_empty
-
-    def commit(self, metadata: dict[str, Any]) -> None:
-        """Make the data set readable.
-
-        Raises:
-            DataError: it holds no document.
-        """
-        if self.documents == 0:
-            raise DataError(f"nothing to write to {self.prefix}.bin: the input has no document with text in it")
-        self._builder.finalize(self._partial[".idx"])
-        record = {"documents": self.documents, "tokens": self.tokens, **metadata}
-        Path(self._partial[".json"]).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        for path in self._partial.values():
-            sync(Path(path))
-        # The index goes first and comes last: without it the other files are not a data set.
-        Path(self.prefix + ".idx").unlink(missing_ok=True)
-        for suffix, path in self._partial.items():
-            commit(Path(path), Path(self.prefix + suffix))
-
-    def __enter__(self) -> "DatasetWriter":
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._builder.data_file.close()
-        for path in self._partial.values():
-            Path(path).unlink(missing_ok=True)
-        os.close(self._lock)
-
-
-def _lock(path: str) -> int:
-    """Lock ``path`` while this process lives: two jobs must not write one file. Returns a descriptor."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise DataError(f"another process is writing {path}; wait for it or choose another prefix") from error
-    except OSError:
-        pass  # a file system without locks
-    return descriptor
-
-
-def _make_builder(path: str, dtype: str) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # megatron.core reports every optional package that is absent
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-    builder = IndexedDatasetBuilder(path, np.dtype(dtype).type)
-    # Lists of Python integers cost 36 bytes a document and there are hundreds of millions of them.
-    builder.sequence_lengths = array("i")
-    builder.document_indices = array("q", [0])
-    return builder
+    if options.overwrite or Path(options.prefix + ".resume").exists():
+        return None
+    datasets = []
+    for prefix in options.prefixes:
+        if not (Path(prefix + ".bin").exists() and Path(prefix + ".idx").exists()):
+            return None
+        about = read_metadata(prefix)
+        made_from = about.get("made_from")
+        change = Origin(**made_from).change(origin) if made_from else "nothing says what it was made from"
+        if change:
+            raise DataError(f"{prefix}.bin/.idx exists already: {change}; choose another prefix or give --overwrite")
+        datasets.append(WrittenDataset(prefix, about["documents"], about["tokens"], about["empty_documents"]))
+    return PreprocessReport(tuple(datasets), 0, None, 0.0, 0, kept=True)
 
 
 def _metadata(tokenizer: Tokenizer, options: PreprocessOptions) -> dict[str, Any]:
@@ -226,9 +241,27 @@ def _metadata(tokenizer: Tokenizer, options: PreprocessOptions) -> dict[str, Any
     }
 
 
-def _bad_metadata(bad: BadDocuments, others: int) -> dict[str, Any]:
-    first = {"bad_share": bad.share(others), "first_bad_document": str(bad.first)} if bad.count else {}
-    return {"bad_documents": bad.count, **first}
+def _settings(about: dict[str, Any], options: PreprocessOptions) -> dict[str, Any]:
+    """What the content follows from, beside the input."""
+    return {
+        "--json-keys": list(options.json_keys),
+        "--append-eod": options.append_eod,
+        "--add-bos": options.tokenizer.add_bos,
+        "--shard": str(options.shard) if options.shard else None,
+        "the tokenizer": about["tokenizer_fingerprint"],
+        "what the tokenizer makes of texts": about["tokenizer_ids"],
+    }
+
+
+def _counts(mark: Mark, options: PreprocessOptions, origin: Origin, written: Written) -> dict[str, Any]:
+    """What a data set's record says beside its tokenizer; where it may be gone on with or merged, its origin too."""
+    counts: dict[str, Any] = {"bad_documents": mark.bad}
+    if mark.bad:
+        share = BadDocuments(mark.bad, mark.bad).share(mark.written[0].documents + mark.written[0].empty)
+        counts |= {"bad_share": share, "first_bad_document": str(mark.first_bad)}
+    if options.resume or options.shard:
+        counts |= {"empty_documents": written.empty, "made_from": asdict(origin)}
+    return counts
 
 
 def _check_boundaries(tokenizer: Tokenizer, options: PreprocessOptions) -> None:
@@ -251,6 +284,8 @@ def default_workers() -> int:
 def describe(report: PreprocessReport, options: PreprocessOptions, checksum: bool) -> Sequence[str]:
     """The report as lines for a person."""
     lines = []
+    if report.kept:
+        return [f"{dataset.prefix}.bin/.idx: finished before, kept" for dataset in report.datasets]
     for dataset in report.datasets:
         skipped = f", {dataset.empty:,} empty ones skipped" if dataset.empty else ""
         lines.append(f"{dataset.prefix}.bin/.idx: {dataset.documents:,} documents{skipped}, {dataset.tokens:,} tokens")

@@ -4,12 +4,14 @@ jsonl: one JSON object per line; text: one document per file; parquet: one docum
 may be compressed. Lines of jsonl are left unparsed for the worker processes.
 """
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import IO, Any
 
 from megatron_sgt.data.contents import opened, utf16_or_32
-from megatron_sgt.data.documents import BadDocument, Chunk, Document
+from megatron_sgt.data.documents import BadDocument, Chunk, Document, Position
 from megatron_sgt.data.inputs import InputFile
 from megatron_sgt.errors import DataError, first_line
 
@@ -23,10 +25,11 @@ def read_chunks(
     keys: Sequence[str] = ("text",),
     chunk_bytes: int = CHUNK_BYTES,
     say: Callable[[str], None] | None = None,
+    start: Position | None = None,
 ) -> Iterator[Chunk]:
     """Stream all documents in order, about ``chunk_bytes`` of text at a time, at least one document.
 
-    ``say`` is told of a file that changes while it is read.
+    ``say`` is told of a file that changes while it is read. ``start``: the ``end`` of the last chunk to leave out.
 
     Raises:
         DataError: naming the file that cannot be read or decompressed.
@@ -35,11 +38,17 @@ def read_chunks(
     texts = [file.path for file in files if file.kind == "text"]
     if texts and len(keys) != 1:
         raise DataError(f"{texts[0]} is plain text: it has one text per document, not the keys {list(keys)}")
-    for file in files:
+    for index, file in enumerate(files):
+        if start is not None and index <= start.file:
+            if index < start.file:
+                continue
+            file = replace(file, start=start.start, first_line=start.line)
         reader = {"jsonl": _read_jsonl, "text": _read_text, "parquet": _read_parquet}[file.kind]
         try:
             for chunk in reader(file, keys, chunk_bytes):
                 chunk.bytes_read += done
+                assert chunk.end is not None, "every reader says where it is"
+                chunk.end = chunk.end._replace(file=index)
                 yield chunk
             size = os.stat(file.path).st_size
         except FileNotFoundError as error:
@@ -53,26 +62,47 @@ def read_chunks(
                 f"{file.path} changed while this command ran, from {file.size:,} to {size:,} bytes: what was written "
                 "to it later may be missing"
             )
-        done += file.size
+        done += file.read_bytes
 
 
 def _read_jsonl(file: InputFile, keys: Sequence[str], chunk_bytes: int) -> Iterator[Chunk]:
     with opened(file.path, file.compression) as (stream, raw):
-        chunk, size, number = Chunk(str(file.path), 1), 0, 0
-        for number, line in enumerate(stream, start=1):
+        place = _skip(stream, file)
+        first = raw.tell()
+        chunk, start = _lines_from(file, file.first_line), place
+        for line in stream:
+            if file.stop is not None and place >= file.stop:
+                break
             chunk.lines.append(line)
-            size += len(line)
-            if size >= chunk_bytes or len(chunk.lines) >= CHUNK_DOCUMENTS:
-                if chunk.first_line == 1:
-                    _check_lines(file, chunk.lines, is_all=False)
-                chunk.bytes_read = raw.tell()
-                yield chunk
-                chunk, size = Chunk(str(file.path), number + 1), 0
+            place += len(line)
+            if place - start >= chunk_bytes or len(chunk.lines) >= CHUNK_DOCUMENTS:
+                yield _closed(file, chunk, start, place, raw.tell() - first, is_all=False)
+                chunk, start = _lines_from(file, chunk.first_line + len(chunk.lines)), place
         if chunk.lines:
-            if chunk.first_line == 1:
-                _check_lines(file, chunk.lines, is_all=True)
-            chunk.bytes_read = raw.tell()
-            yield chunk
+            yield _closed(file, chunk, start, place, raw.tell() - first, is_all=True)
+
+
+def _skip(stream: IO[bytes], file: InputFile) -> int:
+    """Go to where ``file`` is to be read; returns the place."""
+    if not file.compression:
+        return stream.seek(file.start)
+    left = file.start
+    while left and (block := stream.read(min(left, CHUNK_BYTES))):
+        left -= len(block)
+    return file.start - left
+
+
+def _lines_from(file: InputFile, number: int) -> Chunk:
+    return Chunk(str(file.path), number, counted_from=file.counted_from)
+
+
+def _closed(file: InputFile, chunk: Chunk, start: int, end: int, bytes_read: int, is_all: bool) -> Chunk:
+    """``chunk`` with its lines complete, the first ones of a file checked."""
+    if start == 0:
+        _check_lines(file, chunk.lines, is_all)
+    chunk.bytes_read = min(bytes_read, file.read_bytes)
+    chunk.end = Position(0, end, chunk.first_line + len(chunk.lines))
+    return chunk
 
 
 def _check_lines(file: InputFile, lines: Sequence[bytes], is_all: bool) -> None:
@@ -95,8 +125,11 @@ def _check_lines(file: InputFile, lines: Sequence[bytes], is_all: bool) -> None:
 
 
 def _read_text(file: InputFile, keys: Sequence[str], chunk_bytes: int) -> Iterator[Chunk]:
+    if file.start:
+        return
     with opened(file.path, file.compression) as (stream, raw):
-        yield Chunk(str(file.path), 1, documents=[_text(file, stream)], bytes_read=raw.tell())
+        documents = [_text(file, stream)]
+        yield Chunk(str(file.path), 1, documents=documents, bytes_read=raw.tell(), end=Position(0, 1, 1))
 
 
 def _text(file: InputFile, stream: IO[bytes]) -> Document | BadDocument:
@@ -119,18 +152,38 @@ def _read_parquet(file: InputFile, keys: Sequence[str], chunk_bytes: int) -> Ite
         # Read as anything else, a dictionary with an invalid text is refused as a whole, without the row.
         dictionaries = [key for key in keys if pyarrow.types.is_dictionary(schema.field(key).type)]
         with pyarrow.parquet.ParquetFile(file.path, read_dictionary=dictionaries) as table:
-            num_rows = max(1, table.metadata.num_rows)
-            row = 0
-            for batch in table.iter_batches(batch_size=_ROWS, columns=list(keys)):
+            last = table.metadata.num_rows if file.stop is None else file.stop
+            num_rows = max(1, last - file.start)
+            groups, row = _groups(table.metadata, file.start, last)
+            for batch in table.iter_batches(batch_size=_ROWS, row_groups=groups, columns=list(keys)):
+                before, row = row, row + len(batch)
+                batch = batch[max(0, file.start - before) : last - before]
+                if not len(batch):
+                    continue
+                first = max(before, file.start)
                 columns = [_texts(batch.column(key)) for key in keys]
                 documents = [
                     _row(f"{file.path}: row {number}", keys, texts)
-                    for number, texts in enumerate(zip(*columns, strict=True), start=row + 1)
+                    for number, texts in enumerate(zip(*columns, strict=True), start=first + 1)
                 ]
-                row += len(documents)
-                yield Chunk(str(file.path), 1, documents=documents, bytes_read=file.size * row // num_rows)
+                done = min(row, last) - file.start
+                yield Chunk(
+                    str(file.path),
+                    1,
+                    documents=documents,
+                    bytes_read=file.size * done // num_rows,
+                    end=Position(0, min(row, last), 1),
+                )
     except pyarrow.ArrowException as error:
         raise DataError(f"{file.path} is not a parquet file, or damaged: {first_line(error)}") from error
+
+
+def _groups(metadata: Any, start: int, stop: int) -> tuple[list[int], int]:
+    """The row groups that hold rows ``start`` to ``stop``, and the first row of the first of them."""
+    ends = list(itertools.accumulate(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)))
+    starts = [0, *ends]
+    groups = [i for i, end in enumerate(ends) if end > start and starts[i] < stop]
+    return groups, starts[groups[0]] if groups else 0
 
 
 def _check_columns(file: InputFile, schema: Any, keys: Sequence[str]) -> None:

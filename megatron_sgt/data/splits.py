@@ -5,6 +5,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from megatron_sgt.data.best_fit import count_sequences
+
 SPLIT_NAMES = ("train", "valid", "test")
 
 
@@ -17,7 +19,7 @@ class SplitPart:
     last: int
     tokens: int
     samples: int
-    """Samples of seq_length + 1 tokens, neighbours sharing one token: (tokens - 1) // seq_length."""
+    """Of seq_length + 1 tokens, neighbours sharing one token: (tokens - 1) // seq_length; or packed sequences."""
 
 
 def split_bounds(num_sequences: int, shares: tuple[float, float, float]) -> list[tuple[int, int]]:
@@ -32,10 +34,15 @@ def split_bounds(num_sequences: int, shares: tuple[float, float, float]) -> list
     return list(pairwise(cuts))
 
 
-def split_parts(lengths: np.ndarray, shares: tuple[float, float, float], seq_length: int) -> tuple[SplitPart, ...]:
+def split_parts(
+    lengths: np.ndarray, shares: tuple[float, float, float], seq_length: int, packing: str = "concat"
+) -> tuple[SplitPart, ...]:
     """The three splits of a data set whose sequences have ``lengths`` tokens (int32 [sequences])."""
     parts = []
     for name, (first, last) in zip(SPLIT_NAMES, split_bounds(len(lengths), shares), strict=True):
         tokens = int(lengths[first:last].sum(dtype=np.int64))
-        parts.append(SplitPart(name, first, last, tokens, max(0, tokens - 1) // seq_length))
+        samples = max(0, tokens - 1) // seq_length
+        if packing == "best_fit":
+            samples = count_sequences(lengths[first:last], seq_length)
+        parts.append(SplitPart(name, first, last, tokens, samples))
     return tuple(parts)

@@ -22,7 +22,7 @@ from megatron_sgt.planning.flops import flops_between
 from megatron_sgt.planning.layout import batch_line, layout_line
 from megatron_sgt.planning.loop_cost import choose_loop_method
 from megatron_sgt.planning.structure import most_kept_heads
-from megatron_sgt.preflight import Start, check_disk, check_surroundings, find_start, with_vocabulary
+from megatron_sgt.preflight import Start, check_disk, check_export, check_surroundings, find_start, with_vocabulary
 from megatron_sgt.stages.stages import Stage, stages_of
 
 
@@ -59,9 +59,7 @@ def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:
     exported = export_form(config.data.tokenizer)
     if exported.form == "slow":
         notes.append(str(exported.line))
-    rows += [("note", note) for note in notes]
-    if exported.may_fail:
-        rows.append(("WARNING", str(exported.line)))
+    rows += [("note", note) for note in notes] + [("WARNING", line) for line in check_export(config)]
     return "\n".join(f"{name:<11} {text}" for name, text in rows)
 
 
@@ -72,7 +70,8 @@ def _start_notes(config: Config, start: Start) -> Iterator[str]:
     if problem := start.problem(config):
         yield problem
     if start.changed:
-        yield f"changed since the checkpoint was saved: {'; '.join(start.changed)}"
+        when = "since the checkpoint was saved" if start.weights is None else "for the weights"
+        yield f"changed {when}: {'; '.join(start.changed)}"
 
 
 def _loop_rows(config: Config) -> list[tuple[str, str]]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_sgt.checkpoint.layout import GROWTH_STATE
+from megatron_sgt.arch.attended_pairs import AttendedPairs
+from megatron_sgt.checkpoint.layout import DATA_STATE, GROWTH_STATE
 from megatron_sgt.checkpoint.place import Place
 from megatron_sgt.config import Config
 from megatron_sgt.config.model import ModelConfig
+from megatron_sgt.data.ledger import recorded_tokens
 from megatron_sgt.growth import Schedule
 from megatron_sgt.metrics.records import GrowRecord
 from megatron_sgt.planning.flops import at_length, step_flops
@@ -24,6 +26,7 @@ def grow_record(
     notes: Sequence[str],
     losses: tuple[float | None, float],
     seconds: float,
+    pairs: AttendedPairs | None = None,
 ) -> GrowRecord:
     """The record of the growth at ``place``.
 
@@ -31,6 +34,7 @@ def grow_record(
         saved: the state of the checkpoint that was loaded.
         schedule: of the new model.
         losses: of the probe, before and after.
+        pairs: of the data, which FLOPs count.
     """
     stage, trainer = place.here, saved["trainer"]
     assert stage.grown is not None, "the first stage has not grown"
@@ -57,12 +61,14 @@ def grow_record(
         "sizes_after": sizes_of(growth.new),
         "parameters_before": parameter_count(growth.old),
         "parameters_after": parameter_count(growth.new),
-        "flops_per_token_before": _flops_per_token(at_length(growth.old, seq_length), before),
-        "flops_per_token_after": _flops_per_token(at_length(growth.new, seq_length), schedule),
+        "flops_per_token_before": _flops_per_token(at_length(growth.old, seq_length), before, pairs),
+        "flops_per_token_after": _flops_per_token(at_length(growth.new, seq_length), schedule, pairs),
         "probe_loss_before": losses[0],
         "probe_loss_after": losses[1],
         "consumed_samples": trainer["consumed_samples"],
-        "consumed_tokens": trainer["consumed_samples"] * stage.config.model.seq_length,
+        "consumed_tokens": recorded_tokens(
+            saved.get(DATA_STATE), trainer["consumed_samples"], stage.config.model.seq_length
+        ),
         "seconds": seconds,
     }
 
@@ -73,5 +79,5 @@ def _schedule_of(config: Config, saved: Mapping[str, Any]) -> Schedule:
     return schedule
 
 
-def _flops_per_token(model: ModelConfig, schedule: Schedule) -> float:
-    return step_flops(model, schedule.plan, 1).model / model.seq_length
+def _flops_per_token(model: ModelConfig, schedule: Schedule, pairs: AttendedPairs | None) -> float:
+    return step_flops(model, schedule.plan, 1, pairs=pairs).model / model.seq_length

@@ -14,7 +14,7 @@ from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.loss_scale import SkipRule
 from megatron_sgt.engine.step import Batch, StepResult, TrainState, train_step
 from megatron_sgt.errors import SGTError
-from megatron_sgt.guard.stop import StopRequests
+from megatron_sgt.guard.stop import Reason, StopRequests
 from megatron_sgt.optim.schedule import rate_of_run
 from megatron_sgt.parallel.collectives import any_rank, largest
 from megatron_sgt.parallel.groups import ParallelGroups
@@ -105,10 +105,12 @@ class Trainer:
     def _stopped(self) -> int:
         """The reason for which all ranks stop now, once the hooks know of it; 0 if they go on; collective."""
         reason = agreed_reason(self.stop, self.groups)
-        if reason:
-            for hook in self.hooks:
+        for hook in self.hooks if reason else ():
+            if reason == Reason.SAVE_NOW:
+                hook.on_save_now(self.state)
+            else:
                 hook.on_stop(self.state, reason)
-        return reason
+        return 0 if reason == Reason.SAVE_NOW else reason
 
     def _lost(self, result: StepResult, skips: SkipRule) -> bool:
         """Whether a skipped step's loss was not finite on some rank; collective if that matters."""
@@ -126,13 +128,15 @@ class Trainer:
 
 
 def agreed_reason(stop: StopRequests, groups: ParallelGroups) -> int:
-    """The reason for which all ranks stop now; 0 if they go on; collective.
+    """The reason for which all ranks stop, or save, now; 0 if they just go on; collective.
 
     One all-reduce of 4 bytes, read on the host. The step before ended with the host reading its gradient norm, so that
     on a GPU no queued work delays this.
     """
     reason = largest(stop.pending(), groups)
-    if reason:
+    if reason and stop.trigger is not None:
+        stop.trigger.take()
+    if reason > Reason.SAVE_NOW:
         stop.on_agreed(reason)
     return reason
 

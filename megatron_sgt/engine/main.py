@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from megatron_sgt import __version__, streams
@@ -15,6 +16,7 @@ from megatron_sgt.config.loader import repeated
 from megatron_sgt.engine.prepare import prepare_process
 from megatron_sgt.errors import ConfigError, ExitCode, of_full_disk
 from megatron_sgt.guard.ending import place, run_rank
+from megatron_sgt.guard.save_now import ask_to_save
 from megatron_sgt.guard.signals import listening
 from megatron_sgt.guard.stop import StopRequests
 from megatron_sgt.launch.environment import RankInfo
@@ -33,6 +35,10 @@ stop it
   SIGTERM, SIGUSR1, Ctrl-C or SIGHUP (a closed terminal; not under nohup) to any rank: all ranks end the step, save,
   and leave with 75. The same signal again, more than 3 s later, forces the exit. Under Slurm the run stops by itself
   before the job's end.
+
+save now and go on
+  --save-now with the same --config, on any machine that sees the run's folder, or touch RUN_DIR/save_now: the run
+  saves after its next step.
 
 exit codes (torchrun ends with 1 whatever its ranks end with)
 """ + "".join(f"  {code:<4} {code.meaning}\n" for code in ExitCode)
@@ -77,6 +83,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the run's shape and exit")
     parser.add_argument(
+        "--save-now", action="store_true", help="ask the running job of this configuration to save and go on"
+    )
+    parser.add_argument(
         "--world-size", type=int, metavar="N", help="ranks that --dry-run assumes (default: those it runs on)"
     )
     # The deepspeed launcher adds this one; the rank is read from the environment.
@@ -98,6 +107,9 @@ def _main(args: argparse.Namespace) -> int:
     if args.print_config:
         if info.rank == 0:
             return _show(config.to_yaml())
+    elif args.save_now:
+        if info.rank == 0:
+            return _show(ask_to_save(Path(config.logging.run_dir)) + "\n")
     elif args.dry_run:
         if info.rank == 0:
             return _show(_dry_run(config, info, args.world_size) + "\n")

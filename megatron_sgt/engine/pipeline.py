@@ -11,10 +11,11 @@ from torch import Tensor
 
 from megatron_sgt.compat.megatron_pipeline import backward_from, run_schedule
 from megatron_sgt.data.loader import MicroBatch
-from megatron_sgt.data.pieces import cut
 from megatron_sgt.engine.finite import guard
+from megatron_sgt.engine.token_weights import weighted
 from megatron_sgt.model.apply_plan import mark_micro_batch
-from megatron_sgt.model.pipeline_forward import from_last_stage, inputs_of
+from megatron_sgt.model.documents import counted
+from megatron_sgt.model.pipeline_forward import from_last_stage
 from megatron_sgt.parallel.groups import ParallelGroups
 
 
@@ -50,15 +51,18 @@ class _Passes:
         self.engine, self.pieces, self.groups = engine, pieces, groups
         self.model = engine.module
         self.losses: list[Tensor] = []
+        # Of the micro-batches by identity: a schedule hands them on in an order of its own.
+        self._weights = {id(one): weight for one, weight in weighted(batches, self.model.rules.weighted, groups)}
         self._left = [len(batches)] * len(self.model.chunks)
         self._in_flight: dict[int, int] = {}  # an output is alive until its backward pass, so that its id is unique
 
     def forward(self, chunk: int, batch: MicroBatch) -> Tensor:
         gpt, meter = self.model.chunks[chunk], self.model.meter
-        inputs = cut(inputs_of(gpt, batch, self.groups.device), self.pieces)
-        output = self.engine(**inputs, chunk=chunk)
+        inputs = self.model.inputs(batch, self.groups.device, chunk, self.pieces)
+        weight = self._weights[id(batch)] if gpt.post_process else {}
+        output = self.engine(**inputs, **weight, chunk=chunk)
         guard(output, meter)
-        meter.end_micro_batch(whole=gpt is self.model.chunks[-1])
+        meter.end_micro_batch(whole=gpt is self.model.chunks[-1], **counted(inputs))
         if gpt.post_process:
             self.losses.append(output.detach())
             output = output.clone()  # the schedule divides it in place

@@ -11,7 +11,7 @@ from megatron_sgt.checkpoint.forms import read_state
 from megatron_sgt.checkpoint.place import Place
 from megatron_sgt.config import Config
 from megatron_sgt.engine.build import Runtime
-from megatron_sgt.engine.data_start import DataStart, data_start, record_at
+from megatron_sgt.engine.data_start import ledger_at
 from megatron_sgt.engine.grow_record import grow_record
 from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.hooks.growth import GrowthHook
@@ -27,12 +27,12 @@ from megatron_sgt.errors import CheckpointError, DamagedCheckpointError, ExitCod
 from megatron_sgt.growth import Schedule
 from megatron_sgt.growth.methods import with_schedule
 from megatron_sgt.guard import Watch
-from megatron_sgt.guard.stop import StopRequests, named
+from megatron_sgt.guard.stop import Reason, StopRequests, named
 from megatron_sgt.launch.environment import RankInfo
 from megatron_sgt.metrics.records import GrowRecord
 from megatron_sgt.parallel.collectives import barrier, on_rank_zero
 from megatron_sgt.planning.parameters import checkpoint_bytes
-from megatron_sgt.preflight import Start
+from megatron_sgt.preflight import Start, check_export
 from megatron_sgt.stages.stages import Stage
 
 
@@ -70,26 +70,28 @@ class PretrainingRun(Session):
 
     def _prepare(self) -> None:
         """All that comes before the first step, in folders that this run alone writes into."""
+        if self.config.huggingface.check_at_start == "error":  # else it is said with the other reports
+            on_rank_zero(lambda: check_export(self.config))
         look = first_look(self)
         self.start: Start = find_together(look, self)
         if self.groups.is_main:
             layout.clear_leftovers(self.config.save_dir)
         self.progress.enter("opening the data")
         self.open_data()
-        data = self._compare_data()
+        data = self.start_data(self.start)
         self.stage = RunningStage(self, self._place(self.start).here)
         self.open_hub()
-        self.skipped_ranges = on_rank_zero(lambda: SkippedRanges.at_start(self.start.folder, self.config.save_dir))
+        behind = None if self.start.weights else self.start.folder
+        self.skipped_ranges = on_rank_zero(lambda: SkippedRanges.at_start(behind, self.config.save_dir))
         self.stage.wire()
         grown: GrowRecord | None = None
         if self.start.folder is not None:
             loaded, grown = self._load(self.start, look)
             if loaded is not self.start:  # an older one, which may have read other data
                 self.start = loaded
-                data = self._compare_data()
+                data = self.start_data(loaded)
             self.state.consumed_samples = self.skipped_ranges.after(self.state.consumed_samples)
-        self._keep_data_record(data.record)
-        report_start(self, self.stage, self.start, data)
+        report_start(self, self.stage, self.start, data.change)
         if grown is not None:
             self.hub.log("grow", grown)
 
@@ -151,18 +153,12 @@ class PretrainingRun(Session):
         """Load the checkpoint of ``start`` into the present stage; ``before``: loss of the probe in the old one."""
         assert start.folder is not None
         begun = time.perf_counter()
-        notes = self.stage.load(start.folder, start.saved, place)
+        notes = self.stage.load(start.folder, start.saved, place, start.weights)
         if not place.grows:
             return None
         after = self.stage.probe_loss(self.stage.probe_batches())
         seconds = time.perf_counter() - begun
-        return grow_record(place, start.saved, self.schedule, notes, (before, after), seconds)
-
-    def _compare_data(self) -> DataStart:
-        return on_rank_zero(lambda: data_start(self.config, self.start))
-
-    def _keep_data_record(self, record: list[dict[str, object]]) -> None:
-        self.data_record = self.stage.saver.data = record
+        return grow_record(place, start.saved, self.schedule, notes, (before, after), seconds, self.pairs)
 
     # Training
 
@@ -239,8 +235,13 @@ class PretrainingRun(Session):
         return 0
 
     def _stopped(self) -> int:
-        """As ``Trainer`` asks, but no hook is told: the new engine, whose weights are not loaded, must not be saved."""
+        """As ``Trainer`` asks, but no hook is told: the new engine, whose weights are not loaded, must not be saved.
+
+        A request to save is met by the checkpoint that the old one has just written.
+        """
         reason = agreed_reason(self.stop, self.groups)
+        if reason == Reason.SAVE_NOW:
+            return 0
         if reason:
             self.hub.log("stop", {"step": self.state.step, "reason": named(reason)})
         return reason
@@ -262,7 +263,10 @@ class PretrainingRun(Session):
         if newest.folder is None:
             raise CheckpointError(f"no checkpoint in {self.config.save_dir} is whole; there is none to go back to")
         newest, grown = self._load(newest, look)
-        self._keep_data_record(record_at(newest.saved, self.data_record))
+        data, ledger = self.data, self.ledger
+        assert data is not None
+        self.ledger = on_rank_zero(lambda: ledger_at(newest.saved, ledger, data))
+        self.turn_blend(self.config.data_path_at(self.state.step))
         start = self.state.consumed_samples
         self.skipped_ranges.add(start, spike.stop)
         on_rank_zero(self.write_skipped_ranges)  # before a step is taken: a run that dies now must not forget it
@@ -272,7 +276,10 @@ class PretrainingRun(Session):
             "path": newest.folder,
             "consumed_samples": self.state.consumed_samples,
         }
-        self.hub.log("resume", {**there, "searched": self.config.save_dir, "changed": ()})
+        consumed_tokens = self.ledger.tokens(self.state.consumed_samples)
+        self.hub.log(
+            "resume", {**there, "consumed_tokens": consumed_tokens, "searched": self.config.save_dir, "changed": ()}
+        )
         self.hub.log("rollback", {**there, **spike.record(), "passed_samples": spike.stop - start})
         if grown is not None:
             self.hub.log("grow", grown)

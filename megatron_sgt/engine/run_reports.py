@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_sgt.checkpoint.layout import ORIGIN_STATE
 from megatron_sgt.checkpoint.surgery.state import GROW
-from megatron_sgt.data.export_form import export_form
-from megatron_sgt.engine.data_start import DataStart, data_record
+from megatron_sgt.data.changes import Change
+from megatron_sgt.engine.data_start import data_record
 from megatron_sgt.engine.run_folders import CONFIG_FILE
 from megatron_sgt.engine.session import Session
 from megatron_sgt.engine.stage import RunningStage
@@ -18,25 +19,28 @@ from megatron_sgt.ops.attention import describe_attention
 from megatron_sgt.planning.describe import pipeline_lines, stages_line
 from megatron_sgt.planning.loop_cost import choose_loop_method
 from megatron_sgt.planning.structure import most_kept_heads
-from megatron_sgt.preflight import Start
+from megatron_sgt.preflight import Start, check_export
 
 
-def report_start(run: Session, stage: RunningStage, start: Start, data: DataStart) -> None:
+def report_start(run: Session, stage: RunningStage, start: Start, change: Change | None) -> None:
     """Where the run begins, what its data has in common with what was read before, and which kernels loop."""
     record: ResumeRecord = {
         "step": run.state.step,
         "path": start.folder,
         "searched": run.config.save_dir,
         "consumed_samples": run.state.consumed_samples,
+        "consumed_tokens": run.ledger.tokens(run.state.consumed_samples),
         "changed": start.changed,
         "skipped": start.skipped,
     }
+    if start.weights is not None:
+        record["origin"] = start.saved[ORIGIN_STATE]
     run.hub.log("resume", record)
-    if data.change is not None:
-        run.hub.log("data", data_record(data.change, run.state.step))
+    if change is not None:
+        run.hub.log("data", data_record(change, run.state.step))
     groups, config = run.groups, stage.config
-    if groups.is_main and (exported := export_form(config.data.tokenizer)).may_fail:
-        print(f"WARNING  {exported.line}", flush=True)
+    for line in check_export(config) if groups.is_main else ():
+        print(f"WARNING  {line}", flush=True)
     if groups.is_main and len(run.stages) > 1:  # those to come are in no checkpoint that a change could be told from
         print(f"STAGES  {stages_line(run.stages)}", flush=True)
     for line in pipeline_lines(run.stages, groups.world_size) if groups.is_main else ():
@@ -56,12 +60,12 @@ def report_end(run: Session, stage: RunningStage, start: Start, reason: str, cod
         "train_iters": run.config.train.train_iters,
         "reason": reason,
         "exit_code": int(code),
-        "first_loss": measured.first_loss if start.folder is None else None,
+        "first_loss": measured.first_loss if start.folder is None or start.weights else None,
         "loss": measured.last_loss,
         "valid_loss": measured.valid_loss,
         "growth_events": sum(event.get("action") != GROW for event in measured.growth_events),
         "seconds": seconds,
-        "consumed_tokens": run.state.consumed_samples * run.config.model.seq_length,
+        "consumed_tokens": run.ledger.tokens(run.state.consumed_samples),
         "tokens_per_second": measured.tokens_per_second,
         "paths": {
             "checkpoint": measured.last_path or start.folder,
@@ -71,4 +75,6 @@ def report_end(run: Session, stage: RunningStage, start: Start, reason: str, cod
     }
     if measured.valid_ema_loss is not None:
         record["valid_ema_loss"] = measured.valid_ema_loss
+    if measured.valid_losses:
+        record["valid_losses"] = measured.valid_losses
     run.hub.log("summary", record)

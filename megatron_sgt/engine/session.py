@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from megatron_sgt.arch.attended_pairs import AttendedPairs
 from megatron_sgt.config import Config
-from megatron_sgt.data.gpt_dataset import build_datasets
+from megatron_sgt.data.gpt_dataset import build_datasets, follow, open_validation_sets
+from megatron_sgt.data.ledger import Ledger
 from megatron_sgt.data.loader import TrainLoader
-from megatron_sgt.data.tokenizer import tokenizer_of
+from megatron_sgt.data.measured_pairs import measured_pairs
+from megatron_sgt.data.tokenizer import Tokenizer, tokenizer_of
 from megatron_sgt.engine.build import start_processes
+from megatron_sgt.engine.data_start import DataStart, data_start
 from megatron_sgt.engine.hooks.base import Hook, own_hooks
+from megatron_sgt.engine.live_tasks import RunTasks, open_tasks, run_no_tasks
 from megatron_sgt.engine.run_folders import RunFolders
 from megatron_sgt.engine.skipped_ranges import SkippedRanges
 from megatron_sgt.engine.step import TrainState
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.guard import Progress, Watch
+from megatron_sgt.guard.save_now import SaveTrigger
 from megatron_sgt.guard.stop import StopRequests
 from megatron_sgt.launch.environment import RankInfo
 from megatron_sgt.metrics import MetricsHub, build_hub
 from megatron_sgt.optim.schedule import check_curve
 from megatron_sgt.parallel.collectives import on_rank_zero
 from megatron_sgt.parallel.groups import ParallelGroups
-from megatron_sgt.preflight import check_surroundings, tokenizer_fingerprint, with_vocabulary
+from megatron_sgt.preflight import Start, check_surroundings, tokenizer_fingerprint, with_vocabulary
 from megatron_sgt.stages.stages import stages_of
 
 
@@ -34,8 +41,12 @@ class Session:
         config: of the whole run; that of a stage has no ``growth.stages``.
         stages: of the run, all validated.
         train_data, valid_data: the data sets, None before ``open_data`` or where there is no such split.
+        valid_sets: those of data.valid, by name. tokenizer: of the data, None without one.
+        run_tasks: of evaluation.tasks, for rank 0.
+        pairs: of query and key that attend, measured from the data by ``open_data``; None: those of whole sequences.
         about: what the manifests of checkpoints say of the run.
-        data_record: in which orders the run has read its data.
+        data: the blends of the run and where it began in them, None before ``start_data``.
+        ledger: what the run has read of its data so far, and how it goes on.
 
     Raises:
         ConfigError, DataError: what the user can correct, most of it before any process group.
@@ -66,15 +77,54 @@ class Session:
         self.skipped_ranges = SkippedRanges(self.config.save_dir)
         self.train_data: Any = None
         self.valid_data: Any = None
+        self.valid_sets: dict[str, Any] = {}
+        self.tokenizer: Tokenizer | None = None
+        self.run_tasks: RunTasks = run_no_tasks
+        self.pairs: AttendedPairs | None = None
         self.about: dict[str, Any] = {}
-        self.data_record: list[dict[str, Any]] = []
+        self.data: DataStart | None = None
+        self.ledger = Ledger(())
         self._own_at_first: dict[str, dict[str, Any]] | None = None
         self.folders.take()
+        if self.groups.is_main:
+            self.stop.trigger = SaveTrigger(Path(self.config.logging.run_dir))
 
     def open_data(self) -> None:
         """Open the data sets; collective. The tokenizer is read here, once: its file may be gone in days."""
         self.about = {"tokenizer": on_rank_zero(lambda: tokenizer_fingerprint(self.config))}
-        self.train_data, self.valid_data, *_ = build_datasets(self.config, tokenizer_of(self.config.data))
+        self.tokenizer = tokenizer_of(self.config.data)
+        self.train_data, self.valid_data, *_ = build_datasets(self.config, self.tokenizer)
+        self.valid_sets = open_validation_sets(self.config, self.tokenizer)
+        if self.config.evaluation.tasks:
+            opened: list[RunTasks] = []
+            on_rank_zero(lambda: opened.append(open_tasks(self.config, self.tokenizer)))
+            self.run_tasks = opened[0] if opened else run_no_tasks
+        if self.config.data.reset_attention_mask:
+            self.pairs = on_rank_zero(lambda: measured_pairs(self.config))
+
+    def start_data(self, start: Start) -> DataStart:
+        """Let the training data go on where the checkpoint of ``start`` has left it; collective."""
+        self.data = on_rank_zero(lambda: data_start(self.config, start))
+        self.follow(self.data.ledger)
+        return self.data
+
+    def turn_blend(self, data_path: Sequence[str]) -> None:
+        """Read another blend from ``state.consumed_samples`` on, in which each source goes on where it was; collective.
+
+        Checkpoints from now on say so; one from before goes on with the blend that it was saved in. Nothing changes
+        where the blend is the present one. A loader that is open has read ahead: open another one (``open_loader``).
+
+        Args:
+            data_path: one of ``config.data_paths``, whose data sets ``open_data`` has opened and checked.
+        """
+        assert self.data is not None, "start_data comes before"
+        order = self.data.orders[tuple(data_path)]
+        self.follow(self.ledger.turned(order, self.state.consumed_samples, self.data.begins))
+
+    def follow(self, ledger: Ledger) -> None:
+        """Take ``ledger`` for what the run has read; collective."""
+        self.ledger = ledger
+        follow(self.train_data, ledger.now, self.config)
 
     def own_at_first(self) -> dict[str, dict[str, Any]]:
         """By name, the states of the user's hooks when they were first attached, and no checkpoint was loaded."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from megatron_sgt.checkpoint import layout
 from megatron_sgt.checkpoint.place import Place
 from megatron_sgt.compat.release import release_engine
 from megatron_sgt.data.loader import EvalLoader, TrainLoader
+from megatron_sgt.data.sources import eval_samples
 from megatron_sgt.engine.build import Runtime, build_runtime
 from megatron_sgt.engine.hooks.base import Hook, RunParts
 from megatron_sgt.engine.hooks.checkpoint import CheckpointHook
@@ -23,12 +25,16 @@ from megatron_sgt.engine.hooks.ramp import RampHook
 from megatron_sgt.engine.hooks.replicas import ReplicaCheckHook
 from megatron_sgt.engine.hooks.spike import SpikeHook
 from megatron_sgt.engine.hooks.straggler import LagRule, StragglerHook
+from megatron_sgt.engine.hooks.tasks import TasksHook
 from megatron_sgt.engine.hooks.validation import EvalHook
 from megatron_sgt.engine.hooks.watched import watch_passes, watched_batches, watched_hooks
+from megatron_sgt.engine.live_tasks import live_model
 from megatron_sgt.engine.loop import Trainer
 from megatron_sgt.engine.session import Session
 from megatron_sgt.engine.step import Batch
 from megatron_sgt.evaluation.perplexity import mean_loss
+from megatron_sgt.evaluation.text_bytes import TextBytes
+from megatron_sgt.evaluation.validation_set import ValidationSet
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.model.apply_plan import apply_plan
 from megatron_sgt.model.ramp import RampMask
@@ -47,6 +53,7 @@ class Measured:
     last_loss: float | None
     valid_loss: float | None
     valid_ema_loss: float | None
+    valid_losses: dict[str, float]
     tokens_per_second: float | None
     lags: dict[str, LagRule]
     last_path: Path | None
@@ -77,7 +84,8 @@ class RunningStage:
         """Build the hooks, once the session has a hub. ``before``: of the stage that this one follows, if it does."""
         session, config, groups, runtime = self.session, self.config, self.session.groups, self.runtime
         hub = session.hub
-        self.log = LogHook(config, self.schedule, hub, groups, runtime.precision)
+        self.log = LogHook(config, self.schedule, hub, groups, runtime.precision, session.pairs)
+        self.log.tokens_of = lambda consumed: session.ledger.tokens(consumed)
         self.growth = GrowthHook(self.schedule, runtime.model, runtime.model.meter, groups, self.log.on_growth)
         lengths = config.seq_lengths
         self.spike = SpikeHook(config.train, session.skipped_ranges, self._can_go_back, hub, groups, lengths)
@@ -91,10 +99,15 @@ class RunningStage:
         before_growth = [hook for hook in (ema, self.ramp) if hook is not None]
         self.hooks = [self.spike, *before_growth, self.growth, self.log, self.straggler]
         self.eval: EvalHook | None = None
-        if config.train.eval_interval and session.valid_data is not None:
-            loader = self._eval_loader()
-            self.eval = EvalHook(runtime.engine, loader, config.train.eval_interval, self.schedule, hub, groups, ema)
+        sets = self._validation_sets() if config.train.eval_interval else []
+        if sets:
+            train = config.train
+            self.eval = EvalHook(
+                runtime.engine, sets, train.eval_interval, self.schedule, hub, ema, train.eval_at_start
+            )
             self.hooks.append(self.eval)
+        if config.evaluation.tasks:
+            self.hooks.append(self._tasks_hook(ema))
         if groups.pp_size > 1:
             watch_passes(runtime.model, session.progress)
         self.parts = RunParts(config, groups, runtime.model, runtime.engine, self.schedule, hub)
@@ -111,16 +124,39 @@ class RunningStage:
         if before is not None:
             self._go_on_from(before)
 
-    def _eval_loader(self) -> EvalLoader:
+    def _tasks_hook(self, ema: EmaHook | None) -> TasksHook:
+        session, config, engine = self.session, self.config, self.runtime.engine
+        alive = partial(session.progress.enter, TasksHook.name)
+        live = live_model(config, engine, session.groups, session.tokenizer, alive)
+        interval = config.evaluation.tasks_interval
+        return TasksHook(engine, live, session.run_tasks, interval, self.schedule, session.hub, session.groups, ema)
+
+    def _validation_sets(self) -> list[ValidationSet]:
+        """The validation split, which is read from its beginning again where it ends early, and data.valid."""
+        session, train = self.session, self.config.train
+        per_step = train.global_batch_size
+        counter = None if session.tokenizer is None else TextBytes(session.tokenizer)
+        kept: list[tuple[str | None, Any]] = [(None, session.valid_data)] if session.valid_data is not None else []
+        found = []
+        for name, data in [*kept, *session.valid_sets.items()]:
+            samples = train.eval_iters * per_step if name is None else eval_samples(self.config, len(data))
+            loader = self._eval_loader(data, -(-samples // per_step), None if name is None else samples)
+            size = samples if name is None else len(data)
+            alive = partial(session.progress.enter, EvalHook.name)
+            found.append(ValidationSet(name, loader, samples, size, session.groups, counter, alive))
+        return found
+
+    def _eval_loader(self, data: Any, steps: int, samples: int | None) -> EvalLoader:
         train, groups = self.config.train, self.session.groups
         return EvalLoader(
-            self.session.valid_data,
+            data,
             train.micro_batch_size,
             self.config.num_micro_batches(groups.world_size),
             groups.dp_rank,
             groups.dp_size,
-            train.eval_iters,
+            steps,
             pin_memory=groups.device.type != "cpu",
+            num_samples=samples,
         )
 
     def _saver(self, ema: EmaHook | None) -> CheckpointHook:
@@ -139,7 +175,8 @@ class RunningStage:
         )
         saver.stage_end = self.stage.last if self.stage is not session.stages[-1] else None
         saver.stages = [stage.record() for stage in session.stages[1 : self.stage.index + 1]]
-        saver.data = session.data_record
+        saver.data = lambda: session.ledger.to_json()
+        saver.progress = lambda consumed: session.ledger.progress(consumed)
         saver.on_saved = session.stop.note_save
         return saver
 
@@ -151,6 +188,7 @@ class RunningStage:
         self.growth.events = before.growth_events
         if self.eval is not None:
             self.eval.last_loss, self.eval.last_ema_loss = before.valid_loss, before.valid_ema_loss
+            self.eval.last_losses = before.valid_losses
 
     def measured(self) -> Measured:
         """For the reports of the stage that follows, and for the summary."""
@@ -159,16 +197,17 @@ class RunningStage:
             self.log.last_loss,
             None if self.eval is None else self.eval.last_loss,
             None if self.eval is None else self.eval.last_ema_loss,
+            {} if self.eval is None else self.eval.last_losses,
             self.log.tokens_per_second,
             self.straggler.rules,
             self.saver.last_path,
             self.growth.events,
         )
 
-    def load(self, folder: Path, saved: dict[str, Any], place: Place) -> list[str]:
+    def load(self, folder: Path, saved: dict[str, Any], place: Place, weights: str | None = None) -> list[str]:
         """Continue from a checked checkpoint; see ``CheckpointHook.load``."""
         self.session.progress.enter("growing the model" if place.grows else "loading the checkpoint")
-        notes = self.saver.load(folder, saved, self.session.state, place)
+        notes = self.saver.load(folder, saved, self.session.state, place, weights)
         if self.ramp is not None:  # for losses that are measured before the first step
             self.ramp.before_run(self.session.state)
         return notes

@@ -22,10 +22,11 @@ from megatron_sgt.checkpoint.surgery.reader import GrownReader, Opened, open_any
 from megatron_sgt.checkpoint.surgery.state import grown_hooks
 from megatron_sgt.config import Config, parse_config
 from megatron_sgt.config.pipeline import PipelineLayout
-from megatron_sgt.data.gpt_dataset import build_datasets
+from megatron_sgt.data.gpt_dataset import build_datasets, follow
 from megatron_sgt.data.loader import EvalLoader, TrainLoader
 from megatron_sgt.data.tokenizer import tokenizer_of
 from megatron_sgt.engine.build import build_runtime
+from megatron_sgt.engine.data_start import data_start
 from megatron_sgt.engine.loop import DivergedError
 from megatron_sgt.engine.skipped_ranges import SkippedRanges, batches_outside
 from megatron_sgt.engine.step import Batch, train_step
@@ -39,6 +40,7 @@ from megatron_sgt.parallel.device import synchronize
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.planning.pipeline import pipeline_layout
 from megatron_sgt.planning.structure import schedule_of
+from megatron_sgt.preflight import Start
 from megatron_sgt.stages.config import grown_config
 from megatron_sgt.stages.growth import Growth
 from megatron_sgt.stages.learning_rate import RatePolicy
@@ -103,11 +105,11 @@ class StageSearch:
         check_cut(pipeline_layout(self.config), growth, self.depths)
         layers = set(range(growth.new.num_layers))
         self._plans = {d: whole.skipping(layers - set(executed_layers(growth, d))) for d in self.depths}
-        self._open_data(folder, opened[0].saved["trainer"]["consumed_samples"])
+        self._open_data(folder, opened[0].saved)
         self._runtime = build_runtime(self.config, groups)
         self._load(opened[0], growth)
 
-    def _open_data(self, folder: Path, consumed_samples: int) -> None:
+    def _open_data(self, folder: Path, saved: dict[str, Any]) -> None:
         """Training goes on where the run stands, past what it skips; validation reads what the run's reads."""
         config, groups = self.config, self.groups
         train, valid, _ = build_datasets(config, tokenizer_of(config.data))
@@ -118,11 +120,12 @@ class StageSearch:
         shape = (config.train.micro_batch_size, config.num_micro_batches(groups.world_size))
         place = (groups.dp_rank, groups.dp_size)
         self._valid = EvalLoader(valid, *shape, *place, config.train.eval_iters)
+        follow(train, on_rank_zero(lambda: data_start(config, Start(folder, saved))).ledger.now, config)
         skipped = on_rank_zero(lambda: SkippedRanges.read(folder.parent))
         self._batches: Iterator[Batch] = batches_outside(
             lambda consumed: TrainLoader(train, *shape, *place, consumed, config.data.num_workers),
             skipped,
-            consumed_samples,
+            saved["trainer"]["consumed_samples"],
         )
 
     def _load(self, opened: Opened, growth: Growth) -> None:

@@ -57,7 +57,7 @@ def first_look(session: Session) -> Look:
 
 def own_look(session: Session) -> Look:
     """For going back to one of the run's own."""
-    own = session.config.checkpoint.model_copy(update={"resume": "auto", "load": None})
+    own = session.config.checkpoint.model_copy(update={"resume": "auto", "load": None, "start": "resume"})
     return partial(find_start, session.config.model_copy(update={"checkpoint": own}))
 
 

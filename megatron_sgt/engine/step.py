@@ -14,11 +14,12 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
 
-from megatron_sgt.data.pieces import cut
 from megatron_sgt.engine.finite import guard
 from megatron_sgt.engine.pipeline import forward_backward
+from megatron_sgt.engine.token_weights import weighted
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.model.apply_plan import begin_step, mark_micro_batch
+from megatron_sgt.model.documents import counted
 from megatron_sgt.parallel.groups import ParallelGroups
 
 Batch = dict[str, Tensor]
@@ -57,7 +58,7 @@ class StepResult:
     """What one step did.
 
     ``loss``: mean over this rank's micro-batches, a scalar on the device (no synchronisation happened for it), on every
-    stage of a pipeline.
+    stage of a pipeline; its mean over data-parallel ranks is that of the step (see ``token_weights``).
     ``grad_norm``: L2 norm over all parameters before clipping; inf or NaN when the update was skipped.
     ``applied``: whether the optimizer took the step (False: a loss, an entropy or a gradient was not finite
     on some rank).
@@ -107,15 +108,16 @@ def _forward_backward(
 ) -> Tensor:
     """Compute the gradients of a step, ready for its last ``engine.step()``; returns the mean loss."""
     losses: list[Tensor] = []
-    meter = engine.module.meter
-    for batch in batches:
+    model = engine.module
+    meter = model.meter
+    for batch, weight in weighted(batches, model.rules.weighted, groups):
         if losses:
             engine.step()  # DeepSpeed counts micro-batches with it
-        mark_micro_batch(engine.module, last=engine.is_gradient_accumulation_boundary())
-        there = {name: t.to(groups.device, non_blocking=True) for name, t in batch.items()}
-        loss = engine(**cut(there, pieces))  # cut on the device: whole samples lie in pinned memory
+        mark_micro_batch(model, last=engine.is_gradient_accumulation_boundary())
+        inputs = model.inputs(batch, groups.device, pieces=pieces)
+        loss = engine(**inputs, **weight)
         guard(loss, meter)
-        meter.end_micro_batch()
+        meter.end_micro_batch(**counted(inputs))
         with meter.paused():
             engine.backward(loss)
         losses.append(loss.detach())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +12,11 @@ from torch import Tensor
 
 from megatron_sgt.config import Config, parse_config
 from megatron_sgt.config.data import DataConfig
-from megatron_sgt.data.gpt_dataset import BlendedSamples, build_datasets
+from megatron_sgt.data.gpt_dataset import BlendedSamples, build_datasets, open_validation_sets
 from megatron_sgt.data.splits import SPLIT_NAMES
 from megatron_sgt.data.tokenizer import Tokenizer
 from megatron_sgt.errors import DataError
-from megatron_sgt.evaluation.perplexity import perplexity
+from megatron_sgt.evaluation.perplexity import bits_per_byte, perplexity
 from megatron_sgt.evaluation.text_bytes import TextBytes
 
 Logits = Callable[[Tensor], Tensor]
@@ -49,16 +48,14 @@ class DatasetLoss:
     @property
     def bits_per_byte(self) -> float | None:
         """loss in bits, per byte of text instead of per token: comparable between tokenizers."""
-        if not self.text_bytes:
-            return None
-        return self.loss * self.tokens / (math.log(2) * self.text_bytes)
+        return bits_per_byte(self.loss, self.tokens, self.text_bytes)
 
 
 @dataclass(frozen=True)
 class WhichSamples:
     """data: as in a run's configuration; part: "train", "valid", "test", or "all" for the data set as one.
 
-    num_samples: only the first ones; None: all, once.
+    Or a name in data.valid. num_samples: only the first ones, of a named set no more than it has; None: all, once.
     """
 
     data: DataConfig
@@ -79,6 +76,9 @@ def open_samples(
     if wanted.part == ALL:
         data["split"] = "1"
     config = _config(data, wanted.seq_length, vocab_size)
+    if wanted.part in config.data.valid:
+        named = open_validation_sets(config, tokenizer)[wanted.part]
+        return named, min(len(named), wanted.num_samples or len(named))
     parts = build_datasets(config, tokenizer)
     samples = parts[0] if wanted.part == ALL else parts[SPLIT_NAMES.index(wanted.part)]
     if samples is None:
@@ -134,7 +134,7 @@ def dataset_loss(
         padded += _summed_loss(found, labels, mask) if has_padding else 0.0
         tokens += int(mask.sum())
         if counter is not None:
-            text_bytes += sum(counter.count(int(s["tokens"][0]), s["labels"].tolist()) for s in batch)
+            text_bytes += counter.count_labels(torch.stack([sample["tokens"] for sample in batch]), labels, mask)
     return DatasetLoss(
         samples=num_samples,
         tokens=tokens,

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
+from torch import Tensor
+
 from megatron_sgt.data.tokenizer import Tokenizer
 
 _DAMAGED = "\ufffd"
@@ -33,14 +36,30 @@ class TextBytes:
         """Bytes of ``ids``, the first of which comes after the token ``previous``."""
         total = 0
         for token in ids:
-            if token not in self._boundaries:
-                begins = previous in self._boundaries
-                known = self._at_beginning if begins else self._inside
-                if token not in known:
-                    known[token] = self._bytes(token, [] if begins else self._before)
-                total += known[token]
+            total += self._of_token(token, previous in self._boundaries)
             previous = token
         return total
+
+    def count_labels(self, tokens: Tensor, labels: Tensor, mask: Tensor) -> int:
+        """Bytes of the ``labels`` that are predicted from ``tokens``, where ``mask`` is 1; all [B, S]."""
+        counted = mask.numpy() != 0
+        before = np.isin(tokens.numpy()[counted], list(self._boundaries))
+        ids = labels.numpy()[counted]
+        total = 0
+        for begins in (False, True):
+            different, times = np.unique(ids[before == begins], return_counts=True)
+            pairs = zip(different.tolist(), times.tolist(), strict=True)
+            total += sum(self._of_token(token, begins) * number for token, number in pairs)
+        return total
+
+    def _of_token(self, token: int, begins: bool) -> int:
+        """``begins``: it is the first of its document."""
+        if token in self._boundaries:
+            return 0
+        known = self._at_beginning if begins else self._inside
+        if token not in known:
+            known[token] = self._bytes(token, [] if begins else self._before)
+        return known[token]
 
     def _bytes(self, token: int, before: list[int]) -> int:
         text = self._tokenizer.decode([*before, token])

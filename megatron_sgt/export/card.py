@@ -63,7 +63,7 @@ def model_card(
         *_front_matter(source, license_id),
         f"# {title}",
         "",
-        _origin(source) + _grown(details) + _averaged(source) + _faded(source),
+        _origin(source) + _began(details) + _grown(details) + _averaged(source) + _faded(source),
         "",
         "```python",
         f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if has_tokenizer else ''}",
@@ -118,6 +118,18 @@ def _origin(source: ExportSource) -> str:
     return (
         f"Pretrained with megatron_sgt ({_PAPER}): step {details.step:,} of {details.train_iters:,}, "
         f"{details.tokens:,} tokens, growth phase `{details.growth.phase}`.{first}"
+    )
+
+
+def _began(details: Details) -> str:
+    """Whose weights the run began with, without the path of a machine."""
+    if details.began is None:
+        return ""
+    which = "averaged weights" if details.began["weights"] == "ema" else "weights"
+    loops = "" if details.began["growth"] == "keep" else ", without their loops"
+    return (
+        f" Its run began with the {which} of step {details.began['step']:,} of another run{loops}, which had been "
+        f"trained on {details.began['tokens']:,} tokens before."
     )
 
 

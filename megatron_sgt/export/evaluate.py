@@ -47,6 +47,22 @@ def which_samples(
     return WhichSamples(chosen, part or VALID, length, num_samples if whole else as_validated)
 
 
+def which_of_set(opened: OpenModel, name: str, seq_length: int | None, num_samples: int | None) -> WhichSamples:
+    """The samples of the set ``name`` of data.valid, by default those that the run reads in each validation.
+
+    Raises:
+        ConfigError: a Hugging Face folder; a run without such a set.
+    """
+    run = None if opened.source is None else opened.source.config
+    known = {} if run is None else run.data.valid
+    if run is None or name not in known:
+        has = ", ".join(known) or "none"
+        raise ConfigError(f"{opened.name} has no validation set {name!r} (data.valid: {has}); give --data PREFIX")
+    as_validated = run.train.eval_iters * run.train.global_batch_size
+    data = DataConfig(valid={name: known[name]})
+    return WhichSamples(data, name, seq_length or opened.context, num_samples or as_validated)
+
+
 def evaluate(opened: OpenModel, wanted: WhichSamples, tokenizer: Path | None, batch_size: int) -> DatasetLoss:
     """Measure. ``tokenizer``: what the user gave instead of the model's own.
 
@@ -79,9 +95,8 @@ def _tokenizer_for(opened: OpenModel, wanted: WhichSamples, chosen: Path | None)
     found = [build_tokenizer(config) for config in _candidates(opened, chosen)]
     if not found:
         return None
-    made_with = {
-        read_metadata(resolve_prefix(prefix)[0]).get("tokenizer_fingerprint") for _, prefix in wanted.data.blend()
-    }
+    paths = [path for _, path in wanted.data.blend()] if wanted.data.data_path else wanted.data.valid.values()
+    made_with = {read_metadata(resolve_prefix(path)[0]).get("tokenizer_fingerprint") for path in paths}
     return next((tokenizer for tokenizer in found if tokenizer.fingerprint() in made_with), found[0])
 
 

@@ -131,7 +131,7 @@ class ReplaySchedule(SGTSchedule):
         refuse_moved((head for event in self._recorded if event.step <= step for head in event.kept_heads), grown)
 
     def adopt(self, plan: LoopPlan) -> None:
-        raise ConfigError("growth.replay: repeats growth from its beginning, but the imported model has grown already")
+        raise ConfigError("growth.replay: repeats growth from its beginning, but the given model has grown already")
 
     def _fingerprint(self) -> str:
         return hashlib.sha256(repr(self._recorded).encode()).hexdigest()

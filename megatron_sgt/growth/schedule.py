@@ -231,7 +231,7 @@ class Schedule(ABC):
         if type(self).inherit is Schedule.inherit:
             self.inherit(self, grown)
 
-    # Imported models
+    # Given models: imported ones, those of other runs
 
     @classmethod
     def settings_for(cls, plan: LoopPlan, num_heads: int) -> dict[str, Any] | None:
@@ -239,9 +239,9 @@ class Schedule(ABC):
         return None
 
     def adopt(self, plan: LoopPlan) -> None:
-        """Go on with ``plan``, in which an imported model has finished growing, and grow no further.
+        """Go on with ``plan``, in which an imported model, or another run's, has finished growing, and grow no further.
 
         Raises:
             ConfigError: this rule, under its settings, cannot have made ``plan``.
         """
-        raise ConfigError(f"growth.method: is {self.name}, which cannot go on with loops of an imported model")
+        raise ConfigError(f"growth.method: is {self.name}, which cannot go on with loops of a given model")

@@ -383,10 +383,16 @@ class SGTSchedule(Schedule):
 
     def adopt(self, plan: LoopPlan) -> None:
         """The layers are taken as selected so long ago that their windows are over."""
-        if any(layer.block_loops for layer in plan) or max(plan.loops) > self.max_loops:
-            raise ConfigError(
-                f"growth.method: is {self.name} with max_loop_depth {self.max_loops}, but the imported model loops "
-                "deeper, or whole layers"
-            )
+        if any(layer.block_loops for layer in plan):
+            raise ConfigError(f"growth.method: is {self.name}, but the given model loops whole layers")
+        cfg, kept = self.config, max((len(layer.kept_heads) for layer in plan), default=0)
+        heads = self.num_heads if cfg.head_choice == "all" else cfg.num_keep_heads
+        for name, allowed, there in (
+            ("max_loop_depth", cfg.max_loop_depth, max(plan.loops)),
+            ("max_selected_layers", cfg.max_selected_layers, len(plan.layers)),
+            ("num_keep_heads", heads, kept),
+        ):
+            if there > allowed:
+                raise ConfigError(f"growth.{name}: is {allowed}, but the loops of the given model need {there}")
         self._phase = "fixed"
         self._grown = {n: Grown(layer.loops, layer.kept_heads, -self.config.window_size) for n, layer in plan.layers}

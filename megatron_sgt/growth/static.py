@@ -46,7 +46,7 @@ class StaticSchedule(Schedule):
         if plan != self.plan:
             made = {n: layer.block_loops or list(layer.kept_heads) for n, layer in plan.layers}
             raise ConfigError(
-                f"growth.method: is {self.name}, which does not make the loops of the imported model, {made}"
+                f"growth.method: is {self.name}, which does not make the loops of the given model, {made}"
             )
 
 

@@ -1,6 +1,7 @@
 """What keeps a long run alive: requests to stop, and a watch inside every rank for peers that die, hang or fail.
 
 stop            requests to stop: signals, limits of time
+save_now        a request to save without stopping: a file in the run's folder
 signals         receives signals, and forces the exit of a process that cannot stop in order
 ending          how the process of a rank ends: its exit code, and who reports a user's mistake
 progress        what this rank is doing, marked by the training loop

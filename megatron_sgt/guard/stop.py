@@ -1,7 +1,7 @@
-"""Requests to stop a run before its end: which kinds there are, and when one is due.
+"""Requests to stop a run before its end, or to save and go on: which kinds there are, and when one is due.
 
 Any rank may receive one (a signal, or a time limit that its clock has passed). The loop asks before every step, and
-all ranks agree on the answer, so that all stop after the same step (engine/loop.py).
+all ranks agree on the answer, so that all stop, or save, after the same step (engine/loop.py).
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import time
 from collections.abc import Callable
 
 from megatron_sgt.config import TrainConfig
+from megatron_sgt.guard.save_now import SaveTrigger
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 """Ask to save and stop: a scheduler's or launcher's SIGTERM, a terminal that is gone, Slurm's warning, Ctrl-C."""
 
 
 class Reason(enum.IntEnum):
-    """Why a run stops. Of several reasons, on one rank or on many, the largest counts.
+    """Why a run stops; SAVE_NOW alone stops nothing. Of several, on one rank or on many, the largest counts.
+
+    A run that stops saves, so that no request to save is lost to a larger one.
 
     Launchers answer Ctrl-C, a warning or a hang-up with a SIGTERM of their own, so that SIGTERM is the least of the
     signals; a shell passes a hang-up on to jobs that were warned before, so that SIGHUP is the next.
@@ -26,12 +29,13 @@ class Reason(enum.IntEnum):
     """
 
     NONE = 0
-    JOB_END = 1
-    DURATION = 2
-    SIGTERM = 3
-    SIGHUP = 4
-    SIGUSR1 = 5
-    SIGINT = 6
+    SAVE_NOW = 1
+    JOB_END = 2
+    DURATION = 3
+    SIGTERM = 4
+    SIGHUP = 5
+    SIGUSR1 = 6
+    SIGINT = 7
 
     @classmethod
     def of(cls, signum: int) -> Reason:
@@ -62,6 +66,8 @@ class StopRequests:
         self._duration_end = None if minutes is None else now() + 60 * minutes
         self._job_end = None if job_end is None else job_end - 60 * train.exit_before_job_end_minutes
         self._longest_save = 0.0
+        self.trigger: SaveTrigger | None = None
+        """Of the run's folder, on rank 0 while it holds that."""
         self.training = False
         """Whether the loop runs: before that there is nothing to save, and Ctrl-C interrupts as usual."""
         self.on_agreed: Callable[[int], None] = lambda reason: None
@@ -85,4 +91,4 @@ class StopRequests:
             return Reason.DURATION
         if self._job_end is not None and self._now() >= self._job_end - self._longest_save:
             return Reason.JOB_END
-        return Reason.NONE
+        return Reason.SAVE_NOW if self.trigger is not None and self.trigger.asked() else Reason.NONE

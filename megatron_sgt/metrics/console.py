@@ -14,6 +14,7 @@ LineFormat = Callable[[Mapping[str, Any], lines.Paint], str]
 _SGT: dict[str, LineFormat] = {
     "train": lines.train_line,
     "valid": lines.valid_line,
+    "tasks": lines.tasks_line,
     "growth": lines.growth_line,
     "length": lines.length_line,
     "grow": lines.grow_line,

@@ -6,7 +6,7 @@ is absent or None is left out of the line.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from megatron_sgt.errors import ExitCode
@@ -169,20 +169,45 @@ def grow_line(record: Record, paint: Paint = plain) -> str:
 
 
 def valid_line(record: Record, paint: Paint = plain) -> str:
-    """Validation loss and perplexity, and those of the averaged weights where there are such."""
+    """Validation loss, perplexity and bits per byte, also of the averaged weights; one line more for each named set."""
     batches, seconds = record.get("batches"), record.get("seconds")
     extent = [] if batches is None else [f"{batches:,} batches"]
     extent += [] if seconds is None else [units.elapsed(seconds)]
-    return _join(
+    whole = _join(
         (
             f"{paint('good', 'VALID')} step {record['step']:,}",
-            _number(record, "loss", "loss", 3, paint),
-            _part(record, "perplexity", lambda ppl: f"ppl {units.perplexity(ppl)}"),
-            _number(record, "ema_loss", "ema loss", 3, paint),
-            _part(record, "ema_perplexity", lambda ppl: f"ema ppl {units.perplexity(ppl)}"),
+            *_loss_parts(record, paint),
             f"({', '.join(extent)})" if extent else None,
         )
     )
+    return "\n".join([whole, *(_set_line(name, one, paint) for name, one in (record.get("sets") or {}).items())])
+
+
+def _loss_parts(record: Record, paint: Paint) -> Iterator[str | None]:
+    for prefix, label in (("", ""), ("ema_", "ema ")):
+        yield _number(record, f"{prefix}loss", f"{label}loss", 3, paint)
+        perplexity = record.get(f"{prefix}perplexity")
+        yield None if perplexity is None else f"{label}ppl {units.perplexity(perplexity)}"
+        yield _number(record, f"{prefix}bits_per_byte", f"{label}bits/byte", 3, paint)
+
+
+def _set_line(name: str, record: Record, paint: Paint) -> str:
+    """One set of data.valid, below the line of the validation."""
+    samples, size = record.get("samples"), record.get("samples_in_set")
+    part = "all" if samples == size else f"{samples:,} of"
+    return _join((f"      {name}", *_loss_parts(record, paint), None if size is None else f"({part} {size:,} samples)"))
+
+
+def tasks_line(record: Record, paint: Paint = plain) -> str:
+    """The measured values of each task, or why there are none."""
+    label = f"{paint('good', 'TASKS')} step {record['step']:,}"
+    if record.get("failed"):
+        return _join((label, paint("bad", "not measured"), str(record["failed"])))
+    parts = (
+        ", ".join((task, *(f"{name} {units.significant(value)}" for name, value in values.items())))
+        for task, values in record["results"].items()
+    )
+    return _join((label, *parts, _part(record, "seconds", lambda seconds: f"({units.elapsed(seconds)})")))
 
 
 def save_line(record: Record, paint: Paint = plain) -> str:
@@ -191,7 +216,15 @@ def save_line(record: Record, paint: Paint = plain) -> str:
     seconds = _part(record, "seconds", units.elapsed)
     cost = f"{size} in {seconds}" if size and seconds else size or seconds
     path = _part(record, "path", str)
-    return _join((f"{paint('good', 'SAVE')}  step {record['step']:,}", cost, path))
+    asked = "as asked" if record.get("asked") else None
+    return _join((f"{paint('good', 'SAVE')}  step {record['step']:,}", asked, cost, path))
+
+
+def began(origin: Mapping[str, Any]) -> str:
+    """With whose weights a new run began (checkpoint/new_run.py)."""
+    which = "the averaged weights" if origin["weights"] == "ema" else "the weights"
+    loops = "loops kept" if origin["growth"] == "keep" else "growth anew"
+    return f"{which} of {origin['checkpoint']} (step {origin['step']:,}, {origin['tokens']:,} tokens), {loops}"
 
 
 def resume_line(record: Record, paint: Paint = plain) -> str:
@@ -200,13 +233,15 @@ def resume_line(record: Record, paint: Paint = plain) -> str:
         searched = record.get("searched")
         looked = f" (no checkpoint in {searched})" if searched else ""
         return f"{paint('good', 'START')}  fresh start{looked}"
-    samples = _part(record, "consumed_samples", lambda n: f"({n:,} samples consumed)")
     changed = _part(record, "changed", lambda names: f"changed: {'; '.join(names)}" if names else "")
+    if (origin := record.get("origin")) is not None:
+        return _join((f"{paint('good', 'START')}  new run with {began(origin)}", changed))
+    tokens = _part(record, "consumed_tokens", lambda n: f"({n:,} tokens consumed)")
     resumed = _join(
         (
             f"{paint('warn', 'RESUME')}  resumed at step {record['step']:,}",
             f"from {record['path']}",
-            samples,
+            tokens,
             changed,
         )
     )
@@ -259,6 +294,10 @@ def hook_line(record: Record, paint: Paint = plain) -> str:
     return _join((f"{paint('good', 'HOOK')}  step {record['step']:,}", record["hook"], *values))
 
 
+def _losses_of_sets(record: Record) -> Mapping[str, float]:
+    return record.get("valid_losses") or {}
+
+
 def summary_line(record: Record, paint: Paint = plain) -> str:
     """The end of a run: one line of results, then one line for each of its ``paths``."""
     step, total = record["step"], record.get("train_iters")
@@ -277,6 +316,7 @@ def summary_line(record: Record, paint: Paint = plain) -> str:
                 loss,
                 _number(record, "valid_loss", "valid loss", 3, paint),
                 _number(record, "valid_ema_loss", "ema valid loss", 3, paint),
+                *(_number({name: loss}, name, name, 3, paint) for name, loss in _losses_of_sets(record).items()),
                 _part(record, "growth_events", lambda n: f"{n} growth event{'' if n == 1 else 's'}"),
                 _part(record, "consumed_tokens", lambda n: f"{units.si(n, ' ')} tokens"),
                 _part(record, "tokens_per_second", lambda rate: f"{units.si(rate, ' ')} tok/s"),

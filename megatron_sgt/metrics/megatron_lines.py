@@ -47,14 +47,24 @@ def train_line(record: Mapping[str, Any], paint: Paint = plain) -> str:
 
 
 def valid_line(record: Mapping[str, Any], paint: Paint = plain) -> str:
-    """The result of a validation, between two rules."""
-    text = f" validation loss at iteration {record['step']} |"
+    """The result of a validation, between two rules; one line for each set."""
+    sets = record.get("sets") or {}
+    found = [] if sets and record.get("loss") is None else [("", record)]
+    texts = [_valid_text(record["step"], label, one) for label, one in [*found, *_labelled(sets)]]
+    rule = "-" * (max(map(len, texts)) + 1)
+    return "\n".join((rule, *texts, rule))
+
+
+def _labelled(sets: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
+    return [(f" on {name}", one) for name, one in sets.items()]
+
+
+def _valid_text(step: int, label: str, record: Mapping[str, Any]) -> str:
+    text = f" validation loss at iteration {step}{label} |"
     text += _field(record, "loss", "lm loss value: {:.6E}")
     text += _field(record, "perplexity", "lm loss PPL: {:.6E}")
     text += _field(record, "ema_loss", "ema lm loss value: {:.6E}")
-    text += _field(record, "ema_perplexity", "ema lm loss PPL: {:.6E}")
-    rule = "-" * (len(text) + 1)
-    return "\n".join((rule, text, rule))
+    return text + _field(record, "ema_perplexity", "ema lm loss PPL: {:.6E}")
 
 
 def save_line(record: Mapping[str, Any], paint: Paint = plain) -> str:

@@ -71,14 +71,40 @@ MEASURED = (
 """Fields of a train record that a run determines: another run of the same configuration has the same, bit for bit."""
 
 
-class ValidRecord(_Record, total=False):
-    """One validation, with the structure that inference uses."""
+class SetRecord(TypedDict, total=False):
+    """What a validation finds on one set."""
 
     loss: float
     perplexity: float
+    bits_per_byte: float  # the loss of all tokens in bits, per byte of their text; with a tokenizer only
     ema_loss: float  # of the averaged weights, with train.ema_decay
     ema_perplexity: float
-    batches: int  # micro-batches per rank
+    ema_bits_per_byte: float
+    samples: int  # sequences that were read
+    samples_in_set: int
+    tokens: int  # whose loss counts
+
+
+class ValidRecord(_Record, total=False):
+    """One validation, with the structure that inference uses. Losses are of the validation split, if there is one."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    ema_loss: float
+    ema_perplexity: float
+    ema_bits_per_byte: float
+    sets: dict[str, SetRecord]  # those of data.valid
+    batches: int  # micro-batches per rank, of all sets
+    seconds: float
+
+
+class TasksRecord(_Record, total=False):
+    """Downstream tasks (evaluation.tasks), with the structure that inference uses."""
+
+    results: dict[str, dict[str, float]]  # task -> metric -> value
+    weights: str  # weights or average: which were measured
+    failed: str  # instead of results: why there are none
     seconds: float
 
 
@@ -144,6 +170,9 @@ class SaveRecord(_Record, total=False):
     seconds: float  # until it was whole
     stall_s: float  # of them, those in which training stood still
     bytes: int
+    source_tokens: dict[str, int]  # by prefix of every source that the run has read: tokens
+    source_epochs: dict[str, float | None]  # where the run stands in it; None where its length is not known
+    asked: bool  # True: by --save-now
 
 
 class SaveFailedRecord(_Record, total=False):
@@ -158,8 +187,12 @@ class ResumeRecord(_Record, total=False):
     path: Path | str | None  # None: a fresh start
     searched: Path | str  # where a checkpoint was looked for
     consumed_samples: int
+    consumed_tokens: int
     skipped: tuple[str, ...] | list[str]  # damaged checkpoints that were passed over
     changed: tuple[str, ...] | list[str]  # settings unlike the checkpoint's: "train.train_iters 8 -> 12"
+    origin: dict[
+        str, int | str | None
+    ]  # of a new run with the weights of another (checkpoint/new_run.py), where it begins
 
 
 class DataRecord(_Record, total=False):
@@ -223,6 +256,7 @@ class SummaryRecord(_Record, total=False):
     loss: float | None
     valid_loss: float | None
     valid_ema_loss: float  # of the averaged weights, with train.ema_decay
+    valid_losses: dict[str, float]  # of the sets of data.valid
     growth_events: int
     seconds: float
     consumed_tokens: int
@@ -234,6 +268,7 @@ RECORDS: dict[str, type] = {
     "train": TrainRecord,
     "ranks": RanksRecord,
     "valid": ValidRecord,
+    "tasks": TasksRecord,
     "growth": GrowthRecord,
     "length": LengthRecord,
     "grow": GrowRecord,

@@ -44,9 +44,12 @@ def _loss_rows(train: Sequence[Record]) -> Iterator[tuple[str, str]]:
 
 
 def _valid_rows(valid: Sequence[Record]) -> Iterator[tuple[str, str]]:
-    if valid:
-        curve = " -> ".join(f"{units.fixed(v['loss'], 3)} (step {v['step']:,})" for v in (valid[0], valid[-1]))
-        yield "validation", f"loss {curve} · perplexity {units.perplexity(valid[-1]['perplexity'])}"
+    split = [v for v in valid if v.get("loss") is not None]
+    if split:
+        yield "validation", _curve(split[0], split[0], split[-1], split[-1])
+    for name in valid[-1].get("sets") or {} if valid else {}:
+        of_set = [(v, v["sets"][name]) for v in valid if name in (v.get("sets") or {})]
+        yield name, _curve(*of_set[0], *of_set[-1])
     averaged = [v for v in valid if v.get("ema_loss") is not None]
     if averaged:
         last = averaged[-1]
@@ -54,8 +57,20 @@ def _valid_rows(valid: Sequence[Record]) -> Iterator[tuple[str, str]]:
         yield "ema", f"{text} · perplexity {units.perplexity(last['ema_perplexity'])}"
 
 
+def _curve(first: Record, begun: Record, last: Record, ended: Record) -> str:
+    """From the values ``begun`` of the record ``first`` to those of the last."""
+    pairs = ((first, begun), (last, ended))
+    losses = " -> ".join(f"{units.fixed(one['loss'], 3)} (step {record['step']:,})" for record, one in pairs)
+    bits = ended.get("bits_per_byte")
+    per_byte = "" if bits is None else f" · {units.fixed(bits, 3)} bits/byte"
+    return f"loss {losses} · perplexity {units.perplexity(ended['perplexity'])}{per_byte}"
+
+
 def _start_rows(resumes: Sequence[Record]) -> Iterator[tuple[str, str]]:
-    steps = [f"{r['step']:,}" for r in resumes if r.get("path")]
+    for record in resumes:
+        if record.get("origin"):
+            yield "began", f"with {lines.began(record['origin'])}"
+    steps = [f"{r['step']:,}" for r in resumes if r.get("path") and not r.get("origin")]
     if steps:
         yield "resumed", "at step " + ", ".join(steps)
 

@@ -32,7 +32,12 @@ _NO_CURVE = (
     "stage",
     "fade_until_step",
     "memory_total_gb",
+    "samples",
+    "samples_in_set",
+    "tokens",
 )
+_BY_NAME = ("sets", "results", "valid_losses")
+"""Fields that hold the values of things that have names."""
 
 
 class Writer(Protocol):
@@ -49,14 +54,24 @@ class Writer(Protocol):
 
 
 def scalars(kind: str, record: Mapping[str, Any]) -> dict[str, float]:
-    """The curves of a record: "train/loss" -> number, for every field that is one; of a hook, for its values."""
+    """The curves of a record: "train/loss" -> number, for every field that is one; of a hook, for its values.
+
+    Those of a named validation set are "valid/NAME/loss", those of a task "tasks/NAME/acc", those of a save
+    "save/source_epochs/PREFIX", too.
+    """
     if kind == "hook":
         kind, record = f"hook/{record['hook']}", record["values"]
-    return {
+    epochs = record.get("source_epochs") or {}
+    record = {**record, **{f"source_epochs/{source}": number for source, number in epochs.items()}}
+    found = {
         f"{kind}/{key}": float(value)
         for key, value in record.items()
         if isinstance(value, int | float | Real) and not isinstance(value, bool) and key not in _NO_CURVE
     }
+    for key in _BY_NAME:
+        for name, value in (record.get(key) or {}).items():
+            found |= scalars(f"{kind}/{name}", value if isinstance(value, Mapping) else {"loss": value})
+    return found
 
 
 def check_packages(logging: LoggingConfig) -> None:
@@ -177,7 +192,7 @@ class WandbWriter:
             ) from error
         replace_text(id_file, f"{self._run.id}\n")
         # W&B's own step may not go back, as ours does on a resume: ours is one more curve, and the x axis.
-        for kind in ("train", "valid", "growth", "grow", "save", "hook"):
+        for kind in ("train", "valid", "tasks", "growth", "grow", "save", "hook"):
             self._run.define_metric(f"{kind}/*", step_metric="step")
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:

@@ -28,8 +28,10 @@ from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
 from megatron_sgt.arch.head_layout import HeadLayout
+from megatron_sgt.model.documents import DocumentMask
 from megatron_sgt.model.head_loop import KeptLoop, LoopingLayer
 from megatron_sgt.model.kept_weights import KeptWeights
+from megatron_sgt.ops.documents import Documents
 from megatron_sgt.ops.rotary import Rotary, rotate_halves
 from megatron_sgt.ops.shard_attention import shard_attention
 
@@ -47,13 +49,15 @@ class BalancedLoop(KeptLoop):
     layout: HeadLayout
     sharded: bool
 
-    def __call__(self, layer: LoopingLayer, x: Tensor, rotary: Rotary, index: int) -> Tensor:
+    def __call__(
+        self, layer: LoopingLayer, x: Tensor, rotary: Rotary, index: int, mask: DocumentMask | None = None
+    ) -> Tensor:
         attention, own = layer.self_attention, self.positions(rotary)
         project_in = partial(self._project_in, index=index)
         fused = attention.linear_qkv(layer.input_layernorm(x), use=project_in)
         query, key, value = self.split_heads(fused, layer)
         query, key = rotate_halves(query, own), rotate_halves(key, own)
-        out = self.attention(layer, query, key, value, index).flatten(2)
+        out = self.attention(layer, query, key, value, index, mask).flatten(2)
         if not self.sharded:
             out = mappings.gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False)
         project_out = partial(self._project_out, index=index)
@@ -81,7 +85,9 @@ class BalancedLoop(KeptLoop):
         own = slice(self.layout.tp_rank * share, (self.layout.tp_rank + 1) * share)
         return Rotary(rotary.cos[own], rotary.sin[own])
 
-    def attention(self, layer: LoopingLayer, query: Tensor, key: Tensor, value: Tensor, index: int) -> Tensor:
+    def attention(
+        self, layer: LoopingLayer, query: Tensor, key: Tensor, value: Tensor, index: int, mask: DocumentMask | None
+    ) -> Tensor:
         """This rank's queries [S/tp, B, h, H] against the keys and values [S/tp, B, g, H] of all ranks."""
         rank, groups = self.layout.tp_rank, self.blocks.groups
         everyone = mappings.gather_from_sequence_parallel_region(
@@ -89,8 +95,12 @@ class BalancedLoop(KeptLoop):
         )
         # The causal mask hides the tokens of later ranks.
         key, value = everyone[: (rank + 1) * len(query)].split([groups, groups], dim=2)
-        library = partial(layer.self_attention.core_attention.run, shard_attention)
-        return self.attend(layer, query, key, value, index, library, rank == self.layout.tp_size - 1)
+
+        def library(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
+            run, attend = layer.self_attention.core_attention.run, partial(shard_attention, documents=documents)
+            return run(attend, query, key, value)
+
+        return self.attend(layer, query, key, value, index, mask, library, rank == self.layout.tp_size - 1)
 
     def begin_step(self) -> None:
         """Kept weights are fetched again at their next use."""

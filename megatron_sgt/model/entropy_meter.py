@@ -24,15 +24,22 @@ class EntropyMeter:
 
     A rank fills in what it measured and leaves 0 elsewhere: its own heads as a rule, all kept heads where looping is
     balanced and it holds the last token. While ``enabled`` is False nothing is measured and nothing is communicated.
+
+    Args (beyond the sizes):
+        weighted: what is stored are sums over the sequences that count, which samples with documents may make differ
+            between micro-batches, and not means.
     """
 
-    def __init__(self, num_layers: int, num_passes: int, layout: HeadLayout, device: torch.device) -> None:
+    def __init__(
+        self, num_layers: int, num_passes: int, layout: HeadLayout, device: torch.device, weighted: bool = False
+    ) -> None:
         self.layout = layout
         self.enabled = False
+        self.weighted = weighted
         shape = (num_layers, num_passes, layout.num_heads)
         self._current = torch.zeros(shape, dtype=torch.float32, device=device)
         self._sum = torch.zeros_like(self._current)
-        self._micro_batches = 0
+        self._weight = 0  # micro-batches, or sequences
         self._paused = False
 
     @property
@@ -58,12 +65,17 @@ class EntropyMeter:
         """Whether all that was stored for the running micro-batch is finite: a bool scalar on the device."""
         return self._current.isfinite().all()
 
-    def end_micro_batch(self, whole: bool = True) -> None:
-        """Add what was stored in a forward pass. ``whole``: the micro-batch has passed all this rank's layers."""
+    def end_micro_batch(self, whole: bool = True, weight: int = 1) -> None:
+        """Add what was stored in a forward pass.
+
+        Args:
+            whole: the micro-batch has passed all this rank's layers.
+            weight: of the micro-batch; where sums are stored, the sequences that count.
+        """
         if self.enabled:
             self._sum += self._current
             self._current.zero_()
-            self._micro_batches += whole
+            self._weight += whole * weight
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -77,19 +89,26 @@ class EntropyMeter:
     def reset(self) -> None:
         self._current.zero_()
         self._sum.zero_()
-        self._micro_batches = 0
+        self._weight = 0
 
-    def reduce(self, groups: ParallelGroups) -> np.ndarray:
-        """Mean over micro-batches and data-parallel ranks, all heads of the model; then reset.
+    def reduce(self, groups: ParallelGroups) -> np.ndarray | None:
+        """Mean over micro-batches (``weighted``: sequences) and data-parallel ranks of all heads; then reset.
 
-        One all-reduce over all ranks: every entry was measured by one rank of each tensor-parallel group.
+        One all-reduce over all ranks: every entry was measured by one rank of each tensor-parallel group, or of each
+        sequence by one. All ranks of such a group have counted the same sequences.
 
         Returns:
-            [L, P, N of the whole model] float64 on the host; passes that no layer executed are 0.
+            [L, P, N of the whole model] float64 on the host; passes that no layer executed are 0. None where no
+            sequence of the step counted.
         """
-        table = self._sum
+        table, weight = self._sum, max(1, self._weight) * groups.dp_size
+        if self.weighted:
+            table = torch.cat([table.flatten(), table.new_full((1,), self._weight)])
         if groups.world_size > 1:
             dist.all_reduce(table)
-        mean = table.double().cpu().numpy() / (max(1, self._micro_batches) * groups.dp_size)
+        values = table.double().cpu().numpy()
+        if self.weighted:
+            weight = round(values[-1]) // (groups.tp_size * groups.pp_size)
+            values = values[:-1].reshape(self._sum.shape)
         self.reset()
-        return mean
+        return values / weight if weight else None

@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
+from megatron_sgt.model.documents import DocumentMask
 from megatron_sgt.model.head_loop import KeptLoop, LoopingLayer, LoopPass
 from megatron_sgt.model.linear import inside
 from megatron_sgt.ops import fused_loop
@@ -23,7 +24,9 @@ class FusedLoop(LoopPass):
 
     kept: KeptLoop
 
-    def __call__(self, layer: LoopingLayer, x: Tensor, rotary: Rotary, index: int) -> Tensor:
+    def __call__(
+        self, layer: LoopingLayer, x: Tensor, rotary: Rotary, index: int, mask: DocumentMask | None = None
+    ) -> Tensor:
         attention, kept = layer.self_attention, self.kept
         modules = [layer.input_layernorm, attention.linear_qkv]
         if attention.q_layernorm is not None:
@@ -31,7 +34,7 @@ class FusedLoop(LoopPass):
         eps = layer.input_layernorm.eps
         use = partial(self._project_in, rotary=kept.positions(rotary), eps=eps, index=index)
         query, key, value, residual = inside(modules, x, use)
-        heads = kept.attention(layer, query, key, value, index)
+        heads = kept.attention(layer, query, key, value, index, mask)
         if layer.branch_scale is not None:
             heads = heads * layer.branch_scale
         project_out = partial(self._project_out, residual=residual, index=index)

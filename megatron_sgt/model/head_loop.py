@@ -26,8 +26,10 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
+from megatron_sgt.model.documents import DocumentMask
 from megatron_sgt.ops import fused_loop
 from megatron_sgt.ops.backend import choose_attention
+from megatron_sgt.ops.entropy import entropy_of_rows
 from megatron_sgt.ops.head_blocks import HeadBlocks
 from megatron_sgt.ops.rotary import Rotary, rotate_halves
 from megatron_sgt.ops.tiles import arch_of
@@ -53,13 +55,16 @@ class LoopingLayer(Protocol):
 class LoopPass:
     """One way of looping, for one layer and one plan."""
 
-    def __call__(self, layer: LoopingLayer, x: Tensor, rotary: Rotary, index: int) -> Tensor:
+    def __call__(
+        self, layer: LoopingLayer, x: Tensor, rotary: Rotary, index: int, mask: DocumentMask | None = None
+    ) -> Tensor:
         """One pass.
 
         Args:
             x: [S, B, D]; [S/tp, B, D] under sequence parallelism.
-            rotary: the table of all S positions.
+            rotary: the table of all S positions, or of each sequence's own.
             index: number of the pass, from 1.
+            mask: the documents of the sequences.
 
         Returns:
             x plus the output of the looping heads.
@@ -79,10 +84,12 @@ class DenseLoop(LoopPass):
 
     gates: Tensor
 
-    def __call__(self, layer: LoopingLayer, x: Tensor, rotary: Rotary, index: int) -> Tensor:
+    def __call__(
+        self, layer: LoopingLayer, x: Tensor, rotary: Rotary, index: int, mask: DocumentMask | None = None
+    ) -> Tensor:
         attention = layer.self_attention
         with attention.core_attention.loop_pass(index, self.gates), attention.core_attention.rotated(rotary):
-            out = attention(layer.input_layernorm(x), attention_mask=None)
+            out = attention(layer.input_layernorm(x), attention_mask=mask)
         return layer.add_residual(out, x)
 
 
@@ -110,9 +117,11 @@ class KeptLoop(LoopPass):
     def positions(self, rotary: Rotary) -> Rotary:
         return rotary
 
-    def attention(self, layer: LoopingLayer, query: Tensor, key: Tensor, value: Tensor, index: int) -> Tensor:
+    def attention(
+        self, layer: LoopingLayer, query: Tensor, key: Tensor, value: Tensor, index: int, mask: DocumentMask | None
+    ) -> Tensor:
         """Causal attention of this rank's queries [Q, B, h, H]; key and value [Q, B, g, H], all rotated."""
-        return self.attend(layer, query, key, value, index, layer.self_attention.core_attention.attend)
+        return self.attend(layer, query, key, value, index, mask, layer.self_attention.core_attention.attend)
 
     def attend(
         self,
@@ -121,35 +130,38 @@ class KeptLoop(LoopPass):
         key: Tensor,
         value: Tensor,
         index: int,
-        library: Callable[[Tensor, Tensor, Tensor], Tensor],
+        mask: DocumentMask | None,
+        library: Callable[..., Tensor],
         holds_last_row: bool = True,
     ) -> Tensor:
         """Causal attention from the last positions, and its entropies in a step that measures.
 
         Args:
             query: [Q, B, h, H], rotated. key, value: [K, B, g, H].
-            library: the library's way, for key and value [K, B, h, H]. With ``kernels`` the kernel of
+            library: the library's way, for key and value [K, B, h, H] and ``documents``. With ``kernels`` the kernel of
                 ``ops.fused_loop`` is taken instead where ``choose_attention`` expects it to be faster.
-            holds_last_row: whether the last query is the sequence's last; else nothing is measured.
+            holds_last_row: whether the last query is the sequence's last; else nothing is measured. With documents
+                the last tokens before the padding may be any.
 
         Returns:
             [Q, B, h, H].
         """
         core, blocks = layer.self_attention.core_attention, self.blocks
-        measure = layer.training and core.meter.enabled and holds_last_row
+        documents = None if mask is None else mask.attention
+        measure = layer.training and core.meter.enabled and (holds_last_row or documents is not None)
         if self.kernels and _takes_kernel(query, key, core.loop_attention):
-            out, rows = core.run(lambda q, k, v: fused_loop.attend(q, k, v, blocks, measure), query, key, value)
+            out, rows = core.run(
+                lambda q, k, v: fused_loop.attend(q, k, v, blocks, measure, documents), query, key, value
+            )
             if measure:
-                # The entropy of a single token is 0.
-                entropy = rows[:, :, -1].mean(0) / math.log(max(2, key.shape[0]))
-                core.meter.store(core.layer_id, index, entropy, blocks.ids)
+                core.meter.store(core.layer_id, index, _last_rows(rows, key.shape[0], mask), blocks.ids)
             return out
         if key.shape[2] != query.shape[2]:
             # The kept heads may share groups unevenly: give each head its own view.
             key, value = key[:, :, blocks.slot_index], value[:, :, blocks.slot_index]
         if measure:
-            core.meter.store(core.layer_id, index, core.entropy(query.detach(), key.detach()), blocks.ids)
-        return library(query, key, value)
+            core.meter.store(core.layer_id, index, core.measured(query, key, mask), blocks.ids)
+        return library(query, key, value, documents=documents)
 
     def split_heads(self, fused: Tensor, layer: LoopingLayer) -> tuple[Tensor, Tensor, Tensor]:
         """Kept projections [S, B, (h + 2g) H] -> query [S, B, h, H], key and value [S, B, g, H].
@@ -177,12 +189,14 @@ class SparseLoop(KeptLoop):
 
     whole_projection: bool = False
 
-    def __call__(self, layer: LoopingLayer, x: Tensor, rotary: Rotary, index: int) -> Tensor:
+    def __call__(
+        self, layer: LoopingLayer, x: Tensor, rotary: Rotary, index: int, mask: DocumentMask | None = None
+    ) -> Tensor:
         attention = layer.self_attention
         query, key, value = self._projections(layer, layer.input_layernorm(x))
         query, key = rotate_halves(query, rotary), rotate_halves(key, rotary)
         if self.blocks.heads:
-            out = self.attention(layer, query, key, value, index)
+            out = self.attention(layer, query, key, value, index, mask)
         else:
             # The sum of three empty tensors is empty too, and the gradient passes through all of them.
             out = query + key + value
@@ -208,6 +222,15 @@ class SparseLoop(KeptLoop):
         if not self.blocks.heads:
             return out.new_zeros(*out.shape[:2], weight.shape[0]) + out.sum()
         return F.linear(out, weight[:, self.blocks.column_index])
+
+
+def _last_rows(rows: Tensor, keys: int, mask: DocumentMask | None) -> Tensor:
+    """As ``SGTCoreAttention.measured``, from the entropies of all rows [B, h, Q] in nats."""
+    if mask is not None and mask.attention is not None:
+        return entropy_of_rows(rows, keys, mask.attention, mask.fewest)[0]
+    # The entropy of a single token is 0.
+    mean = rows[:, :, -1].mean(0) / math.log(max(2, keys))
+    return mean if mask is None else mean * mask.counted
 
 
 def _takes_kernel(query: Tensor, key: Tensor, wanted: Any) -> bool:

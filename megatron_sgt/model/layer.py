@@ -17,6 +17,7 @@ from torch.nn import Module
 from torch.utils.checkpoint import checkpoint
 
 from megatron_sgt.growth import LayerPlan
+from megatron_sgt.model.documents import document_mask
 from megatron_sgt.model.head_loop import LoopPass
 from megatron_sgt.model.loop_pass import LoopOptions, choose_loop_pass
 from megatron_sgt.ops.rotary import RotaryTables
@@ -95,16 +96,17 @@ class SGTLayer(TransformerLayer):
         return forward(hidden_states, *args, **kwargs)
 
     def _forward_attention(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
+        self, hidden_states: Tensor, attention_mask: object | None = None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        rotary = self.tables.of(kwargs.pop("rotary_pos_emb"))
+        mask = document_mask(attention_mask)
+        rotary = self.tables.of(kwargs.pop("rotary_pos_emb"), None if mask is None else mask.positions)
         with self.self_attention.core_attention.rotated(rotary):
             hidden, context = super()._forward_attention(
                 hidden_states, attention_mask, *args, rotary_pos_emb=None, **kwargs
             )
         if self.loop_pass is not None:
             for index in range(1, self.plan.loops + 1):
-                hidden = self.loop_pass(self, hidden, rotary, index)
+                hidden = self.loop_pass(self, hidden, rotary, index, mask)
         return hidden, context
 
     def add_residual(self, out_with_bias: tuple[Tensor, Tensor | None], residual: Tensor) -> Tensor:

@@ -27,19 +27,17 @@ def inputs_of(chunk: GPTModel, batch: Batch, device: torch.device) -> dict[str, 
 
 
 @torch.no_grad()
-def forward_only(
-    pipeline: Pipeline, forward: Callable[[int, dict[str, Tensor]], Tensor], batches: Iterable[Batch]
-) -> list[Tensor]:
+def forward_only(pipeline: Pipeline, forward: Callable[[int, Batch], Tensor], batches: Iterable[Batch]) -> list[Tensor]:
     """The last chunk's output for each micro-batch, on the last stage; elsewhere none. Collective.
 
     Args:
-        forward: (number of the chunk on this rank, its inputs) -> its output.
+        forward: (number of the chunk on this rank, micro-batch) -> its output.
         batches: of equal shape, the same on every stage; read a block at a time.
     """
     groups, found = pipeline.groups, []
 
     def step(chunk: int, batch: Batch) -> Tensor:
-        output = forward(chunk, inputs_of(pipeline.chunks[chunk], batch, groups.device))
+        output = forward(chunk, batch)
         if pipeline.chunks[chunk].post_process:
             found.append(output)
         return output

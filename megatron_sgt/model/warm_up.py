@@ -3,8 +3,9 @@
 Triton compiles a program at its first launch. Without a warm-up that would be in the middle of a run, at the first
 growth and at the end of its window, with all ranks waiting and the watch counting. So every kind of loop pass that the
 schedule can bring is executed once, forward and backward, on zeros of the run's own shapes, at each of its sequence
-lengths: everything that Triton specialises on (types, integers that are 1 or divisible by 16, splits of the keys) is
-then as in training. The model is not touched, no random number is drawn, and no rank is waited for.
+lengths, and where samples tell their documents with some, too: everything that Triton specialises on (types, integers
+that are 1 or divisible by 16, splits of the keys) is then as in training. The model is not touched, no random number is
+drawn, and no rank is waited for.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.config import Config
+from megatron_sgt.data.document_samples import DOCUMENT_KEYS
+from megatron_sgt.model.documents import DocumentMask, DocumentRules
 from megatron_sgt.model.loop_backend import loop_backend
 from megatron_sgt.model.loop_pass import LoopOptions
 from megatron_sgt.model.mcore_config import DTYPES
@@ -62,9 +65,10 @@ def warm_up_loops(config: Config, groups: ParallelGroups, precision: str) -> int
     for seq_length in config.seq_lengths.every:
         passes = _Passes(config, layout, DTYPES[precision], groups.device, seq_length)
         kinds = {kind.specialised(): kind for kind in passes.kinds()}
-        for kind in kinds.values():
-            passes.execute(kind)
-        passes.ordinary_entropy()
+        for mask in passes.masks():
+            for kind in kinds.values():
+                passes.execute(kind, mask)
+            passes.ordinary_entropy(mask)
         count += len(kinds)
     synchronize(groups.device)
     return count
@@ -94,7 +98,19 @@ class _Passes:
             fewest = -(-heads // held.heads_per_group)
             yield from (_Kind(heads, g) for g in range(fewest, min(heads, held.groups_per_rank) + 1))
 
-    def execute(self, kind: _Kind) -> None:
+    def masks(self) -> Iterator[DocumentMask | None]:
+        """Those with which kernels are called: none, and documents."""
+        yield None
+        rules = DocumentRules.of(self.config)
+        if rules.told:
+            starts = torch.zeros(self.batch, self.length, dtype=torch.int32)
+            starts[:, self.length // 2 :] = self.length // 2
+            tokens = torch.full((self.batch,), self.length, dtype=torch.int32)
+            mask = rules.mask_of(dict(zip(DOCUMENT_KEYS, (starts, tokens), strict=True)), 1, self.device)
+            assert mask is not None
+            yield mask
+
+    def execute(self, kind: _Kind, mask: DocumentMask | None = None) -> None:
         blocks = on_device(self.options.blocks(kind.example(self.held)), self.device)
         size, width = self.layout.head_dim, self.model.hidden_size
         if not self.options.fuses_projections:
@@ -102,7 +118,7 @@ class _Passes:
             fused = self.zeros(self.queries, self.batch, sum(counts), size)
             query, key, value = fused.split(counts, dim=2)
             query, key = query.contiguous(), key.contiguous()  # as the rotation leaves them
-            out = self._attend(query, key, value, blocks, kind)
+            out = self._attend(query, key, value, blocks, kind, mask)
             out.backward(torch.zeros_like(out))
             return
         rows = len(blocks.row_index) if blocks.whole else self._local_rows()
@@ -110,12 +126,13 @@ class _Passes:
         x = self.zeros(self.queries, self.batch, width)
         bias = self.zeros(rows) if self.model.add_bias_linear or self.model.add_qkv_bias else None
         norms = (self.zeros(size), self.zeros(size)) if self.model.qk_layernorm else None
-        angles = torch.zeros(self.queries, size // 2, device=self.device)
+        sequences = [] if mask is None or mask.positions is None else [self.batch]
+        angles = torch.zeros(self.queries, *sequences, size // 2, device=self.device)
         query, key, value, residual = fused_loop.project_in(
             x, self.zeros(width), self.zeros(rows, width), bias, norms, blocks,
             Rotary(angles, angles), self.model.layernorm_epsilon,
         )  # fmt: skip
-        out = self._attend(query, key, value, blocks, kind)
+        out = self._attend(query, key, value, blocks, kind, mask)
         out = fused_loop.project_out(out, residual, self.zeros(width, columns), blocks)
         out.backward(torch.zeros_like(out))
 
@@ -123,8 +140,11 @@ class _Passes:
         heads, groups = self.layout.heads_per_rank, self.layout.groups_per_rank
         return (heads + 2 * groups) * self.layout.head_dim
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, blocks: HeadBlocks, kind: _Kind) -> Tensor:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, blocks: HeadBlocks, kind: _Kind, mask: DocumentMask | None
+    ) -> Tensor:
         """As ``KeptLoop.attend``."""
+        documents = None if mask is None else mask.attention
         if self.balanced:
             everyone = torch.cat([key, value], dim=2).repeat(self.layout.tp_size, 1, 1, 1)
             seen = everyone[: (self.layout.tp_rank + 1) * self.queries]
@@ -132,16 +152,21 @@ class _Passes:
         pairs, size, length = self.batch * kind.heads, self.layout.head_dim, key.shape[0]
         wanted = self.config.train.loop_attention
         if choose_attention(pairs, length, size, arch_of(query), wanted) == "custom":
-            measured, _ = fused_loop.attend(query, key, value, blocks, True)
-            return measured + fused_loop.attend(query, key, value, blocks, False)[0]
+            measured, _ = fused_loop.attend(query, key, value, blocks, True, documents)
+            return measured + fused_loop.attend(query, key, value, blocks, False, documents)[0]
         if kind.groups != kind.heads:
             key, value = key[:, :, blocks.slot_index], value[:, :, blocks.slot_index]
-        operators.last_row_entropy(query.detach(), key.detach())
-        return (shard_attention if self.balanced else causal_attention)(query, key, value)
+        self._entropy(query, key, mask)
+        return (shard_attention if self.balanced else causal_attention)(query, key, value, documents=documents)
 
-    def ordinary_entropy(self) -> None:
+    def _entropy(self, query: Tensor, key: Tensor, mask: DocumentMask | None) -> None:
+        documents = None if mask is None else mask.attention
+        fewest = 2 if mask is None else mask.fewest
+        operators.last_row_entropy(query.detach(), key.detach(), documents, fewest)
+
+    def ordinary_entropy(self, mask: DocumentMask | None = None) -> None:
         """Entropies of the ordinary attention and of a window's passes: all heads of this rank."""
         shape = (self.length, self.batch)
         query = self.zeros(*shape, self.layout.heads_per_rank, self.layout.head_dim)
         key = self.zeros(*shape, self.layout.groups_per_rank, self.layout.head_dim)
-        operators.last_row_entropy(query.detach(), key.detach())
+        self._entropy(query, key, mask)

@@ -6,12 +6,16 @@ The operations of a layer's parts, and what is counted, are those of ``arch.atte
     linear (forward)     2 · B·S · (weights that the tokens are multiplied with)
     attention (forward)  4 · B · N · S² · H          (scores, and probabilities times values)
     entropy (forward)    2 · B · N · S · H           (one row of scores)
+
+Where no token attends to another document, the sum of the squares of the documents' lengths takes the place of S², a
+mean over the sequences (``AttendedPairs``).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_sgt.arch.attended_pairs import AttendedPairs
 from megatron_sgt.arch.attention import CAUSAL
 from megatron_sgt.arch.ffn import ffn_kind
 from megatron_sgt.arch.flops import Flops
@@ -22,7 +26,12 @@ from megatron_sgt.growth import LayerPlan, LoopPlan
 
 
 def step_flops(
-    model: ModelConfig, plan: LoopPlan, sequences: int, entropy: bool = False, vocab_rows: int | None = None
+    model: ModelConfig,
+    plan: LoopPlan,
+    sequences: int,
+    entropy: bool = False,
+    vocab_rows: int | None = None,
+    pairs: AttendedPairs | None = None,
 ) -> Flops:
     """FLOPs of one training step of the whole model, summed over tensor-parallel ranks.
 
@@ -31,23 +40,24 @@ def step_flops(
         sequences: sequences of ``model.seq_length`` tokens in the step.
         entropy: whether attention entropies are being collected.
         vocab_rows: rows of the output projection (default: the padded vocabulary).
+        pairs: of the data; None, here and below: every sequence is one document.
     """
     rows = model.padded_vocab_size() if vocab_rows is None else vocab_rows
     total = Flops(linear=2 * sequences * model.seq_length * model.hidden_size * rows)
     for index, layer in enumerate(plan):
-        total += _layer_flops(model, index, layer, sequences, entropy)
+        total += _layer_flops(model, index, layer, sequences, entropy, pairs)
     return total
 
 
-def batch_flops(config: Config, plan: LoopPlan, seq_length: int) -> Flops:
+def batch_flops(config: Config, plan: LoopPlan, seq_length: int, pairs: AttendedPairs | None = None) -> Flops:
     """FLOPs of one optimizer step of ``config`` on sequences of ``seq_length`` tokens: as many tokens at any length."""
-    return step_flops(at_length(config.model, seq_length), plan, config.tokens_per_step // seq_length)
+    return step_flops(at_length(config.model, seq_length), plan, config.tokens_per_step // seq_length, pairs=pairs)
 
 
-def flops_between(config: Config, plan: LoopPlan, first: int, last: int) -> int:
+def flops_between(config: Config, plan: LoopPlan, first: int, last: int, pairs: AttendedPairs | None = None) -> int:
     """Model FLOPs of steps ``first`` to ``last`` of ``plan``, both inclusive, each at its length."""
     spans = config.seq_lengths.within(first, last)
-    return sum(span.steps * batch_flops(config, plan, span.seq_length).model for span in spans)
+    return sum(span.steps * batch_flops(config, plan, span.seq_length, pairs).model for span in spans)
 
 
 def at_length(model: ModelConfig, seq_length: int) -> ModelConfig:
@@ -63,17 +73,25 @@ class PassFlops:
     mlp: Flops
 
 
-def pass_flops(model: ModelConfig, layer: int, sequences: int, entropy: bool = False) -> PassFlops:
+def pass_flops(
+    model: ModelConfig, layer: int, sequences: int, entropy: bool = False, pairs: AttendedPairs | None = None
+) -> PassFlops:
     """FLOPs of one execution of layer ``layer`` on ``sequences`` sequences, all tensor-parallel ranks."""
     heads, groups = model.num_attention_heads, model.num_query_groups
     return PassFlops(
-        CAUSAL.flops(model, layer, sequences, heads, groups, entropy),
+        CAUSAL.flops(model, layer, sequences, heads, groups, entropy, _square(model, pairs)),
         ffn_kind(model.activation).flops(model, layer, sequences * model.seq_length),
     )
 
 
-def _layer_flops(model: ModelConfig, layer: int, plan: LayerPlan, sequences: int, entropy: bool) -> Flops:
-    once = pass_flops(model, layer, sequences, entropy)
+def _square(model: ModelConfig, pairs: AttendedPairs | None) -> float | None:
+    return None if pairs is None else pairs.square(model.seq_length)
+
+
+def _layer_flops(
+    model: ModelConfig, layer: int, plan: LayerPlan, sequences: int, entropy: bool, pairs: AttendedPairs | None
+) -> Flops:
+    once = pass_flops(model, layer, sequences, entropy, pairs)
     total = Flops()
     for _ in range(plan.executions):
         total += once.attention + once.mlp
@@ -82,13 +100,13 @@ def _layer_flops(model: ModelConfig, layer: int, plan: LayerPlan, sequences: int
     one_pass = once.attention
     if plan.phase == "sparse":
         heads, groups = HeadLayout.of(model).kept_counts(plan.kept_heads)
-        one_pass = CAUSAL.flops(model, layer, sequences, heads, groups, entropy)
+        one_pass = CAUSAL.flops(model, layer, sequences, heads, groups, entropy, _square(model, pairs))
     for _ in range(plan.loops):
         total += one_pass
     return total
 
 
-def overhead(model: ModelConfig, plan: LoopPlan) -> float:
+def overhead(model: ModelConfig, plan: LoopPlan, pairs: AttendedPairs | None = None) -> float:
     """Model FLOPs of ``plan`` over those of vanilla, minus 1."""
-    vanilla = step_flops(model, LoopPlan.empty(model.num_layers), 1)
-    return step_flops(model, plan, 1).model / vanilla.model - 1.0
+    vanilla = step_flops(model, LoopPlan.empty(model.num_layers), 1, pairs=pairs)
+    return step_flops(model, plan, 1, pairs=pairs).model / vanilla.model - 1.0

@@ -12,6 +12,9 @@ as a full one; the causal mask hides half of it, and the backward pass computes 
     sparse loop            ``loop_cost.LoopFlops.needed`` of the kept heads on that rank, per loop
     output layer           3 · 2 · tokens · hidden_size · padded vocabulary / ranks
     embedding              none: it is a look-up
+
+With the attended pairs of the data, attention is that of documents of their lengths. Where a pipeline is cut does not
+depend on the data: it is cut as if every sequence were one document.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from megatron_sgt.arch.attended_pairs import AttendedPairs
 from megatron_sgt.arch.flops import Flops
 from megatron_sgt.config import Config
 from megatron_sgt.config.base import Section
@@ -40,11 +44,18 @@ class LayerCost:
         return self.ordinary + self.loops
 
 
-def layer_cost(config: Config, index: int, layer: LayerPlan, method: LoopMethod, tp_rank: int = 0) -> LayerCost:
+def layer_cost(
+    config: Config,
+    index: int,
+    layer: LayerPlan,
+    method: LoopMethod,
+    tp_rank: int = 0,
+    pairs: AttendedPairs | None = None,
+) -> LayerCost:
     """Layer ``index``, executed as ``layer`` says, on tensor-parallel rank ``tp_rank``."""
     train, ranks = config.train, config.parallel.tensor_model_parallel_size
     full = index in config.recomputed_layers("full")
-    one = pass_flops(config.model, index, train.micro_batch_size)
+    one = pass_flops(config.model, index, train.micro_batch_size, pairs=pairs)
     whole, attention = one.attention + one.mlp, one.attention
     once = _needed(whole)
     if index in config.recomputed_layers("selective"):
@@ -54,14 +65,16 @@ def layer_cost(config: Config, index: int, layer: LayerPlan, method: LoopMethod,
     if layer.phase == "window":
         loops += layer.loops * (_needed(attention) + full * _forward(attention)) / ranks
     elif layer.phase == "sparse":
-        flops = loop_flops(config, method, layer.kept_heads, tp_rank)
+        flops = loop_flops(config, method, layer.kept_heads, tp_rank, pairs)
         loops += layer.loops * (flops.needed + full * (flops.linear_forward + flops.visible * flops.attention_forward))
     return LayerCost(0.0 if layer.skipped else once / ranks, loops)
 
 
-def layer_costs(config: Config, plan: LoopPlan, method: LoopMethod, tp_rank: int = 0) -> tuple[LayerCost, ...]:
+def layer_costs(
+    config: Config, plan: LoopPlan, method: LoopMethod, tp_rank: int = 0, pairs: AttendedPairs | None = None
+) -> tuple[LayerCost, ...]:
     """All layers of ``plan``."""
-    return _layer_costs(_Sections.of(config), plan, method, tp_rank)
+    return _layer_costs(_Sections.of(config), plan, method, tp_rank, pairs)
 
 
 def layer_operations(config: Config, plan: LoopPlan, method: LoopMethod) -> tuple[int, ...]:
@@ -82,14 +95,16 @@ class _Sections:
 
 
 @lru_cache(maxsize=256)
-def _layer_costs(key: _Sections, plan: LoopPlan, method: LoopMethod, tp_rank: int) -> tuple[LayerCost, ...]:
-    return tuple(layer_cost(key.config, index, layer, method, tp_rank) for index, layer in enumerate(plan))
+def _layer_costs(
+    key: _Sections, plan: LoopPlan, method: LoopMethod, tp_rank: int, pairs: AttendedPairs | None
+) -> tuple[LayerCost, ...]:
+    return tuple(layer_cost(key.config, index, layer, method, tp_rank, pairs) for index, layer in enumerate(plan))
 
 
 @lru_cache(maxsize=256)
 def _layer_operations(key: _Sections, plan: LoopPlan, method: LoopMethod) -> tuple[int, ...]:
     ranks = key.config.parallel.tensor_model_parallel_size if plan.layers else 1
-    every = (_layer_costs(key, plan, method, rank) for rank in range(ranks))
+    every = (_layer_costs(key, plan, method, rank, None) for rank in range(ranks))
     return max((tuple(round(layer.total) for layer in layers) for layers in every), key=sum)
 
 

@@ -18,6 +18,8 @@ its heads and G of its groups, and the only way is "owner":
 
     linear 2·S·B·D·((N + 2G)/t + h)·H                               attention as above
 
+With the attended pairs of the data, attention is their share of that. The way of looping does not depend on the data.
+
 Bytes: ``tensor_traffic.loop_pass_traffic``.
 """
 
@@ -25,6 +27,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_sgt.arch.attended_pairs import AttendedPairs
 from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.config import Config
 from megatron_sgt.growth import LayerPlan
@@ -69,11 +72,22 @@ class LoopFlops:
         return self.linear_forward + self.linear_backward + self.visible * 3.5 * self.attention_forward
 
 
-def loop_flops(config: Config, looping: LoopMethod, kept_heads: tuple[int, ...], tp_rank: int) -> LoopFlops:
-    """Operations of one pass of ``kept_heads`` on tensor-parallel rank ``tp_rank``."""
+def loop_flops(
+    config: Config,
+    looping: LoopMethod,
+    kept_heads: tuple[int, ...],
+    tp_rank: int,
+    pairs: AttendedPairs | None = None,
+) -> LoopFlops:
+    """Operations of one pass of ``kept_heads`` on tensor-parallel rank ``tp_rank``.
+
+    A balanced loop's ranks share the pairs of documents as they share those of whole sequences: with short documents
+    the last rank has less than this.
+    """
     model, parallel = config.model, config.parallel
     ranks, size, batch = parallel.tensor_model_parallel_size, model.kv_channels, config.train.micro_batch_size
     length = model.seq_length
+    attended = 1 if pairs is None else pairs.share(length)
     per_row = 2 * batch * length * model.hidden_size * size  # one projected head, all tokens
     if looping == "owner":
         heads, groups = HeadLayout.of(model, ranks, tp_rank).kept_counts(kept_heads)
@@ -81,10 +95,11 @@ def loop_flops(config: Config, looping: LoopMethod, kept_heads: tuple[int, ...],
         if model.norms_all_heads:
             projected = (model.num_attention_heads + 2 * model.num_query_groups) // ranks
         linear = per_row * (projected + heads)
-        return LoopFlops(linear, 2 * linear, 4 * batch * heads * length * length * size, 0.5)
+        attention = round(4 * batch * heads * length * length * size * attended)
+        return LoopFlops(linear, 2 * linear, attention, 0.5)
     heads, groups = HeadLayout.of(model).kept_counts(kept_heads)
     share, keys = length // ranks, (tp_rank + 1) * (length // ranks)
-    attention = 4 * batch * heads * share * keys * size
+    attention = round(4 * batch * heads * share * keys * size * attended)
     visible = 1 - share / keys / 2
     if parallel.sequence_parallel:
         linear = per_row * (2 * heads + 2 * groups) // ranks

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from megatron_sgt.arch.attended_pairs import AttendedPairs
 from megatron_sgt.config import Config
 from megatron_sgt.config.lengths import LengthSpan
 from megatron_sgt.growth import ENTROPY, LoopPlan
 from megatron_sgt.planning.advice import other_layouts, warnings
 from megatron_sgt.planning.flops import at_length, batch_flops, overhead, step_flops
 from megatron_sgt.planning.hardware import USABLE
+from megatron_sgt.planning.kept import kept_steps, milestones, saved_steps
 from megatron_sgt.planning.loop_cost import choose_loop_method, loop_methods
 from megatron_sgt.planning.parameters import checkpoint_bytes, parameter_count, parameters_by_part
 from megatron_sgt.planning.pipeline import describe_cut, pipeline_layout
@@ -32,8 +34,17 @@ ERROR_BARS = (
 BOUNDARY_ERROR = "boundaries between stages: assumed rates of storage and cores, measured nowhere"
 
 
-def make_plan(config: Config, world_size: int, machine: Machine, mfu: float, precision: str) -> dict[str, Any]:
+def make_plan(
+    config: Config,
+    world_size: int,
+    machine: Machine,
+    mfu: float,
+    precision: str,
+    pairs: AttendedPairs | None = None,
+) -> dict[str, Any]:
     """The plan of ``config`` on ``world_size`` ranks. ``mfu``: model FLOPs over peak FLOPs, in (0, 1].
+
+    ``pairs``: of the data; None: every sequence is taken as one document, which ``documents`` says where it may not be.
 
     Of a run of several stages, ``stages`` has a row for each; parameters, traffic and step time are those of the last
     one, memory that of the stage with the fullest rank. Of a pipeline, memory is that of the stage with the fullest
@@ -43,20 +54,14 @@ def make_plan(config: Config, world_size: int, machine: Machine, mfu: float, pre
     Raises:
         ConfigError: the ranks or the batch do not divide, the peak is not known, or the stages are refused.
     """
-    train = config.train
-    stages = plan_stages(config)
+    stages = plan_stages(config, pairs)
     last, fullest = stages[-1].config, max(stages, key=lambda one: one.peak(world_size, precision))
     compute = [entry for one in stages for entry in _compute(one, several=len(stages) > 1)]
     total, peak = sum(entry["flops"] for entry in compute), machine.gpu.peak(precision)
     plan: dict[str, Any] = {
         "parameters": {"total": parameter_count(last.model), **parameters_by_part(last.model)},
         "layout": _layout(config, last, world_size, machine, precision),
-        "batch": {
-            "global_batch_size": train.global_batch_size,
-            "micro_batch_size": train.micro_batch_size,
-            "accumulation": config.num_micro_batches(world_size),
-            "tokens_per_step": config.tokens_per_step,
-        },
+        "batch": _batch(config, world_size),
         "memory": {
             "limit": USABLE * machine.gpu.memory,
             **_memory(fullest, world_size, precision),
@@ -64,7 +69,7 @@ def make_plan(config: Config, world_size: int, machine: Machine, mfu: float, pre
         "peak_by_layout": other_layouts(stages, world_size, precision),
         "compute": compute,
         "run": {
-            "steps": train.train_iters,
+            "steps": config.train.train_iters,
             "tokens": sum(one.tokens for one in stages),
             "flops": total,
             "mfu": mfu,
@@ -72,10 +77,12 @@ def make_plan(config: Config, world_size: int, machine: Machine, mfu: float, pre
         },
         "checkpoint": _checkpoint(last, precision),
         "traffic": _traffic(last, world_size, precision),
-        "step_time": _step_times(last, world_size, machine, precision),
+        "step_time": _step_times(last, world_size, machine, precision, pairs),
         "warnings": list(warnings(stages, world_size, machine, precision)),
         "error_bars": list(ERROR_BARS),
     }
+    if config.data.reset_attention_mask:
+        plan["documents"] = _documents(config, pairs)
     if cut := describe_cut(last, world_size):
         plan["pipeline"] = cut
     if len(stages) > 1:
@@ -83,6 +90,27 @@ def make_plan(config: Config, world_size: int, machine: Machine, mfu: float, pre
         plan["stages"] = stage_table(stages, world_size, machine, mfu, precision)
         plan["error_bars"].append(BOUNDARY_ERROR)
     return plan
+
+
+def _batch(config: Config, world_size: int) -> dict[str, int]:
+    return {
+        "global_batch_size": config.train.global_batch_size,
+        "micro_batch_size": config.train.micro_batch_size,
+        "accumulation": config.num_micro_batches(world_size),
+        "tokens_per_step": config.tokens_per_step,
+    }
+
+
+def _documents(config: Config, pairs: AttendedPairs | None) -> dict[str, Any]:
+    """How much of the attention of whole sequences documents leave, by sequence length, if it was measured."""
+    if pairs is None:
+        return {"measured": False}
+    return {
+        "measured": True,
+        "pairs": {str(length): pairs.pairs(length) for length in config.seq_lengths.every},
+        "share": {str(length): pairs.share(length) for length in config.seq_lengths.every},
+        "padding": pairs.padding,
+    }
 
 
 def _layout(config: Config, last: Config, world_size: int, machine: Machine, precision: str) -> dict[str, Any]:
@@ -140,22 +168,26 @@ def _memory(one: StagePlan, world_size: int, precision: str) -> dict[str, Any]:
 
 
 def _checkpoint(config: Config, precision: str) -> dict[str, Any]:
-    interval, kept = config.checkpoint.save_interval, config.checkpoint.keep_last
-    saves = config.train.train_iters // interval if interval else 1
-    return {"bytes": checkpoint_bytes(config, precision), "saves": saves, "kept": kept}
+    return {
+        "bytes": checkpoint_bytes(config, precision),
+        "saves": len(saved_steps(config)),
+        "kept": config.checkpoint.keep_last,
+        "milestones": milestones(config),
+        "at_the_end": len(kept_steps(config)),
+    }
 
 
 def _compute(one: StagePlan, several: bool) -> list[dict[str, Any]]:
     return [
-        ({"stage": one.stage.index} if several else {}) | _stretch(one.config, stretch, span)
+        ({"stage": one.stage.index} if several else {}) | _stretch(one.config, stretch, span, one.pairs)
         for stretch in one.stretches
         for span in one.config.seq_lengths.within(stretch.first, stretch.last)
     ]
 
 
-def _stretch(config: Config, stretch: Stretch, span: LengthSpan) -> dict[str, Any]:
+def _stretch(config: Config, stretch: Stretch, span: LengthSpan, pairs: AttendedPairs | None) -> dict[str, Any]:
     """Steps of one structure and one sequence length."""
-    flops = batch_flops(config, stretch.plan, span.seq_length).model
+    flops = batch_flops(config, stretch.plan, span.seq_length, pairs).model
     return {
         "phase": stretch.phase,
         "first_step": span.first,
@@ -163,7 +195,7 @@ def _stretch(config: Config, stretch: Stretch, span: LengthSpan) -> dict[str, An
         "seq_length": span.seq_length,
         "loops": sum(layer.loops + layer.block_loops for layer in stretch.plan),
         "flops_per_token": flops / config.tokens_per_step,
-        "overhead": overhead(at_length(config.model, span.seq_length), stretch.plan),
+        "overhead": overhead(at_length(config.model, span.seq_length), stretch.plan, pairs),
         "flops": flops * span.steps,
     }
 
@@ -204,14 +236,16 @@ def _traffic(config: Config, world_size: int, precision: str) -> dict[str, Any]:
     return traffic
 
 
-def _step_times(config: Config, world_size: int, machine: Machine, precision: str) -> dict[str, Any]:
+def _step_times(
+    config: Config, world_size: int, machine: Machine, precision: str, pairs: AttendedPairs | None
+) -> dict[str, Any]:
     plan, empty = final_plan(config, together=True), LoopPlan.empty(config.model.num_layers)
     times: dict[str, Any] = {"note": NOT_CALIBRATED}
-    times["vanilla"] = asdict(step_time(config, empty, world_size, machine, precision, "owner"))
+    times["vanilla"] = asdict(step_time(config, empty, world_size, machine, precision, "owner", pairs))
     vanilla = times["vanilla"]["total"] = sum(times["vanilla"].values())
     if plan.layers:
         for method in loop_methods(config) if any(plan.loops) else ("owner",):
-            time = step_time(config, plan, world_size, machine, precision, method)
+            time = step_time(config, plan, world_size, machine, precision, method, pairs)
             # Loops on a stage that is not the largest cost its pipeline less than they take; one that becomes it, more.
             pipeline = config.parallel.pipeline_model_parallel_size > 1
             times[method] = {"loops": time.total - vanilla if pipeline else time.loops}

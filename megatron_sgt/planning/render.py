@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_sgt.config import Config
-from megatron_sgt.config.base import count
 from megatron_sgt.metrics.units import duration, file_size, si
 from megatron_sgt.planning.describe import growth_line, model_line, pipeline_lines, stages_line
+from megatron_sgt.planning.kept import kept_text
 from megatron_sgt.planning.layout import batch_line, layout_line
 from megatron_sgt.planning.step_time import NOT_CALIBRATED
 from megatron_sgt.stages.stages import stages_of
@@ -72,6 +72,20 @@ def _shape(plan: dict[str, Any], config: Config) -> Iterator[str]:
     for number, line in enumerate(pipeline_lines(stages, world)):
         yield from _row("" if number else "pipeline", line)
     yield from _row("batch", batch_line(config, world))
+    if "documents" in plan:
+        yield from _row("documents", _documents(plan["documents"]))
+
+
+def _documents(documents: dict[str, Any]) -> str:
+    if not documents["measured"]:
+        return "no token attends to another document; FLOPs and times assume one per sequence: --data measures the data"
+    lengths = documents["share"]
+    shares = [
+        f"{100 * share:.3g} %" + (f" at T {int(length):,}" if len(lengths) > 1 else "")
+        for length, share in lengths.items()
+    ]
+    padding = f" · {100 * documents['padding']:.2g} % of the tokens are padding" if documents["padding"] else ""
+    return f"attention has {', '.join(shares)} of the work of whole sequences (measured){padding}"
 
 
 def _stages(plan: dict[str, Any], config: Config) -> Iterator[str]:
@@ -238,15 +252,14 @@ def _span(seconds: float) -> str:
 
 def _ending(plan: dict[str, Any], config: Config) -> Iterator[str]:
     saved = plan["checkpoint"]
-    kept = f"{saved['kept']} kept" if saved["kept"] else "all kept"
-    on_disk = saved["bytes"] * (min(saved["kept"], saved["saves"]) if saved["kept"] else saved["saves"])
-    each, beside = "each", ""
+    on_disk, each, ends = saved["bytes"] * saved["at_the_end"], "each", 0
     if "stages" in plan:
         table, each = plan["stages"], "the largest"
-        on_disk, beside = table["on_disk"], f" and {count(len(table['boundary_saves']), 'save')} between stages"
+        on_disk, ends = table["on_disk"], len(table["boundary_saves"])
+    kept = kept_text(config, ends)
     yield from _row(
         "checkpoint",
-        f"{file_size(saved['bytes'])} {each} · {saved['saves']:,} saves, {kept}{beside}: {file_size(on_disk)} on disk",
+        f"{file_size(saved['bytes'])} {each} · {saved['saves']:,} saves, {kept}: {file_size(on_disk)} on disk",
     )
     for number, text in enumerate(plan["warnings"], start=1):
         yield from _row("warnings" if number == 1 else "", f"{number}  {text}")

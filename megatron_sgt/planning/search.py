@@ -108,7 +108,8 @@ class Run:
     @cached_property
     def least_operations(self) -> float:
         """Operations of a step that any layout needs on each rank."""
-        flops = step_flops(self.config.model, final_plan(self.config), self.config.train.global_batch_size)
+        sequences = self.config.train.global_batch_size
+        flops = step_flops(self.config.model, final_plan(self.config), sequences, pairs=self.stages[-1].pairs)
         return (3 * flops.linear + 3.5 * flops.attention / 2) / self.world_size
 
 
@@ -146,7 +147,7 @@ class Candidate:
     def seconds(self, plan: LoopPlan, config: Config) -> StepTime:
         """Of one step of ``plan``."""
         run, method = self.run, choose_loop_method(config)[0]
-        return step_time(config, plan, run.world_size, run.machine, run.precision, method)
+        return step_time(config, plan, run.world_size, run.machine, run.precision, method, run.stages[-1].pairs)
 
     @cached_property
     def time(self) -> StepTime:

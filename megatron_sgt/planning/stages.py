@@ -8,10 +8,12 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
+from megatron_sgt.arch.attended_pairs import AttendedPairs
 from megatron_sgt.config import Config
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.planning.boundary import boundary_time
 from megatron_sgt.planning.flops import flops_between
+from megatron_sgt.planning.kept import kept_steps
 from megatron_sgt.planning.parameters import checkpoint_bytes, parameter_count
 from megatron_sgt.planning.pipeline import describe_cut
 from megatron_sgt.planning.rank_memory import peak_memory
@@ -31,6 +33,8 @@ class StagePlan:
 
     stage: Stage
     stretches: tuple[Stretch, ...]
+    pairs: AttendedPairs | None = None
+    """Of the data; None: every sequence is one document."""
 
     @property
     def config(self) -> Config:
@@ -43,7 +47,7 @@ class StagePlan:
     @cached_property
     def flops(self) -> int:
         """Model FLOPs of all its steps."""
-        return total_flops(self.config, self.stretches)
+        return total_flops(self.config, self.stretches, self.pairs)
 
     @property
     def tokens(self) -> int:
@@ -54,19 +58,20 @@ class StagePlan:
         return peak_memory(self.config, self.plans, world_size, precision)
 
 
-def total_flops(config: Config, stretches: Sequence[Stretch]) -> int:
+def total_flops(config: Config, stretches: Sequence[Stretch], pairs: AttendedPairs | None = None) -> int:
     """Model FLOPs of ``stretches`` of the model of ``config``."""
-    return sum(flops_between(config, one.plan, one.first, one.last) for one in stretches)
+    return sum(flops_between(config, one.plan, one.first, one.last, pairs) for one in stretches)
 
 
-def plan_stages(config: Config) -> tuple[StagePlan, ...]:
-    """The stages of ``config``.
+def plan_stages(config: Config, pairs: AttendedPairs | None = None) -> tuple[StagePlan, ...]:
+    """The stages of ``config`` on data of ``pairs``.
 
     Raises:
         ConfigError: they are refused, see ``stages_of``.
     """
     stages = stages_of(config)
-    return tuple(StagePlan(*pair) for pair in zip(stages, map(tuple, stage_timelines(stages)), strict=True))
+    timelines = map(tuple, stage_timelines(stages))
+    return tuple(StagePlan(stage, stretches, pairs) for stage, stretches in zip(stages, timelines, strict=True))
 
 
 def largest_checkpoint(config: Config, precision: str) -> int:
@@ -91,7 +96,7 @@ def stage_table(
     if [row["operator"] for row in rows[1:]] == ["g_stack"]:  # the fit is of one growth
         fit = g_stack_time(fitted_parameters(last.model), sum(one.tokens for one in stages))
         rows[1]["growth_time"] = {**asdict(fit), "clamped": fit.clamped, "configured": rows[0]["tokens"]}
-    whole, scratch = sum(one.flops for one in stages), total_flops(last, timeline(last))
+    whole, scratch = sum(one.flops for one in stages), total_flops(last, timeline(last), stages[-1].pairs)
     kept = [row["checkpoint_bytes"] for row in rows[:-1]]
     return {
         "rows": rows,
@@ -126,9 +131,6 @@ def _row(one: StagePlan, world_size: int, precision: str, rate: float) -> dict[s
 
 
 def _on_disk(config: Config, rows: Sequence[dict[str, Any]]) -> int:
-    """Bytes of checkpoints at the end: the newest that keep_last leaves, and the last one of each stage."""
-    interval, kept = config.checkpoint.save_interval, config.checkpoint.keep_last
-    last, ends = config.train.train_iters, {row["last_step"] for row in rows[:-1]}
-    steps = sorted(ends.union(range(interval, last + 1, interval) if interval else {last}))
-    there = ends.union(steps[-kept:] if kept else steps)
+    """Bytes of checkpoints at the end."""
+    there = kept_steps(config, [row["last_step"] for row in rows[:-1]])
     return sum(next(row["checkpoint_bytes"] for row in rows if step <= row["last_step"]) for step in there)

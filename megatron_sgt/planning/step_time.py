@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from megatron_sgt.arch.attended_pairs import AttendedPairs
 from megatron_sgt.config import Config
 from megatron_sgt.config.pipeline import PipelineLayout
 from megatron_sgt.growth import LoopPlan
@@ -89,10 +90,16 @@ class StepTime:
 
 
 def step_time(
-    config: Config, plan: LoopPlan, world_size: int, machine: Machine, precision: str, method: LoopMethod
+    config: Config,
+    plan: LoopPlan,
+    world_size: int,
+    machine: Machine,
+    precision: str,
+    method: LoopMethod,
+    pairs: AttendedPairs | None = None,
 ) -> StepTime:
-    """Model one optimizer step of ``plan`` on ``world_size`` ranks."""
-    rank = _Rank(config, plan, world_size, machine, precision, method)
+    """Model one optimizer step of ``plan`` on ``world_size`` ranks. ``pairs``: as in ``flops.step_flops``."""
+    rank = _Rank(config, plan, world_size, machine, precision, method, pairs)
     layout = pipeline_layout(config)
     stages = [rank.passes(stage) for stage in range(layout.size)]
     largest = max(stages, key=lambda one: one.total)
@@ -127,6 +134,7 @@ class _Rank:
     machine: Machine
     precision: str
     method: LoopMethod
+    pairs: AttendedPairs | None
 
     def passes(self, stage: int) -> StepTime:
         """Forward and backward passes of all micro-batches, one after another."""
@@ -134,7 +142,7 @@ class _Rank:
         rate = gpu.peak(self.precision) * self.machine.kernel_efficiency
         micro_batches, layout = config.num_micro_batches(self.world_size), pipeline_layout(config)
         ranks = range(config.parallel.tensor_model_parallel_size if self.plan.layers else 1)
-        costs = [layer_costs(config, self.plan, self.method, rank) for rank in ranks]
+        costs = [layer_costs(config, self.plan, self.method, rank, self.pairs) for rank in ranks]
         ordinary = sum(costs[0][layer].ordinary for layer in layout.layers(stage))
         ordinary += output_cost(config) if stage == layout.size - 1 else 0.0
         loops = max(sum(layers[layer].loops for layer in layout.layers(stage)) for layers in costs)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_sgt.config import Config
 from megatron_sgt.growth import LoopPlan, Schedule, build_schedule
@@ -37,6 +38,19 @@ def schedule_of(config: Config) -> Schedule:
         ConfigError: the schedule refuses the configuration.
     """
     return build_schedule(config.growth, config.model.num_layers, config.model.num_attention_heads)
+
+
+def resumed_schedule(config: Config, saved: Mapping[str, Any] | None) -> Schedule:
+    """The schedule of ``config`` where the ``saved`` state of the growth hook stands; None: at its beginning.
+
+    Raises:
+        ConfigError: the schedule refuses the configuration.
+        CheckpointError: the state is of another configuration, or damaged.
+    """
+    schedule = schedule_of(config)
+    if saved is not None:
+        schedule.load_state_dict(saved["schedule"])
+    return schedule
 
 
 def final_plan(config: Config, together: bool = False) -> LoopPlan:

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.metrics import units
 from megatron_sgt.reporting import style
+from megatron_sgt.reporting.evaluation import compared_sets, compared_tasks
 from megatron_sgt.reporting.page import Page
 from megatron_sgt.reporting.run_data import Floats, RunData, load_run
 
@@ -107,6 +108,8 @@ def comparison_page(runs: Sequence[RunData]) -> Page:
     )
     columns, rows = summary_table(runs, kind)
     page.table("Where the runs stand", columns, rows)
+    page.table("Validation sets, last losses", *compared_sets(runs))
+    page.table("Downstream tasks, last values", *compared_tasks(runs))
     for axis in AXES:
         columns, rows = equal_table(runs, axis, kind)
         page.table(f"Loss at equal {axis.name}", columns, rows)

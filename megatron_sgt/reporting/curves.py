@@ -147,11 +147,16 @@ def headline(run: RunData) -> list[tuple[str, str]]:
             found.append(("tokens", units.si(last["consumed_tokens"], " ")))
     valid = run.of_kind("valid")
     if valid:
-        found.append(("validation loss", units.fixed(valid[-1].get("loss"), 3)))
+        if valid[-1].get("loss") is not None:
+            found.append(("validation loss", units.fixed(valid[-1]["loss"], 3)))
         if valid[-1].get("perplexity") is not None:
             found.append(("perplexity", units.perplexity(valid[-1]["perplexity"])))
+        if valid[-1].get("bits_per_byte") is not None:
+            found.append(("bits per byte", units.fixed(valid[-1]["bits_per_byte"], 3)))
         if valid[-1].get("ema_loss") is not None:
             found.append(("validation loss, averaged weights", units.fixed(valid[-1]["ema_loss"], 3)))
+        sets = valid[-1].get("sets") or {}
+        found += [(f"validation loss, {name}", units.fixed(one.get("loss"), 3)) for name, one in sets.items()]
     _, flops = run.cumulative("model_flops_per_step")
     if len(flops):
         found.append(("model FLOPs", units.si(float(flops[-1]), " ")))

@@ -9,8 +9,10 @@ from typing import Any
 
 from megatron_sgt.config.pipeline import AUTO
 from megatron_sgt.metrics import units
+from megatron_sgt.metrics.lines import began
 from megatron_sgt.reporting import style
 from megatron_sgt.reporting.curves import cost_figure, headline, loss_figure, speed_figure
+from megatron_sgt.reporting.evaluation import sets_figure, tasks_figure, tasks_rows
 from megatron_sgt.reporting.page import Page
 from megatron_sgt.reporting.run_data import RunData, load_run
 from megatron_sgt.reporting.structure import (
@@ -41,7 +43,7 @@ def write_report(run_dir: Path, output: Path | None = None) -> list[Path]:
 
 def build_page(run: RunData) -> Page:
     """The page of one run. It names the parts that the run directory lacks."""
-    page = Page(run.name, f"Report of {run.run_dir}: {_extent(run)}{_pipeline(run)}.")
+    page = Page(run.name, f"Report of {run.run_dir}: {_extent(run)}{_pipeline(run)}.{_began(run)}")
     page.notes(run.notes)
     page.cards(headline(run))
     page.picture(
@@ -51,6 +53,12 @@ def build_page(run: RunData) -> Page:
         f"{_BANDS if run.grows else ''}The first two per cent of a long run may lie above the picture.",
         loss_figure(run),
     )
+    for name, heading, figure in (
+        ("validation_sets", "Validation sets", sets_figure(run)),
+        ("tasks", "Downstream tasks", tasks_figure(run)),
+    ):
+        if figure is not None:
+            page.picture(name, heading, "As the run measured them, with the structure of inference.", figure)
     page.picture(
         "growth",
         "Growth",
@@ -86,7 +94,9 @@ def build_page(run: RunData) -> Page:
         cost_figure(run),
     )
     page.picture("speed", "Speed and memory", "As logged by rank 0.", speed_figure(run))
+    page.table("Tasks, last values", ("task", "metric", "value", "step"), tasks_rows(run))
     _event_tables(page, run)
+    page.table("Data", ("source", "tokens", "epochs"), _source_rows(run))
     page.table("Restarts", ("resumed at step", "when (UTC)", "steps taken again", "from"), _restart_rows(run))
     page.table("Checkpoints", ("step", "size", "seconds", "path"), _save_rows(run))
     if run.config_text is not None:
@@ -115,6 +125,12 @@ def _extent(run: RunData) -> str:
     return f"{steps}, {_utc(times[0])} to {_utc(times[-1])} UTC"
 
 
+def _began(run: RunData) -> str:
+    """With whose weights the run began; "" with none."""
+    found = [record["origin"] for record in run.of_kind("resume") if record.get("origin")]
+    return f" It began with {began(found[0])}." if found else ""
+
+
 def _pipeline(run: RunData) -> str:
     """How the configuration cuts the model; "" without a pipeline."""
     parallel = run.config.get("parallel")
@@ -141,6 +157,16 @@ def _restart_rows(run: RunData) -> list[tuple[str, ...]]:
     return [
         (f"{r.step:,}", "" if r.time is None else _utc(r.time), f"{r.lost_steps:,}", r.path or "fresh start")
         for r in run.restarts
+    ]
+
+
+def _source_rows(run: RunData) -> list[tuple[str, ...]]:
+    """How far the last checkpoint has come in each source."""
+    saves = [record for record in run.of_kind("save") if record.get("source_tokens")]
+    epochs = (saves[-1].get("source_epochs") or {}) if saves else {}
+    return [
+        (source, f"{tokens:,}", units.fixed(epochs[source], 2) if epochs.get(source) is not None else "")
+        for source, tokens in (saves[-1]["source_tokens"] if saves else {}).items()
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,19 @@ class RunData:
         ]
         table = np.array(pairs, dtype=np.float64).reshape(-1, 2)
         return table[:, 0], table[:, 1]
+
+    def names(self, kind: str, field: str) -> list[str]:
+        """What the records of ``kind`` have values of in their mapping ``field``, in the order of appearance."""
+        return list(dict.fromkeys(name for record in self.of_kind(kind) for name in record.get(field) or {}))
+
+    def series_of(self, kind: str, field: str, name: str, key: str) -> tuple[Floats, Floats]:
+        """As ``series``, of ``name`` in the mapping ``field``."""
+        records = [
+            {"kind": kind, "step": record.get("step"), **record[field][name]}
+            for record in self.of_kind(kind)
+            if isinstance((record.get(field) or {}).get(name), Mapping)
+        ]
+        return replace(self, records=records).series(kind, key)
 
     @cached_property
     def last_step(self) -> int:

@@ -12,10 +12,16 @@ import torch
 from megatron_sgt.checkpoint import layout
 from megatron_sgt.checkpoint.find import check_checkpoint
 from megatron_sgt.checkpoint.load import _changes, load_checkpoint
+from megatron_sgt.checkpoint.reshard.convert import convert
+from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE, MOMENTS, WEIGHTS
+from megatron_sgt.config import Config
 from megatron_sgt.errors import CheckpointError
 from tests.helpers.checkpoints import ZERO_1
 from tests.helpers.checkpoints import write_plain_checkpoint as make
+from tests.helpers.deepspeed_files import STEP, State, odd_config, random_state, rank_state, write_checkpoint
 from tests.helpers.fake_groups import fake_groups
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.resharding import begin_and_look
 from tests.helpers.single import small_config
 
 
@@ -83,3 +89,35 @@ def test_what_differs_between_layouts() -> None:
     assert _changes(there, here) == f"{size} 2 -> 4, {counts} 3,1 -> 1,1,1,1, optimizer none -> BF16_Optimizer"
     assert _changes(there, {"data_parallel_size": 2}) == f"data_parallel_size 1 -> 2, {size} 2 -> 1"
     assert _changes({"data_parallel_size": 1}, {"data_parallel_size": 1}) == "same layout"
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, dict[str, Any], State, State]]:
+    """What two ranks see of new runs at each ZeRO stage, the named checkpoint's tensors, and those of the newest."""
+    root, precision = tmp_path_factory.mktemp("begun"), {"train": {"micro_batch_size": 1, "global_batch_size": 6}}
+    cases, states = list[tuple[Config, Path, str]](), list[tuple[State, State]]()
+    sources = [(2, 1, 0), (1, 2, 1), (2, 2, 2), (1, 3, 3)]
+    for zero, where in enumerate(sources):
+        config = odd_config({**precision, "parallel": {"zero_stage": zero, "device": "cpu"}})
+        older, newest = random_state(config, 1, averaged=True), random_state(config, 2)
+        folder = write_checkpoint(root / str(zero), config, older, where)
+        layout.point_to(root / str(zero), write_checkpoint(root / str(zero), config, newest, where, step=STEP + 2).name)
+        cases.append((config, folder, "model"))
+        states.append((older, newest))
+    cases.append((cases[-1][0], convert(cases[0][1], root / "free")[0], "ema"))
+    states.append(({**states[0][0], WEIGHTS: states[0][0][AVERAGE]}, states[0][0]))
+    seen = run_on_ranks(2, begin_and_look, cases)[0]
+    return [(case[2], look, *state) for case, look, state in zip(cases, seen, states, strict=True)]
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_a_new_run_has_the_weights_of_the_named_checkpoint_and_a_new_optimizer(case: int, begun: Any) -> None:
+    """DeepSpeed's own loading without optimizer states takes those of the newest checkpoint at ZeRO-3."""
+    _, seen, older, newest = begun[case]
+    wanted, other = (rank_state(odd_config(), state)[WEIGHTS] for state in (older, newest))
+    for name, tensor in seen["state"][WEIGHTS].items():
+        assert torch.equal(tensor, wanted[name]) and not torch.equal(tensor, other[name]), name
+        assert torch.equal(seen["model"][name], wanted[name]), name
+    for moment in MOMENTS:
+        assert not any(tensor.any() for tensor in seen["state"][moment].values())
+    assert set(seen["steps"]) == {0.0} and 0 < seen["norm"] < float("inf")

@@ -168,7 +168,7 @@ def test_the_layout_of_a_pipeline_names_its_stages_and_their_layers() -> None:
 
 def test_old_checkpoints_go_and_the_newest_stay(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8):
-        save_at(tmp_path, step, checkpoint={"keep_last": 2})
+        save_at(tmp_path, step, checkpoint={"keep_last": 2, "keep_every": 0})
     assert layout.finished_tags(tmp_path) == ["global_step6", "global_step8"]
 
 

@@ -49,3 +49,12 @@ def test_split_shares(split: str, shares: tuple[float, ...]) -> None:
 def test_what_is_no_split(split: str) -> None:
     with pytest.raises(ValidationError, match=re.escape(f"split: '{split}' is not one to three shares")):
         DataConfig(split=split)
+
+
+def test_validation_sets_have_plain_names() -> None:
+    given: dict[str, Any] = {"wiki": "~/wiki", "code_2": "code"}
+    home = DataConfig(valid=given).valid["wiki"]
+    assert home.endswith("/wiki") and "~" not in home
+    for name in ("my set", "2code", "wiki/en", ""):
+        with pytest.raises(ValidationError, match=re.escape(f"valid: '{name}' is no plain name")):
+            DataConfig(valid={name: "a"})

@@ -1,12 +1,15 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron_sgt.arch import ffn
 from megatron_sgt.config.data import TokenizerConfig
-from megatron_sgt.data.export_form import export_form
+from megatron_sgt.data.export_form import export_form, export_problems
 from tests.helpers.hf_tokenizers import bert
 from tests.helpers.sentencepieces import train
+from tests.helpers.single import small_config
 
 
 def python_alone(folder: Path, name: str) -> Path:
@@ -37,3 +40,15 @@ def test_rules_of_the_user_may_have_no_form(tmp_path: Path) -> None:
     assert export_form(TokenizerConfig(type="sentencepiece", model=path)).line is None
     found = export_form(TokenizerConfig(type="sentencepiece", model=path, add_bos=True))
     assert found.may_fail and "may have no form" in str(found.line) and "rules of normalisation of its own" in found.why
+
+
+def test_a_kind_of_layer_without_an_exported_form_is_told_beside_the_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = {"type": "huggingface", "model": str(python_alone(tmp_path / "bytes", "ByT5Tokenizer"))}
+    config = small_config(data={"tokenizer": tokenizer}, model={"vocab_size": 512})
+    assert [certain for _, certain in export_problems(config)] == [True]
+    monkeypatch.setitem(ffn.KINDS, "swiglu", replace(ffn.KINDS["swiglu"], hidden_act=None))
+    [(kind, certain), _] = export_problems(config)
+    assert certain and kind == "model.activation swiglu: no exported model can compute this kind"
+    assert list(export_problems(small_config(model={"activation": "gelu"}))) == []

@@ -11,7 +11,7 @@ import torch
 
 from megatron_sgt import extensions
 from megatron_sgt.config import Config, DataConfig
-from megatron_sgt.data.gpt_dataset import DATASETS, BlendedSamples, build_datasets
+from megatron_sgt.data.gpt_dataset import DATASETS, BlendedSamples, build_datasets, open_validation_sets
 from megatron_sgt.data.sources import validate_data
 from megatron_sgt.errors import DataError
 from tests.helpers.choices import built_in
@@ -114,6 +114,22 @@ def test_order_does_not_depend_on_the_length_of_the_run(tmp_path: Path, make_con
     assert torch.equal(orders[0], orders[1])
     other, _, _ = build_datasets(make_config([0.3, a, 0.7, b], **{"train.seed": 4321}), None)
     assert not torch.equal(torch.stack([other[i]["tokens"] for i in range(200)]), orders[0])
+
+
+def test_validation_sets_are_whole_and_no_seed_changes_them(tmp_path: Path, make_config: MakeConfig) -> None:
+    prefix = write_dataset(tmp_path / "a", [20] * 20)
+    named = {"wiki": write_dataset(tmp_path / "wiki", [30] * 9, start=500), "code": prefix}
+    found = []
+    for seed in (1, 2):
+        cfg = make_config(prefix, **{"data.valid": named, "train.seed": seed, "data.allow_validation_leak": True})
+        sets = open_validation_sets(cfg, None)
+        assert {name: len(samples) for name, samples in sets.items()} == {"wiki": 269 // 16, "code": 399 // 16}
+        found.append([sets["wiki"][i]["tokens"] for i in range(16)])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    seen = {int(token) for sample in found[0] for token in sample}
+    assert len(seen) == 16 * 16 and min(seen) >= 500, "of all documents, each token once"
+    assert len(list((tmp_path / "run/data_cache").glob("wiki-*"))) == 1, "one index for both seeds"
+    assert open_validation_sets(make_config(prefix), None) == {}
 
 
 def test_a_corpus_rebuilt_under_the_same_name(tmp_path: Path, make_config: MakeConfig) -> None:

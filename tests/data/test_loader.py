@@ -95,6 +95,18 @@ def test_evaluation_reads_the_same_samples_every_time() -> None:
         assert sorted(ids) == list(range(24))
 
 
+@pytest.mark.parametrize("pin_memory", [False, True])
+def test_a_set_that_ends_within_a_step_counts_every_sample_once(pin_memory: bool) -> None:
+    """Every rank has as many micro-batches as the others."""
+    loaders = [EvalLoader(Numbered(), 2, 2, rank, 2, 2, pin_memory, num_samples=11) for rank in range(2)]
+    batches = [batch for loader in loaders for batch in loader]
+    assert len(batches) == 2 * len(loaders[0]) == 8
+    counted = [
+        int(row[0]) for b in batches for row, mask in zip(b["tokens"], b["loss_mask"], strict=True) if mask.any()
+    ]
+    assert sorted(counted) == list(range(11))
+
+
 @pytest.mark.parametrize("arguments", [(0, 1, 0, 1), (1, 0, 0, 1), (1, 1, 1, 1), (1, 1, -1, 1), (1, 1, 0, 1, -1)])
 def test_impossible_layouts(arguments: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="out of range"):

@@ -19,7 +19,9 @@ def epoch(seq_length: int, documents: list[int], first: int = 0) -> EpochOrder:
 
 def test_where_documents_begin() -> None:
     made = epoch(4, [3, 1, 0, 4, 2])
-    assert made.places(np.arange(5)).tolist() == [9, 9, 18, 0, 14]
+    places = np.array([9, 9, 18, 0, 14])
+    assert made.window(np.arange(5), np.arange(5)).tolist() == ((places + np.arange(5)) // 4).tolist()
+    assert made.first_cut(np.arange(5)).tolist() == (-places % 4).tolist()
     assert made.samples == 5, "21 tokens, of which the last is no window of 4 + 1"
 
 

@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -6,8 +7,9 @@ import pytest
 
 from megatron_sgt.config import TokenizerConfig
 from megatron_sgt.data.encoding import EncodedKey
-from megatron_sgt.data.preprocess import DatasetWriter, PreprocessOptions, preprocess
+from megatron_sgt.data.preprocess import PreprocessOptions, preprocess
 from megatron_sgt.data.tokenizer import build_tokenizer
+from megatron_sgt.data.writer import DatasetWriter
 from megatron_sgt.errors import DataError
 from megatron_sgt.files import sha256_of
 from tests.helpers.hf_tokenizers import bert
@@ -145,3 +147,17 @@ def test_documents_begin_with_the_token_if_asked(tmp_path: Path, sp_model: str) 
         with pytest.raises(DataError, match=message):
             preprocess(PreprocessOptions((source,), str(tmp_path / "no"), **changes))  # type: ignore[arg-type]
     assert not list(tmp_path.glob("no*"))
+
+
+def test_memory_does_not_grow_with_the_input(tmp_path: Path, sp_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_sgt.data.readers.CHUNK_DOCUMENTS", 500)
+    monkeypatch.setattr("megatron_sgt.data.writer._BLOCK", 1000)
+    peaks = []
+    for count in (5_000, 25_000):
+        source = tmp_path / f"{count}.jsonl"
+        source.write_text('{"text": "a"}\n' * count)
+        tracemalloc.start()
+        preprocess(options(sp_model, str(source), tmp_path / f"out{count}"))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert abs(peaks[1] - peaks[0]) < 50_000, f"an index of 25,000 documents in memory has 300,000 bytes: {peaks}"

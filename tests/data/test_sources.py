@@ -66,3 +66,52 @@ def test_validation_split_is_required_only_if_used(tmp_path: Path, make_config: 
         DataError, match=r"the valid split \(data\.split 949,50,1\) gets 0 of 8 documents .*eval_interval"
     ):
         validate_data(make_config(prefix, **{"data.split": "949,50,1", "train.eval_interval": 10}))
+
+
+def test_validation_sets_are_checked_like_training_data(tmp_path: Path, make_config: MakeConfig) -> None:
+    prefix = write_dataset(tmp_path / "a_text_document", [20] * 10)
+    wiki = write_dataset(tmp_path / "wiki", [20] * 10, start=7)
+    short = write_dataset(tmp_path / "short", [9])
+
+    def check(path: str, **more: object) -> tuple[str, ...]:
+        return validate_data(make_config(prefix, **{"data.valid": {"wiki": path}, **more})).notes
+
+    once = "validation set wiki: 10 documents, 200 tokens; each validation reads"
+    assert check(wiki, **{"train.eval_iters": 1})[-1] == f"{once} the first 8 of its 12 samples"
+    assert check(wiki, **{"train.eval_iters": 2})[-1] == f"{once} all its 12 samples"
+    with pytest.raises(DataError, match=r"data\.valid\.wiki: .*short has 9 tokens, less than one sample of 16 \+ 1"):
+        check(short)
+    long = write_dataset(tmp_path / "long", [1200], vocab_size=1001)
+    with pytest.raises(DataError, match="token id 1000, but the vocabulary has 1000 ids"):
+        check(long)
+    with pytest.raises(DataError, match=r"no indexed data set at .*nope"):
+        check(str(tmp_path / "nope"))
+
+
+def test_a_validation_set_that_is_trained_on_is_refused(tmp_path: Path, make_config: MakeConfig) -> None:
+    """By its path however it is written, and as a copy under another name."""
+    prefix = write_dataset(tmp_path / "a_text_document", [20] * 10)
+    other = write_dataset(tmp_path / "b", [20] * 10, start=1)
+    copy = write_dataset(tmp_path / "copy", [20] * 10)
+    linked = tmp_path / "link"
+    linked.symlink_to(tmp_path)
+    for path in (str(tmp_path / "a"), f"{linked}/a_text_document", copy):
+        cfg = make_config([1, other, 1, prefix], **{"data.valid": {"code": path}})
+        with pytest.raises(
+            DataError, match=r"data\.valid\.code: .* is trained on .*a_text_document.*so that validation"
+        ):
+            validate_data(cfg)
+        allowed = {"data.valid": {"code": path}, "data.allow_validation_leak": True}
+        assert validate_data(make_config([1, other, 1, prefix], **allowed)).notes
+    validate_data(make_config(prefix, **{"data.valid": {"code": other}}))
+
+
+def test_named_sets_may_be_the_only_ones(tmp_path: Path, make_config: MakeConfig) -> None:
+    prefix = write_dataset(tmp_path / "a", [20] * 10)
+    named = {"data.valid": {"b": write_dataset(tmp_path / "b", [20] * 5, start=3)}}
+    often = {"train.eval_interval": 5, "data.split": "1,0,0"}
+    with pytest.raises(DataError, match="the valid split"):
+        validate_data(make_config(prefix, **often))
+    assert validate_data(make_config(prefix, **often, **named)).valid_samples == 0
+    with pytest.raises(DataError, match="the valid split"):
+        validate_data(make_config(prefix, **{**often, **named, "data.split": "999,1,0"}))

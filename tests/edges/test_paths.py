@@ -37,7 +37,7 @@ NO_PATHS = {
 """Settings of any text that are no paths; one that is added must be told apart here or by its type."""
 TEXT_ARGUMENTS = {"words", "number_of_bytes"}
 PATH_ARGUMENTS = {"path", "path_text", "job_path", "script_path", "output", "sbatch_option"}
-NUMBERS = {"int", "positive", "zero_or_more", "seed", "number", "share", "depths"}
+NUMBERS = {"int", "positive", "zero_or_more", "seed", "number", "share", "depths", "shard"}
 SCRIPTS = [ROOT / "megatron_sgt/engine/main.py", *sorted((ROOT / "tools").rglob("*.py"))]
 
 
@@ -57,6 +57,10 @@ LISTS: dict[str, dict[str, Any]] = {"stages": {"operator": "midas"}, "seq_length
 """Settings that are lists of sections, and what an entry needs beside a value."""
 
 
+BY_NAME = {"data.valid"}
+"""Settings that are mappings from names to paths."""
+
+
 def values_with(name: str, value: str) -> dict[str, Any]:
     """Plain values of a small run in which setting ``name`` is ``value``."""
     values: dict[str, Any] = {section: dict(content) for section, content in TINY.items()}
@@ -67,7 +71,7 @@ def values_with(name: str, value: str) -> dict[str, Any]:
             inner = inner.setdefault(section, [dict(LISTS[section])])[0]
         else:
             inner = inner.setdefault(section, {"type": "huggingface"} if section == "tokenizer" else {})
-    inner[last] = value
+    inner[last] = {"wiki": value} if name in BY_NAME else value
     return values
 
 
@@ -75,7 +79,7 @@ def read(config: Config, name: str) -> Any:
     value: Any = config
     for part in name.split("."):
         value = getattr(value, part)
-    return value[0] if isinstance(value, tuple) else value
+    return value[0] if isinstance(value, tuple) else value["wiki"] if name in BY_NAME else value
 
 
 def test_every_text_is_a_path_or_known_to_be_none() -> None:

@@ -3,12 +3,10 @@ not train on what was held out. The counts are compared with lists of the tokens
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,83 +16,22 @@ import pytest
 from megatron_sgt.checkpoint.layout import read_json
 from megatron_sgt.config import Config
 from megatron_sgt.data import order
-from megatron_sgt.data.changes import Change, find_change
-from megatron_sgt.data.gpt_dataset import BlendedSamples, build_datasets
-from megatron_sgt.data.history import DataOrder, Span, from_json, order_of, to_json
-from megatron_sgt.data.index_cache import build_index_cache
+from megatron_sgt.data.changes import find_change
+from megatron_sgt.data.ledger import Drawing, Ledger, Place, Span
 from megatron_sgt.data.splits import split_bounds
+from megatron_sgt.engine.data_start import data_start
 from megatron_sgt.errors import CheckpointError
+from megatron_sgt.preflight import find_start
+from tests.helpers.changing_data import LENGTHS, STARTS, Data, real, write_data_sets
 from tests.helpers.commands import run_script, snapshot
-from tests.helpers.datasets import write_dataset
 from tests.helpers.edges import refused
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import pretrain, reported, tiny_config, write_tiny_data
 
-VOCABULARY = 65_000
-"""More than all tokens of the data sets here, so that every token tells its place."""
-
-
-def lengths(number: int, seed: int) -> list[int]:
-    return [int(n) for n in np.random.default_rng(seed).integers(1, 70, number)]
-
-
-LENGTHS = {"a": lengths(90, 1), "b": lengths(60, 2), "longer": [*lengths(90, 1), *lengths(40, 3)], "c": lengths(80, 4)}
-STARTS = {"a": 0, "longer": 0, "b": 20_000, "c": 40_000}
-"""The first token of each data set: ``longer`` is ``a`` with documents appended."""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("data")
-    for name, each in LENGTHS.items():
-        write_dataset(made / name, each, STARTS[name], VOCABULARY)
-    for suffix in (".bin", ".idx"):
-        shutil.copy(made / f"a{suffix}", made / f"moved{suffix}")
-    return made
-
-
-@dataclass
-class Data:
-    """Settings of a run over the data sets of a folder."""
-
-    folder: Path
-    path: tuple[str, ...] = ("a",)
-    seq_length: int = 16
-    seed: int = 7
-    split: str = "80,20,0"
-    batch: int = 8
-
-    def config(self) -> Config:
-        paths = [part if part[0].isdigit() else str(self.folder / part) for part in self.path]
-        return tiny_config(
-            self.folder / "run",
-            "",
-            model={"seq_length": self.seq_length, "vocab_size": VOCABULARY},
-            train={"seed": self.seed, "train_iters": self.batch, "global_batch_size": self.batch},
-            data={"data_path": paths, "split": self.split, "data_cache_path": str(self.folder / "cache")},
-        )
-
-    def order(self) -> DataOrder:
-        return order_of(self.config())
-
-    def samples(self) -> BlendedSamples:
-        return build_datasets(self.config(), None)[0]
-
-    def tokens(self, start: int, stop: int) -> Counter[int]:
-        """How often each token is read by the samples number start .. stop - 1."""
-        samples = self.samples()
-        return Counter(int(t) for i in range(start, stop) for t in samples[i]["tokens"])
-
-    def change(self, *earlier: tuple[Data, int]) -> Change | None:
-        """What this one makes of runs that have read up to sample n each, one after the other."""
-        spans, start = [], 0
-        for data, stop in earlier:
-            spans.append(Span(data.order(), start, stop))
-            start = stop
-        return find_change(spans, self.order(), self.indices)
-
-    def indices(self, *wanted: Any) -> str:
-        return build_index_cache(*wanted, str(self.folder / "cache"))
+    return write_data_sets(tmp_path_factory.mktemp("data"))
 
 
 FILES = ("longer", "b", "c")
@@ -111,12 +48,15 @@ def expected(now: Data, earlier: list[tuple[Data, int]]) -> order.Tally:
     """The counts, from every sample of all runs."""
     read: Counter[int] = Counter()
     start = 0
-    for data, stop in earlier:
-        read += data.tokens(start, stop)
+    for number, (data, stop) in enumerate(earlier):
+        read += data.tokens(start, stop, data.ledger(*earlier[:number]).now)
         start = stop
-    assumed = now.tokens(0, start)
+    span, samples, assumed = now.ledger(*earlier).now, now.samples(), Counter[int]()
+    for source, place in enumerate(span.places):  # each as if it had been read by itself
+        samples.draw(Drawing((1.0,), (Place(place.number),)), [source], [None])
+        assumed += Counter(t for i in range(place.drawn) for t in real(samples[i]))
     samples = now.samples()
-    epoch = [{int(t) for t in part[i]["tokens"]} for part in samples.parts for i in range(len(part))]
+    epoch = [set(real(part[i])) for part in samples.parts for i in range(len(part))]
     comes = set().union(*epoch)
     again = {t: read[t] - assumed[t] for t in read if read[t] > assumed[t] and t in comes}
     skipped = assumed - read
@@ -136,18 +76,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "another seed": {"seed": 8},
     "a seed beyond 32 bits": {"seed": 7 + 2**32},
     "another split": {"split": "60,40,0"},
-    "a data set more": {"path": ("0.6", "a", "0.4", "b")},
-    "another data set": {"path": ("b",)},
-    "documents appended": {"path": ("longer",)},
     "documents appended and a seed": {"path": ("longer",), "seed": 3},
-    "one data set twice": {"path": ("0.6", "a", "0.4", "moved")},
+    "packed documents": {"packing": "best_fit"},
+    "packed documents appended, and a seed": {"packing": "best_fit", "path": ("longer",), "seed": 3},
 }
 BLENDS: dict[str, dict[str, Any]] = {
-    "another weight": {"path": ("0.5", "a", "0.5", "b")},
-    "another order of the blend": {"path": ("0.3", "b", "0.7", "a")},
-    "one less": {"path": ("a",)},
-    "one exchanged": {"path": ("0.7", "a", "0.3", "c")},
     "a longer sequence": {"path": ("0.7", "a", "0.3", "b"), "seq_length": 40},
+    "a seed and one more": {"path": ("0.6", "a", "0.2", "b", "0.2", "c"), "seed": 4},
 }
 
 
@@ -159,11 +94,11 @@ def test_counts_are_those_of_all_samples(kind: str, read: int, folder: Path) -> 
     change = now.change((before, read))
     assert change is not None and change.tally == expected(now, [(before, read)])
     assert change.tally.tokens_again or change.tally.tokens_skipped
-    line = change.line()
+    line, samples, length = change.line(), now.samples(), len(before.samples())
     assert "\n" not in line and ("again" in line or "skipped" in line)
-    if change.sample is not None:
-        length = len(now.samples())
-        assert f"sample {read % length:,} of {length:,} of epoch {read // length + 1}" in line
+    tokens = min(len(samples) * now.seq_length, read % length * before.seq_length)
+    place = -(-tokens // now.seq_length)
+    assert f"sample {place % len(samples):,} of {len(samples):,} of epoch {read // length + 1}" in line
 
 
 @pytest.mark.parametrize("kind", BLENDS)
@@ -180,6 +115,10 @@ def test_a_chain_of_changes_counts_from_the_beginning(folder: Path) -> None:
     assert change is not None and change.tally == expected(three, [(one, 30), (two, 70)])
     back = one.change((one, 30), (two, 70))
     assert back is not None and back.tally == expected(one, [(one, 30), (two, 70)])
+    packed = replace(two, packing="best_fit")
+    change = replace(packed, seed=2).change((packed, 30), (one, 70))
+    assert change is not None and change.tally == expected(replace(packed, seed=2), [(packed, 30), (one, 70)])
+    assert "data.packing concat -> best_fit" in change.line()
 
 
 @pytest.mark.parametrize(
@@ -236,43 +175,6 @@ def test_documents_that_change_sides_are_counted(change: dict[str, Any], name: s
     assert found.leaks == ("seq_length" not in change)
 
 
-def test_other_data_under_the_same_name_is_said(folder: Path, tmp_path: Path) -> None:
-    write_dataset(tmp_path / "a", LENGTHS["a"], STARTS["a"], VOCABULARY)
-    before = Data(tmp_path)
-    spans = [Span(before.order(), 0, 40)]
-    for suffix in (".bin", ".idx"):
-        shutil.copy(folder / f"c{suffix}", tmp_path / f"a{suffix}")
-    change = find_change(spans, before.order(), before.indices)
-    assert (
-        change is not None
-        and re.search(r"not the 90 \([\d,]+\) of then", change.line())
-        and "is not known" in change.line()
-    )
-    same_lengths = np.fromfile(folder / "a.bin", np.uint16)
-    shutil.copy(folder / "a.idx", tmp_path / "a.idx")
-    same_lengths[::-1].tofile(tmp_path / "a.bin")
-    change = find_change(spans, before.order(), before.indices)
-    assert change is not None and "is other data than before" in change.line()
-
-
-def test_the_record_survives_json(folder: Path) -> None:
-    one, two = Data(folder).order(), Data(folder, seq_length=32, path=("0.4", "a", "0.6", "b")).order()
-    record = json.loads(json.dumps(to_json([Span(one, 0, 30)], two, 30)))
-    spans = from_json(record, 50)
-    assert spans == (Span(one, 0, 30), Span(two, 30, 50))
-    assert json.loads(json.dumps(to_json(spans, two, 50))) == record, "the same order is no new entry"
-    assert to_json((), one, 50)[0]["from_sample"] == 50, "of what was read before, nothing is known"
-    assert json.loads(json.dumps(to_json(spans, one, 20))) == record[:1], (
-        "a run that goes back to before a change forgets it"
-    )
-
-
-@pytest.mark.parametrize("record", [[{}], [3], "x", [{"from_sample": 9, "files": 4}], None])
-def test_a_damaged_record_is_refused(record: Any) -> None:
-    with pytest.raises(CheckpointError, match="record of the data is damaged"):
-        from_json(record, 4)
-
-
 # Whole runs.
 
 
@@ -310,6 +212,7 @@ def test_a_run_says_it_and_its_checkpoints_remember(begun: Path, walks: str, tmp
     [first, second] = read_json(run_dir / "checkpoints/global_step6/sgt_state.json")["data"]
     assert (first["from_sample"], first["seq_length"]) == (0, 16)
     assert (second["from_sample"], second["seq_length"]) == (32, 32)
+    assert second["places"] == [{"number": 0, "drawn": 16}], "as many tokens of the epoch"
 
 
 def refused_by_a_dry_run(config: Config, folder: Path, *said: str) -> None:
@@ -342,9 +245,6 @@ def forget(state: dict[str, Any]) -> None:
 
 
 def test_a_checkpoint_without_a_record(begun: Path, walks: str, tmp_path: Path) -> None:
-    from megatron_sgt.engine.data_start import data_start
-    from megatron_sgt.preflight import find_start
-
     def change(config: Config, edit: Callable[[dict[str, Any]], None]) -> str | None:
         start = find_start(config)
         edit(start.saved)
@@ -357,10 +257,17 @@ def test_a_checkpoint_without_a_record(begun: Path, walks: str, tmp_path: Path) 
     assert told is not None and old == f"{told}; the checkpoint does not say what its files held: taken as they are now"
 
 
+def no_begins(old: object, new: object) -> bool:
+    return False
+
+
 def test_what_came_before_the_first_record_is_not_counted(folder: Path) -> None:
     """The files of a checkpoint without a record had moved; records begin where the run went on."""
     before, now = Data(folder), Data(folder, seq_length=8)
-    known, cut = (find_change([Span(before.order(), first, 9)], now.order(), now.indices) for first in (0, 4))
+    known, cut = (
+        find_change(Ledger((Span(first, before.order()),)).until(9), Span(9, now.order()), no_begins, now.indices)
+        for first in (0, 4)
+    )
     assert known is not None and known.tally is not None and known.unknown == ()
     assert cut is not None and cut.tally is None and cut.unknown == ("what was read before sample 4 is not recorded",)
     assert "read before and to come again" not in cut.line() and "not recorded" in cut.line()
@@ -370,6 +277,7 @@ def test_a_registered_data_set_is_not_guessed_at(folder: Path) -> None:
     before = Data(folder).order()
     registered = replace(before, dataset="mine", files=())
     longer = replace(registered, seq_length=32)
-    change = find_change([Span(registered, 0, 9)], longer, Data(folder).indices)
+    reads, indices = Ledger((Span(0, registered),)).until(9), Data(folder).indices
+    change = find_change(reads, Span(9, longer), no_begins, indices)
     assert change is not None and "model.seq_length 16 -> 32: " in change.line() and "is not known" in change.line()
-    assert find_change([Span(registered, 0, 9)], registered, Data(folder).indices) is None
+    assert find_change(reads, Span(9, registered), no_begins, indices) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron_sgt.engine import loop
 from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.loop import DivergedError, Trainer
 from megatron_sgt.engine.step import Batch, StepResult, TrainState
+from megatron_sgt.guard.save_now import FILE, SaveTrigger
 from megatron_sgt.guard.stop import Reason, StopRequests
 from megatron_sgt.optim.schedule import learning_rate
 from tests.helpers.fake_groups import fake_groups
@@ -51,6 +53,9 @@ class Diary(Hook):
 
     def on_stop(self, state: TrainState, reason: int) -> None:
         self.calls.append((self.name, "stop", state.step, reason))
+
+    def on_save_now(self, state: TrainState) -> None:
+        self.calls.append((self.name, "save now", state.step))
 
 
 class StopAfter(Hook):
@@ -129,6 +134,43 @@ def test_a_request_stops_before_the_next_step(monkeypatch: pytest.MonkeyPatch) -
     assert run.run(numbered(), 9) == Reason.SIGTERM
     assert calls[-1] == ("d", "stop", 2, Reason.SIGTERM) and agreed == [Reason.SIGTERM]
     assert not [call for call in calls if call[1] == "after"], "after_run would validate first"
+
+
+class AskAfter(Hook):
+    """Somebody asks for a checkpoint in the middle of a step."""
+
+    def __init__(self, trigger: Path, step: int) -> None:
+        self.trigger = trigger
+        self.step = step
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        if state.step == self.step:
+            self.trigger.touch()
+
+
+def test_a_request_to_save_stops_nothing_and_is_told_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(loop, "train_step", Scripted("++-+"))
+    calls: list[Any] = []
+    engine: Any = SimpleNamespace(train=lambda: None)
+    run = trainer(engine, TrainState(), [Diary("d", calls)])
+    agreed: list[int] = []
+    run.stop.on_agreed = agreed.append  # starts the time after which an exit is forced
+    run.stop.trigger = SaveTrigger(tmp_path)
+    run.hooks = [*run.hooks, AskAfter(tmp_path / FILE, 1)]
+    assert run.run(numbered(), 3) == 0
+    assert [call[1:] for call in calls if call[1] == "save now"] == [("save now", 1)] and agreed == []
+    assert calls[-1] == ("d", "after", 3) and not (tmp_path / FILE).exists()
+
+
+def test_a_run_that_stops_takes_a_request_to_save_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(loop, "train_step", Scripted("++"))
+    calls: list[Any] = []
+    engine: Any = SimpleNamespace(train=lambda: None)
+    run = trainer(engine, TrainState(), [Diary("d", calls)])
+    run.stop.trigger = SaveTrigger(tmp_path)
+    run.hooks = [*run.hooks, StopAfter(run.stop, 1), AskAfter(tmp_path / FILE, 1)]
+    assert run.run(numbered(), 3) == Reason.SIGTERM and calls[-1] == ("d", "stop", 1, Reason.SIGTERM)
+    assert not (tmp_path / FILE).exists(), "the stop saves"
 
 
 def test_a_request_in_the_last_step_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,9 +64,13 @@ def test_a_run_and_its_resumption(data: str, tmp_path: Path) -> None:
     first = pretrain(tmp_path, data)
     assert first.code == 0 and first.err == "", first.err
     assert "fresh start" in first.out and "DONE" in first.out
-    second = pretrain(tmp_path, data, "train.exit_interval=3")
+    (tmp_path / "run" / "save_now").touch()
+    second = pretrain(tmp_path, data, "train.exit_interval=4")
     assert second.code == 0 and "resumed at step 2" in second.out, second.err
-    assert [record["step"] for record in reported(tmp_path / "run", "summary")] == [2, 3]
+    assert "SAVE  step 3  as asked" in second.out and not (tmp_path / "run" / "save_now").exists()
+    assert [record["step"] for record in reported(tmp_path / "run", "summary")] == [2, 4]
+    asked = pretrain(tmp_path, data, "--save-now")
+    assert asked.code == ExitCode.CHECKPOINT and "no run writes into" in asked.err
 
 
 def test_a_run_that_is_out_of_time_saves_and_says_so(data: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -14,7 +15,7 @@ import pytest
 
 from megatron_sgt.checkpoint.forms import read_config
 from megatron_sgt.errors import ConfigError, DataError
-from megatron_sgt.evaluation.downstream import run_tasks
+from megatron_sgt.evaluation.downstream import Tasks, load_tasks, require_harness, run_tasks
 from megatron_sgt.export.forms import FORMS, STANDARD
 from megatron_sgt.export.hf.generate import Sampling, generate
 from megatron_sgt.export.hf.open_model import open_model
@@ -184,3 +185,15 @@ def test_what_cannot_be_run(tasks: Path) -> None:
         run_tasks(opened.model, opened.tokenizer, ["sgt_absent"], tasks)
     with pytest.raises(DataError, match="no tokenizer"):
         run_tasks(opened.model, None, ["sgt_choice"], tasks)
+
+
+def test_tasks_are_loaded_before_they_are_needed(tasks: Path) -> None:
+    assert "sgt_choice" in load_tasks(Tasks(("sgt_choice",), tasks)).all_tasks
+    with pytest.raises(DataError, match="the data of sgt_absent cannot be read"):
+        load_tasks(Tasks(("sgt_absent",), tasks))
+
+
+def test_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"--tasks needs .*: run 'pip install megatron-sgt\[eval\]'"):
+        require_harness()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import torch
 
 from megatron_sgt.config.data import TokenizerConfig
 from megatron_sgt.data.hard_texts import HARD_TEXTS
@@ -74,3 +75,15 @@ def test_the_sign_for_damaged_text_may_be_a_piece(tmp_path: Path) -> None:
     found = build_tokenizer(TokenizerConfig(type="sentencepiece", model=str(tmp_path / "a.model")))
     ids = found.encode("a\ufffd")
     assert found.piece(ids[-1]) == "\ufffd" and TextBytes(found).count(ids[0], ids[-1:]) == 3
+
+
+def test_of_micro_batches_what_the_mask_leaves_counts(tokenizer: Tokenizer) -> None:
+    row = [token for text in TEXTS for token in [tokenizer.eod, *tokenizer.encode(text)]]
+    cut = torch.tensor(row[: len(row) // 4 * 4 - 3])
+    tokens, labels = cut[:-1].view(4, -1), cut[1:].view(4, -1)
+    mask = torch.ones(tokens.shape)
+    counter = TextBytes(tokenizer)
+    assert counter.count_labels(tokens, labels, mask) == counter.count(row[0], cut[1:].tolist())
+    mask[1], mask[2, ::2] = 0.0, 0.0
+    kept = [(int(t), int(n)) for t, n, m in zip(tokens.flatten(), labels.flatten(), mask.flatten(), strict=True) if m]
+    assert counter.count_labels(tokens, labels, mask) == sum(counter.count(t, [n]) for t, n in kept)

@@ -76,7 +76,7 @@ def test_loads_and_round_trips(name: str, tmp_path: Path) -> None:
 def test_the_set_is_complete() -> None:
     expected = {f"{kind}_{size}" for kind in ("sgt", "vanilla") for size in SIZES}
     expected |= {"quickstart", "vanilla_quickstart", "block_loop_300m", "quickstart_pipeline", "sgt_70b_pipeline"}
-    expected |= {"continue_llama_3.2_1b"}
+    expected |= {"continue_llama_3.2_1b", "sgt_300m_documents"}
     expected |= {"sgt_300m_lowest_heads", "sgt_300m_shallow_first", "study_cpu", "study_gpu", "study_growing"}
     expected |= set(GROWING)
     assert set(NAMES) == expected
@@ -90,6 +90,11 @@ TWINS = [
     ("sgt_300m", "sgt_300m_lowest_heads", {"growth.head_choice"}),
     ("sgt_70b", "sgt_70b_pipeline", {"parallel.pipeline_model_parallel_size"}),
     ("sgt_300m", "sgt_300m_shallow_first", {"growth.direction"}),
+    (
+        "sgt_300m",
+        "sgt_300m_documents",
+        {f"data.{name}" for name in ("packing", "reset_attention_mask", "reset_position_ids", "eod_mask_loss")},
+    ),
 ]
 
 

@@ -62,7 +62,7 @@ def test_keys_are_those_of_the_golden_file() -> None:
 
 def test_reference_stands_alone() -> None:
     source = Path(reference_sgt.__file__).read_text()
-    assert len(source.splitlines()) <= 325
+    assert len(source.splitlines()) <= 405
     imported = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

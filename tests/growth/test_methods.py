@@ -148,7 +148,7 @@ def test_the_settings_for_a_finished_plan_can_adopt_it(plan: LoopPlan) -> None:
 def test_loops_that_a_method_cannot_have_made_are_refused() -> None:
     deep = LoopPlan(4, ((1, LayerPlan(3, (0,))),))
     blocks = LoopPlan(4, ((1, LayerPlan(block_loops=2)),))
-    with pytest.raises(ConfigError, match="sgt with max_loop_depth 1, but the imported model loops deeper"):
+    with pytest.raises(ConfigError, match=r"growth\.max_loop_depth: is 1, but the loops of the given model need 3"):
         build_schedule(GrowthConfig(), 4, 4).adopt(deep)
     for method in (
         GrowthConfig(method="block_loop", block_loop_layers=(2,)),

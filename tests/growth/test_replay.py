@@ -154,7 +154,7 @@ def test_has_no_effect_with_another_method() -> None:
 def test_a_model_that_has_grown_is_not_grown_again(tmp_path: Path) -> None:
     events, plans = record()
     schedule = replay(write(tmp_path / "metrics.jsonl", events))
-    with pytest.raises(ConfigError, match=r"growth\.replay: .* the imported model has grown already"):
+    with pytest.raises(ConfigError, match=r"growth\.replay: .* the given model has grown already"):
         schedule.adopt(plans[-1])
 
 

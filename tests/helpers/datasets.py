@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_sgt.data.encoding import EncodedKey
-from megatron_sgt.data.preprocess import DatasetWriter
+from megatron_sgt.data.writer import DatasetWriter
 
 
 def write_dataset(prefix: Path, lengths: list[int], start: int = 0, vocab_size: int = 1000) -> str:

@@ -194,6 +194,7 @@ def write_checkpoint(
     layout_: tuple[int, int, int],
     weight_decay_on: str = "all",
     pipeline: tuple[int, tuple[int, ...]] | None = None,
+    step: int = STEP,
 ) -> Path:
     """A committed checkpoint of ``state`` at (tensor parallel, data parallel, ZeRO stage); returns its folder.
 
@@ -206,7 +207,7 @@ def write_checkpoint(
     stages = PipelineLayout(*(pipeline or (1, (config.model.num_layers,))))
     if pipeline is not None:
         where |= {layout.PIPELINE_SIZE: stages.size, layout.PIPELINE_COUNTS: list(stages.counts)}
-    folder = root / layout.tag_for(STEP)
+    folder = root / layout.tag_for(step)
     folder.mkdir(parents=True)
     for mp_rank in range(tp_size * stages.size):
         pp_rank, tp_rank = divmod(mp_rank, tp_size)
@@ -229,7 +230,7 @@ def write_checkpoint(
     for rank in range(tp_size * stages.size * dp_size):
         torch.save({}, folder / layout.rng_file(rank))
     averaged = {layout.AVERAGE_STATE: {"decay": 0.75}} if AVERAGE in state else {}
-    saved = {"layout": where, "trainer": counters(STEP), "hooks": {}, **averaged}
+    saved = {"layout": where, "trainer": counters(step), "hooks": {}, **averaged}
     layout.write_json(folder / layout.STATE_FILE, saved)
     (folder / layout.CONFIG_FILE).write_text(config.to_yaml())
     write_manifest(folder)

@@ -14,8 +14,8 @@ import numpy as np
 
 from megatron_sgt.config.data import TokenizerConfig
 from megatron_sgt.data.encoding import EncodedKey
-from megatron_sgt.data.preprocess import DatasetWriter
 from megatron_sgt.data.tokenizer import build_tokenizer
+from megatron_sgt.data.writer import DatasetWriter
 from megatron_sgt.export.forms import STANDARD, Form
 from megatron_sgt.export.to_hf import ExportOptions, export_checkpoint
 from tests.helpers.ranks import run_on_ranks

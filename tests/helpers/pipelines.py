@@ -149,8 +149,7 @@ def repeat_on(info: RankInfo, path: Path, case: Case, **train: Any) -> tuple[dic
         overrides["growth"] = {**meta["growth"], "replay": case.replay}
     config = rp.trajectory_config(tensors, meta, overrides)
     groups = start_processes(config, info)
-    inputs = {k: v for k, v in tensors.items() if k.startswith("init/") or k in ("tokens", "probe_tokens")}
-    return rp.repeat(config, groups, inputs, meta)
+    return rp.repeat(config, groups, rp.inputs_of(tensors), meta)
 
 
 def run_case(path: Path, case: Case, function: Any = repeat_on, *args: Any) -> Any:

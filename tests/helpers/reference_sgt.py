@@ -11,7 +11,8 @@ from their presence, a tied output from a missing `lm_head.weight`.
 rotary_scaling {type llama3 | yarn | linear, factor, ...} where positions are scaled},
 growth {the options of the schedule; method sgt | vanilla | block_loop, direction, head_choice, seed,
 entropy_after_fixed, block_loop_layers and block_loop_count may be absent}, optim {lr, betas, eps,
-weight_decay, clip}, steps, micro_batch.
+weight_decay, clip}, steps, micro_batch; and, where the tokens come in documents, data {reset_attention_mask,
+reset_position_ids, eod_mask_loss}, each of which may be absent.
 """
 
 import hashlib
@@ -60,21 +61,49 @@ def scaled(frequency: Tensor, theta: float, scaling: Settings) -> tuple[Tensor, 
     return frequency * (1 - ramp + ramp / factor), scaling.get("attention_factor", 0.1 * math.log(factor) + 1)
 
 
-def rotary(x: Tensor, theta: float, scaling: Settings | None = None) -> Tensor:
+class Documents:
+    """The documents of sequences [B, T]: starts [B, T] of each token's, tokens [B] before the padding at the end.
+
+    hidden [B, 1, T, T]: which keys a query must not look at; positions [B, 1, T]; row [B]: the last token before the
+    padding, and seen [B]: of how many tokens, 0 where too few for its entropy; counts [B, T]: labels of the loss.
+    """
+
+    def __init__(self, starts: Tensor, tokens: Tensor, data: Settings, least: int = 2) -> None:
+        place, tokens = torch.arange(starts.shape[1]), tokens[:, None]
+        first = starts if data.get("reset_attention_mask") else torch.where(place < tokens, 0, tokens)
+        self.hidden = ((place > place[:, None]) | (place < first[:, :, None]))[:, None]
+        self.positions = place - starts[:, None] * bool(data.get("reset_position_ids"))
+        row = tokens.clamp(min=1) - 1
+        seen = row + 1 - first.gather(1, row)
+        self.row, self.seen = row[:, 0], (seen * ((tokens > 0) & (seen >= least)))[:, 0]
+        crosses = starts.roll(-1, 1) != starts
+        self.counts = (place + 1 < tokens) & ~(crosses & bool(data.get("eod_mask_loss")))
+
+    def entropy(self, p: Tensor) -> Tensor:
+        """Sum [H] over the sequences that count of the entropies of their last rows, each in its own unit."""
+        rows = torch.special.entr(p[torch.arange(len(p)), :, self.row].detach()).sum(-1)
+        return sum((rows[b] / math.log(n) for b, n in enumerate(self.seen.tolist()) if n), torch.zeros(p.shape[1]))
+
+
+def rotary(x: Tensor, theta: float, scaling: Settings | None = None, positions: Tensor | None = None) -> Tensor:
     """Rotates x [B, heads, T, d] by its positions, pairing dimension i with i + d/2."""
     half = x.shape[-1] // 2
     frequency = theta ** (-torch.arange(half, dtype=torch.float32) / half)
     frequency, factor = (frequency, 1.0) if scaling is None else scaled(frequency, theta, scaling)
-    angle = torch.arange(x.shape[-2], dtype=torch.float32)[:, None] * frequency
+    positions = torch.arange(x.shape[-2]) if positions is None else positions
+    angle = positions[..., None].float() * frequency
     cos, sin = angle.cos() * factor, angle.sin() * factor
     a, b = x[..., :half], x[..., half:]
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def attention(w: Params, x: Tensor, gates: Tensor | None, model: Settings) -> tuple[Tensor, Tensor]:
+def attention(
+    w: Params, x: Tensor, gates: Tensor | None, model: Settings, documents: Documents | None = None
+) -> tuple[Tensor, Tensor]:
     """One pass over x [B, T, D], normed or not: W_o concat_h(g_h head_h) [B, T, D]; its last rows' entropy [H].
 
-    w holds one layer's weights; gates [H], None for the ordinary attention.
+    w holds one layer's weights; gates [H], None for the ordinary attention. The entropy is the mean over the sequences,
+    with documents their sum.
     """
     batch, length, _ = x.shape
     heads, eps = model["num_attention_heads"], model["norm_eps"]
@@ -91,19 +120,25 @@ def attention(w: Params, x: Tensor, gates: Tensor | None, model: Settings) -> tu
         return parts.transpose(1, 2)
 
     q, k, v = split("q"), split("k"), split("v")
-    q, k = (rotary(y, model["rope_theta"], model.get("rotary_scaling")) for y in (q, k))
+    positions = None if documents is None else documents.positions
+    q, k = (rotary(y, model["rope_theta"], model.get("rotary_scaling"), positions) for y in (q, k))
     k, v = (y.repeat_interleave(heads // y.shape[1], dim=1) for y in (k, v))
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    hidden_future = torch.ones(length, length, dtype=torch.bool).triu(1)
-    p = scores.masked_fill(hidden_future, -torch.inf).softmax(-1)
-    entropy = torch.special.entr(p[:, :, -1].detach()).sum(-1).mean(0) / math.log(length)
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    p = scores.masked_fill(future if documents is None else documents.hidden, -torch.inf).softmax(-1)
+    if documents is None:
+        entropy = torch.special.entr(p[:, :, -1].detach()).sum(-1).mean(0) / math.log(length)
+    else:
+        entropy = documents.entropy(p)
     out = p @ v
     if gates is not None:
         out = out * gates.view(1, heads, 1, 1)
     return linear(w, "self_attn.o_proj", out.transpose(1, 2).reshape(batch, length, -1)), entropy
 
 
-def layer(w: Params, x: Tensor, loops: int, gates: Tensor, model: Settings) -> tuple[Tensor, list[Tensor]]:
+def layer(
+    w: Params, x: Tensor, loops: int, gates: Tensor, model: Settings, documents: Documents | None = None
+) -> tuple[Tensor, list[Tensor]]:
     """One decoder layer with `loops` additional attention passes; also the entropies [H] of each pass."""
     entropies = []
     outputs = "post_feedforward_layernorm.weight" in w
@@ -114,7 +149,7 @@ def layer(w: Params, x: Tensor, loops: int, gates: Tensor, model: Settings) -> t
         return y if name is None else rms_norm(y, w[f"{name}.weight"], model["norm_eps"])
 
     for index in range(1 + loops):
-        out, entropy = attention(w, norm(before[0], x), gates if index else None, model)
+        out, entropy = attention(w, norm(before[0], x), gates if index else None, model, documents)
         x = x + norm(after[0], out)
         entropies.append(entropy)
     normed = norm(before[1], x)
@@ -123,7 +158,13 @@ def layer(w: Params, x: Tensor, loops: int, gates: Tensor, model: Settings) -> t
 
 
 def forward(
-    params: Params, tokens: Tensor, model: Settings, loops: list[int], gates: Tensor, blocks: dict[int, int]
+    params: Params,
+    tokens: Tensor,
+    model: Settings,
+    loops: list[int],
+    gates: Tensor,
+    blocks: dict[int, int],
+    documents: Documents | None = None,
 ) -> tuple[Tensor, list[list[Tensor]]]:
     """Logits [B, T, vocabulary] of tokens [B, T], and per layer the entropies [H] of its passes 0..K_l.
 
@@ -134,9 +175,9 @@ def forward(
     for n in range(model["num_layers"]):
         prefix = f"model.layers.{n}."
         w = {name.removeprefix(prefix): p for name, p in params.items() if name.startswith(prefix)}
-        x, measured = layer(w, x, loops[n], gates[n], model)
+        x, measured = layer(w, x, loops[n], gates[n], model, documents)
         for _ in range(blocks.get(n, 0)):
-            x, _ = layer(w, x, loops[n], gates[n], model)
+            x, _ = layer(w, x, loops[n], gates[n], model, documents)
         entropies.append(measured)
     x = rms_norm(x, params["model.norm.weight"], model["norm_eps"])
     return x @ params.get("lm_head.weight", params["model.embed_tokens.weight"]).T, entropies
@@ -145,6 +186,12 @@ def forward(
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     """Mean cross-entropy of tokens[1:] given tokens[:-1]; the last position has no label."""
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def summed_loss(logits: Tensor, tokens: Tensor, documents: Documents) -> Tensor:
+    """Sum of the cross-entropies that count."""
+    found = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.roll(-1, 1).flatten(), reduction="none")
+    return found[documents.counts.flatten()].sum()
 
 
 class ReferenceSchedule:
@@ -250,38 +297,58 @@ def train_step(
     batch: Tensor,
     schedule: ReferenceSchedule,
     settings: Settings,
+    documents: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[float, float]:
     """One optimizer step on tokens batch [sequences, T]: (loss, gradient norm before clipping).
 
-    Folds the mean entropies of its micro-batches into the schedule.
+    Folds the mean entropies of its micro-batches into the schedule; of its sequences that count, with documents: starts
+    [sequences, T] and tokens [sequences] before the padding.
     """
     model, blocks = settings["model"], block_loops(settings["growth"])
-    micro_batches = batch.split(settings["micro_batch"])
+    rows = range(len(batch))
+    micro_batches = [list(rows[n : n + settings["micro_batch"]]) for n in rows[:: settings["micro_batch"]]]
+    least = settings["growth"].get("entropy_min_document_tokens", 2)
+    whole = None if documents is None else Documents(*documents, settings["data"], least)
     gates = torch.tensor(schedule.gates)
     loss, entropies = 0.0, []
     optimizer.zero_grad()
-    for micro_batch in micro_batches:
-        logits, measured = forward(params, micro_batch, model, schedule.loops, gates, blocks)
-        share = next_token_loss(logits, micro_batch) * (len(micro_batch) / len(batch))
+    for chosen in micro_batches:
+        micro_batch = batch[chosen]
+        if documents is None or whole is None:
+            logits, measured = forward(params, micro_batch, model, schedule.loops, gates, blocks)
+            share = next_token_loss(logits, micro_batch) * (len(micro_batch) / len(batch))
+        else:
+            own = Documents(*(part[chosen] for part in documents), settings["data"], least)
+            logits, measured = forward(params, micro_batch, model, schedule.loops, gates, blocks, own)
+            share = summed_loss(logits, micro_batch, own) / whole.counts.sum()
         share.backward()
         loss += share.item()
         entropies.append(measured)
+    divisor = len(micro_batches) if whole is None else int((whole.seen > 0).sum())
     norm = torch.nn.utils.clip_grad_norm_(list(params.values()), settings["optim"]["clip"])
     optimizer.step()
-    schedule.fold(
-        [
-            [torch.stack(same_pass).mean(0).tolist() for same_pass in zip(*same_layer, strict=True)]
-            for same_layer in zip(*entropies, strict=True)
-        ]
-    )
+    if divisor:
+        schedule.fold(
+            [
+                [(torch.stack(same_pass).sum(0) / divisor).tolist() for same_pass in zip(*same_layer, strict=True)]
+                for same_layer in zip(*entropies, strict=True)
+            ]
+        )
     return loss, norm.item()
 
 
-def run_trajectory(init: Params, tokens: Tensor, settings: Settings, probe_tokens: Tensor) -> dict[str, Any]:
+def run_trajectory(
+    init: Params,
+    tokens: Tensor,
+    settings: Settings,
+    probe_tokens: Tensor,
+    documents: tuple[Tensor, Tensor] | None = None,
+) -> dict[str, Any]:
     """Trains from init on tokens [steps, sequences, T]; a golden file's values under its keys, and "events".
 
-    head_decay and loop_depth are those after the step, which the next step executes; probe_logits are in
-    inference mode (gates 0 or 1) after the last step.
+    documents: starts [steps, sequences, T] and tokens [steps, sequences] before the padding. head_decay and loop_depth
+    are those after the step, which the next step executes; probe_logits are in inference mode (gates 0 or 1) after the
+    last step.
     """
     if settings["optim"]["schedule"] != "constant":
         raise ValueError(f"learning-rate schedule {settings['optim']['schedule']!r}: the reference knows constant")
@@ -298,7 +365,8 @@ def run_trajectory(init: Params, tokens: Tensor, settings: Settings, probe_token
     rows: dict[str, list[Any]] = {k: [] for k in ("loss", "grad_norm", "ema_entropy", "head_decay", "loop_depth")}
     events = []
     for step in range(1, settings["steps"] + 1):
-        loss, norm = train_step(params, optimizer, tokens[step - 1].long(), schedule, settings)
+        told = None if documents is None else (documents[0][step - 1].long(), documents[1][step - 1].long())
+        loss, norm = train_step(params, optimizer, tokens[step - 1].long(), schedule, settings, told)
         event = schedule.act(step)
         events += [event] if event else []
         now = (

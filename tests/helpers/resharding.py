@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 from megatron_sgt.checkpoint.layout import STATE_FILE, read_json
-from megatron_sgt.checkpoint.load import load_checkpoint
+from megatron_sgt.checkpoint.load import load_checkpoint, load_weights
 from megatron_sgt.checkpoint.reshard.engine_state import load_into_engine
 from megatron_sgt.checkpoint.reshard.layout_free import LayoutFreeReader, ShardReader
 from megatron_sgt.checkpoint.reshard.rank_state import MOMENTS, WEIGHTS
@@ -90,6 +91,21 @@ def look_at_state(info: RankInfo, config: Config, reader: ShardReader, step: int
     engine = build_runtime(config, groups).engine
     load_into_engine(reader, step, None, config, engine, groups)
     return _state(engine)
+
+
+def begin_and_look(info: RankInfo, cases: Sequence[tuple[Config, Path, str]]) -> list[dict[str, Any]]:
+    """Load the weights alone into one engine after another, at data-parallel sizes; each as ``load_and_look`` does.
+
+    cases: of each engine its configuration, the checkpoint, and which weights of it.
+    """
+    groups, found = start_processes(cases[0][0], info), []
+    for config, folder, wanted in cases:
+        engine = build_runtime(config, groups).engine
+        load_weights(folder, wanted, config, engine, groups)
+        steps = [float(state["step"]) for state in engine.optimizer.state.values()]
+        found.append({"state": _state(engine), "model": _model(engine), "steps": steps})
+        found[-1]["norm"] = _step(engine, config, groups)
+    return found
 
 
 def _step(engine: Any, config: Config, groups: ParallelGroups) -> float:

@@ -11,7 +11,7 @@ import torch
 
 from megatron_sgt.config import Config, parse_config
 from megatron_sgt.data.encoding import EncodedKey
-from megatron_sgt.data.preprocess import DatasetWriter
+from megatron_sgt.data.writer import DatasetWriter
 from megatron_sgt.engine.run import PretrainingRun
 from megatron_sgt.jsonl import read_metrics
 from megatron_sgt.launch.rank_info import RankInfo

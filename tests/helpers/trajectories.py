@@ -3,6 +3,7 @@
 New ones come from the reference, with settings that the golden file does not have. Settings are those of
 `reference_sgt`, with these optional keys under "model", Megatron's names for what the weights imply:
 num_query_groups, kv_channels, qk_layernorm, qk_layernorm_over, norm_position, untie_embeddings_and_output_weights.
+With a section "data" the tokens come in documents, whose "document_starts" and "num_tokens" are in the file.
 """
 
 import json
@@ -149,6 +150,21 @@ def random_tokens(shape: tuple[int, ...], vocab_size: int, seed: int) -> Tensor:
     return tokens.to(torch.int16)
 
 
+def random_documents(shape: tuple[int, ...], seed: int, padded: bool) -> tuple[Tensor, Tensor]:
+    """Starts [..., T] (int16) of documents of uneven lengths, one token and whole sequences among them; and how many
+    tokens [...] are before the padding, with ``padded`` not always all."""
+    generator = torch.Generator().manual_seed(seed)
+    length = shape[-1]
+    often = torch.rand(shape[:-1], generator=generator).square()[..., None] * 0.5  # of a begin, in a sequence
+    begins = torch.rand(shape, generator=generator) < often
+    begins[..., 0] = True
+    kept = torch.randint(length // 2, 3 * length // 2, shape[:-1], generator=generator).clamp(max=length)
+    tokens = kept if padded else torch.full_like(kept, length)
+    place = torch.arange(length)
+    begins = (begins & (place < tokens[..., None])) | (place == tokens[..., None])
+    return torch.where(begins, place, 0).cummax(-1).values.to(torch.int16), tokens
+
+
 def decision_margin(ema_entropy: Tensor, metadata: dict[str, Any]) -> float:
     """How far the closest decision was from another outcome, as a difference of EMA entropies.
 
@@ -184,10 +200,15 @@ def make_trajectory(
     # One draw, so that the probe follows the chain that the training tokens follow.
     drawn = random_tokens((settings["steps"] * settings["global_batch"] + 2, length), vocab_size, seed + 1)
     tokens, probe_tokens = drawn[:-2].view(settings["steps"], settings["global_batch"], length), drawn[-2:]
-    result = run_trajectory(init, tokens, settings, probe_tokens)
+    told = {}
+    if data := settings.get("data"):
+        starts, before = random_documents(tuple(tokens.shape), seed + 2, data.get("packing") == "best_fit")
+        told = {"document_starts": starts, "num_tokens": before}
+    documents = (told["document_starts"], told["num_tokens"]) if told else None
+    result = run_trajectory(init, tokens, settings, probe_tokens, documents)
     metadata = {**deepcopy(settings), "events": result.pop("events")}
     margin = decision_margin(result["ema_entropy"], metadata)
     if margin < min_margin:
         raise ValueError(f"seed {seed}: a decision hangs on {margin:.1e} of entropy, less than {min_margin:.1e}")
     tensors = {f"init/{name}": w for name, w in init.items()}
-    return {**tensors, **result, "tokens": tokens, "probe_tokens": probe_tokens.clone()}, metadata
+    return {**tensors, **result, **told, "tokens": tokens, "probe_tokens": probe_tokens.clone()}, metadata

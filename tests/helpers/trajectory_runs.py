@@ -54,8 +54,7 @@ def trajectory_on(info: RankInfo, path: Path, layout: dict[str, Any], train: dic
     }
     config = rp.trajectory_config(tensors, meta, overrides)
     groups = start_processes(config, info)
-    inputs = {k: v for k, v in tensors.items() if k.startswith("init/") or k in ("tokens", "probe_tokens")}
-    result = rp.repeat(config, groups, inputs, meta)
+    result = rp.repeat(config, groups, rp.inputs_of(tensors), meta)
     return result if groups.is_main else None
 
 

@@ -148,6 +148,14 @@ def test_valid_line() -> None:
     assert lines.valid_line(record) == "VALID step 1,250  loss 3.437  ppl 31.1  (40 batches, 6.0 s)"
     averaged = {"step": 9, "loss": 3.4, "perplexity": 30.0, "ema_loss": 3.25, "ema_perplexity": 25.8}
     assert lines.valid_line(averaged) == "VALID step 9  loss 3.400  ppl 30.0  ema loss 3.250  ema ppl 25.8"
+    wiki = {"loss": 3.0, "perplexity": 20.09, "bits_per_byte": 1.2345, "samples": 40, "samples_in_set": 400}
+    code = {"loss": 2.0, "perplexity": 7.39, "samples": 8, "samples_in_set": 8}
+    named = {"step": 9, "batches": 3, "sets": {"wiki": wiki, "code": code}}
+    assert lines.valid_line(named).splitlines() == [
+        "VALID step 9  (3 batches)",
+        "      wiki  loss 3.000  ppl 20.1  bits/byte 1.234  (40 of 400 samples)",
+        "      code  loss 2.000  ppl 7.39  (all 8 samples)",
+    ]
     bad = {"step": 2, "loss": math.nan, "perplexity": math.nan}
     assert lines.valid_line(bad, marked) == "<good:VALID> step 2  <bad:loss NaN>  ppl NaN"
 
@@ -159,14 +167,14 @@ def test_save_line() -> None:
 
 
 def test_resume_line_says_which_of_the_two_it_is() -> None:
-    resumed = {"step": 1250, "path": "runs/x/checkpoints/global_step1250", "consumed_samples": 40_000}
+    resumed = {"step": 1250, "path": "runs/x/checkpoints/global_step1250", "consumed_tokens": 40_000}
     assert lines.resume_line(resumed) == (
-        "RESUME  resumed at step 1,250  from runs/x/checkpoints/global_step1250  (40,000 samples consumed)"
+        "RESUME  resumed at step 1,250  from runs/x/checkpoints/global_step1250  (40,000 tokens consumed)"
     )
     assert lines.resume_line({**resumed, "changed": ("optim.lr 0.1 -> 0.2", "train.seed 1 -> 2")}).endswith(
-        "samples consumed)  changed: optim.lr 0.1 -> 0.2; train.seed 1 -> 2"
+        "tokens consumed)  changed: optim.lr 0.1 -> 0.2; train.seed 1 -> 2"
     )
-    assert lines.resume_line({**resumed, "changed": ()}).endswith("samples consumed)")
+    assert lines.resume_line({**resumed, "changed": ()}).endswith("tokens consumed)")
     fresh = {"step": 0, "path": None, "searched": "runs/x/checkpoints"}
     assert lines.resume_line(fresh) == "START  fresh start (no checkpoint in runs/x/checkpoints)"
     assert lines.resume_line({"step": 0}) == "START  fresh start"
@@ -199,6 +207,8 @@ def test_summary_line() -> None:
 def test_the_summary_has_both_validation_losses() -> None:
     record = {"step": 6, "loss": 5.5, "valid_loss": 5.75, "valid_ema_loss": 5.6, "reason": "finished", "exit_code": 0}
     assert lines.summary_line(record) == ("DONE  step 6  finished  loss 5.500  valid loss 5.750  ema valid loss 5.600")
+    named = lines.summary_line({**record, "valid_losses": {"wiki": 5.25, "code": 4.5}})
+    assert named.endswith("ema valid loss 5.600  wiki 5.250  code 4.500")
 
 
 def test_a_run_that_was_asked_to_stop_says_so_twice() -> None:
@@ -227,3 +237,9 @@ def test_ranks_line() -> None:
         "SLOW  step 30  rank 17 on node3: computing 21% longer than the median rank"
     )
     assert "waiting for data 21% of a step longer" in lines.ranks_line({**lag, "what": "waiting for data"})
+
+
+def test_tasks_line() -> None:
+    record = {"step": 9, "results": {"words": {"acc": 0.5, "acc_norm": 0.25}, "own": {"f1": 1.0}}, "seconds": 3.0}
+    assert lines.tasks_line(record) == "TASKS step 9  words, acc 0.500, acc_norm 0.250  own, f1 1.00  (3.0 s)"
+    assert lines.tasks_line({"step": 9, "failed": "no such file"}) == "TASKS step 9  not measured  no such file"

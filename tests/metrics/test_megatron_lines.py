@@ -50,5 +50,7 @@ def test_valid_and_save_lines() -> None:
     assert rule == same_rule == "-" * (len(text) + 1)
     averaged = megatron_lines.valid_line({"step": 1, "loss": 6.0, "ema_loss": 5.0, "ema_perplexity": 148.4})
     assert " | ema lm loss value: 5.000000E+00 | ema lm loss PPL: 1.484000E+02 |" in averaged
+    named = {"step": 1, "sets": {"wiki": {"loss": 6.0, "perplexity": 403.4}}}
+    assert megatron_lines.valid_line(named).split("\n")[1] == text.replace("iteration 100", "iteration 1 on wiki")
     saved = megatron_lines.save_line({"step": 100, "path": "runs/x"})
     assert saved == "  successfully saved checkpoint from iteration     100 to runs/x"

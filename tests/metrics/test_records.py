@@ -6,7 +6,8 @@ import signal
 import time
 import types
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from types import SimpleNamespace
+from typing import Any, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 import pytest
 
@@ -14,9 +15,10 @@ from megatron_sgt.checkpoint.save import Saver
 from megatron_sgt.config import Config
 from megatron_sgt.engine.hooks.base import Hook, RunParts
 from megatron_sgt.engine.hooks.straggler import MIN_STEPS, PATIENCE
+from megatron_sgt.engine.hooks.tasks import TasksHook
 from megatron_sgt.engine.run import PretrainingRun
 from megatron_sgt.engine.step import StepResult, TrainState
-from megatron_sgt.errors import CheckpointError
+from megatron_sgt.errors import CheckpointError, DataError
 from megatron_sgt.guard.stop import StopRequests
 from megatron_sgt.jsonl import read_all
 from megatron_sgt.launch.rank_info import RankInfo
@@ -74,6 +76,18 @@ def run_with_mishaps(info: RankInfo, config: Config) -> None:
             raise CheckpointError("no space left")
         start(self, step, state)
 
+    def answers(live: Any) -> dict[str, dict[str, float]]:
+        if run.state.step == SAVED_AT:
+            raise DataError("the data of words cannot be read")
+        return {"words": {"acc": 0.5}}
+
+    parts = run.stage.parts
+    live: Any = SimpleNamespace(together=lambda work: work())
+    at_the_end = TasksHook(parts.engine, live, answers, SAVED_AT // 2, parts.schedule, parts.hub, run.groups)
+    run.stage.hooks.insert(-1, at_the_end)
+    assert run.stage.eval is not None
+    for one in run.stage.eval.sets:
+        one._counter = SimpleNamespace(count_labels=lambda *_: 100)  # type: ignore[assignment]
     SGTCoreAttention.attend, LanguageModel.forward, Saver.start = slow, raised, full  # type: ignore[method-assign]
     run.train()
 
@@ -88,11 +102,16 @@ def start_again(info: RankInfo, config: Config) -> None:
 def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Everything that the run wrote, what its rollback made void included."""
     folder = tmp_path_factory.mktemp("mishaps")
+    data = write_tiny_data(folder)
     config = tiny_config(
         folder / "run",
-        write_tiny_data(folder),
+        data,
         parallel={"zero_stage": 1},
-        data={"seq_length_curriculum": [{"until_steps": 2, "seq_length": 8}]},
+        data={
+            "seq_length_curriculum": [{"until_steps": 2, "seq_length": 8}],
+            "valid": {"walks": data},
+            "allow_validation_leak": True,
+        },
         growth={
             "first_selection_step": 2,
             "window_size": 1,
@@ -105,9 +124,14 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         checkpoint={"save_interval": SAVED_AT, "keep_last": 1},
         deepspeed={"fp16": {"initial_scale_power": 4}},
     )  # fmt: skip
+    (folder / "run").mkdir()
+    (folder / "run" / "save_now").touch()
     run_on_ranks(2, run_with_mishaps, config)
     other_seed = config.train.model_copy(update={"seed": config.train.seed + 1})
     run_on_ranks(2, start_again, config.model_copy(update={"train": other_seed}))
+    first = {"load": str(config.save_dir / f"global_step{GROWN_AT}"), "start": "weights", "save": str(folder / "new")}
+    new_run = config.checkpoint.model_copy(update=first)
+    run_on_ranks(2, start_again, config.model_copy(update={"checkpoint": new_run}))
     damaged: list[int] = []
     found = read_all(folder / "run/metrics.jsonl", damaged)
     assert damaged == []
@@ -138,6 +162,9 @@ def _is(value: Any, wanted: Any) -> bool:
         return any(_is(value, one) for one in inside)
     if kind in (list, tuple):
         return isinstance(value, list) and all(_is(item, inside[0]) for item in value)
+    if is_typeddict(wanted):
+        declared = get_type_hints(wanted)
+        return isinstance(value, dict) and all(_is(item, declared.get(name, str)) for name, item in value.items())
     if kind is dict:
         return isinstance(value, dict) and all(_is(item, inside[1]) for item in value.values())
     if wanted is float:

@@ -24,16 +24,25 @@ def test_a_whole_run() -> None:
         {"kind": "resume", "step": 0, "path": None},
         TRAIN[0],
         GROWTH,
-        {"kind": "valid", "step": 50, "loss": 5.0, "perplexity": 148.4},
+        {"kind": "valid", "step": 50, "loss": 5.0, "perplexity": 148.4, "sets": {"wiki": {"loss": 4.0}}},
         {"kind": "save", "step": 120, "path": "ckpt/global_step120"},
         {"kind": "resume", "step": 120, "path": "ckpt/global_step120"},
         TRAIN[1],
-        {"kind": "valid", "step": 200, "loss": 4.5, "perplexity": 90.0, "ema_loss": 4.25, "ema_perplexity": 70.1},
+        {
+            "kind": "valid",
+            "step": 200,
+            "loss": 4.5,
+            "perplexity": 90.0,
+            "ema_loss": 4.25,
+            "ema_perplexity": 70.1,
+            "sets": {"wiki": {"loss": 3.5, "perplexity": 33.1, "bits_per_byte": 1.25}},
+        },
     ]
     text = run_summary(records, Path("runs/x"))
     rows = dict(line.split(maxsplit=1) for line in text.splitlines())
     assert rows["train"] == "step 200 of 200 · loss 7.500 (step 1) -> 4.250"
     assert rows["validation"] == "loss 5.000 (step 50) -> 4.500 (step 200) · perplexity 90.0"
+    assert rows["wiki"] == "loss 4.000 (step 50) -> 3.500 (step 200) · perplexity 33.1 · 1.250 bits/byte"
     assert rows["ema"] == "loss 4.250 (step 200) of the averaged weights · perplexity 70.1"
     assert rows["growth"].startswith("step 30  layer 4 selected")
     assert "[0,3]" in rows["growth"]

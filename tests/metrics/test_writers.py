@@ -26,18 +26,31 @@ def test_scalars_of_a_hook_are_its_values() -> None:
     assert scalars("hook", record) == {"hook/loss_average/loss": 2.5}
 
 
+def test_scalars_of_a_save_have_the_epochs_of_the_sources() -> None:
+    record = {"step": 3, "bytes": 5, "source_tokens": {"a": 7}, "source_epochs": {"a": 0.5, "b": None}}
+    assert scalars("save", record) == {"save/bytes": 5.0, "save/source_epochs/a": 0.5}
+
+
 def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     writer = TensorBoardWriter(tmp_path)
     writer.write("train", TRAIN)
-    writer.write("valid", {"step": 3, "loss": 2.75})
+    writer.write("tasks", {"step": 3, "results": {"words": {"acc": 0.5}}, "seconds": 1.0})
+    writer.write("valid", {"step": 3, "loss": 2.75, "sets": {"wiki": {"loss": 2.5, "samples": 4}}})
     writer.write("train", {**TRAIN, "step": 4, "loss": 9.0})
     writer.write("resume", {"step": 3, "path": "p"})
     writer.advance(4)
     writer.write("train", {**TRAIN, "step": 4, "loss": 2.25})
     writer.close()
     events = accumulator.EventAccumulator(str(tmp_path)).Reload()
-    assert sorted(events.Tags()["scalars"]) == ["train/loops", "train/loss", "valid/loss"]
+    assert sorted(events.Tags()["scalars"]) == [
+        "tasks/seconds",
+        "tasks/words/acc",
+        "train/loops",
+        "train/loss",
+        "valid/loss",
+        "valid/wiki/loss",
+    ]
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(3, 2.5), (4, 2.25)]
     assert [(e.step, e.value) for e in events.Scalars("valid/loss")] == [(3, 2.75)]
 

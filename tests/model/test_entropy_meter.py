@@ -93,6 +93,34 @@ def test_ranks_fill_their_own_heads(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not table[0].any() and not table[1, 1:].any()
 
 
+def test_sequences_that_count_are_weighted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums and numbers of sequences, over micro-batches and 2 x 2 x 2 ranks, whose all-reduce is simulated here."""
+    tables: list[torch.Tensor] = []
+    monkeypatch.setattr(dist, "all_reduce", lambda table: tables.append(table.clone()))
+    counted = {0: (3, 0), 1: (1, 4)}  # by data-parallel rank: of its micro-batches
+
+    def reduce(tp_rank: int, dp_rank: int, pp_rank: int, seen: bool = True) -> Any:
+        layout = HeadLayout(4, 4, 2, 2, tp_rank)
+        meter = EntropyMeter(2, 3, layout, CPU, weighted=True)
+        meter.enabled = True
+        for number in counted[dp_rank]:
+            meter.store(pp_rank, 0, torch.full((2,), number * (0.1 + 0.5 * tp_rank)) * seen)
+            meter.end_micro_batch(weight=number * seen)
+        return meter.reduce(fake_groups(tp_rank, 2, dp_rank, 2, pp_rank, 2))
+
+    places = [(tp, dp, pp) for tp in range(2) for dp in range(2) for pp in range(2)]
+    for place in places:
+        reduce(*place)
+    summed = sum(tables)
+    assert int(summed[-1]) == 4 * (3 + 0 + 1 + 4)
+    monkeypatch.setattr(dist, "all_reduce", lambda table: table.copy_(summed))
+    for place in places:
+        table = reduce(*place)
+        assert table[:, 0] == pytest.approx(np.array([[0.1, 0.1, 0.6, 0.6]] * 2), abs=1e-7)
+    monkeypatch.setattr(dist, "all_reduce", lambda table: None)
+    assert reduce(0, 0, 0, seen=False) is None  # a step in which no sequence counts
+
+
 PLAN = LoopPlan(4, ((1, LayerPlan(2, (0, 1, 3))), (2, LayerPlan(1, (1, 2), 0.5)), (3, LayerPlan(2, (0,), 0.25))))
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_sgt.config import Config
-from megatron_sgt.data.pieces import cut
 from megatron_sgt.engine.build import start_processes
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.launch.rank_info import RankInfo
@@ -77,8 +76,22 @@ def launches(config: Config, groups: Any, training: bool) -> set[Call]:
             begin_step(model)
             mark_micro_batch(model, last=True)
             for length in config.seq_lengths.every:
-                model(**cut(random_batch(config), config.model.seq_length // length)).backward()
+                pieces = config.model.seq_length // length
+                for batch in batches(config):
+                    model(**model.inputs(batch, torch.device("cpu"), pieces=pieces)).backward()
     return called.calls
+
+
+def batches(config: Config) -> Iterator[dict[str, Tensor]]:
+    """One without documents; where they are told also one with documents, cut as well."""
+    batch = random_batch(config)
+    if not config.data.tells_documents:
+        yield batch
+        return
+    size, length = batch["tokens"].shape
+    place = torch.arange(length, dtype=torch.int32).expand(size, -1)
+    for each in (length, 5):
+        yield {**batch, "document_starts": place // each * each, "num_tokens": torch.full((size,), length).int()}
 
 
 def warm_up_config(kind: str, **sections: dict[str, Any]) -> Config:
@@ -87,15 +100,18 @@ def warm_up_config(kind: str, **sections: dict[str, Any]) -> Config:
         growth={"max_loop_depth": 1, "exclude_layers": [], "top_k_layers": 2},
         parallel=sections.get("parallel", {}),
         train={"loop_attention": kind},
-        data={"seq_length_curriculum": [{"until_steps": 1, "seq_length": 8}]},
+        data={"seq_length_curriculum": [{"until_steps": 1, "seq_length": 8}], **sections.get("data", {})},
     )
 
 
-@pytest.mark.parametrize("kind", ["custom", "library"])
-@pytest.mark.parametrize("variant", ATTENTION_VARIANTS)
-def test_loops_call_nothing_new(variant: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+VARIANTS = [(variant, kind, False) for variant in ATTENTION_VARIANTS for kind in ("custom", "library")]
+
+
+@pytest.mark.parametrize(("variant", "kind", "documents"), [*VARIANTS, ("grouped_query", "custom", True)])
+def test_loops_call_nothing_new(variant: str, kind: str, documents: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_triton(monkeypatch.setattr)
-    config = warm_up_config(kind, model=ATTENTION_VARIANTS[variant])
+    told = dict.fromkeys(("reset_attention_mask", "reset_position_ids"), documents)
+    config = warm_up_config(kind, model=ATTENTION_VARIANTS[variant], data=told)
     groups = single_groups(config)
     state = torch.get_rng_state()
     warm = launches(config, groups, training=False)
@@ -110,8 +126,10 @@ def on_ranks(info: RankInfo, layouts: list[dict[str, Any]]) -> list[list[str]]:
     fake_triton(setattr)
     missed = []
     for layout in layouts:
+        told = dict.fromkeys(("reset_attention_mask", "reset_position_ids"), layout["loop_method"] == "balanced")
         model = {"num_attention_heads": 4, "num_query_groups": 2}
-        config = warm_up_config("custom", model=model, parallel={"tensor_model_parallel_size": 2, **layout})
+        parallel = {"tensor_model_parallel_size": 2, **layout}
+        config = warm_up_config("custom", model=model, parallel=parallel, data=told)
         groups = start_processes(config, info)
         warm, used = (launches(config, groups, training) for training in (False, True))
         assert used

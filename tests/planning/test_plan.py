@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_sgt.arch.attended_pairs import AttendedPairs
 from megatron_sgt.config import load_config
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth import LoopPlan
@@ -72,6 +73,22 @@ def test_a_curriculum_divides_the_stretches() -> None:
     assert plan["compute"][-1] == plain["compute"][-1]
     assert plan["run"]["flops"] == sum(entry["flops"] for entry in plan["compute"]) < plain["run"]["flops"]
     assert (plan["memory"], plan["traffic"], plan["batch"]) == (plain["memory"], plain["traffic"], plain["batch"])
+
+
+def test_documents_are_assumed_or_measured() -> None:
+    config, plain = plan_of("sgt_7b", 32)
+    masked, assumed = plan_of("sgt_7b", 32, "data.reset_attention_mask=true")
+    assert "documents" not in plain and assumed.pop("documents") == {"measured": False} and assumed == plain
+    quarter = AttendedPairs(((4096, 4 * 1024 * 1025 / 2),), padding=0.01)
+    measured = make_plan(masked, 32, MACHINE, 0.4, "bf16", quarter)
+    assert measured["documents"] == {
+        "measured": True, "pairs": {"4096": 4 * 1024 * 1025 / 2}, "share": {"4096": 0.25}, "padding": 0.01
+    }  # fmt: skip
+    parts = step_flops(config.model, LoopPlan.empty(32), 1024)
+    assert measured["compute"][0]["flops"] == 1000 * 3 * (parts.linear + parts.attention // 4)
+    assert measured["run"]["flops"] < plain["run"]["flops"]
+    assert measured["step_time"]["vanilla"]["compute"] < plain["step_time"]["vanilla"]["compute"]
+    assert [plan["memory"] for plan in (measured, assumed)] == [plain["memory"]] * 2
 
 
 def test_days_follow_from_flops_peak_and_mfu() -> None:
@@ -140,4 +157,6 @@ def test_an_average_of_the_weights_takes_four_bytes_per_parameter_shared_like_th
 
 def test_checkpoints() -> None:
     config, plan = plan_of("sgt_7b", 32)
-    assert plan["checkpoint"] == {"bytes": 14 * parameter_count(config.model), "saves": 32, "kept": 3}
+    size = 14 * parameter_count(config.model)
+    expected = {"bytes": size, "saves": 32, "kept": 3, "milestones": 8, "at_the_end": 10}
+    assert plan["checkpoint"] == expected

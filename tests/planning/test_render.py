@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sgt.arch.attended_pairs import AttendedPairs
 from megatron_sgt.config import load_config
 from megatron_sgt.planning.hardware import find_gpu
 from megatron_sgt.planning.plan import ERROR_BARS, make_plan
@@ -70,6 +71,18 @@ def test_a_curriculum_of_lengths_is_told_and_divides_the_table() -> None:
         "vanilla, T 4,096",
     ]
     assert any("s per step at T 4,096 (" in line for line in lines) and max(map(len, lines)) <= WIDTH
+
+
+def test_documents_have_a_row_where_they_matter() -> None:
+    mask = "data.reset_attention_mask=true"
+    assert "documents" not in text_of("sgt_7b", 32)
+    text = text_of("sgt_7b", 32, "h100", mask)
+    assert "documents   no token attends to another document; FLOPs and times assume one per sequence" in text
+    config = load_config(EXAMPLES / "sgt_7b.yaml", ["model.vocab_size=32000", mask])
+    pairs = AttendedPairs(((4096, 4 * 1024 * 1025 / 2),), padding=0.012)
+    text = render(make_plan(config, 32, Machine(find_gpu("h100")), 0.4, "bf16", pairs), config, "plan")
+    said = "attention has 25 % of the work of whole sequences (measured) · 1.2 % of the tokens are padding"
+    assert said in " ".join(text.split())
 
 
 def test_what_does_not_fit_says_so_in_the_bar_and_in_a_warning() -> None:

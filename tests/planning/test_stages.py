@@ -128,7 +128,8 @@ def test_disk_holds_the_newest_that_are_kept_and_the_last_of_each_stage(
 ) -> None:
     """``sizes``: how many checkpoints of each stage; they end with steps 2,500, 6,000, 12,000 and 32,000."""
     config = example(24, 8192, *GRADUAL, interval=interval)
-    config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"keep_last": kept})})
+    saves = config.checkpoint.model_copy(update={"keep_last": kept, "keep_every": 0})
+    config = config.model_copy(update={"checkpoint": saves})
     stages = plan_stages(config)
     each = [checkpoint_bytes(one.config, "bf16") for one in stages]
     table = stage_table(stages, 32, MACHINE, 0.4, "bf16")
@@ -217,7 +218,7 @@ def test_the_text_has_a_row_for_each_stage() -> None:
         "boundary not calibrated: ",
         "memory per rank, stage 3",
         "fixed, stage 1 4,001 .. 6,000 3",
-        "3 kept and 3 saves between stages",
+        "3 kept, 8 milestones (every 4,000 steps) and 3 saves between stages",
     ):
         assert part in flat, part
 

@@ -43,3 +43,11 @@ def test_the_report_is_short(tmp_path: Path) -> None:
     assert done.code == 0
     heads = [line.split()[0] for line in done.out.splitlines()[1:]]
     assert heads == ["data", "tokens", "loss", "perplexity", "bits/byte", "with"]
+
+
+def test_a_set_of_the_run_by_name(tmp_path: Path) -> None:
+    """Of a run without one; ``tests/engine/test_live_tasks.py`` has one."""
+    done = run_here(SCRIPT, [str(grown_run.checkpoints()), "--valid-set", "wiki"], tmp_path)
+    assert done.code == 2 and "has no validation set 'wiki' (data.valid: none); give --data PREFIX" in done.err
+    both = run_here(SCRIPT, ["x", "--valid-set", "wiki", "--part", "valid"], tmp_path)
+    assert both.code == 2 and "--valid-set names the data and its part" in both.err

@@ -6,10 +6,12 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.helpers.commands import ENVIRONMENT, ROOT, Finished, run_process
+from tests.helpers.datasets import write_dataset
 
 CONFIG = "examples/configs/sgt_70b.yaml"
 
@@ -89,3 +91,26 @@ def test_the_fastest_layouts_as_text_and_as_json() -> None:
     assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
     assert "a vocabulary of 32,000 tokens is assumed" in text.err
     assert "cuts the layers of a pipeline depends on the vocabulary" in text.err
+
+
+def test_documents_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Documents of a quarter of a sequence."""
+    from tools.plan import main
+
+    prefix = write_dataset(tmp_path / "x", [1024] * 41)
+    more = [f"data.data_path={prefix}", "data.split=1,0,0", "model.seq_length=4096", "--data"]
+    for mask, said in (
+        ("true", "documents attention has 25 % of the work of whole sequences (measured)"),
+        ("false", "--data: nothing to measure"),
+    ):
+        arguments = [
+            "--config",
+            str(ROOT / "examples/configs/sgt_300m.yaml"),
+            *more,
+            f"data.reset_attention_mask={mask}",
+        ]
+        monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
+        main()
+        assert said in " ".join(capsys.readouterr().out.split())

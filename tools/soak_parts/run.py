@@ -192,7 +192,12 @@ def soak(
         reference, step_s = reference_of(small_config(folder / "reference", data, LAYOUTS[name], {}, steps))
         for saves, tally in tallies.items():
             rng = random.Random(f"{seed}/{name}/{saves}")
-            checkpoint = {"save": str(folder / _DISK / saves), "save_interval": INTERVAL, "keep_last": 3}
+            checkpoint = {
+                "save": str(folder / _DISK / saves),
+                "save_interval": INTERVAL,
+                "keep_last": 3,
+                "keep_every": 0,
+            }
             config = small_config(folder / saves, data, LAYOUTS[name], checkpoint | SAVES[saves], steps)
             run = Soak(config, reference, step_s, chain(kinds, drawn(faults, rng)), rng, tally)
             try:

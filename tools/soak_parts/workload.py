@@ -7,7 +7,7 @@ import numpy as np
 
 from megatron_sgt.config import Config, parse_config
 from megatron_sgt.data.encoding import EncodedKey
-from megatron_sgt.data.preprocess import DatasetWriter
+from megatron_sgt.data.writer import DatasetWriter
 
 STEPS, INTERVAL = 160, 4
 LEASE_TIMEOUT = 5.0

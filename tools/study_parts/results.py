@@ -69,7 +69,7 @@ def outcome_of(run_dir: Path, preset: str, seed: int) -> Outcome | None:
     _, flops = run.cumulative("model_flops_per_step")
     if not train or not valid or train[-1]["step"] != train[-1].get("train_iters"):
         return None
-    if valid[-1]["step"] != train[-1]["step"]:
+    if valid[-1]["step"] != train[-1]["step"] or "loss" not in valid[-1]:
         return None
     _, seconds = run.series("train", "step_time_s")
     late = seconds[len(seconds) // 2 :]

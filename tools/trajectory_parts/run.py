@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_sgt.config import Config, parse_config
+from megatron_sgt.data.document_samples import DOCUMENT_KEYS
 from megatron_sgt.engine.build import Runtime, build_runtime
 from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.hooks.growth import GrowthHook
@@ -122,6 +123,7 @@ def trajectory_config(tensors: Tensors, meta: dict[str, Any], overrides: dict[st
             "precision": "fp32",
         },
         "parallel": {},
+        "data": dict(meta.get("data", {})),
     }
     for section, values in overrides.items():
         sections[section] = {**sections.get(section, {}), **values}
@@ -184,7 +186,7 @@ def repeat(config: Config, groups: ParallelGroups, source: Tensors, meta: dict[s
     growth = GrowthHook(schedule, runtime.model, runtime.model.meter, groups, events.append)
     recorder = _Recorder(schedule, groups)
     trainer = Trainer(config, groups, runtime.engine, TrainState(), [growth, recorder], StopRequests(config.train))
-    trainer.run(_micro_batches(source["tokens"], config, groups), config.train.train_iters)
+    trainer.run(_micro_batches(source, config, groups), config.train.train_iters)
     result = recorder.tensors()
     result |= {f"final/{name}": weight for name, weight in gather_hf_weights(runtime, config).items()}
     runtime.engine.eval()
@@ -192,12 +194,7 @@ def repeat(config: Config, groups: ParallelGroups, source: Tensors, meta: dict[s
     probe = source["probe_tokens"].long().to(groups.device)
     with whole_weights(runtime):
         logits = runtime.model.logits(probe)[..., : config.model.vocab_size]
-    result |= {name: t for name, t in source.items() if name.startswith("init/")}
-    result |= {
-        "tokens": source["tokens"],
-        "probe_tokens": source["probe_tokens"],
-        "probe_logits": logits.float().cpu(),
-    }
+    result |= {**inputs_of(source), "probe_logits": logits.float().cpu()}
     return result, {**meta, "events": [event.to_dict() for event in events]}
 
 
@@ -221,19 +218,37 @@ def gather_hf_weights(runtime: Runtime, config: Config) -> Tensors:
     return hf_weights(shards, config.model)
 
 
-def _micro_batches(tokens: Tensor, config: Config, groups: ParallelGroups) -> Iterator[Batch]:
-    """This rank's micro-batches of every step: tokens [steps, sequences, S]; the last position has no label."""
+def inputs_of(tensors: Tensors) -> Tensors:
+    """What a trajectory begins with: initial weights, tokens and, where there are any, their documents."""
+    names = ("tokens", "probe_tokens", *DOCUMENT_KEYS)
+    return {name: t for name, t in tensors.items() if name.startswith("init/") or name in names}
+
+
+def _micro_batches(source: Tensors, config: Config, groups: ParallelGroups) -> Iterator[Batch]:
+    """This rank's micro-batches of every step, of tokens [steps, sequences, S]; the last position has no label."""
     size = config.train.micro_batch_size
     count = config.num_micro_batches(groups.world_size)
-    for step in tokens.long():
+    documents = {name: source[name].int() for name in DOCUMENT_KEYS if name in source}
+    for number, step in enumerate(source["tokens"].long()):
         for index in range(count):
             first = (index * groups.dp_size + groups.dp_rank) * size
-            rows = step[first : first + size].to(groups.device)
-            mask = torch.ones(rows.shape, device=groups.device)
-            mask[:, -1] = 0.0
-            positions = torch.arange(rows.shape[1], device=groups.device).expand_as(rows)
+            rows = step[first : first + size]
+            told = {name: t[number, first : first + size] for name, t in documents.items()}
+            positions = torch.arange(rows.shape[1]).expand_as(rows)
             labels = torch.roll(rows, -1, dims=1)
-            yield {"tokens": rows, "labels": labels, "loss_mask": mask, "position_ids": positions}
+            mask = _loss_mask(positions, told, config)
+            yield {"tokens": rows, "labels": labels, "loss_mask": mask, "position_ids": positions, **told}
+
+
+def _loss_mask(places: Tensor, documents: Tensors, config: Config) -> Tensor:
+    """1 where a label counts: one of the same sequence, before its padding, with eod_mask_loss of the same document."""
+    mask = torch.ones(places.shape)
+    mask[:, -1] = 0.0
+    if documents:
+        mask *= places + 1 < documents["num_tokens"][:, None]
+    if documents and config.data.eod_mask_loss:
+        mask *= documents["document_starts"].roll(-1, 1) == documents["document_starts"]
+    return mask
 
 
 def compare(result: Tensors, meta: dict, golden: Tensors, golden_meta: dict) -> tuple[dict[str, float], list[str]]:

@@ -30,7 +30,7 @@ from megatron_sgt.errors import CheckpointError
 from megatron_sgt.files import fresh_folder, temporary_of
 from megatron_sgt.lease import Lease, inside
 
-KEPT = ("step", "tokens", "growth", "config_sha256", "tokenizer", "code", "run")
+KEPT = ("step", "tokens", "growth", "config_sha256", "tokenizer", "code", "run", "origin")
 """Entries of a manifest that hold under any layout."""
 
 

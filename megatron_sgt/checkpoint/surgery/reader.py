@@ -90,6 +90,20 @@ def open_any(folder: Path) -> Opened:
     return Opened(folder, config, saved, reader, made["optimizer_step"], made["loss_scale"], made.get("source_layout"))
 
 
+class WeightsReader:
+    """The weights of ``tensors`` alone, or their average (``made_of``) as weights: the beginning of a new run."""
+
+    quantities: tuple[str, ...] = (WEIGHTS,)
+
+    def __init__(self, tensors: WholeTensors, made_of: str = WEIGHTS) -> None:
+        self._tensors = tensors
+        self._made_of = made_of
+
+    def shard(self, weight: Weight, quantity: str, model: ModelConfig, tp_size: int = 1, tp_rank: int = 0) -> Tensor:
+        """One rank's shard of a weight, fp32."""
+        return shard(weight, list(self._tensors.whole(weight, self._made_of).values()), model, tp_size, tp_rank)
+
+
 class GrownReader:
     """The tensors of ``growth``'s new model, made of those of ``tensors`` when they are asked for.
 

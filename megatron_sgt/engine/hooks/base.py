@@ -23,7 +23,7 @@ from megatron_sgt.metrics import MetricsHub
 from megatron_sgt.model.gpt import LanguageModel
 from megatron_sgt.parallel.groups import ParallelGroups
 
-BUILT_IN = ("spike", "ema", "ramp", "growth", "log", "straggler", "eval", "replicas", "checkpoint")
+BUILT_IN = ("spike", "ema", "ramp", "growth", "log", "straggler", "eval", "tasks", "replicas", "checkpoint")
 """Names of the hooks that this project brings, in the order in which they act."""
 _OTHER_PHASES = ("train", "data")
 """What the watch calls the loop's own parts of a step (guard/progress.py)."""
@@ -85,6 +85,9 @@ class Hook:
 
         Not where the request comes while the model of the next stage is being built.
         """
+
+    def on_save_now(self, state: TrainState) -> None:
+        """The run was asked to save without stopping: it will do so after its next applied step."""
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart: JSON-able, and the same on every rank."""

@@ -1,4 +1,4 @@
-"""Saving every so many steps and at the end; loading before the first step."""
+"""Saving every so many steps, when asked and at the end; loading before the first step."""
 
 from __future__ import annotations
 
@@ -11,11 +11,19 @@ from typing import Any
 import deepspeed
 
 from megatron_sgt.checkpoint.find import starts_fresh
-from megatron_sgt.checkpoint.layout import AVERAGE_STATE, DATA_STATE, IMPORTED_STATE, STAGES_STATE, parse_json
-from megatron_sgt.checkpoint.load import grown_state, load_checkpoint, load_grown
+from megatron_sgt.checkpoint.layout import (
+    AVERAGE_STATE,
+    DATA_STATE,
+    IMPORTED_STATE,
+    ORIGIN_STATE,
+    STAGES_STATE,
+    parse_json,
+)
+from megatron_sgt.checkpoint.load import grown_state, load_checkpoint, load_grown, load_weights
 from megatron_sgt.checkpoint.place import Place
 from megatron_sgt.checkpoint.save import Saver
 from megatron_sgt.config import Config
+from megatron_sgt.data.ledger import Progress
 from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.hooks.replicas import verify_loaded
 from megatron_sgt.engine.step import StepResult, TrainState
@@ -66,14 +74,20 @@ class CheckpointHook(Hook):
         self.last_path: Path | None = None
         self.on_saved: Callable[[float], None] = lambda seconds: None
         self._saved_at = -1
+        self._asked, self._asked_at = False, -1
         self.stage_end: int | None = None
         """After this step comes ``after_stage``, which saves whatever the interval is."""
-        self.data: list[dict[str, Any]] = []
-        """In which orders the run has read its data (engine/data_start.py)."""
+        self.data: Callable[[], list[dict[str, Any]]] = list
+        """What the run has read of its data so far (data/ledger.py)."""
+        self.progress: Callable[[int], dict[str, Progress]] = lambda consumed_samples: {}
+        """How far the run has come in each source of its data."""
+        self._sources: dict[str, Progress] = {}
         self.stages: list[dict[str, Any]] = []
         """How the stages of the run began, up to the present one (stages/stages.py)."""
         self.imported: dict[str, Any] = {}
         """What the exports of an imported model keep."""
+        self.origin: dict[str, Any] = {}
+        """With whose weights the run began (checkpoint/new_run.py)."""
 
     def before_run(self, state: TrainState) -> None:
         """A checkpoint that was just loaded need not be written again."""
@@ -82,16 +96,20 @@ class CheckpointHook(Hook):
             self.saver.prepare()
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        """Save at the interval; look after the save in flight."""
+        """Save at the interval, and when asked to; look after the save in flight."""
         interval = self.config.checkpoint.save_interval
+        due = self._asked or (interval and state.step % interval == 0)
         try:
             self._poll(wait=False)
-            if result.applied and interval and state.step % interval == 0 and state.step != self.stage_end:
+            if result.applied and due:
+                self._asked_at, self._asked = state.step if self._asked else self._asked_at, False
+            if result.applied and due and state.step != self.stage_end:
                 self._poll(wait=True)
                 self._start(state)
                 self._poll(wait=not self.config.checkpoint.async_save)
         except CheckpointError as error:
-            reason = f"{error} (training goes on, the next try is at step {_next(state.step, interval):,})"
+            again = f"the next try is at step {_next(state.step, interval):,}" if interval else "ask again"
+            reason = f"{error} (training goes on, {again})"
             self.hub.log("save_failed", {"step": state.step, "reason": reason})
 
     def after_run(self, state: TrainState) -> None:
@@ -126,15 +144,21 @@ class CheckpointHook(Hook):
         if state.step:
             self.after_run(state)
 
+    def on_save_now(self, state: TrainState) -> None:
+        self._asked = True
+
     def _start(self, state: TrainState) -> None:
         self.verify()
         hooks: dict[str, Any] = {}
         gather_or_raise(lambda: hooks.update({hook.name: _saved_state(hook) for hook in self.hooks}), self.groups)
-        saved = {"trainer": state.state_dict(), "hooks": hooks, DATA_STATE: self.data}
+        saved = {"trainer": state.state_dict(), "hooks": hooks, DATA_STATE: self.data()}
         if self.stages:
             saved[STAGES_STATE] = self.stages
         if self.imported:
             saved[IMPORTED_STATE] = self.imported
+        if self.origin:
+            saved[ORIGIN_STATE] = self.origin
+        self._sources = self.progress(state.consumed_samples)
         self.saver.start(state.step, saved)
 
     def _poll(self, wait: bool) -> None:
@@ -149,14 +173,27 @@ class CheckpointHook(Hook):
             "seconds": saved.seconds,
             "stall_s": saved.stall_s,
             "bytes": saved.num_bytes,
+            "source_tokens": {name: one.tokens for name, one in self._sources.items()},
+            "source_epochs": {name: one.epochs for name, one in self._sources.items()},
         }
+        if saved.step == self._asked_at:
+            record["asked"] = True
         self.hub.log("save", record)
 
-    def load(self, folder: Path, saved: dict[str, Any], state: TrainState, place: Place | None = None) -> list[str]:
+    def load(
+        self,
+        folder: Path,
+        saved: dict[str, Any],
+        state: TrainState,
+        place: Place | None = None,
+        weights: str | None = None,
+    ) -> list[str]:
         """Continue from the checked checkpoint ``folder`` whose state is ``saved``; collective.
 
         Args:
             place: where it lies among the stages of the run; None: in the only one.
+            weights: begin a new run, whose state is ``saved``, with the weights of ``folder`` alone: see
+                ``load_weights``; None: the run goes on.
 
         Returns:
             What a user should know of the growth of the model, if it grows here; one line each.
@@ -166,8 +203,10 @@ class CheckpointHook(Hook):
             ConfigError: the schedule cannot go on in the grown model.
             DamagedCheckpointError: its files cannot be read; no weight has been touched.
         """
-        notes: list[str] = []
-        if place is None or not place.grows:
+        notes, note = list[str](), None
+        if weights is not None:
+            load_weights(folder, weights, self.config, self.engine, self.groups, self.average)
+        elif place is None or not place.grows:
             note = load_checkpoint(folder, saved, self.config, self.engine, self.groups, self.average)
         else:
             grown, notes = grown_state(saved, place)
@@ -181,7 +220,11 @@ class CheckpointHook(Hook):
         elif self.average is None and AVERAGE_STATE in saved:
             self._say("EMA", "the checkpoint holds an average of the weights: it is dropped, as train.ema_decay is 0")
         state.load_state_dict(saved["trainer"])
-        self.imported = saved.get(IMPORTED_STATE, {})
+        self.imported, self.origin = saved.get(IMPORTED_STATE, {}), saved.get(ORIGIN_STATE, {})
+        self._restore_hooks(folder, saved)
+        return notes
+
+    def _restore_hooks(self, folder: Path, saved: dict[str, Any]) -> None:
         kept = saved["hooks"]
         for hook in self.hooks:
             if starts_fresh(saved, hook.name):
@@ -201,7 +244,6 @@ class CheckpointHook(Hook):
             self._say(
                 "HOOKS", f"the checkpoint holds the state of {name!r}, which this run does not have: it is dropped"
             )
-        return notes
 
     def _say(self, label: str, note: str) -> None:
         if self.groups.is_main:
@@ -226,4 +268,4 @@ def _saved_state(hook: Hook) -> dict[str, Any]:
 
 
 def _next(step: int, interval: int) -> int:
-    return (step // interval + 1) * interval if interval else step
+    return (step // interval + 1) * interval

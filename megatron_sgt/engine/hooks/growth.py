@@ -53,7 +53,9 @@ class GrowthHook(Hook):
             self.meter.reset()
             return
         if ENTROPY in self.schedule.wanted:
-            self.schedule.observe(ENTROPY, self.meter.reduce(self.groups))
+            entropies = self.meter.reduce(self.groups)
+            if entropies is not None:
+                self.schedule.observe(ENTROPY, entropies)
         if self.groups.world_size > 1 and self.schedule.decides_at(state.step):
             # One decision for all ranks: a last-bit difference between what they observed could choose differently.
             self.schedule.load_state_dict(broadcast_object(self.schedule.state_dict(), self.groups))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
+from megatron_sgt.arch.attended_pairs import AttendedPairs
 from megatron_sgt.config import Config
 from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.step import StepResult, TrainState
@@ -28,18 +30,28 @@ class LogHook(Hook):
     name = "log"
 
     def __init__(
-        self, config: Config, schedule: Schedule, hub: MetricsHub, groups: ParallelGroups, precision: str
+        self,
+        config: Config,
+        schedule: Schedule,
+        hub: MetricsHub,
+        groups: ParallelGroups,
+        precision: str,
+        pairs: AttendedPairs | None = None,
     ) -> None:
+        """``pairs``: of the data, which FLOPs count, and whose padding tokens per second do not."""
         self.config = config
         self.schedule = schedule
         self.hub = hub
         self.groups = groups
+        self.pairs = pairs
         self.peak = peak_flops(device_name(groups.device), precision)
         self.eta = EtaEstimator()
         self.first_loss: float | None = None
         self.last_loss: float | None = None
         self.tokens_per_second: float | None = None
         self.lengths = config.seq_lengths
+        self.tokens_of: Callable[[int], int] = lambda samples: samples * config.model.seq_length
+        """Tokens of the first so many samples of the run."""
         self._executed: LoopPlan = schedule.plan
         self._flops_of: dict[tuple[LoopPlan, int], int] = {}
         self._losses: list[torch.Tensor] = []
@@ -84,7 +96,7 @@ class LogHook(Hook):
         if key not in self._flops_of:
             if len(self._flops_of) > 64:  # gates make a new plan every step of a window
                 self._flops_of.clear()
-            self._flops_of[key] = batch_flops(self.config, plan, seq_length).model
+            self._flops_of[key] = batch_flops(self.config, plan, seq_length, self.pairs).model
         return self._flops_of[key]
 
     def _report_length(self, step: int) -> None:
@@ -104,7 +116,7 @@ class LogHook(Hook):
         timed = (self._timed if self._first_is_reported else self._timed[1:]) or self._timed
         steps, train = len(timed), self.config.train
         seconds, flops = sum(s for s, _ in timed), sum(f for _, f in timed)
-        tokens = steps * self.config.tokens_per_step
+        tokens = steps * self.config.tokens_per_step * (1 - self.pairs.padding if self.pairs else 1)
         self.eta.update(seconds, steps)
         used, total = memory_gb(self.groups.device)
         speed = throughput_record(tokens, flops, seconds, self.groups.world_size, self.peak)
@@ -116,7 +128,7 @@ class LogHook(Hook):
             "step": state.step,
             "train_iters": train.train_iters,
             "consumed_samples": state.consumed_samples,
-            "consumed_tokens": state.consumed_samples * self.config.model.seq_length,
+            "consumed_tokens": self.tokens_of(state.consumed_samples),
             "global_batch_size": train.global_batch_size,
             "loss": loss,
             "grad_norm": result.grad_norm,
@@ -146,6 +158,6 @@ class LogHook(Hook):
         self._losses, self._skipped, self._timed, self._first_is_reported = [], 0, [], True
 
     def on_growth(self, event: GrowthEvent) -> None:
-        cost = overhead(self.config.model, self.schedule.plan.inference())
+        cost = overhead(self.config.model, self.schedule.plan.inference(), self.pairs)
         record = {**self.schedule.report_event(event), **event.to_dict(), "flops_overhead": cost}
         self.hub.log("growth", record)

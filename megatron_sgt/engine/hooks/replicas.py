@@ -49,7 +49,7 @@ class CorruptionError(SGTError):
 
 
 class ReplicaCheckHook(Hook):
-    """Compares every ``interval`` steps, and before every save (every ``save_interval`` steps and at the end).
+    """Compares every ``interval`` steps, and before every save (every ``save_interval`` steps, at the end, when asked).
 
     Comes before the hook that saves: what differs must not become a checkpoint.
     """
@@ -71,13 +71,16 @@ class ReplicaCheckHook(Hook):
         self.intervals = [interval for interval in intervals if interval]
         self.zero_stage = zero_stage
         self.groups = groups
+        self._save_now = False
 
     def before_run(self, state: TrainState) -> None:
         """What was loaded has been compared."""
         self.equal_at = state.step or None
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        if result.applied and any(state.step % interval == 0 for interval in self.intervals):
+        due = self._save_now or any(state.step % interval == 0 for interval in self.intervals)
+        if result.applied and due:
+            self._save_now = False
             self._compare(state.step)
 
     def after_run(self, state: TrainState) -> None:
@@ -101,6 +104,9 @@ class ReplicaCheckHook(Hook):
 
     def on_stop(self, state: TrainState, reason: int) -> None:
         self.after_run(state)
+
+    def on_save_now(self, state: TrainState) -> None:
+        self._save_now = True
 
 
 def verify_same_plan(model: torch.nn.Module, decided: LoopPlan, groups: ParallelGroups) -> None:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import deepspeed
 
-from megatron_sgt.data.loader import EvalLoader
 from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.hooks.ema import EmaHook
 from megatron_sgt.engine.step import StepResult, TrainState
-from megatron_sgt.evaluation.perplexity import mean_loss, perplexity
+from megatron_sgt.evaluation.validation_set import Validated, ValidationSet
 from megatron_sgt.growth import Schedule
 from megatron_sgt.metrics import MetricsHub
-from megatron_sgt.metrics.records import ValidRecord
+from megatron_sgt.metrics.records import SetRecord, ValidRecord
 from megatron_sgt.model.apply_plan import apply_plan
-from megatron_sgt.parallel.groups import ParallelGroups
 
 
 class EvalHook(Hook):
     """Measures the loss on the same validation samples every time; with ``ema`` that of the averaged weights, too.
 
     The structure is the one that inference uses: inside a decay window the fading heads take no part.
+
+    Args:
+        sets: the validation split, if there is one, and those of data.valid.
+        at_start: validate before the first step of the run, too.
     """
 
     name = "eval"
@@ -30,23 +33,30 @@ class EvalHook(Hook):
     def __init__(
         self,
         engine: deepspeed.DeepSpeedEngine,
-        batches: EvalLoader,
+        sets: Sequence[ValidationSet],
         interval: int,
         schedule: Schedule,
         hub: MetricsHub,
-        groups: ParallelGroups,
         ema: EmaHook | None = None,
+        at_start: bool = False,
     ) -> None:
         self.engine = engine
-        self.batches = batches
+        self.sets = sets
         self.interval = interval
         self.schedule = schedule
         self.hub = hub
-        self.groups = groups
         self.ema = ema
+        self.at_start = at_start
         self.last_loss: float | None = None
         self.last_ema_loss: float | None = None
+        self.last_losses: dict[str, float] = {}
+        """Of the sets of data.valid, by name."""
         self._measured_at = -1
+
+    def before_run(self, state: TrainState) -> None:
+        """A checkpoint has been loaded by now: only a run that begins is at step 0."""
+        if self.at_start and state.consumed_samples == state.step == 0:
+            self._measure(state)
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         if result.applied and state.step % self.interval == 0:
@@ -62,19 +72,36 @@ class EvalHook(Hook):
         start = time.perf_counter()
         module = self.engine.module
         apply_plan(module, self.schedule.plan.inference())
-        loss = mean_loss(self.engine, self.batches, self.groups)
+        found = self._of_all_sets()
+        averaged: dict[str | None, Validated] = {}
         if self.ema is not None:
             with self.ema.swapped_in():
-                self.last_ema_loss = mean_loss(self.engine, self.batches, self.groups)
+                averaged = self._of_all_sets()
         apply_plan(module, self.schedule.plan)
-        self.last_loss = loss
-        record: ValidRecord = {
-            "step": state.step,
-            "loss": loss,
-            "perplexity": perplexity(loss),
-            "batches": len(self.batches),
-            "seconds": time.perf_counter() - start,
-        }
-        if self.last_ema_loss is not None:
-            record |= {"ema_loss": self.last_ema_loss, "ema_perplexity": perplexity(self.last_ema_loss)}
+        record: ValidRecord = {"step": state.step}
+        if None in found:
+            record |= self._fields(None, found, averaged)  # type: ignore[typeddict-item]
+            self.last_loss = found[None].loss
+            self.last_ema_loss = averaged[None].loss if averaged else None
+        record["batches"] = sum(len(one) for one in self.sets)
+        named = {one.name: self._named(one, found, averaged) for one in self.sets if one.name is not None}
+        if named:
+            record["sets"] = named
+            self.last_losses = {name: found[name].loss for name in named}
+        record["seconds"] = time.perf_counter() - start
         self.hub.log("valid", record)
+
+    def _of_all_sets(self) -> dict[str | None, Validated]:
+        return {one.name: one.measure(self.engine) for one in self.sets}
+
+    @staticmethod
+    def _fields(
+        name: str | None, found: dict[str | None, Validated], averaged: dict[str | None, Validated]
+    ) -> dict[str, float]:
+        return found[name].fields() | (averaged[name].fields("ema_") if averaged else {})
+
+    def _named(
+        self, one: ValidationSet, found: dict[str | None, Validated], averaged: dict[str | None, Validated]
+    ) -> SetRecord:
+        extent: SetRecord = {"samples": one.samples, "samples_in_set": one.size, "tokens": one.tokens}
+        return self._fields(one.name, found, averaged) | extent  # type: ignore[return-value]

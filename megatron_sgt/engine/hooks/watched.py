@@ -46,6 +46,9 @@ class _WatchedHook(Hook):
         self._progress.enter(self.name, state.step)
         self._hook.on_stop(state, reason)
 
+    def on_save_now(self, state: TrainState) -> None:
+        self._hook.on_save_now(state)
+
     def state_dict(self) -> dict[str, Any]:
         return self._hook.state_dict()
 

@@ -16,7 +16,17 @@ from megatron_sgt.engine.step import StepResult, TrainState
 from megatron_sgt.errors import ConfigError
 from tests.helpers.single import small_config
 
-METHODS = ("attach", "before_run", "after_step", "after_stage", "after_run", "on_stop", "state_dict", "load_state_dict")
+METHODS = (
+    "attach",
+    "before_run",
+    "after_step",
+    "after_stage",
+    "after_run",
+    "on_stop",
+    "on_save_now",
+    "state_dict",
+    "load_state_dict",
+)
 
 
 def hook_classes() -> list[type[Any]]:

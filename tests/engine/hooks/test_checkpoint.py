@@ -88,6 +88,7 @@ class Bench:
         hub, at_first = MetricsHub([self]), {"counter": {"value": 0}} if own else {}
         self.hook = CheckpointHook(config, engine, [self.counter], hub, fake_groups(), at_first=at_first)
         self.reports: list[tuple[str, int]] = []
+        self.asked: list[int] = []
         self.hook.before_run(TrainState())
 
     def steps(self) -> list[int]:
@@ -95,6 +96,7 @@ class Bench:
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
         self.reports.append((kind, record["step"]))
+        self.asked += [record["step"]] if record.get("asked") else []
 
     def advance(self, step: int) -> None:
         """See Writer."""
@@ -219,6 +221,25 @@ def test_a_request_to_stop_saves_unless_nothing_was_done(monkeypatch: pytest.Mon
     assert bench.steps() == []
     bench.hook.on_stop(TrainState(3), 15)
     assert bench.steps() == [3]
+
+
+@pytest.mark.parametrize("interval", [0, 3])
+def test_a_save_that_was_asked_for_follows_the_next_applied_step(
+    interval: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(monkeypatch, interval)
+    bench.hook.after_step(TrainState(1), GOOD)
+    bench.hook.on_save_now(TrainState(1))
+    bench.hook.after_step(TrainState(1, consecutive_skipped=1), SKIPPED)
+    for step in (2, 3, 4):
+        bench.hook.after_step(TrainState(step), GOOD)
+    assert bench.asked == [2] and bench.steps() == ([2, 3] if interval else [2])
+    bench.saver.fails = {5}
+    bench.hook.on_save_now(TrainState(4))
+    bench.hook.after_step(TrainState(5), GOOD)
+    assert bench.reports[-1] == ("save_failed", 5)
+    bench.hook.after_step(TrainState(7), GOOD)
+    assert bench.reports[-1] == ("save_failed", 5), "a full disk is not met after every step"
 
 
 def test_a_loaded_checkpoint_is_not_written_again(monkeypatch: pytest.MonkeyPatch) -> None:

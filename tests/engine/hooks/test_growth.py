@@ -96,6 +96,20 @@ def test_a_skipped_step_is_no_step_of_the_schedule(monkeypatch: pytest.MonkeyPat
     assert [event.step for event in bench.events] == [2]
 
 
+def test_a_step_that_measured_nothing_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No sequence of it counted: the averages stay, and what is decided after it is decided."""
+    bench, other = Bench(monkeypatch), Bench(monkeypatch)
+    bench.run(1)
+    other.run(1)
+    before = bench.schedule.ema.copy()  # type: ignore[attr-defined]
+    monkeypatch.setattr(bench.meter, "reduce", lambda groups: None)
+    for one in (bench, other):
+        one.hook.after_step(TrainState(2), GOOD)
+    assert np.array_equal(bench.schedule.ema, before)  # type: ignore[attr-defined]
+    assert not np.array_equal(other.schedule.ema, before)  # type: ignore[attr-defined]
+    assert [event.action for event in bench.events] == ["first_selection"]
+
+
 def test_an_entropy_that_is_not_finite_changes_nothing_of_its_head(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(monkeypatch)
     bench.run(1)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_sgt.arch.attended_pairs import AttendedPairs
 from megatron_sgt.config import Config, DataConfig
 from megatron_sgt.engine.hooks.log import LogHook
 from megatron_sgt.engine.step import StepResult, TrainState
@@ -46,10 +47,10 @@ class Collected:
 class Bench:
     """A hook with a schedule that grows, as the growth hook would drive it."""
 
-    def __init__(self, config: Config = CONFIG) -> None:
+    def __init__(self, config: Config = CONFIG, pairs: AttendedPairs | None = None) -> None:
         self.writer = Collected()
         self.schedule: Schedule = build_schedule(config.growth, LAYERS, HEADS)
-        self.hook = LogHook(config, self.schedule, MetricsHub([self.writer]), fake_groups(), "fp32")
+        self.hook = LogHook(config, self.schedule, MetricsHub([self.writer]), fake_groups(), "fp32", pairs)
         self.state = TrainState()
         self.table = np.random.default_rng(0).uniform(0.2, 0.9, (LAYERS, 2, HEADS))
         self.hook.before_run(self.state)
@@ -68,6 +69,20 @@ class Bench:
 
     def trained(self) -> list[dict[str, Any]]:
         return [record for record in self.writer.records if record["kind"] == "train"]
+
+
+def test_flops_are_those_of_the_documents_and_padding_is_no_token() -> None:
+    length, records = CONFIG.model.seq_length, []
+    for pairs in (None, AttendedPairs(((length, float(length)),), padding=0.25)):
+        bench = Bench(pairs=pairs)
+        bench.step(2.0)
+        records.append(bench.trained()[0])
+    (whole, alone), layers = records, CONFIG.model.num_layers
+    attention = 3 * 4 * BATCH * layers * CONFIG.model.num_attention_heads * CONFIG.model.kv_channels
+    difference = whole["model_flops_per_step"] - alone["model_flops_per_step"]
+    assert difference == attention * (length**2 - length), "documents of one token"
+    assert alone["tokens_per_second"] == 0.75 * whole["tokens_per_second"]
+    assert alone["tflops_per_device"] == pytest.approx(alone["model_flops_per_step"] / 0.5 / 1e12)
 
 
 def test_the_first_step_and_every_interval_are_reported() -> None:

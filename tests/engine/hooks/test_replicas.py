@@ -167,10 +167,13 @@ def test_when_it_compares(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [4, 6, 12]
     hook.after_run(TrainState(step=13))
     hook.on_stop(TrainState(step=14), 1)
-    assert seen == [4, 6, 12, 13, 14]
+    hook.on_save_now(TrainState(step=14))
+    for step in (15, 16, 17):
+        hook.after_step(TrainState(step=step), StepResult(torch.tensor(1.0), 1.0, step != 15, 0.1, 0.1))
+    assert seen == [4, 6, 12, 13, 14, 16], "before the save that was asked for"
     nothing = ReplicaCheckHook(torch.nn.Linear(1, 1), (0, 0), 1, fake_groups())
     nothing.after_step(TrainState(step=0), StepResult(torch.tensor(1.0), 1.0, True, 0.1, 0.1))
-    assert seen[-1] == 14
+    assert seen[-1] == 16
 
 
 @pytest.mark.parametrize(

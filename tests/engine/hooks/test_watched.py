@@ -37,6 +37,9 @@ class Noting(Hook):
     def on_stop(self, state: TrainState, reason: int) -> None:
         self._note("stop", reason)
 
+    def on_save_now(self, state: TrainState) -> None:
+        self._note("save now")
+
     def state_dict(self) -> dict[str, Any]:
         return {"kept": 1}
 
@@ -55,12 +58,14 @@ def test_calls_are_phases() -> None:
     hook.after_step(state, StepResult(torch.tensor(1.0), 1.0, True, 0.1, 0.1))
     assert (progress.mark.place, progress.mark.quick) == ("step 5 (train)", True)
     hook.on_stop(state, 15)
+    hook.on_save_now(state)
     hook.after_stage(state)
     hook.after_run(state)
     assert inner.seen == [
         ("before", "step 3 (eval)", False),
         ("step", True, "step 4 (eval)", False),
         ("stop", 15, "step 4 (eval)", False),
+        ("save now", "step 4 (eval)", False),
         ("stage", "step 4 (eval)", False),
         ("after", "step 4 (eval)", False),
     ]

@@ -99,7 +99,7 @@ def _config(machine: Machine, folder: Path, data: str) -> dict[str, Any]:
             "loop_attention": machine.attention,
         },
         "data": {"data_path": [data], "data_cache_path": f"{data}_cache", "split": "1,0,0"},
-        "checkpoint": {"save_interval": INTERVAL, "async_save": True, "keep_last": 2},
+        "checkpoint": {"save_interval": INTERVAL, "async_save": True, "keep_last": 2, "keep_every": 0},
         "logging": {"run_dir": str(folder / "run"), "log_interval": 1, "progress_bar": "off"},
     }
 
