@@ -329,6 +329,7 @@ def _data_line(config: Config, absent: Sequence[str]) -> str:
     if not config.data.data_path:
         raise DataError("data.data_path is empty; give the prefix of a .bin/.idx pair")
     prefixes = [resolve_prefix(path)[0] for _, path in config.data.blend()]
+    prefixes += [resolve_prefix(path)[0] for path in config.data.valid.values()]
     tokenizer = config.data.tokenizer
     if tokenizer is not None and tokenizer.type == "sentencepiece" and not Path(tokenizer.model).is_file():
         raise DataError(f"data.tokenizer.model: no such file: {tokenizer.model}")

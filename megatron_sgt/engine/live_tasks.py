@@ -15,17 +15,16 @@ from megatron_sgt.parallel.groups import ParallelGroups
 RunTasks = Callable[[LiveModel], Results]
 
 
-def open_tasks(config: Config) -> RunTasks:
+def open_tasks(config: Config, tokenizer: Tokenizer | None) -> RunTasks:
     """Read the definitions and the data of the tasks, on rank 0.
 
     Raises:
         ConfigError: the harness knows no such task.
-        DataError: a task's data or the tokenizer cannot be read.
+        DataError: a task's data cannot be read; the tokenizer has no token that ends a text.
     """
-    from megatron_sgt.export.hf.open_model import tokenizer_of_run  # imports transformers
-
-    chosen, tokenizer = config.evaluation, config.data.tokenizer
-    assert tokenizer is not None, "config/rules.py refuses tasks without one"
+    chosen, section = config.evaluation, config.data.tokenizer
+    assert tokenizer is not None and section is not None, "config/rules.py refuses tasks without one"
+    _ = tokenizer.eod
     wanted = Tasks(
         chosen.tasks,
         None if chosen.include_path is None else Path(chosen.include_path),
@@ -35,12 +34,11 @@ def open_tasks(config: Config) -> RunTasks:
         "evaluation.include_path",
     )
     manager = load_tasks(wanted)
-    texts, _ = tokenizer_of_run(tokenizer, config)
 
     def run(live: LiveModel) -> Results:
         from megatron_sgt.evaluation.harness_model import HarnessModel  # imports the harness
 
-        return run_harness(HarnessModel(live, texts), wanted, manager)
+        return run_harness(HarnessModel(live, tokenizer, section.add_bos), wanted, manager)
 
     return run
 

@@ -97,7 +97,7 @@ class Session:
         self.valid_sets = open_validation_sets(self.config, self.tokenizer)
         if self.config.evaluation.tasks:
             opened: list[RunTasks] = []
-            on_rank_zero(lambda: opened.append(open_tasks(self.config)))
+            on_rank_zero(lambda: opened.append(open_tasks(self.config, self.tokenizer)))
             self.run_tasks = opened[0] if opened else run_no_tasks
         if self.config.data.reset_attention_mask:
             self.pairs = on_rank_zero(lambda: measured_pairs(self.config))

@@ -8,6 +8,7 @@ from typing import Any
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from megatron_sgt.data.tokenizer import Tokenizer
 from megatron_sgt.errors import DataError
 from megatron_sgt.evaluation.live_model import LiveModel
 
@@ -15,29 +16,31 @@ _NEW_TOKENS = 256
 """Of a request that names no number, as of the harness's own models."""
 
 
-class HarnessModel(TemplateLM):  # type: ignore[misc]
-    """Texts become tokens as in the exported model: ``tokenizer`` is its tokenizer of transformers."""
+class HarnessModel(TemplateLM):
+    """Texts become tokens as in training.
 
-    def __init__(self, live: LiveModel, tokenizer: Any) -> None:
+    Args:
+        add_bos: every text begins with the token for that, as the documents of training do. Without, the end of the
+            text before stands in front of a text of which all tokens are judged.
+    """
+
+    def __init__(self, live: LiveModel, tokenizer: Tokenizer, add_bos: bool) -> None:
         super().__init__()
         self.live = live
-        self.tokenizer = tokenizer
+        self._text = tokenizer
+        self._add_bos = add_bos
 
     @property
     def eot_token_id(self) -> int:
-        return self.tokenizer.eos_token_id
+        return self._text.eod
 
     @property
     def prefix_token_id(self) -> int:
-        bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else bos
+        return self._text.bos if self._add_bos else self._text.eod
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """A text that begins with the token for that gets no second one."""
-        if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
-            add_special_tokens = False
-        chosen = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return self.tokenizer.encode(string, **chosen)
+        begins = [self._text.bos] if self._add_bos and add_special_tokens is not False else []
+        return [*begins, *self._text.encode(string)]
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)
@@ -77,10 +80,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                     "the task a smaller max_gen_toks"
                 )
             contexts = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
-            stops = (*until, self.tokenizer.decode(self.eot_token_id))
             for number, ids in zip(numbers, self.live.continuations(contexts, new_tokens, until), strict=True):
-                text = self.tokenizer.decode(ids, skip_special_tokens=True)
-                for stop in (stop for stop in stops if stop):
+                text = self._text.decode([token for token in ids if token not in self._text.boundaries])
+                for stop in (stop for stop in until if stop):
                     text = text.split(stop)[0]
                 found[number] = text
         return found

@@ -38,6 +38,10 @@ class _Continue:
     until: tuple[str, ...]
 
 
+def _not_here() -> Any:
+    """What rank 0 alone does."""
+
+
 class LiveModel:
     """Built on every rank, for one engine.
 
@@ -75,9 +79,9 @@ class LiveModel:
             SGTError: on every rank, when ``work`` raised it.
         """
         if not self._groups.is_main:
-            while isinstance(job := on_rank_zero(lambda: None), _Score | _Continue):
-                self._run(job)
-            return job  # type: ignore[return-value]
+            while isinstance(told := on_rank_zero(_not_here), _Score | _Continue):
+                self._run(told)
+            return told
         try:
             found = work()
         except SGTError as error:
@@ -167,6 +171,6 @@ class LiveModel:
         padded = torch.zeros(len(rows), length + 1, dtype=torch.int64)  # behind a text, where no token of it looks
         for row, tokens in zip(padded, rows, strict=True):
             row[: len(tokens)] = torch.tensor(tokens)
-        tokens, targets = padded[:, :-1], padded[:, 1:]
-        chances, best = token_scores(self._engine, tokens.contiguous(), targets, self._vocab_size, self._groups)
+        inputs, targets = padded[:, :-1].contiguous(), padded[:, 1:]
+        chances, best = token_scores(self._engine, inputs, targets, self._vocab_size, self._groups)
         return chances.cpu(), best.cpu(), targets

@@ -16,18 +16,15 @@ BOS, EOS = 1, 2
 
 
 class Letters:
-    """One token per letter, its code; texts begin with a token for that."""
+    """One token per letter, its code."""
 
-    bos_token_id, eos_token_id = BOS, EOS
+    bos, eod, boundaries = BOS, EOS, frozenset((BOS, EOS))
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        ids = [BOS if sign == "^" else ord(sign) for sign in text]
-        return [BOS, *ids] if add_special_tokens else ids
+    def encode(self, text: str) -> list[int]:
+        return [ord(sign) for sign in text]
 
-    def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
-        if isinstance(ids, int):
-            return {BOS: "^", EOS: "$"}[ids]
-        return "".join(chr(one) for one in ids if one > EOS or not skip_special_tokens)
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
 
 
 class Live:
@@ -47,7 +44,8 @@ class Live:
 @pytest.fixture
 def model() -> HarnessModel:
     live: Any = Live()
-    return HarnessModel(live, Letters())
+    letters: Any = Letters()
+    return HarnessModel(live, letters, add_bos=True)
 
 
 def request(*args: Any) -> Any:
@@ -55,17 +53,23 @@ def request(*args: Any) -> Any:
 
 
 def test_choices(model: HarnessModel) -> None:
-    found = model.loglikelihood([request("ab", "cd"), request("^b", "c"), request("", "cd"), request("abcdefgh", "ij")])
+    found = model.loglikelihood([request("ab", "cd"), request("", "cd"), request("abcdefgh", "ij")])
     abc = [ord(sign) for sign in "abcdefghij"]
-    assert found == [(-2.0, True), (-1.0, True), (-2.0, True), (-2.0, True)]
+    assert found == [(-2.0, True), (-2.0, True), (-2.0, True)]
     assert model.live.rows == [
         ([BOS, *abc[:4]], 2),
-        ([BOS, *abc[1:3]], 1),
         ([BOS, *abc[2:4]], 2),
         (abc[3:], 2),  # cut off from the left
     ]
     with pytest.raises(DataError, match="asks for 7 tokens at once, but the model sees 6"):
         model.loglikelihood([request("a", "bcdefgh")])
+
+
+def test_without_a_token_that_begins_texts(model: HarnessModel) -> None:
+    letters: Any = Letters()
+    plain = HarnessModel(model.live, letters, add_bos=False)
+    plain.loglikelihood([request("ab", "c"), request("", "cd")])
+    assert model.live.rows == [([*map(ord, "abc")], 1), ([EOS, *map(ord, "cd")], 2)]
 
 
 def test_a_text_longer_than_the_model_sees_is_judged_in_windows(model: HarnessModel) -> None:

@@ -44,6 +44,9 @@ class Model(torch.nn.Module):
 
     calls = 0
 
+    def inputs(self, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        return batch
+
     def forward(self, tokens: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
         self.calls += 1
         return 2 * loss_mask.sum() / loss_mask.sum().clamp(min=1)

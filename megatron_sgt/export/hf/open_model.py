@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sgt.config import Config
 from megatron_sgt.config.data import TokenizerConfig
 from megatron_sgt.errors import CheckpointError, DataError, SGTError, first_line
 from megatron_sgt.export.architecture import TokenIds, hf_config
@@ -176,19 +175,9 @@ def _tokenizer_of(opened: OpenModel, path: Path, chosen: Path | None) -> tuple[A
         if wanted.type == "huggingface" and chosen is not None and chosen.is_dir():
             return _load_tokenizer(chosen), TokenIds()
         raise DataError(f"--tokenizer {chosen}: for a Hugging Face folder give a folder with a tokenizer.json")
-    return tokenizer_of_run(wanted, opened.source.config)
-
-
-def tokenizer_of_run(wanted: TokenizerConfig, config: Config) -> tuple[Any, TokenIds]:
-    """The tokenizer of transformers that an export of the run ``config`` has, and the ids that generation needs.
-
-    Texts are tokenized the same way before and after an export.
-
-    Raises:
-        DataError: as ``write_tokenizer``.
-    """
     with tempfile.TemporaryDirectory() as folder:
-        written = write_tokenizer(wanted, Path(folder), config)
+        # As the export would write it, so that texts are tokenized the same way before and after.
+        written = write_tokenizer(wanted, Path(folder), opened.source.config)
         return _load_tokenizer(Path(folder)), written.ids
 
 
