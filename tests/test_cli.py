@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sgt.cli import output, positive, run_main
+from megatron_sgt.cli import output, positive, run_main, shard
 from megatron_sgt.errors import CheckpointError, ConfigError, DataError, SGTError
 
 
@@ -54,6 +54,13 @@ def test_a_positive_number() -> None:
     for text in ("0", "-1", "1.5", "many", ""):
         with pytest.raises(argparse.ArgumentTypeError, match=f"above 0, got '{text}'"):
             positive(text)
+
+
+def test_a_shard() -> None:
+    assert (shard("0/1"), shard("3/64")) == ((0, 1), (3, 64))
+    for text in ("64/64", "-1/4", "3", "3/", "/4", "1/0", "a/b", "1.0/4"):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be i/n with i from 0 to n - 1"):
+            shard(text)
 
 
 def test_an_output(tmp_path: Path) -> None:

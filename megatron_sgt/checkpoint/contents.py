@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from megatron_sgt.checkpoint.forms import LAYOUT_FREE, read_config, read_state
 from megatron_sgt.checkpoint.surgery.state import GROW
 from megatron_sgt.config import Config
 from megatron_sgt.config.model import ModelConfig
+from megatron_sgt.data.ledger import Progress, ledger_from_json, recorded_tokens
 from megatron_sgt.errors import CheckpointError, SGTError
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.planning.parameters import parameter_count
@@ -56,6 +57,7 @@ class Details:
     ``ema_decay``: of the average of the weights that it holds; None without one. ``stages``: how each stage of its run
     but the first began, up to its own (stages/stages.py). ``grown``: after which steps, and by which operators, its
     model became deeper or wider, in its run or before. ``began``: with whose weights its run began (new_run.py).
+    ``sources``: of its data, as far as it says what it has read.
     """
 
     step: int
@@ -71,6 +73,7 @@ class Details:
     ema_decay: float | None = None
     stages: tuple[dict[str, Any], ...] = ()
     grown: tuple[tuple[int, str], ...] = ()
+    sources: dict[str, Progress] = field(default_factory=dict)
     began: dict[str, Any] | None = None
 
 
@@ -191,11 +194,12 @@ def _details(folder: Path) -> Details:
     state, config = read_state(folder), read_config(folder)
     try:
         trainer, free = state["trainer"], state.get(LAYOUT_FREE) or {}
+        data = state.get(layout.DATA_STATE)
         return Details(
             step=trainer["step"],
             train_iters=config.train.train_iters,
             samples=trainer["consumed_samples"],
-            tokens=trainer["consumed_samples"] * config.model.seq_length,
+            tokens=recorded_tokens(data, trainer["consumed_samples"], config.model.seq_length),
             skipped_steps=trainer["skipped_steps"],
             layout=state["layout"],
             origin=free.get("imported_from"),
@@ -205,6 +209,7 @@ def _details(folder: Path) -> Details:
             ema_decay=(state.get(layout.AVERAGE_STATE) or {}).get("decay"),
             stages=tuple(state.get(layout.STAGES_STATE, ())),
             grown=tuple(_grown(state["hooks"].get(layout.GROWTH_STATE) or {})),
+            sources=ledger_from_json(data).progress(trainer["consumed_samples"]) if data else {},
             began=state.get(layout.ORIGIN_STATE),
         )
     except (KeyError, TypeError, AttributeError) as error:

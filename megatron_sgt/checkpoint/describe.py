@@ -93,7 +93,12 @@ def _details(details: Details) -> Iterator[tuple[str, str]]:
     model = details.model
     skipped = f", {details.skipped_steps:,} skipped" if details.skipped_steps else ""
     yield "step", f"{details.step:,} of {details.train_iters:,}{skipped}"
-    yield "tokens", f"{details.tokens:,} ({details.samples:,} sequences of {model.seq_length:,})"
+    one_length = details.tokens == details.samples * model.seq_length
+    lengths = f"{model.seq_length:,}" if one_length else "several lengths"
+    yield "tokens", f"{details.tokens:,} ({details.samples:,} sequences of {lengths})"
+    for number, (name, source) in enumerate(details.sources.items()):
+        epochs = "" if source.epochs is None else f", {source.epochs:,.2f} epochs"
+        yield "" if number else "data", f"{name}: {source.tokens:,} tokens{epochs}"
     if details.began is not None:
         yield "began", f"with {began(details.began)}"
     yield (

@@ -185,21 +185,24 @@ class Ledger:
         before = min(consumed, self.spans[0].start) * self.spans[0].order.seq_length
         return before + sum((read.stop - read.start) * read.order.seq_length for read in self.until(consumed))
 
-    def progress(self, consumed: int) -> tuple[Progress, ...]:
-        """What the first ``consumed`` samples were of each source, in the order in which they appeared."""
-        found: dict[Any, tuple[int, Progress]] = {}
+    def progress(self, consumed: int) -> dict[str, Progress]:
+        """What the first ``consumed`` samples were of each source, by its prefix, in the order of their appearance."""
+        found: dict[Key, tuple[int, Progress]] = {}
         for read in self.until(consumed):
             drawing, sources = read.span.drawing, read.order.sources()
-            here = {key for key, _ in sources}
             counts = zip(drawing.drawn(read.start), drawing.drawn(read.stop), drawing.before(read.stop), strict=True)
             for (key, file), (first, last, place) in zip(sources, counts, strict=True):
-                shorter = (old for old, (number, _) in found.items() if number == place.number and old not in here)
-                known = key if key in found or not read.span.places else next(shorter, key)  # documents were appended
-                tokens = (last - first) * read.order.seq_length + (found[known][1].tokens if known in found else 0)
+                if key not in found and read.span.places:  # documents were appended to one that has its number
+                    shorter = [old for old, (number, _) in found.items() if number == place.number]
+                    found = {key if old in shorter[-1:] else old: value for old, value in found.items()}
+                tokens = (last - first) * read.order.seq_length + (found[key][1].tokens if key in found else 0)
                 epochs = place.epochs(file.samples) if file.samples else None
-                kept = {old if old != known else key: value for old, value in found.items()}
-                found = kept | {key: (place.number, Progress(file.prefix, tokens, epochs))}
-        return tuple(progress for _, progress in found.values())
+                found[key] = place.number, Progress(file.prefix, tokens, epochs)
+        named: dict[str, Progress] = {}
+        for _, one in found.values():
+            before = sum(other.prefix == one.prefix for other in named.values())
+            named[f"{one.prefix} ({before + 1})" if before else one.prefix] = one
+        return named
 
     def to_json(self) -> list[dict[str, Any]]:
         """For a checkpoint. Of a run whose blend never changed, what stands in no span is not there."""
@@ -231,6 +234,11 @@ def ledger_from_json(kept: Any) -> Ledger:
     if any(span.places and len(span.places) != len(span.order.files) for span in spans):
         raise CheckpointError("the record of the data is damaged (its places are not those of its files)")
     return Ledger(spans)
+
+
+def recorded_tokens(kept: Any, consumed: int, seq_length: int) -> int:
+    """Tokens of the first ``consumed`` samples by a checkpoint's record; without one all had ``seq_length``."""
+    return ledger_from_json(kept).tokens(consumed) if kept else consumed * seq_length
 
 
 def _span(entry: Mapping[str, Any]) -> Span:

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_sgt.arch.attended_pairs import AttendedPairs
-from megatron_sgt.checkpoint.layout import GROWTH_STATE
+from megatron_sgt.checkpoint.layout import DATA_STATE, GROWTH_STATE
 from megatron_sgt.checkpoint.place import Place
 from megatron_sgt.config import Config
 from megatron_sgt.config.model import ModelConfig
+from megatron_sgt.data.ledger import recorded_tokens
 from megatron_sgt.growth import Schedule
 from megatron_sgt.metrics.records import GrowRecord
 from megatron_sgt.planning.flops import at_length, step_flops
@@ -65,7 +66,9 @@ def grow_record(
         "probe_loss_before": losses[0],
         "probe_loss_after": losses[1],
         "consumed_samples": trainer["consumed_samples"],
-        "consumed_tokens": trainer["consumed_samples"] * stage.config.model.seq_length,
+        "consumed_tokens": recorded_tokens(
+            saved.get(DATA_STATE), trainer["consumed_samples"], stage.config.model.seq_length
+        ),
         "seconds": seconds,
     }
 

@@ -91,7 +91,7 @@ class PretrainingRun(Session):
                 self.start = loaded
                 data = self.start_data(loaded)
             self.state.consumed_samples = self.skipped_ranges.after(self.state.consumed_samples)
-        report_start(self, self.stage, self.start, data)
+        report_start(self, self.stage, self.start, data.change)
         if grown is not None:
             self.hub.log("grow", grown)
 
@@ -276,7 +276,10 @@ class PretrainingRun(Session):
             "path": newest.folder,
             "consumed_samples": self.state.consumed_samples,
         }
-        self.hub.log("resume", {**there, "searched": self.config.save_dir, "changed": ()})
+        consumed_tokens = self.ledger.tokens(self.state.consumed_samples)
+        self.hub.log(
+            "resume", {**there, "consumed_tokens": consumed_tokens, "searched": self.config.save_dir, "changed": ()}
+        )
         self.hub.log("rollback", {**there, **spike.record(), "passed_samples": spike.stop - start})
         if grown is not None:
             self.hub.log("grow", grown)

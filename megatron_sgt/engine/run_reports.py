@@ -6,7 +6,8 @@ from pathlib import Path
 
 from megatron_sgt.checkpoint.layout import ORIGIN_STATE
 from megatron_sgt.checkpoint.surgery.state import GROW
-from megatron_sgt.engine.data_start import DataStart, data_record
+from megatron_sgt.data.changes import Change
+from megatron_sgt.engine.data_start import data_record
 from megatron_sgt.engine.run_folders import CONFIG_FILE
 from megatron_sgt.engine.session import Session
 from megatron_sgt.engine.stage import RunningStage
@@ -21,21 +22,22 @@ from megatron_sgt.planning.structure import most_kept_heads
 from megatron_sgt.preflight import Start, check_export
 
 
-def report_start(run: Session, stage: RunningStage, start: Start, data: DataStart) -> None:
+def report_start(run: Session, stage: RunningStage, start: Start, change: Change | None) -> None:
     """Where the run begins, what its data has in common with what was read before, and which kernels loop."""
     record: ResumeRecord = {
         "step": run.state.step,
         "path": start.folder,
         "searched": run.config.save_dir,
         "consumed_samples": run.state.consumed_samples,
+        "consumed_tokens": run.ledger.tokens(run.state.consumed_samples),
         "changed": start.changed,
         "skipped": start.skipped,
     }
     if start.weights is not None:
         record["origin"] = start.saved[ORIGIN_STATE]
     run.hub.log("resume", record)
-    if data.change is not None:
-        run.hub.log("data", data_record(data.change, run.state.step))
+    if change is not None:
+        run.hub.log("data", data_record(change, run.state.step))
     groups, config = run.groups, stage.config
     for line in check_export(config) if groups.is_main else ():
         print(f"WARNING  {line}", flush=True)
@@ -63,7 +65,7 @@ def report_end(run: Session, stage: RunningStage, start: Start, reason: str, cod
         "valid_loss": measured.valid_loss,
         "growth_events": sum(event.get("action") != GROW for event in measured.growth_events),
         "seconds": seconds,
-        "consumed_tokens": run.state.consumed_samples * run.config.model.seq_length,
+        "consumed_tokens": run.ledger.tokens(run.state.consumed_samples),
         "tokens_per_second": measured.tokens_per_second,
         "paths": {
             "checkpoint": measured.last_path or start.folder,

@@ -85,6 +85,7 @@ class RunningStage:
         session, config, groups, runtime = self.session, self.config, self.session.groups, self.runtime
         hub = session.hub
         self.log = LogHook(config, self.schedule, hub, groups, runtime.precision, session.pairs)
+        self.log.tokens_of = lambda consumed: session.ledger.tokens(consumed)
         self.growth = GrowthHook(self.schedule, runtime.model, runtime.model.meter, groups, self.log.on_growth)
         lengths = config.seq_lengths
         self.spike = SpikeHook(config.train, session.skipped_ranges, self._can_go_back, hub, groups, lengths)
@@ -175,6 +176,7 @@ class RunningStage:
         saver.stage_end = self.stage.last if self.stage is not session.stages[-1] else None
         saver.stages = [stage.record() for stage in session.stages[1 : self.stage.index + 1]]
         saver.data = lambda: session.ledger.to_json()
+        saver.progress = lambda consumed: session.ledger.progress(consumed)
         saver.on_saved = session.stop.note_save
         return saver
 

@@ -58,7 +58,7 @@ class StepResult:
     """What one step did.
 
     ``loss``: mean over this rank's micro-batches, a scalar on the device (no synchronisation happened for it), on every
-    stage of a pipeline.
+    stage of a pipeline; its mean over data-parallel ranks is that of the step (see ``token_weights``).
     ``grad_norm``: L2 norm over all parameters before clipping; inf or NaN when the update was skipped.
     ``applied``: whether the optimizer took the step (False: a loss, an entropy or a gradient was not finite
     on some rank).

@@ -14,7 +14,7 @@ from megatron_sgt.checkpoint.forms import LAYOUT_FREE
 from megatron_sgt.checkpoint.layout import DATA_STATE, GROWTH_STATE
 from megatron_sgt.checkpoint.reshard.rank_state import AVERAGE
 from megatron_sgt.checkpoint.surgery.state import GROW
-from megatron_sgt.config import Config
+from megatron_sgt.config import Config, DataConfig
 from megatron_sgt.data.indexed import read_metadata
 from megatron_sgt.data.prefix import resolve_prefix
 from megatron_sgt.errors import DataError
@@ -97,11 +97,24 @@ def _settings(source: ExportSource) -> Iterator[Row]:
     )
     shorter = ", shorter at first (data.seq_length_curriculum)" if config.data.seq_length_curriculum else ""
     yield "sequence length", f"{model.seq_length:,}{shorter}"
+    if documents := ", ".join(_documents(config.data)):
+        yield "documents of a sequence", documents
     yield "precision", _precision(source)
     if model.attention_dropout or model.hidden_dropout:
         yield "dropout", f"attention {model.attention_dropout:g}, hidden {model.hidden_dropout:g}"
     yield "seed", str(train.seed)
     yield "growth", _growth(source)
+
+
+def _documents(data: DataConfig) -> Iterator[str]:
+    if data.packing == "best_fit":
+        yield "packed whole (data.packing best_fit)"
+    if data.reset_attention_mask:
+        yield "attention does not cross them"
+    if data.reset_position_ids:
+        yield "positions begin anew with each"
+    if data.eod_mask_loss:
+        yield "none predicts the next one"
 
 
 def _learning_rate(config: Config) -> str:

@@ -236,12 +236,12 @@ def resume_line(record: Record, paint: Paint = plain) -> str:
     changed = _part(record, "changed", lambda names: f"changed: {'; '.join(names)}" if names else "")
     if (origin := record.get("origin")) is not None:
         return _join((f"{paint('good', 'START')}  new run with {began(origin)}", changed))
-    samples = _part(record, "consumed_samples", lambda n: f"({n:,} samples consumed)")
+    tokens = _part(record, "consumed_tokens", lambda n: f"({n:,} tokens consumed)")
     resumed = _join(
         (
             f"{paint('warn', 'RESUME')}  resumed at step {record['step']:,}",
             f"from {record['path']}",
-            samples,
+            tokens,
             changed,
         )
     )

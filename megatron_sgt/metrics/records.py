@@ -170,6 +170,8 @@ class SaveRecord(_Record, total=False):
     seconds: float  # until it was whole
     stall_s: float  # of them, those in which training stood still
     bytes: int
+    source_tokens: dict[str, int]  # by prefix of every source that the run has read: tokens
+    source_epochs: dict[str, float | None]  # where the run stands in it; None where its length is not known
     asked: bool  # True: by --save-now
 
 
@@ -185,6 +187,7 @@ class ResumeRecord(_Record, total=False):
     path: Path | str | None  # None: a fresh start
     searched: Path | str  # where a checkpoint was looked for
     consumed_samples: int
+    consumed_tokens: int
     skipped: tuple[str, ...] | list[str]  # damaged checkpoints that were passed over
     changed: tuple[str, ...] | list[str]  # settings unlike the checkpoint's: "train.train_iters 8 -> 12"
     origin: dict[

@@ -56,10 +56,13 @@ class Writer(Protocol):
 def scalars(kind: str, record: Mapping[str, Any]) -> dict[str, float]:
     """The curves of a record: "train/loss" -> number, for every field that is one; of a hook, for its values.
 
-    Those of a named validation set are "valid/NAME/loss", those of a task "tasks/NAME/acc".
+    Those of a named validation set are "valid/NAME/loss", those of a task "tasks/NAME/acc", those of a save
+    "save/source_epochs/PREFIX", too.
     """
     if kind == "hook":
         kind, record = f"hook/{record['hook']}", record["values"]
+    epochs = record.get("source_epochs") or {}
+    record = {**record, **{f"source_epochs/{source}": number for source, number in epochs.items()}}
     found = {
         f"{kind}/{key}": float(value)
         for key, value in record.items()

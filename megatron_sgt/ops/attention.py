@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_sgt.ops.document_attention import by_document
+from megatron_sgt.ops.document_attention import by_document, variable_length, variable_length_kernel
 from megatron_sgt.ops.documents import Documents
 
 # GPU generation -> name in torch's registry of FlashAttention implementations, and the module that it imports.
@@ -85,15 +85,29 @@ def reads_groups(device: torch.device, dtype: torch.dtype, head_size: int, dropo
     """Whether a kernel that keeps no scores reads grouped keys and values as they are.
 
     FlashAttention does: 16-bit numbers, heads of at most 256, from compute capability 8.0 on. cuDNN does where
-    FlashAttention does, but not with every dropout. The memory-efficient kernel, the only one for fp32, and the CPU's
-    want as many keys as queries (``can_use_mem_efficient_attention`` in torch's sdp_utils.cpp, up to 2.13 at least):
-    asked for groups, torch passes over them to the kernel that materialises the scores.
+    FlashAttention does, but not with every dropout. The memory-efficient kernel, the only one for fp32, wants as many
+    keys as queries (``can_use_mem_efficient_attention`` in torch's sdp_utils.cpp, up to 2.13 at least): asked for
+    groups, torch passes over it to the kernel that materialises the scores.
+
+    The CPU's kernel reads groups too (torch 2.13), in 0.83 to 1.01 of the time of repeated keys, with the same outputs
+    and gradients of queries. It sums those of keys and values in another order, 1e-6 away; runs keep their bits.
     """
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_size > 256:
         return False
     if SDPBackend.FLASH_ATTENTION not in kernel_order(device, dropout_p):
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def reads_documents(device: torch.device, dtype: torch.dtype, head_size: int, dropout_p: float = 0.0) -> bool:
+    """Whether torch's variable-length attention runs: FlashAttention on Nvidia's GPUs, without dropout.
+
+    Elsewhere documents are attended length by length. Unlike ``scaled_dot_product_attention`` it fills up no heads,
+    whose size must be a multiple of 8. torch does not say that AMD's kernels have it.
+    """
+    if dropout_p or head_size % 8 or torch.version.hip is not None or variable_length_kernel() is None:
+        return False
+    return reads_groups(device, dtype, head_size)
 
 
 @contextlib.contextmanager
@@ -121,6 +135,9 @@ def causal_attention(
         [S, B, N, H].
     """
     if documents is not None:
+        kernel = variable_length_kernel()
+        if kernel and reads_documents(query.device, query.dtype, query.shape[3], dropout_p):
+            return variable_length(kernel, query, key, value, documents)
         return by_document(partial(causal_attention, dropout_p=dropout_p), query, key, value, documents)
     heads, groups = query.shape[2], key.shape[2]
     q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))

@@ -1,9 +1,16 @@
-"""Causal attention that never leaves a document, by attention that knows none: one call per length of document."""
+"""Causal attention that never leaves a document (definition: ``attention.py``), without a mask.
+
+By attention that knows no documents, one call per length of document; or in one call of torch's variable-length
+kernel, where it runs. Of a mask that a kernel might not look at there is none.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +51,30 @@ def by_document(
         for number, piece in zip(numbers, found.unbind(1), strict=True):
             out[number] = piece
     return torch.cat(out).unflatten(0, (batch, queries)).transpose(0, 1)
+
+
+@cache
+def variable_length_kernel() -> Callable[..., Any] | None:
+    """``torch.nn.attention.varlen.varlen_attn``, if this version of torch has it with windows and grouped heads."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys() else None
+
+
+def variable_length(
+    kernel: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, documents: Documents
+) -> Tensor:
+    """Attention of all documents in one call of ``kernel``, which is FlashAttention; Q = K = S."""
+    queries, batch, heads = query.shape[:3]
+    flat = (_sequences(t) for t in (query, key, value))
+    offsets, longest = documents.offsets, documents.longest
+    # A window of nothing to the right is what this function calls causal.
+    out = kernel(
+        *flat, offsets, offsets, longest, longest, window_size=(-1, 0), enable_gqa=heads != key.shape[2]
+    )  # fmt: skip
+    return out.unflatten(0, (batch, queries)).transpose(0, 1)
 
 
 def _sequences(x: Tensor) -> Tensor:

@@ -96,6 +96,7 @@ def build_page(run: RunData) -> Page:
     page.picture("speed", "Speed and memory", "As logged by rank 0.", speed_figure(run))
     page.table("Tasks, last values", ("task", "metric", "value", "step"), tasks_rows(run))
     _event_tables(page, run)
+    page.table("Data", ("source", "tokens", "epochs"), _source_rows(run))
     page.table("Restarts", ("resumed at step", "when (UTC)", "steps taken again", "from"), _restart_rows(run))
     page.table("Checkpoints", ("step", "size", "seconds", "path"), _save_rows(run))
     if run.config_text is not None:
@@ -156,6 +157,16 @@ def _restart_rows(run: RunData) -> list[tuple[str, ...]]:
     return [
         (f"{r.step:,}", "" if r.time is None else _utc(r.time), f"{r.lost_steps:,}", r.path or "fresh start")
         for r in run.restarts
+    ]
+
+
+def _source_rows(run: RunData) -> list[tuple[str, ...]]:
+    """How far the last checkpoint has come in each source."""
+    saves = [record for record in run.of_kind("save") if record.get("source_tokens")]
+    epochs = (saves[-1].get("source_epochs") or {}) if saves else {}
+    return [
+        (source, f"{tokens:,}", units.fixed(epochs[source], 2) if epochs.get(source) is not None else "")
+        for source, tokens in (saves[-1]["source_tokens"] if saves else {}).items()
     ]
 
 

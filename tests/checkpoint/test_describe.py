@@ -28,6 +28,23 @@ def test_a_checkpoint_in_full(tmp_path: Path) -> None:
         assert line in text, text
 
 
+def test_the_sources_of_the_data(tmp_path: Path) -> None:
+    folder = write_grown_checkpoint(tmp_path)
+    file = {"weight": 1.0, "prefix": "data/a", "documents": 9, "tokens": 900, "lengths": "x", "content": "y"}
+    order = {"dataset": "indexed", "seed": 1, "split": "1", "shares": [1.0, 0.0, 0.0]}
+    first = {**order, "from_sample": 0, "seq_length": 32, "files": [{**file, "samples": 25}]}
+    second = {**first, "from_sample": 10, "origin": 10, "seq_length": 64, "places": [{"number": 0, "drawn": 5}]}
+    second["files"] = [{**file, "samples": 12}]
+    state = layout.read_json(folder / layout.STATE_FILE)
+    for record, told in (
+        ([first], "448 (14 sequences of 32)\n  data      data/a: 448 tokens, 0.56 epochs\n"),
+        ([first, second], "576 (14 sequences of several lengths)\n  data      data/a: 576 tokens, 0.75 epochs\n"),
+        ([{**first, "files": [file]}], "\n  data      data/a: 448 tokens\n"),
+    ):
+        layout.write_json(folder / layout.STATE_FILE, {**state, layout.DATA_STATE: record})
+        assert told in describe(read_contents(folder, lambda _: []))
+
+
 def test_a_pipeline(tmp_path: Path) -> None:
     folder = write_grown_checkpoint(tmp_path, (1, 1, 0), pipeline=(2, (2, 2)))
     text = describe_root(read_root(tmp_path, size_problems))

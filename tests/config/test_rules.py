@@ -1,4 +1,4 @@
-"""The rules between sections: what pipelines and norms over all heads do not go with (others: ``test_root.py``)."""
+"""The rules between sections: what pipelines, norms over all heads and new runs do not go with (more: test_root.py)."""
 
 from typing import Any
 
@@ -39,6 +39,21 @@ def test_a_pipeline_that_does_not_fit(given: dict[str, Any], says: str) -> None:
 def test_norms_over_all_heads(model: dict[str, Any], parallel: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         parse_config({**TINY, "model": {**TINY["model"], "vocab_size": 64, **model}, "parallel": parallel})
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "says"),
+    [
+        ({"start": "weights"}, r"checkpoint\.start: weights needs checkpoint\.load"),
+        ({"growth": "keep"}, r"checkpoint\.growth: keep has no effect with checkpoint\.start resume"),
+        ({"load": "somewhere", "growth": "restart"}, r"checkpoint\.growth: restart has no effect"),
+        ({"weights": "ema"}, r"checkpoint\.weights: ema has no effect with checkpoint\.start resume"),
+    ],
+)
+def test_what_a_new_run_begins_with(checkpoint: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse_config({**TINY, "checkpoint": checkpoint})
+    parse_config({**TINY, "checkpoint": {**checkpoint, "load": "somewhere", "start": "weights"}})
 
 
 def test_a_validation_at_the_start_of_a_run_that_has_none() -> None:

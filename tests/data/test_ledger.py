@@ -248,8 +248,11 @@ def test_progress_is_counted_in_tokens() -> None:
     one, two = plain((3, "a"), (1, "b")), plain((1, "a+"), (1, "c"), seq_length=32)
     run = Ledger((Span(0, one),)).turned(two, 40, begins)
     assert run.tokens(50) == 40 * 16 + 10 * 32
-    assert {one.prefix: one.tokens for one in run.progress(50)} == {"a+": 30 * 16 + 5 * 32, "b": 160, "c": 160}
-    assert run.progress(0) == () and run.progress(40)[1] == Progress("b", 160, 10 / 7)
+    found = run.progress(50)
+    assert {name: one.tokens for name, one in found.items()} == {"a+": 30 * 16 + 5 * 32, "b": 160, "c": 160}
+    assert run.progress(0) == {} and run.progress(40)["b"] == Progress("b", 160, 10 / 7)
+    twice = Ledger((Span(0, order((1, "x", "b"), (1, "x", "b"))),)).progress(8)
+    assert {name: one.tokens for name, one in twice.items()} == {"x": 64, "x (2)": 64}
     assert Ledger((Span(8, one),)).tokens(10) == 160, "what came before the record counts, too"
 
 

@@ -69,6 +69,13 @@ def test_pieces_keep_their_order_and_begin_at_position_0() -> None:
     assert pieces["tokens"].data_ptr() == batch["tokens"].data_ptr(), "nothing is copied"
 
 
+def test_stages_of_a_pipeline_cut_what_they_need() -> None:
+    """The last one labels alone, one in the middle nothing."""
+    labels = Windows()[0]["labels"][None]
+    assert torch.equal(cut({"labels": labels}, 4)["labels"], labels.view(4, 6))
+    assert cut({}, 4) == {}
+
+
 def test_one_piece_is_the_sample_itself() -> None:
     batch = {name: tensor[None] for name, tensor in Windows()[0].items()}
     assert cut(batch, 1) is batch

@@ -21,7 +21,7 @@ from megatron_sgt.engine.run import PretrainingRun
 from megatron_sgt.errors import DataError
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.preflight import Start
-from tests.helpers.changing_data import LENGTHS, STARTS, VOCABULARY, Data, write_data_sets
+from tests.helpers.changing_data import LENGTHS, STARTS, VOCABULARY, Data, real, write_data_sets
 from tests.helpers.datasets import write_dataset
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import measured_steps, pretrain, reported, tiny_config
@@ -46,6 +46,10 @@ CONTINUED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"path": ("0.7", "longer", "0.3", "b"), "split": "100,0,0"},
         ("the 40 documents appended come with its next epoch, after the",),
     ),
+    "packed documents appended": (
+        {"path": ("0.7", "longer", "0.3", "b"), "split": "100,0,0", "packing": "best_fit"},
+        ("the 40 documents appended come with its next epoch, after the",),
+    ),
     "one twice": ({"path": ("0.4", "a", "0.3", "b", "0.3", "moved")}, ("/moved begins",)),
 }
 
@@ -55,6 +59,7 @@ def test_sources_of_another_blend_go_on_where_they_were(kind: str, folder: Path)
     """Until the blend has come to the end of its epoch, no token of a source is read again."""
     changed, said = CONTINUED[kind]
     before = Data(folder, path=("0.7", "a", "0.3", "b"), split=changed.get("split", "80,20,0"))
+    before.packing = changed.get("packing", "concat")
     now = replace(before, **changed)
     change, span = now.change((before, 50)), now.ledger((before, 50)).now
     assert change is not None and change.tally == order.Tally()
@@ -65,7 +70,7 @@ def test_sources_of_another_blend_go_on_where_they_were(kind: str, folder: Path)
     for index in range(50, 90):
         part = samples.locate(index)[0]
         if part != again:
-            tokens = set(samples[index]["tokens"].tolist())
+            tokens = set(real(samples[index]))
             assert not tokens & read, f"sample {index} of {samples.names[part]}"
             read |= tokens
 
@@ -116,33 +121,31 @@ def blend_config(run_dir: Path, small: Path, path: tuple[str, ...], stop: int, w
 FIRST, SECOND = ("0.7", "a", "0.3", "b"), ("0.5", "c", "0.5", "a")
 
 
-def turning_run(info: RankInfo, config: Config, second: tuple[str, ...], back: bool) -> None:
-    """Turn to ``second`` after step TURN, as a run with phases does, and train on; or ``back`` to before."""
+def turning_run(info: RankInfo, config: Config, second: tuple[str, ...]) -> None:
+    """Turn to ``second`` after step TURN, as a run with phases does; once go back to before, as after a loss spike."""
     first = config.data.data_path
     Config.data_paths = property(lambda self: (first, second))  # type: ignore[assignment,method-assign]
     Config.data_path_at = lambda self, step: second if step >= TURN else first  # type: ignore[method-assign]
     run = PretrainingRun(config, info)
-    run.stage.train(run._batches(), TURN, between=True)
-    run.turn_blend(first)
-    assert len(run.ledger.spans) == 1, "the present blend is no turn"
-    run.turn_blend(second)
-    assert [span.start for span in run.ledger.spans] == [0, 24]
-    if back:
-        run._go_back(LossSpike(TURN, 9.0, 1.0, 24))
-        assert (run.state.step, run.state.consumed_samples) == (2, 24)
-        assert [span.start for span in run.ledger.spans] == [0], "the turn is undone"
+    for back in (True, False):
+        run.stage.train(run._batches(), TURN, between=True)
+        run.turn_blend(first)
+        assert len(run.ledger.spans) == 1, "the present blend is no turn"
         run.turn_blend(second)
         assert [span.start for span in run.ledger.spans] == [0, 24]
-    else:
-        run.stage.train(run._batches(), run.last_step, between=False)
+        if back:
+            run._go_back(LossSpike(TURN, 9.0, 1.0, 16))
+            assert (run.state.step, run.state.consumed_samples) == (2, 16)
+            assert [span.start for span in run.ledger.spans] == [0], "the turn is undone"
+    run.stage.train(run._batches(), run.last_step, between=False)
     run.hub.close()
     run.folders.release()
 
 
 def test_a_run_turns_to_another_blend_and_back(small: Path, tmp_path: Path) -> None:
     second = tuple(part if part[0].isdigit() else str(small / part) for part in SECOND)
-    one, other, back = tmp_path / "one", tmp_path / "other", tmp_path / "back"
-    run_on_ranks(2, turning_run, blend_config(one, small, FIRST, 5, workers=1), second, False)
+    one, other = tmp_path / "one", tmp_path / "other"
+    run_on_ranks(2, turning_run, blend_config(one, small, FIRST, 5, workers=1), second)
     run_on_ranks(2, pretrain, blend_config(other, small, FIRST, TURN))
     run_on_ranks(2, pretrain, blend_config(other, small, SECOND, 5))
     assert measured_steps(one) == measured_steps(other), "as a run that is resumed with the other blend"
@@ -152,4 +155,3 @@ def test_a_run_turns_to_another_blend_and_back(small: Path, tmp_path: Path) -> N
     [said] = reported(other, "data")
     assert "/a goes on where it last stopped" in said["line"] and "/c begins" in said["line"]
     assert said["tokens_again"] == said["tokens_skipped"] == 0
-    run_on_ranks(2, turning_run, blend_config(back, small, FIRST, 5), second, True)

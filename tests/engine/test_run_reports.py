@@ -13,7 +13,6 @@ import torch
 from megatron_sgt.config import Config
 from megatron_sgt.config.run import HuggingFaceConfig
 from megatron_sgt.engine import run_reports
-from megatron_sgt.engine.data_start import DataStart
 from megatron_sgt.engine.run_reports import report_end, report_start
 from megatron_sgt.engine.stage import Measured
 from megatron_sgt.engine.step import TrainState
@@ -35,7 +34,8 @@ class Hub(list[Any]):
 
 
 def session(hub: Hub, config: Config = CONFIG) -> Any:
-    about = {"config": config, "stages": stages_of(config)}
+    ledger = SimpleNamespace(tokens=lambda samples: samples * 32)
+    about = {"config": config, "stages": stages_of(config), "ledger": ledger}
     return SimpleNamespace(**about, state=TrainState(6, 12), hub=hub, groups=fake_groups())
 
 
@@ -58,14 +58,14 @@ def test_the_last_record() -> None:
 def test_the_first_record(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     hub = Hub()
     start = Start(Path("global_step2"), {}, ("train.seed 1 -> 2",))
-    report_start(session(hub), stage(), start, DataStart([]))
+    report_start(session(hub), stage(), start, None)
     [(kind, record)] = hub
     assert kind == "resume" and record["changed"] == start.changed and capsys.readouterr().out == ""
     monkeypatch.setattr(run_reports, "loop_backend", lambda *_: ("torch", "some kernels"))
     on_gpu = session(hub)
     on_gpu.groups = SimpleNamespace(is_main=True, tp_size=1, world_size=1, device=torch.device("meta"))
     monkeypatch.setattr(run_reports, "describe_attention", lambda device: "an attention")
-    report_start(on_gpu, stage(), start, DataStart([]))
+    report_start(on_gpu, stage(), start, None)
     assert capsys.readouterr().out == "LOOPS  some kernels; an attention\n"
 
 
@@ -76,18 +76,18 @@ def test_each_start_warns_of_a_tokenizer_that_cannot_be_exported(
         model = train(tmp_path / "m.model", **{**UNLIKE_ANY, "byte_fallback": bytes_too})
         run = stage()
         run.config = small_config(data={"tokenizer": {"type": "sentencepiece", "model": str(model)}})
-        report_start(session(Hub()), run, Start(None, {}), DataStart([]))
+        report_start(session(Hub()), run, Start(None, {}), None)
         said = capsys.readouterr().out
         assert said.startswith("WARNING  the tokenizer has no form in transformers, fast or slow") != bytes_too
         assert said.count("\n") == (0 if bytes_too else 1)
     run.config = run.config.model_copy(update={"huggingface": HuggingFaceConfig(check_at_start="off")})
-    report_start(session(Hub()), run, Start(None, {}), DataStart([]))
+    report_start(session(Hub()), run, Start(None, {}), None)
     assert capsys.readouterr().out == ""
 
 
 def test_each_start_tells_the_stages_to_come(capsys: pytest.CaptureFixture[str]) -> None:
     config = small_config(growth={"stages": [{"until_steps": 7, "operator": "g_stack", "options": {"factor": 2}}]})
-    report_start(session(Hub(), config), stage(), Start(Path("global_step2"), {}), DataStart([]))
+    report_start(session(Hub(), config), stage(), Start(Path("global_step2"), {}), None)
     said = capsys.readouterr().out
     assert said.startswith("STAGES  4 layers, ") and "g_stack after step 7: 8 layers" in said
 
@@ -96,5 +96,5 @@ def test_each_start_tells_how_a_pipeline_cuts_the_model(capsys: pytest.CaptureFi
     config = small_config(parallel={"pipeline_model_parallel_size": 2})
     run = session(Hub(), config)
     run.groups = replace(run.groups, world_size=2)
-    report_start(run, stage(), Start(Path("global_step2"), {}), DataStart([]))
+    report_start(run, stage(), Start(Path("global_step2"), {}), None)
     assert capsys.readouterr().out.startswith("PIPELINE  2,2 layers · largest stage over the mean +")

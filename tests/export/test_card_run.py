@@ -35,10 +35,15 @@ def test_a_run_is_told_without_the_machines_paths() -> None:
     assert "held out: 0.1 for validation." in card
     losses = grown_run.validation_losses()
     assert f"after step 18: **{losses[18]:.4f}** nats per token" in card
-    settings = told(training_section(open_checkpoint(grown_run.checkpoints())))
+    source = open_checkpoint(grown_run.checkpoints())
+    settings = told(training_section(source))
     assert settings["optimizer"] == "adamw (beta 0.9 and 0.95, epsilon 1e-08)"
     assert settings["batch"] == "8 sequences, 384 tokens per step" and settings["precision"] == "fp32"
-    assert settings["growth"].startswith("`sgt`: from step ")
+    assert settings["growth"].startswith("`sgt`: from step ") and "documents of a sequence" not in settings
+    data = source.config.data.model_copy(update={"reset_attention_mask": True, "packing": "best_fit"})
+    packed = replace(source, config=source.config.model_copy(update={"data": data}))
+    expected = "packed whole (data.packing best_fit), attention does not cross them"
+    assert told(training_section(packed))["documents of a sequence"] == expected
 
 
 def test_the_loss_is_of_the_last_validation_up_to_the_step(tmp_path: Path) -> None:

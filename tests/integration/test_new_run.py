@@ -41,14 +41,16 @@ def old_config() -> Config:
 
 
 def new_config(folder: Path, growth: str) -> Config:
-    """Twice as long sequences of another blend, for five steps of which the first process takes three."""
+    """Twice as long sequences of another blend, for three steps of which the first process takes two."""
     values = old_config().model_dump()
     blend = ("0.3", grown_run.data_prefix(), "0.7", write_tiny_data(folder))
     changes: dict[str, dict[str, Any]] = {
         "model": {"seq_length": 2 * grown_run.CONTEXT},
         "data": {"data_path": blend, "data_cache_path": None},
         "growth": {"first_selection_step": 2},
-        "train": {"train_iters": 5, "exit_interval": 3, "global_batch_size": 4, "micro_batch_size": 1},
+        "train": {
+            "train_iters": 3, "exit_interval": 2, "global_batch_size": 4, "micro_batch_size": 2, "eval_interval": 0,
+        },
         "checkpoint": {"load": str(grown_run.checkpoints()), "start": "weights", "growth": growth, "save_interval": 0},
         "logging": {"run_dir": str(folder / "run")},
         **LAYOUTS[growth],
@@ -106,7 +108,7 @@ def test_loops_stay_or_grow_anew(begun: Any) -> None:
     old = open_checkpoint(grown_run.checkpoints()).plan()
     new = open_checkpoint(run / "checkpoints")
     assert kept["plan"] == new.plan(training_gates=True) == old and old.layers and kept["phase"] == "fixed"
-    assert reported(run, "growth") == [] and new.details.step == 5
+    assert reported(run, "growth") == [] and new.details.step == 3
     assert anew["plan"] == LoopPlan.empty(5) and anew["phase"] == "vanilla"
     assert [event["step"] for event in reported(other, "growth")] == [2]
 
@@ -119,11 +121,11 @@ def test_it_is_a_run_of_its_own_that_goes_on_from_its_own_checkpoints(begun: Any
         0,
         str(layout.resolve(grown_run.checkpoints())),
     )
-    assert (second["step"], second["path"]) == (3, str(run / "checkpoints/global_step3")) and "origin" not in second
+    assert (second["step"], second["path"]) == (2, str(run / "checkpoints/global_step2")) and "origin" not in second
     steps = reported(run, "train")
-    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5]
+    assert [record["step"] for record in steps] == [1, 2, 3]
     assert steps[0]["lr"] == pytest.approx(old_config().optim.lr / 3), "the warm-up begins again"
-    [record] = layout.read_json(run / "checkpoints/global_step5" / layout.STATE_FILE)[layout.DATA_STATE]
+    [record] = layout.read_json(run / "checkpoints/global_step3" / layout.STATE_FILE)[layout.DATA_STATE]
     assert record["from_sample"] == 0 and len(record["files"]) == 2, "one order from the first sample on"
     old_run, new_run = (
         manifest.read_manifest(layout.resolve(root))["run"] for root in (grown_run.checkpoints(), run / "checkpoints")
@@ -134,7 +136,7 @@ def test_it_is_a_run_of_its_own_that_goes_on_from_its_own_checkpoints(begun: Any
 def test_every_record_tells_where_it_began(begun: Any) -> None:
     run, _ = begun["keep"]
     old = manifest.read_manifest(layout.resolve(grown_run.checkpoints()))
-    origin = manifest.read_manifest(run / "checkpoints/global_step5")[layout.ORIGIN_STATE]
+    origin = manifest.read_manifest(run / "checkpoints/global_step3")[layout.ORIGIN_STATE]
     assert (origin["run"], origin["step"], origin["tokens"]) == (old["run"], 18, old["tokens"])
     told = f"(step 18, {old['tokens']:,} tokens), loops kept"
     assert told in run_summary(read_metrics(run / METRICS_FILE), run) and told in report._began(load_run(run))

@@ -167,14 +167,14 @@ def test_save_line() -> None:
 
 
 def test_resume_line_says_which_of_the_two_it_is() -> None:
-    resumed = {"step": 1250, "path": "runs/x/checkpoints/global_step1250", "consumed_samples": 40_000}
+    resumed = {"step": 1250, "path": "runs/x/checkpoints/global_step1250", "consumed_tokens": 40_000}
     assert lines.resume_line(resumed) == (
-        "RESUME  resumed at step 1,250  from runs/x/checkpoints/global_step1250  (40,000 samples consumed)"
+        "RESUME  resumed at step 1,250  from runs/x/checkpoints/global_step1250  (40,000 tokens consumed)"
     )
     assert lines.resume_line({**resumed, "changed": ("optim.lr 0.1 -> 0.2", "train.seed 1 -> 2")}).endswith(
-        "samples consumed)  changed: optim.lr 0.1 -> 0.2; train.seed 1 -> 2"
+        "tokens consumed)  changed: optim.lr 0.1 -> 0.2; train.seed 1 -> 2"
     )
-    assert lines.resume_line({**resumed, "changed": ()}).endswith("samples consumed)")
+    assert lines.resume_line({**resumed, "changed": ()}).endswith("tokens consumed)")
     fresh = {"step": 0, "path": None, "searched": "runs/x/checkpoints"}
     assert lines.resume_line(fresh) == "START  fresh start (no checkpoint in runs/x/checkpoints)"
     assert lines.resume_line({"step": 0}) == "START  fresh start"

@@ -26,6 +26,11 @@ def test_scalars_of_a_hook_are_its_values() -> None:
     assert scalars("hook", record) == {"hook/loss_average/loss": 2.5}
 
 
+def test_scalars_of_a_save_have_the_epochs_of_the_sources() -> None:
+    record = {"step": 3, "bytes": 5, "source_tokens": {"a": 7}, "source_epochs": {"a": 0.5, "b": None}}
+    assert scalars("save", record) == {"save/bytes": 5.0, "save/source_epochs/a": 0.5}
+
+
 def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     writer = TensorBoardWriter(tmp_path)

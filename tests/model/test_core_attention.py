@@ -11,14 +11,18 @@ from torch import Tensor
 from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.compat.megatron_cpu import prepare_megatron
 from megatron_sgt.model.core_attention import SGTCoreAttention
+from megatron_sgt.model.documents import DocumentMask
 from megatron_sgt.model.entropy_meter import EntropyMeter
 from megatron_sgt.ops.attention import causal_attention_reference
 from megatron_sgt.ops.entropy import last_row_entropy
 from megatron_sgt.parallel.rng import seed_for_training
+from tests.helpers.documents import documents_of
 from tests.helpers.fake_groups import fake_groups
 
 CPU = torch.device("cpu")
 LENGTH, BATCH, HEADS, GROUPS, SIZE = 9, 2, 4, 2, 6
+DOCUMENTS = documents_of((4, 3, 2), (1, 8), padding=(2, 0))
+MASK = DocumentMask(DOCUMENTS, DOCUMENTS, 2, 2)
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +70,21 @@ def test_ordinary_pass(recompute: bool) -> None:
     assert not measured.any()
 
 
+def test_documents() -> None:
+    """Of every sequence the last document before the padding is measured; sums for the meter, not means."""
+    core, qkv = core_attention(), random_qkv()
+    out = core(*qkv, MASK)
+    wanted = causal_attention_reference(*qkv, DOCUMENTS).reshape(LENGTH, BATCH, HEADS * SIZE)
+    torch.testing.assert_close(out, wanted)
+    entropies = [
+        last_row_entropy(*(t[part, row : row + 1] for t in qkv[:2]))
+        for row, part in ((0, slice(4, 7)), (1, slice(1, 9)))
+    ]
+    assert table(core)[2, 0] == pytest.approx(sum(entropies).numpy(), abs=1e-6)
+    core(*qkv, DocumentMask(None, None, 2, 2))  # whole sequences in a run of documents
+    assert table(core)[2, 0] == pytest.approx(2 * last_row_entropy(*qkv[:2]).numpy(), abs=1e-6)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_loop_pass(recompute: bool) -> None:
     core, qkv = core_attention(recompute), random_qkv()
@@ -107,6 +126,11 @@ def test_entropy_is_measured_in_training_and_when_asked(training: bool, enabled:
     assert not table(core).any()
 
 
+def test_a_mask_that_would_be_ignored_is_refused() -> None:
+    with pytest.raises(ValueError, match="an attention mask of type Tensor would be ignored"):
+        core_attention()(*random_qkv(), torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool))
+
+
 def test_packed_sequences_are_refused() -> None:
     with pytest.raises(ValueError, match="packed sequences are not supported"):
         core_attention()(*random_qkv(), packed_seq_params=object())
@@ -128,12 +152,13 @@ def test_dropout_draws_from_the_ranks_own_stream(recompute: bool) -> None:
     assert not torch.equal(first[0], other_rank[0])
 
 
-def test_recompute_repeats_the_dropout_mask() -> None:
+@pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "documents"])
+def test_recompute_repeats_the_dropout_mask(mask: DocumentMask | None) -> None:
     def run(recompute: bool) -> list[Tensor]:
         core, qkv = core_attention(recompute, dropout=0.5), random_qkv()
         seed_for_training(1, fake_groups())
-        out = core(*qkv)
-        after = core(*qkv)  # the stream moved on as it does without recompute
+        out = core(*qkv, mask)
+        after = core(*qkv, mask)  # the stream moved on as it does without recompute
         loss = (out * out.detach()).sum()
         once, twice = (torch.autograd.grad(loss, qkv, retain_graph=True) for _ in range(2))
         return [out, after, *once, *twice]

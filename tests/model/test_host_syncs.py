@@ -17,14 +17,21 @@ from tests.helpers.single import random_batch, single_model, small_config
     ids=["vanilla", "window", "fixed", "block loop"],
 )
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_a_step_that_measures_entropies_waits_for_nothing(layer: LayerPlan, recompute: str) -> None:
-    config = small_config(train={"recompute_granularity": recompute})
+@pytest.mark.parametrize("documents", [False, True], ids=["whole", "documents"])
+def test_a_step_that_measures_entropies_waits_for_nothing(layer: LayerPlan, recompute: str, documents: bool) -> None:
+    """Where documents lie is known on the host before anything is on the device."""
+    told = {"reset_attention_mask": documents, "reset_position_ids": documents}
+    config = small_config(train={"recompute_granularity": recompute}, data=told)
     model = single_model(config).train()
     model.meter.enabled = True
     apply_plan(model, LoopPlan(config.model.num_layers, ((2, layer),)))
     batch = random_batch(config)
+    if documents:
+        place = torch.arange(32, dtype=torch.int32).expand(2, -1)
+        batch |= {"document_starts": place // 10 * 10, "num_tokens": torch.tensor([32, 27])}
+    inputs = model.inputs(batch, torch.device("cpu"))
     with HostSyncs() as syncs:
-        model(**batch).backward()
+        model(**inputs).backward()
     assert syncs.seen == []
 
 

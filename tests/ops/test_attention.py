@@ -1,6 +1,7 @@
 """The library kernel equals the definition, and keeps no score matrix."""
 
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -19,8 +20,11 @@ from megatron_sgt.ops.attention import (
     describe_attention,
     fastest_kernel,
     newer_flash_attention,
+    reads_documents,
     reads_groups,
 )
+from megatron_sgt.ops.document_attention import variable_length_kernel
+from tests.helpers.documents import documents_of
 from tests.helpers.tensor_shapes import ShapeRecorder
 
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -216,6 +220,8 @@ def test_groups_are_repeated_where_only_the_kernel_with_scores_would_read_them(
     gpu(generation, installed, dropout_p)
     assert reads_groups(GPU, dtype, head_size, dropout_p) == wanted
     assert not reads_groups(torch.device("cpu"), dtype, head_size, dropout_p)
+    # torch's variable-length attention is FlashAttention, without dropout.
+    assert reads_documents(GPU, dtype, head_size, dropout_p) == (wanted and not dropout_p)
 
 
 class OnGPU(Tensor):
@@ -248,6 +254,50 @@ def test_on_a_gpu_grouped_queries_in_fp32_reach_the_kernel_ungrouped(
     wanted_grads = torch.autograd.grad((wanted * weights).sum(), qkv)
     for grad, wanted_grad in zip(grads, wanted_grads, strict=True):
         torch.testing.assert_close(grad, wanted_grad, rtol=0, atol=10 * TOLERANCE[dtype])
+
+
+def test_where_documents_are_not_read_in_one_call(
+    gpu: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu(9)
+    assert reads_documents(GPU, torch.bfloat16, 128)
+    assert not reads_documents(torch.device("cpu"), torch.bfloat16, 128)
+    assert not reads_documents(GPU, torch.bfloat16, 100)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not reads_documents(GPU, torch.bfloat16, 128)
+    monkeypatch.undo()
+    monkeypatch.setattr(attention_module, "variable_length_kernel", lambda: None)
+    assert not reads_documents(GPU, torch.bfloat16, 128)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu_documents_are_one_call_where_it_runs(
+    dtype: torch.dtype, gpu: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in with the arguments of torch's function attends by the offsets alone. fp32 goes length by length."""
+    gpu(9)
+    monkeypatch.setattr(attention_module, "fastest_kernel", lambda device, dropout_p: nullcontext())
+    signature = inspect.signature(variable_length_kernel())
+    calls = []
+
+    def kernel(*args: Any, **kwargs: Any) -> Tensor:
+        given = signature.bind(*args, **kwargs).arguments
+        assert given["window_size"] == (-1, 0) and given["enable_gqa"] and given["max_q"] == given["max_k"] == 20
+        assert given["cu_seq_q"] is given["cu_seq_k"]
+        calls.append(given["cu_seq_q"].tolist())
+        pieces = zip(
+            *(given[n].as_subclass(Tensor).split(given["cu_seq_q"].diff().tolist()) for n in ("query", "key", "value")),
+            strict=True,
+        )
+        return torch.cat([causal_attention_reference(*(t[:, None] for t in piece))[:, 0] for piece in pieces])
+
+    monkeypatch.setattr(attention_module, "variable_length_kernel", lambda: kernel)
+    documents = documents_of((20, 1, 12), (13, 20))
+    qkv = random_qkv((33, 2, 6, 2, 16), dtype)
+    out = causal_attention(*(t.as_subclass(OnGPU) for t in qkv), documents=documents).as_subclass(Tensor)
+    assert calls == ([] if dtype == torch.float32 else [[0, 20, 21, 33, 46, 66]])
+    wanted = causal_attention_reference(*(t.double() for t in qkv), documents=documents)
+    torch.testing.assert_close(out.double(), wanted, rtol=0, atol=TOLERANCE[dtype])
 
 
 def test_no_scores_are_kept_for_any_grouping() -> None:

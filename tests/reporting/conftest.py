@@ -40,7 +40,20 @@ def grown_lines() -> list[str]:
     first += [growth(20, "first_selection", 4, {"4": [0, 2]}, [0, 0, 0, 0, 1])]
     first += [encode("valid", {"step": 20, "time": 1.7e9, "loss": 4.7, "perplexity": 109.9})]
     first += [train(30, 4.4, 2.2e9, ema_entropy=entropies(30))]
-    first += [encode("save", {"step": 30, "time": 1.7e9, "path": "ckpt/global_step30", "seconds": 0.2, "bytes": 5e6})]
+    first += [
+        encode(
+            "save",
+            {
+                "step": 30,
+                "time": 1.7e9,
+                "path": "ckpt/global_step30",
+                "seconds": 0.2,
+                "bytes": 5e6,
+                "source_tokens": {"data/a": 98_765},
+                "source_epochs": {"data/a": 1.257},
+            },
+        )
+    ]
     void = [train(40, 9.9)]
     kept = {"2": [1], "4": [0, 2]}
     second = [encode("resume", {"step": 30, "time": 1.7e9 + 99, "path": "ckpt/global_step30"})]

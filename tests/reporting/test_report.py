@@ -45,7 +45,17 @@ def test_the_page_is_whole_and_self_contained(grown: Path) -> None:
     }  # fmt: skip
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in pictures)
     plain = re.sub(r"<[^>]+>", " ", text)
-    for expected in ("60 of 60", "L4 deeper", "0, 2", "+6.00 %", "ckpt/global_step30", "num_layers: 5"):
+    for expected in (
+        "60 of 60",
+        "L4 deeper",
+        "0, 2",
+        "+6.00 %",
+        "ckpt/global_step30",
+        "num_layers: 5",
+        "data/a",
+        "98,765",
+        "1.26",
+    ):
         assert expected in plain, expected
 
 

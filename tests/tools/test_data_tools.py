@@ -53,9 +53,34 @@ def test_corpus_to_data_set(folder: Path) -> None:
     assert {path.suffix for path in (folder / "out").iterdir()} == {".bin", ".idx", ".json"}
 
 
+def test_an_array_of_jobs_and_their_union(folder: Path) -> None:
+    """The tasks of examples/slurm/preprocess.sbatch, of which there are two here; each started twice."""
+    script = (ROOT / "examples/slurm/preprocess.sbatch").read_text()
+    assert "#SBATCH --array=0-63\n" in script and "shards=64 " in script
+    small, prefix = folder / "small.jsonl", folder / "array" / "x"
+    small.write_text("".join(f'{{"text": "layer {i}"}}\n' for i in range(99)))
+    environment = {
+        **ENVIRONMENT, "INPUT": str(small), "PREFIX": str(prefix), "TOKENIZER": str(folder / "sp.model"),
+        "SLURM_CPUS_PER_TASK": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }  # fmt: skip
+    for task, said in ((0, "1 worker(s)"), (1, "1 worker(s)"), (1, "finished before, kept")):
+        done = subprocess.run(
+            ["bash", "-c", script.replace("shards=64", "shards=2")],
+            cwd=ROOT,
+            env={**environment, "SLURM_ARRAY_TASK_ID": str(task)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0 and said in done.stdout, done.stderr
+    parts = [f"{prefix}-0000{i}-of-00002_text_document.idx" for i in range(2)]
+    done = run("merge_data", *parts, "--output-prefix", f"{prefix}_text_document")
+    assert done.returncode == 0 and "99 documents" in done.stdout and "of 2 data sets" in done.stdout, done.stderr
+
+
 def test_a_killed_job_leaves_nothing_readable_and_no_workers(folder: Path) -> None:
     big = folder / "big.jsonl"
-    big.write_text((folder / "corpus.jsonl").read_text(encoding="utf-8") * 20, encoding="utf-8")
+    big.write_text((folder / "corpus.jsonl").read_text(encoding="utf-8") * 5, encoding="utf-8")
     target = folder / "killed"
     job = subprocess.Popen(
         command("preprocess_data", "--input", big, "--output-prefix", target / "x", "--tokenizer-model",
@@ -98,6 +123,12 @@ def test_mistakes(folder: Path) -> None:
             ["--input", bad, "--output-prefix", "x", *model, "--workers", 0],
             2,
             "at least 1",
+        ),
+        (
+            "preprocess_data",
+            ["--input", bad, "--output-prefix", "x", *model, "--shard", "2/2"],
+            2,
+            "must be i/n with i from 0 to n - 1, got '2/2'",
         ),
         (
             "preprocess_data",

@@ -13,7 +13,7 @@ from tests.helpers.commands import ROOT, run_process, snapshot
 from tests.helpers.runs import tiny_config, write_tiny_data
 
 TOOL = str(ROOT / "tools/submit_slurm.py")
-EXAMPLES = sorted((ROOT / "examples/slurm").glob("*.sbatch"))
+EXAMPLES = sorted(path for path in (ROOT / "examples/slurm").glob("*.sbatch") if path.stem != "preprocess")
 
 # Lets Python import the standard library, the project, pydantic and PyYAML, and nothing else.
 BARE = f"""

@@ -23,6 +23,7 @@ from megatron_sgt.checkpoint.load import grown_state, load_checkpoint, load_grow
 from megatron_sgt.checkpoint.place import Place
 from megatron_sgt.checkpoint.save import Saver
 from megatron_sgt.config import Config
+from megatron_sgt.data.ledger import Progress
 from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.hooks.replicas import verify_loaded
 from megatron_sgt.engine.step import StepResult, TrainState
@@ -78,6 +79,9 @@ class CheckpointHook(Hook):
         """After this step comes ``after_stage``, which saves whatever the interval is."""
         self.data: Callable[[], list[dict[str, Any]]] = list
         """What the run has read of its data so far (data/ledger.py)."""
+        self.progress: Callable[[int], dict[str, Progress]] = lambda consumed_samples: {}
+        """How far the run has come in each source of its data."""
+        self._sources: dict[str, Progress] = {}
         self.stages: list[dict[str, Any]] = []
         """How the stages of the run began, up to the present one (stages/stages.py)."""
         self.imported: dict[str, Any] = {}
@@ -154,6 +158,7 @@ class CheckpointHook(Hook):
             saved[IMPORTED_STATE] = self.imported
         if self.origin:
             saved[ORIGIN_STATE] = self.origin
+        self._sources = self.progress(state.consumed_samples)
         self.saver.start(state.step, saved)
 
     def _poll(self, wait: bool) -> None:
@@ -168,6 +173,8 @@ class CheckpointHook(Hook):
             "seconds": saved.seconds,
             "stall_s": saved.stall_s,
             "bytes": saved.num_bytes,
+            "source_tokens": {name: one.tokens for name, one in self._sources.items()},
+            "source_epochs": {name: one.epochs for name, one in self._sources.items()},
         }
         if saved.step == self._asked_at:
             record["asked"] = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -49,6 +50,8 @@ class LogHook(Hook):
         self.last_loss: float | None = None
         self.tokens_per_second: float | None = None
         self.lengths = config.seq_lengths
+        self.tokens_of: Callable[[int], int] = lambda samples: samples * config.model.seq_length
+        """Tokens of the first so many samples of the run."""
         self._executed: LoopPlan = schedule.plan
         self._flops_of: dict[tuple[LoopPlan, int], int] = {}
         self._losses: list[torch.Tensor] = []
@@ -125,7 +128,7 @@ class LogHook(Hook):
             "step": state.step,
             "train_iters": train.train_iters,
             "consumed_samples": state.consumed_samples,
-            "consumed_tokens": state.consumed_samples * self.config.model.seq_length,
+            "consumed_tokens": self.tokens_of(state.consumed_samples),
             "global_batch_size": train.global_batch_size,
             "loss": loss,
             "grad_norm": result.grad_norm,
