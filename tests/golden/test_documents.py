@@ -54,6 +54,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("both") / "a.safetensors", SETTINGS["both, loss"], 60)
 
 
+@pytest.mark.exhaustive
 def test_sixty_steps(both: Path) -> None:
     check_closely(both, 1, {}, micro_batch_size=4)
 
