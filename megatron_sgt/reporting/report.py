@@ -94,9 +94,7 @@ def build_page(run: RunData) -> Page:
         cost_figure(run),
     )
     page.picture("speed", "Speed and memory", "As logged by rank 0.", speed_figure(run))
-    page.table("Tasks, last values", ("task", "metric", "value", "step"), tasks_rows(run))
     _event_tables(page, run)
-    page.table("Data", ("source", "tokens", "epochs"), _source_rows(run))
     page.table("Restarts", ("resumed at step", "when (UTC)", "steps taken again", "from"), _restart_rows(run))
     page.table("Checkpoints", ("step", "size", "seconds", "path"), _save_rows(run))
     if run.config_text is not None:
@@ -105,6 +103,7 @@ def build_page(run: RunData) -> Page:
 
 
 def _event_tables(page: Page, run: RunData) -> None:
+    page.table("Tasks, last values", ("task", "metric", "value", "step"), tasks_rows(run))
     page.table(
         "Stages",
         ("step", "operator", "layers", "widths", "parameters", "FLOPs per token", "loss of the probe", "took"),
@@ -115,6 +114,7 @@ def _event_tables(page: Page, run: RunData) -> None:
         ("step", "decision", "kept heads", "layer score", "depth", "FLOPs of all loops"),
         growth_rows(run),
     )
+    page.table("Data", ("source", "tokens", "epochs"), _source_rows(run))
 
 
 def _extent(run: RunData) -> str:
