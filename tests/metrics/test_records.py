@@ -60,9 +60,9 @@ def run_with_mishaps(info: RankInfo, config: Config) -> None:
     run = PretrainingRun(config, info, stop, hooks=[Mishaps(stop)])
     spiked = []
 
-    def slow(self: Any, *args: Any) -> Any:
+    def slow(self: Any, *args: Any, **named: Any) -> Any:
         time.sleep(0.01 if info.rank == 1 else 0)
-        return attend(self, *args)
+        return attend(self, *args, **named)
 
     def raised(self: Any, *args: Any, **named: Any) -> Any:
         loss = forward(self, *args, **named)
