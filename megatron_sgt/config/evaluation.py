@@ -26,10 +26,6 @@ class EvaluationConfig(Section):
     )
 
     def problems(self) -> Iterator[str]:
-        if not self.tasks:
-            for name in ("include_path", "tasks_interval", "limit", "num_fewshot"):
-                if getattr(self, name):
-                    yield f"{name}: has no effect without tasks"
         if twice := sorted({name for name in self.tasks if self.tasks.count(name) > 1}):
             yield f"tasks: {twice} more than once"
         if not all(name.strip() for name in self.tasks):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_sgt.arch.attended_pairs import AttendedPairs
 from megatron_sgt.config import Config
 from megatron_sgt.config.base import count
 from megatron_sgt.data.export_form import export_form
+from megatron_sgt.data.measured_pairs import measured_pairs
 from megatron_sgt.data.sources import validate_data
 from megatron_sgt.engine.data_start import data_start
 from megatron_sgt.engine.deepspeed_config import check_deepspeed
@@ -50,7 +52,7 @@ def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:
     data, start, disk = validate_data(config), find_start(config), check_disk(config, precision)
     several = [("stages", stages_line(stages))] if len(stages) > 1 else []
     rows = [("model", model_line(config)), *several, ("growth", growth_line(stages[-1].config))]
-    rows += _batch_rows(stages, world_size)
+    rows += _batch_rows(stages, world_size, measured_pairs(config))
     change = data_start(config, start, keep_indices=False).change
     rows += [("data", data.line()), ("checkpoint", disk), ("start", start.sentence(config))]
     notes = [*data.notes, *_start_notes(config, start), *([] if change is None else [change.line()])]
@@ -80,11 +82,11 @@ def _loop_rows(config: Config) -> list[tuple[str, str]]:
     return [("loops", choose_loop_method(config)[1])]
 
 
-def _batch_rows(stages: Sequence[Stage], world_size: int) -> list[tuple[str, str]]:
+def _batch_rows(stages: Sequence[Stage], world_size: int, pairs: AttendedPairs | None) -> list[tuple[str, str]]:
     config = stages[-1].config
     steps, lengths = config.train.train_iters, config.seq_lengths
     flops = sum(
-        flops_between(stage.config, LoopPlan.empty(stage.config.model.num_layers), stage.first + 1, stage.last)
+        flops_between(stage.config, LoopPlan.empty(stage.config.model.num_layers), stage.first + 1, stage.last, pairs)
         for stage in stages
     )
     return [

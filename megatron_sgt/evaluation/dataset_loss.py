@@ -19,8 +19,8 @@ from megatron_sgt.errors import DataError
 from megatron_sgt.evaluation.perplexity import bits_per_byte, perplexity
 from megatron_sgt.evaluation.text_bytes import TextBytes
 
-Logits = Callable[[Tensor], Tensor]
-"""tokens [B, S] -> logits [B, S, rows]."""
+Logits = Callable[..., Tensor]
+"""tokens [B, S] -> logits [B, S, rows]; where samples tell their documents, also their starts and positions [B, S]."""
 ALL = "all"
 
 
@@ -128,7 +128,9 @@ def dataset_loss(
         batch = [samples[i] for i in range(first, min(first + batch_size, num_samples))]
         labels = torch.stack([sample["labels"] for sample in batch])
         mask = torch.stack([sample["loss_mask"] for sample in batch])
-        found = logits(torch.stack([sample["tokens"] for sample in batch]).to(device)).float()
+        told = ["document_starts", "position_ids"] if "document_starts" in batch[0] else []
+        given = (torch.stack([sample[name] for sample in batch]).to(device) for name in ("tokens", *told))
+        found = logits(*given).float()
         has_padding = found.shape[-1] > vocab_size
         total += _summed_loss(found[..., :vocab_size], labels, mask)
         padded += _summed_loss(found, labels, mask) if has_padding else 0.0

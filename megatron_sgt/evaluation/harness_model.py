@@ -20,8 +20,9 @@ class HarnessModel(TemplateLM):
     """Texts become tokens as in training.
 
     Args:
-        add_bos: every text begins with the token for that, as the documents of training do. Without, the end of the
-            text before stands in front of a text of which all tokens are judged.
+        add_bos: every text begins with the token for that, as the documents of training do. Without, it stands in front
+            of a text of which all tokens are judged, if there is one, as the harness does with exports; else the end of
+            the text before.
     """
 
     def __init__(self, live: LiveModel, tokenizer: Tokenizer, add_bos: bool) -> None:
@@ -36,7 +37,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return self._text.bos if self._add_bos else self._text.eod
+        return self._text.eod if self._text.beginning is None else self._text.beginning
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         begins = [self._text.bos] if self._add_bos and add_special_tokens is not False else []

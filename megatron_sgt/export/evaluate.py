@@ -5,13 +5,24 @@ from __future__ import annotations
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from megatron_sgt.config.data import DataConfig, TokenizerConfig
 from megatron_sgt.data.indexed import read_metadata
 from megatron_sgt.data.prefix import resolve_prefix
 from megatron_sgt.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_sgt.errors import ConfigError
-from megatron_sgt.evaluation.dataset_loss import ALL, DatasetLoss, WhichSamples, dataset_loss, open_samples
+from megatron_sgt.evaluation.dataset_loss import (
+    ALL,
+    DatasetLoss,
+    Logits,
+    WhichSamples,
+    dataset_loss,
+    open_samples,
+)
 from megatron_sgt.export.hf.open_model import OpenModel
 from megatron_sgt.export.tokenizers import tokenizer_forms
 
@@ -28,8 +39,8 @@ def which_samples(
 ) -> WhichSamples:
     """What to measure on; None and () leave the choice to the model.
 
-    A checkpoint without ``data`` is measured as its run validates: on the same samples. Given data is used whole,
-    unless ``part`` names a split of it.
+    A checkpoint without ``data`` is measured as its run validates: on the same samples, with the same documents. Given
+    data is used whole, unless ``part`` names a split of it, and every sequence is one document.
 
     Raises:
         ConfigError: a Hugging Face folder without ``data``.
@@ -42,7 +53,7 @@ def which_samples(
     if run is None or not run.data.data_path:
         raise ConfigError(f"{opened.name} names no data set to measure on; give --data PREFIX, or --tasks")
     as_validated = run.train.eval_iters * run.train.global_batch_size
-    chosen = DataConfig(data_path=run.data.data_path, split=split or run.data.split)
+    chosen = DataConfig(data_path=run.data.data_path, split=split or run.data.split, **_documents(run.data))
     whole = num_samples is not None or part not in (None, VALID)
     return WhichSamples(chosen, part or VALID, length, num_samples if whole else as_validated)
 
@@ -59,7 +70,7 @@ def which_of_set(opened: OpenModel, name: str, seq_length: int | None, num_sampl
         has = ", ".join(known) or "none"
         raise ConfigError(f"{opened.name} has no validation set {name!r} (data.valid: {has}); give --data PREFIX")
     as_validated = run.train.eval_iters * run.train.global_batch_size
-    data = DataConfig(valid={name: known[name]})
+    data = DataConfig(valid={name: known[name]}, **_documents(run.data))
     return WhichSamples(data, name, seq_length or opened.context, num_samples or as_validated)
 
 
@@ -77,7 +88,7 @@ def evaluate(opened: OpenModel, wanted: WhichSamples, tokenizer: Path | None, ba
     with place as cache:
         samples, count = open_samples(wanted, opened.vocab_size, text, cache)
         return dataset_loss(
-            lambda tokens: opened.model(tokens, use_cache=False).logits,
+            logits_of(opened.model, wanted.data.reset_attention_mask),
             samples,
             count,
             opened.vocab_size,
@@ -85,6 +96,30 @@ def evaluate(opened: OpenModel, wanted: WhichSamples, tokenizer: Path | None, ba
             opened.model.device,
             text,
         )
+
+
+def _documents(data: DataConfig) -> dict[str, Any]:
+    """What a run makes of the documents in its samples."""
+    names = ("packing", "reset_attention_mask", "reset_position_ids", "eod_mask_loss")
+    return {name: getattr(data, name) for name in names}
+
+
+def logits_of(model: Any, masked: bool) -> Logits:
+    """Of a model of transformers. ``masked``: no token of a document attends to another one."""
+
+    def logits(tokens: Tensor, starts: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        told = {}
+        if starts is not None:
+            place = torch.arange(tokens.shape[1], device=tokens.device)
+            hidden = place > place[:, None]
+            if masked:
+                hidden = hidden | (place < starts[:, :, None])
+            zeros = torch.zeros(len(tokens), 1, *hidden.shape[-2:], dtype=model.dtype, device=tokens.device)
+            mask = zeros.masked_fill(hidden.view(-1, 1, *hidden.shape[-2:]), torch.finfo(model.dtype).min)
+            told = {"attention_mask": mask, "position_ids": positions}
+        return model(tokens, use_cache=False, **told).logits
+
+    return logits
 
 
 def _tokenizer_for(opened: OpenModel, wanted: WhichSamples, chosen: Path | None) -> Tokenizer | None:

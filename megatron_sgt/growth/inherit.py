@@ -1,4 +1,4 @@
-"""What a schedule must know when the model under it gets more layers or heads."""
+"""What a schedule must know when the model under it gets more layers or heads, or comes from elsewhere with loops."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_sgt.config.growth import GrowthConfig
 from megatron_sgt.errors import ConfigError
+from megatron_sgt.growth.plan import LoopPlan
 
 
 def refuse_half_measured(step: int, decision: int, memory: int) -> None:
@@ -36,6 +38,24 @@ def refuse_moved(heads: Iterable[int], grown: Inheritance) -> None:
             f"heads {moved} are kept by looping layers and would get other numbers; let num_query_groups grow in "
             "proportion to num_attention_heads"
         )
+
+
+def refuse_unlike(plan: LoopPlan, config: GrowthConfig, num_heads: int) -> None:
+    """Check that the paper's rule, under the settings ``config``, can have made the loops of ``plan``.
+
+    Raises:
+        ConfigError: naming the setting that is too small for them.
+    """
+    if any(layer.block_loops for layer in plan):
+        raise ConfigError(f"growth.method: is {config.method}, but the given model loops whole layers")
+    heads = num_heads if config.head_choice == "all" else config.num_keep_heads
+    for name, allowed, there in (
+        ("max_loop_depth", config.max_loop_depth, max(plan.loops)),
+        ("max_selected_layers", config.max_selected_layers, len(plan.layers)),
+        ("num_keep_heads", heads, max(len(layer.kept_heads) for layer in plan)),
+    ):
+        if there > allowed:
+            raise ConfigError(f"growth.{name}: is {allowed}, but the loops of the given model need {there}")
 
 
 @dataclass(frozen=True)

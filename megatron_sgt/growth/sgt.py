@@ -19,7 +19,7 @@ from megatron_sgt.config.base import count
 from megatron_sgt.config.growth import GrowthConfig
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth.gates import window_gate
-from megatron_sgt.growth.inherit import Inheritance, refuse_half_measured, refuse_moved
+from megatron_sgt.growth.inherit import Inheritance, refuse_half_measured, refuse_moved, refuse_unlike
 from megatron_sgt.growth.plan import GrowthEvent, LayerPlan, LoopPlan
 from megatron_sgt.growth.schedule import ENTROPY, Schedule, Stage
 from megatron_sgt.growth.select import choose_heads, layer_scores, next_layer, top_k_layers
@@ -383,16 +383,6 @@ class SGTSchedule(Schedule):
 
     def adopt(self, plan: LoopPlan) -> None:
         """The layers are taken as selected so long ago that their windows are over."""
-        if any(layer.block_loops for layer in plan):
-            raise ConfigError(f"growth.method: is {self.name}, but the given model loops whole layers")
-        cfg, kept = self.config, max((len(layer.kept_heads) for layer in plan), default=0)
-        heads = self.num_heads if cfg.head_choice == "all" else cfg.num_keep_heads
-        for name, allowed, there in (
-            ("max_loop_depth", cfg.max_loop_depth, max(plan.loops)),
-            ("max_selected_layers", cfg.max_selected_layers, len(plan.layers)),
-            ("num_keep_heads", heads, kept),
-        ):
-            if there > allowed:
-                raise ConfigError(f"growth.{name}: is {allowed}, but the loops of the given model need {there}")
+        refuse_unlike(plan, self.config, self.num_heads)
         self._phase = "fixed"
         self._grown = {n: Grown(layer.loops, layer.kept_heads, -self.config.window_size) for n, layer in plan.layers}

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from megatron_sgt.ops.documents import Documents
 from megatron_sgt.ops.tiles import SIZES
 
 Backend = Literal["torch", "triton"]
@@ -110,14 +111,22 @@ _CUSTOM_UP_TO: dict[tuple[int, int], tuple[int, int]] = {
 
 
 def choose_attention(
-    pairs: int, tokens: int, head_size: int, arch: int, wanted: Literal["auto", "custom", "library"] = "auto"
+    pairs: int,
+    tokens: int,
+    head_size: int,
+    arch: int,
+    wanted: Literal["auto", "custom", "library"] = "auto",
+    documents: Documents | None = None,
 ) -> AttentionKind:
     """Custom or library attention for a loop pass.
 
     Args:
         pairs: sequences x kept heads. tokens: keys. arch: as of ``tiles.arch_of``.
         wanted: ``train.loop_attention``; other than "auto" it overrides the table.
+        documents: those of the sequences; what a query sees are then the tokens of the longest at most.
     """
+    if documents is not None:
+        tokens = min(tokens, documents.longest)
     if wanted != "auto":
         return wanted
     known = [a for a, size in _CUSTOM_UP_TO if a <= arch and size == head_size]

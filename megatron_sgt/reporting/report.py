@@ -94,7 +94,6 @@ def build_page(run: RunData) -> Page:
         cost_figure(run),
     )
     page.picture("speed", "Speed and memory", "As logged by rank 0.", speed_figure(run))
-    page.table("Tasks, last values", ("task", "metric", "value", "step"), tasks_rows(run))
     _event_tables(page, run)
     page.table("Restarts", ("resumed at step", "when (UTC)", "steps taken again", "from"), _restart_rows(run))
     page.table("Checkpoints", ("step", "size", "seconds", "path"), _save_rows(run))
@@ -104,6 +103,7 @@ def build_page(run: RunData) -> Page:
 
 
 def _event_tables(page: Page, run: RunData) -> None:
+    page.table("Tasks, last values", ("task", "metric", "value", "step"), tasks_rows(run))
     page.table(
         "Stages",
         ("step", "operator", "layers", "widths", "parameters", "FLOPs per token", "loss of the probe", "took"),

@@ -11,8 +11,6 @@ from megatron_sgt.config.evaluation import EvaluationConfig
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"limit": 5}, "limit: has no effect without tasks"),
-        ({"tasks_interval": 5}, "tasks_interval: has no effect without tasks"),
         ({"tasks": ["a", "b", "a"]}, r"tasks: \['a'\] more than once"),
         ({"tasks": ["a", " "]}, "tasks: a name is empty"),
     ],

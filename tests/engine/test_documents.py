@@ -136,6 +136,7 @@ def expected() -> dict[str, Any]:
 def check(found: dict[str, Any], expected: dict[str, Any], where: Any) -> None:
     assert found["moved"] == [], where
     assert found["loss"] == pytest.approx(expected["loss"], abs=1e-6), where
+    assert found["valid"] == pytest.approx(expected["loss"], abs=1e-6), where
     assert found["norm"] == pytest.approx(expected["norm"], rel=2e-6), where
     assert float((found["entropies"] - expected["entropies"]).abs().max()) <= 1e-6, where
 

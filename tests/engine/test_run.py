@@ -11,15 +11,19 @@ import pytest
 import torch
 
 from megatron_sgt.config import Config, load_config
+from megatron_sgt.data.measured_pairs import measured_pairs
 from megatron_sgt.engine import session as session_module
 from megatron_sgt.engine import stage as stage_module
+from megatron_sgt.engine.dry_run import dry_run
 from megatron_sgt.engine.loop import DivergedError
 from megatron_sgt.engine.run import PretrainingRun
 from megatron_sgt.errors import CheckpointError, ConfigError, DataError
+from megatron_sgt.growth import LoopPlan
 from megatron_sgt.guard import Progress
 from megatron_sgt.jsonl import read_metrics
 from megatron_sgt.launch.rank_info import LOOPBACK, RankInfo
 from megatron_sgt.metrics import METRICS_FILE
+from megatron_sgt.planning.flops import batch_flops
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import measured_steps, pretrain, reported, tiny_config, write_tiny_data
 
@@ -66,6 +70,16 @@ def test_exit_interval_stops_early_and_says_so(data: str, tmp_path: Path) -> Non
     run_on_ranks(1, pretrain, tiny_config(tmp_path, data, train={"exit_interval": 2}))
     [summary] = reported(tmp_path, "summary")
     assert summary["step"] == 2 and "stopped early" in summary["reason"]
+
+
+def test_flops_are_of_the_documents_that_the_data_has(data: str, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, data, train={"exit_interval": 1}, data={"reset_attention_mask": True})
+    run_on_ranks(1, pretrain, config)
+    pairs, model = measured_pairs(config), config.model
+    assert pairs is not None and 0 < pairs.share(model.seq_length) < 1
+    expected = batch_flops(config, LoopPlan.empty(model.num_layers), model.seq_length, pairs=pairs).model
+    assert reported(tmp_path, "train")[0]["model_flops_per_step"] == expected
+    assert f"{config.train.train_iters * expected:.3g} FLOPs before growth" in dry_run(config, 1)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2])

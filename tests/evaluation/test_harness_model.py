@@ -19,6 +19,7 @@ class Letters:
     """One token per letter, its code."""
 
     bos, eod, boundaries = BOS, EOS, frozenset((BOS, EOS))
+    beginning: int | None = BOS
 
     def encode(self, text: str) -> list[int]:
         return [ord(sign) for sign in text]
@@ -68,8 +69,10 @@ def test_choices(model: HarnessModel) -> None:
 def test_without_a_token_that_begins_texts(model: HarnessModel) -> None:
     letters: Any = Letters()
     plain = HarnessModel(model.live, letters, add_bos=False)
-    plain.loglikelihood([request("ab", "c"), request("", "cd")])
-    assert model.live.rows == [([*map(ord, "abc")], 1), ([EOS, *map(ord, "cd")], 2)]
+    for beginning in (BOS, None):
+        letters.beginning = beginning
+        plain.loglikelihood([request("ab", "c"), request("", "cd")])
+        assert model.live.rows == [([*map(ord, "abc")], 1), ([beginning or EOS, *map(ord, "cd")], 2)]
 
 
 def test_a_text_longer_than_the_model_sees_is_judged_in_windows(model: HarnessModel) -> None:

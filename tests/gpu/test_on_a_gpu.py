@@ -39,6 +39,7 @@ def test_tolerance(dtype: str, way: str, suite: object) -> None:
         ("correctness", "graph_capture", ()),
         ("library_attention", "check", ("MHA",)),
         ("library_attention", "check", ("GQA",)),
+        ("library_attention", "documents", ("GQA",)),
         ("pipeline", "given_away", ()),
         ("pipeline", "settings", ()),
         ("runs", "golden", ()),

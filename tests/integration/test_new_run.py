@@ -49,7 +49,11 @@ def new_config(folder: Path, growth: str) -> Config:
         "data": {"data_path": blend, "data_cache_path": None},
         "growth": {"first_selection_step": 2},
         "train": {
-            "train_iters": 3, "exit_interval": 2, "global_batch_size": 4, "micro_batch_size": 2, "eval_interval": 0,
+            "train_iters": 3,
+            "exit_interval": 2,
+            "global_batch_size": 4,
+            "micro_batch_size": 2,
+            "eval_interval": 0,
         },
         "checkpoint": {"load": str(grown_run.checkpoints()), "start": "weights", "growth": growth, "save_interval": 0},
         "logging": {"run_dir": str(folder / "run")},

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_sgt.arch.attended_pairs import AttendedPairs
 from megatron_sgt.config import load_config
 from megatron_sgt.data.pieces import cut
 from megatron_sgt.growth import LayerPlan, LoopPlan
@@ -58,6 +59,25 @@ def test_formula_equals_counter(variant: str, plan: str, entropy: bool) -> None:
     with flop_counter() as counter:
         model(**batch).backward()
     assert counter.get_total_flops() == step_flops(config.model, loops, 2, entropy).executed
+
+
+@pytest.mark.parametrize("plan", ["vanilla", "window and fixed", "block loop"])
+@pytest.mark.parametrize("variant", ["grouped query", "OLMo-2"])
+def test_formula_equals_counter_of_documents(variant: str, plan: str) -> None:
+    """Of the documents of two sequences that do not see each other, the last one padding."""
+    config = small_config(model=MODELS[variant], data={"reset_attention_mask": True, "reset_position_ids": True})
+    model, loops = single_model(config), LoopPlan(config.model.num_layers, PLANS[plan])
+    apply_plan(model, loops)
+    length = config.model.seq_length
+    rows = ([length // 2, length // 4, length // 4], [1, length - 4, 3])
+    begins = [[sum(row[:i]) for i, n in enumerate(row) for _ in range(n)] for row in rows]
+    told = {"document_starts": torch.tensor(begins).int(), "num_tokens": torch.tensor([length, length - 3]).int()}
+    inputs = model.inputs({**random_batch(config), **told}, torch.device("cpu"))
+    with flop_counter() as counter:
+        model(**inputs).backward()
+    pairs = AttendedPairs(((length, sum(n * (n + 1) // 2 for row in rows for n in row) / 2),))
+    assert counter.get_total_flops() == step_flops(config.model, loops, 2, pairs=pairs).executed
+    assert step_flops(config.model, loops, 2, pairs=pairs).attention < step_flops(config.model, loops, 2).attention
 
 
 @pytest.mark.parametrize("plan", ["vanilla", "window and fixed"])

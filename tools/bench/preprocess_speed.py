@@ -20,9 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_sgt.cli import path, path_text, positive, run_main
+from megatron_sgt.data.indexed import check_indexed_dataset
 from megatron_sgt.errors import SGTError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,40 +91,47 @@ def _vocab_size(model: str) -> int:
 
 
 def measure(args: argparse.Namespace, workers: int, folder: Path) -> None:
-    """Print the rates of both with so many workers."""
-    common = ["--input", str(args.input), "--tokenizer-model", args.tokenizer_model, "--workers", str(workers)]
-    kind = ["--tokenizer-type", "huggingface"] if args.tokenizer_model.endswith(".json") else []
-    commands = {
-        "ours": [
-            str(ROOT / "tools/preprocess_data.py"), *common, *kind, "--append-eod", "--overwrite", "--output-prefix",
-            str(folder / "ours"),
-        ],
-        "megatron": [__file__, *common, "--as-megatron", str(folder / "megatron")],
-    }  # fmt: skip
-    seconds: dict[str, list[float]] = {name: [] for name in commands}
-    of_cores: dict[str, list[float]] = {name: [] for name in commands}
+    """Print the rates of both with so many workers, and what of their seconds is the start."""
+    prefixes = {"ours": folder / "ours_text_document", "as Megatron": folder / "megatron"}
+    first = folder / "first.jsonl"
+    with args.input.open(encoding="utf-8") as stream:
+        first.write_text(stream.readline(), encoding="utf-8")
+    starts = {name: _run(name, first, args.tokenizer_model, workers, folder)[1] for name in prefixes}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in prefixes}
     for _ in range(args.rounds):
-        for name, command in commands.items():
-            start, before = time.monotonic(), _core_seconds()
-            done = subprocess.run([sys.executable, *command], capture_output=True, text=True, encoding="utf-8")
-            seconds[name].append(time.monotonic() - start)
-            of_cores[name].append(_core_seconds() - before)
-            if done.returncode:
-                raise SGTError(f"{' '.join(command)}: {done.stderr.strip()}")
-    pairs = [folder / "ours_text_document", folder / "megatron"]
+        for name in prefixes:
+            found[name].append(_run(name, args.input, args.tokenizer_model, workers, folder))
     for suffix in (".bin", ".idx"):
-        ours, theirs = (Path(f"{prefix}{suffix}").read_bytes() for prefix in pairs)
+        ours, theirs = (Path(f"{prefix}{suffix}").read_bytes() for prefix in prefixes.values())
         if ours != theirs:
             raise SGTError(f"the two {suffix} files differ; the comparison says nothing")
-    tokens = np.fromfile(f"{pairs[1]}.idx", dtype="<i4", offset=34)
-    count = int(tokens[: int(np.fromfile(f"{pairs[1]}.idx", dtype="<u8", count=1, offset=18)[0])].sum())
-    for name, times in seconds.items():
-        middle, cores = statistics.median(times), statistics.median(of_cores[name])
+    tokens = check_indexed_dataset(str(prefixes["ours"])).tokens
+    for name, times in found.items():
+        seconds, cores = (statistics.median(values) for values in zip(*times, strict=True))
         print(
-            f"{workers} worker(s)  {name:9} {middle:6.1f} s, {cores:6.1f} s of cores  {count / middle:11,.0f} tokens/s"
+            f"{workers} worker(s)  {name:11} {seconds:6.1f} s, {tokens / seconds:9,.0f} tokens/s; "
+            f"{cores:6.1f} s of cores, {starts[name]:.1f} of them the start",
+            flush=True,
         )
-    ratio = statistics.median(theirs / ours for ours, theirs in zip(seconds["ours"], seconds["megatron"], strict=True))
-    print(f"{workers} worker(s)  {ratio:.2f} times as fast, median of {args.rounds} pairs", flush=True)
+    pairs = [(b[0] / a[0], b[1] / a[1]) for a, b in zip(*found.values(), strict=True)]
+    clock, cores = (statistics.median(values) for values in zip(*pairs, strict=True))
+    print(
+        f"{workers} worker(s)  ours is {clock:.2f} times as fast, by cores {cores:.2f}: median of {args.rounds} pairs"
+    )
+
+
+def _run(name: str, source: Path, model: str, workers: int, folder: Path) -> tuple[float, float]:
+    """Seconds of the clock, and of cores."""
+    command = [str(ROOT / "tools/preprocess_data.py"), "--append-eod", "--overwrite", "--output-prefix"]
+    command += [str(folder / "ours"), *(["--tokenizer-type", "huggingface"] if model.endswith(".json") else [])]
+    if name != "ours":
+        command = [__file__, "--as-megatron", str(folder / "megatron")]
+    command += ["--input", str(source), "--tokenizer-model", model, "--workers", str(workers)]
+    start, before = time.monotonic(), _core_seconds()
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, encoding="utf-8")
+    if done.returncode:
+        raise SGTError(f"{' '.join(command)}: {done.stderr.strip()}")
+    return time.monotonic() - start, _core_seconds() - before
 
 
 def _core_seconds() -> float:

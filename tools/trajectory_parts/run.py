@@ -236,8 +236,9 @@ def _micro_batches(source: Tensors, config: Config, groups: ParallelGroups) -> I
             told = {name: t[number, first : first + size] for name, t in documents.items()}
             positions = torch.arange(rows.shape[1]).expand_as(rows)
             labels = torch.roll(rows, -1, dims=1)
-            mask = _loss_mask(positions, told, config)
-            yield {"tokens": rows, "labels": labels, "loss_mask": mask, "position_ids": positions, **told}
+            batch = {"tokens": rows, "labels": labels, "position_ids": positions}
+            batch["loss_mask"] = _loss_mask(positions, told, config)
+            yield {**batch, **told} if config.data.tells_documents else batch
 
 
 def _loss_mask(places: Tensor, documents: Tensors, config: Config) -> Tensor:

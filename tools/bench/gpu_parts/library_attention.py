@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,18 +14,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpu_parts.correctness import TOLERANCES, largest_error
 from gpu_parts.machine import Machine, first_line
-from megatron_sgt.ops.attention import causal_attention, kernel_order
+from megatron_sgt.ops.attention import causal_attention, causal_attention_reference, kernel_order, reads_documents
+from megatron_sgt.ops.documents import Documents
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def check(machine: Machine, heads: str) -> Iterator[dict[str, Any]]:
     """Output and gradient of MHA or GQA on views into fused projections, as Megatron-Core hands them over."""
-    length, batch, size = (24, 2, 16) if machine.dry else (2048, 2, 128)
-    groups, repeat = (2, 1) if heads == "MHA" else (2, 4)
-    torch.manual_seed(0)
-    shape = (length, batch, groups, (repeat + 2) * size)
-    fused = torch.randn(shape, device=machine.device).to(machine.dtype)
+    fused, repeat, size = _inputs(machine, heads)
     wanted = _gradients(fused.float(), repeat, size, _only(SDPBackend.MATH))
     used = largest_error(_gradients(fused, repeat, size, causal_attention), wanted)
     detail = [f"as used {used:.1e}"]
@@ -38,6 +37,35 @@ def check(machine: Machine, heads: str) -> Iterator[dict[str, Any]]:
             detail.append(f"{name} cannot ({first_line(reason)[:60]})")
     passed = used <= TOLERANCES[machine.dtype]
     yield {"check": f"causal_attention, {heads}", "passed": passed, "detail": "; ".join(detail)}
+
+
+def documents(machine: Machine, heads: str) -> Iterator[dict[str, Any]]:
+    """The same for attention that stays inside documents of uneven lengths, and whether it is one call."""
+    fused, repeat, size = _inputs(machine, heads)
+    length = len(fused)
+    sequences = [_filled(parts, length) for parts in ((length // 3, 1, length // 2), (length - 7,))]
+    begins = [torch.tensor([0, *itertools.accumulate(parts)][:-1]) for parts in sequences]
+    rows = zip(begins, sequences, strict=True)
+    starts = torch.stack([first.repeat_interleave(torch.tensor(parts)) for first, parts in rows]).int()
+    made = Documents.of(starts, torch.tensor([length, length - 7]), machine.device)
+    wanted = _gradients(fused.float(), repeat, size, partial(causal_attention_reference, documents=made))
+    error = largest_error(_gradients(fused, repeat, size, partial(causal_attention, documents=made)), wanted)
+    one = reads_documents(machine.device, machine.dtype, size)
+    detail = f"{'one call of variable length' if one else 'a call per length'} {error:.1e}"
+    yield {"check": f"documents, {heads}", "passed": error <= TOLERANCES[machine.dtype], "detail": detail}
+
+
+def _filled(parts: tuple[int, ...], length: int) -> list[int]:
+    return [*parts, length - sum(parts)]
+
+
+def _inputs(machine: Machine, heads: str) -> tuple[Tensor, int, int]:
+    """A fused projection [S, B, groups, (repeat + 2) · size] of MHA or GQA, repeat and size."""
+    length, batch, size = (24, 2, 16) if machine.dry else (2048, 2, 128)
+    groups, repeat = (2, 1) if heads == "MHA" else (2, 4)
+    torch.manual_seed(0)
+    shape = (length, batch, groups, (repeat + 2) * size)
+    return torch.randn(shape, device=machine.device).to(machine.dtype), repeat, size
 
 
 def _kernels(machine: Machine) -> list[SDPBackend]:

@@ -84,6 +84,7 @@ def table(dry: bool = False) -> list[Row]:
             Row(f"causal_attention, {heads}", "library", "correctness", "library_attention:check", (heads,))
             for heads in ("MHA", "GQA")
         ),
+        Row("documents, GQA", "library", "correctness", "library_attention:documents", ("GQA",)),
         *_steps("1.2B", "training", large),
         *(
             Row(f"attention {_words(s)}", "attention", "attention", "kernels:attention", (s,), compiles=True)
