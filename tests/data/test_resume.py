@@ -14,6 +14,7 @@ from megatron_sgt.data import resume, writer
 from megatron_sgt.data.preprocess import PreprocessOptions, preprocess
 from megatron_sgt.data.resume import Journal, Mark, Origin
 from megatron_sgt.errors import DataError
+from tests.helpers.exhaustive import exhaustive
 from tests.helpers.hf_tokenizers import bert
 
 KILLED = 9
@@ -74,8 +75,14 @@ def dying(at: int, work: Callable[[], object]) -> Callable[[], None]:
     return run
 
 
+@pytest.mark.parametrize("every", [4, exhaustive(1)])
 def test_killed_at_every_step(
-    tmp_path: Path, sp_model: str, source: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    sp_model: str,
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    every: int,
 ) -> None:
     monkeypatch.setattr(resume, "SAVE_EVERY_SECONDS", 0.0)
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -94,7 +101,7 @@ def test_killed_at_every_step(
         assert sorted(path.name for path in out.iterdir()) == names, step
         for name in names:
             assert (out / name).read_bytes() == (whole / name).read_bytes(), (step, name)
-        step += 1
+        step += every
     assert code == 0 and step > 40
     assert "goes on at" in capfd.readouterr().err
 
