@@ -14,7 +14,6 @@ from typing import Literal
 
 import torch
 
-from megatron_sgt.ops.documents import Documents
 from megatron_sgt.ops.tiles import SIZES
 
 Backend = Literal["torch", "triton"]
@@ -111,22 +110,16 @@ _CUSTOM_UP_TO: dict[tuple[int, int], tuple[int, int]] = {
 
 
 def choose_attention(
-    pairs: int,
-    tokens: int,
-    head_size: int,
-    arch: int,
-    wanted: Literal["auto", "custom", "library"] = "auto",
-    documents: Documents | None = None,
+    pairs: int, tokens: int, head_size: int, arch: int, wanted: Literal["auto", "custom", "library"] = "auto"
 ) -> AttentionKind:
     """Custom or library attention for a loop pass.
+
+    The documents of a micro-batch do not count: the choice is one for the run, whose programs are compiled before it.
 
     Args:
         pairs: sequences x kept heads. tokens: keys. arch: as of ``tiles.arch_of``.
         wanted: ``train.loop_attention``; other than "auto" it overrides the table.
-        documents: those of the sequences; what a query sees are then the tokens of the longest at most.
     """
-    if documents is not None:
-        tokens = min(tokens, documents.longest)
     if wanted != "auto":
         return wanted
     known = [a for a, size in _CUSTOM_UP_TO if a <= arch and size == head_size]

@@ -41,7 +41,7 @@ def session(hub: Hub, config: Config = CONFIG) -> Any:
 
 def stage(first: float | None = 5.0) -> Any:
     events = [{"action": action} for action in ("select", "grow", "fix")]  # growth of the model is none of the schedule
-    measured = Measured(first, 4.0, 4.5, None, 100.0, {}, None, events)
+    measured = Measured(first, 4.0, 4.5, None, {}, 100.0, {}, None, events)
     return SimpleNamespace(config=CONFIG, measured=lambda: measured, runtime=SimpleNamespace(precision="fp32"))
 
 

@@ -7,7 +7,6 @@ import torch
 
 from megatron_sgt.ops import backend
 from megatron_sgt.ops.backend import BackendError, LoopShape, choose_attention, choose_backend
-from tests.helpers.documents import documents_of
 
 GPU = LoopShape(torch.device("cuda"), torch.bfloat16, 128)
 
@@ -80,12 +79,3 @@ def test_the_table_of_the_attention(pairs: int, tokens: int, size: int, arch: in
     assert choose_attention(pairs, tokens, size, arch) == kind
     assert choose_attention(pairs, tokens, size, arch, "custom") == "custom"
     assert choose_attention(pairs, tokens, size, arch, "library") == "library"
-
-
-def test_long_sequences_of_short_documents_take_the_custom_attention() -> None:
-    documents = documents_of((16384, 16384), (32768 - 1, 1))
-    assert choose_attention(2, 32768, 128, 90, documents=documents) == "library"
-    documents = documents_of((16384, 16384))
-    assert choose_attention(2, 32768, 128, 90, documents=documents) == "custom"
-    assert choose_attention(8, 32768, 128, 90, documents=documents) == "library"
-    assert choose_attention(2, 32768, 128, 90, "library", documents) == "library"

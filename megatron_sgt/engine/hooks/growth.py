@@ -52,10 +52,8 @@ class GrowthHook(Hook):
         if not result.applied:
             self.meter.reset()
             return
-        if ENTROPY in self.schedule.wanted:
-            entropies = self.meter.reduce(self.groups)
-            if entropies is not None:
-                self.schedule.observe(ENTROPY, entropies)
+        if ENTROPY in self.schedule.wanted and (entropies := self.meter.reduce(self.groups)) is not None:
+            self.schedule.observe(ENTROPY, entropies)
         if self.groups.world_size > 1 and self.schedule.decides_at(state.step):
             # One decision for all ranks: a last-bit difference between what they observed could choose differently.
             self.schedule.load_state_dict(broadcast_object(self.schedule.state_dict(), self.groups))
