@@ -25,6 +25,7 @@ from megatron_sgt.checkpoint.layout import GROWTH_STATE, ORIGIN_STATE
 from megatron_sgt.checkpoint.new_run import check_weights, new_state
 from megatron_sgt.config import Config
 from megatron_sgt.config.lengths import SequenceLengths
+from megatron_sgt.config.phases import phases_text
 from megatron_sgt.data.export_form import export_problems
 from megatron_sgt.data.prefix import resolve_prefix
 from megatron_sgt.data.tokenizer import resolve_vocab_size, tokenizer_of
@@ -36,6 +37,7 @@ from megatron_sgt.metrics.writers import check_packages
 from megatron_sgt.planning.kept import kept_text
 from megatron_sgt.planning.layout import batch_line, layout_line
 from megatron_sgt.planning.parameters import checkpoint_bytes
+from megatron_sgt.planning.phases import phase_lines
 
 # Settings that decide where and how a run is watched, not what it computes.
 _UNREMARKABLE = (
@@ -221,9 +223,11 @@ def _start_at(folder: Path, found: Found, config: Config, libraries: bool) -> St
     if found.explicit and config.checkpoint.start == "weights":
         return _new_run(folder, found, config, tokenizer, libraries)
     if libraries:
-        from megatron_sgt.checkpoint.place import place_of  # needs NumPy
+        from megatron_sgt.checkpoint.place import check_past_phases, place_of  # needs NumPy
 
-        config = place_of(config, folder, read_state(folder), there.model).there.config
+        state = read_state(folder)
+        check_past_phases(folder, there, config, state["trainer"]["step"])
+        config = place_of(config, folder, state, there.model).there.config
     elif config.growth.stages:  # which of them it belongs to is not known here
         config = config.model_copy(update={"model": there.model})
     saved = check_checkpoint(folder, config, tokenizer)
@@ -242,8 +246,9 @@ def _new_run(folder: Path, found: Found, config: Config, tokenizer: str | None, 
         config = stages_of(config)[0].config
     elif config.growth.stages:  # the first model is not known here
         config = config.model_copy(update={"model": whole.config.model})
+    there = whole.config.at_step(whole.state["trainer"]["step"])
     other = check_weights(folder, whole, config, tokenizer)
-    changed = (line for line in _changes(whole.config, config, 0) if line.startswith(_OF_WEIGHTS))
+    changed = (line for line in _changes(there, config, 0) if line.startswith(_OF_WEIGHTS))
     saved = new_state(folder, whole, config, libraries)
     return Start(folder, saved, (*changed, *other), found.skipped, True, config.checkpoint.weights)
 
@@ -283,6 +288,7 @@ def check_job(config: Config, world_size: int, device: str) -> list[tuple[str, s
     return [
         ("layout", shape),
         ("batch", batch),
+        *(("phase", line) for line in phase_lines(config)),
         *_stages_row(config, absent),
         *_pipeline_rows(config, world_size, absent),
         ("data", data),
@@ -328,12 +334,13 @@ def _data_line(config: Config, absent: Sequence[str]) -> str:
         return f"'{config.data.dataset}', read when the run starts"
     if not config.data.data_path:
         raise DataError("data.data_path is empty; give the prefix of a .bin/.idx pair")
-    prefixes = [resolve_prefix(path)[0] for _, path in config.data.blend()]
+    blends = [config.data.model_copy(update={"data_path": path}).blend() for path in config.data_paths]
+    prefixes = [resolve_prefix(path)[0] for blend in blends for _, path in blend]
     prefixes += [resolve_prefix(path)[0] for path in config.data.valid.values()]
     tokenizer = config.data.tokenizer
     if tokenizer is not None and tokenizer.type == "sentencepiece" and not Path(tokenizer.model).is_file():
         raise DataError(f"data.tokenizer.model: no such file: {tokenizer.model}")
-    return f"{len(prefixes)} data sets found, not read: no {', no '.join(absent)} here; the job reads them first"
+    return f"{len(set(prefixes))} data sets found, not read: no {', no '.join(absent)} here; the job reads them first"
 
 
 def _check_growth(folder: Path, saved: dict[str, Any], config: Config, there: Config) -> None:
@@ -364,7 +371,9 @@ def _changes(there: Config, here: Config, step: int) -> Iterator[str]:
     for name in before | now:
         if before.get(name) == now.get(name) or name.startswith(_UNREMARKABLE):
             continue
-        if name == _LENGTHS:
+        if name == "phases":
+            yield f"phases {phases_text(there)} -> {phases_text(here)}"
+        elif name == _LENGTHS:
             yield _other_lengths(there.seq_lengths, here.seq_lengths, step)
         else:
             yield f"{name} {before.get(name)} -> {now.get(name)}"

@@ -84,7 +84,7 @@ def jobs_of(contenders: list[Contender], args: argparse.Namespace) -> list[Job]:
 def describe(study: Study, config: Config, seeds: int) -> str:
     """One sentence on what was trained."""
     model, train = config.model, config.train
-    tokens = train.train_iters * train.global_batch_size * model.seq_length
+    tokens = config.tokens_between(1, train.train_iters)
     return (
         f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads, "
         f"T = {model.seq_length}; {train.train_iters:,} steps of {train.global_batch_size} sequences, {tokens:,} "

@@ -191,7 +191,8 @@ def _guarded(check: Check, folder: Path) -> list[str]:
 
 
 def _details(folder: Path) -> Details:
-    state, config = read_state(folder), read_config(folder)
+    state = read_state(folder)
+    config = read_config(folder).at_step(state["trainer"]["step"])
     try:
         trainer, free = state["trainer"], state.get(LAYOUT_FREE) or {}
         data = state.get(layout.DATA_STATE)

@@ -195,7 +195,8 @@ def check_checkpoint(folder: Path, config: Config, tokenizer: str | None = None)
         ConfigError: see ``check_added``.
     """
     found = verify_quickly(folder)
-    if differing := differing_sizes(found.config.model, config.model):
+    step = found.state["trainer"]["step"]
+    if differing := differing_sizes(found.config.at_step(step).model, config.at_step(step).model):
         raise CheckpointError(f"checkpoint {folder} belongs to another model: " + "; ".join(differing))
     before = found.about.get("tokenizer")
     if tokenizer is not None and before is not None and tokenizer != before:

@@ -10,7 +10,9 @@ from typing import Any
 from megatron_sgt.checkpoint.find import differing_sizes
 from megatron_sgt.checkpoint.layout import AVERAGE_STATE, STAGES_STATE
 from megatron_sgt.config import Config
+from megatron_sgt.config.base import shown
 from megatron_sgt.config.model import ModelConfig
+from megatron_sgt.config.phases import RATE, phases_of
 from megatron_sgt.errors import CheckpointError, ConfigError
 from megatron_sgt.stages.operators import operator_named
 from megatron_sgt.stages.stages import Stage, stage_after, stages_of
@@ -64,6 +66,43 @@ def place_of(config: Config, folder: Path, saved: Mapping[str, Any], model: Mode
             "the next model; set its weights to weights, or start from a checkpoint that was saved with train.ema_decay"
         )
     return place
+
+
+def check_past_phases(folder: Path, there: Config, here: Config, step: int) -> None:
+    """Check that the phases which have begun by ``step`` are those that the run of the checkpoint ``folder`` has had.
+
+    Args:
+        there: the configuration in the checkpoint. The steps of a run without phases are compared in the same way,
+            so that phases can be given to it from some step on.
+
+    Raises:
+        CheckpointError: one is another, named with what was trained and what would have been.
+    """
+    begun = [phase for config in (here, there) for phase in phases_of(config) if phase.first <= step]
+    for phase in sorted(begun, key=lambda one: one.first):
+        for of_step in (phase.first, min(phase.last, step)):
+            before, now = (_settings_at(config, of_step) for config in (there, here))
+            for name in before:
+                if before[name] != now[name]:
+                    raise CheckpointError(
+                        f"checkpoint {folder} is at step {step:,}, and {phase.where} has begun: {name} of step "
+                        f"{of_step:,} was {shown(before[name])} there and is {shown(now[name])} here; phases that have "
+                        "begun cannot change, but for their end. End it here and add another one, or restore the "
+                        "phases from the checkpoint's config.yaml"
+                    )
+
+
+def _settings_at(config: Config, step: int) -> dict[str, Any]:
+    """What phases decide of a step, but for its data, of which the checkpoint has a record of its own."""
+    model, phase = config.at_step(step).model, config.phase_at(step)
+    rate = {} if phase is None else phase.settings.model_dump(include=set(RATE), exclude_none=True)
+    return {
+        "global_batch_size": config.batches.at(step),
+        "seq_length": config.seq_lengths.at(step),
+        "rotary_base": model.rotary_base,
+        "rotary_scaling": None if model.rotary_scaling is None else model.rotary_scaling.positions(),
+        "learning rate": rate or None,
+    }
 
 
 def _differences(records: Sequence[Mapping[str, Any]], stages: tuple[Stage, ...]) -> Iterator[str]:

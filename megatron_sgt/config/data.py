@@ -111,14 +111,7 @@ class DataConfig(Section):
     @field_validator("data_path", mode="before")
     @classmethod
     def _as_strings(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return tuple(_words(value))
-        if isinstance(value, (list, tuple)):
-            parts = [part for item in value for part in (item if isinstance(item, (list, tuple)) else (item,))]
-            return tuple(text for part in parts for text in (_words(part) if isinstance(part, str) else (_text(part),)))
-        if isinstance(value, dict):
-            raise ValueError(f"{shown(value)} is a mapping; write a blend as [weight, prefix, weight, prefix, ...]")
-        return value
+        return blend_texts(value)
 
     def problems(self) -> Iterator[str]:
         if len(self.data_path) > 1 and (len(self.data_path) % 2 or not all(map(_is_weight, self.data_path[::2]))):
@@ -159,6 +152,22 @@ class DataConfig(Section):
             raise ValueError(self.split)
         train, valid, test = [share / total for share in shares] + [0.0] * (3 - len(shares))
         return train, valid, test
+
+
+def blend_texts(value: Any) -> Any:
+    """A blend in any of its notations as the texts of ``data_path``.
+
+    Raises:
+        ValueError: it is a mapping.
+    """
+    if isinstance(value, str):
+        return tuple(_words(value))
+    if isinstance(value, (list, tuple)):
+        parts = [part for item in value for part in (item if isinstance(item, (list, tuple)) else (item,))]
+        return tuple(text for part in parts for text in (_words(part) if isinstance(part, str) else (_text(part),)))
+    if isinstance(value, dict):
+        raise ValueError(f"{shown(value)} is a mapping; write a blend as [weight, prefix, weight, prefix, ...]")
+    return value
 
 
 def _words(text: str) -> list[str]:

@@ -5,7 +5,7 @@ into pieces of it (``data/pieces.py``), so that tokens per step and whatever cou
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import isqrt
 
@@ -78,15 +78,18 @@ class SequenceLengths:
         return ", ".join([*said, f"then {self.full:,}"]) if said else ""
 
 
-def check_lengths(lengths: SequenceLengths, tensor_parallel: int, sharer: str | None) -> Iterator[str]:
+def check_lengths(
+    lengths: SequenceLengths, tensor_parallel: int, sharer: str | None, names: Sequence[str] = ()
+) -> Iterator[str]:
     """Yield the rules that a curriculum breaks.
 
     Args:
         tensor_parallel: ranks that share the tokens of a sequence where ``sharer`` is not None.
         sharer: the setting that shares them.
+        names: of the entries; none: they are those of data.seq_length_curriculum.
     """
     for number, (length, end) in enumerate(zip(lengths.shorter, lengths.ends, strict=True)):
-        where = f"data.seq_length_curriculum[{number}]"
+        where = names[number] if names else f"data.seq_length_curriculum[{number}]"
         begun = lengths.ends[number - 1] if number else 0
         if end <= begun:
             yield f"{where}: ends at step {end:,}, which is not after step {begun:,} where it begins"

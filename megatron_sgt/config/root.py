@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from megatron_sgt.config.base import EXPAND, Section
+from megatron_sgt.config.batches import Batches
 from megatron_sgt.config.data import DataConfig
 from megatron_sgt.config.evaluation import EvaluationConfig
 from megatron_sgt.config.growth import GrowthConfig
@@ -14,6 +15,7 @@ from megatron_sgt.config.lengths import SequenceLengths
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.config.optim import OptimConfig
 from megatron_sgt.config.parallel import ParallelConfig
+from megatron_sgt.config.phases import Phase, PhaseConfig, batches_of, lengths_of, phases_of
 from megatron_sgt.config.rules import RULES, ZERO_0_HALF
 from megatron_sgt.config.run import CheckpointConfig, HuggingFaceConfig, LoggingConfig, TrainConfig, resolve_precision
 from megatron_sgt.config.yaml_io import dump_yaml
@@ -32,6 +34,9 @@ class Config(Section):
     optim: OptimConfig = Field(description="Optimizer and learning rate.")
     train: TrainConfig = Field(description="Length, batches, numerics.")
     data: DataConfig = Field(default_factory=DataConfig, description="Data sets and tokenizer.")
+    phases: tuple[PhaseConfig, ...] = Field(
+        default=(), description="Parts of the run, one after the other, each with its own data and schedule."
+    )
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Saving and loading.")
     evaluation: EvaluationConfig = Field(
         default_factory=EvaluationConfig, description="Downstream tasks while the run trains."
@@ -49,6 +54,11 @@ class Config(Section):
     def _fill_in_paths(cls, values: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         return _with_paths(values, (info.context or {}).get(EXPAND, expand))
 
+    @field_validator("phases", mode="before")
+    @classmethod
+    def _none_as_empty(cls, value: Any) -> Any:
+        return () if value in (None, {}) else value
+
     def problems(self) -> Iterator[str]:
         for check in RULES:
             yield from check(self)
@@ -63,12 +73,13 @@ class Config(Section):
 
     @property
     def data_paths(self) -> tuple[tuple[str, ...], ...]:
-        """Every blend that the run reads, the first one first."""
-        return (self.data.data_path,)
+        """Every blend that the run reads, that of validation first."""
+        return tuple(dict.fromkeys((self.data.data_path, *(phase.data_path for phase in phases_of(self)))))
 
     def data_path_at(self, step: int) -> tuple[str, ...]:
         """The blend that step ``step`` + 1 reads."""
-        return self.data_paths[0]
+        phase = self.phase_at(step + 1)
+        return self.data.data_path if phase is None else phase.data_path
 
     @property
     def lr_decay_iters(self) -> int:
@@ -88,15 +99,48 @@ class Config(Section):
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that all ranks train on in one optimizer step."""
+        """Tokens that all ranks train on in one optimizer step, where no phase says otherwise."""
         return self.train.global_batch_size * self.model.seq_length
+
+    @property
+    def batches(self) -> Batches:
+        """How many sequences each step takes."""
+        return batches_of(self)
+
+    def tokens_between(self, first: int, last: int) -> int:
+        """Tokens of steps ``first`` to ``last``, both inclusive."""
+        batches = self.batches
+        return (batches.samples(last) - batches.samples(first - 1)) * self.model.seq_length
 
     @property
     def seq_lengths(self) -> SequenceLengths:
         """How long the training sequences are in each step."""
+        if (of_phases := lengths_of(self)) is not None:
+            return of_phases
         entries = self.data.seq_length_curriculum
         ends = tuple(entry.last_step(self.tokens_per_step) for entry in entries)
         return SequenceLengths(self.model.seq_length, ends, tuple(entry.seq_length for entry in entries))
+
+    def phase_at(self, step: int) -> Phase | None:
+        """The phase that step ``step`` belongs to, step 0 to the first; None in a run without phases."""
+        phases = phases_of(self)
+        return next((phase for phase in phases if step <= phase.last), phases[-1] if phases else None)
+
+    def phase_begins_at(self, step: int) -> bool:
+        """Whether ``step`` is the first one of a phase, but not of the run."""
+        return any(phase.first == step > 1 for phase in phases_of(self))
+
+    def part_begins_at(self, step: int) -> bool:
+        """Whether the loss of ``step`` may differ from the one before for what it is measured on: length or phase."""
+        return self.phase_begins_at(step) or self.seq_lengths.changes_at(step)
+
+    def at_step(self, step: int) -> "Config":
+        """This configuration with the model of step ``step``: in another phase it may have other positions."""
+        phase = self.phase_at(step)
+        if phase is None:
+            return self
+        positions = {"rotary_base": phase.rotary_base, "rotary_scaling": phase.rotary_scaling}
+        return self.model_copy(update={"model": self.model.model_copy(update=positions)})
 
     def precision_on(self, device: str) -> str:
         """Return the precision of a run on ``device`` ("cpu" or "cuda").
@@ -174,32 +218,47 @@ class Config(Section):
     def with_vocab_size(self, size: int) -> "Config":
         return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": size})})
 
-    def num_micro_batches(self, world_size: int) -> int:
+    def num_micro_batches(self, world_size: int, global_batch_size: int | None = None) -> int:
         """Return the micro-batches that one rank accumulates per optimizer step.
+
+        Args:
+            global_batch_size: of the step; None: of validation, and of training where no phase says otherwise. Those of
+                all phases are checked then, too.
 
         Raises:
             ConfigError: the batch or the ranks do not divide.
         """
+        if global_batch_size is not None:
+            return self._micro_batches(world_size, global_batch_size)
+        for phase in phases_of(self):
+            for size in (phase.spans[0].size, phase.spans[-1].size):  # between them lie multiples of their divisor
+                try:
+                    self._micro_batches(world_size, size)
+                except ConfigError as error:
+                    raise ConfigError(f"{phase.where}: {error}") from None
+        return self._micro_batches(world_size, self.train.global_batch_size)
+
+    def _micro_batches(self, world_size: int, size: int) -> int:
         data_parallel = self.data_parallel_size(world_size)
         train = self.train
         unit = train.micro_batch_size * data_parallel
         parallel = self.parallel
         stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
-        below, rest = divmod(train.global_batch_size, unit)
+        below, rest = divmod(size, unit)
         if rest:
             step = stages if virtual > 1 else 1
             lower = below // step * step
             nearest = ", ".join(f"{n * unit} (accumulation {n})" for n in (lower, lower + step) if n)
             raise ConfigError(
-                f"batch sizes do not multiply: global_batch_size {train.global_batch_size} != "
-                f"micro {train.micro_batch_size} x accumulation {train.global_batch_size / unit:.6g} x "
+                f"batch sizes do not multiply: global_batch_size {size} != "
+                f"micro {train.micro_batch_size} x accumulation {size / unit:.6g} x "
                 f"data parallel {data_parallel}; nearest that work: {nearest}"
             )
         wanted = self.deepspeed.get("gradient_accumulation_steps", "auto")
         if wanted not in ("auto", below):
             raise ConfigError(
                 f"deepspeed.gradient_accumulation_steps: {wanted} contradicts accumulation {below} = "
-                f"global_batch_size {train.global_batch_size} / (micro {train.micro_batch_size} x "
+                f"global_batch_size {size} / (micro {train.micro_batch_size} x "
                 f"data parallel {data_parallel})"
             )
         # Megatron-Core sends as many micro-batches as there are stages through a chunk before the next chunk's turn.
@@ -208,7 +267,7 @@ class Config(Section):
             raise ConfigError(
                 f"parallel.virtual_pipeline_model_parallel_size: {virtual} needs a multiple of "
                 f"pipeline_model_parallel_size {stages} micro-batches in a step, got accumulation {below} = "
-                f"global_batch_size {train.global_batch_size} / (micro {train.micro_batch_size} x data parallel "
+                f"global_batch_size {size} / (micro {train.micro_batch_size} x data parallel "
                 f"{data_parallel}); nearest global_batch_size that works: {fits}"
             )
         return below

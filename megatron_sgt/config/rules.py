@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_sgt.config.base import count, shown
 from megatron_sgt.config.hints import misspelt_deepspeed_key
-from megatron_sgt.config.lengths import check_lengths
+from megatron_sgt.config.lengths import SequenceLengths, check_lengths
+from megatron_sgt.config.phases import check_phases, phases_of
 from megatron_sgt.config.pipeline import AUTO, parse_layout
 from megatron_sgt.config.run import resolve_precision
 
@@ -180,13 +181,19 @@ def check_steps(cfg: Config) -> Iterator[str]:
 
 
 def check_curriculum(cfg: Config) -> Iterator[str]:
-    """Yield the rules that the curriculum of lengths breaks."""
+    """Yield the rules that the lengths of a curriculum, or of phases, break."""
     parallel, sharer = cfg.parallel, None
     if parallel.sequence_parallel:
         sharer = "parallel.sequence_parallel"
     elif parallel.loop_method == "balanced":
         sharer = "parallel.loop_method balanced"
-    return check_lengths(cfg.seq_lengths, parallel.tensor_model_parallel_size, sharer)
+    tensor_parallel = parallel.tensor_model_parallel_size
+    if not cfg.phases:
+        yield from check_lengths(cfg.seq_lengths, tensor_parallel, sharer)
+    for phase in phases_of(cfg):  # whose ends check_phases has looked at
+        if length := phase.settings.seq_length:
+            alone = SequenceLengths(cfg.model.seq_length, (phase.number,), (length,))
+            yield from check_lengths(alone, tensor_parallel, sharer, (phase.where,))
 
 
 def check_deepspeed(cfg: Config) -> Iterator[str]:
@@ -264,6 +271,7 @@ RULES = (
     check_pipeline,
     check_start,
     check_steps,
+    check_phases,
     check_curriculum,
     check_deepspeed,
 )

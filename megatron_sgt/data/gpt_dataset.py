@@ -22,7 +22,7 @@ from megatron_sgt.data.index_cache import EVAL_SEED, build_index_cache, open_pac
 from megatron_sgt.data.indexed import lengths_digest, sequence_lengths
 from megatron_sgt.data.ledger import Drawing, Span
 from megatron_sgt.data.permutation import RandomPermutation
-from megatron_sgt.data.sources import Source, find_sources, find_validation_sets
+from megatron_sgt.data.sources import Source, find_validation_sets, sources_of_run
 from megatron_sgt.data.splits import SPLIT_NAMES, SplitPart, split_parts
 from megatron_sgt.data.tokenizer import Tokenizer, resolve_vocab_size
 from megatron_sgt.errors import DataError
@@ -201,13 +201,13 @@ def _indexed(
     depend on the seed.
 
     Raises:
-        DataError: on every rank, for whatever ``find_sources`` refuses.
+        DataError: on every rank, for whatever ``sources_of_run`` refuses.
     """
     vocab_size = resolve_vocab_size(cfg.model.vocab_size, tokenizer)
     prepared = on_rank_zero(lambda: _prepare(cfg, tokenizer))
     _await(prepared)
     train = _open(cfg, prepared, 0, vocab_size)
-    assert train is not None, "find_sources refuses data without a training sample"
+    assert train is not None, "sources_of_run refuses data without a training sample"
     return train, _open(cfg, prepared, 1, vocab_size), _open(cfg, prepared, 2, vocab_size)
 
 
@@ -237,18 +237,7 @@ def _prepare_sets(cfg: Config, tokenizer: Tokenizer | None) -> dict[str, _Prepar
 
 
 def _prepare(cfg: Config, tokenizer: Tokenizer | None) -> _Prepared:
-    sources = list(find_sources(cfg, tokenizer))
-    blended = len(sources)
-    for data_path in cfg.data_paths[1:]:  # whose data sets need no validation samples
-        later = cfg.model_copy(
-            update={
-                "data": cfg.data.model_copy(update={"data_path": data_path}),
-                "train": cfg.train.model_copy(update={"eval_interval": 0}),
-            }
-        )
-        known = {source.info.prefix for source in sources}
-        sources += [source for source in find_sources(later, tokenizer) if source.info.prefix not in known]
-    return _prepared(cfg, tuple(sources), blended)
+    return _prepared(cfg, *sources_of_run(cfg, tokenizer))
 
 
 def _prepared(cfg: Config, sources: tuple[Source, ...], blended: int) -> _Prepared:

@@ -49,10 +49,10 @@ class DataSummary:
     valid_samples: int
     test_samples: int
     samples_needed: int
-    """train_iters times global_batch_size."""
+    """Of all steps."""
     notes: tuple[str, ...]
     padding: float | None = None
-    """Share of a training sample, on average over the blend; None where samples are filled without any."""
+    """Share of a training sample, on average over the first blend; None where samples are filled without any."""
     unread: str | None = None
     """Name of a registered data set, of which nothing is known before the run starts: the numbers above are 0."""
 
@@ -95,6 +95,26 @@ def find_sources(cfg: Config, tokenizer: Tokenizer | None) -> tuple[Source, ...]
         _require_samples(cfg, source.info, source.parts)
         sources.append(source)
     return tuple(sources)
+
+
+def sources_of_run(cfg: Config, tokenizer: Tokenizer | None) -> tuple[tuple[Source, ...], int]:
+    """The data sets of every blend of the run, each once; how many of them are those of the first blend.
+
+    Raises:
+        DataError: as ``find_sources``; those of later blends need no validation samples.
+    """
+    sources = list(find_sources(cfg, tokenizer))
+    blended = len(sources)
+    for data_path in cfg.data_paths[1:]:
+        later = cfg.model_copy(
+            update={
+                "data": cfg.data.model_copy(update={"data_path": data_path}),
+                "train": cfg.train.model_copy(update={"eval_interval": 0}),
+            }
+        )
+        known = {source.info.prefix for source in sources}
+        sources += [source for source in find_sources(later, tokenizer) if source.info.prefix not in known]
+    return tuple(sources), blended
 
 
 def find_validation_sets(cfg: Config, tokenizer: Tokenizer | None) -> dict[str, Source]:
@@ -163,8 +183,9 @@ def validate_data(cfg: Config) -> DataSummary:
         extensions.load("datasets", cfg.data.dataset)
         vocab_size = resolve_vocab_size(cfg.model.vocab_size, tokenizer)
         return DataSummary((), None, vocab_size, 0, 0, 0, 0, 0, 0, (), unread=cfg.data.dataset)
-    sources = find_sources(cfg, tokenizer)
-    train, valid, test = (sum(source.parts[split].samples for source in sources) for split in range(3))
+    sources, blended = sources_of_run(cfg, tokenizer)
+    train = sum(source.parts[0].samples for source in sources)
+    valid, test = (sum(source.parts[split].samples for source in sources[:blended]) for split in (1, 2))
     sets = find_validation_sets(cfg, tokenizer)
     notes = [source.note for source in (*sources, *sets.values()) if source.note]
     for name, source in sets.items():
@@ -190,9 +211,9 @@ def validate_data(cfg: Config) -> DataSummary:
         train_samples=train,
         valid_samples=valid,
         test_samples=test,
-        samples_needed=cfg.train.train_iters * cfg.train.global_batch_size,
+        samples_needed=cfg.batches.samples(cfg.train.train_iters),
         notes=tuple(notes),
-        padding=_padding(sources, cfg.model.seq_length) if cfg.data.packing == "best_fit" else None,
+        padding=_padding(sources[:blended], cfg.model.seq_length) if cfg.data.packing == "best_fit" else None,
     )
 
 

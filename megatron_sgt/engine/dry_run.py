@@ -23,6 +23,7 @@ from megatron_sgt.planning.describe import growth_line, model_line, pipeline_lin
 from megatron_sgt.planning.flops import flops_between
 from megatron_sgt.planning.layout import batch_line, layout_line
 from megatron_sgt.planning.loop_cost import choose_loop_method
+from megatron_sgt.planning.phases import phase_lines
 from megatron_sgt.planning.structure import most_kept_heads
 from megatron_sgt.preflight import Start, check_disk, check_export, check_surroundings, find_start, with_vocabulary
 from megatron_sgt.stages.stages import Stage, stages_of
@@ -94,10 +95,11 @@ def _batch_rows(stages: Sequence[Stage], world_size: int, pairs: AttendedPairs |
         *(("pipeline", line) for line in pipeline_lines(stages, world_size)),
         *_loop_rows(config),
         ("batch", batch_line(config, world_size)),
-        *([("lengths", lengths.text())] if lengths.ends else []),
+        *([("lengths", lengths.text())] if lengths.ends and not config.phases else []),
+        *(("phase", line) for line in phase_lines(config)),
         (
             "run",
-            f"{steps:,} steps · {steps * config.tokens_per_step:,} tokens · "
+            f"{steps:,} steps · {config.tokens_between(1, steps):,} tokens · "
             f"{flops:.3g} FLOPs {'before growth' if len(stages) == 1 else 'without loops'}",
         ),
     ]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import deepspeed
 
 from megatron_sgt.config import Config
+from megatron_sgt.engine.accumulation import accumulate
 from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.loss_scale import SkipRule
 from megatron_sgt.engine.step import Batch, StepResult, TrainState, train_step
@@ -40,12 +41,13 @@ class Trainer:
     stop: StopRequests
     stages: Sequence[Stage] | None = None
 
-    def run(self, micro_batches: Iterator[Batch], last_step: int, between: bool = False) -> int:
-        """Train until optimizer step ``last_step``, or until a request to stop.
+    def run(self, micro_batches: Iterator[Batch], last_step: int, between: bool = False, going_on: bool = False) -> int:
+        """Train until optimizer step ``last_step``, or until a request to stop, with the batch size of the first step.
 
         Args:
             micro_batches: this rank's micro-batches in data order, starting at ``state.consumed_samples``.
-            between: the next stage follows, and not the end of the run.
+            between: the next stage or phase, or another batch size, follows, and not the end of the run.
+            going_on: the same stage was trained up to here, so that the hooks have begun already.
 
         Returns:
             0 at ``last_step``; the reason for which all ranks have stopped before (see guard/stop.py).
@@ -55,9 +57,11 @@ class Trainer:
                 fp16's search for its loss scale explains. Nothing was saved since the last good step.
         """
         train = self.config.train
-        accumulation, lengths = self.config.num_micro_batches(self.groups.world_size), self.config.seq_lengths
+        lengths, size = self.config.seq_lengths, self.config.batches.at(self.state.step + 1)
+        accumulation = self.config.num_micro_batches(self.groups.world_size, size)
+        accumulate(self.engine, accumulation)
         stages = stages_of(self.config) if self.stages is None else self.stages
-        for hook in self.hooks:
+        for hook in () if going_on else self.hooks:
             hook.before_run(self.state)
         self.engine.train()
         skips = SkipRule(self.engine)
@@ -73,7 +77,7 @@ class Trainer:
             result = train_step(self.engine, batches, lr, self.config.optim.clip_grad, self.groups, pieces)
             now = time.perf_counter()
             result, ended = replace(result, seconds=now - ended), now
-            self.state.consumed_samples += train.global_batch_size
+            self.state.consumed_samples += size
             self._count(result.applied)
             skips.after_step(result.applied, not self._lost(result, skips))
             ended += self._after_step(result)

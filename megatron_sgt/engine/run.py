@@ -10,6 +10,7 @@ from megatron_sgt.checkpoint import layout
 from megatron_sgt.checkpoint.forms import read_state
 from megatron_sgt.checkpoint.place import Place
 from megatron_sgt.config import Config
+from megatron_sgt.config.phases import Phase
 from megatron_sgt.engine.build import Runtime
 from megatron_sgt.engine.data_start import ledger_at
 from megatron_sgt.engine.grow_record import grow_record
@@ -17,6 +18,7 @@ from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.hooks.growth import GrowthHook
 from megatron_sgt.engine.hooks.spike import LossSpike
 from megatron_sgt.engine.loop import DivergedError, agreed_reason
+from megatron_sgt.engine.phases import enter_phase
 from megatron_sgt.engine.run_reports import report_end, report_start
 from megatron_sgt.engine.session import Session
 from megatron_sgt.engine.skipped_ranges import SkippedRanges, batches_outside
@@ -62,6 +64,7 @@ class PretrainingRun(Session):
         hooks: Sequence[Hook] = (),
     ) -> None:
         super().__init__(config if schedule is None else with_schedule(config, schedule), info, stop, watch, hooks)
+        self.phase: Phase | None = None
         try:
             self._prepare()
         except BaseException:
@@ -189,25 +192,36 @@ class PretrainingRun(Session):
         return code
 
     def _train_to(self, last_step: int) -> int:
-        """Train stage by stage; go back to a checkpoint as often as the loss spikes.
+        """Train stage by stage, phase by phase; go back to a checkpoint as often as the loss spikes.
 
         Returns:
             Why it stopped early, 0 if not.
         """
+        going_on = False
         while True:
-            end = min(self.stage.stage.last, last_step)
+            end = min(self.stage.stage.last, last_step, self._enter_part())
             spike = None
             try:
-                if stopped := self.stage.train(self._batches(), end, between=end < last_step):
+                if stopped := self.stage.train(self._batches(), end, end < last_step, going_on):
                     return stopped
             except LossSpike as error:
                 spike = error.with_traceback(None)  # which refers to the engine, and an older stage may be built
+            going_on = spike is None and end < self.stage.stage.last
             if spike is not None:
                 self._go_back(spike)
             elif end == last_step:
                 return 0
-            elif stopped := self._grow():
+            elif not going_on and (stopped := self._grow()):
                 return stopped
+
+    def _enter_part(self) -> int:
+        """Make the next step that of its phase; returns the last step with its phase and its batch size."""
+        step = self.state.step + 1
+        phase = self.config.phase_at(step)
+        if phase is not None and phase != self.phase:
+            enter_phase(self, self.stage, phase)
+            self.phase = phase
+        return self.config.batches.last_of(step)
 
     def _batches(self) -> Iterator[Batch]:
         return batches_outside(self.open_loader, self.skipped_ranges, self.state.consumed_samples)

@@ -133,11 +133,12 @@ class Session:
         return self._own_at_first
 
     def open_loader(self, consumed_samples: int) -> TrainLoader:
-        """This rank's micro-batches of training from a place in the data order on."""
+        """This rank's micro-batches of training from a place in the data order on, in steps of the next one's size."""
+        size = self.config.batches.at(self.state.step + 1)
         return TrainLoader(
             self.train_data,
             self.config.train.micro_batch_size,
-            self.config.num_micro_batches(self.groups.world_size),
+            self.config.num_micro_batches(self.groups.world_size, size),
             self.groups.dp_rank,
             self.groups.dp_size,
             consumed_samples,

@@ -101,9 +101,10 @@ def batches_outside(
     open_at: Callable[[int], TrainLoader], skipped: SkippedRanges, consumed: int
 ) -> Iterator[MicroBatch]:
     """Whole steps from ``consumed`` on, past the ranges; ``open_at`` opens a loader after so many sequences."""
-    position: int | None = consumed
-    while position is not None:
+    position = consumed
+    while True:
         position = skipped.after(position)
-        loader, position = open_at(position), skipped.next_start(position)
-        while position is None or loader.consumed_samples < position:
+        loader, end = open_at(position), skipped.next_start(position)
+        while end is None or loader.consumed_samples < end:
             yield next(loader)
+        position = loader.consumed_samples  # behind the start of the range after a change of the batch size

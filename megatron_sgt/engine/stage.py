@@ -87,8 +87,9 @@ class RunningStage:
         self.log = LogHook(config, self.schedule, hub, groups, runtime.precision, session.pairs)
         self.log.tokens_of = lambda consumed: session.ledger.tokens(consumed)
         self.growth = GrowthHook(self.schedule, runtime.model, runtime.model.meter, groups, self.log.on_growth)
-        lengths = config.seq_lengths
-        self.spike = SpikeHook(config.train, session.skipped_ranges, self._can_go_back, hub, groups, lengths)
+        self.spike = SpikeHook(
+            config.train, session.skipped_ranges, self._can_go_back, hub, groups, config.part_begins_at
+        )
         self.straggler = StragglerHook(
             runtime.model, config.logging.log_interval, config.train.straggler_threshold, hub, groups
         )
@@ -212,14 +213,14 @@ class RunningStage:
             self.ramp.before_run(self.session.state)
         return notes
 
-    def train(self, batches: Iterator[Batch], last_step: int, between: bool) -> int:
+    def train(self, batches: Iterator[Batch], last_step: int, between: bool, going_on: bool = False) -> int:
         """See ``Trainer.run``."""
         session, self.has_trained = self.session, True
         hooks = watched_hooks(self.hooks, session.progress)
         engine, stages = self.runtime.engine, session.stages
         trainer = Trainer(self.config, session.groups, engine, session.state, hooks, session.stop, stages)
         timed = self.straggler.timed(watched_batches(batches, session.progress))
-        return trainer.run(timed, last_step, between)
+        return trainer.run(timed, last_step, between, going_on)
 
     def probe_batches(self) -> list[Batch]:
         """The first micro-batch of validation, else of what is trained next, for losses before and after growth."""

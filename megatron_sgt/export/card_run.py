@@ -22,6 +22,7 @@ from megatron_sgt.evaluation.perplexity import perplexity
 from megatron_sgt.export.source import ExportSource
 from megatron_sgt.jsonl import read_all, without_void_records
 from megatron_sgt.metrics import METRICS_FILE
+from megatron_sgt.planning.phases import phase_lines
 
 Row = tuple[str, str]
 PIPE = "\\|"
@@ -91,10 +92,13 @@ def _settings(source: ExportSource) -> Iterator[Row]:
     yield "weight decay", f"{optim.weight_decay:g}, {decayed}" if optim.weight_decay else "none"
     yield "gradient clipping", f"norm {optim.clip_grad:g}" if optim.clip_grad else "none"
     yield "learning rate", _learning_rate(config)
-    yield (
-        "batch",
-        f"{train.global_batch_size:,} sequences, {train.global_batch_size * model.seq_length:,} tokens per step",
-    )
+    if config.phases:
+        yield from (("phase", line) for line in phase_lines(config))
+    else:
+        yield (
+            "batch",
+            f"{train.global_batch_size:,} sequences, {train.global_batch_size * model.seq_length:,} tokens per step",
+        )
     shorter = ", shorter at first (data.seq_length_curriculum)" if config.data.seq_length_curriculum else ""
     yield "sequence length", f"{model.seq_length:,}{shorter}"
     if documents := ", ".join(_documents(config.data)):

@@ -117,7 +117,7 @@ def open_checkpoint(
                 f"{folder} holds no average of the weights: its run had train.ema_decay 0; export its weights "
                 "(--weights trained)"
             )
-        config = recorded_config(folder / layout.CONFIG_FILE)
+        config = recorded_config(folder / layout.CONFIG_FILE).at_step(contents.details.step)
         free = contents.details.layout is None
         reader = LayoutFreeReader(folder) if free else open_source(folder)
     except CheckpointError:

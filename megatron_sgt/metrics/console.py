@@ -17,6 +17,7 @@ _SGT: dict[str, LineFormat] = {
     "tasks": lines.tasks_line,
     "growth": lines.growth_line,
     "length": lines.length_line,
+    "phase": lines.phase_line,
     "grow": lines.grow_line,
     "save": lines.save_line,
     "save_failed": lines.save_failed_line,

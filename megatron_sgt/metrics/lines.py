@@ -146,6 +146,17 @@ def length_line(record: Record, paint: Paint = plain) -> str:
     )
 
 
+def phase_line(record: Record, paint: Paint = plain) -> str:
+    """The phase that the next step belongs to."""
+    return _join(
+        (
+            f"{paint('event', 'PHASE')}  step {record['step']:,}",
+            f"{record['name']} ({record['number']}), steps {record['first_step']:,} to {record['last_step']:,}",
+            *record["settings"],
+        )
+    )
+
+
 def grow_line(record: Record, paint: Paint = plain) -> str:
     """A new stage: how the model has become larger, and what that did to the loss; one line more for each note."""
     before, after = record.get("sizes_before") or {}, record.get("sizes_after") or {}

@@ -134,6 +134,16 @@ class LengthRecord(_Record, total=False):
     model_flops_per_step: float  # of the structure after this step
 
 
+class PhaseRecord(_Record, total=False):
+    """A phase of the run begins after this step, or a process starts within it."""
+
+    number: int  # from 1
+    name: str
+    first_step: int
+    last_step: int
+    settings: list[str]  # what holds in it, in words
+
+
 class GrowRecord(_Record, total=False):
     """A new stage: the model has become deeper or wider (stages/). The process that builds it writes it, each time."""
 
@@ -271,6 +281,7 @@ RECORDS: dict[str, type] = {
     "tasks": TasksRecord,
     "growth": GrowthRecord,
     "length": LengthRecord,
+    "phase": PhaseRecord,
     "grow": GrowRecord,
     "save": SaveRecord,
     "save_failed": SaveFailedRecord,

@@ -200,7 +200,7 @@ class WandbWriter:
         with _as_os_error():
             if kind == "summary":
                 self._run.summary.update(curves)
-            elif kind not in ("resume", "data", "rollback", "stop", "save_failed", "length"):
+            elif kind not in ("resume", "data", "rollback", "stop", "save_failed", "length", "phase"):
                 self._run.log({"step": int(record["step"]), **curves})
 
     def advance(self, step: int) -> None:

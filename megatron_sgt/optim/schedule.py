@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from megatron_sgt import extensions
 from megatron_sgt.config import Config
 from megatron_sgt.config.optim import OptimConfig
+from megatron_sgt.config.phases import RATE, Phase, phases_of
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.stages.learning_rate import RatePolicy
 from megatron_sgt.stages.stages import Stage
@@ -19,8 +20,34 @@ Curve = Callable[[float, OptimConfig, int], float]
 
 def rate_of_run(step: int, stages: Sequence[Stage]) -> float:
     """Learning rate of optimizer step ``step``, counted from 1, of a run with ``stages`` (all of them, in order)."""
+    config = stages[-1].config
+    own = [phase for phase in phases_of(config) if phase.first <= step and phase.settings.sets_rate]
+    if own:
+        return _rate_of_phase(own[-1], step, stages)
     policies = [(stage.first, stage.grown.rate) for stage in stages if stage.grown is not None]
-    return rate_after(step, policies, stages[-1].config)
+    return rate_after(step, policies, config)
+
+
+def _rate_of_phase(phase: Phase, step: int, stages: Sequence[Stage]) -> float:
+    """Of a phase with a curve of its own; in phases after it without one, where that curve has ended.
+
+    The curve is that of a run of its steps, which begins where the phase before has ended.
+    """
+    optim, begun = _optim_of(phase, stages)
+    place, warmup = min(step, phase.last) - phase.first + 1, optim.lr_warmup_iters
+    if place <= warmup:
+        return begun + (optim.lr - begun) * place / warmup
+    return _curve(optim.lr_decay_style)(place, optim, phase.steps)
+
+
+def _optim_of(phase: Phase, stages: Sequence[Stage]) -> tuple[OptimConfig, float]:
+    """The settings of the curve of ``phase`` with all of them filled in; the learning rate of the step before it."""
+    optim, initial = stages[-1].config.optim, phase.first == 1
+    begun = 0.0 if initial else rate_of_run(phase.first - 1, stages)
+    asked = {name: getattr(phase.settings, name) for name in RATE}
+    unset = {"lr": optim.lr if initial else begun, "lr_warmup_iters": optim.lr_warmup_iters if initial else 0}
+    given = {name: value for name, value in asked.items() if value is not None}
+    return optim.model_copy(update={**unset, "lr_decay_iters": None, **given}), begun
 
 
 def rate_after(step: int, policies: Sequence[tuple[int, RatePolicy]], config: Config) -> float:
@@ -44,9 +71,18 @@ def check_curve(stages: Sequence[Stage]) -> None:
     """Ask for the first and the last learning rate of each stage: a stage may ask a curve for places between steps.
 
     Raises:
-        ConfigError: the curve of an installed package has none there.
+        ConfigError: the curve of an installed package has none there, or that of a phase does not fall.
     """
     style = stages[-1].config.optim.lr_decay_style
+    for phase in phases_of(stages[-1].config):
+        if not phase.settings.sets_rate:
+            continue
+        optim, _ = _optim_of(phase, stages)
+        if optim.min_lr > optim.lr and optim.lr_decay_style != "constant":
+            raise ConfigError(
+                f"{phase.where}: min_lr {optim.min_lr:g} is above lr {optim.lr:g}, with which its curve begins; set "
+                "both in this phase"
+            )
     for stage in stages:
         for step in (stage.first + 1, stage.last):
             try:

@@ -49,15 +49,21 @@ def step_flops(
     return total
 
 
-def batch_flops(config: Config, plan: LoopPlan, seq_length: int, pairs: AttendedPairs | None = None) -> Flops:
-    """FLOPs of one optimizer step of ``config`` on sequences of ``seq_length`` tokens: as many tokens at any length."""
-    return step_flops(at_length(config.model, seq_length), plan, config.tokens_per_step // seq_length, pairs=pairs)
+def batch_flops(
+    config: Config, plan: LoopPlan, seq_length: int, samples: int, pairs: AttendedPairs | None = None
+) -> Flops:
+    """FLOPs of one optimizer step on ``samples`` samples, cut into sequences of ``seq_length`` tokens."""
+    sequences = samples * (config.model.seq_length // seq_length)
+    return step_flops(at_length(config.model, seq_length), plan, sequences, pairs=pairs)
 
 
 def flops_between(config: Config, plan: LoopPlan, first: int, last: int, pairs: AttendedPairs | None = None) -> int:
-    """Model FLOPs of steps ``first`` to ``last`` of ``plan``, both inclusive, each at its length."""
-    spans = config.seq_lengths.within(first, last)
-    return sum(span.steps * batch_flops(config, plan, span.seq_length, pairs).model for span in spans)
+    """Model FLOPs of steps ``first`` to ``last`` of ``plan``, both inclusive, each at its length and batch size."""
+    return sum(
+        span.steps * batch_flops(config, plan, part.seq_length, span.size, pairs).model
+        for part in config.seq_lengths.within(first, last)
+        for span in config.batches.within(part.first, part.last)
+    )
 
 
 def at_length(model: ModelConfig, seq_length: int) -> ModelConfig:

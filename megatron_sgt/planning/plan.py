@@ -10,11 +10,12 @@ from megatron_sgt.config import Config
 from megatron_sgt.config.lengths import LengthSpan
 from megatron_sgt.growth import ENTROPY, LoopPlan
 from megatron_sgt.planning.advice import other_layouts, warnings
-from megatron_sgt.planning.flops import at_length, batch_flops, overhead, step_flops
+from megatron_sgt.planning.flops import at_length, flops_between, overhead, step_flops
 from megatron_sgt.planning.hardware import USABLE
 from megatron_sgt.planning.kept import kept_steps, milestones, saved_steps
 from megatron_sgt.planning.loop_cost import choose_loop_method, loop_methods
 from megatron_sgt.planning.parameters import checkpoint_bytes, parameter_count, parameters_by_part
+from megatron_sgt.planning.phases import parts_within, phase_table
 from megatron_sgt.planning.pipeline import describe_cut, pipeline_layout
 from megatron_sgt.planning.rank_memory import rank_memory
 from megatron_sgt.planning.stages import StagePlan, plan_stages, stage_table
@@ -81,6 +82,8 @@ def make_plan(
         "warnings": list(warnings(stages, world_size, machine, precision)),
         "error_bars": list(ERROR_BARS),
     }
+    if phases := phase_table(config, compute, world_size * peak * mfu):
+        plan["phases"] = phases
     if config.data.reset_attention_mask:
         plan["documents"] = _documents(config, pairs)
     if cut := describe_cut(last, world_size):
@@ -181,22 +184,22 @@ def _compute(one: StagePlan, several: bool) -> list[dict[str, Any]]:
     return [
         ({"stage": one.stage.index} if several else {}) | _stretch(one.config, stretch, span, one.pairs)
         for stretch in one.stretches
-        for span in one.config.seq_lengths.within(stretch.first, stretch.last)
+        for span in parts_within(one.config, stretch.first, stretch.last)
     ]
 
 
 def _stretch(config: Config, stretch: Stretch, span: LengthSpan, pairs: AttendedPairs | None) -> dict[str, Any]:
-    """Steps of one structure and one sequence length."""
-    flops = batch_flops(config, stretch.plan, span.seq_length, pairs).model
+    """Steps of one structure, one sequence length and one phase."""
+    flops = flops_between(config, stretch.plan, span.first, span.last, pairs)
     return {
         "phase": stretch.phase,
         "first_step": span.first,
         "last_step": span.last,
         "seq_length": span.seq_length,
         "loops": sum(layer.loops + layer.block_loops for layer in stretch.plan),
-        "flops_per_token": flops / config.tokens_per_step,
+        "flops_per_token": flops / config.tokens_between(span.first, span.last),
         "overhead": overhead(at_length(config.model, span.seq_length), stretch.plan, pairs),
-        "flops": flops * span.steps,
+        "flops": flops,
     }
 
 

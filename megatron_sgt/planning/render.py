@@ -37,7 +37,7 @@ _BAR = 40
 def render(plan: dict[str, Any], config: Config, title: str) -> str:
     """``plan`` (see ``make_plan``) as text."""
     lines = [title]
-    for part in (_shape, _stages, _memory, _other_layouts, _compute, _traffic, _time, _ending):
+    for part in (_shape, _stages, _phases, _memory, _other_layouts, _compute, _traffic, _time, _ending):
         found = list(part(plan, config))
         lines += ["", *found] if found and part is not _shape else found
     return "\n".join(lines)
@@ -64,7 +64,7 @@ def _shape(plan: dict[str, Any], config: Config) -> Iterator[str]:
     yield from _row("model" if len(stages) == 1 else "last model", model_line(config))
     yield from _row("", " · ".join(parts))
     yield from _row("growth", growth_line(config))
-    if lengths := config.seq_lengths.text():
+    if (lengths := config.seq_lengths.text()) and not config.phases:
         yield from _row("lengths", lengths)
     more = f" · sequence parallel {'on' if config.parallel.sequence_parallel else 'off'}"
     more += f" · recompute {config.train.recompute_granularity}"
@@ -86,6 +86,19 @@ def _documents(documents: dict[str, Any]) -> str:
     ]
     padding = f" · {100 * documents['padding']:.2g} % of the tokens are padding" if documents["padding"] else ""
     return f"attention has {', '.join(shares)} of the work of whole sequences (measured){padding}"
+
+
+def _phases(plan: dict[str, Any], config: Config) -> Iterator[str]:
+    if "phases" not in plan:
+        return
+    yield f"{'phases':<22}{'steps':>26}{'tokens':>12}{'FLOPs':>13}{'time':>14}"
+    for row in plan["phases"]:
+        name = row["name"] if len(row["name"]) <= 24 else f"{row['name'][:21]}..."
+        yield (
+            f"  {name}{_steps(row):>{46 - len(name)}}{_billions(row['tokens']):>12}{row['flops']:>13.3g}"
+            f"{_span(86400 * row['days']):>14}"
+        )
+        yield from _row("", " · ".join(row["settings"]))
 
 
 def _stages(plan: dict[str, Any], config: Config) -> Iterator[str]:

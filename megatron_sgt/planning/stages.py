@@ -51,7 +51,7 @@ class StagePlan:
 
     @property
     def tokens(self) -> int:
-        return (self.stage.last - self.stage.first) * self.config.tokens_per_step
+        return self.config.tokens_between(self.stage.first + 1, self.stage.last)
 
     def peak(self, world_size: int, precision: str) -> int:
         """Bytes on the fullest rank at the worst moment."""

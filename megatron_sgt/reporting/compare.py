@@ -167,12 +167,11 @@ def cost_figure(runs: Sequence[RunData]) -> Figure | None:
     figure, (above, below) = style.new_figure(4.8, rows=2)
     drawn = False
     for run, look in zip(runs, style.line_styles(), strict=False):
-        tokens = run.tokens_per_step()
-        steps, flops = run.series("train", "model_flops_per_step")
-        if tokens is None or not len(steps):
+        steps, flops = run.flops_per_token()
+        if not len(steps):
             continue
         drawn = True
-        above.step(steps, flops / tokens, where="pre", label=run.name, **look)
+        above.step(steps, flops, where="pre", label=run.name, **look)
         time_steps, seconds = run.series("train", "step_time_s")
         below.plot(time_steps, seconds, label=run.name, **look)
     if not drawn:

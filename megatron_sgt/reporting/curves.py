@@ -65,18 +65,17 @@ def _trim_start(axes: Axes, losses: Floats) -> None:
 
 def cost_figure(run: RunData) -> Figure | None:
     """What loops cost: FLOPs per token by the closed form, measured time per step, both over vanilla's steps."""
-    steps, flops = run.series("train", "model_flops_per_step")
+    steps, flops = run.flops_per_token()
     time_steps, seconds = run.series("train", "step_time_s")
-    tokens = run.tokens_per_step()
-    if not len(steps) or tokens is None:
+    if not len(steps):
         return None
     figure, (above, below) = style.new_figure(4.6, rows=2)
     style.mark_growth(above, run, labels=True)
     style.mark_growth(below, run)
-    above.step(steps, flops / tokens, where="pre", color=style.BLUE, linewidth=1.6)
+    above.step(steps, flops, where="pre", color=style.BLUE, linewidth=1.6)
     style.si_axis(above)
     above.set_ylabel("model FLOPs per token")
-    _percent_axis(above, float(flops[0] / tokens))
+    _percent_axis(above, float(flops[0]))
     below.plot(time_steps, seconds, ".", color=style.GREY, markersize=3, label="as logged")
     smooth = _running_median(seconds, 9)
     below.plot(time_steps, smooth, color=style.VERMILION, linewidth=1.6, label="running median of 9")

@@ -166,12 +166,22 @@ class RunData:
             table = grown
         return table
 
-    def tokens_per_step(self) -> int | None:
+    @cached_property
+    def phases(self) -> list[Record]:
+        """The phases of the run that have begun, once each."""
+        found = {record["number"]: record for record in self.of_kind("phase")}
+        return [found[number] for number in sorted(found)]
+
+    def flops_per_token(self) -> tuple[Floats, Floats]:
+        """(steps, model FLOPs per token) of the train records that tell both, each with the batch size of its step."""
+        pairs = []
         for record in self.of_kind("train"):
             samples, tokens = record.get("consumed_samples"), record.get("consumed_tokens")
-            if samples and tokens and record.get("global_batch_size"):
-                return int(record["global_batch_size"]) * int(tokens) // int(samples)
-        return None
+            size, flops = record.get("global_batch_size"), record.get("model_flops_per_step")
+            if samples and tokens and size and isinstance(flops, int | float):
+                pairs.append((record["step"], flops / (int(size) * int(tokens) // int(samples))))
+        table = np.array(pairs, dtype=np.float64).reshape(-1, 2)
+        return table[:, 0], table[:, 1]
 
     def cumulative(self, key: str) -> tuple[Floats, Floats]:
         """(steps, sum since step 0) of a per-step average that train records carry, such as ``step_time_s``."""

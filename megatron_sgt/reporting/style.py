@@ -35,8 +35,8 @@ LINES = (
 """(colour, dash) of the runs of a comparison, in order."""
 
 BAND, STAGE_TEXT = "#F0EEF4", "#8A3F70"
-STAGE = "stage"
-"""Name of the bands of stages in the pictures' lists of patches."""
+STAGE, PHASE = "stage", "phase"
+"""Names of the bands of stages and phases in the pictures' lists of patches."""
 
 WIDTH = 9.0
 """Inches; with DPI, pixels of the pictures in a page."""
@@ -98,12 +98,14 @@ def si_axis(axes: Axes, what: str = "y") -> None:
 def mark_growth(axes: Axes, run: RunData, labels: bool = False, end: int | None = None) -> None:
     """A thin vertical line at every growth event; with ``labels``, what was decided, above the axes.
 
-    Where the model itself became deeper or wider the line is thick, and every second stage lies on a grey band.
+    Where the model itself became deeper or wider the line is thick, and every second stage lies on a grey band. So does
+    every second phase; with ``labels`` their names stand at the lower edge.
 
     ``end``: where the step axis ends, by default with the run. Labels that would overlap are put on a second and
     third level.
     """
     end = end or run.last_step
+    _mark_phases(axes, run, labels, end)
     for stage in run.stages[1::2]:
         axes.axvspan(stage.first, min(stage.last, end), color=BAND, linewidth=0, zorder=0).set_gid(STAGE)
     level_ends = [-1.0, -1.0, -1.0]
@@ -129,6 +131,25 @@ def mark_growth(axes: Axes, run: RunData, labels: bool = False, end: int | None 
             fontweight="bold" if grows else "normal",
             annotation_clip=False,
         )
+
+
+def _mark_phases(axes: Axes, run: RunData, labels: bool, end: int) -> None:
+    for index, phase in enumerate(run.phases):
+        first, last = phase["first_step"] - 1, min(phase["last_step"], end)
+        if index % 2:
+            axes.axvspan(first, last, color=BAND, linewidth=0, zorder=0).set_gid(PHASE)
+        if labels and first < last:
+            text = axes.annotate(
+                str(phase["name"]),
+                ((first + last) / 2, 0.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                color="#444444",
+            )
+            text.set_gid(PHASE)
 
 
 def event_label(event: Any) -> str:

@@ -31,7 +31,7 @@ def test_a_document_per_sequence_is_what_is_assumed_without() -> None:
     one = whole(length)
     assert (one.square(length), one.share(length)) == (length**2, 1)
     assert step_flops(model, PLAN, 3, entropy=True, pairs=one) == step_flops(model, PLAN, 3, entropy=True)
-    assert batch_flops(config, PLAN, length, pairs=one) == batch_flops(config, PLAN, length)
+    assert batch_flops(config, PLAN, length, 2, one) == batch_flops(config, PLAN, length, 2)
     assert flops_between(config, PLAN, 1, 9, one) == flops_between(config, PLAN, 1, 9)
     assert overhead(model, PLAN, one) == overhead(model, PLAN)
     for method in ("owner", "balanced"):

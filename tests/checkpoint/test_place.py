@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sgt.checkpoint.place import place_of
+from megatron_sgt.checkpoint.place import check_past_phases, place_of
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.errors import CheckpointError
 from megatron_sgt.stages.presets import preset_named
@@ -98,3 +98,57 @@ def test_a_run_of_a_preset_is_extended_from_its_own_configuration(tmp_path: Path
     with pytest.raises(CheckpointError, match=r"go on with the config\.yaml of the run's folder, without --preset"):
         place(longer, 5, 2, of=ran)
     assert place(load_config(written, ("train.train_iters=36",)), 5, 2, of=ran) == (2, 2, False)
+
+
+STABLE, LONG, LAST = {"until_steps": 4}, {"until_steps": 8, "rotary_base": 5e5, "global_batch_size": 4}, {"min_lr": 0.0}
+PHASED = small_config([STABLE, LONG, LAST], train={"train_iters": 12})
+
+
+def past_problem(step: int, *phases: dict[str, Any], there: Config = PHASED, **sections: Any) -> str | None:
+    """What is wrong with ``phases`` for a checkpoint of ``there`` at ``step``."""
+    here = small_config(phases, train={"train_iters": 12, **sections.pop("train", {})}, **sections)
+    try:
+        check_past_phases(Path("global_step"), there, here, step)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("step", [0, 4, 5, 8, 9])
+def test_phases_that_are_unchanged_or_to_come_may_follow(step: int) -> None:
+    assert past_problem(step, STABLE, LONG, LAST) is None
+    assert past_problem(min(step, 8), STABLE, LONG, {"lr": 1e-5, "rotary_base": 1e6, "global_batch_size": 8}) is None
+    assert past_problem(min(step, 4), STABLE, {}) is None
+
+
+def test_a_phase_that_has_begun_may_end_at_another_step_to_come() -> None:
+    assert past_problem(6, STABLE, {**LONG, "until_steps": 6}, {"global_batch_size": 8}) is None
+    assert past_problem(6, STABLE, {**LONG, "until_steps": 10}, LAST) is None
+
+
+@pytest.mark.parametrize(
+    ("step", "phases", "said"),
+    [
+        (5, [STABLE, {**LONG, "rotary_base": 1e6}, LAST], "phases[1] has begun: rotary_base of step 5 was 500000.0"),
+        (9, [STABLE, {**LONG, "global_batch_size": 2}, LAST], "phases[1] has begun: global_batch_size of step 5 was 4"),
+        (6, [{"until_steps": 5}, LONG, LAST], "phases[0] has begun: global_batch_size of step 5 was 4 there and is 2"),
+        (6, [{"until_steps": 3}, LONG, LAST], "phases[0] has begun: global_batch_size of step 4 was 2 there and is 4"),
+        (
+            9,
+            [STABLE, LONG, {}],
+            "phases[2] has begun: learning rate of step 9 was {'min_lr': 0.0} there and is null here",
+        ),
+        (5, [{**STABLE, "seq_length": 16}, LONG, LAST], "phases[0] has begun: seq_length of step 1 was 32 there and"),
+        (5, [], "phases[1] has begun: global_batch_size of step 5 was 4 there and is 2 here"),
+    ],
+)
+def test_a_phase_that_has_begun_cannot_change(step: int, phases: list[dict[str, Any]], said: str) -> None:
+    problem = past_problem(step, *phases)
+    assert problem is not None and said in problem, problem
+
+
+def test_phases_can_be_given_to_a_run_that_had_none() -> None:
+    before = small_config(train={"train_iters": 12})
+    assert past_problem(6, {"until_steps": 6}, LAST, there=before) is None
+    assert past_problem(6, {"until_steps": 4}, LONG, there=before, train={"train_iters": 8}) is not None
+    assert past_problem(6, there=before, train={"global_batch_size": 8}) is None, "a run without phases may change it"

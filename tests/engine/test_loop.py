@@ -105,7 +105,7 @@ def train(
     scripted, calls = Scripted(applied), []
     monkeypatch.setattr(loop, "train_step", scripted)
     modes: list[str] = []
-    engine: Any = SimpleNamespace(train=lambda: modes.append("train"))
+    engine: Any = SimpleNamespace(train=lambda: modes.append("train"), gradient_accumulation_steps=lambda: ACCUMULATION)
     hooks = [Diary("first", calls), Diary("second", calls)]
     trainer(engine, state, hooks, config).run(numbered(), last_step)
     assert modes == ["train"]
@@ -126,7 +126,7 @@ def test_hooks_act_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_request_stops_before_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "train_step", Scripted("+++"))
     calls: list[Any] = []
-    engine: Any = SimpleNamespace(train=lambda: None)
+    engine: Any = SimpleNamespace(train=lambda: None, gradient_accumulation_steps=lambda: ACCUMULATION)
     run = trainer(engine, TrainState(), [Diary("d", calls)])
     agreed: list[int] = []
     run.stop.on_agreed = agreed.append
@@ -151,7 +151,7 @@ class AskAfter(Hook):
 def test_a_request_to_save_stops_nothing_and_is_told_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(loop, "train_step", Scripted("++-+"))
     calls: list[Any] = []
-    engine: Any = SimpleNamespace(train=lambda: None)
+    engine: Any = SimpleNamespace(train=lambda: None, gradient_accumulation_steps=lambda: ACCUMULATION)
     run = trainer(engine, TrainState(), [Diary("d", calls)])
     agreed: list[int] = []
     run.stop.on_agreed = agreed.append  # starts the time after which an exit is forced
@@ -165,7 +165,7 @@ def test_a_request_to_save_stops_nothing_and_is_told_once(monkeypatch: pytest.Mo
 def test_a_run_that_stops_takes_a_request_to_save_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(loop, "train_step", Scripted("++"))
     calls: list[Any] = []
-    engine: Any = SimpleNamespace(train=lambda: None)
+    engine: Any = SimpleNamespace(train=lambda: None, gradient_accumulation_steps=lambda: ACCUMULATION)
     run = trainer(engine, TrainState(), [Diary("d", calls)])
     run.stop.trigger = SaveTrigger(tmp_path)
     run.hooks = [*run.hooks, StopAfter(run.stop, 1), AskAfter(tmp_path / FILE, 1)]
@@ -176,7 +176,7 @@ def test_a_run_that_stops_takes_a_request_to_save_with_it(monkeypatch: pytest.Mo
 def test_a_request_in_the_last_step_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "train_step", Scripted("++"))
     calls: list[Any] = []
-    engine: Any = SimpleNamespace(train=lambda: None)
+    engine: Any = SimpleNamespace(train=lambda: None, gradient_accumulation_steps=lambda: ACCUMULATION)
     run = trainer(engine, TrainState(), [Diary("d", calls)])
     run.hooks = [*run.hooks, StopAfter(run.stop, 2)]
     assert run.run(numbered(), 2) == 0 and calls[-1] == ("d", "after", 2)
@@ -216,7 +216,7 @@ def test_applied_steps_decide_on_the_length_also_after_going_back(monkeypatch: p
 def test_too_many_skipped_steps_in_a_row_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     state, calls = TrainState(), []
     monkeypatch.setattr(loop, "train_step", Scripted("++---+"))
-    engine: Any = SimpleNamespace(train=lambda: None)
+    engine: Any = SimpleNamespace(train=lambda: None, gradient_accumulation_steps=lambda: ACCUMULATION)
     with pytest.raises(DivergedError, match=r"3 steps in a row after step 2 .* \(last loss nan\)") as caught:
         trainer(engine, state, [Diary("d", calls)]).run(numbered(), 9)
     assert caught.value.exit_code == 1
@@ -230,7 +230,7 @@ def test_the_message_shows_a_finite_loss_as_a_number(monkeypatch: pytest.MonkeyP
         return StepResult(torch.tensor(2.34567), math.inf, False, 1e-3, 0.1)
 
     monkeypatch.setattr(loop, "train_step", infinite_gradient)
-    engine: Any = SimpleNamespace(train=lambda: None)
+    engine: Any = SimpleNamespace(train=lambda: None, gradient_accumulation_steps=lambda: ACCUMULATION)
     with pytest.raises(DivergedError, match=r"last loss 2\.3457"):
         trainer(engine, TrainState(), []).run(numbered(), 9)
 
@@ -269,7 +269,9 @@ def test_a_step_lasts_from_the_end_of_the_one_before(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(loop, "time", clock)
     monkeypatch.setattr(loop, "train_step", step)
     log, validation = Takes(clock, 0.5, pauses=False), Takes(clock, 30.0, pauses=True)
-    run = trainer(SimpleNamespace(train=lambda: None), TrainState(), [])
+    run = trainer(
+        SimpleNamespace(train=lambda: None, gradient_accumulation_steps=lambda: ACCUMULATION), TrainState(), []
+    )
     run.hooks = [log, validation]
     monkeypatch.setattr(run.stop, "pending", lambda: setattr(clock, "now", clock.now + 0.25) or 0)
     run.run(numbered(), 3)

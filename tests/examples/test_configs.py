@@ -11,6 +11,7 @@ import pytest
 from megatron_sgt.config import Config, load_config
 from megatron_sgt.config.growth import GrowthConfig
 from megatron_sgt.config.model import ModelConfig
+from megatron_sgt.config.phases import phases_of
 from megatron_sgt.export.architecture import TokenIds, hf_config
 from megatron_sgt.export.continued_run import fitting_config
 from megatron_sgt.export.hf.families import read_model
@@ -76,7 +77,7 @@ def test_loads_and_round_trips(name: str, tmp_path: Path) -> None:
 def test_the_set_is_complete() -> None:
     expected = {f"{kind}_{size}" for kind in ("sgt", "vanilla") for size in SIZES}
     expected |= {"quickstart", "vanilla_quickstart", "block_loop_300m", "quickstart_pipeline", "sgt_70b_pipeline"}
-    expected |= {"continue_llama_3.2_1b", "sgt_300m_documents"}
+    expected |= {"continue_llama_3.2_1b", "phases_1.2b", "sgt_300m_documents"}
     expected |= {"sgt_300m_lowest_heads", "sgt_300m_shallow_first", "study_cpu", "study_gpu", "study_growing"}
     expected |= set(GROWING)
     assert set(NAMES) == expected
@@ -129,6 +130,19 @@ def test_recipe_of_the_paper(label: str) -> None:
     assert optim.lr <= 6e-4
     assert growth.first_selection_step == growth.window_size == optim.lr_warmup_iters
     assert growth.first_selection_step + growth.max_selected_layers * growth.window_size < cfg.train.train_iters
+
+
+def test_the_phases_are_those_that_the_comments_say() -> None:
+    config, one = load("phases_1.2b"), load("sgt_1.2b")
+    assert config.tokens_per_step == one.tokens_per_step and config.growth == one.growth
+    assert config.num_micro_batches(64) == 4
+    names = [phase.name for phase in phases_of(config)]
+    assert (names, config.batches.at(1), config.batches.at(config.train.train_iters)) == (
+        ["ramp", "stable", "long", "annealing"],
+        64,
+        256,
+    )
+    assert config.seq_lengths.every == (4096, 16384)
 
 
 @pytest.mark.parametrize(("name", "twin"), GROWING.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,9 @@ TINY: dict[str, dict[str, Any]] = {
 """Decisions at steps 3, 6, 9, 12 and 15: two layers, each looped twice where it stays in the top 3."""
 
 
-def write_tiny_data(folder: Path) -> str:
+def write_tiny_data(folder: Path, seed: int = 5) -> str:
     """A data set of random walks over VOCAB_SIZE tokens; returns its prefix."""
-    rng = random.Random(5)
+    rng = random.Random(seed)
     tokens, lengths = [], []
     for _ in range(120):
         token = rng.randrange(VOCAB_SIZE)
@@ -58,14 +59,15 @@ def write_tiny_data(folder: Path) -> str:
     return str(prefix)
 
 
-def tiny_config(run_dir: Path, data: str, /, **sections: dict[str, Any]) -> Config:
+def tiny_config(
+    run_dir: Path, data: str, /, phases: Sequence[dict[str, Any]] = (), **sections: dict[str, Any]
+) -> Config:
     """TINY on ``data``, writing to ``run_dir``, with the given values per section on top."""
     data_section = {"data_path": [data], "data_cache_path": f"{data}_cache"}
     ours: dict[str, dict[str, Any]] = {"data": data_section, "logging": {"run_dir": str(run_dir)}}
     names = {*TINY, *ours, *sections}
-    return parse_config(
-        {name: {**TINY.get(name, {}), **ours.get(name, {}), **sections.get(name, {})} for name in names}
-    )
+    merged = {name: {**TINY.get(name, {}), **ours.get(name, {}), **sections.get(name, {})} for name in names}
+    return parse_config({**merged, "phases": list(phases)})
 
 
 def pretrain(info: RankInfo, config: Config) -> None:

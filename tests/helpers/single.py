@@ -1,5 +1,6 @@
 """A single-process model for unit tests: one gloo rank in this process, started once."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,10 +27,10 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-def small_config(**sections: dict[str, Any]) -> Config:
+def small_config(phases: Sequence[dict[str, Any]] = (), **sections: dict[str, Any]) -> Config:
     """SMALL with the given values per section on top."""
     merged = {name: {**SMALL.get(name, {}), **sections.get(name, {})} for name in {*SMALL, *sections}}
-    return Config.model_validate(merged)
+    return Config.model_validate({**merged, "phases": tuple(phases)})
 
 
 def single_groups(config: Config) -> ParallelGroups:

@@ -143,6 +143,14 @@ def test_length_line() -> None:
     assert lines.length_line(record, marked) == expected
 
 
+def test_phase_line() -> None:
+    record = {
+        "step": 6, "number": 2, "name": "long", "first_step": 7, "last_step": 1500, "settings": ["batch 8", "T 32"],
+    }  # fmt: skip
+    expected = "<event:PHASE>  step 6  long (2), steps 7 to 1,500  batch 8  T 32"
+    assert lines.phase_line(record, marked) == expected
+
+
 def test_valid_line() -> None:
     record = {"step": 1250, "loss": 3.437, "perplexity": 31.09, "batches": 40, "seconds": 6.0}
     assert lines.valid_line(record) == "VALID step 1,250  loss 3.437  ppl 31.1  (40 batches, 6.0 s)"

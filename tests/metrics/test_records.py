@@ -25,7 +25,7 @@ from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.metrics.records import RECORDS
 from tests.helpers.fp16_on_cpu import allow_fp16
 from tests.helpers.ranks import run_on_ranks
-from tests.helpers.runs import tiny_config, write_tiny_data
+from tests.helpers.runs import pretrain, tiny_config, write_tiny_data
 
 SAVED_AT, FULL_AT, SPIKE_AT, GROWN_AT = 4, 8, 7, 10
 STOP_AT = PATIENCE * MIN_STEPS
@@ -129,13 +129,18 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     run_on_ranks(2, run_with_mishaps, config)
     other_seed = config.train.model_copy(update={"seed": config.train.seed + 1})
     run_on_ranks(2, start_again, config.model_copy(update={"train": other_seed}))
+    phased = tiny_config(folder / "phased", str(folder / "walks"), phases=[{}], train={"train_iters": 3})
+    run_on_ranks(1, pretrain, phased)  # growth.stages have no phases
     first = {"load": str(config.save_dir / f"global_step{GROWN_AT}"), "start": "weights", "save": str(folder / "new")}
     new_run = config.checkpoint.model_copy(update=first)
     run_on_ranks(2, start_again, config.model_copy(update={"checkpoint": new_run}))
     damaged: list[int] = []
     found = read_all(folder / "run/metrics.jsonl", damaged)
     assert damaged == []
-    return found
+    return [
+        *found,
+        *(record for record in read_all(folder / "phased/metrics.jsonl", damaged) if record["kind"] == "phase"),
+    ]
 
 
 @pytest.mark.parametrize("kind", RECORDS)

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sgt.model.rotary import scaled_frequencies
+from megatron_sgt.model.rotary import scaled_frequencies, set_positions
 from tests.helpers.reference_sgt import scaled
-from tests.helpers.single import single_model, small_config
+from tests.helpers.single import random_batch, single_model, small_config
 
 SCALINGS: dict[str, dict[str, Any]] = {
     "linear": {"type": "linear", "factor": 4.0},
@@ -56,3 +56,16 @@ def test_the_model_turns_by_them() -> None:
 
 def test_without_a_scaling_megatron_core_has_its_own() -> None:
     assert scaled_frequencies(small_config().model) == (None, 1.0)
+
+
+@pytest.mark.parametrize("name", [None, "linear", "yarn"])
+def test_positions_of_another_phase_are_those_of_a_model_that_is_built_with_them(name: str | None) -> None:
+    there: dict[str, Any] = {"rotary_base": THETA, "rotary_scaling": None if name is None else SCALINGS[name]}
+    old, new = small_config(), small_config(model=there)
+    model, built = single_model(old), single_model(new)
+    batch = random_batch(old)
+    before = model(**batch).detach()
+    set_positions(model.chunks, new.model, torch.device("cpu"))
+    assert torch.equal(model(**batch), built(**batch)) and not torch.equal(model(**batch), before)
+    set_positions(model.chunks, old.model, torch.device("cpu"))
+    assert torch.equal(model(**batch), before), "a rollback goes back to them"

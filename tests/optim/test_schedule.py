@@ -151,3 +151,44 @@ def test_a_curve_that_knows_whole_steps_alone_is_refused_before_the_run() -> Non
             check_curve(stages("rewind(2)", lr_decay_style="table"))
     finally:
         extensions.unregister("lr_schedules", "table")
+
+
+def rates(*phases: dict[str, Any], **optim: Any) -> list[float]:
+    """Of 12 steps."""
+    config = small_config(phases, optim={"lr": 1.0, "lr_decay_style": "constant", **optim}, train={"train_iters": 12})
+    stages = stages_of(config)
+    check_curve(stages)
+    return [rate_of_run(step, stages) for step in range(1, 13)]
+
+
+def test_without_rates_of_their_own_phases_leave_the_curve_of_the_run() -> None:
+    plain = rates(lr_decay_style="cosine", lr_warmup_iters=3)
+    assert rates({"until_steps": 5}, {"rotary_base": 5e5}, lr_decay_style="cosine", lr_warmup_iters=3) == plain
+
+
+def test_a_phase_decays_from_where_the_one_before_has_ended() -> None:
+    found = rates({"until_steps": 8}, {"lr_decay_style": "linear", "min_lr": 0.2}, lr_warmup_iters=2)
+    assert found == pytest.approx([0.5, *[1.0] * 7, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_a_phase_without_a_rate_stays_where_the_one_before_has_ended() -> None:
+    first = {"until_steps": 4, "lr_decay_style": "linear", "lr_warmup_iters": 2, "min_lr": 0.4}
+    found = rates(first, {"until_steps": 6}, {"lr": 0.8, "lr_warmup_iters": 2, "lr_decay_style": "constant"})
+    assert found == pytest.approx([0.5, 1.0, 0.7, 0.4, 0.4, 0.4, 0.6, *[0.8] * 5])
+
+
+def test_the_first_phase_takes_what_it_does_not_set_from_the_section() -> None:
+    found = rates({"until_steps": 4, "lr_decay_style": "linear"}, {}, lr_warmup_iters=2, min_lr=0.5)
+    assert found == pytest.approx([0.5, 1.0, 0.75, *[0.5] * 9])
+
+
+def test_wsd_and_cosine_run_over_the_steps_of_their_phase() -> None:
+    wsd = {"until_steps": 6, "lr_decay_style": "WSD", "lr_wsd_decay_iters": 4}
+    found = rates(wsd, {"lr": 1.0, "lr_decay_style": "cosine"})
+    assert found[:6] == pytest.approx([1.0, 1.0, 0.75, 0.5, 0.25, 0.0])
+    assert found[6:] == pytest.approx([rate(step, 6) for step in range(1, 7)])
+
+
+def test_a_phase_whose_curve_would_rise_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"phases\[1\]: min_lr 0.5 is above lr 0.2, with which its curve begins"):
+        rates({"until_steps": 6, "min_lr": 0.2, "lr_decay_style": "linear"}, {"lr_decay_style": "linear"}, min_lr=0.5)

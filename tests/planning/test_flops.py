@@ -90,7 +90,7 @@ def test_formula_equals_counter_at_every_length(plan: str) -> None:
     for pieces in (1, 2, 8):
         with flop_counter() as counter:
             model(**cut(random_batch(config), pieces)).backward()
-        flops = batch_flops(config, loops, config.model.seq_length // pieces)
+        flops = batch_flops(config, loops, config.model.seq_length // pieces, 2)
         assert counter.get_total_flops() == flops.executed
         found.append(flops)
     assert found[0] == step_flops(config.model, loops, 2)

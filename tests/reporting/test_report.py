@@ -145,6 +145,25 @@ def test_the_stages_of_a_growing_model_have_rows_and_bands(staged: Path) -> None
     assert {"g_stack", "msg", "+L4", "+L6"} <= {text.get_text() for text in figure.axes[0].texts}
 
 
+def test_phases_are_bands_with_names(tmp_path: Path) -> None:
+    """Each once, whatever started again within it; FLOPs of a token with the batch of their step."""
+    begun = [(0, 1, "stable", 1, 10), (10, 2, "long", 11, 20), (15, 2, "long", 11, 20), (20, 3, "annealing", 21, 60)]
+    phases = [
+        encode("phase", {"step": step, "number": n, "name": name, "first_step": a, "last_step": b, "settings": []})
+        for step, n, name, a, b in begun
+    ]
+    steps = [train(1), train(10), train(15), train(20, global_batch_size=20, flops=4e9), train(40)]
+    run = load_run(write_run(tmp_path / "run", [*phases, *steps]))
+    figure = curves.loss_figure(run)
+    assert figure is not None
+    (band,) = [patch for patch in figure.axes[0].patches if patch.get_gid() == style.PHASE]
+    assert (band.get_x(), band.get_width()) == (10, 10)
+    names = [text for text in figure.axes[0].texts if text.get_gid() == style.PHASE]
+    assert [text.get_text() for text in names] == ["stable", "long", "annealing"]
+    assert len(set(run.flops_per_token()[1])) == 1
+    assert curves.cost_figure(run) is not None
+
+
 def test_a_growing_structure_is_drawn_in_the_numbers_of_its_time(staged: Path) -> None:
     figure = structure.growth_figure(load_run(staged))
     assert figure is not None

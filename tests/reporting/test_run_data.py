@@ -18,7 +18,8 @@ def test_what_counts(grown: Path) -> None:
     assert 9.9 not in losses  # the steps that the resume took again
     assert [(r.step, r.lost_steps, r.path) for r in run.restarts] == [(30, 10, "ckpt/global_step30")]
     assert run.kept_heads == {4: (20, (0, 2)), 2: (31, (1,))}
-    assert run.tokens_per_step() == 10 * TOKENS
+    _, flops = run.series("train", "model_flops_per_step")
+    assert run.flops_per_token()[1].tolist() == (flops / (10 * TOKENS)).tolist()
     assert run.last_step == 60
 
 
@@ -51,7 +52,7 @@ def test_damage_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     run = load_run(write_run(tmp_path / "run", [], config=None))
-    assert run.last_step == 0 and run.tokens_per_step() is None and not run.growth
+    assert run.last_step == 0 and not len(run.flops_per_token()[0]) and not run.growth
     assert any("no training step" in note for note in run.notes)
 
 

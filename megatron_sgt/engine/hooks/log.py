@@ -49,11 +49,11 @@ class LogHook(Hook):
         self.first_loss: float | None = None
         self.last_loss: float | None = None
         self.tokens_per_second: float | None = None
-        self.lengths = config.seq_lengths
+        self.lengths, self.batches = config.seq_lengths, config.batches
         self.tokens_of: Callable[[int], int] = lambda samples: samples * config.model.seq_length
         """Tokens of the first so many samples of the run."""
         self._executed: LoopPlan = schedule.plan
-        self._flops_of: dict[tuple[LoopPlan, int], int] = {}
+        self._flops_of: dict[tuple[LoopPlan, int, int], int] = {}
         self._losses: list[torch.Tensor] = []
         self._last: StepResult | None = None
         self._skipped = 0
@@ -69,15 +69,20 @@ class LogHook(Hook):
         self._last = result
         self._losses.append(result.loss)
         self._skipped += not result.applied
-        seq_length = self.lengths.at(state.step if result.applied else state.step + 1)
-        self._timed.append((result.seconds, self._model_flops(self._executed, seq_length)))
+        step = state.step if result.applied else state.step + 1
+        self._timed.append((result.seconds, self._model_flops(self._executed, step)))
         self._executed = self.schedule.plan  # growth has acted: this is what the next step executes
         self.hub.advance(state.step)
         interval = self.config.logging.log_interval
-        if state.step % interval == 0 or state.step == 1 or not result.applied:
+        if state.step % interval == 0 or state.step == 1 or not result.applied or self._goes_on_otherwise(state.step):
             self._report(state, result)
-        if result.applied and self.lengths.changes_at(state.step + 1) and state.step < self.config.train.train_iters:
+        goes_on = result.applied and state.step < self.config.train.train_iters and not self.config.phases
+        if goes_on and self.lengths.changes_at(state.step + 1):  # a phase is reported by itself (engine/phases.py)
             self._report_length(state.step)
+
+    def _goes_on_otherwise(self, step: int) -> bool:
+        """Whether the next step has another batch size or phase: no record sums up steps of two."""
+        return self.batches.at(step) != self.batches.at(step + 1) or self.config.phase_begins_at(step + 1)
 
     def after_run(self, state: TrainState) -> None:
         if self._last is not None and self._losses:
@@ -91,12 +96,13 @@ class LogHook(Hook):
         self.after_run(state)
         self.hub.log("stop", {"step": state.step, "reason": named(reason)})
 
-    def _model_flops(self, plan: LoopPlan, seq_length: int) -> int:
-        key = plan, seq_length
+    def _model_flops(self, plan: LoopPlan, step: int) -> int:
+        """Of ``plan``, in step ``step``."""
+        key = plan, self.lengths.at(step), self.batches.at(step)
         if key not in self._flops_of:
             if len(self._flops_of) > 64:  # gates make a new plan every step of a window
                 self._flops_of.clear()
-            self._flops_of[key] = batch_flops(self.config, plan, seq_length, self.pairs).model
+            self._flops_of[key] = batch_flops(self.config, *key, self.pairs).model
         return self._flops_of[key]
 
     def _report_length(self, step: int) -> None:
@@ -106,7 +112,7 @@ class LogHook(Hook):
             "seq_length": seq_length,
             "previous_seq_length": self.lengths.at(step),
             "sequences_per_step": self.config.tokens_per_step // seq_length,
-            "model_flops_per_step": self._model_flops(self.schedule.plan, seq_length),
+            "model_flops_per_step": self._model_flops(self.schedule.plan, step + 1),
         }
         self.hub.log("length", record)
 
@@ -116,8 +122,10 @@ class LogHook(Hook):
         timed = (self._timed if self._first_is_reported else self._timed[1:]) or self._timed
         steps, train = len(timed), self.config.train
         seconds, flops = sum(s for s, _ in timed), sum(f for _, f in timed)
-        tokens = steps * self.config.tokens_per_step * (1 - self.pairs.padding if self.pairs else 1)
-        self.eta.update(seconds, steps)
+        step = state.step if result.applied else state.step + 1
+        samples = self.batches.at(step)
+        tokens = steps * samples * self.config.model.seq_length * (1 - self.pairs.padding if self.pairs else 1)
+        self.eta.update(seconds / samples, steps)  # by sample: later steps may have more of them
         used, total = memory_gb(self.groups.device)
         speed = throughput_record(tokens, flops, seconds, self.groups.world_size, self.peak)
         self.first_loss = loss if self.first_loss is None else self.first_loss
@@ -129,7 +137,7 @@ class LogHook(Hook):
             "train_iters": train.train_iters,
             "consumed_samples": state.consumed_samples,
             "consumed_tokens": self.tokens_of(state.consumed_samples),
-            "global_batch_size": train.global_batch_size,
+            "global_batch_size": samples,
             "loss": loss,
             "grad_norm": result.grad_norm,
             "lr": result.lr,
@@ -139,7 +147,7 @@ class LogHook(Hook):
             "device": "cpu" if self.groups.device.type == "cpu" else "gpu",
             "memory_gb": used,
             "memory_total_gb": total,
-            "eta_s": self.eta.remaining_s(train.train_iters - state.step),
+            "eta_s": self.eta.remaining_s(self._samples_left(state.step)),
             "skipped_steps": self._skipped,
             "nan_steps": int(not math.isfinite(loss)),
             "total_skipped_steps": state.skipped_steps,
@@ -151,11 +159,14 @@ class LogHook(Hook):
         if not self._first_is_reported:
             record["first_step_s"] = self._timed[0][0]
         if self.lengths.ends:
-            record["seq_length"] = self.lengths.at(state.step if result.applied else state.step + 1)
+            record["seq_length"] = self.lengths.at(step)
         if result.loss_scale is not None:
             record["loss_scale"] = result.loss_scale
         self.hub.log("train", {**self.schedule.report(), **record})
         self._losses, self._skipped, self._timed, self._first_is_reported = [], 0, [], True
+
+    def _samples_left(self, step: int) -> int:
+        return self.batches.samples(self.config.train.train_iters) - self.batches.samples(step)
 
     def on_growth(self, event: GrowthEvent) -> None:
         cost = overhead(self.config.model, self.schedule.plan.inference(), self.pairs)

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from megatron_sgt.config.lengths import SequenceLengths
 from megatron_sgt.config.run import TrainConfig
 from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.loop import DivergedError
@@ -62,6 +61,9 @@ class SpikeHook(Hook):
     """Comes before all other hooks: they must not see a step that will be undone.
 
     It also moves the count of consumed samples past the skipped ranges, as the data itself does.
+
+    Args:
+        begins_at: whether the losses from a step on are of another kind than those before it.
     """
 
     name = "spike"
@@ -73,10 +75,10 @@ class SpikeHook(Hook):
         can_go_back: Callable[[], bool],
         hub: MetricsHub,
         groups: ParallelGroups,
-        lengths: SequenceLengths,
+        begins_at: Callable[[int], bool],
     ) -> None:
         self.config = config
-        self.lengths = lengths
+        self.begins_at = begins_at
         self.skipped_ranges = skipped
         self.can_go_back = can_go_back
         self.hub = hub
@@ -95,8 +97,8 @@ class SpikeHook(Hook):
         state.consumed_samples = self.skipped_ranges.after(state.consumed_samples)
         if self.rule is None or not result.applied:
             return
-        if self.lengths.changes_at(state.step):
-            self.rule.losses.clear()  # tokens with more context, or at positions that were never trained
+        if self.begins_at(state.step):
+            self.rule.losses.clear()  # more context, positions that were never trained, other texts
         loss = float(mean_over_data_parallel(result.loss.clone(), self.groups))
         limit = self.rule.limit()
         if not any_rank(loss > limit, self.groups):

@@ -161,7 +161,7 @@ def test_a_curriculum_of_lengths_is_counted_and_told() -> None:
         bench.step(2.0, applied)
     bench.hook.after_run(bench.state)
     lengths = (8, 8, 16, 16, 16, 16, 32)
-    costs = [batch_flops(config, plan, length).model for plan, length in zip(executed, lengths, strict=True)]
+    costs = [batch_flops(config, plan, length, BATCH).model for plan, length in zip(executed, lengths, strict=True)]
     shown = bench.trained()
     assert [(record["step"], record["seq_length"]) for record in shown] == [(1, 8), (2, 16), (4, 16), (6, 32)]
     expected = [costs[0], sum(costs[1:3]) / 2, sum(costs[3:5]) / 2, sum(costs[5:7]) / 2]

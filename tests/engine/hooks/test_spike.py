@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from megatron_sgt.config import Config
-from megatron_sgt.config.lengths import SequenceLengths
 from megatron_sgt.engine.hooks.spike import LossSpike, SpikeHook, SpikeRule
 from megatron_sgt.engine.loop import DivergedError
 from megatron_sgt.engine.skipped_ranges import PASSED_FILE, SkippedRanges
@@ -68,7 +67,7 @@ def hook(tmp_path: Path, hub: MetricsHub, can_go_back: bool = True, rollbacks: i
         checkpoint={"save_interval": 1},
     )
     skipped = SkippedRanges(tmp_path, [(1000 + n, 1001 + n) for n in range(rollbacks)])
-    made = SpikeHook(config.train, skipped, lambda: can_go_back, hub, fake_groups(), SequenceLengths(32))
+    made = SpikeHook(config.train, skipped, lambda: can_go_back, hub, fake_groups(), lambda step: False)
     for step, loss in enumerate((1.0, 1.1, 0.9), start=1):
         made.after_step(TrainState(step=step, consumed_samples=2 * step), result(loss))
     return made
@@ -86,7 +85,7 @@ def test_a_spike_asks_to_go_back(tmp_path: Path) -> None:
 
 def test_another_sequence_length_is_judged_by_its_own_losses(tmp_path: Path) -> None:
     judged = hook(tmp_path, Noted())
-    judged.lengths = SequenceLengths(32, (3,), (16,))
+    judged.begins_at = lambda step: step == 4
     judged.after_step(TrainState(step=4, consumed_samples=8), result(1.5))
     assert judged.state_dict() == {"losses": [1.5]}
 
