@@ -291,7 +291,9 @@ def _rate_misfits(config: "Config", phase: Phase) -> Iterator[str]:
         return
     style = entry.lr_decay_style or optim.lr_decay_style
     decay = entry.lr_wsd_decay_iters or optim.lr_wsd_decay_iters
-    warmup = entry.lr_warmup_iters or 0
+    warmup = (
+        (optim.lr_warmup_iters if phase.number == 1 else 0) if entry.lr_warmup_iters is None else entry.lr_warmup_iters
+    )
     if entry.lr is not None and entry.min_lr is not None and entry.min_lr > entry.lr:
         yield f"min_lr: {entry.min_lr:g} is above lr {entry.lr:g}"
     if entry.lr_wsd_decay_iters is not None and style != "WSD":

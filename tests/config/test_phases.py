@@ -156,6 +156,11 @@ BEGUN = {"until_steps": 6}
             ["phases[1].lr_wsd_decay_iters: 12 and lr_warmup_iters 3 do not fit into its 14 steps"],
         ),
         (
+            [{**BEGUN, "lr": 1e-3}, {}],
+            {"optim": {"lr_warmup_iters": 9}},
+            ["phases[0].lr_warmup_iters: 9 is above its 6 steps"],
+        ),
+        (
             [BEGUN, {"lr_decay_style": "linear", "lr_wsd_decay_iters": 2}],
             {},
             ["phases[1].lr_wsd_decay_iters: 2 has no effect with lr_decay_style 'linear'; remove it"],
