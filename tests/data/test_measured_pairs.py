@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_sgt.config import Config
+from megatron_sgt.config import Config, parse_config
 from megatron_sgt.data.attended import attended
 from megatron_sgt.data.indexed import sequence_lengths
 from megatron_sgt.data.measured_pairs import measured_pairs
@@ -39,6 +39,22 @@ def test_pieces_and_padding(tmp_path: Path) -> None:
         assert found.pairs(length) == attended(lengths, length, "concat", True).pairs
     packed = measured_pairs(config(prefix, packing="best_fit"))
     assert packed is not None and packed.padding == attended(lengths, T, "best_fit", True).padding > 0
+
+
+def test_phases_count_by_what_they_read(tmp_path: Path) -> None:
+    """Four steps of the first blend at T, two of the other one at T / 2 and four at T."""
+    half, full = write_dataset(tmp_path / "half", [T // 2] * 41), write_dataset(tmp_path / "full", [T] * 41)
+    phases = [
+        {"until_steps": 4},
+        {"until_steps": 6, "data_path": full, "seq_length": T // 2},
+        {"data_path": [0.5, half, 0.5, full], "seq_length": T},
+    ]
+    given = config(half).model_dump() | {"phases": phases}
+    given["train"]["train_iters"] = 10
+    found = measured_pairs(parse_config(given))
+    assert found is not None
+    assert found.share(T // 2) == pytest.approx(1)
+    assert found.share(T) == pytest.approx((0.5 + (0.5 + 1) / 2) / 2, abs=0.01)
 
 
 def test_the_training_split_alone_is_measured_and_of_a_large_one_a_sample(
