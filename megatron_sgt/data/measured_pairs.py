@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 
@@ -21,45 +21,32 @@ _RUNS = 64
 
 
 def measured_pairs(config: Config) -> AttendedPairs | None:
-    """Means over the training samples of ``data.data_path``, or of the blends of all phases by how much each reads.
+    """Means over the training samples of every blend of the run; None where documents attend to each other.
 
-    None where documents attend to each other. Pieces of packed samples (data.seq_length_curriculum) are taken as if
-    their documents stood one after the other.
+    Pieces of packed samples (data.seq_length_curriculum) are taken as if their documents stood one after the other.
 
     Raises:
         DataError: a data set is missing or damaged, or has no training sample.
     """
-    data, full = config.data, config.model.seq_length
+    data = config.data
     if not data.reset_attention_mask or data.dataset != "indexed":
         return None
-    if not all(config.data_paths):
+    if not data.data_path:
         raise DataError("data.data_path is empty; give the prefix of a .bin/.idx pair")
-    lengths = {path: _lengths(config, path) for path in _read_from(config, None)}
-    padding, of_length = 0.0, {}
+    of_blend = {path: _of_blend(config, path) for path in config.data_paths}
+    later = tuple((phase.first, of_blend[phase.data_path]) for phase in phases_of(config))
+    return replace(of_blend[data.data_path], later=later)
+
+
+def _of_blend(config: Config, data_path: tuple[str, ...]) -> AttendedPairs:
+    data, full = config.data.model_copy(update={"data_path": data_path}), config.model.seq_length
+    blend = [(weight, _lengths(config, path)) for weight, path in data.blend()]
+    whole = [(weight, attended(lengths, full, data.packing, True)) for weight, lengths in blend]
+    of_length = {full: sum(weight * one.pairs for weight, one in whole)}
     for length in config.seq_lengths.every:
-        read = _read_from(config, length) or _read_from(config, None)
-        packing = data.packing if length == full else "concat"
-        of_length[length] = sum(
-            weight * attended(lengths[path], length, packing, True).pairs for path, weight in read.items()
-        )
-    if data.packing != "concat":
-        read = _read_from(config, None)
-        padding = sum(
-            weight * attended(lengths[path], full, data.packing, True).padding for path, weight in read.items()
-        )
-    return AttendedPairs(tuple(of_length.items()), padding)
-
-
-def _read_from(config: Config, seq_length: int | None) -> dict[str, float]:
-    """The share of each data set in the samples of the run, or in those of its phases of ``seq_length``."""
-    whole = (config.model.seq_length, 1, config.data.data_path)
-    phases = [(phase.seq_length, phase.samples, phase.data_path) for phase in phases_of(config)] or [whole]
-    shares: Counter[str] = Counter()
-    for length, samples, data_path in phases:
-        if seq_length in (None, length):
-            for weight, path in config.data.model_copy(update={"data_path": data_path}).blend():
-                shares[path] += samples * weight
-    return {path: share / shares.total() for path, share in shares.items()}
+        if length != full:
+            of_length[length] = sum(w * attended(lengths, length, "concat", True).pairs for w, lengths in blend)
+    return AttendedPairs(tuple(of_length.items()), sum(weight * one.padding for weight, one in whole))
 
 
 def _lengths(config: Config, path: str) -> np.ndarray:
