@@ -162,7 +162,8 @@ def _same_data(prefix: str, other: IndexedInfo) -> bool:
     """Whether two data sets are one file, or one is a copy of the other."""
     if os.path.realpath(f"{prefix}.bin") == os.path.realpath(f"{other.prefix}.bin"):
         return True
-    if lengths_digest(sequence_lengths(prefix)) != other.lengths_digest:
+    lengths = sequence_lengths(prefix)
+    if len(lengths) != other.sequences or lengths_digest(lengths) != other.lengths_digest:
         return False
     return content_digest(prefix, other.tokens) == content_digest(other.prefix, other.tokens)
 
