@@ -79,7 +79,7 @@ def test_dry_run_without_git(left_out: tuple[str, ...], tmp_path: Path) -> None:
     assert [row["when"] for row in result["ceilings"]] == ["start", "end"]
     assert measured(result["ceilings"]) == {"dry"}
     checks = {row["check"]: row["passed"] for row in result["correctness"]}
-    assert len(checks) == 16 - ("golden" in left_out) and checks.pop("CUDA graph") is None and all(checks.values())
+    assert len(checks) == 17 - ("golden" in left_out) and checks.pop("CUDA graph") is None and all(checks.values())
     assert [row["measured"] for row in result["targets"]] == ["dry"] * 4 + [None]
     structures = [row["structure"] for row in result["training"] if "structure" in row]
     assert structures[0] == "vanilla" and structures.count("fixed, 3 loops") == 2 and len(structures) == 14
