@@ -132,9 +132,7 @@ def find_validation_sets(cfg: Config, tokenizer: Tokenizer | None) -> dict[str, 
                 f"data.valid.{name}: {source.info.prefix} has {source.info.tokens} tokens, less than one sample of "
                 f"{cfg.model.seq_length} + 1; use more text or a smaller model.seq_length"
             )
-        blends = (cfg.data.model_copy(update={"data_path": paths}).blend() for paths in cfg.data_paths if paths)
-        trained = (path for blend in blends for _, path in blend)
-        same = next((path for path in trained if _same_data(resolve_prefix(path)[0], source.info)), None)
+        same = next((path for path in cfg.data_prefixes if _same_data(resolve_prefix(path)[0], source.info)), None)
         if same is not None and not cfg.data.allow_validation_leak:
             raise DataError(
                 f"data.valid.{name}: {source.info.prefix} is trained on (data.data_path: {same}), so that validation "
