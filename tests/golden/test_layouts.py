@@ -16,6 +16,7 @@ from megatron_sgt.engine.build import start_processes
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.model.linear import LoopingRowParallelLinear
 from megatron_sgt.model.norm import RMSNorm
+from tests.helpers.exhaustive import exhaustive
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.trajectories import GOLDEN, make_trajectory, read_trajectory, settings_of, write_trajectory
 from tests.helpers.trajectory_runs import ALLOWED, differences, run_trajectory, structure, trajectory_on
@@ -111,7 +112,7 @@ def sabotaged(info: RankInfo, path: Path, fault: str) -> Any:
 @pytest.mark.parametrize(
     ("fault", "quantity", "at_least"),
     [
-        ("none", "", 0.0),
+        exhaustive(("none", "", 0.0)),
         ("norm gradients are not summed", "loss", 1e-4),
         ("a weight is taken for replicated", "grad_norm", 1e-2),
     ],
