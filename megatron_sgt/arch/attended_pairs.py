@@ -17,10 +17,16 @@ class AttendedPairs:
         of_length: T and the pairs of query and key in a sequence of T tokens, each token and itself included, for
             every length that the run has. T · (T + 1) / 2 if each sequence is one document.
         padding: share of the tokens that stand for none of the data's.
+        later: first steps, ascending, from which on a run reads other data, and the means of that.
     """
 
     of_length: tuple[tuple[int, float], ...]
     padding: float = 0.0
+    later: tuple[tuple[int, AttendedPairs], ...] = ()
+
+    def at(self, step: int) -> AttendedPairs:
+        """Those of the data that step ``step`` reads."""
+        return next((pairs for first, pairs in reversed(self.later) if first <= step), self)
 
     def pairs(self, seq_length: int) -> float:
         """In a sequence of ``seq_length`` tokens, one of the lengths of the run."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from megatron_sgt.arch.attended_pairs import AttendedPairs
 from megatron_sgt.config import Config
+from megatron_sgt.config.phases import phases_of
 from megatron_sgt.data.attended import attended
 from megatron_sgt.data.indexed import sequence_lengths
 from megatron_sgt.data.prefix import resolve_prefix
@@ -18,19 +21,26 @@ _RUNS = 64
 
 
 def measured_pairs(config: Config) -> AttendedPairs | None:
-    """Means over the training samples of ``data.data_path``; None where documents attend to each other.
+    """Means over the training samples of every blend of the run; None where documents attend to each other.
 
     Pieces of packed samples (data.seq_length_curriculum) are taken as if their documents stood one after the other.
 
     Raises:
         DataError: a data set is missing or damaged, or has no training sample.
     """
-    data, full = config.data, config.model.seq_length
+    data = config.data
     if not data.reset_attention_mask or data.dataset != "indexed":
         return None
-    blend = [(weight, _lengths(config, path)) for weight, path in data.blend()]
-    if not blend:
+    if not data.data_path:
         raise DataError("data.data_path is empty; give the prefix of a .bin/.idx pair")
+    of_blend = {path: _of_blend(config, path) for path in config.data_paths}
+    later = tuple((phase.first, of_blend[phase.data_path]) for phase in phases_of(config))
+    return replace(of_blend[data.data_path], later=later)
+
+
+def _of_blend(config: Config, data_path: tuple[str, ...]) -> AttendedPairs:
+    data, full = config.data.model_copy(update={"data_path": data_path}), config.model.seq_length
+    blend = [(weight, _lengths(config, path)) for weight, path in data.blend()]
     whole = [(weight, attended(lengths, full, data.packing, True)) for weight, lengths in blend]
     of_length = {full: sum(weight * one.pairs for weight, one in whole)}
     for length in config.seq_lengths.every:

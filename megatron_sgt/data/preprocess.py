@@ -284,13 +284,15 @@ def default_workers() -> int:
 def describe(report: PreprocessReport, options: PreprocessOptions, checksum: bool) -> Sequence[str]:
     """The report as lines for a person."""
     lines = []
-    if report.kept:
-        return [f"{dataset.prefix}.bin/.idx: finished before, kept" for dataset in report.datasets]
     for dataset in report.datasets:
         skipped = f", {dataset.empty:,} empty ones skipped" if dataset.empty else ""
-        lines.append(f"{dataset.prefix}.bin/.idx: {dataset.documents:,} documents{skipped}, {dataset.tokens:,} tokens")
+        kept = "finished before, kept: " if report.kept else ""
+        found = f"{kept}{dataset.documents:,} documents{skipped}, {dataset.tokens:,} tokens"
+        lines.append(f"{dataset.prefix}.bin/.idx: {found}")
         if checksum:
             lines.append(f"sha256 {sha256_of(Path(dataset.prefix + '.bin'))}  {dataset.prefix}.bin")
+    if report.kept:
+        return lines
     if report.repaired:
         lines.append(f"{report.repaired:,} texts contained invalid Unicode characters, which were replaced by '?'")
     if report.bad:

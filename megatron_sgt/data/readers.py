@@ -156,6 +156,8 @@ def _read_parquet(file: InputFile, keys: Sequence[str], chunk_bytes: int) -> Ite
             num_rows = max(1, last - file.start)
             groups, row = _groups(table.metadata, file.start, last)
             for batch in table.iter_batches(batch_size=_ROWS, row_groups=groups, columns=list(keys)):
+                if row >= last:  # the rest of a row group, of which a shard has the beginning
+                    break
                 before, row = row, row + len(batch)
                 batch = batch[max(0, file.start - before) : last - before]
                 if not len(batch):

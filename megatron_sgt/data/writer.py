@@ -126,8 +126,9 @@ class DatasetWriter:
         self.save()
         # The index goes first and comes last: without it the other files are not a data set.
         Path(self.prefix + ".idx").unlink(missing_ok=True)
-        if metadata is None:
-            Path(self.prefix + ".json").unlink(missing_ok=True)
+        if metadata is None:  # nor what another process has left of one
+            for path in (Path(self.prefix + ".json"), self._temporary[".json"]):
+                path.unlink(missing_ok=True)
         for suffix, path in self._temporary.items():
             if path.exists():
                 commit(path, Path(self.prefix + suffix))
@@ -203,9 +204,13 @@ def _locked(path: Path) -> Any:
     stream = _opened(path)
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        stream.close()
-        raise DataError(f"another process is writing {path}; wait for it or choose another prefix") from error
+        # Else it has got its name from the other process between these two lines, and is complete.
+        held = path.exists() and os.path.samestat(path.stat(), os.fstat(stream.fileno()))
+    except BlockingIOError:
+        held = False
     except OSError:
-        pass  # a file system without locks
+        held = True  # a file system without locks
+    if not held:
+        stream.close()
+        raise DataError(f"another process is writing {path}; wait for it or choose another prefix")
     return stream

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_sgt.errors import SGTError
+from megatron_sgt.errors import DataError, SGTError, first_line
 from megatron_sgt.evaluation.token_scores import token_scores
 from megatron_sgt.parallel.collectives import any_rank, on_rank_zero
 from megatron_sgt.parallel.groups import ParallelGroups
@@ -71,27 +71,36 @@ class LiveModel:
         self._decode = decode
         self._end = end
         self._alive = alive
+        self._broken: Exception | None = None
+        """What ended a computation of all ranks on this one."""
 
     def together(self, work: Callable[[], T]) -> T:
         """The result of ``work`` on every rank: rank 0 does it, the others compute what it asks for. Collective.
 
         Raises:
-            SGTError: on every rank, when ``work`` raised it.
+            SGTError: on every rank, when ``work`` raised it; a DataError, when it raised anything else.
+            Exception: on this rank alone, what a forward pass raised: the others are inside it and wait.
         """
         if not self._groups.is_main:
             while isinstance(told := on_rank_zero(_not_here), _Score | _Continue):
                 self._run(told)
             return told
+        failure: SGTError | None = None
         try:
             found = work()
-        except SGTError as error:
-            failure = error
+        except Exception as error:
+            if self._broken is not None:  # whatever ``work`` has made of it
+                raise self._broken from None
+            failure = (
+                error if isinstance(error, SGTError) else DataError(f"{type(error).__name__}: {first_line(error)}")
+            )
 
-            def fail() -> T:
+        def tell() -> T:
+            if failure is not None:
                 raise failure
+            return found
 
-            return on_rank_zero(fail)
-        return on_rank_zero(lambda: found)
+        return on_rank_zero(tell)
 
     def score(self, sequences: Sequences) -> list[tuple[float, bool]]:
         """For rank 0 inside ``together``.
@@ -113,7 +122,11 @@ class LiveModel:
         return self._ask(_Continue(contexts, new_tokens, tuple(text for text in until if text)))
 
     def _ask(self, job: _Score | _Continue) -> list[Any]:
-        return self._run(on_rank_zero(lambda: job))
+        try:
+            return self._run(on_rank_zero(lambda: job))
+        except Exception as error:
+            self._broken = error
+            raise
 
     def _run(self, job: _Score | _Continue) -> list[Any]:
         """Every rank its share; rank 0 needs the result."""

@@ -23,6 +23,7 @@ from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.config import Config
 from megatron_sgt.config.model import ModelConfig
 from megatron_sgt.growth import LayerPlan, LoopPlan
+from megatron_sgt.planning.phases import parts_within
 
 
 def step_flops(
@@ -58,10 +59,10 @@ def batch_flops(
 
 
 def flops_between(config: Config, plan: LoopPlan, first: int, last: int, pairs: AttendedPairs | None = None) -> int:
-    """Model FLOPs of steps ``first`` to ``last`` of ``plan``, both inclusive, each at its length and batch size."""
+    """Model FLOPs of steps ``first`` to ``last`` of ``plan``, both inclusive, each at its length, batch and data."""
     return sum(
-        span.steps * batch_flops(config, plan, part.seq_length, span.size, pairs).model
-        for part in config.seq_lengths.within(first, last)
+        span.steps * batch_flops(config, plan, part.seq_length, span.size, pairs and pairs.at(part.first)).model
+        for part in parts_within(config, first, last)
         for span in config.batches.within(part.first, part.last)
     )
 

@@ -198,7 +198,7 @@ def _stretch(config: Config, stretch: Stretch, span: LengthSpan, pairs: Attended
         "seq_length": span.seq_length,
         "loops": sum(layer.loops + layer.block_loops for layer in stretch.plan),
         "flops_per_token": flops / config.tokens_between(span.first, span.last),
-        "overhead": overhead(at_length(config.model, span.seq_length), stretch.plan, pairs),
+        "overhead": overhead(at_length(config.model, span.seq_length), stretch.plan, pairs and pairs.at(span.first)),
         "flops": flops,
     }
 

@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +11,10 @@ from megatron_sgt.config import Config, DataConfig
 from megatron_sgt.data.gpt_dataset import DATASETS, BlendedSamples, build_datasets, open_validation_sets
 from megatron_sgt.data.sources import validate_data
 from megatron_sgt.errors import DataError
+from megatron_sgt.launch.rank_info import RankInfo
 from tests.helpers.choices import built_in
 from tests.helpers.datasets import write_dataset
+from tests.helpers.ranks import run_on_ranks
 
 MakeConfig = Callable[..., Config]
 
@@ -145,42 +144,18 @@ def test_a_corpus_rebuilt_under_the_same_name(tmp_path: Path, make_config: MakeC
     assert len({int(t) for i in range(len(train)) for t in train[i]["tokens"]}) == 16 * len(train)
 
 
-RANK_PROGRAM = """
-import datetime, os, sys
-import torch
-import torch.distributed as dist
-from megatron_sgt.config import load_config
-from megatron_sgt.data.gpt_dataset import build_datasets
-from megatron_sgt.errors import DataError
-
-rank, store, config, bad_config, out = int(sys.argv[1]), *sys.argv[2:]
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2,
-                        timeout=datetime.timedelta(seconds=60))
-train, valid, _ = build_datasets(load_config(config), None)
-tokens = torch.stack([train[i]["tokens"] for i in range(40)] + [valid[0]["tokens"]])
-try:
-    build_datasets(load_config(bad_config), None)
-    message = "no error"
-except DataError as error:
-    message = str(error)
-torch.save((tokens, message), f"{out}/rank{rank}.pt")
-"""
+def open_on_a_rank(info: RankInfo, good: Config, bad: Config) -> tuple[torch.Tensor, str]:
+    """Forty samples of training and one of validation; what is said of data that is not there."""
+    train, valid, _ = build_datasets(good, None)
+    tokens = torch.stack([train[i]["tokens"] for i in range(40)] + [valid[0]["tokens"]])
+    with pytest.raises(DataError) as caught:
+        build_datasets(bad, None)
+    return tokens, str(caught.value)
 
 
 def test_two_ranks_build_one_cache_and_fail_together(tmp_path: Path, make_config: MakeConfig) -> None:
-    prefix = write_dataset(tmp_path / "a", [20] * 20)
-    cfg = make_config(prefix)
-    (tmp_path / "good.yaml").write_text(cfg.to_yaml())
-    (tmp_path / "bad.yaml").write_text(make_config(str(tmp_path / "nope")).to_yaml())
-    program = tmp_path / "rank.py"
-    program.write_text(RANK_PROGRAM)
-    arguments = [str(tmp_path / name) for name in ("store", "good.yaml", "bad.yaml", "")]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([sys.executable, str(program), str(rank), *arguments], env=environment) for rank in range(2)
-    ]
-    assert [rank.wait(timeout=90) for rank in ranks] == [0, 0]
-    (tokens, message), (other_tokens, other_message) = (torch.load(tmp_path / f"rank{r}.pt") for r in range(2))
+    cfg, bad = make_config(write_dataset(tmp_path / "a", [20] * 20)), make_config(str(tmp_path / "nope"))
+    (tokens, message), (other_tokens, other_message) = run_on_ranks(2, open_on_a_rank, cfg, bad, backend="gloo")
     assert torch.equal(tokens, other_tokens)
     assert "no indexed data set" in message and message == other_message
     assert len(list(cfg.data_cache_dir.iterdir())) == 1

@@ -9,6 +9,8 @@ from megatron_sgt.data.attended import attended
 from megatron_sgt.data.indexed import sequence_lengths
 from megatron_sgt.data.measured_pairs import measured_pairs
 from megatron_sgt.errors import DataError
+from megatron_sgt.growth import LoopPlan
+from megatron_sgt.planning.flops import batch_flops, flops_between
 from tests.helpers.datasets import write_dataset
 from tests.helpers.single import small_config
 
@@ -60,3 +62,20 @@ def test_the_training_split_alone_is_measured_and_of_a_large_one_a_sample(
     empty = write_dataset(tmp_path / "empty", [0])
     with pytest.raises(DataError, match="has no token"):
         measured_pairs(config(empty))
+
+
+def test_a_phase_has_the_pairs_of_its_own_blend(tmp_path: Path) -> None:
+    """FLOPs of steps in both phases are the sum of what each blend's documents make."""
+    half, full = write_dataset(tmp_path / "half", [T // 2] * 41), write_dataset(tmp_path / "full", [T] * 41)
+    two = small_config(
+        model={"seq_length": T},
+        train={"train_iters": 10},
+        data={"data_path": half, "split": "1", "reset_attention_mask": True},
+        phases=[{"until_steps": 4}, {"data_path": full}],
+    )
+    found = measured_pairs(two)
+    assert found is not None
+    assert [found.at(step).square(T) for step in (1, 4, 5, 10)] == [T * T / 2, T * T / 2, T * T, T * T]
+    plan = LoopPlan.empty(two.model.num_layers)
+    first, second = (batch_flops(two, plan, T, two.train.global_batch_size, found.at(step)).model for step in (1, 5))
+    assert first < second and flops_between(two, plan, 3, 6, found) == 2 * first + 2 * second

@@ -110,6 +110,7 @@ def test_megatrons_own_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for prefix in (a, b):
         theirs.add_index(prefix)
     theirs.finalize(str(tmp_path / "theirs.idx"))
+    (tmp_path / "ours.json.tmp").write_text("{}")  # of a killed process
     info = merge([a, b], str(tmp_path / "ours"))
     assert (info.documents, info.sequences, info.tokens) == (3, 6, 23)
     for suffix in (".bin", ".idx"):

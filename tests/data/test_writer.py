@@ -39,7 +39,7 @@ def test_the_bytes_are_those_of_megatron(tmp_path: Path, dtype: str, monkeypatch
     assert json.loads((tmp_path / "ours.json").read_text()) == {"documents": 5, "tokens": 14, "a": 1}
 
 
-def test_it_goes_on_where_another_one_has_saved(tmp_path: Path) -> None:
+def test_it_goes_on_where_another_one_has_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
     with DatasetWriter(whole, "int32", overwrite=False) as writer:
         writer.add(piece(LENGTHS, 0))
@@ -58,6 +58,14 @@ def test_it_goes_on_where_another_one_has_saved(tmp_path: Path) -> None:
         pytest.raises(DataError, match="another process is writing"),
     ):
         DatasetWriter(str(tmp_path / "less"), "int32", False, saved)
+
+    def lock_late(*_: object) -> None:
+        (tmp_path / "less.idx.tmp").rename(tmp_path / "less.idx")
+
+    with monkeypatch.context() as patched, pytest.raises(DataError, match="another process is writing"):
+        patched.setattr("fcntl.flock", lock_late)  # the other one commits meanwhile
+        DatasetWriter(str(tmp_path / "less"), "int32", False, saved)
+    (tmp_path / "less.idx").rename(tmp_path / "less.idx.tmp")
     with pytest.raises(DataError, match=r"less.bin.tmp has 0 bytes of 16 that .* without --resume"):
         DatasetWriter(str(tmp_path / "less"), "int32", False, saved)
 

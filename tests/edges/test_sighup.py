@@ -94,7 +94,7 @@ def to_the_ranks(job: Job) -> None:
 @pytest.mark.parametrize(
     ("launch", "ask", "codes"),
     [
-        (torchrun, to_launcher(signal.SIGHUP), [1]),
+        exhaustive((torchrun, to_launcher(signal.SIGHUP), [1])),
         exhaustive((deepspeed, to_everyone(signal.SIGHUP), [-signal.SIGHUP])),
         pytest.param(mpirun, to_the_ranks, [ExitCode.SAVED], marks=[pytest.mark.exhaustive, NO_MPI]),
     ],
@@ -102,6 +102,7 @@ def to_the_ranks(job: Job) -> None:
 def test_under_launchers(
     launch: Callable[[Path, list[str]], Job], ask: Callable[[Job], None], codes: list[int], data: str, tmp_path: Path
 ) -> None:
+    """In `make test` tests/integration/test_stop.py asks all of them, by other signals."""
     job = launch(tmp_path, ["--config", str(configured(tmp_path, data))])
     wait_for_job(tmp_path / "run", job)
     ask(job)

@@ -26,6 +26,7 @@ from megatron_sgt.stages.stages import stages_of
 from tests.helpers.checkpoints import grown_config, write_grown_checkpoint
 from tests.helpers.commands import snapshot
 from tests.helpers.deepspeed_files import random_state, write_checkpoint
+from tests.helpers.exhaustive import exhaustive
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import tiny_config, write_tiny_data
 from tests.helpers.single import single_groups, small_config
@@ -78,7 +79,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(folder / "from", config, small, (1, 1, 1))
 
 
-def test_all_ranks_of_every_layout_find_the_same(checkpoint: Path) -> None:
+@pytest.mark.parametrize("layouts", [LAYOUTS[1:], exhaustive((LAYOUTS,))], ids=["a share", "all"])
+def test_all_ranks_of_every_layout_find_the_same(checkpoint: Path, layouts: tuple[Layout, ...]) -> None:
     folder = checkpoint.parent.parent
     before = snapshot(checkpoint)
     (alone,) = run_on_ranks(1, search, folder, checkpoint, LAYOUTS[:1])[0]
@@ -88,7 +90,7 @@ def test_all_ranks_of_every_layout_find_the_same(checkpoint: Path) -> None:
         assert measured.losses[depth] == pytest.approx(sum(losses[depth] for losses in told.values()) / 3)
         assert measured.seconds[depth] > 0
     assert len({round(loss, 3) for loss in measured.losses.values()}) == 3  # they are different models
-    for ranks in run_on_ranks(2, search, folder, checkpoint, LAYOUTS, backend="gloo"):
+    for ranks in run_on_ranks(2, search, folder, checkpoint, layouts, backend="gloo"):
         for _, _, found, _ in ranks:
             assert found.losses == pytest.approx(measured.losses, abs=2e-5)
     assert snapshot(checkpoint) == before

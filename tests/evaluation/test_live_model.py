@@ -91,3 +91,26 @@ def test_a_failure_is_that_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None
 
     with pytest.raises(DataError, match="no data"):
         live.together(fail)
+    with pytest.raises(DataError, match="KeyError: 'rouge'"):
+        live.together(lambda: {}["rouge"])
+
+
+def test_what_a_forward_pass_raises_is_told_to_no_rank_as_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are inside it: an error of which the harness makes another one ends this process all the same."""
+    counting, told = Counting(monkeypatch), []
+    monkeypatch.setattr(module, "on_rank_zero", lambda work: told.append(work()) or told[-1])
+
+    def broken(*_: Any) -> None:
+        raise ValueError("cuBLAS")
+
+    monkeypatch.setattr(module, "token_scores", broken)
+
+    def work() -> None:
+        try:
+            counting.live.score([([1, 2], 1)])
+        except ValueError as error:
+            raise DataError("the data of x cannot be read") from error
+
+    with pytest.raises(ValueError, match="cuBLAS"):
+        counting.live.together(work)
+    assert len(told) == 1, "the question alone"

@@ -11,7 +11,7 @@ from megatron_sgt.config import load_config
 from megatron_sgt.data.pieces import cut
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.model.apply_plan import apply_plan
-from megatron_sgt.planning.flops import batch_flops, overhead, step_flops
+from megatron_sgt.planning.flops import at_length, batch_flops, overhead, step_flops
 from megatron_sgt.planning.structure import final_plan
 from tests.helpers.exhaustive import exhaustive
 from tests.helpers.flops import flop_counter
@@ -120,6 +120,9 @@ def test_overhead_of_three_layers_with_two_heads() -> None:
     vanilla, grown = (step_flops(config.model, plan, 1) for plan in (LoopPlan.empty(8), loops))
     assert grown.linear / vanilla.linear - 1 == pytest.approx(0.0250, abs=5e-5)
     assert overhead(config.model, loops) == pytest.approx(0.0398, abs=5e-4)
+    short = at_length(config.model, 128)  # which changes no share of the linear layers
+    vanilla = step_flops(short, LoopPlan.empty(8), 1)
+    config = config.model_copy(update={"model": short})
     model = single_model(config)
     batch = random_batch(config)
     with FlopCounterMode(display=False) as plain:

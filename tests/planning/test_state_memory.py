@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from typing import Any
 
+import pytest
 import torch
 
 from megatron_sgt.arch.weights import weights
@@ -13,6 +14,7 @@ from megatron_sgt.engine.step import train_step
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.planning.parameters import parameter_count
 from megatron_sgt.planning.state_memory import average_bytes, state_memory
+from tests.helpers.exhaustive import exhaustive
 from tests.helpers.fp16_on_cpu import allow_fp16
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.single import random_batch, small_config
@@ -26,13 +28,14 @@ ZERO: list[tuple[int, str, str]] = [
     (1, "fp16", "fp32"),
 ]
 """(ZeRO stage, precision, optim.grad_accum_dtype)"""
+SHARE = [case for case in ZERO if case not in ((1, "fp32", "fp32"), (1, "bf16", "model"), (2, "bf16", "fp32"))]
 
 
-def live_state(info: RankInfo) -> list[str]:
+def live_state(info: RankInfo, cases: list[tuple[int, str, str]]) -> list[str]:
     """Weights and optimizer state after a step, gradients before it, on two data-parallel ranks."""
     wrong = []
     allow_fp16()
-    for stage, precision, summed in ZERO:
+    for stage, precision, summed in cases:
         zero = {"reduce_bucket_size": 1000, "stage3_max_reuse_distance": 0} if stage else {}
         zero |= SPREAD if stage == 3 else {}
         config = small_config(
@@ -84,8 +87,9 @@ def _bytes(before: dict[int, torch.Tensor]) -> int:
     return sum(storages.values())
 
 
-def test_weights_gradients_and_optimizer_by_zero_stage() -> None:
-    for rank, wrong in enumerate(run_on_ranks(2, live_state, timeout=300)):
+@pytest.mark.parametrize("cases", [SHARE, exhaustive(ZERO)], ids=["a share", "all"])
+def test_weights_gradients_and_optimizer_by_zero_stage(cases: list[tuple[int, str, str]]) -> None:
+    for rank, wrong in enumerate(run_on_ranks(2, live_state, cases, timeout=300)):
         assert not wrong, f"rank {rank}:\n" + "\n".join(wrong)
 
 

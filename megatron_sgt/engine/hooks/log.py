@@ -53,7 +53,7 @@ class LogHook(Hook):
         self.tokens_of: Callable[[int], int] = lambda samples: samples * config.model.seq_length
         """Tokens of the first so many samples of the run."""
         self._executed: LoopPlan = schedule.plan
-        self._flops_of: dict[tuple[LoopPlan, int, int], int] = {}
+        self._flops_of: dict[tuple[LoopPlan, int, int, AttendedPairs | None], int] = {}
         self._losses: list[torch.Tensor] = []
         self._last: StepResult | None = None
         self._skipped = 0
@@ -98,12 +98,15 @@ class LogHook(Hook):
 
     def _model_flops(self, plan: LoopPlan, step: int) -> int:
         """Of ``plan``, in step ``step``."""
-        key = plan, self.lengths.at(step), self.batches.at(step)
+        key = plan, self.lengths.at(step), self.batches.at(step), self._pairs_at(step)
         if key not in self._flops_of:
             if len(self._flops_of) > 64:  # gates make a new plan every step of a window
                 self._flops_of.clear()
-            self._flops_of[key] = batch_flops(self.config, *key, self.pairs).model
+            self._flops_of[key] = batch_flops(self.config, *key).model
         return self._flops_of[key]
+
+    def _pairs_at(self, step: int) -> AttendedPairs | None:
+        return None if self.pairs is None else self.pairs.at(step)
 
     def _report_length(self, step: int) -> None:
         seq_length = self.lengths.at(step + 1)
@@ -124,7 +127,8 @@ class LogHook(Hook):
         seconds, flops = sum(s for s, _ in timed), sum(f for _, f in timed)
         step = state.step if result.applied else state.step + 1
         samples = self.batches.at(step)
-        tokens = steps * samples * self.config.model.seq_length * (1 - self.pairs.padding if self.pairs else 1)
+        pairs = self._pairs_at(step)
+        tokens = steps * samples * self.config.model.seq_length * (1 - pairs.padding if pairs else 1)
         self.eta.update(seconds / samples, steps)  # by sample: later steps may have more of them
         used, total = memory_gb(self.groups.device)
         speed = throughput_record(tokens, flops, seconds, self.groups.world_size, self.peak)
@@ -169,6 +173,6 @@ class LogHook(Hook):
         return self.batches.samples(self.config.train.train_iters) - self.batches.samples(step)
 
     def on_growth(self, event: GrowthEvent) -> None:
-        cost = overhead(self.config.model, self.schedule.plan.inference(), self.pairs)
+        cost = overhead(self.config.model, self.schedule.plan.inference(), self._pairs_at(event.step))
         record = {**self.schedule.report_event(event), **event.to_dict(), "flops_overhead": cost}
         self.hub.log("growth", record)

@@ -103,9 +103,9 @@ def pretrain_slowed(info: RankInfo, config: Config, rank: int, where: str) -> No
     name = "attend" if where == "computing" else "__next__"
     original = getattr(owner, name)
 
-    def slowed(self: Any, *args: Any) -> Any:
+    def slowed(self: Any, *args: Any, **named: Any) -> Any:
         time.sleep(0.01 if where == "computing" else 0.04)
-        return original(self, *args)
+        return original(self, *args, **named)
 
     if info.rank == rank:
         setattr(owner, name, slowed)
@@ -118,9 +118,9 @@ def pretrain_uneven_stages(info: RankInfo, config: Config) -> None:
 
     attend = SGTCoreAttention.attend
 
-    def slowed(self: Any, *args: Any) -> Any:
+    def slowed(self: Any, *args: Any, **named: Any) -> Any:
         time.sleep((0.0, 0.0, 0.005, 0.015)[info.rank])
-        return attend(self, *args)
+        return attend(self, *args, **named)
 
     SGTCoreAttention.attend = slowed  # type: ignore[method-assign]
     pretrain(info, config)
