@@ -69,6 +69,13 @@ class PhaseConfig(Until):
     def _as_texts(cls, value: Any) -> Any:
         return None if value is None else blend_texts(value)
 
+    @field_validator("global_batch_size", mode="before")
+    @classmethod
+    def _one_or_two(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple) and len(value) != 2:
+            raise ValueError(f"must be a number or [FIRST, LAST], got {list(value)}")
+        return value
+
     @property
     def sets_rate(self) -> bool:
         """Whether it has a learning rate of its own."""

@@ -92,7 +92,12 @@ def run_harness(lm: Any, tasks: Tasks, manager: Any) -> Results:
             bootstrap_iters=0,
         )
     return {
-        name: {key.removesuffix(",none"): value for key, value in values.items() if _is_number(value)}
+        name: {
+            key.removesuffix(",none"): value
+            for key, value in values.items()
+            if _is_number(value)
+            and key != "sample_len"  # how many questions, which newer harnesses put among the metrics
+        }
         for name, values in found["results"].items()
     }
 

@@ -139,7 +139,7 @@ def growth_figure(run: RunData) -> Figure | None:
             fontsize=8.5,
         )
     style.mark_growth(axes, run, labels=True, end=end)
-    style.mark_restarts(axes, run)
+    style.mark_restarts(axes, run, end)
     every = max(1, -(-layers // 24))
     axes.set_yticks(range(0, layers, every))
     axes.set_ylim(-0.6, layers - 0.4)

@@ -162,9 +162,9 @@ def event_label(event: Any) -> str:
     return f"L{layer} deeper" if event.get("action") == "increase_depth" else f"+L{layer}"
 
 
-def mark_restarts(axes: Axes, run: RunData) -> None:
-    """A small triangle on the x axis at every restart."""
-    steps = [start.step for start in run.restarts]
+def mark_restarts(axes: Axes, run: RunData, end: int | None = None) -> None:
+    """A small triangle on the x axis at every restart; ``end``: where the axis ends, by default with the run."""
+    steps = [start.step for start in run.restarts if end is None or start.step <= end]
     if steps:
         axes.plot(
             steps,

@@ -123,6 +123,11 @@ BEGUN = {"until_steps": 6}
             ["phases[0].global_batch_size: [8, 8] does not rise; a constant one is a number"],
         ),
         (
+            [{**BEGUN, "global_batch_size": [8]}, {}],
+            {},
+            ["phases[0].global_batch_size: must be a number or [FIRST, LAST], got [8]"],
+        ),
+        (
             [{**BEGUN, "global_batch_size": [1, 4096]}, {}],
             {},
             [
