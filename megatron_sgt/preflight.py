@@ -334,9 +334,7 @@ def _data_line(config: Config, absent: Sequence[str]) -> str:
         return f"'{config.data.dataset}', read when the run starts"
     if not config.data.data_path:
         raise DataError("data.data_path is empty; give the prefix of a .bin/.idx pair")
-    blends = [config.data.model_copy(update={"data_path": path}).blend() for path in config.data_paths]
-    prefixes = [resolve_prefix(path)[0] for blend in blends for _, path in blend]
-    prefixes += [resolve_prefix(path)[0] for path in config.data.valid.values()]
+    prefixes = [resolve_prefix(path)[0] for path in (*config.data_prefixes, *config.data.valid.values())]
     tokenizer = config.data.tokenizer
     if tokenizer is not None and tokenizer.type == "sentencepiece" and not Path(tokenizer.model).is_file():
         raise DataError(f"data.tokenizer.model: no such file: {tokenizer.model}")

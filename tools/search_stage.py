@@ -73,9 +73,14 @@ def config_of(folder: Path, args: argparse.Namespace) -> Config:
     given = load_config(args.config or folder / layout.CONFIG_FILE, args.overrides, fill_in=fill_in)
     if foreign := [name for name in args.overrides if name.startswith(("model.", "growth."))]:
         raise ConfigError(f"{foreign[0]}: model and growth are those of the checkpoint; remove it")
-    config = given.model_copy(update={"model": there.model, "growth": there.growth})
-    supernet(config.model, args.depths)
+    if given.phases:
+        raise ConfigError(
+            "phases: a search trains with one batch, blend and learning-rate curve; give phases=[] "
+            "and what holds where the checkpoint is (train.global_batch_size, data.data_path, optim.lr)"
+        )
     step = read_state(folder)["trainer"]["step"]
+    config = given.model_copy(update={"model": there.at_step(step).model, "growth": there.growth})
+    supernet(config.model, args.depths)
     check_length(config, step, args.steps)
     for depth in args.depths:
         if depth > config.model.num_layers:

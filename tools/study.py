@@ -85,9 +85,11 @@ def describe(study: Study, config: Config, seeds: int) -> str:
     """One sentence on what was trained."""
     model, train = config.model, config.train
     tokens = config.tokens_between(1, train.train_iters)
+    sizes = sorted({span.size for span in config.batches.spans})
+    sequences = " to ".join(str(size) for size in dict.fromkeys((sizes[0], sizes[-1])))
     return (
         f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads, "
-        f"T = {model.seq_length}; {train.train_iters:,} steps of {train.global_batch_size} sequences, {tokens:,} "
+        f"T = {model.seq_length}; {train.train_iters:,} steps of {sequences} sequences, {tokens:,} "
         f"tokens{study.terms.format(seeds=seeds)}"
     )
 

@@ -98,6 +98,7 @@ def _settings_at(config: Config, step: int) -> dict[str, Any]:
     rate = {} if phase is None else phase.settings.model_dump(include=set(RATE), exclude_none=True)
     return {
         "global_batch_size": config.batches.at(step),
+        "the count of samples": config.batches.samples(step),
         "seq_length": config.seq_lengths.at(step),
         "rotary_base": model.rotary_base,
         "rotary_scaling": None if model.rotary_scaling is None else model.rotary_scaling.positions(),

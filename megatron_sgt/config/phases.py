@@ -128,6 +128,12 @@ class Phase:
         return sum(span.samples for span in self.spans)
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """Batch sizes of which every one in it is a multiple of their greatest common divisor."""
+        asked = self.settings.global_batch_size
+        return asked if isinstance(asked, tuple) else (self.spans[0].size,)
+
+    @property
     def words(self) -> list[str]:
         """What holds in it, in words: batch and length, and of the rest what it sets."""
         entry, sizes = self.settings, dict.fromkeys((self.spans[0].size, self.spans[-1].size))
@@ -176,7 +182,7 @@ def _resolved(
         else:
             done = entry.until_steps or train_iters
             spans = tuple(_over_steps(wanted, first, done - first + 1))
-        size = spans[-1].size if spans else size
+        size = wanted if isinstance(wanted, int) else wanted[1]
         samples += sum(span.samples for span in spans)
         length, data_path = entry.seq_length or length, entry.data_path or data_path
         base, scaling = entry.rotary_base or base, entry.rotary_scaling or scaling
@@ -285,7 +291,9 @@ def _rate_misfits(config: "Config", phase: Phase) -> Iterator[str]:
         return
     style = entry.lr_decay_style or optim.lr_decay_style
     decay = entry.lr_wsd_decay_iters or optim.lr_wsd_decay_iters
-    warmup = entry.lr_warmup_iters or 0
+    warmup = (
+        (optim.lr_warmup_iters if phase.number == 1 else 0) if entry.lr_warmup_iters is None else entry.lr_warmup_iters
+    )
     if entry.lr is not None and entry.min_lr is not None and entry.min_lr > entry.lr:
         yield f"min_lr: {entry.min_lr:g} is above lr {entry.lr:g}"
     if entry.lr_wsd_decay_iters is not None and style != "WSD":

@@ -76,6 +76,12 @@ class Config(Section):
         """Every blend that the run reads, that of validation first."""
         return tuple(dict.fromkeys((self.data.data_path, *(phase.data_path for phase in phases_of(self)))))
 
+    @property
+    def data_prefixes(self) -> tuple[str, ...]:
+        """Every data set of these blends, as they name it, once each."""
+        blends = (self.data.model_copy(update={"data_path": path}).blend() for path in self.data_paths)
+        return tuple(dict.fromkeys(prefix for blend in blends for _, prefix in blend))
+
     def data_path_at(self, step: int) -> tuple[str, ...]:
         """The blend that step ``step`` + 1 reads."""
         phase = self.phase_at(step + 1)
@@ -231,7 +237,7 @@ class Config(Section):
         if global_batch_size is not None:
             return self._micro_batches(world_size, global_batch_size)
         for phase in phases_of(self):
-            for size in (phase.spans[0].size, phase.spans[-1].size):  # between them lie multiples of their divisor
+            for size in phase.sizes:
                 try:
                     self._micro_batches(world_size, size)
                 except ConfigError as error:

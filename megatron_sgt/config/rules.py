@@ -43,6 +43,11 @@ def check_growth(cfg: Config) -> Iterator[str]:
             yield f"growth.{name}: {outside} outside the model's layers 0..{num_layers - 1}"
     if growth.ramp is not None:
         yield from (f"growth.ramp.{line}" for line in growth.ramp.misfits(num_layers, cfg.model.ffn_hidden_size))
+    if cfg.data.tells_documents and growth.entropy_min_document_tokens > cfg.model.seq_length:
+        yield (
+            f"growth.entropy_min_document_tokens: no document in a sequence of model.seq_length {cfg.model.seq_length} "
+            f"is {growth.entropy_min_document_tokens} tokens long, so that no entropy would count; lower it"
+        )
     if growth.method != "sgt":
         return
     if growth.num_keep_heads > num_heads and growth.head_choice != "all":

@@ -131,16 +131,15 @@ def follow(samples: Any, span: Span, cfg: Config) -> None:
     if not files:
         return
     former = {d: place.former.documents for d, place in enumerate(places) if place.former is not None}
-    folders: dict[int, str] = {}
-    if former:
-        folders = on_rank_zero(
-            lambda: {d: _build(cfg, _first_documents(cfg, files[d].prefix, n)) for d, n in former.items()}
+    cuts: dict[int, tuple[_Cut, str]] = {}
+    if former:  # what rank 0 has found out, the others need not read whole indices for
+        cuts = on_rank_zero(
+            lambda: {d: _built(cfg, _first_documents(cfg, files[d].prefix, n)) for d, n in former.items()}
         )
     parts: list[Any | None] = [None] * len(files)
-    for d, number in former.items():
-        wait_for_folder(folders[d])
-        one = _first_documents(cfg, files[d].prefix, number)
-        parts[d] = _open_part(cfg.data, one.prefix, one.parts[0], cfg.model.seq_length, cfg.train.seed, folders[d])
+    for d, (one, folder) in cuts.items():
+        wait_for_folder(folder)
+        parts[d] = _open_part(cfg.data, one.prefix, one.parts[0], cfg.model.seq_length, cfg.train.seed, folder)
     samples.draw(span.drawing, [samples.names.index(file.prefix) for file in files], parts)
 
 
@@ -159,9 +158,10 @@ def _first_documents(cfg: Config, prefix: str, number: int) -> _Cut:
     return _Cut(prefix, parts, lengths_digest(lengths))
 
 
-def _build(cfg: Config, cut: _Cut) -> str:
+def _built(cfg: Config, cut: _Cut) -> tuple[_Cut, str]:
+    """``cut``, and the folder of its sample indices."""
     about = cfg.model.seq_length, cfg.train.seed, str(cfg.data_cache_dir), cfg.data.packing
-    return build_index_cache(cut.prefix, cut.parts, cut.lengths_digest, *about)
+    return cut, build_index_cache(cut.prefix, cut.parts, cut.lengths_digest, *about)
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def _prepare(cfg: Config, tokenizer: Tokenizer | None) -> _Prepared:
 
 def _prepared(cfg: Config, sources: tuple[Source, ...], blended: int) -> _Prepared:
     cuts = (_Cut(source.info.prefix, source.parts, source.info.lengths_digest) for source in sources)
-    return _Prepared(sources, tuple(_build(cfg, cut) for cut in cuts), blended)
+    return _Prepared(sources, tuple(_built(cfg, cut)[1] for cut in cuts), blended)
 
 
 def _await(prepared: _Prepared) -> None:

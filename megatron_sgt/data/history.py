@@ -161,13 +161,12 @@ def grown_files(old: Iterable[DataFile], now: Iterable[DataFile]) -> Callable[[D
     """A function that tells whether a file of ``now`` is one of ``old`` with documents appended; it reads nothing."""
     found = set()
     for file in set(now):
-        shorter = [one for one in set(old) if one.documents < file.documents]
-        lengths = sequence_lengths(file.prefix)
-        ends = np.cumsum(lengths, dtype=np.int64) if shorter else lengths
-        for one in shorter:
-            if one.tokens == (int(ends[one.documents - 1]) if one.documents else 0) and (
-                lengths_digest(lengths[: one.documents]) == one.lengths
-                and content_digest(file.prefix, one.tokens) == one.content
+        lengths, counted, tokens = sequence_lengths(file.prefix), 0, 0
+        for one in sorted((one for one in set(old) if one.documents < file.documents), key=lambda one: one.documents):
+            tokens += int(lengths[counted : one.documents].sum(dtype=np.int64))  # no array of all their ends
+            counted = one.documents
+            if one.tokens == tokens and (
+                lengths_digest(lengths[:counted]) == one.lengths and content_digest(file.prefix, tokens) == one.content
             ):
                 found.add((one.holds, file.holds))
     return _Begins(frozenset(found))

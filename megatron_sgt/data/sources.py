@@ -132,9 +132,7 @@ def find_validation_sets(cfg: Config, tokenizer: Tokenizer | None) -> dict[str, 
                 f"data.valid.{name}: {source.info.prefix} has {source.info.tokens} tokens, less than one sample of "
                 f"{cfg.model.seq_length} + 1; use more text or a smaller model.seq_length"
             )
-        blends = (cfg.data.model_copy(update={"data_path": paths}).blend() for paths in cfg.data_paths if paths)
-        trained = (path for blend in blends for _, path in blend)
-        same = next((path for path in trained if _same_data(resolve_prefix(path)[0], source.info)), None)
+        same = next((path for path in cfg.data_prefixes if _same_data(resolve_prefix(path)[0], source.info)), None)
         if same is not None and not cfg.data.allow_validation_leak:
             raise DataError(
                 f"data.valid.{name}: {source.info.prefix} is trained on (data.data_path: {same}), so that validation "
@@ -162,7 +160,8 @@ def _same_data(prefix: str, other: IndexedInfo) -> bool:
     """Whether two data sets are one file, or one is a copy of the other."""
     if os.path.realpath(f"{prefix}.bin") == os.path.realpath(f"{other.prefix}.bin"):
         return True
-    if lengths_digest(sequence_lengths(prefix)) != other.lengths_digest:
+    lengths = sequence_lengths(prefix)
+    if len(lengths) != other.sequences or lengths_digest(lengths) != other.lengths_digest:
         return False
     return content_digest(prefix, other.tokens) == content_digest(other.prefix, other.tokens)
 

@@ -43,8 +43,8 @@ def data_start(config: Config, start: Start, keep_indices: bool = True) -> DataS
         keep_indices: False builds no sample indices that outlast this call, for a dry run.
 
     Raises:
-        CheckpointError: documents that were held out would be trained on, or the reverse, without
-            data.allow_validation_leak; or the checkpoint's record of its data is damaged.
+        CheckpointError: documents that were held out would be trained on, or the reverse, or a set of data.valid was
+            trained on, without data.allow_validation_leak; or the checkpoint's record of its data is damaged.
         DataError: a file is missing or damaged, or holds other documents than what was read under its name, without
             data.allow_changed_data.
     """
@@ -63,6 +63,8 @@ def data_start(config: Config, start: Start, keep_indices: bool = True) -> DataS
     reads = before.until(consumed)
     if not config.data.allow_changed_data:
         _refuse_changed(start.folder, reads, orders.values(), begins)
+    if not config.data.allow_validation_leak:
+        _refuse_trained(config, start.folder, reads)
     ledger = before.turned(now, consumed, begins)
     with ExitStack() as stack:
         root = str(config.data_cache_dir)
@@ -83,6 +85,18 @@ def _refuse_changed(folder: Path, reads: Sequence[Read], orders: Iterable[DataOr
                 f"documents ({now.tokens:,} tokens), then {then.documents:,} ({then.tokens:,}); put the "
                 "former files back, give the new ones a name of their own in data.data_path, or set "
                 "data.allow_changed_data: true to read them from their first epoch on, whatever of them was read before"
+            )
+
+
+def _refuse_trained(config: Config, folder: Path, reads: Sequence[Read]) -> None:
+    """Those that are trained on from now on ``find_validation_sets`` refuses."""
+    for name, path in config.data.valid.items():
+        file = order_of(config, (path,)).files[0]
+        if then := next((old for read in reads for old in read.order.files if old.same(file)), None):
+            raise CheckpointError(
+                f"checkpoint {folder} was trained on {then.prefix}, which is data.valid.{name} now ({file.prefix}), so "
+                "that validation would measure what was trained on; name other text, or set "
+                "data.allow_validation_leak: true to go on all the same"
             )
 
 

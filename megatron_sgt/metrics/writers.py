@@ -30,6 +30,8 @@ _NO_CURVE = (
     "spike_step",
     "layer",
     "stage",
+    "first_step",
+    "last_step",
     "fade_until_step",
     "memory_total_gb",
     "samples",

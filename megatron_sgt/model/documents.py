@@ -93,7 +93,8 @@ class DocumentRules:
         """The mask of a micro-batch on the host, whose samples are cut into ``pieces``; None without documents.
 
         Raises:
-            DataError: the samples do not say where documents begin although they should, or do so unasked.
+            DataError: the samples do not say where documents begin although they should, say so unasked, or say what
+                cannot be.
         """
         if not self.told:
             if given := [name for name in DOCUMENT_KEYS if name in batch]:
@@ -107,8 +108,27 @@ class DocumentRules:
                 f"the samples of data.dataset {self.dataset} have no {missing[0]}: data.reset_attention_mask and "
                 "data.reset_position_ids need to know where documents begin; turn them off, or make samples with it"
             )
-        starts, tokens = cut({name: batch[name].cpu() for name in DOCUMENT_KEYS}, pieces).values()
+        told = {name: batch[name].cpu() for name in DOCUMENT_KEYS}
+        self._check(told["document_starts"], told["num_tokens"])
+        starts, tokens = cut(told, pieces).values()
         return on_device(self._mask(starts, tokens), device)
+
+    def _check(self, starts: Tensor, tokens: Tensor) -> None:
+        """Some ways of attending read the first token of each document, some the start of each token: both agree."""
+        place = torch.arange(starts.shape[1], dtype=starts.dtype)
+        begins = torch.where(starts == place, place, 0).cummax(1).values
+        if not torch.equal(begins, starts):
+            row, column = (begins != starts).nonzero()[0].tolist()
+            raise DataError(
+                f"the samples of data.dataset {self.dataset} say that the document of token {column} begins at "
+                f"{int(starts[row, column])}, where by the tokens before it none, or another one, begins; "
+                "document_starts is the position of the first token of each token's document, the same for all of them"
+            )
+        if not ((tokens >= 0) & (tokens <= starts.shape[1])).all():
+            raise DataError(
+                f"the samples of data.dataset {self.dataset} have num_tokens {tokens.tolist()}, not from 0 to their "
+                f"{starts.shape[1]} tokens; it is the number of tokens before the padding"
+            )
 
     def _mask(self, starts: Tensor, tokens: Tensor) -> DocumentMask:
         """On the host, from starts [B, S] and the number of tokens [B] before the padding."""

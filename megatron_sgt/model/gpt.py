@@ -12,8 +12,9 @@ from torch import Tensor
 from megatron_sgt.arch.head_layout import HeadLayout
 from megatron_sgt.config import Config
 from megatron_sgt.config.pipeline import PipelineLayout
+from megatron_sgt.data.document_samples import DOCUMENT_KEYS
 from megatron_sgt.data.pieces import cut
-from megatron_sgt.errors import ConfigError
+from megatron_sgt.errors import ConfigError, DataError
 from megatron_sgt.model.apply_plan import begin_step
 from megatron_sgt.model.documents import DocumentMask, DocumentRules
 from megatron_sgt.model.entropy_meter import EntropyMeter
@@ -29,6 +30,9 @@ from megatron_sgt.ops.attention import newer_flash_attention
 from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.parallel.rng import seed_for_training
 from megatron_sgt.planning.pipeline import pipeline_layout
+
+READ_KEYS = frozenset(("tokens", "labels", "loss_mask", "position_ids", *DOCUMENT_KEYS))
+"""What a sample may hold. Anything else, a mask of its own say, would be ignored."""
 
 
 class LanguageModel(torch.nn.Module):
@@ -90,8 +94,13 @@ class LanguageModel(torch.nn.Module):
                 samples lie in pinned memory.
 
         Raises:
-            DataError: see ``DocumentRules.mask_of``.
+            DataError: the samples hold something that nothing would read; see ``DocumentRules.mask_of``.
         """
+        if unread := sorted(batch.keys() - READ_KEYS):
+            raise DataError(
+                f"the samples of data.dataset {self.rules.dataset} have {unread[0]}, which nothing reads; make them "
+                f"without it, of {', '.join(sorted(READ_KEYS))}"
+            )
         found: dict[str, Any] = cut(inputs_of(self.chunks[chunk], batch, device), pieces)
         mask = self.rules.mask_of(batch, pieces, device)
         return found if mask is None else {**found, "documents": mask}

@@ -25,8 +25,9 @@ def batch_line(config: Config, world_size: int) -> str:
         ConfigError: it does not work out.
     """
     train = config.train
+    others = any(span.size != train.global_batch_size for span in config.batches.spans)
     return (
         f"{train.global_batch_size} sequences = micro {train.micro_batch_size} x accumulation "
         f"{config.num_micro_batches(world_size)} x data parallel {config.data_parallel_size(world_size)} · "
-        f"{config.tokens_per_step:,} tokens per step"
+        f"{config.tokens_per_step:,} tokens per step{'; others in phases' if others else ''}"
     )

@@ -182,11 +182,11 @@ class Candidate:
         return peak_memory(self.cut[0], [run.stages[0].stretches[0].plan], run.world_size, run.precision)
 
     def whole_run(self) -> tuple[float, int]:
-        """(seconds, tokens) of all steps, each of the structure that it executes."""
+        """(seconds, tokens) of all steps, each of the structure that it executes; as long as its batch is large."""
         seconds, tokens = 0.0, 0
         for one, config in zip(self.run.stages, self.cut, strict=True):
-            each = {plan: self.seconds(plan, config).total for plan in one.plans}
-            seconds += sum(stretch.steps * each[stretch.plan] for stretch in one.stretches)
+            each = {plan: self.seconds(plan, config).total / config.tokens_per_step for plan in one.plans}
+            seconds += sum(each[part.plan] * config.tokens_between(part.first, part.last) for part in one.stretches)
             tokens += one.tokens
         return seconds, tokens
 

@@ -58,10 +58,11 @@ def outside_folders(config: Config) -> list[str]:
 
 def _places(config: Config) -> Iterator[Path]:
     yield from (Path(config.logging.run_dir), config.save_dir, config.data_cache_dir)
-    if config.data.data_path:
-        yield from (Path(prefix).parent for _, prefix in config.data.blend())
+    yield from (Path(prefix).parent for prefix in (*config.data_prefixes, *config.data.valid.values()))
     if config.checkpoint.load is not None:
         yield Path(config.checkpoint.load)
+    if config.evaluation.include_path is not None:
+        yield Path(config.evaluation.include_path)
     if config.data.tokenizer is not None and os.path.exists(config.data.tokenizer.model):
         yield Path(config.data.tokenizer.model).parent
 

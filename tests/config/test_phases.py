@@ -45,6 +45,16 @@ def test_what_a_phase_does_not_set_stays_as_before() -> None:
     assert (middle.rotary_scaling, anneal.rotary_scaling and anneal.rotary_scaling.factor) == (None, 4.0)
 
 
+def test_a_ramp_hands_on_its_last_size() -> None:
+    """Also where its last step has less."""
+    ramp, after = phases_of(config({"until_steps": 10, "global_batch_size": [2, 198]}, {}))
+    assert (ramp.spans[-1].size, after.spans[0].size) == (194, 198)
+    made = config({"until_steps": 2, "global_batch_size": [4, 14]}, {"global_batch_size": 8})
+    assert [span.size for span in phases_of(made)[0].spans] == [4, 12]
+    with pytest.raises(ConfigError, match=r"^phases\[0\]: batch sizes do not multiply: global_batch_size 14 != micro"):
+        made.num_micro_batches(2)
+
+
 def test_steps_samples_and_tokens() -> None:
     made = config(*THREE)
     sizes = [8] * 7 + [16] * 5 + [24] * 8
@@ -144,6 +154,11 @@ BEGUN = {"until_steps": 6}
             [BEGUN, {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 12, "lr_warmup_iters": 3}],
             {},
             ["phases[1].lr_wsd_decay_iters: 12 and lr_warmup_iters 3 do not fit into its 14 steps"],
+        ),
+        (
+            [{**BEGUN, "lr": 1e-3}, {}],
+            {"optim": {"lr_warmup_iters": 9}},
+            ["phases[0].lr_warmup_iters: 9 is above its 6 steps"],
         ),
         (
             [BEGUN, {"lr_decay_style": "linear", "lr_wsd_decay_iters": 2}],

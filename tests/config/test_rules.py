@@ -65,3 +65,13 @@ def test_a_validation_at_the_start_of_a_run_that_has_none() -> None:
 def test_tasks_without_a_tokenizer() -> None:
     with pytest.raises(ConfigError, match=r"evaluation\.tasks: tasks are text, but data\.tokenizer is null"):
         parse_config({**TINY, "evaluation": {"tasks": ["words"]}})
+
+
+def test_documents_whose_entropy_counts_fit_a_sequence() -> None:
+    values = {**TINY, "model": {**TINY["model"], "vocab_size": 64}}
+    values["growth"] = {**TINY.get("growth", {}), "entropy_min_document_tokens": TINY["model"]["seq_length"] + 1}
+    parse_config(values)
+    with pytest.raises(
+        ConfigError, match=r"growth\.entropy_min_document_tokens: no document in a sequence of model\.se"
+    ):
+        parse_config({**values, "data": {**TINY.get("data", {}), "reset_attention_mask": True}})

@@ -1,5 +1,6 @@
 """Where the data of a start goes on; what it says of it: tests/edges/test_resume_changes.py."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,9 @@ import pytest
 from megatron_sgt.data.history import order_of
 from megatron_sgt.data.ledger import Ledger, Span
 from megatron_sgt.engine.data_start import data_start, ledger_at
+from megatron_sgt.errors import CheckpointError
 from megatron_sgt.preflight import Start
+from tests.helpers.datasets import write_dataset
 from tests.helpers.runs import tiny_config, write_tiny_data
 
 
@@ -47,3 +50,17 @@ def test_sizes_that_old_records_lack_are_those_of_the_files(data: str, tmp_path:
     samples = entry["files"][0].pop("samples")
     saved = {"trainer": {"step": 5, "consumed_samples": 40}, "data": [entry]}
     assert data_start(config, Start(tmp_path, saved)).ledger.now.order.files[0].samples == samples > 0
+
+
+def test_a_validation_set_that_was_trained_on_is_refused(data: str, tmp_path: Path) -> None:
+    """Also where it is no longer in the blend, and lies elsewhere."""
+    for suffix in (".bin", ".idx"):
+        shutil.copy(data + suffix, tmp_path / f"copy{suffix}")
+    write_dataset(tmp_path / "other", [40] * 60, 3, 64)
+    ledger = Ledger((Span(0, order_of(tiny_config(tmp_path, data))),))
+    start = Start(tmp_path, {"trainer": {"step": 5, "consumed_samples": 40}, "data": ledger.to_json()})
+    section = {"data_path": [str(tmp_path / "other")], "valid": {"web": str(tmp_path / "copy")}}
+    with pytest.raises(CheckpointError, match=r"was trained on .*walks, which is data.valid.web now"):
+        data_start(tiny_config(tmp_path, data, data=section), start)
+    allowed = tiny_config(tmp_path, data, data=section | {"allow_validation_leak": True})
+    assert data_start(allowed, start).ledger.now.start == 40

@@ -314,6 +314,29 @@ def test_samples_that_do_not_fit_the_settings_are_refused() -> None:
         rules(dataset="mine").mask_of({"tokens": torch.zeros(3, LENGTH)}, 1, CPU)
 
 
+def test_samples_that_contradict_themselves_are_refused() -> None:
+    """The kernels read the starts, attention by document where they begin: what differs would be two masks."""
+    starts, tokens = starts_of([(10, 22)])
+    for place, wrong in ((0, -1), (12, 9), (12, 0), (31, 11)):
+        moved = starts.clone()
+        moved[0, place] = wrong
+        with pytest.raises(
+            DataError, match=rf"data.dataset mine say that the document of token {place} begins at {wrong}"
+        ):
+            rules(dataset="mine").mask_of({"document_starts": moved, "num_tokens": tokens}, 1, CPU)
+    for wrong in (-1, 33):
+        with pytest.raises(DataError, match=rf"data.dataset mine have num_tokens \[{wrong}\], not from 0 to their 32"):
+            rules(dataset="mine").mask_of({"document_starts": starts, "num_tokens": torch.tensor([wrong])}, 1, CPU)
+
+
+def test_what_nothing_reads_is_refused() -> None:
+    """A registered data set's own mask, say."""
+    model = single_model(small_config())
+    batch = {**random_sequences(1, LENGTH, 0), "attention_mask": torch.ones(1, LENGTH)}
+    with pytest.raises(DataError, match=r"data.dataset indexed have attention_mask, which nothing reads; make them wi"):
+        model.inputs(batch, CPU)
+
+
 def test_a_mask_that_would_be_ignored_is_refused() -> None:
     assert document_mask(None) is None
     model = single_model(small_config())

@@ -77,6 +77,13 @@ def test_what_it_tells_can_be_pasted() -> None:
         assert peak_memory(pasted, plans, 4, "bf16") == one.fullest.total <= 0.95 * here.limit
 
 
+def test_the_time_of_a_run_has_the_batches_of_its_phases() -> None:
+    plain, phased = run(12e9), run(12e9, 4, 2, "phases=[{until_steps: 100, global_batch_size: 64}, {}]")
+    layout = Layout(1, 1, 1, 2, False, 2, "none")
+    (seconds, tokens), (longer, more) = (_candidate(one, layout).whole_run() for one in (plain, phased))
+    assert (more, longer) == (4 * tokens, pytest.approx(4 * seconds, rel=1e-2)), "the second phase goes on with 64"
+
+
 def test_growth_decides_too() -> None:
     """A GPU that holds the best layout before growth, and not in a window."""
     (best,) = search(run(80e9, 1, 1), told=1).best

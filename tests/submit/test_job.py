@@ -17,10 +17,12 @@ def test_a_container_is_shown_what_lies_outside(tmp_path: Path, monkeypatch: pyt
         data={
             "data_path": ["1", "/data/c4/part", "1", "/data/c4/more/part"],
             "data_cache_path": "/scratch/cache",
+            "valid": {"wiki": "/valid/wiki/part"},
         },
         checkpoint={"save": "/scratch"},
+        phases=[{"until_steps": 2}, {"data_path": "/late/part"}],
     )
-    assert jobs.outside_folders(config) == ["/scratch", "/data/c4"]
+    assert jobs.outside_folders(config) == ["/scratch", "/data/c4", "/late", "/valid/wiki"]
 
 
 def test_writes_what_restarts_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,10 @@ def test_prints_the_table_and_the_entry(folder: Path) -> None:
             ["--depths", "3,4,6", "model.num_layers=4"],
             "model.num_layers=4: model and growth are those of the checkpoint",
         ),
+        (
+            ["--depths", "3,4,6", "phases=[{until_steps: 2}, {lr: 1e-4}]"],
+            "phases: a search trains with one batch, blend and learning-rate curve; give phases=[] and what holds",
+        ),
         (["--depths", "3,4,6", "train.micro_batch_size=3"], "train.global_batch_size"),
         (["--depths", "3,4,6", "train.train_iters=8"], "train.train_iters 8: ends before step 9"),
         (["--depths", "2,x"], "must be numbers of layers, as 6,9,12, got '2,x'"),

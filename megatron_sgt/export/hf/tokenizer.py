@@ -70,14 +70,13 @@ def begins_with_bos(config: Config) -> bool:
     """Whether the documents that a run trains on begin with the beginning-of-text token."""
     if config.data.tokenizer is not None:
         return config.data.tokenizer.add_bos
-    prefixes = [prefix for _, prefix in config.data.blend()] if config.data.data_path else []
-    return any(read_metadata(prefix).get("add_bos") for prefix in prefixes)
+    return any(read_metadata(prefix).get("add_bos") for prefix in config.data_prefixes)
 
 
 def _check_data(tokenizer: Tokenizer, config: Config) -> tuple[str, ...]:
     """What to say of the data sets that can be read; DataError where one was made with another tokenizer."""
     notes = []
-    for _, prefix in config.data.blend() if config.data.data_path else ():
+    for prefix in config.data_prefixes:
         metadata = read_metadata(prefix)
         made_with = metadata.get("tokenizer_fingerprint")
         if made_with not in (None, tokenizer.fingerprint()):

@@ -13,7 +13,7 @@ from megatron_sgt.config.growth import GrowthConfig
 from megatron_sgt.engine.hooks import growth as growth_hook
 from megatron_sgt.engine.hooks.growth import GrowthHook
 from megatron_sgt.engine.step import StepResult, TrainState
-from megatron_sgt.errors import CheckpointError
+from megatron_sgt.errors import CheckpointError, ConfigError
 from megatron_sgt.growth import GrowthEvent, LoopPlan, Schedule, build_schedule
 from megatron_sgt.parallel.groups import ParallelGroups
 from tests.helpers.fake_groups import fake_groups
@@ -108,6 +108,15 @@ def test_a_step_that_measured_nothing_is_a_step(monkeypatch: pytest.MonkeyPatch)
     assert np.array_equal(bench.schedule.ema, before)  # type: ignore[attr-defined]
     assert not np.array_equal(other.schedule.ema, before)  # type: ignore[attr-defined]
     assert [event.action for event in bench.events] == ["first_selection"]
+
+
+def test_nothing_is_decided_from_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No sequence ever counted, so that all averages are still 0."""
+    bench = Bench(monkeypatch)
+    monkeypatch.setattr(bench.meter, "reduce", lambda groups: None)
+    with pytest.raises(ConfigError, match=r"entropy_min_document_tokens: a decision is due after step 2, and no sequ"):
+        bench.run(2)
+    assert bench.events == []
 
 
 def test_an_entropy_that_is_not_finite_changes_nothing_of_its_head(monkeypatch: pytest.MonkeyPatch) -> None:
