@@ -36,7 +36,11 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def engine_with(found: Any) -> Any:
-    return SimpleNamespace(train=lambda: None, optimizer=SimpleNamespace(loss_scaler=found))
+    return SimpleNamespace(
+        train=lambda: None,
+        optimizer=SimpleNamespace(loss_scaler=found),
+        gradient_accumulation_steps=lambda: 1,
+    )
 
 
 def test_who_has_a_dynamic_scale() -> None:

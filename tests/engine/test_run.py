@@ -77,7 +77,8 @@ def test_flops_are_of_the_documents_that_the_data_has(data: str, tmp_path: Path)
     run_on_ranks(1, pretrain, config)
     pairs, model = measured_pairs(config), config.model
     assert pairs is not None and 0 < pairs.share(model.seq_length) < 1
-    expected = batch_flops(config, LoopPlan.empty(model.num_layers), model.seq_length, pairs=pairs).model
+    samples, plan = config.train.global_batch_size, LoopPlan.empty(model.num_layers)
+    expected = batch_flops(config, plan, model.seq_length, samples, pairs).model
     assert reported(tmp_path, "train")[0]["model_flops_per_step"] == expected
     assert f"{config.train.train_iters * expected:.3g} FLOPs before growth" in dry_run(config, 1)
 
