@@ -132,8 +132,10 @@ def _places(last: DataOrder, now: DataOrder, ways: Sequence[Continued]) -> Itera
             yield f"{file.prefix}: the {more} appended come with its next epoch{first}"
     if new := [name for name, way in zip(named, ways, strict=True) if way.kind == "new"]:
         yield f"{listed(new)} {'begins' if len(new) == 1 else 'begin'}"
-    kept = {way.then for way in ways}
-    if left := [file.prefix for file in last.files if file not in kept]:
+    kept = {
+        way.then.holds for way in ways if way.then is not None
+    }  # which an earlier span may have had at other weights
+    if left := [file.prefix for file in last.files if file.holds not in kept]:
         yield f"{listed(left)} {'is' if len(left) == 1 else 'are'} not read on"
 
 

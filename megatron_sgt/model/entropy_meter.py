@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sgt.arch.head_layout import HeadLayout
+from megatron_sgt.errors import ConfigError
 from megatron_sgt.parallel.groups import ParallelGroups
 
 
@@ -112,3 +113,15 @@ class EntropyMeter:
             values = values[:-1].reshape(self._sum.shape)
         self.reset()
         return values / weight if weight else None
+
+
+def refuse_unmeasured(step: int) -> None:
+    """Refuse to decide from averages into which nothing has entered.
+
+    Raises:
+        ConfigError: always.
+    """
+    raise ConfigError(
+        f"growth.entropy_min_document_tokens: a decision is due after step {step}, and no sequence has ended in a "
+        "document as long as this so far, so that nothing was measured; lower it"
+    )

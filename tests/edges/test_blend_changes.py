@@ -14,6 +14,7 @@ import pytest
 from megatron_sgt.checkpoint.layout import read_json
 from megatron_sgt.config import Config
 from megatron_sgt.data import order
+from megatron_sgt.data.changes import find_change
 from megatron_sgt.data.ledger import Ledger, Place, Span
 from megatron_sgt.engine.data_start import data_start
 from megatron_sgt.engine.hooks.spike import LossSpike
@@ -21,7 +22,7 @@ from megatron_sgt.engine.run import PretrainingRun
 from megatron_sgt.errors import DataError
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.preflight import Start
-from tests.helpers.changing_data import LENGTHS, STARTS, VOCABULARY, Data, real, write_data_sets
+from tests.helpers.changing_data import LENGTHS, STARTS, VOCABULARY, Data, every_begins, real, write_data_sets
 from tests.helpers.datasets import write_dataset
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import measured_steps, pretrain, reported, tiny_config
@@ -73,6 +74,14 @@ def test_sources_of_another_blend_go_on_where_they_were(kind: str, folder: Path)
             tokens = set(real(samples[index]))
             assert not tokens & read, f"sample {index} of {samples.names[part]}"
             read |= tokens
+
+
+def test_a_source_that_went_back_in_an_earlier_version_is_not_said_to_be_left(folder: Path) -> None:
+    one, two, now = (Data(folder, path=(weight, "a", "0.5", "b")) for weight in ("2", "0.1", "0.5"))
+    before, begins = Ledger((Span(0, one.order()), Span(40, two.order()))), every_begins(folder)
+    change = find_change(before.until(50), before.turned(now.order(), 50, begins).now, begins, now.indices)
+    assert change is not None and "b go on where they last stopped" in change.line()
+    assert "not read on" not in change.line()
 
 
 def test_other_data_under_the_same_name_is_said(folder: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def new_config(folder: Path, growth: str) -> Config:
         "logging": {"run_dir": str(folder / "run")},
         **LAYOUTS[growth],
     }
-    return parse_config({name: {**values[name], **changes.get(name, {})} for name in values})
+    return parse_config(values | {name: {**values[name], **change} for name, change in changes.items()})
 
 
 def begin(info: RankInfo, config: Config, old: Config) -> dict[str, Any]:

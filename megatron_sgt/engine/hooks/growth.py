@@ -15,10 +15,10 @@ from megatron_sgt.checkpoint.layout import GROWTH_STATE
 from megatron_sgt.engine.hooks.base import Hook
 from megatron_sgt.engine.hooks.replicas import verify_same_plan
 from megatron_sgt.engine.step import StepResult, TrainState
-from megatron_sgt.errors import CheckpointError, ConfigError
+from megatron_sgt.errors import CheckpointError
 from megatron_sgt.growth import ENTROPY, GrowthEvent, Schedule
 from megatron_sgt.model.apply_plan import apply_plan
-from megatron_sgt.model.entropy_meter import EntropyMeter
+from megatron_sgt.model.entropy_meter import EntropyMeter, refuse_unmeasured
 from megatron_sgt.parallel.collectives import broadcast_object
 from megatron_sgt.parallel.groups import ParallelGroups
 
@@ -42,19 +42,14 @@ class GrowthHook(Hook):
         self.groups = groups
         self.on_event = on_event
         self.events: list[dict[str, Any]] = []
-        self._observed = False  # anything, since the run began
 
     def before_run(self, state: TrainState) -> None:
         """Apply the schedule's plan; forget what was measured in a step that a rollback undid."""
         self.meter.reset()
+        self._observed = state.step > 0  # something, in this run
         self._obey()
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        """Observe and decide.
-
-        Raises:
-            ConfigError: a decision is due, and no sequence had a document long enough for its entropy to count.
-        """
         if not result.applied:
             self.meter.reset()
             return
@@ -63,10 +58,7 @@ class GrowthHook(Hook):
                 self.schedule.observe(ENTROPY, entropies)
                 self._observed = True
             elif not self._observed and self.schedule.decides_at(state.step):
-                raise ConfigError(
-                    f"growth.entropy_min_document_tokens: a decision is due after step {state.step}, and no sequence "
-                    "has ended in a document as long as this so far, so that nothing was measured; lower it"
-                )
+                refuse_unmeasured(state.step)
         if self.groups.world_size > 1 and self.schedule.decides_at(state.step):
             # One decision for all ranks: a last-bit difference between what they observed could choose differently.
             self.schedule.load_state_dict(broadcast_object(self.schedule.state_dict(), self.groups))
@@ -100,4 +92,3 @@ class GrowthHook(Hook):
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"the checkpoint's growth state is damaged: {error!r}") from error
         self.schedule.load_state_dict(schedule)
-        self._observed = True
