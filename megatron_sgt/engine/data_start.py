@@ -70,6 +70,8 @@ def data_start(config: Config, start: Start, keep_indices: bool = True) -> DataS
         root = str(config.data_cache_dir)
         other = root if keep_indices else stack.enter_context(TemporaryDirectory())
         change = find_change(reads, ledger.now, begins, _Indices(root, other))
+    if reads and reads[-1].order.same(orders[config.data_path_at(trainer["step"] - 1)]):
+        change = None  # the run stopped where a phase turns the blend, which the phase says
     if change is not None and doubt:
         change = replace(change, unknown=(*change.unknown, doubt))
     if change is not None and change.leaks and not config.data.allow_validation_leak:
