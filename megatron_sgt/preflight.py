@@ -50,6 +50,7 @@ _UNREMARKABLE = (
     "train.slow_phase_timeout_seconds",
     "train.straggler_threshold",
     "train.replica_check_interval",
+    "data.data_path",  # said with what it makes of the data
     "data.num_workers",
     "data.allow_validation_leak",
     "data.allow_changed_data",

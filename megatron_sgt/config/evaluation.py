@@ -30,3 +30,7 @@ class EvaluationConfig(Section):
             yield f"tasks: {twice} more than once"
         if not all(name.strip() for name in self.tasks):
             yield "tasks: a name is empty"
+        given = {"tasks_interval": self.tasks_interval or None, "limit": self.limit, "num_fewshot": self.num_fewshot}
+        for name, value in given.items():
+            if value is not None and not self.tasks:
+                yield f"{name}: {value} has no effect without tasks; name some, or remove it"

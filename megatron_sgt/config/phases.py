@@ -84,6 +84,8 @@ class PhaseConfig(Until):
     def problems(self) -> Iterator[str]:
         if self.until_steps is not None and self.until_tokens is not None:
             yield "until_steps: give it or until_tokens, and not both"
+        if self.name is not None and not self.name.isprintable():
+            yield f"name: {self.name!r} cannot be shown on one line"
         if not isinstance(self.global_batch_size, tuple):
             return
         low, high = self.global_batch_size
@@ -245,7 +247,9 @@ def check_phases(config: "Config") -> Iterator[str]:
     """Yield the rules that the phases break, alone and with other sections."""
     if not config.phases:
         return
-    end = config.train.train_iters
+    end, names = config.train.train_iters, [phase.name for phase in phases_of(config)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        yield f"phases: {', '.join(map(repr, twice))} is the name of more than one phase"
     for phase, entry in zip(phases_of(config), config.phases, strict=True):
         where, final = phase.where, phase.number == len(config.phases)
         if not final and entry.until_steps is None and entry.until_tokens is None:

@@ -190,9 +190,11 @@ def validate_data(cfg: Config) -> DataSummary:
     for name, source in sets.items():
         size = source.parts[1].samples
         read = eval_samples(cfg, size)
+        reads = f"each validation reads {'all' if read == size else f'the first {read:,} of'} its {size:,} samples"
+        if not cfg.train.eval_interval:
+            reads = "never measured while train.eval_interval is 0"
         notes.append(
-            f"validation set {name}: {source.info.documents:,} documents, {source.info.tokens:,} tokens; each "
-            f"validation reads {'all' if read == size else f'the first {read:,} of'} its {size:,} samples"
+            f"validation set {name}: {source.info.documents:,} documents, {source.info.tokens:,} tokens; {reads}"
         )
     eval_needed = cfg.train.eval_iters * cfg.train.global_batch_size
     if cfg.train.eval_interval and eval_needed > valid > 0:

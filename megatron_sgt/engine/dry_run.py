@@ -11,9 +11,11 @@ from megatron_sgt.config.base import count
 from megatron_sgt.data.export_form import export_form
 from megatron_sgt.data.measured_pairs import measured_pairs
 from megatron_sgt.data.sources import validate_data
+from megatron_sgt.data.tokenizer import tokenizer_of
 from megatron_sgt.engine.data_start import data_start
 from megatron_sgt.engine.deepspeed_config import check_deepspeed
 from megatron_sgt.engine.hooks.base import own_hooks
+from megatron_sgt.engine.live_tasks import open_tasks
 from megatron_sgt.errors import ConfigError
 from megatron_sgt.growth import LoopPlan
 from megatron_sgt.lease import holder_of, inside
@@ -51,6 +53,8 @@ def dry_run(config: Config, world_size: int, assumed: bool = False) -> str:
     stages = stages_of(config)
     check_curve(stages)
     data, start, disk = validate_data(config), find_start(config), check_disk(config, precision)
+    if config.evaluation.tasks:
+        open_tasks(config, tokenizer_of(config.data))
     several = [("stages", stages_line(stages))] if len(stages) > 1 else []
     rows = [("model", model_line(config)), *several, ("growth", growth_line(stages[-1].config))]
     rows += _batch_rows(stages, world_size, measured_pairs(config))

@@ -115,11 +115,14 @@ def load_tasks(tasks: Tasks) -> Any:
 
 
 def task_manager(tasks: Tasks) -> Any:
-    """A TaskManager that knows ``tasks``; a ConfigError names those that the harness lacks."""
+    """A TaskManager that knows ``tasks``; a ConfigError names those that the harness lacks, or a missing folder."""
     from lm_eval.tasks import TaskManager
 
+    folder = tasks.include_path
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"{tasks.folder_by}: {folder} is no folder; give the one with the YAML files of your tasks")
     with quiet_logs():
-        unknown, manager, folder = list(tasks.names) or [""], None, tasks.include_path
+        unknown, manager = list(tasks.names) or [""], None
         if folder is not None:
             # Searching the harness's own thousands of files is slow and often not needed.
             manager = TaskManager(include_path=str(folder), include_defaults=False)

@@ -13,6 +13,8 @@ from megatron_sgt.config.evaluation import EvaluationConfig
     [
         ({"tasks": ["a", "b", "a"]}, r"tasks: \['a'\] more than once"),
         ({"tasks": ["a", " "]}, "tasks: a name is empty"),
+        ({"tasks_interval": 5}, "tasks_interval: 5 has no effect without tasks"),
+        ({"num_fewshot": 0}, "num_fewshot: 0 has no effect without tasks"),
     ],
 )
 def test_what_makes_no_sense(given: dict[str, Any], says: str) -> None:

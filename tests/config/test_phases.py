@@ -100,6 +100,16 @@ BEGUN = {"until_steps": 6}
             ["phases[0].until_steps: give it or until_tokens, and not both"],
         ),
         (
+            [{**BEGUN, "name": "a\nb"}, {}],
+            {},
+            ["phases[0].name: 'a\\nb' cannot be shown on one line"],
+        ),
+        (
+            [{**BEGUN, "name": "phase 2"}, {}],
+            {},
+            ["phases: 'phase 2' is the name of more than one phase"],
+        ),
+        (
             [BEGUN, {"until_tokens": 6 * 8 * 32}, {}],
             {},
             ["phases[1]: ends at step 6, which is not after step 6 where it begins"],

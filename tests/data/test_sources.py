@@ -74,11 +74,11 @@ def test_validation_sets_are_checked_like_training_data(tmp_path: Path, make_con
     short = write_dataset(tmp_path / "short", [9])
 
     def check(path: str, **more: object) -> tuple[str, ...]:
-        return validate_data(make_config(prefix, **{"data.valid": {"wiki": path}, **more})).notes
+        return validate_data(make_config(prefix, **{"data.valid": {"wiki": path}, "train.eval_interval": 5, **more})).notes
 
     once = "validation set wiki: 10 documents, 200 tokens; each validation reads"
-    assert check(wiki, **{"train.eval_iters": 1})[-1] == f"{once} the first 8 of its 12 samples"
-    assert check(wiki, **{"train.eval_iters": 2})[-1] == f"{once} all its 12 samples"
+    assert f"{once} the first 8 of its 12 samples" in check(wiki, **{"train.eval_iters": 1})
+    assert f"{once} all its 12 samples" in check(wiki, **{"train.eval_iters": 2})
     with pytest.raises(DataError, match=r"data\.valid\.wiki: .*short has 9 tokens, less than one sample of 16 \+ 1"):
         check(short)
     long = write_dataset(tmp_path / "long", [1200], vocab_size=1001)
@@ -103,7 +103,8 @@ def test_a_validation_set_that_is_trained_on_is_refused(tmp_path: Path, make_con
             validate_data(cfg)
         allowed = {"data.valid": {"code": path}, "data.allow_validation_leak": True}
         assert validate_data(make_config([1, other, 1, prefix], **allowed)).notes
-    validate_data(make_config(prefix, **{"data.valid": {"code": other}}))
+    unread = validate_data(make_config(prefix, **{"data.valid": {"code": other}}))
+    assert [note for note in unread.notes if "never measured while train.eval_interval is 0" in note]
 
 
 def test_named_sets_may_be_the_only_ones(tmp_path: Path, make_config: MakeConfig) -> None:

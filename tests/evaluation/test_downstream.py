@@ -15,7 +15,7 @@ import pytest
 
 from megatron_sgt.checkpoint.forms import read_config
 from megatron_sgt.errors import ConfigError, DataError
-from megatron_sgt.evaluation.downstream import Tasks, load_tasks, require_harness, run_tasks
+from megatron_sgt.evaluation.downstream import Tasks, load_tasks, require_harness, run_tasks, task_manager
 from megatron_sgt.export.forms import FORMS, STANDARD
 from megatron_sgt.export.hf.generate import Sampling, generate
 from megatron_sgt.export.hf.open_model import open_model
@@ -197,3 +197,8 @@ def test_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"--tasks needs .*: run 'pip install megatron-sgt\[eval\]'"):
         require_harness()
+
+
+def test_a_folder_that_is_none() -> None:
+    with pytest.raises(ConfigError, match="--include-path: /no/such is no folder"):
+        task_manager(Tasks(("sgt_choice",), Path("/no/such")))
