@@ -74,7 +74,9 @@ def test_validation_sets_are_checked_like_training_data(tmp_path: Path, make_con
     short = write_dataset(tmp_path / "short", [9])
 
     def check(path: str, **more: object) -> tuple[str, ...]:
-        return validate_data(make_config(prefix, **{"data.valid": {"wiki": path}, "train.eval_interval": 5, **more})).notes
+        return validate_data(
+            make_config(prefix, **{"data.valid": {"wiki": path}, "train.eval_interval": 5, **more})
+        ).notes
 
     once = "validation set wiki: 10 documents, 200 tokens; each validation reads"
     assert f"{once} the first 8 of its 12 samples" in check(wiki, **{"train.eval_iters": 1})
