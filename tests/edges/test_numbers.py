@@ -63,7 +63,7 @@ def test_a_setting(name: str, data: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", INTEGERS)
 def test_every_integer_has_a_bound(name: str, data: str, tmp_path: Path) -> None:
     for value in (2**63, 2**64 - 1, 10**400):
-        given = [value] if "tuple" in str(dict(leaves())[name].annotation) else value
+        given = [1, value] if "tuple" in str(dict(leaves())[name].annotation) else value
         with pytest.raises(SGTError, match=r"must be (<=|0, 1, 2 or 3|an integer)"):
             parse_config(with_value(name, given, data, tmp_path))
 
