@@ -48,7 +48,7 @@ def test_ends_that_divide_make_sizes_that_divide() -> None:
     assert {size % 24 for _, size in ramp_over_samples(48, 360, 50_000)} == {0}
 
 
-@pytest.mark.parametrize(("low", "high", "steps"), [(64, 256, 50), (8, 24, 9), (4, 6, 1), (8, 800, 333)])
+@pytest.mark.parametrize(("low", "high", "steps"), [(64, 256, 50), (8, 24, 9), (4, 6, 1), (8, 160, 67)])
 def test_a_ramp_over_steps_is_the_one_over_the_fewest_samples_that_take_them(low: int, high: int, steps: int) -> None:
     sizes = [size for count, size in ramp_over_steps(low, high, steps) for _ in range(count)]
     assert len(sizes) == steps
