@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from megatron_sgt.engine.build import build_runtime, start_processes
 from megatron_sgt.engine.step import train_step
@@ -18,10 +17,10 @@ from megatron_sgt.evaluation.perplexity import mean_loss
 from megatron_sgt.growth import LayerPlan, LoopPlan
 from megatron_sgt.launch.rank_info import RankInfo
 from megatron_sgt.model.apply_plan import apply_plan
+from tests.helpers.documents import LENGTH, VOCABULARY, observed_batch
 from tests.helpers.exhaustive import exhaustive
 from tests.helpers.ranks import SHARED_MEMORY, run_on_ranks
 from tests.helpers.single import small_config
-from tests.model.test_documents import LENGTH, VOCABULARY, random_sequences, starts_of
 
 LOOPS = LoopPlan(4, ((1, LayerPlan(1, (0, 3))), (3, LayerPlan(2, (1, 2), 0.5))))
 PARTS = ((10, 12, 10), (4, 22), (2, 12), (32,))
@@ -61,18 +60,6 @@ MORE = {
 """One start of ranks for each: DeepSpeed keeps the groups of the first layout."""
 
 
-def global_batch(others: int) -> dict[str, Tensor]:
-    """Four sequences; the contents of the documents that are not observed come from the seed ``others``."""
-    size = len(PARTS)
-    batch, content = random_sequences(size, LENGTH, others), random_sequences(size, LENGTH, 0)
-    for row, begin, end in OBSERVED:
-        for name in ("tokens", "labels"):
-            batch[name][row, begin:end] = content[name][row, begin:end]
-        batch["loss_mask"][row, begin:end] = 1.0
-    starts, tokens = starts_of(PARTS)
-    return {**batch, "document_starts": starts, "num_tokens": tokens}
-
-
 def one_step(info: RankInfo, layout: Layout, others: int) -> dict[str, Any]:
     config = small_config(
         model={"vocab_size": VOCABULARY, "seq_length": LENGTH, "init_method_std": 0.1},
@@ -94,7 +81,7 @@ def one_step(info: RankInfo, layout: Layout, others: int) -> dict[str, Any]:
     apply_plan(runtime.model, LOOPS)
     runtime.engine.train()
     runtime.model.meter.enabled = True
-    whole = global_batch(others)
+    whole = observed_batch(PARTS, OBSERVED, others)
     batches = []
     for number in range(config.num_micro_batches(groups.world_size)):
         first = (number * groups.dp_size + groups.dp_rank) * layout.micro

@@ -19,6 +19,14 @@ from megatron_sgt.model import gpt, head_loop
 from megatron_sgt.model.apply_plan import apply_plan, begin_step, mark_micro_batch
 from megatron_sgt.model.documents import DocumentRules, document_mask
 from megatron_sgt.model.gpt import LanguageModel, build_model
+from tests.helpers.documents import (
+    LENGTH,
+    VOCABULARY,
+    Place,
+    document_keys,
+    observed_batch,
+    random_sequences,
+)
 from tests.helpers.exhaustive import share_of
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.reference_sgt import Documents, forward
@@ -27,7 +35,6 @@ from tests.helpers.variants import hf_of, make_weights_uneven, reference_setting
 
 CPU = torch.device("cpu")
 BOTH = {"reset_attention_mask": True, "reset_position_ids": True}
-LENGTH, VOCABULARY = 32, 128
 PARTS = ((10, 12, 10), (4, 22), (2, 12))
 """Documents of three sequences, padded at the end: some reach over the shares of two ranks, one ends in the first."""
 
@@ -71,23 +78,6 @@ def every_case() -> Iterator[Case]:
         yield Case(tensor, split, loops, recompute, plan, model, double)
 
 
-def starts_of(parts: Iterable[Iterable[int]]) -> tuple[Tensor, Tensor]:
-    """``document_starts`` and ``num_tokens`` of documents of these lengths, the rest of each sequence being padding."""
-    starts = torch.zeros(len(list(parts)), LENGTH, dtype=torch.int32)
-    for row, lengths in enumerate(parts):
-        for begin in itertools.accumulate(lengths):
-            starts[row, begin:] = begin
-    return starts, torch.tensor([sum(lengths) for lengths in parts], dtype=torch.int32)
-
-
-def random_sequences(size: int, length: int, seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    tokens, labels = (torch.randint(VOCABULARY, (size, length), generator=generator) for _ in range(2))
-    positions = torch.arange(length).expand(size, -1)
-    return {"tokens": tokens, "labels": labels, "loss_mask": torch.zeros(size, length), "position_ids": positions}
-
-
-Place = tuple[int, int, int]
 OBSERVED: tuple[Place, ...] = ((0, 10, 22), (1, 4, 26))
 """(sequence, begin, end) of the documents whose loss is taken."""
 LAST: tuple[Place, ...] = ((0, 22, 32), (1, 4, 26), (2, 2, 14))
@@ -95,13 +85,7 @@ LAST: tuple[Place, ...] = ((0, 22, 32), (1, 4, 26), (2, 2, 14))
 
 def packed(others: int) -> dict[str, Tensor]:
     """The micro-batch; the contents of the documents that are not observed come from the seed ``others``."""
-    batch, content = random_sequences(3, LENGTH, others), random_sequences(3, LENGTH, 0)
-    for row, begin, end in OBSERVED:
-        for name in ("tokens", "labels"):
-            batch[name][row, begin:end] = content[name][row, begin:end]
-        batch["loss_mask"][row, begin:end] = 1.0
-    starts, tokens = starts_of(PARTS)
-    return {**batch, "document_starts": starts, "num_tokens": tokens}
+    return observed_batch(PARTS, OBSERVED, others)
 
 
 def alone(batch: dict[str, Tensor], place: Place) -> dict[str, Tensor]:
@@ -271,52 +255,48 @@ def rules(**settings: Any) -> DocumentRules:
     return DocumentRules(**{"told": True, "attention": True, "positions": True, **settings})
 
 
-def told(*parts: tuple[int, ...]) -> dict[str, Tensor]:
-    return dict(zip(("document_starts", "num_tokens"), starts_of(parts), strict=True))
-
-
 def test_what_a_micro_batch_tells() -> None:
-    mask = rules(fewest=11).mask_of(told(*PARTS), 1, CPU)
+    mask = rules(fewest=11).mask_of(document_keys(PARTS), 1, CPU)
     assert mask is not None and mask.attention is mask.positions and mask.attention is not None
     assert mask.attention.lengths == ((10, 12, 10), (4, 22, 6), (2, 12, 18))
     assert (mask.counted, mask.fewest) == (2, 11)  # the last document of the first sequence is too short
 
 
 def test_whole_sequences_need_no_documents() -> None:
-    mask = rules(fewest=LENGTH).mask_of(told((LENGTH,), (LENGTH,)), 1, CPU)
+    mask = rules(fewest=LENGTH).mask_of(document_keys([(LENGTH,), (LENGTH,)]), 1, CPU)
     assert mask is not None and mask.attention is None and mask.positions is None and mask.counted == 2
-    mask = rules(fewest=LENGTH + 1).mask_of(told((LENGTH,)), 1, CPU)
+    mask = rules(fewest=LENGTH + 1).mask_of(document_keys([(LENGTH,)]), 1, CPU)
     assert mask is not None and mask.counted == 0
 
 
 def test_pieces_have_documents_of_their_own() -> None:
     """Of the padded third sequence the second piece is all padding, and has no last token."""
-    mask = rules().mask_of({"tokens": torch.zeros(3, LENGTH), **told(*PARTS)}, 2, CPU)
+    mask = rules().mask_of({"tokens": torch.zeros(3, LENGTH), **document_keys(PARTS)}, 2, CPU)
     assert mask is not None and mask.attention is not None
     assert mask.attention.lengths == ((10, 6), (6, 10), (4, 12), (10, 6), (2, 12, 2), (16,))
     assert mask.attention.num_tokens == (16, 16, 16, 10, 14, 0) and mask.counted == 5
 
 
 def test_padding_is_apart_where_documents_are_not() -> None:
-    mask = rules(attention=False).mask_of(told(*PARTS), 1, CPU)
+    mask = rules(attention=False).mask_of(document_keys(PARTS), 1, CPU)
     assert mask is not None and mask.attention is not None and mask.positions is not None
     assert mask.attention.lengths == ((32,), (26, 6), (14, 18))
     assert mask.positions.lengths[0] == (10, 12, 10)
-    whole = rules(attention=False, positions=False).mask_of(told((10, 22)), 1, CPU)
+    whole = rules(attention=False, positions=False).mask_of(document_keys([(10, 22)]), 1, CPU)
     assert whole is not None and whole.attention is None and whole.positions is None
 
 
 def test_samples_that_do_not_fit_the_settings_are_refused() -> None:
     assert DocumentRules().mask_of({}, 1, CPU) is None
     with pytest.raises(DataError, match=r"data.dataset mine have document_starts, which nothing would obey; set data"):
-        DocumentRules(dataset="mine").mask_of(told(*PARTS), 1, CPU)
+        DocumentRules(dataset="mine").mask_of(document_keys(PARTS), 1, CPU)
     with pytest.raises(DataError, match=r"data.dataset mine have no document_starts: data.reset_attention_mask and"):
         rules(dataset="mine").mask_of({"tokens": torch.zeros(3, LENGTH)}, 1, CPU)
 
 
 def test_samples_that_contradict_themselves_are_refused() -> None:
     """The kernels read the starts, attention by document where they begin: what differs would be two masks."""
-    starts, tokens = starts_of([(10, 22)])
+    starts, tokens = document_keys([(10, 22)]).values()
     for place, wrong in ((0, -1), (12, 9), (12, 0), (31, 11)):
         moved = starts.clone()
         moved[0, place] = wrong

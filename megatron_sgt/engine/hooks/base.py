@@ -97,6 +97,33 @@ class Hook:
         """Continue from ``state_dict``'s value. A rollback calls it in the middle of a run."""
 
 
+class MeasuringHook(Hook):
+    """Measures the model every ``interval`` applied steps, and after the last one; 0: only then. For a base."""
+
+    pauses = True
+
+    def __init__(self, interval: int) -> None:
+        self.interval = interval
+        self._measured_at = -1
+
+    def measure(self, state: TrainState) -> None:
+        """Once for a step at most."""
+        raise NotImplementedError
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        if self.interval and result.applied and state.step % self.interval == 0:
+            self._measure_now(state)
+
+    def after_run(self, state: TrainState) -> None:
+        """Measure the final model."""
+        if self._measured_at != state.step:
+            self._measure_now(state)
+
+    def _measure_now(self, state: TrainState) -> None:
+        self._measured_at = state.step
+        self.measure(state)
+
+
 def own_hooks(config: Config, given: Sequence[Hook] = ()) -> list[Hook]:
     """The user's hooks, in the order in which they act: ``given``, then those that train.hooks names.
 

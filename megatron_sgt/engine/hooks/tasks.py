@@ -9,9 +9,9 @@ from contextlib import nullcontext
 import deepspeed
 import numpy as np
 
-from megatron_sgt.engine.hooks.base import Hook
+from megatron_sgt.engine.hooks.base import MeasuringHook
 from megatron_sgt.engine.hooks.ema import EmaHook
-from megatron_sgt.engine.step import StepResult, TrainState
+from megatron_sgt.engine.step import TrainState
 from megatron_sgt.errors import DataError
 from megatron_sgt.evaluation.downstream import Results
 from megatron_sgt.evaluation.live_model import LiveModel
@@ -23,7 +23,7 @@ from megatron_sgt.parallel.groups import ParallelGroups
 from megatron_sgt.parallel.rng import load_rng_state, rng_state
 
 
-class TasksHook(Hook):
+class TasksHook(MeasuringHook):
     """Runs the tasks with the structure that inference uses; of a run that keeps an average, with the average.
 
     Training goes on as if nothing had been: the random streams, which the harness seeds, are put back. Tasks that
@@ -35,7 +35,6 @@ class TasksHook(Hook):
     """
 
     name = "tasks"
-    pauses = True
 
     def __init__(
         self,
@@ -48,27 +47,16 @@ class TasksHook(Hook):
         groups: ParallelGroups,
         ema: EmaHook | None = None,
     ) -> None:
+        super().__init__(interval)
         self.engine = engine
         self.live = live
         self.run = run
-        self.interval = interval
         self.schedule = schedule
         self.hub = hub
         self.groups = groups
         self.ema = ema
-        self._measured_at = -1
 
-    def after_step(self, state: TrainState, result: StepResult) -> None:
-        if self.interval and result.applied and state.step % self.interval == 0:
-            self._measure(state)
-
-    def after_run(self, state: TrainState) -> None:
-        """Measure the final model."""
-        if self._measured_at != state.step:
-            self._measure(state)
-
-    def _measure(self, state: TrainState) -> None:
-        self._measured_at = state.step
+    def measure(self, state: TrainState) -> None:
         start, module, was_training = time.perf_counter(), self.engine.module, self.engine.training
         streams = rng_state(self.groups.device)
         of_numpy = np.random.get_state()  # noqa: NPY002 (the harness seeds it)

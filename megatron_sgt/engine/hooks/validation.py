@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import deepspeed
 
-from megatron_sgt.engine.hooks.base import Hook
+from megatron_sgt.engine.hooks.base import MeasuringHook
 from megatron_sgt.engine.hooks.ema import EmaHook
-from megatron_sgt.engine.step import StepResult, TrainState
+from megatron_sgt.engine.step import TrainState
 from megatron_sgt.evaluation.validation_set import Validated, ValidationSet
 from megatron_sgt.growth import Schedule
 from megatron_sgt.metrics import MetricsHub
@@ -17,7 +17,7 @@ from megatron_sgt.metrics.records import SetRecord, ValidRecord
 from megatron_sgt.model.apply_plan import apply_plan
 
 
-class EvalHook(Hook):
+class EvalHook(MeasuringHook):
     """Measures the loss on the same validation samples every time; with ``ema`` that of the averaged weights, too.
 
     The structure is the one that inference uses: inside a decay window the fading heads take no part.
@@ -28,7 +28,6 @@ class EvalHook(Hook):
     """
 
     name = "eval"
-    pauses = True
 
     def __init__(
         self,
@@ -40,9 +39,9 @@ class EvalHook(Hook):
         ema: EmaHook | None = None,
         at_start: bool = False,
     ) -> None:
+        super().__init__(interval)
         self.engine = engine
         self.sets = sets
-        self.interval = interval
         self.schedule = schedule
         self.hub = hub
         self.ema = ema
@@ -51,24 +50,13 @@ class EvalHook(Hook):
         self.last_ema_loss: float | None = None
         self.last_losses: dict[str, float] = {}
         """Of the sets of data.valid, by name."""
-        self._measured_at = -1
 
     def before_run(self, state: TrainState) -> None:
         """A checkpoint has been loaded by now: only a run that begins is at step 0."""
         if self.at_start and state.consumed_samples == state.step == 0:
-            self._measure(state)
+            self._measure_now(state)
 
-    def after_step(self, state: TrainState, result: StepResult) -> None:
-        if result.applied and state.step % self.interval == 0:
-            self._measure(state)
-
-    def after_run(self, state: TrainState) -> None:
-        """Validate the final model."""
-        if self._measured_at != state.step:
-            self._measure(state)
-
-    def _measure(self, state: TrainState) -> None:
-        self._measured_at = state.step
+    def measure(self, state: TrainState) -> None:
         start = time.perf_counter()
         module = self.engine.module
         apply_plan(module, self.schedule.plan.inference())
